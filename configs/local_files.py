@@ -1,0 +1,20 @@
+"""Any local checkpoint and files, everything else from the command line.
+
+    python train.py configs/local_files.py --workdir out/trec --base.path PATH \\
+        --data.train train.jsonl --data.validation validation.jsonl --data.test test.jsonl \\
+        --data.prompt "<soft>{text}\\n" --data.target "{label}" \\
+        --data.verbalizers person=H location=L number=N entity=E description=D abbreviation=A \\
+        --data.hard-prompt "Question: {text}\\nKind of question:" --train.steps 1200
+"""
+
+from spt_jax.config import BaseConfig, DataConfig, ExperimentConfig
+from spt_jax.prompts import PromptTuning
+
+
+def get_config() -> ExperimentConfig[PromptTuning]:
+    """Fields without a sensible default are empty and must come from the command line."""
+    return ExperimentConfig(
+        base=BaseConfig(path=""),
+        data=DataConfig(train="", prompt=""),
+        method=PromptTuning(),
+    )

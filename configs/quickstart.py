@@ -1,0 +1,42 @@
+"""Sorts requests to an assistant by topic, with the small model that ships with the package. No download needed.
+
+make quickstart        or        python train.py configs/quickstart.py
+"""
+
+from pathlib import Path
+
+import spt_jax
+from spt_jax.config import BaseConfig, DataConfig, ExperimentConfig, TrainConfig
+from spt_jax.prompts import PromptTuning
+
+REQUESTS = Path(spt_jax.__file__).parent / "assets" / "requests"
+# Each topic's word is one token of the starter's vocabulary, so that a request is scored in a single pass.
+TOPICS = {
+    "bank": "money",
+    "calendar": "meeting",
+    "movie": "film",
+    "music": "music",
+    "recipe": "cook",
+    "weather": "weather",
+}
+
+
+def get_config() -> ExperimentConfig[PromptTuning]:
+    """20 virtual tokens behind the request, where they can read it; the class is the likeliest topic's word."""
+    return ExperimentConfig(
+        base=BaseConfig(path="starter"),
+        data=DataConfig(
+            train=str(REQUESTS / "train.jsonl"),
+            validation=str(REQUESTS / "validation.jsonl"),
+            test=str(REQUESTS / "test.jsonl"),
+            prompt="{text}\n<soft>",
+            target=" {label}",
+            verbalizers=TOPICS,
+            hard_prompt=(
+                "A request to an assistant: {text}\nIn one word, it is about the",
+                f"Topics: {', '.join(TOPICS.values())}.\nRequest: {{text}}\nTopic:",
+            ),
+        ),
+        method=PromptTuning(length=20),
+        train=TrainConfig(steps=400, batch_size=32, evaluate_every=50),
+    )

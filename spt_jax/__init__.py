@@ -1,0 +1,73 @@
+"""Soft prompt tuning of frozen language models in JAX and Flax.
+
+    base = spt_jax.load_base("starter")
+    method = spt_jax.PromptTuning(length=20, init=spt_jax.init.text("What is this request about?"))
+    optimizer = spt_jax.make_optimizer(spt_jax.OptimizerConfig(name="adam", learning_rate=0.1), steps=1000)
+    state = spt_jax.init_state(jax.random.key(0), base, method, optimizer)
+    step = spt_jax.make_train_step(base, method, optimizer)
+    state, metrics = step(state, batch)
+
+Arrays are named by their dimensions: B rows, T tokens, P virtual tokens, D width, L layers, N query heads, K key/value
+heads, H head size, V vocabulary.
+"""
+
+from spt_jax.base import FrozenBase, load_base
+from spt_jax.data.batches import Batch, Rows, evaluation_batches, pack, place_batch, plan_batches, training_batches
+from spt_jax.data.sources import read_records
+from spt_jax.data.templates import Encoder, Example, Template
+from spt_jax.errors import CheckpointError, ConfigError, DataError, SptError, TrainingError
+from spt_jax.evaluation import evaluate, make_evaluation_set
+from spt_jax.forward import encode_prefix, output_logits
+from spt_jax.generation import SamplingConfig, generate
+from spt_jax.prompts import PromptTuning, VirtualPrompt
+from spt_jax.prompts import initializers as init
+from spt_jax.prompts.storage import SavedPrompt, load_prompt, save_prompt
+from spt_jax.sharding import MeshConfig, make_mesh
+from spt_jax.training.optimizers import OptimizerConfig, make_optimizer, resolve_optimizer
+from spt_jax.training.step import Objective, TrainState, init_state, loss_and_gradient, make_train_step, train_step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Encoder",
+    "Example",
+    "FrozenBase",
+    "MeshConfig",
+    "Objective",
+    "OptimizerConfig",
+    "PromptTuning",
+    "Rows",
+    "SamplingConfig",
+    "SavedPrompt",
+    "SptError",
+    "Template",
+    "TrainState",
+    "TrainingError",
+    "VirtualPrompt",
+    "encode_prefix",
+    "evaluate",
+    "evaluation_batches",
+    "generate",
+    "init",
+    "init_state",
+    "load_base",
+    "load_prompt",
+    "loss_and_gradient",
+    "make_evaluation_set",
+    "make_mesh",
+    "make_optimizer",
+    "make_train_step",
+    "output_logits",
+    "pack",
+    "place_batch",
+    "plan_batches",
+    "read_records",
+    "resolve_optimizer",
+    "save_prompt",
+    "train_step",
+    "training_batches",
+]

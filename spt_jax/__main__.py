@@ -1,0 +1,204 @@
+"""`python -m spt_jax generate | evaluate | inspect`: what to do with a saved prompt."""
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from spt_jax.base import FrozenBase, load_base
+from spt_jax.config import EvaluationConfig, Lines, Pairs
+from spt_jax.data.sources import check_fields, read_records
+from spt_jax.data.templates import MESSAGES, Encoder, Template
+from spt_jax.errors import ConfigError, SptError, did_you_mean
+from spt_jax.evaluation import evaluate, make_evaluation_set, score
+from spt_jax.files import write_json
+from spt_jax.generation import SamplingConfig, generate
+from spt_jax.inspection import describe_prompt
+from spt_jax.prompts.storage import SavedPrompt, load_prompt, read_prompt
+from spt_jax.report import comparison_table
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A saved prompt and its base.
+
+    Attributes:
+      prompt: the directory of the saved prompt.
+      base: where its base is now; default where it was when the prompt was trained.
+      dtype: precision of the base; default by device.
+      force: use the prompt on another base than its own, if only the sizes fit.
+    """
+
+    prompt: Path
+    base: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    force: bool = False
+
+    def load(self) -> tuple[FrozenBase, SavedPrompt]:
+        info = read_prompt(self.prompt).info["base"]
+        base = load_base(self.base or info["id"], revision=None if self.base else info["revision"], dtype=self.dtype)
+        return base, load_prompt(self.prompt, base, force=self.force)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(Saved):
+    """Answers texts with a soft prompt. For a classifier, prints the class.
+
+    Attributes:
+      texts: one record each, for a template with one field.
+      fields: a record as name=value pairs, for a template with several.
+      max_new_tokens: longest answer.
+      temperature: 0 takes the likeliest token.
+      top_k: sample among so many tokens; 0 for all.
+      top_p: sample among the likeliest tokens that hold this probability.
+      stop: strings that end an answer.
+      seed: of sampling.
+    """
+
+    texts: tyro.conf.Positional[tuple[str, ...]] = ()
+    fields: Pairs = dataclasses.field(default_factory=dict)
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: Lines = ()
+    seed: int = 0
+
+    def run(self) -> None:
+        sampling = SamplingConfig(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            stop=self.stop,
+            seed=self.seed,
+        )
+        template = read_prompt(self.prompt).template
+        records = _records(template, self.texts, self.fields)
+        base, saved = self.load()
+        virtual = saved.method.materialize(base.params, saved.params)
+        encoder = Encoder(template, base.tokenizer, base.config.vocab_size, base.config.max_positions)
+        if template.verbalizers:
+            first = next(iter(template.verbalizers))
+            labelled = [{**record, template.label_field: first} for record in records]
+            scores = score(base, make_evaluation_set(base, encoder, labelled), virtual)
+            for row in scores:
+                print(list(template.verbalizers)[int(row.argmax())])
+            return
+        for answer in generate(base, [encoder.prompt_ids(record) for record in records], virtual, sampling):
+            print(answer.text)
+
+
+def _records(template: Template, texts: Sequence[str], fields: Mapping[str, str]) -> list[dict[str, Any]]:
+    names = template.prompt_fields
+    if texts and fields:
+        raise ConfigError("give texts or --fields, not both")
+    if template.is_conversation:
+        return [{MESSAGES: [{"role": "user", "content": text}]} for text in _some(texts)]
+    if fields:
+        unknown = sorted(set(fields) - set(names))
+        if unknown:
+            raise ConfigError(f"the template has no field {unknown[0]!r}; {did_you_mean(unknown[0], names)}")
+        return [dict(fields)]
+    if len(names) != 1:
+        raise ConfigError(
+            f"the template has the fields {', '.join(names) or 'none'}; give them as --fields name=value ..."
+        )
+    return [{names[0]: text} for text in _some(texts)]
+
+
+def _some(texts: Sequence[str]) -> Sequence[str]:
+    if not texts:
+        raise ConfigError("give at least one text to answer")
+    return texts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate(Saved):
+    """Scores a soft prompt, hand-written prompts and no prompt on a file.
+
+    Attributes:
+      data: a .jsonl, .json, .csv, .tsv or .parquet file, or a hub data set id.
+      split: of a hub data set.
+      hard_prompt: prompts to compare with.
+      batch_size: examples per batch.
+      max_new_tokens: of generated answers.
+      output: a JSON file for all metrics.
+    """
+
+    data: str
+    split: str = "test"
+    hard_prompt: Lines = ()
+    batch_size: int = 64
+    max_new_tokens: int = 64
+    output: Path | None = None
+
+    def run(self) -> None:
+        template = read_prompt(self.prompt).template
+        records = read_records(self.data, split=self.split)
+        check_fields(records, template.fields, self.data)
+        base, saved = self.load()
+        config = EvaluationConfig(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
+
+        def metrics(template: Template, virtual: Any) -> dict[str, Any]:
+            encoder = Encoder(template, base.tokenizer, base.config.vocab_size, base.config.max_positions)
+            return evaluate(base, make_evaluation_set(base, encoder, records, config), virtual).metrics
+
+        results: dict[str, Any] = {
+            "soft_prompt": metrics(template, saved.method.materialize(base.params, saved.params)),
+            "no_prompt": metrics(template.bare(), None),
+        }
+        for text in self.hard_prompt:
+            results[f"hard prompt {text!r}"] = metrics(template.bare(text), None)
+        print(comparison_table({"test": results}))
+        if self.output is not None:
+            write_json(self.output, results)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspect(Saved):
+    """Shows what a saved prompt is, and the vocabulary nearest to each of its rows.
+
+    Attributes:
+      nearest: how many tokens to show per row.
+      offline: only what the files say, without loading the base.
+    """
+
+    nearest: int = 5
+    offline: bool = False
+
+    def run(self) -> None:
+        if self.offline:
+            print(describe_prompt(read_prompt(self.prompt), None, self.nearest))
+            return
+        base, saved = self.load()
+        print(describe_prompt(saved, base, self.nearest))
+
+
+COMMANDS: dict[str, Any] = {"generate": Generate, "evaluate": Evaluate, "inspect": Inspect}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit codes: 0 done, 1 failed, 2 the words on the command line are wrong."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: python -m spt_jax {{{','.join(COMMANDS)}}} --prompt DIR ...")
+        return 0 if argv else 2
+    if argv[0] not in COMMANDS:
+        print(f"error: no command {argv[0]!r}; {did_you_mean(argv[0], COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        tyro.cli(COMMANDS[argv[0]], args=list(argv[1:]), prog=f"python -m spt_jax {argv[0]}").run()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except SptError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,231 @@
+"""The frozen base: module, weights on their devices, tokenizer and identity."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from spt_jax.errors import CheckpointError, ConfigError
+from spt_jax.models.config import DecoderConfig, check_family, decoder_config
+from spt_jax.models.decoder import Decoder
+from spt_jax.models.hf import Params, parameter_shapes, read_params
+from spt_jax.sharding import check_divides, make_mesh, parameter_sharding
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+STARTER = Path(__file__).parent / "assets" / "starter"
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """What makes two bases the same function: sizes and options, stored tensors, tokenizer. Not dtype or path."""
+
+    config: Mapping[str, Any]
+    weights: str
+    tokenizer: str
+
+    def differences(self, other: "Fingerprint") -> list[str]:
+        """Sentences naming each field that differs."""
+        mine, theirs = _dotted(self.config), _dotted(other.config)
+        fields = [(name, mine.get(name), theirs.get(name)) for name in sorted(set(mine) | set(theirs))]
+        fields += [
+            ("weights", self.weights[:16], other.weights[:16]),
+            ("tokenizer", self.tokenizer[:16], other.tokenizer[:16]),
+        ]
+        return [
+            f"{name} is {other_value!r} here, {value!r} there"
+            for name, value, other_value in fields
+            if value != other_value
+        ]
+
+
+def _dotted(config: Mapping[str, Any]) -> dict[str, Any]:
+    """{"rope": {"theta": 1}} as {"rope.theta": 1}."""
+    flat = {}
+    for name, value in config.items():
+        inner = _dotted(value) if isinstance(value, Mapping) else {"": value}
+        flat |= {f"{name}.{key}".rstrip("."): item for key, item in inner.items()}
+    return flat
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenBase:
+    """What `load_base` returns. `params` are the only arrays; pass them on as an argument, never close over them."""
+
+    name: str
+    revision: str | None
+    config: DecoderConfig
+    module: Decoder
+    params: Params
+    tokenizer: Any
+    fingerprint: Fingerprint
+    mesh: Mesh
+
+    @property
+    def dtype(self) -> Any:
+        """The precision that the base runs in."""
+        return self.params["embedding"].dtype
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+
+def embed(module: Decoder, frozen: Params, ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
+    """Embedding rows of real token ids."""
+    return module.apply({"params": frozen}, ids, method=Decoder.embed)  # type: ignore[return-value]
+
+
+def run_layers(module: Decoder, frozen: Params, *args: Any, **kwargs: Any) -> Any:
+    """`Decoder.__call__` on explicit parameters."""
+    return module.apply({"params": frozen}, *args, **kwargs)
+
+
+def logits(module: Decoder, frozen: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    """Next-token logits, float32."""
+    return module.apply({"params": frozen}, hidden, method=Decoder.logits)  # type: ignore[return-value]
+
+
+def default_dtype() -> str:
+    """float32 on CPU, bfloat16 on accelerators."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def load_base(
+    path_or_hub_id: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    max_length: int | None = None,
+    remat: bool = False,
+) -> FrozenBase:
+    """Loads a decoder, its tokenizer and its identity; needs no torch.
+
+    Args:
+      path_or_hub_id: a directory in Hugging Face format, a hub id, or "starter" for the model that ships here.
+      revision: branch, tag or commit on the hub.
+      dtype: "float32", "bfloat16" or "float16"; default float32 on CPU and bfloat16 on accelerators.
+      mesh: where the weights go; default one device.
+      max_length: the longest sequence of the run, which fixes the frequencies of `dynamic` RoPE.
+      remat: recompute activations of each layer in the backward pass: less memory, about a third more work.
+
+    Raises:
+      ConfigError: unsupported architecture, option, dtype or mesh.
+      CheckpointError: files missing or damaged, tensors missing, unknown, duplicate or misshapen.
+    """
+    dtype = dtype or default_dtype()
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
+    mesh = mesh or make_mesh()
+    directory = _local_directory(str(path_or_hub_id), revision)
+    config, tokenizer = read_config(directory, max_length), _read_tokenizer(directory)
+    if len(tokenizer) > config.vocab_size:
+        raise CheckpointError(f"{directory}: the tokenizer has {len(tokenizer)} entries, the model {config.vocab_size}")
+    check_divides(mesh, {"heads": config.heads, "key/value heads": config.kv_heads, "MLP columns": config.mlp_width})
+    shapes = parameter_shapes(config)
+    params, digest = read_params(directory, config, DTYPES[dtype], partial(_leaf_sharding, mesh, shapes))
+    return FrozenBase(
+        name=str(path_or_hub_id),
+        revision=revision,
+        config=config,
+        module=Decoder(config, remat=remat),
+        params=params,
+        tokenizer=tokenizer,
+        fingerprint=Fingerprint(json.loads(json.dumps(dataclasses.asdict(config))), digest, tokenizer_hash(tokenizer)),
+        mesh=mesh,
+    )
+
+
+def _leaf_sharding(mesh: Mesh, shapes: Params, path: tuple[str, ...]) -> Any:
+    leaf: Any = shapes
+    for key in path:
+        leaf = leaf[key]
+    return parameter_sharding(mesh, path, leaf.shape)
+
+
+def _local_directory(path_or_hub_id: str, revision: str | None) -> Path:
+    if path_or_hub_id == "starter":
+        return STARTER
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        return path
+    if path_or_hub_id.count("/") > 1 or path_or_hub_id.startswith((".", "/", "~")):
+        raise CheckpointError(f"{path}: no such directory")
+    import huggingface_hub
+
+    patterns = [
+        "*.safetensors",
+        "*.safetensors.index.json",
+        "config.json",
+        "tokenizer*",
+        "*.model",
+        "vocab.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template*",
+    ]
+    try:
+        return Path(huggingface_hub.snapshot_download(path_or_hub_id, revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        raise CheckpointError(
+            f"{path_or_hub_id!r} is no directory here, and the hub did not give it ({type(error).__name__}: {error})"
+        ) from error
+
+
+def read_config(directory: Path, max_length: int | None = None) -> DecoderConfig:
+    """The decoder's shape from `config.json`.
+
+    Raises:
+      CheckpointError: the file is missing or unreadable.
+      ConfigError: the architecture is not supported.
+    """
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+
+    file = directory / "config.json"
+    if not file.exists():
+        raise CheckpointError(f"{directory}: no config.json")
+    try:
+        family = json.loads(file.read_text()).get("model_type")
+    except (ValueError, OSError, AttributeError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    check_family(family)
+    try:
+        hf = transformers.AutoConfig.from_pretrained(directory)
+    except (ValueError, OSError, TypeError, StrictDataclassError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    return decoder_config(hf, max_length=max_length)
+
+
+def _read_tokenizer(directory: Path) -> Any:
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    except (ValueError, OSError, TypeError) as error:
+        raise CheckpointError(f"{directory}: the tokenizer cannot be read ({error})") from error
+    if not tokenizer.is_fast:
+        raise CheckpointError(f"{directory}: a fast tokenizer (tokenizer.json) is needed")
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 of the tokenizer's own JSON, without the truncation and padding that callers set."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["truncation"] = content["padding"] = None
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def special_ids(base: FrozenBase) -> np.ndarray:
+    """Ids that stand for control tokens, sorted."""
+    return np.unique(np.asarray(base.tokenizer.all_special_ids, np.int32))

@@ -1,0 +1,125 @@
+"""From a config file and words on the command line to an experiment."""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Generic
+
+import tyro
+
+from spt_jax.config import ExperimentConfig, Method
+from spt_jax.errors import ConfigError, did_you_mean
+from spt_jax.prompts import METHODS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(Generic[Method]):
+    """Trains a soft prompt on a frozen language model.
+
+    Attributes:
+      workdir: where everything is written; default out/ and the config file's name.
+      resume: go on with the run in workdir.
+      overwrite: delete the run in workdir and start anew.
+      dry_run: show examples as tokens, the packing and the memory needed, and stop.
+    """
+
+    config: Annotated[ExperimentConfig[Method], tyro.conf.arg(name="")]
+    workdir: Path
+    resume: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+def load_config_file(path: Path) -> ExperimentConfig[Any]:
+    """Runs a config file's `get_config()`.
+
+    Raises:
+      ConfigError: no such file (the nearest is named), no `get_config`, or a field that no config has.
+    """
+    if not path.is_file():
+        siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(str(path), siblings, n=1)
+        hint = (
+            f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(siblings)) or 'none in that folder'}"
+        )
+        raise ConfigError(f"no config file {path}; {hint}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except AttributeError as error:
+        raise ConfigError(f"{path}: {error}; a config file defines get_config() -> ExperimentConfig") from error
+    except (TypeError, SyntaxError) as error:
+        raise ConfigError(f"{path}: {error}{_nearest_field(str(error))}") from error
+    if not isinstance(config, ExperimentConfig):
+        raise ConfigError(f"{path}: get_config() returned {type(config).__name__}, not an ExperimentConfig")
+    return config
+
+
+def _nearest_field(message: str) -> str:
+    """For "unexpected keyword argument 'stepz'": which field of which config part comes nearest."""
+    if "unexpected keyword argument" not in message:
+        return ""
+    parts = [ExperimentConfig, *ExperimentConfig.__annotations__.values(), *METHODS.values()]
+    fields = {f.name for part in parts if dataclasses.is_dataclass(part) for f in dataclasses.fields(part)}
+    return "; " + did_you_mean(message.rsplit("'", 2)[1], fields)
+
+
+def parse_train(argv: Sequence[str]) -> Command[Any]:
+    """`train.py`'s words: a config file, then flags that override its fields.
+
+    The method's name is read first, so that only the options of that method exist. Wrong words end the program with
+    exit code 2 and the nearest right ones.
+    """
+    if not argv or argv[0].startswith("-"):
+        if {"-h", "--help"} & set(argv):
+            print("usage: python train.py CONFIG.py [--field value ...]\n\nfields: python train.py CONFIG.py --help")
+            sys.exit(0)
+        raise ConfigError("the first word is a config file: python train.py configs/quickstart.py [--field value ...]")
+    path, words = Path(argv[0]), list(argv[1:])
+    config = load_config_file(path)
+    name = _method_name(words) or config.method.name
+    if name not in METHODS:
+        raise ConfigError(f"no method {name!r}; {did_you_mean(name, METHODS)}")
+    if name != config.method.name:
+        config = dataclasses.replace(config, method=METHODS[name]())
+    default = Command(config=config, workdir=Path("out") / path.stem)
+    return tyro.cli(
+        Command[METHODS[name]],  # type: ignore[misc]
+        default=default,
+        args=words,
+        prog=f"train.py {path}",
+    )
+
+
+def _method_name(words: Sequence[str]) -> str | None:
+    for i, word in enumerate(words):
+        if word == "--method.name" and i + 1 < len(words):
+            return words[i + 1]
+        if word.startswith("--method.name="):
+            return word.partition("=")[2]
+    return None
+
+
+def config_json(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values, for `config.json` and checkpoints."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def config_differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
+    """Which fields differ between two configs as JSON: "train.seed: 0 in the work directory, 1 now"."""
+    found = []
+    for name in sorted(set(ours) | set(theirs)):
+        mine, other = ours.get(name), theirs.get(name)
+        if isinstance(mine, dict) and isinstance(other, dict) and name != "verbalizers":
+            found += config_differences(mine, other, f"{prefix}{name}.")
+        elif mine != other:
+            found.append(f"{prefix}{name}: {other!r} in the work directory, {mine!r} now")
+    return found

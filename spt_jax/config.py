@@ -1,0 +1,259 @@
+"""An experiment as frozen dataclasses. Files in `configs/` build one; the command line overrides its fields."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import tyro
+
+from spt_jax.data.templates import MESSAGES, Template, virtual_length
+from spt_jax.errors import ConfigError
+from spt_jax.prompts import PromptTuning
+from spt_jax.sharding import MeshConfig
+from spt_jax.training.losses import LossConfig
+from spt_jax.training.optimizers import OptimizerConfig
+
+Method = TypeVar("Method", bound=PromptTuning)
+
+
+def unescape(text: str) -> str:
+    """Reads `\\n` as a newline, `\\t` as a tab and `\\\\` as one backslash; other backslashes stay."""
+    escapes = {"n": "\n", "t": "\t", "\\": "\\"}
+    out, i = "", 0
+    while i < len(text):
+        pair = text[i : i + 2]
+        if pair[0] == "\\" and pair[1:] in escapes:
+            out, i = out + escapes[pair[1]], i + 2
+        else:
+            out, i = out + text[i], i + 1
+    return out
+
+
+def _escape(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t")
+
+
+def _read_pairs(words: list[str]) -> dict[str, str]:
+    pairs = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{word!r} is not of the form class=text")
+        if key in pairs:
+            raise ValueError(f"class {key!r} is given twice")
+        pairs[key] = unescape(value)
+    return pairs
+
+
+def _spec(
+    metavar: str, nargs: Any, read: Callable[[list[str]], Any], write: Callable[[Any], list[str]], kind: type
+) -> Any:
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=nargs,
+        metavar=metavar,
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, kind),
+        str_from_instance=write,
+    )
+
+
+# Flags hold one line, so a newline is written `\n` in them.
+Line = Annotated[str, _spec("TEXT", 1, lambda words: unescape(words[0]), lambda text: [_escape(text)], str)]
+Lines = Annotated[
+    tuple[str, ...],
+    _spec("TEXT...", "*", lambda words: tuple(map(unescape, words)), lambda texts: list(map(_escape, texts)), tuple),
+]
+Pairs = Annotated[
+    Mapping[str, str],
+    _spec("CLASS=TEXT...", "*", _read_pairs, lambda pairs: [f"{k}={_escape(v)}" for k, v in pairs.items()], Mapping),
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """The frozen base.
+
+    Attributes:
+      path: a directory in Hugging Face format, a hub id, or "starter" for the model that ships with the package.
+      revision: branch, tag or commit on the hub.
+      dtype: precision of the base; default float32 on CPU, bfloat16 elsewhere.
+      remat: recompute each layer in the backward pass: less memory, more work.
+    """
+
+    path: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    remat: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the examples come from and how they read.
+
+    Attributes:
+      train: a .jsonl, .json, .csv, .tsv or .parquet file, or a hub data set (id or id:config).
+      validation: likewise; chooses the best prompt and the best hand-written prompt.
+      test: likewise; for the final comparison.
+      train_split: split of a hub data set to train on.
+      validation_split: split of a hub data set to validate on.
+      test_split: split of a hub data set to test on.
+      revision: of a hub data set.
+      prompt: the template's prompt, with {fields} and <soft> where the virtual tokens go.
+      target: what the model shall say, for example " {label}"; empty for {messages}.
+      verbalizers: for classification, the text that stands for each class.
+      hard_prompt: prompts that a person would write, to compare with.
+      truncate: the field that may be shortened when an example is too long.
+      keep: which end of that field stays.
+      max_length: tokens of an example at most, virtual ones included; default the model's positions.
+      chat: render prompt and target through the tokenizer's chat template.
+      system: the system turn of such a chat.
+      packing: several examples share a row.
+      limit: read at most so many records of each source, to try things out.
+    """
+
+    train: str
+    validation: str | None = None
+    test: str | None = None
+    train_split: str = "train"
+    validation_split: str = "validation"
+    test_split: str = "test"
+    revision: str | None = None
+    prompt: Line
+    target: Line = ""
+    verbalizers: Pairs = dataclasses.field(default_factory=dict)
+    hard_prompt: Lines = ()
+    truncate: str | None = None
+    keep: Literal["start", "end"] = "start"
+    max_length: int | None = None
+    chat: bool = False
+    system: Line | None = None
+    packing: bool = True
+    limit: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop.
+
+    Attributes:
+      steps: optimizer steps.
+      batch_size: examples per step.
+      microbatches: parts that a batch is split in, one after the other: less memory, the same result.
+      seed: of initialisation and data order.
+      evaluate_every: steps between validations; default a tenth of the run.
+      patience: stop after so many validations without a better one; 0 never stops early.
+      checkpoint_every: steps between checkpoints; default as evaluate_every.
+      keep: how many of the latest checkpoints stay, beside the best.
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    microbatches: int = 1
+    seed: int = 0
+    evaluate_every: int | None = None
+    patience: int = 0
+    checkpoint_every: int | None = None
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "microbatches", "evaluate_every", "checkpoint_every", "keep"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"train.{name} is {value}; it must be at least 1")
+        if self.patience < 0:
+            raise ConfigError(f"train.patience is {self.patience}; it must be at least 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How validation and test are run.
+
+    Attributes:
+      batch_size: examples per batch.
+      max_new_tokens: of generated answers.
+      generate: how many test records to generate answers for; loss and perplexity always use all.
+    """
+
+    batch_size: int = 64
+    max_new_tokens: int = 64
+    generate: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_new_tokens", "generate"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"evaluation.{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Where metrics go besides `metrics.jsonl`.
+
+    Attributes:
+      tensorboard: write event files into the work directory.
+      wandb: log to this Weights & Biases project.
+    """
+
+    tensorboard: bool = False
+    wandb: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExperimentConfig(Generic[Method]):
+    """Everything that defines a run, apart from where it is written."""
+
+    base: BaseConfig
+    data: DataConfig
+    method: Method
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+
+def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
+    """Fills in what follows from other fields, and checks what no single part can.
+
+    Raises:
+      ConfigError: naming the fields that do not fit together.
+    """
+    data, method, loss = config.data, config.method, config.loss
+    placed = virtual_length(data.prompt)
+    if method.length is None:
+        method = dataclasses.replace(method, length=placed or method.token_count)
+    if method.init.name == "labels" and not method.init.labels:
+        if not data.verbalizers:
+            raise ConfigError("method.init.name=labels needs data.verbalizers or method.init.labels")
+        method = dataclasses.replace(
+            method, init=dataclasses.replace(method.init, labels=tuple(data.verbalizers.values()))
+        )
+    if loss.over is None:
+        loss = dataclasses.replace(loss, over="verbalizers" if data.verbalizers else "vocabulary")
+    if loss.over == "verbalizers" and len(data.verbalizers) < 2:
+        raise ConfigError("loss.over=verbalizers needs data.verbalizers with at least 2 classes")
+    if loss.class_weights and len(loss.class_weights) != len(data.verbalizers):
+        raise ConfigError(
+            f"loss.class_weights has {len(loss.class_weights)} numbers for {len(data.verbalizers)} classes"
+        )
+    if data.hard_prompt and f"{{{MESSAGES}}}" in data.prompt:
+        raise ConfigError("data.hard_prompt does not go with {messages}: write it as a turn of the chat")
+    train = config.train
+    every = train.evaluate_every or max(1, train.steps // 10)
+    train = dataclasses.replace(train, evaluate_every=every, checkpoint_every=train.checkpoint_every or every)
+    return dataclasses.replace(config, method=method, loss=loss, train=train)
+
+
+def make_template(config: ExperimentConfig[Any]) -> Template:
+    """The template of a resolved config."""
+    data = config.data
+    return Template(
+        prompt=data.prompt,
+        target=data.target,
+        virtual_tokens=config.method.token_count,
+        verbalizers=data.verbalizers,
+        truncate=data.truncate,
+        keep=data.keep,
+        chat=data.chat,
+        system=data.system,
+    )

@@ -1,0 +1,1 @@
+"""Text to batches: sources, templates, tokenization, packing."""

@@ -1,0 +1,355 @@
+"""Examples to rows of static shape: packing, placement on the devices, and the resumable stream of training batches.
+
+A batch is always `batch_size` examples, packed or not, so that packing never changes what a step learns from. Rows hold
+several examples that cannot see each other; a row's shape comes from a small set of buckets, so that a step is traced
+once per bucket.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int
+
+from spt_jax.data.templates import Example
+from spt_jax.errors import DataError
+from spt_jax.models.attention import Stream
+from spt_jax.sharding import replicated, row_sharding, row_shards
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """B packed rows of T tokens, without the leading tokens that all examples share.
+
+    outputs: the Q positions of a row whose next-token distribution is needed (padded with 0).
+    target_*: M next tokens: which output predicts it, its id, its weight (0 for padding), and its group. A group is one
+      scored sequence: an example's target, or one of its choices; group = example in row * choices + choice.
+    labels, example_weights, examples: the right choice of each of a row's E examples, its weight (0 for padding) and
+      its record number (-1 for padding).
+    """
+
+    ids: Int[Array, "B T"]
+    stream: Stream
+    outputs: Int[Array, "B Q"]
+    target_outputs: Int[Array, "B M"]
+    target_ids: Int[Array, "B M"]
+    target_weights: Float[Array, "B M"]
+    target_groups: Int[Array, "B M"]
+    labels: Int[Array, "B E"]
+    example_weights: Float[Array, "B E"]
+    examples: Int[Array, "B E"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What a step takes: the leading ids that all examples share, once, and the rows that continue them."""
+
+    lead_ids: Int[Array, " P"]
+    rows: Rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """What an example takes up in a row."""
+
+    tokens: int
+    outputs: int
+    targets: int
+
+
+def slots(example: Example, lead: int) -> Slots:
+    """The room for an example whose first `lead` ids are shared. The last id of a sequence is never an input.
+
+    Raises:
+      DataError: it has nothing to predict, or no id of its own to predict it from.
+    """
+    if not example.choices and not example.predicted.any():
+        raise DataError(f"record {example.index + 1}: nothing to predict, the target has no tokens")
+    if example.first_target <= lead:
+        raise DataError(
+            f"record {example.index + 1}: nothing stands before the first token to predict; begin the prompt with text"
+        )
+    if example.choices:
+        extra = sum(len(choice) - 1 for choice in example.choices)
+        return Slots(len(example.ids) - lead + extra, 1 + extra, sum(map(len, example.choices)))
+    targets = int(example.predicted.sum())
+    return Slots(len(example.ids) - lead - int(example.predicted[-1]), targets, targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+    """Static shapes for a set of examples.
+
+    lead_ids: the shared leading ids [P].
+    length, outputs, targets, examples: T, Q, M, E of every row.
+    choices: scored sequences per example, 1 without verbalizers.
+    row_buckets: numbers of rows B to choose from, ascending.
+    multiple: what B must be a multiple of: row shards times microbatches.
+    """
+
+    lead_ids: Any
+    length: int
+    outputs: int
+    targets: int
+    examples: int
+    choices: int
+    row_buckets: tuple[int, ...]
+    multiple: int
+
+    def rows_for(self, needed: int) -> int:
+        """The smallest bucket that holds `needed` rows; beyond the last, the next multiple."""
+        for bucket in self.row_buckets:
+            if bucket >= needed:
+                return bucket
+        return _round_up(needed, self.multiple)
+
+
+def plan_batches(
+    examples: Sequence[Example],
+    *,
+    lead: int,
+    batch_size: int,
+    packing: bool = True,
+    multiple: int = 1,
+    max_length: int | None = None,
+) -> BatchPlan:
+    """Chooses shapes that waste little for these examples.
+
+    The row length holds the longest example and, packed, at least four of mean length, so that little of a row stays
+    empty. The numbers of rows are quantiles of what consecutive batches need: two or three programs to compile.
+
+    Args:
+      examples: all that will be batched.
+      lead: leading ids that all share.
+      batch_size: examples per batch.
+      packing: False puts every example in a row of its own.
+      multiple: row shards times microbatches.
+      max_length: the model's positions; rows never need to be longer.
+
+    Raises:
+      DataError: an example has nothing to predict, or nothing before it.
+    """
+    needs = [slots(example, lead) for example in examples]
+    longest = max(need.tokens for need in needs)
+    mean = sum(need.tokens for need in needs) / len(needs)
+    length = max(longest, round(4 * mean)) if packing else longest
+    step = 16 if length <= 256 else 64
+    length = _round_up(length, step)
+    if max_length is not None:
+        length = max(longest, min(length, max_length))
+    plan = BatchPlan(
+        lead_ids=examples[0].ids[:lead],
+        length=length,
+        outputs=length,
+        targets=10**9,
+        examples=10**9 if packing else 1,
+        choices=max(1, len(examples[0].choices)),
+        row_buckets=(),
+        multiple=multiple,
+    )
+    chunks = [needs[i : i + batch_size] for i in range(0, len(needs), batch_size)]
+    packed = [assign_rows(chunk, plan) for chunk in chunks]
+    filled = [[chunk[i] for i in row] for chunk, rows in zip(chunks, packed, strict=True) for row in rows]
+    counts = [len(rows) for rows in packed]
+    return dataclasses.replace(
+        plan,
+        outputs=max(sum(need.outputs for need in row) for row in filled),
+        targets=max(sum(need.targets for need in row) for row in filled),
+        examples=max(map(len, filled)),
+        row_buckets=tuple(
+            sorted(
+                {
+                    _round_up(math.ceil(np.quantile(counts, q)), multiple)
+                    for q in ((0.5, 0.9, 1.0) if packing else (1.0,))
+                }
+            )
+        ),
+    )
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def assign_rows(needs: Sequence[Slots], plan: BatchPlan) -> list[list[int]]:
+    """First-fit decreasing: which examples go into which row. Each must fit a row of its own."""
+    rows: list[list[int]] = []
+    room: list[list[int]] = []
+    limits = (plan.length, plan.outputs, plan.targets, plan.examples)
+    for i in sorted(range(len(needs)), key=lambda i: (-needs[i].tokens, i)):
+        need = (needs[i].tokens, needs[i].outputs, needs[i].targets, 1)
+        for row, free in zip(rows, room, strict=True):
+            if all(n <= f for n, f in zip(need, free, strict=True)):
+                row.append(i)
+                free[:] = [f - n for n, f in zip(need, free, strict=True)]
+                break
+        else:
+            rows.append([i])
+            room.append([limit - n for n, limit in zip(need, limits, strict=True)])
+    return rows
+
+
+def pack(examples: Sequence[Example], plan: BatchPlan, class_weights: Sequence[float] | None = None) -> Batch:
+    """Lays examples out in rows, as numpy arrays.
+
+    Args:
+      examples: those of one batch.
+      plan: the shapes.
+      class_weights: a weight per class, which multiplies all of an example's weights.
+
+    Raises:
+      DataError: an example does not fit a row of the plan, or has nothing to predict.
+    """
+    lead = len(plan.lead_ids)
+    needs = [slots(example, lead) for example in examples]
+    for example, need in zip(examples, needs, strict=True):
+        if need.tokens > plan.length or need.outputs > plan.outputs or need.targets > plan.targets:
+            raise DataError(
+                f"record {example.index + 1}: {need.tokens} tokens and {need.targets} targets; rows were planned for"
+                f" {plan.length} and {plan.targets}; plan the batches with this example among those given"
+            )
+    assigned = assign_rows(needs, plan)
+    count = plan.rows_for(len(assigned))
+
+    def zeros(width: int, dtype: Any = np.int32) -> Any:
+        return np.zeros((count, width), dtype)
+
+    rows = Rows(
+        ids=zeros(plan.length),
+        stream=Stream(zeros(plan.length), zeros(plan.length), zeros(plan.length)),
+        outputs=zeros(plan.outputs),
+        target_outputs=zeros(plan.targets),
+        target_ids=zeros(plan.targets),
+        target_weights=zeros(plan.targets, np.float32),
+        target_groups=zeros(plan.targets),
+        labels=zeros(plan.examples),
+        example_weights=zeros(plan.examples, np.float32),
+        examples=zeros(plan.examples) - 1,
+    )
+    for row, members in enumerate(assigned):
+        writer = _RowWriter(rows, row)
+        for slot, i in enumerate(members):
+            example = examples[i]
+            weight = 1.0 if class_weights is None else class_weights[example.label]
+            rows.labels[row, slot] = example.label
+            rows.example_weights[row, slot] = weight
+            rows.examples[row, slot] = example.index
+            writer.add(example, lead, slot * plan.choices, weight)
+    return Batch(plan.lead_ids, rows)
+
+
+@dataclasses.dataclass
+class _RowWriter:
+    """Appends examples to one row of numpy arrays."""
+
+    rows: Rows
+    row: int
+    tokens: int = 0
+    outputs: int = 0
+    targets: int = 0
+    segments: int = 0
+
+    def add(self, example: Example, lead: int, group: int, weight: float) -> None:
+        """Writes the example's tokens, and its targets from group `group` on."""
+        last = len(example.ids) - (0 if example.choices else int(example.predicted[-1]))
+        start = self._tokens(example.ids[lead:last], first_position=lead, parent=0)
+        if not example.choices:
+            where = np.flatnonzero(example.predicted)
+            outputs = self._outputs(start + where - 1 - lead)
+            self._targets(outputs, example.ids[where], group, weight)
+            return
+        parent = self.segments
+        (end,) = self._outputs(np.asarray([start + len(example.ids) - 1 - lead]))
+        for number, choice in enumerate(example.choices):
+            outputs = np.asarray([end])
+            if len(choice) > 1:
+                begin = self._tokens(choice[:-1], first_position=len(example.ids), parent=parent)
+                outputs = np.append(outputs, self._outputs(begin + np.arange(len(choice) - 1)))
+            self._targets(outputs, choice, group + number, weight)
+
+    def _tokens(self, ids: np.ndarray, first_position: int, parent: int) -> int:
+        start, stop = self.tokens, self.tokens + len(ids)
+        self.tokens = stop
+        self.segments += 1
+        self.rows.ids[self.row, start:stop] = ids
+        self.rows.stream.positions[self.row, start:stop] = first_position + np.arange(len(ids))
+        self.rows.stream.segments[self.row, start:stop] = self.segments
+        self.rows.stream.parents[self.row, start:stop] = parent
+        return start
+
+    def _outputs(self, positions: np.ndarray) -> np.ndarray:
+        start = self.outputs
+        self.outputs += len(positions)
+        self.rows.outputs[self.row, start : self.outputs] = positions
+        return start + np.arange(len(positions))
+
+    def _targets(self, outputs: np.ndarray, ids: np.ndarray, group: int, weight: float) -> None:
+        part = slice(self.targets, self.targets + len(ids))
+        self.targets += len(ids)
+        self.rows.target_outputs[self.row, part] = outputs
+        self.rows.target_ids[self.row, part] = ids
+        self.rows.target_weights[self.row, part] = weight
+        self.rows.target_groups[self.row, part] = group
+
+
+def place_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """Puts a host batch on the mesh: rows split over data and fsdp, leading ids on every device."""
+
+    def put(array: Any, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    rows = jax.tree.map(lambda array: put(array, row_sharding(mesh)), batch.rows)
+    return Batch(put(batch.lead_ids, replicated(mesh)), rows)
+
+
+def training_batches(
+    examples: Sequence[Example],
+    plan: BatchPlan,
+    *,
+    batch_size: int,
+    seed: int,
+    class_weights: Sequence[float] | None = None,
+) -> "grain.DatasetIterator[Batch]":
+    """An endless, shuffled stream of packed batches, each epoch in a new order.
+
+    Its `get_state()` is plain JSON and `set_state` goes on exactly there. Every process packs the same batch and takes
+    its own rows when the batch is placed, so that the result does not depend on the number of processes.
+    """
+    dataset = grain.MapDataset.source(_Source(examples)).seed(seed).shuffle().repeat()
+    dataset = dataset.batch(batch_size, batch_fn=list).map(lambda chunk: pack(chunk, plan, class_weights))
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """Random access for grain, which would otherwise print the whole list in its messages."""
+
+    examples: Sequence[Example]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+    def __repr__(self) -> str:
+        return f"{len(self.examples)} examples"
+
+
+def evaluation_batches(examples: Sequence[Example], plan: BatchPlan, batch_size: int) -> Iterator[Batch]:
+    """Every example once, in order of length so that rows fill well."""
+    ordered = sorted(examples, key=lambda example: (example.length, example.index))
+    for start in range(0, len(ordered), batch_size):
+        yield pack(ordered[start : start + batch_size], plan)
+
+
+def rows_multiple(mesh: Mesh, microbatches: int = 1) -> int:
+    """What the number of rows of a batch must be a multiple of."""
+    return row_shards(mesh) * microbatches

@@ -1,0 +1,50 @@
+"""Text to ids, for text that opens a sequence and for text that continues one."""
+
+import functools
+from typing import Any
+
+import tokenizers
+
+from spt_jax.errors import DataError
+
+# Text that is encoded in front of a continuation and cut off again. The first that does not merge with it is used.
+_ANCHORS = ("\n", "a", ".", "0", "\x00")
+
+
+class Tokenization:
+    """A tokenizer's plain text encoding, with no BOS, EOS, truncation or padding.
+
+    Control tokens that appear in text are text: "</s>" in a user's message encodes as its characters.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    @functools.cached_property
+    def adds_dummy_space(self) -> bool:
+        """True for tokenizers that put a space in front of a text's first word (SentencePiece, as in Llama 2)."""
+        normalizer, splitter = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
+        text = normalizer.normalize_str("a") if normalizer else "a"
+        first = splitter.pre_tokenize_str(text)[0][0] if splitter else text
+        return first.startswith(("\u2581", "\u0120", " "))
+
+    def opening(self, text: str) -> list[int]:
+        """Ids of a text that opens a sequence, with whatever space the tokenizer puts there."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def continuation(self, text: str) -> list[int]:
+        """Ids of a text that follows something else: no space is put in front of it.
+
+        Raises:
+          DataError: the tokenizer merges the text with everything tried in front of it.
+        """
+        if not text or not self.adds_dummy_space:
+            return self.opening(text) if text else []
+        for anchor in _ANCHORS:
+            front, whole = self.opening(anchor), self.opening(anchor + text)
+            if whole[: len(front)] == front:
+                return whole[len(front) :]
+        raise DataError(f"the tokenizer cannot encode {text[:40]!r} as the continuation of a text")

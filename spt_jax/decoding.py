@@ -1,0 +1,203 @@
+"""The compiled half of generation: a prefix that all rows share, a static cache, and one loop over both.
+
+    lead ids, the same for all --encode_lead--> Prefix --+---> decode: one token per row and step, until all have ended
+    rows, right-padded ----------prefill------> Cache ---+
+
+Pure functions that take the frozen parameters as an argument: bind them outside `jax.jit`, as `generate` does.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from spt_jax.base import logits, run_layers
+from spt_jax.forward import embed_stream, encode_prefix
+from spt_jax.models.attention import Cache, Prefix, Stream
+from spt_jax.models.decoder import Decoder
+from spt_jax.models.hf import Params
+from spt_jax.prompts.virtual import VirtualPrompt
+
+# A place in the sequence that no query reaches, which hides the padding of a prefix.
+NEVER = np.iinfo(np.int32).max
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PromptRows:
+    """Prompts without their first `lead` ids, which all share, and without their last, which is a row's first query.
+
+    ids: right-padded.
+    lengths: how many of a row's ids are real; 0 is fine.
+    last: every prompt's last id.
+    """
+
+    ids: Int[Array, "B T"]
+    lengths: Int[Array, " B"]
+    last: Int[Array, " B"]
+    lead: Int[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowSampling:
+    """The traced part of a `SamplingConfig`, the E ids that end a row, and each row's number among all prompts."""
+
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+    seed: UInt32[Array, ""]
+    end_ids: Int[Array, " E"]
+    numbers: Int[Array, " B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """The loop's state.
+
+    step: how many tokens every row has got so far.
+    ids: the prompt's last id, then the new ones; id `step` is the one to run next.
+    log_probabilities: of the new ones.
+    ended: rows whose newest token, or an earlier one, is an end.
+    cache: slots [0, T) hold the prompts and slot T + i is for id i, in every row alike: positions say where each token
+      stands, and a step writes one slice.
+    """
+
+    step: Int[Array, ""]
+    ids: Int[Array, "B M+1"]
+    log_probabilities: Float[Array, "B M"]
+    ended: Bool[Array, " B"]
+    cache: Cache
+
+
+def encode_lead(
+    module: Decoder, frozen: Params, virtual: VirtualPrompt | None, lead_ids: Int[Array, " P"], lead: Int[Array, ""]
+) -> Prefix:
+    """`encode_prefix` of the first `lead` of `lead_ids`; what follows is padding, which nothing sees.
+
+    The prefix has the base's dtype: without a gradient, float32 would only be more to read in every step.
+    """
+    prefix = encode_prefix(module, frozen, virtual, lead_ids)
+    assert prefix is not None, "lead_ids is not empty"
+    dtype = frozen["embedding"].dtype
+    positions = jnp.where(prefix.positions < lead, prefix.positions, NEVER)
+    return Prefix(prefix.keys.astype(dtype), prefix.values.astype(dtype), positions)
+
+
+def prefill(
+    module: Decoder,
+    capacity: int,
+    frozen: Params,
+    virtual: VirtualPrompt | None,
+    prefix: Prefix | None,
+    rows: PromptRows,
+) -> DecodeState:
+    """Runs all prompts but for their last ids in one pass and keeps their keys and values.
+
+    Args:
+      module, frozen: the base.
+      capacity: M, room for new tokens.
+      virtual: rows for virtual ids among `rows.ids`.
+      prefix: keys and values of the ids before, shared by all rows.
+      rows: the prompts.
+    """
+    batch, length = rows.ids.shape
+    lengths = rows.lengths[:, None]
+    slots = jnp.arange(length + capacity, dtype=jnp.int32)[None]
+    positions = rows.lead + jnp.where(slots < length, slots, lengths + slots - length)
+    segments = (slots < lengths).astype(jnp.int32)
+    stream = Stream(positions[:, :length], segments[:, :length], jnp.zeros_like(rows.ids))
+    x = embed_stream(module, frozen, virtual, rows.ids)
+    _, keys_values = run_layers(module, frozen, x, stream, prefix, return_keys_values=True)
+    keys, values = (jnp.pad(a, [(0, 0), (0, 0), (0, capacity), (0, 0), (0, 0)]) for a in keys_values)
+    return DecodeState(
+        step=jnp.zeros((), jnp.int32),
+        ids=jnp.pad(rows.last[:, None], [(0, 0), (0, capacity)]),
+        log_probabilities=jnp.zeros((batch, capacity), jnp.float32),
+        ended=jnp.zeros((batch,), bool),
+        cache=Cache(keys, values, positions, segments),
+    )
+
+
+def decode(
+    module: Decoder,
+    frozen: Params,
+    virtual: VirtualPrompt | None,
+    prefix: Prefix | None,
+    until: Int[Array, ""],
+    stopped: Bool[Array, " B"],
+    sampling: RowSampling,
+    state: DecodeState,
+) -> DecodeState:
+    """Chooses tokens until there are `until` per row, or until every row has ended or is `stopped`."""
+    put = jax.lax.dynamic_update_slice_in_dim
+
+    def goes_on(state: DecodeState) -> Bool[Array, ""]:
+        return (state.step < until) & ~jnp.all(state.ended | stopped)
+
+    def advance(state: DecodeState) -> DecodeState:
+        cache = state.cache
+        slot = cache.positions.shape[1] - state.log_probabilities.shape[1] + state.step
+        ids = jax.lax.dynamic_slice_in_dim(state.ids, state.step, 1, axis=1)
+        positions = jax.lax.dynamic_slice_in_dim(cache.positions, slot, 1, axis=1)
+        own = jnp.ones_like(ids)
+        x = embed_stream(module, frozen, virtual, ids)
+        stream = Stream(positions, own, jnp.zeros_like(ids))
+        hidden, (keys, values) = run_layers(module, frozen, x, stream, prefix, cache, return_keys_values=True)
+        scores = logits(module, frozen, hidden[:, 0])
+        chosen = choose(scores, state.step, sampling)[:, None]
+        log_probabilities = jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), chosen, axis=1)
+        return DecodeState(
+            step=state.step + 1,
+            ids=put(state.ids, chosen, state.step + 1, axis=1),
+            log_probabilities=put(state.log_probabilities, log_probabilities, state.step, axis=1),
+            ended=state.ended | jnp.any(chosen == sampling.end_ids[None], axis=1),
+            cache=Cache(
+                put(cache.keys, keys, slot, axis=2),
+                put(cache.values, values, slot, axis=2),
+                cache.positions,
+                put(cache.segments, own, slot, axis=1),
+            ),
+        )
+
+    return jax.lax.while_loop(goes_on, advance, state)
+
+
+@jax.named_scope("choose")
+def choose(scores: Float[Array, "B V"], step: Int[Array, ""], sampling: RowSampling) -> Int[Array, " B"]:
+    """The next id of each row. Random numbers are drawn, and scores sorted, only where the sampling needs it."""
+
+    def greedy() -> Int[Array, " B"]:
+        return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+    def sampled() -> Int[Array, " B"]:
+        """The maximum of scores and Gumbel noise is a sample of their softmax."""
+        # The highest score is taken off first: a tiny temperature then gives -inf, and no inf.
+        below = scores - jnp.max(scores, axis=-1, keepdims=True)
+        scaled = below / jnp.maximum(sampling.temperature, jnp.finfo(jnp.float32).tiny)
+        noise = jax.vmap(gumbel)(sampling.numbers)
+        return jax.lax.cond((sampling.top_k > 0) | (sampling.top_p < 1), among_likeliest, among_all, scaled, noise)
+
+    def gumbel(number: Int[Array, ""]) -> Float[Array, " V"]:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), number), step)
+        return jax.random.gumbel(key, scores.shape[1:], jnp.float32)
+
+    def among_all(scaled: Float[Array, "B V"], noise: Float[Array, "B V"]) -> Int[Array, " B"]:
+        return jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
+
+    def among_likeliest(scaled: Float[Array, "B V"], noise: Float[Array, "B V"]) -> Int[Array, " B"]:
+        order = jnp.argsort(-scaled, axis=-1)
+        ranked = jnp.take_along_axis(scaled, order, axis=-1)
+        ranks = jnp.arange(scaled.shape[1])[None]
+        ranked = jnp.where((sampling.top_k == 0) | (ranks < sampling.top_k), ranked, -jnp.inf)
+        probabilities = jax.nn.softmax(ranked, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        # Rounding of the sum must drop no token where top_p drops none.
+        ranked = jnp.where((sampling.top_p == 1) | (before < sampling.top_p), ranked, -jnp.inf)
+        rank = jnp.argmax(ranked + jnp.take_along_axis(noise, order, axis=-1), axis=-1)
+        return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+    return jax.lax.cond(sampling.temperature > 0, sampled, greedy)

@@ -1,0 +1,192 @@
+"""How good a prompt is: verbalizer scoring, perplexity, and generated answers against references.
+
+The same functions run with a soft prompt, with a hand-written prompt and with none: that comparison is the point.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from spt_jax import metrics
+from spt_jax.base import FrozenBase
+from spt_jax.config import EvaluationConfig
+from spt_jax.data.batches import Batch, BatchPlan, evaluation_batches, place_batch, plan_batches, rows_multiple
+from spt_jax.data.templates import Encoder, Example
+from spt_jax.forward import encode_prefix, group_scores, output_logits, target_log_probabilities
+from spt_jax.generation import SamplingConfig, generate
+from spt_jax.models.decoder import Decoder
+from spt_jax.models.hf import Params
+from spt_jax.prompts import VirtualPrompt
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSet:
+    """Records as one template reads them, ready to be scored again and again."""
+
+    encoder: Encoder
+    records: Sequence[Mapping[str, Any]]
+    examples: Sequence[Example]
+    plan: BatchPlan
+    config: EvaluationConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Metrics as plain JSON values, and what was predicted for every record, in the records' order."""
+
+    metrics: dict[str, Any]
+    predictions: list[dict[str, Any]]
+
+
+def make_evaluation_set(
+    base: FrozenBase,
+    encoder: Encoder,
+    records: Sequence[Mapping[str, Any]],
+    config: EvaluationConfig | None = None,
+    *,
+    packing: bool = True,
+) -> EvaluationSet:
+    """Encodes records and plans their batches.
+
+    Raises:
+      DataError: a record lacks a field, has an unknown label or cannot fit.
+    """
+    config = config or EvaluationConfig()
+    examples = encoder.encode_all(records)
+    plan = plan_batches(
+        examples,
+        lead=encoder.head_length(examples),
+        batch_size=config.batch_size,
+        packing=packing,
+        multiple=rows_multiple(base.mesh),
+        max_length=base.config.max_positions,
+    )
+    return EvaluationSet(encoder, records, examples, plan, config)
+
+
+@functools.partial(jax.jit, static_argnames=("module", "choices"))
+def _batch_scores(
+    module: Decoder, choices: int, frozen: Params, virtual: VirtualPrompt | None, batch: Batch
+) -> Float[Array, "B E C"]:
+    prefix = encode_prefix(module, frozen, virtual, batch.lead_ids)
+    logits = output_logits(module, frozen, virtual, prefix, batch.rows)
+    return group_scores(target_log_probabilities(logits, batch.rows), batch.rows, choices)
+
+
+def score(base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt | None) -> Float[np.ndarray, "N C"]:
+    """Summed log-probability of every choice of every example, or of its target (C = 1), in the examples' order."""
+    scores = np.zeros((len(data.examples), data.plan.choices), np.float32)
+    pending: list[tuple[np.ndarray, jax.Array]] = []
+    for batch in evaluation_batches(data.examples, data.plan, data.config.batch_size):
+        placed = place_batch(batch, base.mesh)
+        pending.append(
+            (
+                np.asarray(batch.rows.examples),
+                _batch_scores(base.module, data.plan.choices, base.params, virtual, placed),
+            )
+        )
+    for examples, values in pending:
+        real = examples >= 0
+        scores[examples[real]] = np.asarray(values)[real]
+    return scores
+
+
+def evaluate(
+    base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt | None, *, generated: bool = True
+) -> Evaluation:
+    """Scores a set with a soft prompt, or without one.
+
+    Classification gives accuracy and macro-F1 with 95 % bootstrap intervals, accuracy by mean log-probability per
+    token, and the cross-entropy among the verbalizers. Other tasks give loss per token and perplexity over the targets
+    and, unless `generated` is False, exact match, token F1, BLEU and ROUGE of greedy answers.
+    """
+    scores = score(base, data, virtual)
+    if data.encoder.template.verbalizers:
+        return _classification(data, scores)
+    result = _likelihood(data, scores[:, 0])
+    return _with_answers(base, data, virtual, result) if generated else result
+
+
+def selection_score(result: Mapping[str, Any]) -> float:
+    """What is better on validation: higher accuracy, ties by lower loss; lower loss where there are no classes."""
+    if "accuracy" not in result:
+        return -result["loss"]
+    tie_break = 1 / (1 + result["loss"]) / (2 * result["examples"])  # less than half an example
+    return result["accuracy"] + tie_break
+
+
+def _interval(interval: metrics.Interval) -> list[float]:
+    return [round(interval.low, 4), round(interval.high, 4)]
+
+
+def _classification(data: EvaluationSet, scores: Float[np.ndarray, "N C"]) -> Evaluation:
+    classes = list(data.encoder.template.verbalizers)
+    labels = np.asarray([example.label for example in data.examples])
+    tokens = np.asarray([len(choice) for choice in data.examples[0].choices])
+    predicted = scores.argmax(axis=1)
+    normalized = (scores / tokens[None]).argmax(axis=1)
+    highest = scores.max(axis=1, keepdims=True)
+    log_sum = highest[:, 0] + np.log(np.exp(scores - highest).sum(axis=1))
+    losses = log_sum - scores[np.arange(len(labels)), labels]
+    accuracy = metrics.bootstrap_interval((predicted == labels).astype(np.float64))
+    f1 = metrics.macro_f1_interval(predicted.tolist(), labels.tolist(), list(range(len(classes))))
+    result = {
+        "accuracy": accuracy.value,
+        "accuracy_interval": _interval(accuracy),
+        "accuracy_normalized": float((normalized == labels).mean()),
+        "macro_f1": f1.value,
+        "macro_f1_interval": _interval(f1),
+        "loss": float(losses.mean()),
+        "examples": len(labels),
+    }
+    predictions = [
+        {"label": classes[right], "prediction": classes[guess], "log_probabilities": [round(float(s), 5) for s in row]}
+        for right, guess, row in zip(labels, predicted, scores, strict=True)
+    ]
+    return Evaluation(result, predictions)
+
+
+def _likelihood(data: EvaluationSet, scores: Float[np.ndarray, " N"]) -> Evaluation:
+    tokens: Int[np.ndarray, " N"] = np.asarray([int(example.predicted.sum()) for example in data.examples])
+    result = {
+        "loss": float(-scores.sum() / tokens.sum()),
+        "perplexity": metrics.perplexity(scores.astype(np.float64), tokens),
+        "examples": len(tokens),
+    }
+    predictions = [
+        {"log_probability": round(float(s), 5), "tokens": int(n)} for s, n in zip(scores, tokens, strict=True)
+    ]
+    return Evaluation(result, predictions)
+
+
+def _with_answers(
+    base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt | None, result: Evaluation
+) -> Evaluation:
+    records = data.records[: data.config.generate]
+    prompts = [data.encoder.prompt_ids(record) for record in records]
+    references = [data.encoder.reference(record) for record in records]
+    room = base.config.max_positions - max(map(len, prompts))
+    sampling = SamplingConfig(max_new_tokens=max(1, min(data.config.max_new_tokens, room)))
+    answers = generate(base, prompts, virtual, sampling, batch_size=data.config.batch_size)
+    texts = [answer.text.strip() for answer in answers]
+    matches = metrics.bootstrap_interval(metrics.exact_match_values(texts, references))
+    rouge = metrics.rouge(texts, references)
+    more = {
+        "exact_match": matches.value,
+        "exact_match_interval": _interval(matches),
+        "token_f1": metrics.token_f1(texts, references),
+        "bleu": metrics.bleu(texts, references),
+        "rouge1": rouge.rouge1,
+        "rouge2": rouge.rouge2,
+        "rougeL": rouge.rougeL,
+        "generated": len(texts),
+    }
+    answered = [
+        {**p, "prediction": t, "reference": r} for p, t, r in zip(result.predictions, texts, references, strict=False)
+    ]
+    return Evaluation({**result.metrics, **more}, answered + result.predictions[len(texts) :])

@@ -1,0 +1,194 @@
+"""From a config to everything that a run needs, and the comparison at its end."""
+
+import dataclasses
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spt_jax.base import FrozenBase, load_base
+from spt_jax.config import ExperimentConfig, make_template
+from spt_jax.data.batches import BatchPlan, plan_batches, rows_multiple
+from spt_jax.data.sources import check_fields, read_records
+from spt_jax.data.templates import Encoder, Example, Template
+from spt_jax.errors import ConfigError
+from spt_jax.evaluation import Evaluation, EvaluationSet, evaluate, make_evaluation_set, selection_score
+from spt_jax.prompts import VirtualPrompt
+from spt_jax.sharding import make_mesh
+from spt_jax.training.step import Objective
+
+Records = Sequence[Mapping[str, Any]]
+CONFIG_FILE = "config.json"
+
+
+def prepare_workdir(path: Path, *, resume: bool, overwrite: bool) -> None:
+    """Makes the work directory, or decides what happens to one that exists.
+
+    Raises:
+      ConfigError: it exists and neither resume nor overwrite is asked; or there is nothing to resume; or overwrite
+        would delete a directory that no run of ours has made.
+    """
+    exists = path.is_dir() and any(path.iterdir())
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other")
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"work directory {path} is a file")
+    if exists and not (resume or overwrite):
+        raise ConfigError(f"work directory {path} already exists. Use --resume to go on or --overwrite to start anew")
+    ours = (path / CONFIG_FILE).exists()
+    if resume and not ours:
+        raise ConfigError(f"work directory {path} holds no run to resume")
+    if exists and overwrite:
+        if not ours:
+            raise ConfigError(
+                f"{path} has no {CONFIG_FILE}, so no run of ours made it; delete it yourself if you mean it"
+            )
+        shutil.rmtree(path)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A resolved config with its base loaded and its records read."""
+
+    config: ExperimentConfig[Any]
+    base: FrozenBase
+    template: Template
+    train: Records
+    validation: Records | None
+    test: Records | None
+
+    def encoder(self, template: Template) -> Encoder:
+        """An encoder of this base for a template, up to the run's longest example."""
+        return Encoder(template, self.base.tokenizer, self.base.config.vocab_size, self.max_length)
+
+    @property
+    def max_length(self) -> int:
+        return self.config.data.max_length or self.base.config.max_positions
+
+    def evaluation_set(self, records: Records, template: Template) -> EvaluationSet:
+        """Records as this template reads them."""
+        encoder = self.encoder(template)
+        return make_evaluation_set(
+            self.base, encoder, records, self.config.evaluation, packing=self.config.data.packing
+        )
+
+    def training_set(self) -> tuple[list[Example], BatchPlan]:
+        """Encoded training examples and the shapes of their batches."""
+        config = self.config
+        encoder = self.encoder(self.template)
+        examples = encoder.encode_all(self.train)
+        if config.loss.over == "vocabulary":
+            examples = [example.as_target() for example in examples]
+        plan = plan_batches(
+            examples,
+            lead=encoder.head_length(examples),
+            batch_size=config.train.batch_size,
+            packing=config.data.packing,
+            multiple=rows_multiple(self.base.mesh, config.train.microbatches),
+            max_length=self.base.config.max_positions,
+        )
+        return examples, plan
+
+    def objective(self, plan: BatchPlan) -> Objective:
+        """The static part of the loss."""
+        loss = self.config.loss
+        return Objective(
+            over=loss.over or "vocabulary",
+            choices=plan.choices,
+            label_smoothing=loss.label_smoothing,
+            microbatches=self.config.train.microbatches,
+        )
+
+
+def load_experiment(config: ExperimentConfig[Any]) -> Experiment:
+    """Reads what a resolved config names. The data are read first: they are quick to be wrong.
+
+    Raises:
+      ConfigError, DataError, CheckpointError: as the config, the data and the base have it.
+    """
+    data = config.data
+    if not data.train or not data.prompt or not config.base.path:
+        missing = [
+            n
+            for n, v in (("base.path", config.base.path), ("data.train", data.train), ("data.prompt", data.prompt))
+            if not v
+        ]
+        raise ConfigError(f"{', '.join('--' + name for name in missing)} must be given")
+    template = make_template(config)
+    for hard_prompt in data.hard_prompt:
+        template.bare(hard_prompt)
+
+    def read(source: str | None, split: str) -> Records | None:
+        if source is None:
+            return None
+        records = read_records(source, split=split, revision=data.revision, limit=data.limit)
+        check_fields(records, template.fields, source)
+        return records
+
+    train = read(data.train, data.train_split)
+    validation, test = read(data.validation, data.validation_split), read(data.test, data.test_split)
+    base = load_base(
+        config.base.path,
+        revision=config.base.revision,
+        dtype=config.base.dtype,
+        mesh=make_mesh(config.mesh),
+        max_length=data.max_length,
+        remat=config.base.remat,
+    )
+    positions = base.config.max_positions
+    if data.max_length is not None and data.max_length > positions:
+        raise ConfigError(f"data.max_length is {data.max_length}; {base.name} has {positions} positions")
+    if config.method.token_count >= (data.max_length or positions):
+        raise ConfigError(
+            f"{config.method.token_count} virtual tokens leave no room in {data.max_length or positions} positions"
+        )
+    assert train is not None
+    return Experiment(config, base, template, train, validation, test)
+
+
+def compare(experiment: Experiment, virtual: VirtualPrompt) -> dict[str, dict[str, Evaluation | None]]:
+    """The soft prompt, the best hand-written prompt and no prompt, on the same records.
+
+    The best hand-written prompt is the one that validation prefers; its text stands in its metrics. Without validation
+    data, the first is taken.
+    """
+    template, base = experiment.template, experiment.base
+    hard_prompts = experiment.config.data.hard_prompt
+    hard, hard_validation = None, None
+    if hard_prompts and experiment.validation is not None:
+        candidates = [_ask(experiment, experiment.validation, template.bare(text), None, text) for text in hard_prompts]
+        best = int(np.argmax([selection_score(result.metrics) for result in candidates]))
+        hard, hard_validation = hard_prompts[best], candidates[best]
+    elif hard_prompts:
+        hard = hard_prompts[0]
+    results: dict[str, dict[str, Evaluation | None]] = {}
+    if experiment.validation is not None:
+        soft = evaluate(base, experiment.evaluation_set(experiment.validation, template), virtual, generated=False)
+        nothing = evaluate(
+            base, experiment.evaluation_set(experiment.validation, template.bare()), None, generated=False
+        )
+        results["validation"] = {"soft_prompt": soft, "hard_prompt": hard_validation, "no_prompt": nothing}
+    if experiment.test is not None:
+        results["test"] = {
+            "soft_prompt": evaluate(base, experiment.evaluation_set(experiment.test, template), virtual),
+            "hard_prompt": None
+            if hard is None
+            else _ask(experiment, experiment.test, template.bare(hard), None, hard, True),
+            "no_prompt": evaluate(base, experiment.evaluation_set(experiment.test, template.bare()), None),
+        }
+    return results
+
+
+def _ask(
+    experiment: Experiment,
+    records: Records,
+    template: Template,
+    virtual: VirtualPrompt | None,
+    text: str,
+    generated: bool = False,
+) -> Evaluation:
+    result = evaluate(experiment.base, experiment.evaluation_set(records, template), virtual, generated=generated)
+    return Evaluation({**result.metrics, "text": text}, result.predictions)

@@ -1,0 +1,315 @@
+"""Batched text generation: prompts in, texts out.
+
+The host's half: checks, buckets, batches, stop strings and text. The compiled half is `spt_jax.decoding`. Shapes come
+from buckets and everything in a `SamplingConfig` is traced, so that few programs are ever compiled.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from spt_jax.base import FrozenBase
+from spt_jax.decoding import DecodeState, PromptRows, RowSampling, decode, encode_lead, prefill
+from spt_jax.errors import ConfigError, DataError
+from spt_jax.models.attention import Cache, Prefix
+from spt_jax.prompts.virtual import VirtualPrompt
+from spt_jax.sharding import replicated, row_sharding, row_shards
+
+# Lengths are rounded up to a multiple of this: one program per bucket.
+BUCKET = 32
+# Steps between two looks of the host at the text, where there are stop strings.
+CHUNK = 16
+# What no token's id is.
+NO_ID = -1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How next tokens are chosen, and when to end.
+
+    max_new_tokens: at most so many per prompt.
+    temperature: 0 takes the likeliest token (greedy); above, logits are divided by it and sampled from.
+    top_k: sample among the k likeliest tokens alone; 0 for all.
+    top_p: sample among the fewest likeliest tokens that hold this share of the probability left by top_k (nucleus
+      sampling, Holtzman et al. 2020, arXiv 1904.09751); 1 for all.
+    stop: texts that end a row as soon as it contains one. The tokenizer's control tokens may be named too.
+    seed: of the random numbers. Those of a prompt depend on the seed, the prompt's number and the step alone.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; generate at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ConfigError(f"temperature is {self.temperature}; it is 0 (greedy) or a number above")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k is {self.top_k}; it is 0 (all tokens) or the number of tokens to choose from")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}; it lies in (0, 1]")
+        if self.temperature == 0 and (self.top_k or self.top_p < 1):
+            raise ConfigError("top_k and top_p need temperature > 0; temperature 0 always takes the likeliest token")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise ConfigError(f"stop is {self.stop!r}; it is a tuple of texts, none of them empty")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed is {self.seed}; it lies in [0, 2**32)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What was generated after one prompt.
+
+    text: the new text, without control tokens, cut before a stop string.
+    ids: every new token, the one that ended the row (EOS, or the end of a stop string) included.
+    log_probabilities: of each of them under the model's own distribution, whatever the sampling.
+    finished: what ended the row: EOS, a stop string, or `max_new_tokens`.
+    """
+
+    text: str
+    ids: list[int]
+    log_probabilities: list[float]
+    finished: Literal["eos", "stop", "length"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled functions of `spt_jax.decoding`; `decode` takes its state over."""
+
+    encode_lead: Callable[..., Prefix]
+    prefill: Callable[..., DecodeState]
+    decode: Callable[..., DecodeState]
+
+
+@functools.cache
+def programs(mesh: Mesh) -> Programs:
+    """One set per mesh. Where a state lies is said, for a compiler left to itself may move it from call to call."""
+    rows: Any = row_sharding(mesh)
+    everywhere: Any = replicated(mesh)
+    row_heads: Any = NamedSharding(mesh, PartitionSpec(None, *rows.spec, None, "tensor"))
+    prefix_heads: Any = NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
+    cache: Any = Cache(row_heads, row_heads, rows, rows)
+    state: Any = DecodeState(step=everywhere, ids=rows, log_probabilities=rows, ended=rows, cache=cache)
+    prefix: Any = Prefix(prefix_heads, prefix_heads, everywhere)
+    return Programs(
+        encode_lead=jax.jit(encode_lead, static_argnums=0, out_shardings=prefix),
+        prefill=jax.jit(prefill, static_argnums=(0, 1), out_shardings=state),
+        decode=jax.jit(decode, static_argnums=0, donate_argnums=7, out_shardings=state),
+    )
+
+
+def generate(
+    base: FrozenBase,
+    prompts: Sequence[np.ndarray],
+    virtual: VirtualPrompt | None = None,
+    sampling: SamplingConfig | None = None,
+    *,
+    lead: int | None = None,
+    batch_size: int = 32,
+) -> list[Generated]:
+    """Continues prompts, in batches of rows of about equal length.
+
+    Programs are compiled once per base, number of rows (`batch_size`, or the next power of two for fewer prompts) and
+    lengths rounded up to multiples of 32; nothing else in `sampling` than `max_new_tokens` can make a new one.
+
+    Args:
+      base: the frozen base.
+      prompts: ids, virtual ones (`vocab_size + i`) among them, as from `Encoder.prompt_ids`.
+      virtual: the soft prompt that those stand for.
+      sampling: how tokens are chosen, and when to end; default `SamplingConfig()`, greedy.
+      lead: how many leading ids are encoded once for all prompts; None takes all that they share.
+      batch_size: rows at a time. Results do not depend on it, beyond rounding.
+
+    Returns:
+      What was generated after each prompt, in their order.
+
+    Raises:
+      ConfigError: more tokens than the model has positions, a `lead` that is not shared, virtual ids without a soft
+        prompt, or `batch_size` below 1.
+      DataError: an empty prompt, or an id that the base and the soft prompt do not have.
+    """
+    sampling = sampling or SamplingConfig()
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; it is at least 1")
+    if not len(prompts):
+        return []
+    prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
+    for number, prompt in enumerate(prompts):
+        _check_prompt(base, prompt, number, virtual, sampling)
+    lead = _shared_lead(prompts, lead)
+    if virtual is not None:
+        virtual = jax.device_put(virtual, replicated(base.mesh))
+    prefix = None
+    if lead:
+        padded = _padded(prompts[0][:lead], _round_up(lead, BUCKET))
+        prefix = programs(base.mesh).encode_lead(base.module, base.params, virtual, padded, jnp.int32(lead))
+    size = _round_up(min(batch_size, 2 ** (len(prompts) - 1).bit_length()), row_shards(base.mesh))
+    # Rows of like length go together, so that little of a batch is padding.
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    results: dict[int, Generated] = {}
+    for start in range(0, len(order), size):
+        numbers = order[start : start + size]
+        rows = [prompts[number] for number in numbers]
+        answers = _generate_batch(base, rows, numbers, size, virtual, prefix, lead, sampling)
+        results |= zip(numbers, answers, strict=True)
+    return [results[number] for number in range(len(prompts))]
+
+
+def _generate_batch(
+    base: FrozenBase,
+    prompts: list[np.ndarray],
+    numbers: list[int],
+    size: int,
+    virtual: VirtualPrompt | None,
+    prefix: Prefix | None,
+    lead: int,
+    sampling: SamplingConfig,
+) -> list[Generated]:
+    """At most `size` prompts, in rows of their own; the rows left over have ended from the start."""
+    eos_id = base.tokenizer.eos_token_id
+    control = {token.content: id_ for id_, token in base.tokenizer.added_tokens_decoder.items() if token.special}
+    stop_ids = {control[text] for text in sampling.stop if text in control}
+    stop_texts = [text for text in sampling.stop if text not in control]
+    end_ids = stop_ids | ({eos_id} if eos_id is not None else set())
+    place = functools.partial(jax.device_put, device=row_sharding(base.mesh))
+    cached = [prompt[lead:-1] for prompt in prompts]
+    length = _round_up(max(1, *map(len, cached)), BUCKET)
+    rows = PromptRows(
+        ids=place(np.stack([_padded(row, length) for row in cached + [np.zeros(0)] * (size - len(cached))])),
+        lengths=place(_padded([len(row) for row in cached], size)),
+        last=place(_padded([int(prompt[-1]) for prompt in prompts], size)),
+        lead=jnp.int32(lead),
+    )
+    traced = RowSampling(
+        temperature=jnp.float32(sampling.temperature),
+        top_k=jnp.int32(min(sampling.top_k, base.config.vocab_size)),
+        top_p=jnp.float32(sampling.top_p),
+        seed=jnp.uint32(sampling.seed),
+        end_ids=jnp.asarray(_padded(sorted(end_ids), _round_up(len(end_ids), 8), NO_ID)),
+        numbers=place(_padded(numbers, size)),
+    )
+    limit = sampling.max_new_tokens
+    state = programs(base.mesh).prefill(base.module, _round_up(limit, BUCKET), base.params, virtual, prefix, rows)
+
+    texts_of = [functools.partial(continuation_text, base.tokenizer, opens=_is_opening(base, p)) for p in prompts]
+    chunk = CHUNK if stop_texts else limit
+    stopped = np.arange(size) >= len(prompts)
+    ends: list[int | None] = [None] * len(prompts)
+    chosen: list[list[int]] = []
+    for until in [*range(chunk, limit, chunk), limit]:
+        inputs = virtual, prefix, jnp.int32(until), place(stopped.copy()), traced
+        state = programs(base.mesh).decode(base.module, base.params, *inputs, state)
+        step, ended = int(state.step), np.asarray(state.ended)
+        new_ids = np.asarray(state.ids)[: len(prompts), 1 : step + 1].tolist()
+        chosen = [_until_end(row, end_ids) for row in new_ids]
+        for i, row in enumerate(chosen):
+            if ends[i] is None:
+                ends[i] = _stop_end(texts_of[i], row, max(0, until - chunk), stop_texts)
+                stopped[i] = ends[i] is not None
+        if np.all(ended | stopped):
+            break
+
+    all_log_probabilities = np.asarray(state.log_probabilities)[: len(prompts)].tolist()
+    results = []
+    for row, end, text_of, log_probabilities in zip(chosen, ends, texts_of, all_log_probabilities, strict=True):
+        row = row[:end]
+        text, finished = text_of(row), "length"
+        if end is not None:
+            text, finished = text[: min(at for at in map(text.find, stop_texts) if at >= 0)], "stop"
+        elif row[-1] in end_ids:
+            finished = "eos" if row[-1] == eos_id else "stop"
+        results.append(Generated(text, row, log_probabilities[: len(row)], finished))
+    return results
+
+
+def continuation_text(tokenizer: Any, ids: Sequence[int], *, opens: bool = False) -> str:
+    """The text of ids that continue another text, without control tokens. A space in front is part of it.
+
+    Args:
+      tokenizer: the base's.
+      ids: real token ids.
+      opens: the ids open a sequence, so that a tokenizer's dummy space in front is none of the text's.
+    """
+    # A tokenizer takes the dummy space off the first token, whatever it is: here that one is of another text.
+    front = [] if opens else tokenizer.encode("a", add_special_tokens=False)
+    before, whole = (
+        tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for part in (front, [*front, *ids])
+    )
+    return whole[len(before) :]
+
+
+def _is_opening(base: FrozenBase, prompt: np.ndarray) -> bool:
+    """Nothing but BOS stands before the new text."""
+    return bool(np.all(prompt == base.tokenizer.bos_token_id))
+
+
+def _until_end(ids: list[int], end_ids: set[int]) -> list[int]:
+    """The ids up to the first that ends a row, that one included."""
+    end = next((i + 1 for i, token in enumerate(ids) if token in end_ids), None)
+    return ids[:end]
+
+
+def _stop_end(text_of: Callable[[list[int]], str], ids: list[int], checked: int, stop: list[str]) -> int | None:
+    """The least number of ids whose text contains a stop string, where the first `checked` ids' does not."""
+
+    def stops(count: int) -> bool:
+        text = text_of(ids[:count])
+        return any(part in text for part in stop)
+
+    if not stop or not stops(len(ids)):
+        return None
+    return next(count for count in range(checked + 1, len(ids) + 1) if stops(count))
+
+
+def _check_prompt(
+    base: FrozenBase, prompt: np.ndarray, number: int, virtual: VirtualPrompt | None, sampling: SamplingConfig
+) -> None:
+    if not len(prompt):
+        raise DataError(f"prompt {number} is empty, and nothing can predict its first token; begin it with BOS or text")
+    vocab_size, highest, length = base.config.vocab_size, int(prompt.max()), len(prompt)
+    if virtual is None and highest >= vocab_size:
+        raise ConfigError(f"prompt {number} has virtual token {highest - vocab_size}, but no soft prompt was given")
+    count = 0 if virtual is None else virtual.tokens.shape[0]
+    if int(prompt.min()) < 0 or highest >= vocab_size + count:
+        wrong = int(prompt.min()) if int(prompt.min()) < 0 else highest
+        raise DataError(f"prompt {number} has id {wrong}; the base has {vocab_size} tokens, the soft prompt {count}")
+    if length + sampling.max_new_tokens > base.config.max_positions:
+        raise ConfigError(
+            f"prompt {number}: {length} tokens and max_new_tokens={sampling.max_new_tokens} make"
+            f" {length + sampling.max_new_tokens}, but {base.name} has {base.config.max_positions} positions"
+        )
+
+
+def _shared_lead(prompts: list[np.ndarray], lead: int | None) -> int:
+    """How many leading ids to encode once: all that are shared, or as many as asked for. Rows keep their last id."""
+    if lead is None and len(prompts) == 1:
+        return 0  # nothing to share: one pass is enough
+    most = min(map(len, prompts)) - 1
+    first = prompts[0][:most]
+    differs = np.any([prompt[:most] != first for prompt in prompts], axis=0)
+    shared = int(np.argmax(differs)) if differs.any() else most
+    if lead is None:
+        return shared
+    if not 0 <= lead <= shared:
+        raise ConfigError(f"lead is {lead}; these prompts share {shared} leading ids, a prompt's last not counted")
+    return lead
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _padded(values: Sequence[int] | np.ndarray, length: int, fill: int = 0) -> np.ndarray:
+    return np.pad(np.asarray(values, np.int32), (0, length - len(values)), constant_values=fill)

@@ -1,0 +1,270 @@
+"""Scores of predictions, and bootstrap intervals around them. Numbers in, numbers out; no model is run here."""
+
+import dataclasses
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from spt_jax.errors import ConfigError, DataError, did_you_mean
+
+BLOCK = 2_000_000  # indices drawn at once, so that large test sets do not fill the memory
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+References = Sequence[str | Sequence[str]]
+Classes = Sequence[Hashable] | np.ndarray
+Values = Sequence[Any] | np.ndarray
+Number = float | int | np.number
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A score and the ends of its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RougeScores:
+    """Mean F-measures, 0 to 1."""
+
+    rouge1: float
+    rouge2: float
+    rougeL: float  # noqa: N815
+
+
+def accuracy(predictions: Classes, labels: Classes) -> float:
+    """Share of predictions that equal their label.
+
+    Raises:
+      DataError: no examples, or not as many predictions as labels.
+    """
+    _check_lengths(predictions, labels)
+    return float(np.mean([prediction == label for prediction, label in zip(predictions, labels, strict=True)]))
+
+
+def confusion_counts(predictions: Classes, labels: Classes, classes: Classes) -> Int[np.ndarray, "C C+1"]:
+    """How often each class (row) was predicted as each class (column); the last column counts predictions of no class.
+
+    Raises:
+      DataError: no examples, not as many predictions as labels, or a label outside the classes (example from 1).
+    """
+    cells, size = _cells(predictions, labels, classes)
+    return np.bincount(cells, minlength=size * (size + 1)).reshape(size, size + 1)
+
+
+def macro_f1(predictions: Classes, labels: Classes, classes: Classes) -> float:
+    """Unweighted mean over the classes of F1 = 2 TP / (2 TP + FP + FN), which is 0 for a class that never occurs.
+
+    Raises:
+      DataError: as `confusion_counts`.
+    """
+    return float(_macro_f1(confusion_counts(predictions, labels, classes)))
+
+
+def macro_f1_interval(
+    predictions: Classes,
+    labels: Classes,
+    classes: Classes,
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+) -> Interval:
+    """`macro_f1` with its bootstrap interval."""
+    cells, size = _cells(predictions, labels, classes)
+
+    def statistic(indices: Int[np.ndarray, "R N"]) -> Float[np.ndarray, " R"]:
+        rows, area = len(indices), size * (size + 1)
+        flat = (np.arange(rows)[:, None] * area + cells[indices]).ravel()
+        return _macro_f1(np.bincount(flat, minlength=rows * area).reshape(rows, size, size + 1))
+
+    return bootstrap_statistic(statistic, len(cells), seed=seed, resamples=resamples, confidence=confidence)
+
+
+def bootstrap_interval(values: Values, *, seed: int = 0, resamples: int = 1000, confidence: float = 0.95) -> Interval:
+    """The mean of one value per example, [N], with its percentile bootstrap interval.
+
+    Raises:
+      ConfigError, DataError: as `bootstrap_statistic`.
+    """
+    array = np.asarray(values, np.float64)
+    return bootstrap_statistic(
+        lambda indices: array[indices].mean(1), len(array), seed=seed, resamples=resamples, confidence=confidence
+    )
+
+
+def bootstrap_statistic(
+    statistic: Callable[[Int[np.ndarray, "R N"]], Float[np.ndarray, " R"]],
+    examples: int,
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+) -> Interval:
+    """Percentile bootstrap (Efron & Tibshirani 1993, chapter 13) of any statistic of a set of examples.
+
+    Args:
+      statistic: maps R resamples, as example numbers [R, N], to their R values. `value` is that of 0, 1, ..., N - 1.
+      examples: N.
+      seed: equal seeds give equal intervals.
+      resamples: how many times N examples are drawn with replacement.
+      confidence: the share of resamples inside the interval.
+
+    Raises:
+      ConfigError: `resamples` below 1, `confidence` not between 0 and 1, or not one value per resample.
+      DataError: no examples.
+    """
+    if resamples < 1 or not 0 < confidence < 1:
+        raise ConfigError(f"{resamples} resamples at confidence {confidence}: needed are >= 1, and between 0 and 1")
+    if examples < 1:
+        raise DataError("no examples to score")
+    rng = np.random.default_rng(seed)
+    block = max(BLOCK // examples, 1)
+    sizes = [min(block, resamples - start) for start in range(0, resamples, block)]
+    drawn = np.concatenate([statistic(rng.integers(examples, size=(size, examples))) for size in sizes])
+    if drawn.shape != (resamples,):
+        raise ConfigError(f"the statistic gave an array {drawn.shape} for {resamples} resamples, not one value each")
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(value=float(statistic(np.arange(examples)[None])[0]), low=float(low), high=float(high))
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, without ASCII punctuation, English articles and extra spaces (SQuAD, Rajpurkar et al. 2016)."""
+    plain = text.lower().translate(NO_PUNCTUATION)
+    return " ".join(re.sub(r"\b(?:an?|the)\b", " ", plain).split())
+
+
+def exact_match(predictions: Sequence[str], references: References) -> float:
+    """Share of predictions that equal one of their references once both are normalized. Errors as `bleu`."""
+    return float(np.mean(exact_match_values(predictions, references)))
+
+
+def exact_match_values(predictions: Sequence[str], references: References) -> Float[np.ndarray, " N"]:
+    """1 or 0 per example, for `bootstrap_interval`."""
+    return _best_of(predictions, references, lambda prediction, reference: float(prediction == reference))
+
+
+def token_f1(predictions: Sequence[str], references: References) -> float:
+    """Mean over examples of the best F1 between the words of a prediction and of a reference, both normalized.
+
+    As in SQuAD 2.0, two texts without words agree (1), and a text without words agrees with no other (0).
+    Errors as `bleu`.
+    """
+    return float(np.mean(token_f1_values(predictions, references)))
+
+
+def token_f1_values(predictions: Sequence[str], references: References) -> Float[np.ndarray, " N"]:
+    """F1 per example, 0 to 1, for `bootstrap_interval`."""
+    return _best_of(predictions, references, _token_f1)
+
+
+def bleu(predictions: Sequence[str], references: References) -> float:
+    """Corpus BLEU by sacrebleu with its default settings (Post 2018), 0 to 100.
+
+    Args:
+      predictions: N texts.
+      references: for each prediction a text, or one or more texts; their numbers may differ.
+
+    Raises:
+      DataError: no examples, not as many predictions as references, or an example without a reference (from 1).
+    """
+    import sacrebleu
+
+    lists = _reference_lists(predictions, references)
+    most = max(len(texts) for texts in lists)
+    # sacrebleu takes the i-th references of all examples together, None where an example has fewer.
+    streams: Any = [[texts[i] if i < len(texts) else None for texts in lists] for i in range(most)]
+    return float(sacrebleu.corpus_bleu(list(predictions), streams).score)
+
+
+def rouge(predictions: Sequence[str], references: References) -> RougeScores:
+    """Means of the ROUGE-1, -2 and -L F-measures by rouge-score, without stemming (Lin 2004).
+
+    Of several references the one with the best F-measure counts, for each score by itself. Errors as `bleu`.
+    """
+    from rouge_score import rouge_scorer
+
+    names = [field.name for field in dataclasses.fields(RougeScores)]
+    scorer = rouge_scorer.RougeScorer(names)
+    lists = _reference_lists(predictions, references)
+    scores = [scorer.score_multi(texts, text) for texts, text in zip(lists, predictions, strict=True)]
+    return RougeScores(**{name: float(np.mean([score[name].fmeasure for score in scores])) for name in names})
+
+
+def perplexity(log_probabilities: Values | Number, token_counts: Values | Number) -> float:
+    """exp of the mean negative log-probability of a token; infinite when that overflows.
+
+    Args:
+      log_probabilities: natural log-probabilities, summed over all tokens or over those of each example.
+      token_counts: how many tokens each sum is over.
+
+    Raises:
+      DataError: no tokens.
+    """
+    tokens = np.sum(np.asarray(token_counts, np.int64))
+    if tokens < 1:
+        raise DataError("no tokens to compute a perplexity of")
+    with np.errstate(over="ignore"):
+        return float(np.exp(-np.sum(np.asarray(log_probabilities, np.float64)) / tokens))
+
+
+def _check_lengths(predictions: Values, others: Values) -> None:
+    if len(predictions) != len(others):
+        raise DataError(f"{len(predictions)} predictions for {len(others)} examples")
+    if not len(others):
+        raise DataError("no examples to score")
+
+
+def _cells(predictions: Classes, labels: Classes, classes: Classes) -> tuple[Int[np.ndarray, " N"], int]:
+    """Each example's place in the flattened [C, C + 1] confusion counts, and C."""
+    _check_lengths(predictions, labels)
+    index = {name: i for i, name in enumerate(classes)}
+    if len(index) < len(classes):
+        raise DataError(f"a class comes twice: {list(classes)}")
+    for number, label in enumerate(labels, 1):
+        if label not in index:
+            hint = did_you_mean(str(label), map(str, classes))
+            raise DataError(f"the label {label!r} of example {number} is none of the classes; {hint}")
+    size = len(index)
+    pairs = zip(labels, predictions, strict=True)
+    return np.array([index[label] * (size + 1) + index.get(predicted, size) for label, predicted in pairs]), size
+
+
+def _macro_f1(counts: Int[np.ndarray, "*R C C+1"]) -> Any:
+    size = counts.shape[-2]
+    hits = np.diagonal(counts, axis1=-2, axis2=-1)
+    # Labels plus predictions of a class are 2 TP + FP + FN.
+    total = counts.sum(-1) + counts[..., :size].sum(-2)
+    return (2 * hits / np.maximum(total, 1)).mean(-1)
+
+
+def _reference_lists(predictions: Sequence[str], references: References) -> list[list[str]]:
+    _check_lengths(predictions, references)
+    lists = [[texts] if isinstance(texts, str) else list(texts) for texts in references]
+    for number, texts in enumerate(lists, 1):
+        if not texts:
+            raise DataError(f"example {number} has no reference")
+    return lists
+
+
+def _best_of(
+    predictions: Sequence[str], references: References, score: Callable[[str, str], float]
+) -> Float[np.ndarray, " N"]:
+    lists = _reference_lists(predictions, references)
+    normal = map(normalize_answer, predictions)
+    return np.array(
+        [max(score(p, normalize_answer(text)) for text in texts) for p, texts in zip(normal, lists, strict=True)]
+    )
+
+
+def _token_f1(prediction: str, reference: str) -> float:
+    words, expected = prediction.split(), reference.split()
+    if not words or not expected:
+        return float(words == expected)
+    return 2 * (Counter(words) & Counter(expected)).total() / (len(words) + len(expected))

@@ -1,0 +1,126 @@
+"""Attention over several sources of keys at once, and who may see whom.
+
+A query attends to a list of sources (a shared prefix, a cache, its own row) under **one** softmax. Nothing is merged by
+log-sum-exp, whose gradient JAX's own attention stops, and a shared prefix is never copied to every row.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Where each token of some rows stands.
+
+    positions: place in its own example, which RoPE and causality read.
+    segments: which example of the row it belongs to, from 1; 0 marks padding.
+    parents: the segment whose tokens it sees besides its own (a verbalizer sees its example); 0 for none.
+    """
+
+    positions: Int[Array, "B T"]
+    segments: Int[Array, "B T"]
+    parents: Int[Array, "B T"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """Keys (after RoPE) and values that every row sees, for all layers, at most one per position.
+
+    They stay float32 and are cast where they are used, so that cotangents of many rows add up in float32.
+    """
+
+    keys: Float[Array, "L P K H"]
+    values: Float[Array, "L P K H"]
+    positions: Int[Array, " P"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of earlier tokens of each row. Slots that hold nothing yet have segment 0."""
+
+    keys: Float[Array, "L B S K H"]
+    values: Float[Array, "L B S K H"]
+    positions: Int[Array, "B S"]
+    segments: Int[Array, "B S"]
+
+
+def visible(
+    queries: Stream, key_positions: Int[Array, "B S"], key_segments: Int[Array, "B S"] | None
+) -> Bool[Array, "B T S"]:
+    """True where a query sees a key: related and not later.
+
+    A key is related when its segment is the query's own or the query's parent. `key_segments=None` relates every key
+    to every query, as a prefix is.
+    """
+    causal = key_positions[:, None, :] <= queries.positions[:, :, None]
+    if key_segments is None:
+        return causal
+    own = key_segments[:, None, :] == queries.segments[:, :, None]
+    parent = (key_segments[:, None, :] == queries.parents[:, :, None]) & (queries.parents[:, :, None] > 0)
+    return (own | parent) & causal
+
+
+def within_window(queries: Stream, key_positions: Int[Array, "B S"], window: int) -> Bool[Array, "B T S"]:
+    """True where the key is one of the last `window` positions up to the query's own."""
+    return queries.positions[:, :, None] - key_positions[:, None, :] < window
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Keys and values of one layer that queries may attend to. Those without a B dimension are shared by all rows."""
+
+    keys: Float[Array, "*B S K H"]
+    values: Float[Array, "*B S K H"]
+    mask: Bool[Array, "B T S"]
+
+
+@jax.named_scope("attention")
+def attend(queries: Float[Array, "B T N H"], sources: Sequence[Source]) -> Float[Array, "B T N H"]:
+    """Softmax attention over all sources together, with grouped queries.
+
+    Scores and softmax are float32; the result has the queries' dtype. A query that sees nothing (padding) gets a mean
+    of values instead of NaN.
+    """
+    batch, length, heads, size = queries.shape
+    kv_heads = sources[0].keys.shape[-2]
+    groups = heads // kv_heads
+    # Batched matrix products over [B, K] with contiguous operands: twice as fast on CPU as letting XLA find the layout.
+    grouped = queries.reshape(batch, length, kv_heads, groups, size).transpose(0, 2, 3, 1, 4)
+    grouped = grouped.reshape(batch, kv_heads, groups * length, size)
+    scores = [_scores(grouped, source) for source in sources]
+    highest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [s.max(-1, keepdims=True) for s in scores]))
+    weights = [jnp.exp(score - highest) for score in scores]
+    total = sum(w.sum(-1, keepdims=True) for w in weights)
+    mixed = [_mix(w.astype(queries.dtype), source) for w, source in zip(weights, sources, strict=True)]
+    out = (sum(mixed[1:], mixed[0]) / total).astype(queries.dtype)
+    return out.reshape(batch, kv_heads, groups, length, size).transpose(0, 3, 1, 2, 4).reshape(queries.shape)
+
+
+def _scores(queries: Float[Array, "B K GT H"], source: Source) -> Float[Array, "B K GT S"]:
+    """Scaled scores in float32, with the lowest finite number where the mask hides a key."""
+    batch, kv_heads, rows, size = queries.shape
+    if source.keys.ndim == 4:
+        keys = source.keys.transpose(0, 2, 3, 1)
+        scores = jnp.matmul(queries, keys, preferred_element_type=jnp.float32)
+    else:
+        scores = jnp.einsum("bkqh,skh->bkqs", queries, source.keys, preferred_element_type=jnp.float32)
+    length = source.mask.shape[1]
+    by_query = scores.reshape(batch, kv_heads, rows // length, length, -1) * size**-0.5
+    masked = jnp.where(source.mask[:, None, None], by_query, jnp.finfo(jnp.float32).min)
+    return masked.reshape(scores.shape)
+
+
+def _mix(weights: Float[Array, "B K GT S"], source: Source) -> Float[Array, "B K GT H"]:
+    if source.values.ndim == 4:
+        values = source.values.transpose(0, 2, 1, 3)
+        return jnp.matmul(weights, values, preferred_element_type=jnp.float32)
+    return jnp.einsum("bkqs,skh->bkqh", weights, source.values, preferred_element_type=jnp.float32)

@@ -1,0 +1,184 @@
+"""A causal decoder in Flax Linen: GPT-2 and the Llama family, layers stacked [L, ...] and scanned."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from spt_jax.models.attention import Cache, Prefix, Source, Stream, attend, visible, within_window
+from spt_jax.models.config import DecoderConfig
+from spt_jax.models.layers import Linear, Mlp, Norm, rotate, rotation
+
+KeysValues = tuple[Float[Array, "*L B T K H"], Float[Array, "*L B T K H"]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerInputs:
+    """What differs from layer to layer, scanned along L. A field that no layer needs is None."""
+
+    rotates: Bool[Array, " L"] | None
+    windowed: Bool[Array, " L"] | None
+    prefix: tuple[Array, Array] | None
+    cache: tuple[Array, Array] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SharedInputs:
+    """What all layers share: rotations, and a mask per source without and with the sliding window."""
+
+    cos_sin: tuple[Array, Array] | None
+    masks: tuple[Array, ...]
+    window_masks: tuple[Array, ...] | None
+
+
+def _choose(flag: Bool[Array, ""] | None, yes: Any, no: Any) -> Any:
+    """`yes` where this layer's flag is set, or no layer has one."""
+    return yes if flag is None else jax.tree.map(lambda a, b: jnp.where(flag, a, b), yes, no)
+
+
+class Attention(nn.Module):
+    """Self-attention of one layer over prefix, cache and the row itself. Returns the row's keys and values too."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], layer: LayerInputs, shared: SharedInputs) -> tuple[Array, KeysValues]:
+        config = self.config
+        batch, length, _ = x.shape
+
+        def heads(name: str, count: int) -> Array:
+            y = Linear(count * config.head_size, config.qkv_bias, name=name)(x)
+            return y.reshape(batch, length, count, config.head_size)
+
+        queries = heads("query", config.heads)
+        keys, values = heads("key", config.kv_heads), heads("value", config.kv_heads)
+        if config.qk_norm:
+            queries, keys = Norm(config, name="query_norm")(queries), Norm(config, name="key_norm")(keys)
+        if shared.cos_sin is not None:
+            turned = rotate(queries, shared.cos_sin), rotate(keys, shared.cos_sin)
+            queries, keys = _choose(layer.rotates, turned, (queries, keys))
+
+        masks = shared.masks
+        if shared.window_masks is not None:
+            masks = _choose(layer.windowed, shared.window_masks, masks)
+        earlier = [pair for pair in (layer.prefix, layer.cache) if pair is not None]
+        pairs = [jax.tree.map(lambda a: a.astype(x.dtype), pair) for pair in earlier] + [(keys, values)]
+        sources = [Source(k, v, mask) for (k, v), mask in zip(pairs, masks, strict=True)]
+        out = attend(queries, sources).reshape(batch, length, config.heads * config.head_size)
+        return Linear(config.width, config.output_bias, name="output")(out), (keys, values)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP with residual connections: the body of the scan over layers."""
+
+    config: DecoderConfig
+    return_keys_values: bool
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], layer: LayerInputs, shared: SharedInputs
+    ) -> tuple[Array, KeysValues | None]:
+        attended, keys_values = Attention(self.config, name="attention")(
+            Norm(self.config, name="attention_norm")(x), layer, shared
+        )
+        x = x + attended
+        x = x + Mlp(self.config, name="mlp")(Norm(self.config, name="mlp_norm")(x))
+        return x, keys_values if self.return_keys_values else None
+
+
+class Decoder(nn.Module):
+    """Embeddings, scanned layers, final norm and output matrix of a causal language model.
+
+    Its parameters are a plain dict: `embedding` [V, D], `positions` [max_positions, D] where learned, `layers` with
+    every leaf stacked [L, ...], `final_norm`, and `output` [D, V] where untied.
+    """
+
+    config: DecoderConfig
+    remat: bool = False
+
+    def setup(self) -> None:
+        config = self.config
+        init = nn.initializers.normal(0.02)
+        self.embedding = self.param("embedding", init, (config.vocab_size, config.width))
+        if config.rope is None:
+            self.position_embedding = self.param("positions", init, (config.max_positions, config.width))
+        if not config.tied:
+            self.output = self.param("output", init, (config.width, config.vocab_size))
+        self.final_norm = Norm(config)
+
+    def embed(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
+        """Rows of the embedding table; ids must lie in [0, V)."""
+        return jnp.take(self.embedding, ids, axis=0)
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Next-token logits in float32 for states that `__call__` returned."""
+        with jax.named_scope("logits"):
+            kernel = self.embedding.T if self.config.tied else self.output
+            return jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rows: Stream,
+        prefix: Prefix | None = None,
+        cache: Cache | None = None,
+        *,
+        return_keys_values: bool = False,
+    ) -> tuple[Float[Array, "B T D"], KeysValues | None]:
+        """Runs the layers.
+
+        Args:
+          x: token embeddings, virtual or real, without positions.
+          rows: where each token stands, and what it may see.
+          prefix: keys and values shared by all rows.
+          cache: keys and values of each row's earlier tokens.
+          return_keys_values: also return every layer's keys (after RoPE) and values for the tokens of x.
+
+        Returns:
+          Normalised hidden states, ready for `logits`, and the keys and values [L, B, T, K, H] or None.
+        """
+        config = self.config
+        if config.rope is None:
+            x = x + jnp.take(self.position_embedding, rows.positions, axis=0, mode="clip").astype(x.dtype)
+        layers = LayerInputs(
+            rotates=_flags(config, config.no_rope_layers, invert=True),
+            windowed=_flags(config, config.window_layers),
+            prefix=None if prefix is None else (prefix.keys, prefix.values),
+            cache=None if cache is None else (cache.keys, cache.values),
+        )
+        shared = SharedInputs(rotation(config, rows.positions), *_masks(config, rows, prefix, cache))
+        block: Any = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        in_axes: Any = (0, nn.broadcast)
+        scan = nn.scan(
+            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=in_axes, length=config.layers
+        )
+        x, keys_values = scan(config, return_keys_values, name="layers")(x, layers, shared)
+        return self.final_norm(x), keys_values
+
+
+def _flags(config: DecoderConfig, layers: tuple[int, ...], invert: bool = False) -> Bool[Array, " L"] | None:
+    if not layers:
+        return None
+    chosen = [i in layers for i in range(config.layers)]
+    return jnp.asarray([not c for c in chosen] if invert else chosen)
+
+
+def _masks(config: DecoderConfig, rows: Stream, prefix: Prefix | None, cache: Cache | None):
+    """A mask per source in the order prefix, cache, row; and the same under the sliding window, if a layer has one."""
+    placed: list[tuple[Array, Array | None]] = [(rows.positions, rows.segments)]
+    if cache is not None:
+        placed.insert(0, (cache.positions, cache.segments))
+    if prefix is not None:
+        shape = (rows.positions.shape[0], prefix.positions.shape[0])
+        placed.insert(0, (jnp.broadcast_to(prefix.positions[None], shape), None))
+    masks = tuple(visible(rows, positions, segments) for positions, segments in placed)
+    if not config.window_layers:
+        return masks, None
+    windows = [within_window(rows, positions, config.window) for positions, _ in placed]
+    return masks, tuple(mask & window for mask, window in zip(masks, windows, strict=True))

@@ -1,0 +1,95 @@
+"""The small parts of a decoder: the one matrix product, norms, rotary embedding, MLP."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from spt_jax.models.config import DecoderConfig
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+def linear(
+    x: Float[Array, "*B D"], kernel: Float[Array, "D F"], bias: Float[Array, " F"] | None = None
+) -> Float[Array, "*B F"]:
+    """Every matrix product of the models: x @ kernel + bias, in x's dtype."""
+    y = jnp.dot(x, kernel.astype(x.dtype))
+    if bias is None:
+        return y
+    return y + bias.astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+class Linear(nn.Module):
+    """A kernel [D, features], with a bias if asked."""
+
+    features: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
+        kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        return linear(x, kernel, bias)
+
+
+class Norm(nn.Module):
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm over the last axis, computed in float32."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        shape = (x.shape[-1],)
+        leading = (1,) * (x.ndim - 1)
+        scale = self.param("scale", nn.initializers.ones, shape)
+        y = x.astype(jnp.float32)
+        if self.config.norm == "layer":
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.config.norm_epsilon)
+        y = y * scale.astype(jnp.float32).reshape(*leading, -1)
+        if self.config.norm == "layer":
+            bias = self.param("bias", nn.initializers.zeros, shape)
+            y = y + bias.astype(jnp.float32).reshape(*leading, -1)
+        return y.astype(x.dtype)
+
+
+class Mlp(nn.Module):
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) where the family has no gate."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    @jax.named_scope("mlp")
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        config = self.config
+        activation = ACTIVATIONS[config.activation]
+        up = Linear(config.mlp_width, config.mlp_bias, name="up")(x)
+        if config.gated_mlp:
+            hidden = activation(Linear(config.mlp_width, config.mlp_bias, name="gate")(x)) * up
+        else:
+            hidden = activation(up)
+        return Linear(config.width, config.mlp_bias, name="down")(hidden)
+
+
+def rotation(config: DecoderConfig, positions: Int[Array, "B T"]) -> tuple[Array, Array] | None:
+    """Cosine and sine of every position's angles, float32 [B, T, H / 2]; None for a family without RoPE."""
+    if config.rope is None:
+        return None
+    frequencies = jnp.asarray(config.rope.inverse_frequencies(config.head_size))
+    angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None]
+    return jnp.cos(angles) * config.rope.attention_factor, jnp.sin(angles) * config.rope.attention_factor
+
+
+def rotate(x: Float[Array, "B T N H"], cos_sin: tuple[Array, Array]) -> Float[Array, "B T N H"]:
+    """Turns the pairs (x[i], x[i + H/2]) by their angles, in float32 (the layout of Hugging Face checkpoints)."""
+    cos, sin = (part[:, :, None] for part in cos_sin)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)

@@ -1,0 +1,156 @@
+"""Where the rows of a soft prompt start. `spt_jax.init` is this module.
+
+Initialisation moves results as much as the method does, so every way that the field uses is here.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jaxtyping import Array, Float, Key
+
+from spt_jax.base import FrozenBase
+from spt_jax.data.tokenization import Tokenization
+from spt_jax.errors import CheckpointError, ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Initializer:
+    """One way to start P rows of width D. Make it with this module's functions, or by its fields on a command line.
+
+    Attributes:
+      name: vocabulary (sampled tokens), normal (matched to the embedding table), uniform, text, labels, file (.npy) or
+        prompt (a saved one).
+      top_k: for vocabulary, sample from so many of the first, most common, ids (Lester et al. take 5,000).
+      scale: for uniform, half the width of the interval around 0.
+      text: for text.
+      labels: for labels; default the verbalizers.
+      path: for file and prompt.
+      rows: for array, in Python only.
+    """
+
+    name: Literal["vocabulary", "normal", "uniform", "text", "labels", "file", "prompt", "array"] = "vocabulary"
+    top_k: int = 5000
+    scale: float = 0.5
+    text: str = ""
+    labels: tuple[str, ...] = ()
+    path: str = ""
+    rows: Annotated[Any, tyro.conf.Suppress] = None
+
+    def __post_init__(self) -> None:
+        if self.name == "text" and not self.text.strip():
+            raise ConfigError("init.name=text needs init.text")
+        if self.name in ("file", "prompt") and not self.path:
+            raise ConfigError(f"init.name={self.name} needs init.path")
+        if self.name == "array" and self.rows is None:
+            raise ConfigError("init.name=array is for Python: spt_jax.init.array(rows); use init.name=file here")
+        if self.top_k < 1 or self.scale <= 0:
+            raise ConfigError("init.top_k and init.scale must be positive")
+
+
+def vocabulary(top_k: int = 5000) -> Initializer:
+    """Embeddings of distinct tokens sampled from the `top_k` most common, special tokens left out."""
+    return Initializer(name="vocabulary", top_k=top_k)
+
+
+def normal() -> Initializer:
+    """Normal with the mean and standard deviation of each column of the embedding table."""
+    return Initializer(name="normal")
+
+
+def uniform(scale: float = 0.5) -> Initializer:
+    """Uniform in [-scale, scale] (Lester et al. use 0.5)."""
+    return Initializer(name="uniform", scale=scale)
+
+
+def text(string: str) -> Initializer:
+    """Embeddings of a text's tokens, special tokens left out, tiled or trimmed to P."""
+    return Initializer(name="text", text=string)
+
+
+def labels(strings: Sequence[str]) -> Initializer:
+    """The mean embedding of each class label's tokens; rows beyond the labels as `vocabulary`."""
+    return Initializer(name="labels", labels=tuple(strings))
+
+
+def file(path: str | Path) -> Initializer:
+    """A .npy file of shape [P, D], such as google-research/prompt-tuning writes."""
+    return Initializer(name="file", path=str(path))
+
+
+def array(rows: Any) -> Initializer:
+    """An array [P, D]."""
+    return Initializer(name="array", rows=rows)
+
+
+def prompt(directory: str | Path) -> Initializer:
+    """The virtual tokens of a saved prompt of the same base and length."""
+    return Initializer(name="prompt", path=str(directory))
+
+
+def initialize(init: Initializer, key: Key[Array, ""], base: FrozenBase, length: int) -> Float[Array, "P D"]:
+    """P = `length` rows, float32.
+
+    Raises:
+      ConfigError: the initializer cannot give so many rows of this width.
+      CheckpointError: its file cannot be read, or its prompt is for another base.
+    """
+    shape = (length, base.config.width)
+    table = np.asarray(base.params["embedding"], np.float32)
+    match init.name:
+        case "uniform":
+            return jax.random.uniform(key, shape, jnp.float32, -init.scale, init.scale)
+        case "normal":
+            noise = np.asarray(jax.random.normal(key, shape, jnp.float32))
+            return jnp.asarray(table.mean(0, keepdims=True) + noise * table.std(0, keepdims=True))
+        case "vocabulary":
+            return jnp.asarray(table[_sample_ids(key, base, init.top_k, length)])
+        case "text":
+            ids = Tokenization(base.tokenizer).continuation(init.text)
+            return jnp.asarray(table[np.resize(np.asarray(ids), length)])
+        case "labels":
+            return jnp.asarray(_label_rows(init, key, base, table, length))
+        case "array":
+            return _checked(np.asarray(init.rows), shape, "the array")
+        case "file":
+            return _checked(_read_npy(init.path), shape, init.path)
+        case "prompt":
+            from spt_jax.prompts.storage import load_prompt
+
+            return _checked(np.asarray(load_prompt(init.path, base).params["tokens"]), shape, init.path)
+
+
+def _sample_ids(key: Key[Array, ""], base: FrozenBase, top_k: int, count: int) -> np.ndarray:
+    candidates = np.setdiff1d(np.arange(min(top_k, len(base.tokenizer))), base.tokenizer.all_special_ids)
+    if len(candidates) < count:
+        raise ConfigError(f"init.top_k={top_k} leaves {len(candidates)} tokens to sample {count} distinct ones from")
+    return np.asarray(jax.random.choice(key, candidates, (count,), replace=False))
+
+
+def _label_rows(init: Initializer, key: Key[Array, ""], base: FrozenBase, table: np.ndarray, length: int) -> np.ndarray:
+    if not init.labels:
+        raise ConfigError("init.name=labels needs init.labels, or data.verbalizers to take them from")
+    tokenization = Tokenization(base.tokenizer)
+    means = [table[tokenization.continuation(label)].mean(0) for label in init.labels[:length]]
+    rest = length - len(means)
+    return np.concatenate([np.stack(means), table[_sample_ids(key, base, init.top_k, rest)]])
+
+
+def _read_npy(path: str) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: no readable .npy array ({error})") from error
+
+
+def _checked(rows: np.ndarray, shape: tuple[int, int], origin: str) -> Float[Array, "P D"]:
+    if rows.shape != shape:
+        raise ConfigError(f"{origin} has shape {rows.shape}; the prompt needs {shape} (virtual tokens, width)")
+    if rows.dtype.kind != "f" or not np.isfinite(rows).all():
+        raise ConfigError(f"{origin} must hold finite floating-point numbers")
+    return jnp.asarray(rows, jnp.float32)

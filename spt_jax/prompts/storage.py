@@ -1,0 +1,355 @@
+"""The trained artifact: a directory with `prompt.safetensors` (the parameters) and `prompt.json` (all that they mean).
+
+The JSON names the base and its fingerprint, the method, the template, the versions and the SHA-256 of the parameters'
+file, so that a prompt is never run on another base, or with another's words, without a word about it.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import types
+import typing
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+from jaxtyping import Array, Float, PyTree
+
+from spt_jax.base import Fingerprint, FrozenBase
+from spt_jax.data.templates import Template
+from spt_jax.errors import CheckpointError, ConfigError, did_you_mean
+from spt_jax.prompts.initializers import Initializer
+from spt_jax.sharding import replicated
+
+FORMAT = 1
+PARAMS_FILE = "prompt.safetensors"
+INFO_FILE = "prompt.json"
+
+_PACKAGES = ("spt_jax", "jax", "flax", "transformers")
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedPrompt:
+    """A prompt directory as read.
+
+    params: the method's parameters, float32; for prompt tuning {"tokens": [P, D]}.
+    info: the whole of `prompt.json`; what the saver added is under "extra".
+    """
+
+    method: Any
+    params: dict[str, Any]
+    template: Template
+    info: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Of the base that the prompt was trained on."""
+        return Fingerprint(**self.info["base"]["fingerprint"])
+
+
+def save_prompt(
+    directory: str | Path,
+    base: FrozenBase,
+    method: Any,
+    params: PyTree[Float[Array, "..."] | Float[np.ndarray, "..."]],
+    template: Template,
+    *,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes a prompt directory. A crash leaves the prompt that was there, or none, but never a half-written one.
+
+    In a run of several processes, one of them calls this.
+
+    Args:
+      directory: made, or replaced if it holds a prompt; `.NAME.new` and `.NAME.old` beside it are used on the way.
+      base: what the prompt was trained on.
+      method: the method's dataclass. Rows of an initializer that takes an array are not stored.
+      params: the method's parameters, float32 and finite.
+      template: the template that it was trained with.
+      extra: whatever JSON should go along, such as metrics and the training command.
+
+    Returns:
+      The directory.
+
+    Raises:
+      CheckpointError: the files cannot be written, the directory holds something else, or the parameters are not
+        finite float32 arrays of the method's shape.
+    """
+    directory = Path(directory)
+    arrays = {name: np.asarray(leaf) for name, leaf in traverse_util.flatten_dict(dict(params), sep="/").items()}
+    _check_arrays(directory, arrays, method, template, base.config.width)
+    content = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    info = {
+        "format": FORMAT,
+        "method": _method_to_json(method),
+        "template": dataclasses.asdict(template),
+        "base": {
+            "id": base.name,
+            "revision": base.revision,
+            "dtype": str(np.dtype(base.dtype)),
+            "fingerprint": dataclasses.asdict(base.fingerprint),
+        },
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "extra": dict(extra or {}),
+    }
+    try:
+        text = json.dumps(info, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory}: `extra` must be JSON with finite numbers ({error})") from error
+    try:
+        _write_directory(directory.resolve(), {PARAMS_FILE: content, INFO_FILE: text.encode()})
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory}: the prompt was not saved ({error.strerror or error}); what was there before is untouched"
+        ) from error
+    return directory
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _method_to_json(method: Any) -> dict[str, Any]:
+    fields = dataclasses.asdict(method)
+    fields.get("init", {}).pop("rows", None)  # An array in memory: what a prompt started from is not part of it.
+    return fields
+
+
+def _write_directory(directory: Path, files: Mapping[str, bytes]) -> None:
+    new, old = directory.with_name(f".{directory.name}.new"), directory.with_name(f".{directory.name}.old")
+    if directory.exists():
+        foreign = sorted(set(os.listdir(directory)) - set(files))
+        if foreign:
+            raise CheckpointError(f"{directory}: holds {foreign[0]!r}, so it is no prompt's directory to replace")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        new.mkdir()
+        for name, content in files.items():
+            with (new / name).open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        _sync(new)
+        if directory.exists():
+            # What a cut-off save left under this name is older than the prompt in place.
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(directory, old)
+        try:
+            os.rename(new, directory)
+        except BaseException:
+            if old.exists():
+                os.rename(old, directory)
+            raise
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    _sync(directory.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(directory: Path) -> None:
+    """Makes names in a directory last through a loss of power, where the file system can."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def read_prompt(directory: str | Path) -> SavedPrompt:
+    """Reads a prompt directory without its base, to look at it or to convert it. Nothing in it is trusted unchecked.
+
+    Raises:
+      CheckpointError: a file is missing, damaged, of an unknown format, or says what it cannot mean.
+    """
+    directory = Path(directory)
+    info = _read_info(directory)
+    where = str(directory / INFO_FILE)
+    try:
+        method = _build(_method_class(info["method"], where), info["method"], f"{where}: method")
+        template = _build(Template, info["template"], f"{where}: template")
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    fingerprint = info["base"]["fingerprint"]
+    arrays = _read_arrays(directory / PARAMS_FILE, info["sha256"])
+    _check_arrays(directory, arrays, method, template, fingerprint["config"]["width"])
+    params = traverse_util.unflatten_dict({name: jnp.asarray(array) for name, array in arrays.items()}, sep="/")
+    return SavedPrompt(method, params, template, info)
+
+
+def load_prompt(directory: str | Path, base: FrozenBase, *, force: bool = False) -> SavedPrompt:
+    """Reads a prompt for use with a base; its parameters are on every device of the base's mesh.
+
+    Args:
+      directory: what `save_prompt` wrote.
+      base: must have the fingerprint of the base that the prompt was trained on. Precision and path do not matter.
+      force: accept, with a warning, another base of the same width and vocabulary size.
+
+    Raises:
+      CheckpointError: the directory cannot be read, or the base is another one; every field that differs is named.
+    """
+    prompt = read_prompt(directory)
+    differences = base.fingerprint.differences(prompt.fingerprint)
+    if differences:
+        trained_on = prompt.info["base"]["id"]
+        message = f"{directory}: trained on another base, {trained_on!r}, than {base.name!r}: {'; '.join(differences)}"
+        trained_config = prompt.fingerprint.config
+        sizes = ("width", "vocab_size")
+        unfit = [name for name in sizes if trained_config[name] != getattr(base.config, name)]
+        if unfit:
+            raise CheckpointError(f"{message}. No use can be forced, for the {' and '.join(unfit)} must be the same")
+        if not force:
+            raise CheckpointError(f"{message}. Load {trained_on!r}, or pass force=True to use the prompt all the same")
+        warnings.warn(f"{message}. Used all the same, as asked", stacklevel=2)
+    return dataclasses.replace(prompt, params=jax.device_put(prompt.params, replicated(base.mesh)))
+
+
+def _read_info(directory: Path) -> dict[str, Any]:
+    """`prompt.json`, its frame checked: every key of the right type, no others."""
+    path = directory / INFO_FILE
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except FileNotFoundError as error:
+        cut_off = directory.resolve().with_name(f".{directory.name}.old")
+        hint = f"; a save was cut off, the prompt before it is {cut_off}" if cut_off.exists() else ""
+        raise CheckpointError(f"{path}: no such file, so this is no prompt's directory{hint}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(info, dict):
+        raise CheckpointError(f"{path}: holds {_shown(info)} where an object should be")
+    version = info.get("format")
+    if type(version) is not int or version != FORMAT:
+        raise CheckpointError(f"{path}: format version {version!r} is unknown; this library knows {FORMAT}")
+    frame: dict[str, Any] = dict.fromkeys(("method", "template", "base", "extra"), dict)
+    frame |= {"format": int, "versions": Mapping[str, str | None], "sha256": str}
+    _check_keys(info, frame, str(path))
+    base = {"id": str, "revision": str | None, "dtype": str, "fingerprint": dict}
+    _check_keys(info["base"], base, f"{path}: base")
+    fingerprint = info["base"]["fingerprint"]
+    _check_keys(fingerprint, {"config": dict, "weights": str, "tokenizer": str}, f"{path}: base.fingerprint")
+    for name in ("width", "vocab_size"):
+        _converted(int, fingerprint["config"].get(name), f"{path}: base.fingerprint.config.{name}")
+    return info
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return result
+
+
+def _check_keys(fields: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
+    _refuse_unknown(fields, known, where)
+    for name, kind in known.items():
+        if name not in fields:
+            raise CheckpointError(f"{where}: {name!r} is missing")
+        _converted(kind, fields[name], f"{where}: {name}")
+
+
+def _refuse_unknown(fields: Iterable[str], known: Iterable[str], where: str) -> None:
+    for name in sorted(set(fields) - set(known)):
+        raise CheckpointError(f"{where}: unknown key {name!r}; {did_you_mean(name, known)}")
+
+
+def _method_class(fields: Mapping[str, Any], where: str) -> Any:
+    from spt_jax.prompts import METHODS
+
+    name = fields.get("name")
+    if not isinstance(name, str) or name not in METHODS:
+        raise CheckpointError(f"{where}: unknown method {name!r}; {did_you_mean(str(name), METHODS)}")
+    return METHODS[name]
+
+
+def _build(cls: Any, fields: Mapping[str, Any], where: str) -> Any:
+    """A dataclass from its JSON. Keys that are left out take the class's defaults."""
+    hints = typing.get_type_hints(cls)
+    if cls is Initializer:
+        del hints["rows"]
+    _refuse_unknown(fields, hints, where)
+    values = {name: _converted(hints[name], value, f"{where}.{name}") for name, value in fields.items()}
+    if cls is Initializer and values.get("name") == "array":
+        values["rows"] = ()  # Tells what was done; no one can start from it again.
+    for field in dataclasses.fields(cls):
+        if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
+            raise CheckpointError(f"{where}: {field.name!r} is missing")
+    return cls(**values)
+
+
+def _converted(kind: Any, value: Any, where: str) -> Any:
+    """A JSON value as a field's type: tuples and dataclasses are rebuilt, anything else must be what it is."""
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in options:
+            return None
+        (kind,) = (option for option in options if option is not type(None))
+        return _converted(kind, value, where)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return _build(kind, value, where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_converted(options[0], item, where) for item in value)
+    if origin is Mapping and isinstance(value, dict):
+        return {key: _converted(options[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin is Literal and value in options:
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise CheckpointError(f"{where} is {_shown(value)}; expected {getattr(kind, '__name__', kind)}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _read_arrays(path: Path, sha256: str) -> dict[str, np.ndarray]:
+    try:
+        content = path.read_bytes()
+        tensors = dict(safetensors.deserialize(content))
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: missing, truncated or damaged ({error})") from error
+    for name, tensor in tensors.items():
+        if tensor["dtype"] != "F32":
+            raise CheckpointError(f"{path}: tensor {name!r} holds {tensor['dtype']}; a prompt holds F32")
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise CheckpointError(f"{path}: damaged, or not the file that {INFO_FILE} was written with (SHA-256 differs)")
+    return {name: np.frombuffer(t["data"], "<f4").reshape(t["shape"]) for name, t in tensors.items()}
+
+
+def _check_arrays(directory: Path, arrays: Mapping[str, Any], method: Any, template: Template, width: int) -> None:
+    """The tensors are the method's, finite, float32; method and template agree on the virtual tokens."""
+    expected = {"tokens": (method.token_count, width)}
+    _refuse_unknown(arrays, expected, f"{directory}: parameters")
+    for name, shape in expected.items():
+        if name not in arrays:
+            raise CheckpointError(f"{directory}: the parameters lack {name!r}")
+        array = arrays[name]
+        if array.dtype != np.float32 or array.shape != shape:
+            raise CheckpointError(f"{directory}: {name!r} is {array.dtype} {array.shape}; it must be float32 {shape}")
+        if not np.isfinite(array).all():
+            raise CheckpointError(f"{directory}: {name!r} holds values that are not finite")
+    placed = template.virtual_tokens
+    if placed != method.token_count:
+        raise CheckpointError(
+            f"{directory}: the template places {placed} virtual tokens, the method has {method.token_count}"
+        )

@@ -1,0 +1,57 @@
+"""Results as a person reads them."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from spt_jax.evaluation import Evaluation
+
+Metrics = Mapping[str, Mapping[str, Any] | None]
+ROWS = {"soft_prompt": "soft prompt", "hard_prompt": "best hand-written prompt", "no_prompt": "no prompt"}
+
+
+def comparison_table(metrics: Mapping[str, Metrics]) -> str:
+    """The three ways of asking, a line each, on test data if there are any, else on validation data."""
+    split = "test" if "test" in metrics else "validation"
+    if split not in metrics:
+        return "no validation or test data, so nothing to compare on"
+    results = {name: result for name, result in metrics[split].items() if result is not None}
+    if any("accuracy" in result for result in results.values()):
+        columns = ["accuracy", "macro_f1"]
+    else:
+        columns = [
+            c for c in ("perplexity", "exact_match", "token_f1", "bleu", "rougeL") if c in results["soft_prompt"]
+        ]
+    lines = [f"{split:26}" + "".join(f"{column:>22}" for column in columns)]
+    for name, result in results.items():
+        lines.append(f"{ROWS.get(name, name):26}" + "".join(f"{_cell(result, column):>22}" for column in columns))
+    hard = results.get("hard_prompt")
+    if hard is not None:
+        lines.append(f"the best hand-written prompt on validation was {hard['text']!r}")
+    return "\n".join(lines)
+
+
+def _cell(result: Mapping[str, Any], column: str) -> str:
+    if column not in result:
+        return "-"
+    interval = result.get(f"{column}_interval")
+    return f"{result[column]:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+
+
+def reference_lines(metrics: Metrics) -> dict[str, float]:
+    """What the validation curve is compared with."""
+    found = {}
+    for name in ("hard_prompt", "no_prompt"):
+        result = metrics.get(name)
+        if result is not None:
+            found[ROWS[name]] = result["accuracy" if "accuracy" in result else "loss"]
+    return found
+
+
+def predictions_jsonl(results: Mapping[str, Evaluation | None]) -> str:
+    """A line per test record and way of asking, from which every metric can be computed again."""
+    lines = []
+    for name, result in results.items():
+        for number, prediction in enumerate(result.predictions if result is not None else []):
+            lines.append(json.dumps({"prompt": name, "record": number + 1, **prediction}, ensure_ascii=False))
+    return "".join(line + "\n" for line in lines)

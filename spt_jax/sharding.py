@@ -1,0 +1,101 @@
+"""Device meshes and where arrays lie on them.
+
+Axes are always ("data", "fsdp", "tensor", "sequence"), each 1 unless asked. Rows of a batch are split over data and
+fsdp; frozen weights over fsdp and tensor by the regex rules below; the prompt and its optimizer state are everywhere.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from spt_jax.errors import ConfigError
+
+AXES = ("data", "fsdp", "tensor", "sequence")
+
+# First match wins; paths as in "layers/attention/query/kernel", stacked leaves have L in front.
+RULES: tuple[tuple[str, P], ...] = (
+    (r"embedding$", P("tensor", "fsdp")),
+    (r"positions$", P(None, "fsdp")),
+    (r"output$", P("fsdp", "tensor")),
+    (r"(query|key|value|up|gate)/kernel$", P(None, "fsdp", "tensor")),
+    (r"(query|key|value|up|gate)/bias$", P(None, "tensor")),
+    (r"(attention/output|down)/kernel$", P(None, "tensor", "fsdp")),
+    (r".*", P()),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices each axis has; their product is the number of devices used."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    sequence: int = 1
+
+    def __post_init__(self) -> None:
+        for name in AXES:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"mesh.{name} is {getattr(self, name)}; an axis has at least 1 device")
+        if self.sequence > 1:
+            raise ConfigError(
+                "mesh.sequence > 1: attention is not split over the sequence yet; use data, fsdp or tensor"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(getattr(self, name) for name in AXES)
+
+
+def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with Auto axes over the first devices.
+
+    Raises:
+      ConfigError: more devices asked for than there are.
+    """
+    shape = (config or MeshConfig()).shape
+    devices = jax.devices() if devices is None else devices
+    needed = math.prod(shape)
+    if needed > len(devices):
+        raise ConfigError(
+            f"the mesh {dict(zip(AXES, shape, strict=True))} needs {needed} devices; there are {len(devices)}"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed])
+
+
+def parameter_sharding(mesh: Mesh, path: Sequence[str], shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of the frozen leaf at `path`; an axis that does not divide its dimension is left out."""
+    name = "/".join(path)
+    spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
+    kept = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=False)]
+    return NamedSharding(mesh, P(*kept))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """One copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """The first dimension, rows, over data and fsdp."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_divides(mesh: Mesh, sizes: Mapping[str, int]) -> None:
+    """Raises ConfigError if the tensor axis does not divide the named sizes (heads, key/value heads, MLP width)."""
+    tensor = mesh.shape["tensor"]
+    for name, size in sizes.items():
+        if size % tensor:
+            near = max(n for n in range(1, tensor + 1) if all(s % n == 0 for s in sizes.values()))
+            raise ConfigError(f"mesh.tensor={tensor} does not divide {size} {name}; {near} works")

@@ -1,0 +1,233 @@
+"""Tiny models with random weights and hermetic tokenizers, for tests and notebooks. No network, no torch.
+
+Every tensor of a tiny checkpoint is random, biases and norm scales too: a forgotten bias or scale changes the logits.
+"""
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from spt_jax.base import FrozenBase, load_base
+from spt_jax.errors import ConfigError, did_you_mean
+from spt_jax.models.config import DecoderConfig, decoder_config
+from spt_jax.models.hf import Params, parameter_shapes, write_checkpoint
+
+TokenizerKind = Literal["byte", "sentencepiece"]
+
+PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
+_SIZES: dict[str, int] = {"byte": 320, "sentencepiece": 384}
+
+# Common words, and letters that are one token alone and another after a space. Enough of them for both vocabularies.
+_WORDS = (
+    "▁the", "▁of", "Hello", "▁H", "▁L", "▁N", "▁E", "▁D", "▁A", "▁question", "▁and", "▁spam", "▁world", "▁text",
+    "▁label", "▁good", "▁bad", "Question", "▁kind", "▁answer", "▁in", "▁is", "▁positive", "▁negative", "▁message",
+)  # fmt: skip
+
+_LLAMA_LIKE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA_LIKE,
+    "mistral": {**_LLAMA_LIKE, "sliding_window": 7},
+    "qwen2": {**_LLAMA_LIKE, "tie_word_embeddings": True},
+    "qwen3": {**_LLAMA_LIKE, "head_dim": 12, "tie_word_embeddings": True},
+    "smollm3": {**_LLAMA_LIKE, "num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0], "tie_word_embeddings": True},
+    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128},
+}
+
+FAMILIES = tuple(_FAMILIES)
+
+
+def tiny_config(family: str = "llama", **overrides: Any) -> Any:
+    """A transformers config object of a model with about 30,000 parameters.
+
+    Args:
+      family: one of `FAMILIES`. Mistral has a sliding window of 7; Qwen3 heads wider than width / heads; SmolLM3 every
+        second layer without RoPE.
+      **overrides: fields of the family's transformers config, such as `rope_parameters` or `tie_word_embeddings`.
+
+    Raises:
+      ConfigError: for an unknown family.
+    """
+    import transformers
+
+    if family not in _FAMILIES:
+        raise ConfigError(f"there is no tiny {family!r}; {did_you_mean(family, FAMILIES)}")
+    tokens = {"vocab_size": _SIZES["byte"], "pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
+    return transformers.AutoConfig.for_model(family, **{**tokens, **_FAMILIES[family], **overrides})
+
+
+def tiny_tokenizer(kind: TokenizerKind = "byte", *, add_bos: bool = True) -> Any:
+    """A fast tokenizer built in code: the bytes, a few merged words, and three control tokens.
+
+    Args:
+      kind: "byte" is byte-level BPE as in Llama 3 and GPT-2 (320 entries; `<pad>` 0, `<bos>` 1, `<eos>` 2);
+        "sentencepiece" puts a dummy space before any text and falls back to bytes, as Llama 2 does (384 entries;
+        `<unk>` 0, `<s>` 1, `</s>` 2, and no padding token).
+      add_bos: whether `add_special_tokens=True` puts the BOS token in front.
+    """
+    import transformers
+
+    names = ["<unk>", "<s>", "</s>"] if kind == "sentencepiece" else ["<pad>", "<bos>", "<eos>"]
+    tokenizer = _sentencepiece_like(names) if kind == "sentencepiece" else _byte_level(names)
+    if add_bos:
+        from tokenizers import processors
+
+        bos = names[BOS_ID]
+        opening = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, BOS_ID)]
+        )
+        byte_level = processors.ByteLevel(trim_offsets=False)
+        tokenizer.post_processor = opening if kind == "sentencepiece" else processors.Sequence([byte_level, opening])
+    special = {"bos_token": names[BOS_ID], "eos_token": names[EOS_ID]}
+    if kind == "sentencepiece":
+        special["unk_token"] = names[0]
+    else:  # Bytes leave nothing unknown, but where no token is set transformers adds one of its own to Qwen2's.
+        special |= {"pad_token": names[0], "unk_token": names[EOS_ID]}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, model_max_length=128, **special
+    )
+
+
+def _byte_level(special: Sequence[str]) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [word.replace("▁", "Ġ") for word in _WORDS]
+    vocabulary, merges = _merged([*special, *alphabet], words, _SIZES["byte"])
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(special))
+    return tokenizer
+
+
+def _sentencepiece_like(special: Sequence[str]) -> Any:
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    characters = ["▁", *(chr(code) for code in range(ord("!"), ord("~") + 1))]
+    alphabet = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *characters]
+    vocabulary, merges = _merged(alphabet, _WORDS, _SIZES["sentencepiece"])
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, unk_token=special[0], fuse_unk=False, byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(list(special))
+    return tokenizer
+
+
+def _merged(alphabet: Sequence[str], words: Sequence[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A vocabulary of exactly `size` entries: the alphabet, and the words letter by letter until it is full."""
+    vocabulary = {token: i for i, token in enumerate(alphabet)}
+    merges = []
+    for word in words:
+        for end in range(1, len(word)):
+            if word[: end + 1] not in vocabulary and len(vocabulary) < size:
+                vocabulary[word[: end + 1]] = len(vocabulary)
+                merges.append((word[:end], word[end]))
+    assert len(vocabulary) == size, f"too few words: {len(vocabulary)} of {size} entries"
+    return vocabulary, merges
+
+
+def random_params(config: DecoderConfig, seed: int = 0, dtype: Any = np.float32) -> Params:
+    """Host arrays for every leaf of `Decoder(config)`: normal with deviation 0.2, scales of norms around 1."""
+    generator = np.random.default_rng(seed)
+    leaves = {}
+    for path, leaf in sorted(traverse_util.flatten_dict(parameter_shapes(config)).items()):
+        values = 0.2 * generator.standard_normal(leaf.shape)
+        leaves[path] = (values + (path[-1] == "scale")).astype(dtype)
+    return traverse_util.unflatten_dict(leaves)
+
+
+def write_tiny_checkpoint(
+    directory: str | Path,
+    family: str = "llama",
+    *,
+    seed: int = 0,
+    dtype: Any = np.float32,
+    shards: int = 1,
+    tokenizer: TokenizerKind = "byte",
+    add_bos: bool = True,
+    **overrides: Any,
+) -> Path:
+    """Writes a tiny model in Hugging Face format; the same arguments give the same bytes.
+
+    Args:
+      directory: made if absent.
+      family: as for `tiny_config`, which takes the `overrides`.
+      seed: of the random tensors.
+      dtype: in which tensors are stored, for example `np.float32` or `ml_dtypes.bfloat16`.
+      shards: number of safetensors files; more than one come with `model.safetensors.index.json`.
+      tokenizer: as for `tiny_tokenizer`; the model's vocabulary has its size.
+      add_bos: as for `tiny_tokenizer`.
+
+    Returns:
+      The directory.
+
+    Raises:
+      ConfigError: for an unknown family, options that the library's decoder does not have, or a SentencePiece-like
+        tokenizer for Qwen2 (transformers gives every model of that type Qwen2's own byte-level one).
+    """
+    if family == "qwen2" and tokenizer != "byte":
+        raise ConfigError("transformers reads the tokenizer of any qwen2 model as byte-level BPE; use another family")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    hf = tiny_config(family, **{"vocab_size": _SIZES[tokenizer], **overrides})
+    config = decoder_config(hf)
+    stored = {**hf.to_dict(), "architectures": [ARCHITECTURES[family]], "dtype": np.dtype(dtype).name}
+    (directory / "config.json").write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
+    tiny_tokenizer(tokenizer, add_bos=add_bos).save_pretrained(directory)
+    write_checkpoint(directory, config, random_params(config, seed, dtype), dtype, shards=shards)
+    return directory
+
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
+
+
+def tiny_base(
+    family: str = "llama",
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    max_length: int | None = None,
+    remat: bool = False,
+    tokenizer: TokenizerKind = "byte",
+    add_bos: bool = True,
+    **overrides: Any,
+) -> FrozenBase:
+    """A tiny frozen base, written to a temporary directory and read back with `load_base`.
+
+    Args are those of `write_tiny_checkpoint` and `load_base`. The base is named "tiny-" and its family.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        write_tiny_checkpoint(directory, family, seed=seed, tokenizer=tokenizer, add_bos=add_bos, **overrides)
+        base = load_base(directory, dtype=dtype, mesh=mesh, max_length=max_length, remat=remat)
+        jax.block_until_ready(base.params)
+    return dataclasses.replace(base, name=f"tiny-{family}")

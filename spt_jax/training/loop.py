@@ -1,0 +1,269 @@
+"""The loop around the step: progress, validation, checkpoints, and stopping without losing anything."""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from spt_jax.base import FrozenBase
+from spt_jax.checkpoints import Checkpoints
+from spt_jax.config import TrainConfig
+from spt_jax.data.batches import BatchPlan, place_batch, training_batches
+from spt_jax.data.templates import Example
+from spt_jax.errors import TrainingError
+from spt_jax.evaluation import selection_score
+from spt_jax.prompts import PromptTuning
+from spt_jax.training.logs import MetricsLog
+from spt_jax.training.step import Objective, PromptParams, TrainState, init_state, make_train_step
+
+
+class Stopped(Exception):  # noqa: N818 (no error: somebody asked)
+    """A signal asked the run to stop, and its state is saved."""
+
+    def __init__(self, signal_number: int, step: int):
+        super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}; the state is saved")
+        self.exit_code = 128 + signal_number
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """Examples, how they are batched, and a weight per class if classes weigh differently."""
+
+    examples: Sequence[Example]
+    plan: BatchPlan
+    class_weights: Sequence[float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The best prompt so far by validation, and how many validations have passed since."""
+
+    params: PromptParams
+    step: int = 0
+    metrics: Mapping[str, Any] | None = None
+    since: int = 0
+
+    @property
+    def score(self) -> float:
+        return -math.inf if self.metrics is None else selection_score(self.metrics)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What training gave: the best prompt, steps done, seconds in steps (without compiling), examples in those."""
+
+    best: Best
+    steps: int
+    train_seconds: float
+    examples_per_second: float
+
+
+@contextlib.contextmanager
+def graceful_stop() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT instead of dying from them; a second SIGINT interrupts at once."""
+    caught: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    try:
+        previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread, which alone gets signals
+        previous = {}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def fit(
+    base: FrozenBase,
+    method: PromptTuning,
+    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    data: TrainingData,
+    config: TrainConfig,
+    *,
+    workdir: Path,
+    log: Callable[[int], MetricsLog],
+    validate: Callable[[PromptParams], Mapping[str, Any]] | None,
+    save_best: Callable[[Best], None],
+    metadata: Mapping[str, Any],
+    resume: bool = False,
+) -> Outcome:
+    """Trains until `config.steps`, an early stop or a signal.
+
+    Args:
+      log: opens the metrics log at the step that the run starts or goes on from.
+      validate: metrics of a prompt on the validation set; None keeps the last prompt as the best.
+      save_best: called with every new best prompt.
+      metadata: plain JSON that goes into every checkpoint.
+      resume: go on from the latest checkpoint in workdir.
+
+    Raises:
+      TrainingError: a loss, gradient or prompt is not finite; the last checkpoint and the best prompt are kept.
+      CheckpointError: a checkpoint cannot be written or read.
+      Stopped: after SIGTERM or SIGINT, with the state saved.
+    """
+    state = init_state(jax.random.key(config.seed), base, method, optimizer)
+    stream = training_batches(
+        data.examples, data.plan, batch_size=config.batch_size, seed=config.seed, class_weights=data.class_weights
+    )
+    best = Best(_to_host(state.params))
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=config.keep))
+        stop = stack.enter_context(graceful_stop())
+        if resume and checkpoints.latest_step() is not None:
+            state, data_state, saved = checkpoints.restore(None, state)
+            stream.set_state(data_state)
+            best = _restored_best(checkpoints, saved["best"], state)
+        first = int(state.step)
+        metrics_log = stack.enter_context(contextlib.closing(log(first)))
+        run = _Run(config, metrics_log, first)
+        stack.callback(run.bar.close)
+
+        def save(state: TrainState, best: Best) -> None:
+            details = {"step": best.step, "metrics": best.metrics, "since": best.since}
+            score = best.score if best.step == int(state.step) and best.metrics else None
+            checkpoints.save(state, stream.get_state(), {**metadata, "best": details}, metric=score)
+
+        step = make_train_step(base, method, optimizer, objective)
+        if first == 0:
+            save(state, best)
+        done = first
+        while done < config.steps and not _out_of_patience(config, best):
+            state, metrics = step(state, place_batch(next(stream), base.mesh))
+            done += 1
+            run.dispatched(done, metrics)
+            last = done == config.steps
+            if validate is not None and (done % config.evaluate_every == 0 or last):  # type: ignore[operator]
+                run.settle()
+                with run.pause():
+                    best = _validated(best, _to_host(state.params), done, validate, metrics_log, save_best)
+            # A new best is always checkpointed: that is where a resumed run finds it.
+            if done % config.checkpoint_every == 0 or last or stop or best.step == done:  # type: ignore[operator]
+                run.settle()
+                with run.pause():
+                    save(state, best)
+            if stop:
+                checkpoints.wait()
+                raise Stopped(stop[0], done)
+        run.settle()
+        if validate is None:
+            best = Best(_to_host(state.params), done)
+            save_best(best)
+        elif best.metrics is not None:
+            save_best(best)
+        checkpoints.wait()
+    return Outcome(best, done, run.seconds, run.examples_per_second)
+
+
+def _to_host(params: PromptParams) -> PromptParams:
+    return jax.tree.map(np.asarray, params)
+
+
+def _out_of_patience(config: TrainConfig, best: Best) -> bool:
+    return 0 < config.patience <= best.since
+
+
+def _restored_best(checkpoints: Checkpoints, saved: Mapping[str, Any], state: TrainState) -> Best:
+    """The best prompt is that of the best checkpoint, which is kept for this."""
+    if saved["metrics"] is None:
+        return Best(_to_host(state.params))
+    params = checkpoints.restore(saved["step"], state)[0].params
+    return Best(_to_host(params), saved["step"], saved["metrics"], saved["since"])
+
+
+def _validated(
+    best: Best,
+    params: PromptParams,
+    step: int,
+    validate: Callable[[PromptParams], Mapping[str, Any]],
+    log: MetricsLog,
+    save_best: Callable[[Best], None],
+) -> Best:
+    metrics = validate(params)
+    log.write(step, {"validation": dict(metrics)})
+    if selection_score(metrics) <= best.score:
+        return dataclasses.replace(best, since=best.since + 1)
+    best = Best(params, step, metrics)
+    save_best(best)
+    return best
+
+
+class _Run:
+    """Progress bar and clock of a run. A step's metrics are read after the next step is dispatched."""
+
+    def __init__(self, config: TrainConfig, log: MetricsLog, first: int):
+        self._config, self._log, self._first = config, log, first
+        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._settled = first
+        self._warm: tuple[int, float] | None = None
+        self._paused = 0.0
+        self._begun = time.perf_counter()
+        seconds = 0.5 if sys.stderr.isatty() else 10.0  # a log file gets a line now and then
+        self.bar = tqdm(
+            total=config.steps, initial=first, unit="step", desc="training", dynamic_ncols=True, mininterval=seconds
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start, without validation and saving."""
+        return time.perf_counter() - self._begun - self._paused
+
+    @property
+    def examples_per_second(self) -> float:
+        """Examples per second since the first step came back, which is when the program was compiled."""
+        if self._warm is None or self._settled == self._warm[0]:
+            return 0.0
+        steps, begun = self._warm
+        return (self._settled - steps) * self._config.batch_size / (self.seconds - begun)
+
+    def dispatched(self, step: int, metrics: dict[str, Any]) -> None:
+        """Takes a step's metrics, still being computed, and reads those of the step before."""
+        previous, self._pending = self._pending, (step, metrics)
+        if previous is not None:
+            self._read(*previous)
+
+    def settle(self) -> None:
+        """Waits for the last step and reads its metrics."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._read(*pending)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time spent inside counts neither as training nor for the rate."""
+        begun = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - begun
+
+    def _read(self, step: int, metrics: dict[str, Any]) -> None:
+        values = {name: float(value) for name, value in metrics.items()}
+        broken = [name for name, value in values.items() if not math.isfinite(value)]
+        if broken:
+            raise TrainingError(
+                f"step {step}: {', '.join(f'{name} is {values[name]}' for name in broken)}. The last checkpoint and the"
+                " best prompt so far are kept. A lower optimizer.learning_rate usually helps"
+            )
+        self._settled = step
+        if self._warm is None:
+            self._warm = (step, self.seconds)
+        self._log.write(step, values)
+        self.bar.update(1)
+        self.bar.set_postfix(
+            loss=f"{values['loss']:.3f}", examples_per_s=f"{self.examples_per_second:.0f}", refresh=False
+        )

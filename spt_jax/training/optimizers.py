@@ -1,0 +1,202 @@
+"""Optimizers and learning-rate schedules for prompts, as Optax transformations."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from spt_jax.errors import ConfigError, did_you_mean
+
+OptimizerName = Literal["adafactor", "adamw", "adam", "sgd", "lion"]
+ScheduleName = Literal["constant", "cosine", "linear", "inverse_sqrt"]
+
+# Every option that an optimizer has, with its default. Adafactor is that of Lester et al. 2021.
+OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "adafactor": {"learning_rate": 0.3, "weight_decay": 1e-5, "momentum": 0.0, "clip_norm": 0.0},
+    "adamw": {"learning_rate": 0.03, "weight_decay": 0.01, "b1": 0.9, "b2": 0.999, "clip_norm": 0.0},
+    "adam": {"learning_rate": 0.03, "b1": 0.9, "b2": 0.999, "clip_norm": 0.0},
+    "sgd": {"learning_rate": 0.3, "weight_decay": 0.0, "momentum": 0.9, "clip_norm": 0.0},
+    "lion": {"learning_rate": 0.003, "weight_decay": 0.0, "b1": 0.9, "b2": 0.99, "clip_norm": 0.0},
+}
+SCHEDULE_DEFAULTS: dict[str, Any] = {"schedule": "constant", "warmup_steps": 0}
+
+# The optimizer of each base family, and what differs from the tables above when that optimizer is the one in use.
+LLAMA_LIKE: dict[str, Any] = {"name": "adam", "learning_rate": 0.1}
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3"), LLAMA_LIKE),
+    "gpt2": {"name": "adam", "learning_rate": 0.03},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How the prompt is trained. None means the default of the base's family, or else of the optimizer.
+
+    Attributes:
+      name: the optimizer.
+      learning_rate: the highest rate of the schedule.
+      schedule: cosine and linear fall to 0 at the last step; inverse_sqrt falls as 1 / sqrt(step) after the warm-up.
+      warmup_steps: steps over which the rate rises in a line from 0; 0 starts at the full rate.
+      weight_decay: adamw and lion subtract rate * decay * parameter, adafactor decay * parameter (as T5X does); sgd
+        adds decay * parameter to the gradient; adam has none.
+      clip_norm: largest global norm of the gradient; 0 is off.
+      momentum: of sgd and adafactor.
+      b1: decay of the first moment of adam, adamw and lion.
+      b2: decay of the second moment of adam and adamw, of the first moment kept by lion.
+
+    Raises:
+      ConfigError: a value out of range, or an option that the named optimizer does not have.
+    """
+
+    name: OptimizerName | None = None
+    learning_rate: float | None = None
+    schedule: ScheduleName | None = None
+    warmup_steps: int | None = None
+    weight_decay: float | None = None
+    clip_norm: float | None = None
+    momentum: float | None = None
+    b1: float | None = None
+    b2: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_name("name", self.name, get_args(OptimizerName))
+        _check_name("schedule", self.schedule, get_args(ScheduleName))
+        if self.learning_rate == 0:
+            raise ConfigError("optimizer.learning_rate is 0, and nothing would be trained; it must be above 0")
+        for field in ("learning_rate", "weight_decay", "clip_norm"):
+            _check_number(field, getattr(self, field), math.inf)
+        for field in ("momentum", "b1", "b2"):
+            _check_number(field, getattr(self, field), 1.0)
+        warmup = self.warmup_steps
+        if warmup is not None and (isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0):
+            raise ConfigError(f"optimizer.warmup_steps is {warmup!r}; it must be a whole number, 0 or more")
+        for field in ("weight_decay", "momentum", "b1", "b2"):
+            # A 0 asks for nothing, so that it may be said of any optimizer.
+            if self.name and getattr(self, field) and field not in OPTIMIZER_DEFAULTS[self.name]:
+                having = [name for name, options in OPTIMIZER_DEFAULTS.items() if field in options]
+                raise ConfigError(f"optimizer {self.name} has no {field}; {', '.join(having)} have it")
+
+
+def resolve_optimizer(config: OptimizerConfig, family: str) -> OptimizerConfig:
+    """Fills in what the config leaves open, for a base of this family (`DecoderConfig.family`).
+
+    The family's own rate and schedule hold for the family's own optimizer; another optimizer takes its general ones.
+    Options that the optimizer does not have stay None.
+
+    Raises:
+      ConfigError: unknown family, or an option that the family's optimizer does not have.
+    """
+    if family not in FAMILY_DEFAULTS:
+        hint = did_you_mean(family, FAMILY_DEFAULTS)
+        raise ConfigError(f"there are no optimizer defaults for the base family {family!r}; {hint}")
+    own = FAMILY_DEFAULTS[family]
+    name = config.name or own["name"]
+    defaults: Mapping[str, Any] = {**SCHEDULE_DEFAULTS, **OPTIMIZER_DEFAULTS[name], "name": name}
+    if name == own["name"]:
+        defaults = {**defaults, **own}
+    return dataclasses.replace(
+        config, **{field: value for field, value in defaults.items() if getattr(config, field) is None}
+    )
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The learning rate of each update, as a function of how many updates came before it.
+
+    With w = warmup_steps, update t has the rate
+
+        learning_rate * min(t / w, 1) * decay(t),       without the ramp when w = 0
+
+    where decay is 1 (constant); 1 - p (linear) or (1 + cos(pi p)) / 2 (cosine) for p = (t - w) / (steps - w), held
+    between 0 and 1; or sqrt(w) / sqrt(max(t, w)) with w at least 1 (inverse_sqrt: Vaswani et al. 2017 with the warm-up,
+    Raffel et al. 2020 after it).
+
+    Args:
+      config: resolved.
+      steps: the length of the run, in updates.
+
+    Raises:
+      ConfigError: the config is not resolved, or the warm-up is longer than the run.
+    """
+    _check_resolved(config)
+    rate, warmup = config.learning_rate or 0.0, config.warmup_steps or 0
+    if steps < 1 or warmup > steps:
+        raise ConfigError(f"optimizer.warmup_steps is {warmup}, which does not fit into a run of {steps} steps")
+
+    def schedule(count: Any) -> Float[Array, ""]:
+        step = jnp.asarray(count, jnp.float32)
+        ramp = jnp.minimum(step / warmup, 1.0) if warmup else 1.0
+        progress = jnp.clip((step - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+        if config.schedule == "linear":
+            decay = 1.0 - progress
+        elif config.schedule == "cosine":
+            decay = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        elif config.schedule == "inverse_sqrt":
+            decay = jnp.sqrt(max(warmup, 1) / jnp.maximum(step, max(warmup, 1)))
+        else:
+            decay = 1.0
+        return jnp.asarray(rate * ramp * decay, jnp.float32)
+
+    return schedule
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then the optimizer under its schedule. `update` needs the parameters.
+
+    Adafactor is that of Lester et al. 2021 (google-research/prompt-tuning): no scaling by the parameters, second-moment
+    decay 1 - t^-0.8, updates clipped to a root mean square of 1, factored when both dimensions are 128 or more. Adam:
+    Kingma & Ba 2015; AdamW: Loshchilov & Hutter 2019; Lion: Chen et al. 2023; SGD with classical momentum.
+
+    Args:
+      config: resolved.
+      steps: the length of the run, in updates.
+
+    Raises:
+      ConfigError: as `make_schedule`.
+    """
+    rate = make_schedule(config, steps)
+    # None where the optimizer does not have the option.
+    momentum, weight_decay = config.momentum or None, config.weight_decay or 0.0
+    b1, b2 = config.b1 or 0.0, config.b2 or 0.0
+    if config.name == "adafactor":
+        optimizer = optax.adafactor(
+            rate,
+            min_dim_size_to_factor=128,
+            decay_rate=0.8,
+            multiply_by_parameter_scale=False,
+            clipping_threshold=1.0,
+            momentum=momentum,
+            weight_decay_rate=weight_decay or None,
+        )
+    elif config.name == "sgd":
+        optimizer = optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum))
+    elif config.name == "adam":
+        optimizer = optax.adam(rate, b1, b2)
+    elif config.name == "adamw":
+        optimizer = optax.adamw(rate, b1, b2, weight_decay=weight_decay)
+    else:
+        optimizer = optax.lion(rate, b1, b2, weight_decay=weight_decay)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer) if config.clip_norm else optimizer
+
+
+def _check_name(field: str, value: Any, known: tuple[str, ...]) -> None:
+    if value is not None and value not in known:
+        raise ConfigError(f"optimizer.{field} {value!r} is unknown; {did_you_mean(str(value), known)}")
+
+
+def _check_number(field: str, value: Any, end: float) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < end:
+        reach = "0 or more" if end == math.inf else f"at least 0 and below {end:g}"
+        raise ConfigError(f"optimizer.{field} is {value!r}; it must be a number, {reach}")
+
+
+def _check_resolved(config: OptimizerConfig) -> None:
+    needed = {"name", *SCHEDULE_DEFAULTS, *OPTIMIZER_DEFAULTS.get(config.name or "", ())}
+    missing = sorted(field for field in needed if getattr(config, field) is None)
+    if missing:
+        raise ConfigError(f"the optimizer config leaves open {', '.join(missing)}; call resolve_optimizer first")

@@ -1,0 +1,135 @@
+"""The training step: the frozen base is captured, the prompt's few parameters are differentiated.
+
+    params --materialize--> VirtualPrompt --encode_prefix--> Prefix --rows--> loss
+               (vjp once)                    (vjp once)       (scan over microbatches)
+
+The leading run that all examples share goes through the model once per step, whatever the number of rows and
+microbatches; the cotangents of its keys and values, and of virtual rows further on, are summed and sent back once.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from spt_jax.base import FrozenBase
+from spt_jax.data.batches import Batch, Rows
+from spt_jax.forward import encode_prefix, output_logits
+from spt_jax.models.attention import Prefix
+from spt_jax.models.decoder import Decoder
+from spt_jax.models.hf import Params
+from spt_jax.prompts import PromptTuning, VirtualPrompt
+from spt_jax.sharding import replicated
+from spt_jax.training.losses import LOSSES
+
+PromptParams = PyTree[Float[Array, "..."] | Float[np.ndarray, "..."]]
+Metrics = dict[str, Float[Array, ""]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes: optimizer steps done, the prompt's parameters (float32) and the optimizer's state."""
+
+    step: Int[Array, ""]
+    params: PromptParams
+    optimizer_state: PyTree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The static part of a loss: over `vocabulary` or `verbalizers`, choices per example, smoothing, microbatches."""
+
+    over: str = "vocabulary"
+    choices: int = 1
+    label_smoothing: float = 0.0
+    microbatches: int = 1
+
+
+def init_state(
+    key: Key[Array, ""], base: FrozenBase, method: PromptTuning, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Fresh parameters and optimizer state, on every device of the base's mesh."""
+    params = method.init_params(key, base)
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    return jax.device_put(state, replicated(base.mesh))
+
+
+def loss_and_gradient(
+    module: Decoder, method: PromptTuning, objective: Objective, frozen: Params, params: PromptParams, batch: Batch
+) -> tuple[Float[Array, ""], PromptParams, Float[Array, ""]]:
+    """Mean loss of a batch, its gradient for the prompt's parameters alone, and the weight that the mean was over.
+
+    Pure and unbound, for loops of your own: jit it with `frozen` as an argument.
+    """
+
+    def encode(virtual: VirtualPrompt) -> Any:
+        prefix = encode_prefix(module, frozen, virtual, batch.lead_ids)
+        return (None, None) if prefix is None else ((prefix.keys, prefix.values), prefix.positions)
+
+    virtual, materialize_vjp = jax.vjp(lambda p: method.materialize(frozen, p), params)
+    keys_values, encode_vjp, positions = jax.vjp(encode, virtual, has_aux=True)
+
+    def rows_loss(keys_values: Any, virtual: VirtualPrompt, rows: Rows) -> tuple[Array, Array]:
+        prefix = None if keys_values is None else Prefix(keys_values[0], keys_values[1], positions)
+        logits = output_logits(module, frozen, virtual, prefix, rows)
+        return LOSSES[objective.over](logits, rows, objective.choices, objective.label_smoothing)
+
+    def accumulate(carry: Any, rows: Rows) -> tuple[Any, None]:
+        loss, cotangents = jax.value_and_grad(rows_loss, argnums=(0, 1), has_aux=True)(keys_values, virtual, rows)
+        return jax.tree.map(jnp.add, carry, (loss, cotangents)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    nothing = ((zero, zero), jax.tree.map(jnp.zeros_like, (keys_values, virtual)))
+    microbatches = _split(batch.rows, objective.microbatches)
+    ((total, weight), (of_prefix, of_virtual)), _ = jax.lax.scan(accumulate, nothing, microbatches)
+    (through_prefix,) = encode_vjp(of_prefix)
+    (gradient,) = materialize_vjp(jax.tree.map(jnp.add, of_virtual, through_prefix))
+    weight = jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
+    return total / weight, jax.tree.map(lambda g: g / weight, gradient), weight
+
+
+def _split(rows: Rows, count: int) -> Rows:
+    """[B, ...] to [count, B / count, ...]. Neighbours go to different microbatches: each device keeps its own."""
+    return jax.tree.map(lambda a: jnp.swapaxes(a.reshape(a.shape[0] // count, count, *a.shape[1:]), 0, 1), rows)
+
+
+def train_step(
+    module: Decoder,
+    method: PromptTuning,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    frozen: Params,
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step: the pure, unbound function behind `make_train_step`."""
+    loss, gradient, weight = loss_and_gradient(module, method, objective, frozen, state.params, batch)
+    updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {
+        "loss": loss,
+        "weight": weight,
+        "gradient_norm": optax.tree.norm(gradient),
+        "prompt_norm": optax.tree.norm(params),
+    }
+    return TrainState(state.step + 1, params, optimizer_state), metrics
+
+
+def make_train_step(
+    base: FrozenBase, method: PromptTuning, optimizer: optax.GradientTransformation, objective: Objective | None = None
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """A compiled step with the frozen base inside. The state given to it is donated: use the one that it returns.
+
+    The weights are an argument of the compiled program, bound out here. Wrapping the result in another `jax.jit` would
+    make them literals; jit `train_step` yourself then.
+    """
+    function = functools.partial(train_step, base.module, method, objective or Objective(), optimizer)
+    compiled = jax.jit(function, donate_argnums=1, out_shardings=replicated(base.mesh))
+    return functools.partial(compiled, base.params)

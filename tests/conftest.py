@@ -1,0 +1,43 @@
+"""Eight CPU devices, strict rank promotion, and runtime type checks for every test."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+
+def _register_unchecked(nodetype, *args, **kwargs):
+    """JAX rebuilds pytrees around anything: shapes, shardings, None. Their fields' types are for the reader alone."""
+    nodetype.__no_type_check__ = True
+    return _register_dataclass(nodetype, *args, **kwargs)
+
+
+_register_dataclass = jax.tree_util.register_dataclass
+jax.tree_util.register_dataclass = _register_unchecked
+jax.config.update("jax_numpy_rank_promotion", "raise")
+install_import_hook("spt_jax", "beartype.beartype")
+
+SHARED = Path(__file__).parents[2] / "shared"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and models beside the project; tests that need it skip where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip("the folder of real data and models is not beside this checkout")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def stories(shared: Path) -> Path:
+    """A real trained Llama of 260,032 parameters."""
+    return shared / "models" / "stories260K"

@@ -1,0 +1,89 @@
+"""The models whose logits are compared with transformers': live in tests/parity, stored in tests/golden."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+GOLDEN = Path(__file__).parent / "logits.safetensors"
+LENGTH = 128
+KEPT = (0, 1, 6, 7, 8, 31, 63, 64, 100, 127)  # positions whose logits are stored
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A tiny checkpoint: `write_tiny_checkpoint(directory, family, seed=seed, **overrides)`."""
+
+    name: str
+    family: str
+    seed: int = 0
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    max_length: int | None = None  # for load_base
+    depends_on_length: bool = False  # transformers' frequencies change with the longest sequence seen
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _case(name: str, family: str, *, max_length: int | None = None, depends_on_length: bool = False, **overrides: Any):
+    return Case(
+        name=name,
+        family=family,
+        seed=len(name),
+        overrides=overrides,
+        max_length=max_length,
+        depends_on_length=depends_on_length,
+    )
+
+
+def _rope(kind: str, **options: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_theta": 10_000.0, **options, "rope_type": kind}, "head_dim": 16}
+
+
+_YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+
+CASES = (
+    _case("llama", "llama"),
+    _case("llama tied", "llama", tie_word_embeddings=True),
+    _case("llama biases", "llama", attention_bias=True, mlp_bias=True),
+    _case("llama one key/value head", "llama", num_key_value_heads=1),
+    _case("llama every head its own keys", "llama", num_key_value_heads=4),
+    _case("llama tanh-gelu", "llama", hidden_act="gelu_pytorch_tanh"),
+    _case("llama theta", "llama", **_rope("default", rope_theta=500_000.0)),
+    _case("llama linear", "llama", **_rope("linear", factor=3.0)),
+    _case("llama llama3", "llama", **_rope("llama3", factor=8.0, **_LLAMA3)),
+    _case("llama yarn", "llama", **_rope("yarn", **_YARN)),
+    _case("llama yarn betas", "llama", **_rope("yarn", beta_fast=4.0, beta_slow=0.5, truncate=False, **_YARN)),
+    _case("llama yarn attention factor", "llama", **_rope("yarn", attention_factor=0.7, **_YARN)),
+    _case("llama yarn mscale", "llama", **_rope("yarn", mscale=2.0, mscale_all_dim=0.5, **_YARN)),
+    _case("llama dynamic within", "llama", **_rope("dynamic", factor=4.0)),
+    _case(
+        "llama dynamic beyond",
+        "llama",
+        max_length=LENGTH,
+        depends_on_length=True,
+        max_position_embeddings=48,
+        **_rope("dynamic", factor=4.0),
+    ),
+    _case("mistral", "mistral"),
+    _case("mistral no window, wide heads", "mistral", sliding_window=None, head_dim=12),
+    _case("qwen2", "qwen2"),
+    _case("qwen2 untied", "qwen2", tie_word_embeddings=False),
+    _case("qwen2 window", "qwen2", use_sliding_window=True, sliding_window=9, max_window_layers=1),
+    _case("qwen3", "qwen3"),
+    _case("qwen3 untied, biases", "qwen3", tie_word_embeddings=False, attention_bias=True),
+    _case("qwen3 window", "qwen3", use_sliding_window=True, sliding_window=9, max_window_layers=2),
+    _case("smollm3", "smollm3"),
+    _case("smollm3 untied, biases", "smollm3", tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
+    _case("smollm3 window", "smollm3", use_sliding_window=True, sliding_window=9),
+    _case("gpt2", "gpt2"),
+    _case("gpt2 untied, exact gelu", "gpt2", tie_word_embeddings=False, activation_function="gelu", n_inner=48),
+)
+
+
+def token_ids(case: Case) -> np.ndarray:
+    """One row of ids, int32 [LENGTH], that no control token is among."""
+    return np.random.default_rng(1000 + case.seed).integers(3, 320, LENGTH).astype(np.int32)

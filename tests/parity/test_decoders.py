@@ -1,0 +1,175 @@
+"""Logits and gradients of every family equal transformers', whose torch models read the very same checkpoint."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+torch = pytest.importorskip("torch")
+
+from spt_jax.base import embed, load_base, logits, run_layers
+from spt_jax.models.attention import Cache, Prefix
+from spt_jax.testing import write_tiny_checkpoint
+from tests.golden.cases import CASES, LENGTH, token_ids
+from tests.layouts import Run, every_layout, forward, lay_out, row_logits
+
+pytestmark = pytest.mark.parity
+
+TOLERANCE = 1e-4
+BY_NAME = {case.name: case for case in CASES}
+
+
+def torch_model(directory, attention="eager"):
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation=attention
+    )
+    return model.eval()
+
+
+def torch_logits(model, ids: np.ndarray, **inputs) -> np.ndarray:
+    """Logits [T, V] for one row of ids."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(ids[None].astype(np.int64)), use_cache=False, **inputs).logits[0].numpy()
+
+
+def load_both(tmp_path, case):
+    directory = write_tiny_checkpoint(tmp_path / "model", case.family, seed=case.seed, **case.overrides)
+    return load_base(directory, dtype="float32", max_length=case.max_length), torch_model(directory)
+
+
+def same(ours, theirs, tolerance=TOLERANCE):
+    """Equal within the tolerance, for logits whose spread is far above it."""
+    assert np.std(theirs) > 0.3
+    np.testing.assert_allclose(np.asarray(ours), theirs, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_logits_in_every_layout(case, tmp_path):
+    """Full length, padded on either side, packed, and children of a shared context, each against the example alone."""
+    base, model = load_both(tmp_path, case)
+    rows = every_layout(token_ids(case))
+    ids, stream = lay_out([run for runs in rows.values() for run in runs], LENGTH)
+    ours = np.asarray(forward(base, ids, stream)[0])
+    worst = 0.0
+    for layout, runs in rows.items():
+        if case.depends_on_length and layout != "full":
+            continue
+        for run in runs:
+            theirs = torch_logits(model, run.example)[len(run.context) :]
+            worst = max(worst, float(np.abs(ours[run.slice] - theirs).max()))
+            same(ours[run.slice], theirs)
+    print(f"{case.name}: largest error {worst:.1e}")
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gpt2"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_as_transformers_itself_pads(family, side, tmp_path):
+    """The same padded row, mask and positions on both sides."""
+    case = BY_NAME[family]
+    base, model = load_both(tmp_path, case)
+    run = Run(0, 9 if side == "left" else 0, token_ids(case)[:31])
+    ids, stream = lay_out([run], 40)
+    mask, positions = (torch.tensor(np.asarray(x), dtype=torch.int64) for x in (stream.segments, stream.positions))
+    theirs = torch_logits(model, ids[0], attention_mask=mask, position_ids=positions)
+    same(forward(base, ids, stream)[0][run.slice], theirs[run.slice[1]])
+
+
+@pytest.mark.parametrize("length", [20, 48, 70])
+def test_dynamic_rope_follows_the_length_of_the_run(length, tmp_path):
+    """Below the original length nothing changes; beyond it transformers recomputes its frequencies for this length."""
+    case = BY_NAME["llama dynamic beyond"]
+    directory = write_tiny_checkpoint(tmp_path, case.family, **case.overrides)
+    base = load_base(directory, dtype="float32", max_length=length)
+    ids = token_ids(case)[:length]
+    same(row_logits(base, ids), torch_logits(torch_model(directory), ids))
+
+
+def test_gpt2_keys_without_transformer_in_front(tmp_path):
+    """As in the checkpoints on the hub, with the causal masks that old versions stored as buffers."""
+    directory = write_tiny_checkpoint(tmp_path, "gpt2", seed=3)
+    named = load_base(directory, dtype="float32")
+    tensors = safetensors.numpy.load_file(directory / "model.safetensors")
+    bare = {key.removeprefix("transformer."): value for key, value in tensors.items()}
+    for i in range(3):
+        bare[f"h.{i}.attn.bias"] = np.tril(np.ones((1, 1, 128, 128), np.float32))
+        bare[f"h.{i}.attn.masked_bias"] = np.array(-1e4, np.float32)
+    safetensors.numpy.save_file(bare, directory / "model.safetensors", metadata={"format": "pt"})
+    base = load_base(directory, dtype="float32")
+    assert base.fingerprint == named.fingerprint
+    ids = token_ids(BY_NAME["gpt2"])
+    same(row_logits(base, ids), torch_logits(torch_model(directory), ids))
+
+
+def test_old_config_files(tmp_path):
+    """`rope_scaling` beside `rope_theta`, as hub checkpoints from before transformers 5 have it."""
+    import json
+
+    directory = write_tiny_checkpoint(tmp_path, "llama", head_dim=16)
+    config = json.loads((directory / "config.json").read_text())
+    del config["rope_parameters"]
+    config |= {"rope_theta": 500_000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    (directory / "config.json").write_text(json.dumps(config))
+    ids = token_ids(BY_NAME["llama"])
+    same(row_logits(load_base(directory, dtype="float32"), ids), torch_logits(torch_model(directory), ids))
+
+
+@pytest.mark.parametrize("name", ["llama yarn", "mistral", "qwen3", "gpt2"])
+def test_gradient_through_a_shared_prefix(name, tmp_path):
+    """Embeddings of 11 tokens run once, as a prefix of three rows; the gradient equals torch's, which repeats them.
+
+    A merge of separately normalised attentions by their log-sum-exp passes on the logits and fails here.
+    """
+    case = BY_NAME[name]
+    base, model = load_both(tmp_path, case)
+    ids = token_ids(case)
+    lead, rows = 11, np.stack([ids[20:36], ids[40:56], ids[60:76]])
+    start = np.asarray(embed(base.module, base.params, jnp.asarray(ids[:lead])))
+    ids_, stream = lay_out([Run(i, 0, row, ids[:lead]) for i, row in enumerate(rows)], 16)
+    lead_stream = lay_out([Run(0, 0, ids[:lead])], lead)[1]
+
+    def loss(start):
+        _, (keys, values) = run_layers(base.module, base.params, start[None], lead_stream, return_keys_values=True)
+        prefix = Prefix(keys[:, 0], values[:, 0], jnp.arange(lead))
+        embedded = embed(base.module, base.params, jnp.asarray(ids_))
+        hidden, _ = run_layers(base.module, base.params, embedded, stream, prefix)
+        scores = jax.nn.log_softmax(logits(base.module, base.params, hidden)[:, :-1])
+        return -jnp.take_along_axis(scores, jnp.asarray(rows)[:, 1:, None], axis=-1).sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.asarray(start))
+
+    theirs = torch.tensor(start, requires_grad=True)
+    embedded = model.get_input_embeddings()(torch.tensor(rows.astype(np.int64)))
+    inputs = torch.cat([theirs[None].expand(3, -1, -1), embedded], dim=1)
+    scores = model(inputs_embeds=inputs, use_cache=False).logits[:, lead:-1].log_softmax(-1)
+    expected = -scores.gather(-1, torch.tensor(rows.astype(np.int64))[:, 1:, None]).sum()
+    expected.backward()
+    np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
+    scale = theirs.grad.abs().max().item()
+    assert scale > 1e-2
+    np.testing.assert_allclose(np.asarray(gradient) / scale, theirs.grad.numpy() / scale, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "smollm3", "gpt2"])
+def test_decoding_from_a_cache(name, tmp_path):
+    """Tokens fed one by one into a static cache with empty slots give the logits of the whole run."""
+    case = BY_NAME[name]
+    base, model = load_both(tmp_path, case)
+    ids = token_ids(case)[:24]
+    config, slots = base.config, 32
+    empty = jnp.full((config.layers, 1, slots, config.kv_heads, config.head_size), 1e3)
+    cache = Cache(empty, empty, jnp.zeros((1, slots), jnp.int32), jnp.zeros((1, slots), jnp.int32))
+    steps = []
+    for i, token in enumerate(ids):
+        row, stream = lay_out([Run(0, 0, np.asarray([token]), ids[:i])], 1)
+        scores, (keys, values) = forward(base, row, stream, None, cache)
+        steps.append(np.asarray(scores[0, 0]))
+        cache = Cache(
+            cache.keys.at[:, :, i].set(keys[:, :, 0]),
+            cache.values.at[:, :, i].set(values[:, :, 0]),
+            cache.positions.at[:, i].set(i),
+            cache.segments.at[:, i].set(1),
+        )
+    same(np.stack(steps), torch_logits(model, ids))

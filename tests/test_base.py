@@ -1,0 +1,152 @@
+"""Loading a frozen base, its identity, and what a person is told when that fails."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from spt_jax.base import load_base, special_ids, tokenizer_hash
+from spt_jax.errors import CheckpointError, ConfigError
+from spt_jax.testing import tiny_base, tiny_tokenizer, write_tiny_checkpoint
+from tests.layouts import Run, forward, lay_out
+
+STORY = (
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a"
+    " big, red ball."
+)
+
+
+def test_greedy_text_of_a_real_model(stories):
+    """The text that transformers' generate gives from BOS for this checkpoint."""
+    base, length = load_base(stories, dtype="float32"), 64
+    ids = np.asarray([base.tokenizer.bos_token_id], np.int32)
+    while len(ids) < length and not base.tokenizer.decode(ids, skip_special_tokens=True).endswith("ball."):
+        row, stream = lay_out([Run(0, 0, ids)], length)
+        ids = np.append(ids, np.asarray(forward(base, row, stream)[0][0, len(ids) - 1]).argmax()).astype(np.int32)
+    assert base.tokenizer.decode(ids, skip_special_tokens=True) == STORY
+    assert base.parameter_count == 260_032
+
+
+def rewrite(file, **fields):
+    """Sets fields of a JSON file; None takes one out."""
+    content = json.loads(file.read_text()) | fields
+    file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+
+def test_same_checkpoint_has_the_same_fingerprint_wherever_and_however_it_is_loaded(tmp_path):
+    one = load_base(write_tiny_checkpoint(tmp_path / "a"), dtype="float32")
+    two = load_base(write_tiny_checkpoint(tmp_path / "b", shards=2), dtype="bfloat16")
+    assert one.fingerprint == two.fingerprint
+    assert one.fingerprint.differences(two.fingerprint) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, ["weights"]),
+        ({"add_bos": False}, ["tokenizer"]),
+        ({"rms_norm_eps": 1e-6}, ["norm_epsilon"]),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, ["rope.theta"]),
+        ({"max_position_embeddings": 64}, ["max_positions", "rope.original_max_positions"]),
+    ],
+)
+def test_fingerprint_differences_name_the_field(change, named):
+    one, two = tiny_base(), tiny_base(**change)
+    sentences = one.fingerprint.differences(two.fingerprint)
+    assert [sentence.split(" is ")[0] for sentence in sentences] == named
+
+
+def test_fingerprint_survives_json(tmp_path):
+    base = tiny_base("smollm3")
+    fingerprint = base.fingerprint
+    again = dataclasses.replace(fingerprint, **json.loads(json.dumps(dataclasses.asdict(fingerprint))))
+    assert again == fingerprint
+
+
+def test_fingerprint_of_one_value(tmp_path):
+    directory = write_tiny_checkpoint(tmp_path)
+    before = load_base(directory, dtype="float32").fingerprint
+    tensors = safetensors.numpy.load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"][5] *= 1.001
+    safetensors.numpy.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (sentence,) = before.differences(load_base(directory, dtype="float32").fingerprint)
+    assert sentence.startswith("weights is ")
+
+
+def test_tokenizer_hash_is_not_of_padding_and_truncation():
+    tokenizer = tiny_tokenizer()
+    before = tokenizer_hash(tokenizer)
+    tokenizer(["Hello", "the question is long"], padding=True, truncation=True, max_length=4)
+    assert tokenizer.backend_tokenizer.truncation is not None
+    assert tokenizer_hash(tokenizer) == before
+    assert tokenizer_hash(tiny_tokenizer(add_bos=False)) != before
+
+
+def test_dtype_and_length_of_the_run():
+    base = tiny_base(dtype="bfloat16")
+    assert base.dtype == "bfloat16"
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert tiny_base(rope_parameters=rope).config.max_positions == 128
+    assert tiny_base(rope_parameters=rope, max_length=200).config.max_positions == 200
+    assert tiny_base(max_length=200).config.max_positions == 128
+
+
+def test_special_ids():
+    np.testing.assert_array_equal(special_ids(tiny_base()), [0, 1, 2])
+
+
+def test_missing_directory(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere: no such directory"):
+        load_base(tmp_path / "nowhere")
+
+
+def test_hub_without_a_network():
+    with pytest.raises(CheckpointError, match=r"'nobody/nothing' is no directory here, and the hub did not give it"):
+        load_base("nobody/nothing")
+
+
+def test_missing_and_damaged_config(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        load_base(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama",')
+    with pytest.raises(CheckpointError, match=r"config\.json: "):
+        load_base(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
+    with pytest.raises(CheckpointError, match=r"config\.json: .*'hidden_size'"):
+        load_base(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "t5", "no_such_model", None])
+def test_unsupported_architecture_lists_those_supported(model_type, tmp_path):
+    directory = write_tiny_checkpoint(tmp_path)
+    rewrite(directory / "config.json", model_type=model_type)
+    with pytest.raises(ConfigError, match="gpt2, llama, mistral, qwen2, qwen3, smollm3"):
+        load_base(directory)
+
+
+def test_quantized_checkpoint_is_refused(tmp_path):
+    directory = write_tiny_checkpoint(tmp_path)
+    rewrite(directory / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ConfigError, match="quantized"):
+        load_base(directory)
+
+
+def test_dtype_typo(tmp_path):
+    with pytest.raises(ConfigError, match=r"'bfloat61'.*bfloat16"):
+        load_base(write_tiny_checkpoint(tmp_path), dtype="bfloat61")
+
+
+def test_tokenizer_larger_than_the_model(tmp_path):
+    directory = write_tiny_checkpoint(tmp_path, vocab_size=300)
+    with pytest.raises(CheckpointError, match="the tokenizer has 320 entries, the model 300"):
+        load_base(directory)
+
+
+def test_missing_tokenizer(tmp_path):
+    directory = write_tiny_checkpoint(tmp_path)
+    for file in directory.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        load_base(directory)

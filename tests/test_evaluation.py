@@ -1,0 +1,104 @@
+"""Scores against a forward pass of each continuation alone, metrics against closed forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import spt_jax
+from spt_jax.base import logits, run_layers
+from spt_jax.evaluation import make_evaluation_set, score, selection_score
+from spt_jax.forward import embed_stream
+from spt_jax.models.attention import Stream
+from spt_jax.testing import tiny_base
+
+RECORDS = [
+    {"text": "good", "label": "yes"},
+    {"text": "the question is bad", "label": "no"},
+    {"text": "Hello world", "label": "yes"},
+    {"text": "spam spam spam spam", "label": "no"},
+    {"text": "the", "label": "no"},
+]
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def base(request):
+    return tiny_base(request.param)
+
+
+@pytest.fixture(scope="module")
+def virtual(base):
+    method = spt_jax.PromptTuning(length=3)
+    return method.materialize(base.params, method.init_params(jax.random.key(0), base))
+
+
+def encoder(base, prompt="<soft>{text}\n", verbalizers=None, **options):
+    options.setdefault("virtual_tokens", 3 if "<soft>" in prompt else 0)
+    template = spt_jax.Template(prompt=prompt, target="{label}", verbalizers=verbalizers or {}, **options)
+    return spt_jax.Encoder(template, base.tokenizer, base.config.vocab_size, 128)
+
+
+def log_probability(base, virtual, ids, start) -> float:
+    """Of ids[start:] after ids[:start], by one plain forward pass of the whole sequence."""
+    ids = jnp.asarray(ids)[None]
+    own = jnp.ones_like(ids)
+    rows = Stream(jnp.arange(ids.shape[1])[None], own, jnp.zeros_like(own))
+    hidden, _ = run_layers(base.module, base.params, embed_stream(base.module, base.params, virtual, ids), rows)
+    table = np.asarray(jax.nn.log_softmax(logits(base.module, base.params, hidden[0])))
+    return float(sum(table[t - 1, int(ids[0, t])] for t in range(start, ids.shape[1])))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_verbalizer_scores_are_those_of_each_continuation_alone(base, virtual, packing):
+    verbalizers = {"yes": "positive answer", "no": "bad", "maybe": "positive question"}
+    enc = encoder(base, verbalizers=verbalizers)
+    data = make_evaluation_set(base, enc, RECORDS, packing=packing)
+    scores = score(base, data, virtual)
+    for number, example in enumerate(data.examples):
+        for choice, ids in enumerate(example.choices):
+            alone = log_probability(base, virtual, np.concatenate([example.ids, ids]), len(example.ids))
+            assert scores[number, choice] == pytest.approx(alone, rel=1e-4)
+
+
+def test_perplexity_is_that_of_the_targets(base, virtual):
+    data = make_evaluation_set(base, encoder(base), RECORDS)
+    result = spt_jax.evaluate(base, data, virtual, generated=False).metrics
+    alone = [log_probability(base, virtual, e.ids, e.first_target) for e in data.examples]
+    tokens = sum(int(e.predicted.sum()) for e in data.examples)
+    assert result["perplexity"] == pytest.approx(np.exp(-sum(alone) / tokens), rel=1e-4)
+
+
+def test_classification_metrics_follow_from_the_predictions(base, virtual):
+    data = make_evaluation_set(base, encoder(base, verbalizers={"yes": "good", "no": "bad bad bad"}), RECORDS)
+    result = spt_jax.evaluate(base, data, virtual)
+    right = [p["label"] == p["prediction"] for p in result.predictions]
+    assert [p["label"] for p in result.predictions] == [r["label"] for r in RECORDS]
+    assert result.metrics["accuracy"] == np.mean(right)
+    low, high = result.metrics["accuracy_interval"]
+    assert low <= result.metrics["accuracy"] <= high
+    scores = np.asarray([p["log_probabilities"] for p in result.predictions])
+    lengths = np.asarray([len(choice) for choice in data.examples[0].choices])
+    labels = np.asarray([e.label for e in data.examples])
+    normalized = ((scores / lengths[None]).argmax(1) == labels).mean()
+    assert result.metrics["accuracy_normalized"] == pytest.approx(normalized)
+    losses = np.log(np.exp(scores).sum(1)) - scores[np.arange(5), labels]
+    assert result.metrics["loss"] == pytest.approx(losses.mean(), rel=1e-3)
+
+
+def test_generated_answers_are_compared_with_the_targets(base):
+    """A base asked for what it says anyway is always right."""
+    enc = encoder(base, "{text}")
+    prompts = [enc.prompt_ids(record) for record in RECORDS]
+    said = spt_jax.generate(base, prompts, sampling=spt_jax.SamplingConfig(max_new_tokens=6))
+    records = [{**record, "label": answer.text} for record, answer in zip(RECORDS, said, strict=True)]
+    config = spt_jax.evaluation.EvaluationConfig(max_new_tokens=6)
+    result = spt_jax.evaluate(base, make_evaluation_set(base, enc, records, config), None).metrics
+    assert result["exact_match"] == 1.0 and result["token_f1"] == 1.0
+
+
+def test_selection_prefers_accuracy_then_loss():
+    def of(accuracy, loss):
+        return selection_score({"accuracy": accuracy, "loss": loss, "examples": 100})
+
+    assert of(0.51, 9.0) > of(0.50, 0.0) > of(0.50, 1.0)
+    assert selection_score({"loss": 1.0}) > selection_score({"loss": 2.0})

@@ -1,0 +1,560 @@
+"""Generation against whole sequences run without a cache, rigged models whose text is known, and its programs."""
+
+import dataclasses
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from spt_jax import generation
+from spt_jax.base import embed, load_base
+from spt_jax.data.tokenization import Tokenization
+from spt_jax.decoding import RowSampling, choose
+from spt_jax.errors import ConfigError, DataError
+from spt_jax.generation import Generated, SamplingConfig, continuation_text, generate, programs
+from spt_jax.prompts import VirtualPrompt
+from spt_jax.sharding import MeshConfig, make_mesh
+from spt_jax.testing import BOS_ID, EOS_ID, PAD_ID, tiny_base, tiny_tokenizer
+from tests.examples import HEAD, VIRTUAL, VOCAB, random_examples, sequence_logits
+
+NEW = 24
+PROMPTS = [example.ids for example in random_examples("target", 4)]
+GREEDY = SamplingConfig(max_new_tokens=NEW)
+
+
+@functools.cache
+def base_of(family: str = "llama"):
+    return tiny_base(family)
+
+
+def virtual_of(base, scale: float = 1.0) -> VirtualPrompt:
+    return VirtualPrompt(scale * jax.random.normal(jax.random.key(1), (VIRTUAL, base.config.width)))
+
+
+@functools.cache
+def greedy_answers() -> list[Generated]:
+    return generate(base_of(), PROMPTS, virtual_of(base_of()), GREEDY)
+
+
+def regrown(base, virtual, prompt, count: int) -> tuple[list[int], list[float]]:
+    """Greedy ids up to EOS and their log-probabilities: the whole sequence is run again for every token."""
+    ids, log_probabilities = prompt.tolist(), []
+    while len(log_probabilities) < count and ids[-1] != EOS_ID:
+        scores = sequence_logits(base, virtual.tokens, np.pad(ids, (0, 64 - len(ids))))[len(ids) - 1]
+        ids.append(int(scores.argmax()))
+        log_probabilities.append(float(scores.max() - np.logaddexp.reduce(scores)))
+    return ids[len(prompt) :], log_probabilities
+
+
+def whole_log_probabilities(base, virtual, prompt, ids: list[int]) -> np.ndarray:
+    """Log-probability of each of `ids` behind the prompt, from one pass over all of them."""
+    whole = np.concatenate([prompt, ids])
+    scores = sequence_logits(base, virtual.tokens, np.pad(whole, (0, 64 - len(whole))))
+    return np.asarray(jax.nn.log_softmax(scores))[np.arange(len(prompt) - 1, len(whole) - 1), ids]
+
+
+def same(ours: list[Generated], theirs: list[Generated], tolerance: float = 1e-4) -> None:
+    """The same answers, but for the rounding of their log-probabilities."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.ids, one.text, one.finished) == (other.ids, other.text, other.finished)
+        np.testing.assert_allclose(one.log_probabilities, other.log_probabilities, atol=tolerance, rtol=0)
+
+
+# Rigged models: the next token depends on the last one alone.
+
+
+def speaker(says: dict[int, int]):
+    """A tiny Llama that answers token i with `says[i]`, for at most 32 tokens, with a probability of almost 1."""
+    base = base_of()
+    params = jax.tree.map(np.array, base.params)
+    params["layers"]["attention"]["output"]["kernel"][:] = 0
+    params["layers"]["mlp"]["down"]["kernel"][:] = 0
+    params["final_norm"]["scale"][:] = 1
+    params["embedding"][:] = params["output"][:] = 0
+    for place, (last, following) in enumerate(says.items()):
+        params["embedding"][last, place] = 1
+        params["output"][place, following] = 10
+    placed = jax.tree.map(lambda rigged, own: jax.device_put(rigged, own.sharding), params, base.params)
+    return dataclasses.replace(base, params=placed)
+
+
+LETTERS = "abcdefghijklmnopqrstuvwx"
+
+
+def letter_ids(letters: str = LETTERS) -> list[int]:
+    return base_of().tokenizer.convert_tokens_to_ids(list(letters))
+
+
+def alphabet(end: int | None = None):
+    """Says the alphabet from any letter to x, then `end`; begins again without one."""
+    ids = letter_ids()
+    return speaker(dict(zip(ids, [*ids[1:], ids[0] if end is None else end], strict=True)))
+
+
+def spoken(base, letters: str, **sampling) -> list[Generated]:
+    """The answers to each letter alone."""
+    prompts = [np.asarray([BOS_ID, *letter_ids(letter)]) for letter in letters]
+    return generate(base, prompts, virtual_of(base), SamplingConfig(**{"max_new_tokens": 30, **sampling}))
+
+
+@pytest.fixture
+def decoded_steps(monkeypatch):
+    """How many tokens per row there were after each call of the compiled loop."""
+    steps = []
+
+    def counting(mesh):
+        def decode(*args):
+            state = programs(mesh).decode(*args)
+            steps.append(int(state.step))
+            return state
+
+        return dataclasses.replace(programs(mesh), decode=decode)
+
+    monkeypatch.setattr(generation, "programs", counting)
+    return steps
+
+
+# The cache and the prefix change nothing.
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "smollm3", "gpt2"])
+def test_same_as_growing_the_sequence_without_a_cache(family):
+    """Prompts of several lengths with virtual tokens in and behind the shared run. Mistral's window is 7 tokens."""
+    base = base_of(family)
+    virtual = virtual_of(base)
+    assert len({len(prompt) for prompt in PROMPTS}) > 2
+    answers = greedy_answers() if family == "llama" else generate(base, PROMPTS, virtual, GREEDY)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        ids, log_probabilities = regrown(base, virtual, prompt, NEW)
+        assert answer.ids == ids
+        assert answer.finished == ("eos" if ids[-1] == EOS_ID else "length")
+        np.testing.assert_allclose(answer.log_probabilities, log_probabilities, atol=1e-4, rtol=0)
+    assert len({tuple(answer.ids) for answer in answers}) == len(answers)
+
+
+def test_the_soft_prompt_matters():
+    base = base_of()
+    others = generate(base, PROMPTS, virtual_of(base, -1.0), GREEDY)
+    assert all(one.ids != other.ids for one, other in zip(greedy_answers(), others, strict=True))
+
+
+@pytest.mark.parametrize(("lead", "batch_size"), [(0, 1), (2, 32), (len(HEAD), 32)])
+def test_a_shared_prefix_is_only_a_saving(lead, batch_size):
+    """The soft prompt in every row, cut in two, and all of it in front; alone and in a batch."""
+    base = base_of()
+    same(generate(base, PROMPTS, virtual_of(base), GREEDY, lead=lead, batch_size=batch_size), greedy_answers())
+
+
+def test_each_prompt_alone():
+    base = base_of()
+    alone = [generate(base, [prompt], virtual_of(base), GREEDY)[0] for prompt in PROMPTS]
+    same(alone, greedy_answers())
+
+
+def test_prompts_that_begin_one_another():
+    """Rows without an id of their own between the shared run and the last id; results in the order of the prompts."""
+    base = base_of()
+    prompts = [PROMPTS[1], PROMPTS[0], PROMPTS[1], PROMPTS[1][:9]]
+    answers = generate(base, prompts, virtual_of(base), GREEDY)
+    one, zero = greedy_answers()[1], greedy_answers()[0]
+    same(answers[:3], [one, zero, one])
+    assert answers[3].ids == regrown(base, virtual_of(base), PROMPTS[1][:9], NEW)[0]
+
+
+def test_without_a_soft_prompt():
+    base, prompt = base_of(), np.asarray([BOS_ID, 40, 41])
+    (answer,) = generate(base, [prompt], sampling=GREEDY)
+    assert answer.ids == regrown(base, VirtualPrompt(jnp.zeros((0, base.config.width))), prompt, NEW)[0]
+
+
+def test_bfloat16():
+    """Log-probabilities of what the model chooses in bfloat16 agree with the float32 model's, to that precision."""
+    base = tiny_base(dtype="bfloat16")
+    virtual = virtual_of(base)
+    for prompt, answer in zip(PROMPTS, generate(base, PROMPTS, virtual, GREEDY), strict=True):
+        expected = whole_log_probabilities(base_of(), virtual, prompt, answer.ids)
+        error = np.abs(np.asarray(answer.log_probabilities) - expected)
+        assert np.median(error) < 0.05
+        assert error.max() < 0.3
+
+
+@pytest.mark.parametrize("axes", [{"data": 4}, {"fsdp": 2, "tensor": 2}], ids=str)
+def test_the_same_on_every_mesh(axes, decoded_steps):
+    """Stop strings that never come make the loop stop and go on: that is no reason to compile it again."""
+    base = tiny_base(mesh=make_mesh(MeshConfig(**axes)))
+    sampling = dataclasses.replace(GREEDY, stop=("nothing like it",))
+    same(generate(base, PROMPTS, virtual_of(base), sampling), greedy_answers())
+    assert decoded_steps == [16, NEW]
+    assert programs(base.mesh).decode._cache_size() == 1
+
+
+def test_stories(stories):
+    """A real model's greedy text from BOS, as transformers writes it."""
+    answer = generate(
+        load_base(stories, dtype="float32"), [np.asarray([1])], sampling=SamplingConfig(max_new_tokens=48)
+    )[0]
+    assert answer.text.startswith(
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw"
+        " a big, red ball."
+    )
+
+
+# Sampling.
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _draws(scores, sampling, steps):
+    """Ids [steps, B] drawn from the same scores [V] for every row and step."""
+    batch = jnp.broadcast_to(scores[None], (sampling.numbers.shape[0], scores.shape[0]))
+    return jax.lax.map(lambda step: choose(batch, step, sampling), jnp.arange(steps))
+
+
+def draws(scores, *, temperature=1.0, top_k=0, top_p=1.0, seed=0, rows=500, steps=40) -> np.ndarray:
+    sampling = RowSampling(
+        temperature=jnp.float32(temperature),
+        top_k=jnp.int32(top_k),
+        top_p=jnp.float32(top_p),
+        seed=jnp.uint32(seed),
+        end_ids=jnp.zeros(0, jnp.int32),
+        numbers=jnp.arange(rows),
+    )
+    return np.asarray(_draws(jnp.asarray(scores, jnp.float32), sampling, steps))
+
+
+SCORES = np.asarray([0.3, 2.0, -1.0, 1.2, 0.0, 1.9, -4.0, 0.7])
+
+
+def distribution(temperature=1.0, top_k=0, top_p=1.0) -> np.ndarray:
+    """What is sampled from: the definition, one token after another from the likeliest."""
+    weights = np.exp(SCORES / temperature)
+    order = np.argsort(-weights)[: top_k or None]
+    total, kept, share = weights[order].sum(), [], 0.0
+    for token in order:
+        if share < top_p:
+            kept.append(token)
+        share += weights[token] / total
+    result = np.zeros(len(SCORES))
+    result[kept] = weights[kept]
+    return result / result.sum()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 3.0},
+        {"top_k": 3},
+        {"top_p": 0.7},
+        {"top_p": 0.999},
+        {"top_k": 5, "top_p": 0.6, "temperature": 1.5},
+        {"top_k": 100},
+    ],
+    ids=str,
+)
+def test_frequencies_follow_the_distribution(options):
+    expected = distribution(**options)
+    counts = np.bincount(draws(SCORES, **options).reshape(-1), minlength=len(SCORES))
+    assert counts.sum() == 20_000
+    assert not counts[expected == 0].any()
+    possible = expected > 0
+    assert stats.chisquare(counts[possible], 20_000 * expected[possible]).pvalue > 1e-4
+
+
+def test_rows_and_steps_are_independent():
+    """Pairs of neighbouring steps, and of neighbouring rows, are distributed as the product."""
+    ids, expected = draws(SCORES), distribution()
+    size = len(SCORES)
+    for first, second in ((ids[:-1:2], ids[1::2]), (ids[:, :-1:2], ids[:, 1::2])):
+        counts = np.bincount((first * size + second).reshape(-1), minlength=size * size)
+        product = np.outer(expected, expected).reshape(-1)
+        likely = product * counts.sum() > 5
+        observed = np.append(counts[likely], counts[~likely].sum())
+        wanted = counts.sum() * np.append(product[likely], product[~likely].sum())
+        assert stats.chisquare(observed, wanted).pvalue > 1e-4
+
+
+def test_extreme_temperatures():
+    tied = np.asarray([1.0, 3.0, 3.0, *[-np.inf] * 5])
+    assert set(draws(tied, temperature=1e-30).reshape(-1)) == {1, 2}
+    assert set(draws(tied, temperature=1e30).reshape(-1)) == {0, 1, 2}
+    assert (draws(tied, temperature=0.0) == 1).all()
+    assert (draws(tied, temperature=5.0, top_k=1) == 1).all()
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"top_k": 1, "top_p": 0.5}], ids=str)
+def test_the_likeliest_alone_is_greedy(options):
+    base = base_of()
+    sampling = SamplingConfig(max_new_tokens=NEW, temperature=2.0, seed=5, **options)
+    same(generate(base, PROMPTS, virtual_of(base), sampling), greedy_answers())
+
+
+def test_seeds():
+    """A prompt's text depends on the seed and the prompt's number, and not on the batch that it is in."""
+    base = base_of()
+    sampling = SamplingConfig(max_new_tokens=NEW, temperature=1.0, top_p=0.95, seed=3)
+    first = generate(base, PROMPTS, virtual_of(base), sampling)
+    same(generate(base, PROMPTS, virtual_of(base), sampling), first)
+    same(generate(base, PROMPTS, virtual_of(base), sampling, lead=0, batch_size=1), first)
+    same(generate(base, PROMPTS[:1], virtual_of(base), sampling), first[:1])
+    others = generate(base, PROMPTS, virtual_of(base), dataclasses.replace(sampling, seed=4))
+    assert all(one.ids != other.ids for one, other in zip(first, others, strict=True))
+    repeated = generate(base, [PROMPTS[0]] * 4, virtual_of(base), sampling)
+    assert len({tuple(answer.ids) for answer in repeated}) == 4
+
+
+def test_log_probabilities_are_the_models_own():
+    """Those of sampled tokens come from the distribution before temperature, top-k and top-p."""
+    base = base_of()
+    sampling = SamplingConfig(max_new_tokens=NEW, temperature=3.0, top_k=50, top_p=0.9)
+    for prompt, answer in zip(PROMPTS, generate(base, PROMPTS, virtual_of(base), sampling), strict=True):
+        expected = whole_log_probabilities(base, virtual_of(base), prompt, answer.ids)
+        assert expected.std() > 0.3
+        np.testing.assert_allclose(answer.log_probabilities, expected, atol=1e-4, rtol=0)
+
+
+# Where rows end, and what their text is.
+
+
+def test_eos(decoded_steps):
+    """Rows end one by one, the last ends the loop; EOS is among the ids and no part of the text."""
+    answers = spoken(alphabet(EOS_ID), "awpx")
+    assert [answer.text for answer in answers] == ["bcdefghijklmnopqrstuvwx", "x", "qrstuvwx", ""]
+    assert answers[2].ids == [*letter_ids("qrstuvwx"), EOS_ID]
+    assert {answer.finished for answer in answers} == {"eos"}
+    assert all(len(answer.log_probabilities) == len(answer.ids) for answer in answers)
+    np.testing.assert_allclose(answers[0].log_probabilities, 0, atol=1e-4)
+    assert decoded_steps == [24]
+
+
+def test_length():
+    answers = spoken(alphabet(EOS_ID), "att", max_new_tokens=4)[:2]
+    assert [(answer.text, answer.finished) for answer in answers] == [("bcde", "length"), ("uvwx", "length")]
+    answers = spoken(alphabet(EOS_ID), "axx", max_new_tokens=1)[:2]
+    assert [(answer.text, answer.finished) for answer in answers] == [("b", "length"), ("", "eos")]
+
+
+@pytest.mark.parametrize(
+    ("stop", "new", "text", "said", "finished"),
+    [
+        (("ef",), 30, "bcd", "bcdef", "stop"),
+        (("b",), 30, "", "b", "stop"),
+        (("qr",), 30, "bcdefghijklmnop", "bcdefghijklmnopqr", "stop"),  # 16 tokens end with q, the first look
+        (("pq",), 30, "bcdefghijklmno", "bcdefghijklmnopq", "stop"),
+        (("uv", "st"), 30, "bcdefghijklmnopqr", "bcdefghijklmnopqrst", "stop"),
+        (("de",), 5, "bc", "bcde", "stop"),
+        (("ef",), 5, "bcd", "bcdef", "stop"),
+        (("fg",), 5, "bcdef", "bcdef", "length"),
+        (("cdefgh", "gh"), 30, "b", "bcdefgh", "stop"),  # both end with the same token; the text is cut at the first
+        (("xz",), 30, "bcdefghijklmnopqrstuvwx", "bcdefghijklmnopqrstuvwx$", "eos"),
+    ],
+    ids=str,
+)
+def test_stop_strings(stop, new, text, said, finished):
+    (answer,) = spoken(alphabet(EOS_ID), "a", max_new_tokens=new, stop=stop)
+    expected = [EOS_ID if letter == "$" else letter_ids(letter)[0] for letter in said]
+    assert (answer.text, answer.ids, answer.finished) == (text, expected, finished)
+    assert len(answer.log_probabilities) == len(answer.ids)
+
+
+def test_a_batch_ends_when_every_row_has_met_a_stop_string(decoded_steps):
+    answers = spoken(alphabet(), "ckk", max_new_tokens=32, stop=("mn",))
+    assert [answer.text for answer in answers] == ["defghijkl", "l", "l"]
+    assert decoded_steps == [16]
+    decoded_steps.clear()
+    answers = spoken(alphabet(), "cnk", max_new_tokens=32, stop=("mn",))
+    assert [answer.text for answer in answers] == ["defghijkl", "opqrstuvwxabcdefghijkl", "l"]
+    assert decoded_steps == [16, 32]
+
+
+def test_a_control_token_may_be_a_stop_string(decoded_steps):
+    """Its text never shows, so that it ends a row by its id."""
+    (answer,) = spoken(alphabet(PAD_ID), "t", stop=("<pad>",))
+    assert answer == Generated("uvwx", [*letter_ids("uvwx"), PAD_ID], answer.log_probabilities, "stop")
+    assert decoded_steps == [5]
+
+
+def test_prompts_with_any_ids_before():
+    """What stands in front is read, and its text is no part of the answer's."""
+    ids = letter_ids("abc")
+    base = speaker({ids[0]: ids[1], ids[1]: ids[2]})
+    prompts = [
+        np.asarray([BOS_ID, *front, ids[0]]) for front in ([], [VOCAB], [70, VOCAB, 71, EOS_ID], [VOCAB, VOCAB + 1])
+    ]
+    answers = generate(base, prompts, virtual_of(base), SamplingConfig(max_new_tokens=2))
+    assert [answer.text for answer in answers] == ["bc"] * 4
+
+
+TEXTS = ["good question", " good question", "Hello", " the  two", "\nnew line ", "!", " , no", "é🙂", " 你好", "a"]
+
+
+def tokenizer_of(name: str, request):
+    if name in ("byte", "sentencepiece"):
+        return tiny_tokenizer(name)
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(request.getfixturevalue("shared") / "models" / name)
+
+
+@pytest.mark.parametrize("name", ["byte", "sentencepiece", "tokenizers/gpt2", "tokenizers/llama2"])
+def test_text_of_ids_is_what_was_encoded(name, request):
+    """As the continuation of another text, and as the opening of one."""
+    tokenizer = tokenizer_of(name, request)
+    tokenization = Tokenization(tokenizer)
+    for text in TEXTS:
+        assert continuation_text(tokenizer, tokenization.continuation(text)) == text
+        assert continuation_text(tokenizer, tokenization.opening(text), opens=True) == text
+
+
+def test_control_tokens_are_no_text():
+    tokenizer = tiny_tokenizer("sentencepiece")
+    ids = [
+        *Tokenization(tokenizer).continuation(" good"),
+        EOS_ID,
+        *Tokenization(tokenizer).continuation(" bad"),
+        EOS_ID,
+    ]
+    assert continuation_text(tokenizer, ids) == " good bad"
+
+
+def test_the_dummy_space_after_bos_and_after_a_virtual_token():
+    """A SentencePiece-like tokenizer's space before the first word is text, unless the word opens the sequence."""
+    tokenizer = tiny_tokenizer("sentencepiece")
+    space, letter = word = tokenizer.convert_tokens_to_ids(["▁", "A"])
+    base = dataclasses.replace(speaker({BOS_ID: space, space: letter}), tokenizer=tokenizer)
+    virtual = VirtualPrompt(jnp.broadcast_to(base.params["embedding"][BOS_ID][None], (VIRTUAL, base.config.width)))
+    (opening,) = generate(base, [np.asarray([BOS_ID])], virtual, SamplingConfig(max_new_tokens=2))
+    (continuing,) = generate(base, [np.asarray([BOS_ID, VOCAB])], virtual, SamplingConfig(max_new_tokens=2))
+    assert opening.ids == continuing.ids == word
+    assert (opening.text, continuing.text) == ("A", " A")
+
+
+# The programs.
+
+
+def test_one_trace_per_bucket():
+    """Other prompts, lengths, leads, samplings, and numbers of new tokens of the same buckets reuse the programs."""
+    jax.clear_caches()  # what other tests have compiled
+    base, compiled = base_of(), []
+
+    def listen(name, _, **details):
+        if name == "/jax/core/compile/backend_compile_duration":
+            compiled.append(details.get("fun_name"))
+
+    ours = list(vars(programs(base.mesh)).values())
+    virtual = virtual_of(base)
+    before = [program._cache_size() for program in ours]
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        generate(base, PROMPTS, virtual, GREEDY, batch_size=3)  # rows that no other test has; two batches
+        first = [program._cache_size() for program in ours]
+        assert [b - a for a, b in zip(before, first, strict=True)][1:] == [1, 1]
+        assert len(compiled) >= 2
+        compiled.clear()
+        for lengths, options in [
+            ((3, 7, 12), {}),
+            ((1, 20, 22), {"temperature": 0.5}),
+            ((9,), {"temperature": 0.7, "top_k": 3, "seed": 1}),
+            ((9, 8), {"temperature": 0.7, "top_p": 0.3, "max_new_tokens": 32}),
+            ((5, 9), {"stop": ("a", "b c", "<pad>")}),
+        ]:
+            prompts = [example.ids for example in random_examples("target", 7, seed=9, lengths=lengths)]
+            generate(base, prompts, virtual, SamplingConfig(**{"max_new_tokens": NEW, **options}), batch_size=3)
+        generate(base, PROMPTS, virtual, GREEDY, batch_size=3, lead=3)
+        assert compiled == []
+        assert [program._cache_size() for program in ours] == first
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_the_frozen_base_is_no_constant_of_the_programs():
+    """5 MB of weights: arguments of the programs."""
+    base = tiny_base(hidden_size=128, intermediate_size=1024)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(base.params)) > 5_000_000
+    before = jax.config.jax_captured_constants_warn_bytes
+    jax.config.update("jax_captured_constants_warn_bytes", 100_000)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            generate(base, PROMPTS[:1], virtual_of(base), SamplingConfig(max_new_tokens=2))
+            with pytest.raises(UserWarning, match="constants were captured"):
+                jax.jit(lambda ids: embed(base.module, base.params, ids)).lower(jnp.zeros((1, 1), jnp.int32))
+    finally:
+        jax.config.update("jax_captured_constants_warn_bytes", before)
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": -1, "temperature": 1.0}, "top_k is -1"),
+        ({"top_p": 0.0, "temperature": 1.0}, "top_p is 0.0"),
+        ({"top_p": 1.1, "temperature": 1.0}, "top_p is 1.1"),
+        ({"top_p": 0.9}, "need temperature > 0"),
+        ({"top_k": 5}, "need temperature > 0"),
+        ({"stop": ("a", "")}, "none of them empty"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+    ],
+    ids=str,
+)
+def test_wrong_sampling(options, message):
+    with pytest.raises(ConfigError, match=message):
+        SamplingConfig(**options)
+
+
+BOS = np.asarray([BOS_ID, 5])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "error", "message"),
+    [
+        ([BOS, np.asarray([], int)], {}, DataError, "prompt 1 is empty"),
+        ([BOS, np.asarray([3, VOCAB + 7])], {"virtual": True}, DataError, f"prompt 1 has id {VOCAB + 7}"),
+        ([np.asarray([3, -1])], {}, DataError, "prompt 0 has id -1"),
+        ([BOS, np.asarray([3, VOCAB + 2])], {}, ConfigError, "prompt 1 has virtual token 2, but no soft prompt"),
+        (
+            [BOS, np.full(105, 9)],
+            {},
+            ConfigError,
+            "prompt 1: 105 tokens and max_new_tokens=24 make 129, .* 128 positions",
+        ),
+        ([BOS, BOS], {"lead": 2}, ConfigError, "lead is 2; these prompts share 1"),
+        ([BOS, np.asarray([7, 5])], {"lead": 1}, ConfigError, "lead is 1; these prompts share 0"),
+        ([BOS], {"lead": -1}, ConfigError, "lead is -1"),
+        ([BOS], {"batch_size": 0}, ConfigError, "batch_size is 0"),
+    ],
+    ids=str,
+)
+def test_wrong_prompts(prompts, options, error, message):
+    base = base_of()
+    virtual = virtual_of(base) if options.get("virtual") else None
+    options = {name: value for name, value in options.items() if name != "virtual"}
+    with pytest.raises(error, match=message):
+        generate(base, prompts, virtual, GREEDY, **options)
+
+
+def test_every_position_can_be_used():
+    """A prompt of 6 and 24 new tokens in 30 positions, and not in 29."""
+    base, prompt = base_of(), PROMPTS[0][:6]
+    for positions in (30, 29):
+        short = dataclasses.replace(base, config=dataclasses.replace(base.config, max_positions=positions))
+        if positions == 30:
+            (answer,) = generate(short, [prompt], virtual_of(base), GREEDY)
+            assert answer.ids == regrown(base, virtual_of(base), prompt, NEW)[0]
+            continue
+        with pytest.raises(ConfigError, match="make 30, but tiny-llama has 29 positions"):
+            generate(short, [prompt], virtual_of(base), GREEDY)
+
+
+def test_no_prompts():
+    assert generate(base_of(), []) == []

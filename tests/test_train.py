@@ -1,0 +1,240 @@
+"""The main job end to end on a tiny model: what it writes, that it resumes bit for bit, how it fails."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import train
+from spt_jax.testing import write_tiny_checkpoint
+from spt_jax.training import loop
+
+ROOT = Path(__file__).parents[1]
+WORDS = {"good": ("good", "nice", "fine", "great"), "bad": ("bad", "poor", "awful", "sad")}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint in model/, and a task that a word decides."""
+    folder = tmp_path_factory.mktemp("task")
+    write_tiny_checkpoint(folder / "model", "llama")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 60), ("validation", 20), ("test", 30)):
+        with open(folder / f"{split}.jsonl", "w") as file:
+            for _ in range(count):
+                label = str(rng.choice(list(WORDS)))
+                words = [str(rng.choice(["the", "a", "was", "is"])) for _ in range(rng.integers(1, 6))]
+                file.write(
+                    json.dumps({"text": " ".join([*words, str(rng.choice(WORDS[label]))]), "label": label}) + "\n"
+                )
+    return folder
+
+
+def words(files: Path, workdir: Path, *more: str) -> list[str]:
+    flags = {
+        "--workdir": workdir,
+        "--base.path": files / "model",
+        "--method.length": 4,
+        "--data.train": files / "train.jsonl",
+        "--data.validation": files / "validation.jsonl",
+        "--data.test": files / "test.jsonl",
+        "--data.prompt": r"<soft>{text}\n",
+        "--data.target": "{label}",
+        "--train.steps": 40,
+        "--train.batch-size": 8,
+        "--train.evaluate-every": 10,
+        "--train.checkpoint-every": 20,
+    }
+    line = [str(ROOT / "configs" / "local_files.py")]
+    for name, value in flags.items():
+        line += [name, str(value)]
+    return [
+        *line,
+        "--data.verbalizers",
+        "good=H",
+        "bad=L",
+        "--data.hard-prompt",
+        r"{text}\nIt was",
+        r"Is {text} good?\n",
+        *more,
+    ]
+
+
+def arrays(workdir: Path) -> np.ndarray:
+    return load_file(workdir / "prompt" / "prompt.safetensors")["tokens"]
+
+
+def losses(workdir: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def finished(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    assert train.main(words(files, workdir)) == 0
+    return workdir
+
+
+def test_leaves_what_scripts_rely_on(finished: Path):
+    results = json.loads((finished / "results.json").read_text())
+    assert set(results) >= {
+        "test", "validation", "steps", "trainable_parameters", "base_parameters", "prompt_bytes", "train_seconds",
+        "compile_seconds", "examples_per_second", "peak_memory_bytes", "device", "versions", "command",
+    }  # fmt: skip
+    assert set(results["test"]) == {"soft_prompt", "hard_prompt", "no_prompt"}
+    assert results["steps"] == 40 and results["trainable_parameters"] == 4 * 32
+    assert results["prompt_bytes"] <= 4 * 4 * 32 + 8192
+    assert results["test"]["hard_prompt"]["text"] in ("{text}\nIt was", "Is {text} good?\n")
+    assert (finished / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    first, last = np.mean([v for _, v in losses(finished)[:5]]), np.mean([v for _, v in losses(finished)[-5:]])
+    assert last < first
+
+
+def test_metrics_can_be_computed_again_from_the_predictions(finished: Path):
+    results = json.loads((finished / "results.json").read_text())["test"]
+    lines = [json.loads(line) for line in (finished / "predictions.jsonl").read_text().splitlines()]
+    for name, metrics in results.items():
+        own = [line for line in lines if line["prompt"] == name]
+        assert len(own) == metrics["examples"] == 30
+        assert np.mean([line["label"] == line["prediction"] for line in own]) == pytest.approx(metrics["accuracy"])
+
+
+def test_killed_and_resumed_is_the_same_run_bit_for_bit(files: Path, finished: Path, tmp_path: Path):
+    """SIGKILL at step 31, after the save at step 20."""
+    workdir = tmp_path / "killed"
+    program = f"""
+import os, signal, sys
+import train
+from spt_jax.training import loop
+place, calls = loop.place_batch, []
+def place_or_die(batch, mesh):
+    calls.append(1)
+    if len(calls) == 32:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return place(batch, mesh)
+loop.place_batch = place_or_die
+train.main({words(files, workdir)!r})
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, cwd=ROOT, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert train.main(words(files, workdir, "--resume")) == 0
+    assert losses(workdir) == losses(finished)
+    assert arrays(workdir).tobytes() == arrays(finished).tobytes()
+    whole, resumed = (json.loads((w / "results.json").read_text()) for w in (finished, workdir))
+    assert whole["test"] == resumed["test"] and whole["best_step"] == resumed["best_step"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_resume_goes_on(files, finished, tmp_path, monkeypatch, capsys, number):
+    place, calls = loop.place_batch, []
+
+    def place_and_signal(batch, mesh):
+        calls.append(1)
+        if len(calls) == 14:
+            os.kill(os.getpid(), number)
+        return place(batch, mesh)
+
+    workdir = tmp_path / "stopped"
+    monkeypatch.setattr(loop, "place_batch", place_and_signal)
+    assert train.main(words(files, workdir)) == 128 + number
+    assert "--resume" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert train.main(words(files, workdir, "--resume")) == 0
+    assert losses(workdir) == losses(finished)
+    assert arrays(workdir).tobytes() == arrays(finished).tobytes()
+
+
+def test_resumes_on_another_mesh(files: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """20 steps on one device, 20 on four: the same to float tolerance."""
+    place, calls = loop.place_batch, []
+
+    def stop_at_20(batch, mesh):
+        calls.append(1)
+        if len(calls) == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return place(batch, mesh)
+
+    workdir = tmp_path / "moved"
+    monkeypatch.setattr(loop, "place_batch", stop_at_20)
+    assert train.main(words(files, workdir)) == 143
+    monkeypatch.undo()
+    assert train.main(words(files, workdir, "--resume", "--mesh.data", "2", "--mesh.tensor", "2")) == 0
+    np.testing.assert_allclose(np.asarray(losses(workdir)), np.asarray(losses(finished)), rtol=2e-3)
+
+
+def test_nan_stops_with_the_step_and_keeps_the_last_good_state(files: Path, tmp_path: Path, capsys):
+    workdir = tmp_path / "nan"
+    wild = ["--optimizer.name", "sgd", "--optimizer.learning-rate", "1e38", "--optimizer.clip-norm", "0"]
+    assert train.main(words(files, workdir, *wild)) == 1
+    assert re.search(r"step [12]: .*(nan|inf)", capsys.readouterr().err)
+    state = loop.Checkpoints(workdir / "checkpoints")
+    assert state.latest_step() == 0
+    state.close()
+    assert not (workdir / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "message"),
+    [
+        (["--train.seed", "1", "--resume"], 2, "train.seed: 0 in the work directory, 1 now"),
+        ([], 2, "Use --resume to go on or --overwrite"),
+        (["--resume", "--overwrite"], 2, "exclude each other"),
+        (["--data.max-length", "1000", "--resume"], 2, "has 128 positions"),
+        (["--method.length", "128", "--resume"], 2, "leave no room"),
+        (["--data.target", "{lable}", "--resume"], 1, "did you mean 'label'"),
+        (["--base.path", "/nowhere/at/all", "--resume"], 1, "no such directory"),
+        (["--mesh.tensor", "3", "--resume"], 2, "does not divide"),
+        (["--mesh.data", "16", "--resume"], 2, "needs 16 devices; there are 8"),
+        (["--data.train", "missing.jsonl", "--resume"], 1, "missing.jsonl"),
+        (["--loss.class-weights", "1", "--resume"], 2, "1 numbers for 2 classes"),
+    ],
+)
+def test_wrong_words(files: Path, finished: Path, capsys, more, code, message):
+    before = (finished / "results.json").read_bytes()
+    assert train.main(words(files, finished, *more)) == code
+    assert message in capsys.readouterr().err
+    assert (finished / "results.json").read_bytes() == before
+
+
+def test_overwrite_spares_directories_of_others(files: Path, tmp_path: Path, capsys):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert train.main(words(files, tmp_path, "--overwrite")) == 2
+    assert (tmp_path / "thesis.txt").exists() and "no run of ours" in capsys.readouterr().err
+
+
+def test_config_file_errors(tmp_path: Path, capsys):
+    assert train.main(["configs/quickstrat.py"]) == 2
+    assert "did you mean configs/quickstart.py" in capsys.readouterr().err
+    bad = tmp_path / "bad.py"
+    bad.write_text("from spt_jax.config import TrainConfig\ndef get_config():\n    return TrainConfig(stepz=1)\n")
+    assert train.main([str(bad)]) == 2
+    assert "did you mean 'steps'" in capsys.readouterr().err
+
+
+def test_dry_run_shows_tokens_and_writes_nothing(files: Path, tmp_path: Path, capsys):
+    assert train.main(words(files, tmp_path / "dry", "--dry-run")) == 0
+    shown = capsys.readouterr().out
+    assert "<soft 0>|<soft 1>|<soft 2>|<soft 3>" in shown and "packing rate" in shown and "MiB" in shown
+    assert shown.count("(the label)") == 3
+    assert not (tmp_path / "dry").exists()
+
+
+def test_generation_task(files: Path, tmp_path: Path):
+    """No verbalizers: next-token loss, perplexity, and generated answers."""
+    workdir = tmp_path / "generation"
+    line = words(files, workdir, "--train.steps", "4", "--evaluation.max-new-tokens", "4", "--evaluation.generate", "5")
+    at = line.index("--data.verbalizers")
+    assert train.main(line[:at] + line[at + 3 :]) == 0
+    results = json.loads((workdir / "results.json").read_text())["test"]["soft_prompt"]
+    assert set(results) >= {"loss", "perplexity", "exact_match", "token_f1", "bleu", "rougeL"}
+    assert results["perplexity"] == pytest.approx(np.exp(results["loss"]), rel=1e-4)
+    assert results["generated"] == 5

@@ -1,0 +1,163 @@
+"""Trains a soft prompt on a frozen language model, compares it with hand-written prompts, and saves it.
+
+    python train.py configs/quickstart.py [--field value ...] [--resume | --overwrite] [--dry-run]
+
+Exit codes: 0 done, 1 the run failed, 2 the command line or the config is wrong, 130 or 143 stopped by a signal after
+saving.
+"""
+
+import dataclasses
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from spt_jax import measure
+from spt_jax.command_line import Command, config_differences, config_json, parse_train
+from spt_jax.config import resolve
+from spt_jax.data.batches import pack, place_batch
+from spt_jax.data.preview import describe
+from spt_jax.errors import ConfigError, SptError
+from spt_jax.evaluation import evaluate
+from spt_jax.experiment import CONFIG_FILE, Experiment, compare, load_experiment, prepare_workdir
+from spt_jax.files import write_json
+from spt_jax.plots import plot_curves
+from spt_jax.prompts.storage import save_prompt
+from spt_jax.report import comparison_table, predictions_jsonl, reference_lines
+from spt_jax.training.logs import MetricsLog, read_metrics
+from spt_jax.training.loop import Best, Outcome, Stopped, TrainingData, fit
+from spt_jax.training.optimizers import make_optimizer, resolve_optimizer
+from spt_jax.training.step import init_state, make_train_step
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command and turns errors into a line on stderr and an exit code."""
+    try:
+        run(parse_train(argv), argv)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except SptError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Stopped as stopped:
+        print(f"{stopped}. Go on with --resume", file=sys.stderr)
+        return stopped.exit_code
+    return 0
+
+
+def run(command: Command[Any], argv: Sequence[str]) -> None:
+    """The whole job, from config to results."""
+    compile_seconds = measure.compile_clock()
+    config = resolve(command.config)
+    experiment = load_experiment(config)
+    base, workdir = experiment.base, command.workdir
+    config = dataclasses.replace(config, optimizer=resolve_optimizer(config.optimizer, base.config.family))
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    examples, plan = experiment.training_set()
+    print(
+        f"{base.name}: {base.parameter_count:,} frozen parameters in {base.dtype} on"
+        f" {base.mesh.size} x {measure.device_name()}"
+    )
+    if command.dry_run:
+        dry_run(experiment, examples, plan, optimizer)
+        return
+    soft_validation = None
+    if experiment.validation is not None:
+        soft_validation = experiment.evaluation_set(experiment.validation, experiment.template)
+
+    prepare_workdir(workdir, resume=command.resume, overwrite=command.overwrite)
+    settings = config_json(config)
+    if command.resume:
+        check_same_config(settings, workdir)
+    write_json(workdir / CONFIG_FILE, settings)
+
+    def virtual_of(params: Any) -> Any:
+        return config.method.materialize(base.params, params)
+
+    def validate(params: Any) -> dict[str, Any]:
+        assert soft_validation is not None
+        return evaluate(base, soft_validation, virtual_of(params), generated=False).metrics
+
+    def save_best(best: Best) -> None:
+        extra = {"step": best.step, "validation": best.metrics, "command": shlex.join(argv)}
+        save_prompt(workdir / "prompt", base, config.method, best.params, experiment.template, extra=extra)
+
+    outcome = fit(
+        base,
+        config.method,
+        optimizer,
+        experiment.objective(plan),
+        TrainingData(examples, plan, config.loss.class_weights or None),
+        config.train,
+        workdir=workdir,
+        log=lambda step: MetricsLog(workdir, config.log, from_step=step, run_config=settings),
+        validate=validate if soft_validation is not None else None,
+        save_best=save_best,
+        metadata={"config": settings},
+        resume=command.resume,
+    )
+    finish(experiment, outcome, virtual_of(outcome.best.params), workdir, argv, compile_seconds())
+
+
+def check_same_config(settings: dict[str, Any], workdir: Path) -> None:
+    """A resumed run must be the same run; only where it runs and logs may differ."""
+    saved = json.loads((workdir / CONFIG_FILE).read_text())
+    free = ("mesh", "log")
+    differences = config_differences(
+        {k: v for k, v in settings.items() if k not in free}, {k: v for k, v in saved.items() if k not in free}
+    )
+    if differences:
+        raise ConfigError("this is not the config of the run to resume: " + "; ".join(differences))
+
+
+def dry_run(experiment: Experiment, examples: Any, plan: Any, optimizer: Any) -> None:
+    """Shows what would be trained on and what memory a step needs."""
+    base, config = experiment.base, experiment.config
+    print(describe(examples, plan, config.train.batch_size, base.tokenizer, base.config.vocab_size))
+    state = init_state(jax.random.key(config.train.seed), base, config.method, optimizer)
+    batch = place_batch(pack(examples[: config.train.batch_size], plan), base.mesh)
+    step = make_train_step(base, config.method, optimizer, experiment.objective(plan))
+    print(measure.step_memory(step, state, batch, base.params))
+
+
+def finish(
+    experiment: Experiment, outcome: Outcome, virtual: Any, workdir: Path, argv: Sequence[str], compile_seconds: float
+) -> None:
+    """Compares, prints, and writes results.json, predictions.jsonl and curves.png."""
+    results = compare(experiment, virtual)
+    metrics = {split: {k: v and v.metrics for k, v in by.items()} for split, by in results.items()}
+    prompt_bytes = sum(file.stat().st_size for file in (workdir / "prompt").iterdir())
+    write_json(
+        workdir / "results.json",
+        {
+            **metrics,
+            "steps": outcome.steps,
+            "best_step": outcome.best.step,
+            "trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(outcome.best.params)),
+            "base_parameters": experiment.base.parameter_count,
+            "prompt_bytes": prompt_bytes,
+            "train_seconds": round(outcome.train_seconds, 2),
+            "compile_seconds": round(compile_seconds, 2),
+            "examples_per_second": round(outcome.examples_per_second, 2),
+            "peak_memory_bytes": measure.peak_memory_bytes(),
+            "device": measure.device_name(),
+            "versions": measure.versions(),
+            "command": shlex.join(["train.py", *argv]),
+        },
+    )
+    (workdir / "predictions.jsonl").write_text(predictions_jsonl(results.get("test", {})))
+    references = reference_lines(metrics.get("validation", {}))
+    plot_curves(workdir / "curves.png", read_metrics(workdir / "metrics.jsonl"), references)
+    print(comparison_table(metrics))
+    print(
+        f"{workdir}/prompt: the soft prompt, {prompt_bytes:,} bytes. {workdir}: results.json, curves.png, metrics.jsonl"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
