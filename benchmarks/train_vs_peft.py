@@ -32,7 +32,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from spt_jax.data.templates import Example
+from spt_jax.data.encoder import Example
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 LEARNING_RATE = 0.03
@@ -94,8 +94,9 @@ def write_task(folder: Path, setting: Setting, data: Path) -> None:
     """Every example of the setting's file as ids, in one random order, and the rows that the prompt starts from."""
     import transformers
 
+    from spt_jax.data.encoder import Encoder
     from spt_jax.data.sources import read_records
-    from spt_jax.data.templates import Encoder, Template
+    from spt_jax.data.templates import Template
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "base")
     template = Template(prompt=setting.prompt, target=setting.target, virtual_tokens=setting.virtual_tokens)

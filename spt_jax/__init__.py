@@ -13,8 +13,9 @@ heads, H head size, V vocabulary.
 
 from spt_jax.base import FrozenBase, load_base
 from spt_jax.data.batches import Batch, Rows, evaluation_batches, pack, place_batch, plan_batches, training_batches
+from spt_jax.data.encoder import Encoder, Example
 from spt_jax.data.sources import read_records
-from spt_jax.data.templates import Encoder, Example, Template
+from spt_jax.data.templates import Template
 from spt_jax.errors import CheckpointError, ConfigError, DataError, SptError, TrainingError
 from spt_jax.evaluation import evaluate, make_evaluation_set
 from spt_jax.forward import encode_prefix, output_logits

@@ -10,8 +10,9 @@ import tyro
 
 from spt_jax.base import FrozenBase, load_base
 from spt_jax.config import EvaluationConfig, Lines, Pairs
+from spt_jax.data.encoder import Encoder
 from spt_jax.data.sources import check_fields, read_records
-from spt_jax.data.templates import MESSAGES, Encoder, Template
+from spt_jax.data.templates import MESSAGES, Template
 from spt_jax.errors import ConfigError, SptError, did_you_mean
 from spt_jax.evaluation import evaluate, make_evaluation_set, score
 from spt_jax.files import write_json

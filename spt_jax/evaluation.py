@@ -16,7 +16,7 @@ from spt_jax import metrics
 from spt_jax.base import FrozenBase
 from spt_jax.config import EvaluationConfig
 from spt_jax.data.batches import Batch, BatchPlan, evaluation_batches, place_batch, plan_batches, rows_multiple
-from spt_jax.data.templates import Encoder, Example
+from spt_jax.data.encoder import Encoder, Example
 from spt_jax.forward import encode_prefix, group_scores, output_logits, target_log_probabilities
 from spt_jax.generation import SamplingConfig, generate
 from spt_jax.models.decoder import Decoder

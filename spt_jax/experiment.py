@@ -11,8 +11,9 @@ import numpy as np
 from spt_jax.base import FrozenBase, load_base
 from spt_jax.config import ExperimentConfig, make_template
 from spt_jax.data.batches import BatchPlan, plan_batches, rows_multiple
+from spt_jax.data.encoder import Encoder, Example
 from spt_jax.data.sources import check_fields, read_records
-from spt_jax.data.templates import Encoder, Example, Template
+from spt_jax.data.templates import Template
 from spt_jax.errors import ConfigError
 from spt_jax.evaluation import Evaluation, EvaluationSet, evaluate, make_evaluation_set, selection_score
 from spt_jax.prompts import VirtualPrompt

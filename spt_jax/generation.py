@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spt_jax.base import FrozenBase
+from spt_jax.data.batches import round_up
 from spt_jax.decoding import DecodeState, PromptRows, RowSampling, decode, encode_lead, prefill
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.models.attention import Cache, Prefix
@@ -152,9 +153,9 @@ def generate(
         virtual = jax.device_put(virtual, replicated(base.mesh))
     prefix = None
     if lead:
-        padded = _padded(prompts[0][:lead], _round_up(lead, BUCKET))
+        padded = _padded(prompts[0][:lead], round_up(lead, BUCKET))
         prefix = programs(base.mesh).encode_lead(base.module, base.params, virtual, padded, jnp.int32(lead))
-    size = _round_up(min(batch_size, 2 ** (len(prompts) - 1).bit_length()), row_shards(base.mesh))
+    size = round_up(min(batch_size, 2 ** (len(prompts) - 1).bit_length()), row_shards(base.mesh))
     # Rows of like length go together, so that little of a batch is padding.
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     results: dict[int, Generated] = {}
@@ -184,7 +185,7 @@ def _generate_batch(
     end_ids = stop_ids | ({eos_id} if eos_id is not None else set())
     place = functools.partial(jax.device_put, device=row_sharding(base.mesh))
     cached = [prompt[lead:-1] for prompt in prompts]
-    length = _round_up(max(1, *map(len, cached)), BUCKET)
+    length = round_up(max(1, *map(len, cached)), BUCKET)
     rows = PromptRows(
         ids=place(np.stack([_padded(row, length) for row in cached + [np.zeros(0)] * (size - len(cached))])),
         lengths=place(_padded([len(row) for row in cached], size)),
@@ -196,11 +197,11 @@ def _generate_batch(
         top_k=jnp.int32(min(sampling.top_k, base.config.vocab_size)),
         top_p=jnp.float32(sampling.top_p),
         seed=jnp.uint32(sampling.seed),
-        end_ids=jnp.asarray(_padded(sorted(end_ids), _round_up(len(end_ids), 8), NO_ID)),
+        end_ids=jnp.asarray(_padded(sorted(end_ids), round_up(len(end_ids), 8), NO_ID)),
         numbers=place(_padded(numbers, size)),
     )
     limit = sampling.max_new_tokens
-    state = programs(base.mesh).prefill(base.module, _round_up(limit, BUCKET), base.params, virtual, prefix, rows)
+    state = programs(base.mesh).prefill(base.module, round_up(limit, BUCKET), base.params, virtual, prefix, rows)
 
     texts_of = [functools.partial(continuation_text, base.tokenizer, opens=_is_opening(base, p)) for p in prompts]
     chunk = CHUNK if stop_texts else limit
@@ -305,10 +306,6 @@ def _shared_lead(prompts: list[np.ndarray], lead: int | None) -> int:
     if not 0 <= lead <= shared:
         raise ConfigError(f"lead is {lead}; these prompts share {shared} leading ids, a prompt's last not counted")
     return lead
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 def _padded(values: Sequence[int] | np.ndarray, length: int, fill: int = 0) -> np.ndarray:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spt_jax.base import FrozenBase, embed, logits, run_layers
-from spt_jax.data.templates import Example
+from spt_jax.data.encoder import Example
 from spt_jax.models.attention import Stream
 
 VOCAB = 320

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
-from spt_jax.data.templates import Example
+from spt_jax.data.encoder import Example
 from spt_jax.errors import DataError
 from spt_jax.models.attention import Stream
 from spt_jax.sharding import replicated, row_sharding, row_shards
@@ -108,7 +108,7 @@ class BatchPlan:
         for bucket in self.row_buckets:
             if bucket >= needed:
                 return bucket
-        return _round_up(needed, self.multiple)
+        return round_up(needed, self.multiple)
 
 
 def plan_batches(
@@ -141,7 +141,7 @@ def plan_batches(
     mean = sum(need.tokens for need in needs) / len(needs)
     length = max(longest, round(4 * mean)) if packing else longest
     step = 16 if length <= 256 else 64
-    length = _round_up(length, step)
+    length = round_up(length, step)
     if max_length is not None:
         length = max(longest, min(length, max_length))
     plan = BatchPlan(
@@ -166,7 +166,7 @@ def plan_batches(
         row_buckets=tuple(
             sorted(
                 {
-                    _round_up(math.ceil(np.quantile(counts, q)), multiple)
+                    round_up(math.ceil(np.quantile(counts, q)), multiple)
                     for q in ((0.5, 0.9, 1.0) if packing else (1.0,))
                 }
             )
@@ -174,7 +174,8 @@ def plan_batches(
     )
 
 
-def _round_up(number: int, multiple: int) -> int:
+def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple that is not below the number."""
     return -(-number // multiple) * multiple
 
 

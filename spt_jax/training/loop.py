@@ -19,7 +19,7 @@ from spt_jax.base import FrozenBase
 from spt_jax.checkpoints import Checkpoints
 from spt_jax.config import TrainConfig
 from spt_jax.data.batches import BatchPlan, place_batch, training_batches
-from spt_jax.data.templates import Example
+from spt_jax.data.encoder import Example
 from spt_jax.errors import TrainingError
 from spt_jax.evaluation import selection_score
 from spt_jax.prompts import PromptTuning

@@ -16,7 +16,7 @@ from spt_jax.data.batches import (
     slots,
     training_batches,
 )
-from spt_jax.data.templates import Example
+from spt_jax.data.encoder import Example
 from spt_jax.errors import DataError
 from spt_jax.models.attention import visible
 from spt_jax.sharding import MeshConfig, make_mesh

@@ -12,7 +12,7 @@ peft = pytest.importorskip("peft")
 
 from spt_jax.base import load_base
 from spt_jax.data.batches import pack, plan_batches
-from spt_jax.data.templates import Example
+from spt_jax.data.encoder import Example
 from spt_jax.forward import encode_prefix, output_logits
 from spt_jax.prompts import PromptTuning, VirtualPrompt
 from spt_jax.prompts.initializers import array, initialize, normal, text

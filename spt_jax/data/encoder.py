@@ -1,0 +1,316 @@
+"""Records to token ids, some of them virtual, as a template reads them."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from spt_jax.data.templates import MESSAGES, Bos, Field, Piece, Template, Text, Virtual, parse
+from spt_jax.data.tokenization import Tokenization
+from spt_jax.errors import ConfigError, DataError, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A record as ids.
+
+    ids: the prompt, and for a generation target (no choices) the target behind it.
+    predicted: True for those ids that the model shall predict.
+    choices: for classification, the ids of every verbalizer, each a continuation of `ids`.
+    label: the index of the right choice, 0 where there is none.
+    index: the record's number in its source.
+    """
+
+    ids: np.ndarray
+    predicted: np.ndarray
+    choices: tuple[np.ndarray, ...]
+    label: int
+    index: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence: the context and its longest continuation."""
+        return len(self.ids) + max((len(choice) for choice in self.choices), default=0)
+
+    @property
+    def first_target(self) -> int:
+        """Position in the sequence of the first id to predict."""
+        return len(self.ids) if self.choices else int(np.argmax(self.predicted))
+
+    def as_target(self) -> "Example":
+        """The same example with the right choice, if it has choices, as its one target."""
+        if not self.choices:
+            return self
+        right = self.choices[self.label]
+        predicted = np.arange(len(self.ids) + len(right)) >= len(self.ids)
+        return dataclasses.replace(self, ids=np.concatenate([self.ids, right]), predicted=predicted, choices=())
+
+
+class Encoder:
+    """Turns records into examples for one tokenizer, vocabulary and template."""
+
+    def __init__(self, template: Template, tokenizer: Any, vocab_size: int, max_length: int):
+        self.template = template
+        self.max_length = max_length
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._tokenization = Tokenization(tokenizer)
+        specials = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, specials))) if specials else None
+        bos = tokenizer.bos_token_id
+        self._adds_bos = bos is not None and tokenizer.encode("a")[:1] == [bos]
+        self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self._chats: dict[tuple[str, ...], list[Piece | int]] = {}
+        if template.chat and template.is_conversation:
+            raise ConfigError("data.chat renders a prompt and a target as a chat; {messages} is one already")
+        if (template.chat or template.is_conversation) and not tokenizer.chat_template:
+            raise ConfigError("this base's tokenizer has no chat template")
+        if template.chat:
+            self._prompt, self._end = self._chat_pieces(template)
+        else:
+            self._prompt, self._end = parse(template.prompt), self._eos
+        self._choices = (
+            [np.asarray(self._target({template.label_field: text}), np.int32) for text in template.verbalizers.values()]
+            if template.verbalizers
+            else []
+        )
+        self._classes = list(template.verbalizers)
+        if any(len(choice) == 0 for choice in self._choices):
+            raise ConfigError("a verbalizer without tokens: every class needs some text")
+        if len({tuple(choice) for choice in self._choices}) < len(self._choices):
+            raise ConfigError(f"two verbalizers have the same token ids: {dict(template.verbalizers)}")
+
+    def encode(self, record: Mapping[str, Any], index: int) -> Example:
+        """One record.
+
+        Raises:
+          DataError: a field is absent, the label has no verbalizer, or the example cannot fit.
+        """
+        example = self._encode(record, index)
+        if example.length <= self.max_length:
+            return example
+        field = self.template.truncate
+        if field is None:
+            raise DataError(
+                f"record {index + 1}: {example.length} tokens, at most {self.max_length} fit; name a field that may be"
+                " shortened (data.truncate), or raise data.max_length"
+            )
+        value = str(record[field])
+        low, high = 0, len(value)  # the most characters that fit, by bisection
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self._encode({**record, field: self._shortened(value, middle)}, index).length <= self.max_length
+            low, high = (middle, high) if fits else (low, middle - 1)
+        example = self._encode({**record, field: self._shortened(value, low)}, index)
+        if example.length > self.max_length:
+            raise DataError(
+                f"record {index + 1}: {example.length} tokens even without its field {field!r}; at most"
+                f" {self.max_length} fit"
+            )
+        return example
+
+    def encode_all(self, records: Sequence[Mapping[str, Any]]) -> list[Example]:
+        """Every record, numbered from 0."""
+        return [self.encode(record, index) for index, record in enumerate(records)]
+
+    def prompt_ids(self, record: Mapping[str, Any]) -> np.ndarray:
+        """The prompt alone, to generate from. A chat's last assistant turn is left for the model to say."""
+        if self.template.is_conversation:
+            messages = _messages(record, 0)
+            messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+            return np.asarray(self._conversation(messages, add_generation_prompt=True)[0], np.int32)
+        names = [piece.name for piece in self._prompt if isinstance(piece, Field)]
+        return np.asarray(self._ids(self._prompt, self._fields(record, names, 0), opens=True), np.int32)
+
+    def reference(self, record: Mapping[str, Any]) -> str:
+        """What the model should say after `prompt_ids`, as text."""
+        if self.template.is_conversation:
+            return str(_messages(record, 0)[-1]["content"])
+        pieces = parse(self.template.target)
+        return "".join(str(record[p.name]) if isinstance(p, Field) else getattr(p, "text", "") for p in pieces).strip()
+
+    def head_length(self, examples: Sequence[Example]) -> int:
+        """How many leading ids are the same for all examples and independent of their fields.
+
+        The last of them stays in the rows where its output predicts a first target.
+        """
+        constant = []
+        for piece in self._prompt:
+            if isinstance(piece, Field):
+                break
+            constant.append(piece)
+        head = np.asarray(self._ids(constant, {}, opens=True), np.int32)
+        length = len(head)
+        for example in examples:
+            shared = min(length, len(example.ids), example.first_target - 1)
+            differs = np.flatnonzero(example.ids[:shared] != head[:shared])
+            length = int(differs[0]) if len(differs) else shared
+        return max(length, 0)
+
+    def _shortened(self, value: str, characters: int) -> str:
+        return value[:characters] if self.template.keep == "start" else value[len(value) - characters :]
+
+    def _encode(self, record: Mapping[str, Any], index: int) -> Example:
+        if self.template.is_conversation:
+            ids, predicted = self._conversation(_messages(record, index), add_generation_prompt=False)
+            if not any(predicted):
+                raise DataError(f"record {index + 1}: no assistant turn to learn from")
+            return Example(np.asarray(ids, np.int32), np.asarray(predicted), (), 0, index)
+        fields = self._fields(record, self.template.fields, index)
+        prompt = self._ids(self._prompt, fields, opens=True)
+        if self.template.verbalizers:
+            label = self._label(record, index)
+            return Example(
+                np.asarray(prompt, np.int32), np.zeros(len(prompt), bool), tuple(self._choices), label, index
+            )
+        target = self._target(fields) + self._end
+        predicted = np.arange(len(prompt) + len(target)) >= len(prompt)
+        if not len(prompt):
+            predicted[0] = False  # nothing stands before the first id to predict it from
+        return Example(np.asarray(prompt + target, np.int32), predicted, (), 0, index)
+
+    def _fields(self, record: Mapping[str, Any], names: Sequence[str], index: int) -> dict[str, str]:
+        for name in names:
+            if record.get(name) is None:
+                raise DataError(f"record {index + 1}: no field {name!r}; {did_you_mean(name, record)}")
+        return {name: str(record[name]) for name in names}
+
+    def _label(self, record: Mapping[str, Any], index: int) -> int:
+        value = str(record[self.template.label_field or ""])
+        if value not in self._classes:
+            raise DataError(
+                f"record {index + 1}: label {value!r} has no verbalizer; {did_you_mean(value, self._classes)}"
+            )
+        return self._classes.index(value)
+
+    def _target(self, fields: Mapping[Any, str]) -> list[int]:
+        return self._ids(parse(self.template.target), fields, opens=False)
+
+    def _ids(self, pieces: Sequence[Piece | int], fields: Mapping[Any, str], *, opens: bool) -> list[int]:
+        """Ids of pieces. Text and fields that touch are encoded as one text.
+
+        opens: the pieces start the sequence, so that BOS goes first unless a piece says where.
+        """
+        ids: list[int] = []
+        run, at_start, next_virtual = "", opens, 0
+        if opens and Bos() not in pieces and self._adds_bos:
+            ids.append(self._tokenizer.bos_token_id)
+        for piece in [*self._split_specials(pieces), Text("")]:
+            if isinstance(piece, Field):
+                run += str(fields[piece.name])
+            elif isinstance(piece, Text) and piece.text:
+                run += piece.text
+            else:
+                if run:
+                    ids += self._tokenization.opening(run) if at_start else self._tokenization.continuation(run)
+                    at_start, run = False, ""
+                if isinstance(piece, Bos):
+                    ids.append(self._bos())
+                elif isinstance(piece, int):
+                    ids.append(piece)
+                    at_start = False
+                elif isinstance(piece, Virtual):
+                    count = self.template.virtual_tokens if piece.count is None else piece.count
+                    ids += range(self._vocab_size + next_virtual, self._vocab_size + next_virtual + count)
+                    next_virtual += count
+                    at_start = False
+        return ids
+
+    def _bos(self) -> int:
+        if self._tokenizer.bos_token_id is None:
+            raise ConfigError("the template has <bos>, but the tokenizer has no BOS")
+        return self._tokenizer.bos_token_id
+
+    def _split_specials(self, pieces: Sequence[Piece | int]) -> Iterator[Piece | int]:
+        """Cuts literal text at the tokenizer's control tokens, which become ids."""
+        for piece in pieces:
+            if not isinstance(piece, Text) or self._special is None:
+                yield piece
+                continue
+            last = 0
+            for match in self._special.finditer(piece.text):
+                yield from [Text(piece.text[last : match.start()])] if match.start() > last else []
+                yield self._tokenizer.convert_tokens_to_ids(match[0])
+                last = match.end()
+            yield from [Text(piece.text[last:])] if piece.text[last:] else []
+
+    # Chats. The chat template is rendered once per pattern of roles with marks in place of the contents; what stands
+    # between the marks is literal text, so that contents can be pieces of our own.
+
+    def _rendered(self, roles: Sequence[str], add_generation_prompt: bool) -> list[str]:
+        """Literal texts around the contents of the turns: len(roles) + 1 of them."""
+        messages = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # jinja raises what the template says
+            raise ConfigError(f"the tokenizer's chat template refuses the roles {list(roles)}: {error}") from error
+        parts = re.split("\ue000(\\d+)\ue001", text)
+        if parts[1::2] != [str(i) for i in range(len(roles))]:
+            raise ConfigError(
+                f"the tokenizer's chat template does not show the turns {list(roles)} once each, in order"
+            )
+        return parts[::2]
+
+    def _without_bos(self, text: str) -> tuple[list[Piece | int], str]:
+        bos = self._tokenizer.bos_token
+        return ([Bos()], text[len(bos) :]) if bos and text.startswith(bos) else ([], text)
+
+    def _turn_end(self, text: str) -> tuple[list[int], str]:
+        """Splits what follows an assistant's words into the control token that ends the turn and the rest."""
+        match = self._special.match(text.lstrip()) if self._special else None
+        if match is None:
+            return [], text
+        return [self._tokenizer.convert_tokens_to_ids(match[0])], text.lstrip()[match.end() :]
+
+    def _chat_pieces(self, template: Template) -> tuple[list[Piece | int], list[int]]:
+        roles = ["system", "user"] if template.system is not None else ["user"]
+        texts = self._rendered(roles, add_generation_prompt=True)
+        contents: list[list[Piece]] = [[Text(template.system)]] if template.system is not None else []
+        contents.append(parse(template.prompt))
+        front, texts[0] = self._without_bos(texts[0])
+        pieces: list[Piece | int] = [*front]
+        for text, content in zip(texts, [*contents, []], strict=True):
+            pieces += [Text(text), *content] if text else content
+        end, _ = self._turn_end(self._rendered([*roles, "assistant"], add_generation_prompt=False)[-1])
+        return pieces, end or self._eos
+
+    def _conversation(
+        self, messages: list[Mapping[str, Any]], add_generation_prompt: bool
+    ) -> tuple[list[int], list[bool]]:
+        """Ids of a chat, and which of them an assistant says (the end of its turn included)."""
+        roles = tuple(str(message["role"]) for message in messages)
+        texts = self._rendered(roles, add_generation_prompt)
+        before, after = self._around_messages()
+        front, texts[0] = self._without_bos(texts[0])
+        ids = self._ids([*front, *before, Text(texts[0])], {}, opens=True)
+        predicted = [False] * len(ids)
+        for message, text in zip(messages, texts[1:], strict=True):
+            spoken = self._tokenization.continuation(str(message["content"]))
+            is_target = message["role"] == "assistant"
+            end, rest = self._turn_end(text) if is_target else ([], text)
+            following = self._ids([Text(rest)], {}, opens=False)
+            ids += [*spoken, *end, *following]
+            predicted += [is_target] * len([*spoken, *end]) + [False] * len(following)
+        tail = self._ids(after, {}, opens=False)
+        return ids + tail, predicted + [False] * len(tail)
+
+    def _around_messages(self) -> tuple[list[Piece], list[Piece]]:
+        pieces = parse(self.template.prompt)
+        at = pieces.index(Field(MESSAGES))
+        return pieces[:at], pieces[at + 1 :]
+
+
+def _messages(record: Mapping[str, Any], index: int) -> list[Mapping[str, Any]]:
+    messages = record.get(MESSAGES)
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise DataError(f"record {index + 1}: {MESSAGES!r} must be a list of turns with 'role' and 'content'")
+    for turn in messages:
+        if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
+            raise DataError(
+                f"record {index + 1}: every turn of {MESSAGES!r} needs 'role' and 'content'; this one is {turn!r}"
+            )
+    return list(messages)
