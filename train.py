@@ -77,7 +77,7 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
     write_json(workdir / CONFIG_FILE, settings)
 
     def virtual_of(params: Any) -> Any:
-        return config.method.materialize(base.params, params)
+        return config.method.materialize(base.module, base.params, params)
 
     def validate(params: Any) -> dict[str, Any]:
         assert soft_validation is not None
@@ -85,7 +85,7 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
 
     def save_best(best: Best) -> None:
         extra = {"step": best.step, "validation": best.metrics, "command": shlex.join(argv)}
-        save_prompt(workdir / "prompt", base, config.method, best.params, experiment.template, extra=extra)
+        save_prompt(workdir / "prompt", base, config.method, virtual_of(best.params), experiment.template, extra=extra)
 
     outcome = fit(
         base,

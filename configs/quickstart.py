@@ -38,5 +38,5 @@ def get_config() -> ExperimentConfig[PromptTuning]:
             ),
         ),
         method=PromptTuning(length=20),
-        train=TrainConfig(steps=400, batch_size=32, evaluate_every=50),
+        train=TrainConfig(steps=600, batch_size=32, evaluate_every=60),
     )

@@ -18,6 +18,7 @@ from spt_jax.evaluation import evaluate, make_evaluation_set, score
 from spt_jax.files import write_json
 from spt_jax.generation import SamplingConfig, generate
 from spt_jax.inspection import describe_prompt
+from spt_jax.prompts import VirtualPrompt
 from spt_jax.prompts.storage import SavedPrompt, load_prompt, read_prompt
 from spt_jax.report import comparison_table
 
@@ -80,17 +81,21 @@ class Generate(Saved):
         template = read_prompt(self.prompt).template
         records = _records(template, self.texts, self.fields)
         base, saved = self.load()
-        virtual = saved.method.materialize(base.params, saved.params)
-        encoder = Encoder(template, base.tokenizer, base.config.vocab_size, base.config.max_positions)
+        encoder = _encoder(template, base, saved.virtual)
         if template.verbalizers:
             first = next(iter(template.verbalizers))
             labelled = [{**record, template.label_field: first} for record in records]
-            scores = score(base, make_evaluation_set(base, encoder, labelled), virtual)
+            scores = score(base, make_evaluation_set(base, encoder, labelled), saved.virtual)
             for row in scores:
                 print(list(template.verbalizers)[int(row.argmax())])
             return
-        for answer in generate(base, [encoder.prompt_ids(record) for record in records], virtual, sampling):
+        for answer in generate(base, [encoder.prompt_ids(record) for record in records], saved.virtual, sampling):
             print(answer.text)
+
+
+def _encoder(template: Template, base: FrozenBase, virtual: VirtualPrompt | None) -> Encoder:
+    positions = base.config.max_positions - (0 if virtual is None else virtual.first_position)
+    return Encoder(template, base.tokenizer, base.config.vocab_size, positions)
 
 
 def _records(template: Template, texts: Sequence[str], fields: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -145,11 +150,11 @@ class Evaluate(Saved):
         config = EvaluationConfig(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
 
         def metrics(template: Template, virtual: Any) -> dict[str, Any]:
-            encoder = Encoder(template, base.tokenizer, base.config.vocab_size, base.config.max_positions)
+            encoder = _encoder(template, base, virtual)
             return evaluate(base, make_evaluation_set(base, encoder, records, config), virtual).metrics
 
         results: dict[str, Any] = {
-            "soft_prompt": metrics(template, saved.method.materialize(base.params, saved.params)),
+            "soft_prompt": metrics(template, saved.virtual),
             "no_prompt": metrics(template.bare(), None),
         }
         for text in self.hard_prompt:

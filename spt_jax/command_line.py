@@ -11,13 +11,13 @@ from typing import Annotated, Any, Generic
 
 import tyro
 
-from spt_jax.config import ExperimentConfig, Method
+from spt_jax.config import AnyMethod, ExperimentConfig
 from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.prompts import METHODS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Command(Generic[Method]):
+class Command(Generic[AnyMethod]):
     """Trains a soft prompt on a frozen language model.
 
     Attributes:
@@ -27,7 +27,7 @@ class Command(Generic[Method]):
       dry_run: show examples as tokens, the packing and the memory needed, and stop.
     """
 
-    config: Annotated[ExperimentConfig[Method], tyro.conf.arg(name="")]
+    config: Annotated[ExperimentConfig[AnyMethod], tyro.conf.arg(name="")]
     workdir: Path
     resume: bool = False
     overwrite: bool = False

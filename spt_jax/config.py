@@ -6,14 +6,14 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 
-from spt_jax.data.templates import MESSAGES, Template, virtual_length
+from spt_jax.data.templates import MESSAGES, Template, virtual_length, without_virtual
 from spt_jax.errors import ConfigError
-from spt_jax.prompts import PromptTuning
+from spt_jax.prompts import Method
 from spt_jax.sharding import MeshConfig
 from spt_jax.training.losses import LossConfig
 from spt_jax.training.optimizers import OptimizerConfig
 
-Method = TypeVar("Method", bound=PromptTuning)
+AnyMethod = TypeVar("AnyMethod", bound=Method)
 
 
 def unescape(text: str) -> str:
@@ -198,12 +198,12 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExperimentConfig(Generic[Method]):
+class ExperimentConfig(Generic[AnyMethod]):
     """Everything that defines a run, apart from where it is written."""
 
     base: BaseConfig
     data: DataConfig
-    method: Method
+    method: AnyMethod
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
@@ -220,7 +220,11 @@ def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
     """
     data, method, loss = config.data, config.method, config.loss
     placed = virtual_length(data.prompt)
-    if method.length is None:
+    if not method.token_count:
+        if placed:
+            raise ConfigError(f"data.prompt places {placed} virtual tokens, but {method.name} has none: drop <soft:n>")
+        data = dataclasses.replace(data, prompt=without_virtual(data.prompt))
+    elif method.length is None:
         method = dataclasses.replace(method, length=placed or method.token_count)
     if method.init.name == "labels" and not method.init.labels:
         if not data.verbalizers:
@@ -241,7 +245,7 @@ def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
     train = config.train
     every = train.evaluate_every or max(1, train.steps // 10)
     train = dataclasses.replace(train, evaluate_every=every, checkpoint_every=train.checkpoint_every or every)
-    return dataclasses.replace(config, method=method, loss=loss, train=train)
+    return dataclasses.replace(config, data=data, method=method, loss=loss, train=train)
 
 
 def make_template(config: ExperimentConfig[Any]) -> Template:

@@ -10,34 +10,33 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from spt_jax.base import logits, run_layers
-from spt_jax.forward import embed_stream, encode_prefix
+from spt_jax.base import logits
+from spt_jax.forward import encode_prefix, run_stream
 from spt_jax.models.attention import Cache, Prefix, Stream
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.hf import Params
 from spt_jax.prompts.virtual import VirtualPrompt
 
-# A place in the sequence that no query reaches, which hides the padding of a prefix.
-NEVER = np.iinfo(np.int32).max
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PromptRows:
-    """Prompts without their first `lead` ids, which all share, and without their last, which is a row's first query.
+    """Prompts without the leading ids that the prefix holds, and without their last, which is a row's first query.
 
     ids: right-padded.
     lengths: how many of a row's ids are real; 0 is fine.
     last: every prompt's last id.
+    starts: the position of a row's first id, behind the soft prompt's own prefix and the leading ids.
+    prompt_index: which of several soft prompts a row has; None for the same.
     """
 
     ids: Int[Array, "B T"]
     lengths: Int[Array, " B"]
     last: Int[Array, " B"]
-    lead: Int[Array, ""]
+    starts: Int[Array, " B"]
+    prompt_index: Int[Array, " B"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -74,17 +73,18 @@ class DecodeState:
 
 
 def encode_lead(
-    module: Decoder, frozen: Params, virtual: VirtualPrompt | None, lead_ids: Int[Array, " P"], lead: Int[Array, ""]
-) -> Prefix:
-    """`encode_prefix` of the first `lead` of `lead_ids`; what follows is padding, which nothing sees.
-
-    The prefix has the base's dtype: without a gradient, float32 would only be more to read in every step.
-    """
-    prefix = encode_prefix(module, frozen, virtual, lead_ids)
-    assert prefix is not None, "lead_ids is not empty"
+    module: Decoder,
+    frozen: Params,
+    virtual: VirtualPrompt | None,
+    lead_ids: Int[Array, "*S P"],
+    lead_length: Int[Array, "*S"],
+) -> Prefix | None:
+    """`encode_prefix` in the base's dtype: without a gradient, float32 would only be more to read in every step."""
+    prefix = encode_prefix(module, frozen, virtual, lead_ids, lead_length)
+    if prefix is None:
+        return None
     dtype = frozen["embedding"].dtype
-    positions = jnp.where(prefix.positions < lead, prefix.positions, NEVER)
-    return Prefix(prefix.keys.astype(dtype), prefix.values.astype(dtype), positions)
+    return Prefix(prefix.keys.astype(dtype), prefix.values.astype(dtype), prefix.positions)
 
 
 def prefill(
@@ -107,11 +107,10 @@ def prefill(
     batch, length = rows.ids.shape
     lengths = rows.lengths[:, None]
     slots = jnp.arange(length + capacity, dtype=jnp.int32)[None]
-    positions = rows.lead + jnp.where(slots < length, slots, lengths + slots - length)
+    positions = rows.starts[:, None] + jnp.where(slots < length, slots, lengths + slots - length)
     segments = (slots < lengths).astype(jnp.int32)
-    stream = Stream(positions[:, :length], segments[:, :length], jnp.zeros_like(rows.ids))
-    x = embed_stream(module, frozen, virtual, rows.ids)
-    _, keys_values = run_layers(module, frozen, x, stream, prefix, return_keys_values=True)
+    stream = Stream(positions[:, :length], segments[:, :length], jnp.zeros_like(rows.ids), rows.prompt_index)
+    _, keys_values = run_stream(module, frozen, virtual, rows.ids, stream, prefix, return_keys_values=True)
     keys, values = (jnp.pad(a, [(0, 0), (0, 0), (0, capacity), (0, 0), (0, 0)]) for a in keys_values)
     return DecodeState(
         step=jnp.zeros((), jnp.int32),
@@ -130,6 +129,7 @@ def decode(
     until: Int[Array, ""],
     stopped: Bool[Array, " B"],
     sampling: RowSampling,
+    prompt_index: Int[Array, " B"] | None,
     state: DecodeState,
 ) -> DecodeState:
     """Chooses tokens until there are `until` per row, or until every row has ended or is `stopped`."""
@@ -144,9 +144,10 @@ def decode(
         ids = jax.lax.dynamic_slice_in_dim(state.ids, state.step, 1, axis=1)
         positions = jax.lax.dynamic_slice_in_dim(cache.positions, slot, 1, axis=1)
         own = jnp.ones_like(ids)
-        x = embed_stream(module, frozen, virtual, ids)
-        stream = Stream(positions, own, jnp.zeros_like(ids))
-        hidden, (keys, values) = run_layers(module, frozen, x, stream, prefix, cache, return_keys_values=True)
+        stream = Stream(positions, own, jnp.zeros_like(ids), prompt_index)
+        hidden, (keys, values) = run_stream(
+            module, frozen, virtual, ids, stream, prefix, cache, return_keys_values=True
+        )
         scores = logits(module, frozen, hidden[:, 0])
         chosen = choose(scores, state.step, sampling)[:, None]
         log_probabilities = jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), chosen, axis=1)

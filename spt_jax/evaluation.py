@@ -73,7 +73,7 @@ def make_evaluation_set(
 def _batch_scores(
     module: Decoder, choices: int, frozen: Params, virtual: VirtualPrompt | None, batch: Batch
 ) -> Float[Array, "B E C"]:
-    prefix = encode_prefix(module, frozen, virtual, batch.lead_ids)
+    prefix = encode_prefix(module, frozen, virtual, batch.lead_ids, batch.lead_length)
     logits = output_logits(module, frozen, virtual, prefix, batch.rows)
     return group_scores(target_log_probabilities(logits, batch.rows), batch.rows, choices)
 
@@ -170,7 +170,8 @@ def _with_answers(
     records = data.records[: data.config.generate]
     prompts = [data.encoder.prompt_ids(record) for record in records]
     references = [data.encoder.reference(record) for record in records]
-    room = base.config.max_positions - max(map(len, prompts))
+    taken = 0 if virtual is None else virtual.first_position
+    room = base.config.max_positions - taken - max(map(len, prompts))
     sampling = SamplingConfig(max_new_tokens=max(1, min(data.config.max_new_tokens, room)))
     answers = generate(base, prompts, virtual, sampling, batch_size=data.config.batch_size)
     texts = [answer.text.strip() for answer in answers]

@@ -67,7 +67,9 @@ class Experiment:
 
     @property
     def max_length(self) -> int:
-        return self.config.data.max_length or self.base.config.max_positions
+        """Tokens of an example at most, in the positions that the method's own prefix leaves."""
+        positions = self.base.config.max_positions - self.config.method.prefix_length
+        return min(self.config.data.max_length or positions, positions)
 
     def evaluation_set(self, records: Records, template: Template) -> EvaluationSet:
         """Records as this template reads them."""
@@ -142,10 +144,9 @@ def load_experiment(config: ExperimentConfig[Any]) -> Experiment:
     positions = base.config.max_positions
     if data.max_length is not None and data.max_length > positions:
         raise ConfigError(f"data.max_length is {data.max_length}; {base.name} has {positions} positions")
-    if config.method.token_count >= (data.max_length or positions):
-        raise ConfigError(
-            f"{config.method.token_count} virtual tokens leave no room in {data.max_length or positions} positions"
-        )
+    taken = config.method.token_count + config.method.prefix_length
+    if taken >= (data.max_length or positions):
+        raise ConfigError(f"{taken} virtual tokens leave no room in {data.max_length or positions} positions")
     assert train is not None
     return Experiment(config, base, template, train, validation, test)
 

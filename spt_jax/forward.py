@@ -4,20 +4,27 @@ Each takes the frozen parameters as an argument. Bind them outside `jax.jit`, ne
 that is closed over becomes a literal of the compiled program.
 """
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from spt_jax.base import embed, logits, run_layers
 from spt_jax.data.batches import Rows
-from spt_jax.models.attention import Prefix, Stream
-from spt_jax.models.decoder import Decoder
+from spt_jax.models.attention import NEVER, Cache, Prefix, Stream
+from spt_jax.models.decoder import Decoder, of_row
 from spt_jax.models.hf import Params
 from spt_jax.prompts.virtual import VirtualPrompt
 
 
 def embed_stream(
-    module: Decoder, frozen: Params, virtual: VirtualPrompt | None, ids: Int[Array, "B T"]
+    module: Decoder,
+    frozen: Params,
+    virtual: VirtualPrompt | None,
+    ids: Int[Array, "B T"],
+    prompt_index: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B T D"]:
     """Embeddings of a stream of real and virtual ids, in the base's dtype.
 
@@ -26,37 +33,92 @@ def embed_stream(
     vocab_size = module.config.vocab_size
     is_virtual = ids >= vocab_size
     real = embed(module, frozen, jnp.where(is_virtual, 0, ids))
-    if virtual is None:
+    if virtual is None or virtual.tokens is None:
         return real
-    rows = jnp.take(virtual.tokens, jnp.where(is_virtual, ids - vocab_size, 0), axis=0)
+    numbers = jnp.where(is_virtual, ids - vocab_size, 0)
+    if prompt_index is None:
+        rows = jnp.take(virtual.tokens, numbers, axis=0)
+    else:
+        rows = virtual.tokens[prompt_index[:, None], numbers]
     return jnp.where(is_virtual[..., None], rows.astype(real.dtype), real)
+
+
+def run_stream(
+    module: Decoder,
+    frozen: Params,
+    virtual: VirtualPrompt | None,
+    ids: Int[Array, "B T"],
+    stream: Stream,
+    prefix: Prefix | None = None,
+    cache: Cache | None = None,
+    *,
+    return_keys_values: bool = False,
+) -> Any:
+    """Hidden states of a stream under a soft prompt: its token rows, its gated prefix, and `prefix` as encoded."""
+    x = embed_stream(module, frozen, virtual, ids, stream.prompt_index)
+    gated = None if virtual is None else virtual.gated
+    return run_layers(module, frozen, x, stream, prefix, cache, gated, return_keys_values=return_keys_values)
 
 
 @jax.named_scope("prefix")
 def encode_prefix(
-    module: Decoder, frozen: Params, virtual: VirtualPrompt | None, lead_ids: Int[Array, " P"]
+    module: Decoder,
+    frozen: Params,
+    virtual: VirtualPrompt | None,
+    lead_ids: Int[Array, "*S P"],
+    lead_length: Int[Array, "*S"] | None = None,
 ) -> Prefix | None:
-    """Keys and values of the leading ids that all examples share, computed once; None where there are none."""
-    if lead_ids.shape[0] == 0:
-        return None
-    positions = jnp.arange(lead_ids.shape[0], dtype=jnp.int32)
+    """Keys and values of the prompt's own prefix and of the leading ids behind it, computed once for all rows.
+
+    Args:
+      module, frozen: the base.
+      virtual: the soft prompt, or S of them.
+      lead_ids: the ids that all rows of a prompt begin with; what lies beyond `lead_length` is padding.
+      lead_length: how many of them are real; None for all.
+
+    Returns:
+      The prefix, float32; None where there is nothing to encode.
+    """
+    if lead_ids.ndim == 2:
+        return jax.vmap(lambda *one: encode_prefix(module, frozen, *one))(virtual, lead_ids, lead_length)
+    length = lead_ids.shape[0]
+    prefix, start = None, 0
+    if virtual is not None and virtual.prefix is not None:
+        start = virtual.first_position
+        prefix = Prefix(virtual.prefix.keys, virtual.prefix.values, jnp.arange(start, dtype=jnp.int32))
+    if length == 0:
+        return prefix
+    positions = start + jnp.arange(length, dtype=jnp.int32)
     own = jnp.ones_like(positions)[None]
-    x = embed_stream(module, frozen, virtual, lead_ids[None])
-    _, (keys, values) = run_layers(
-        module, frozen, x, Stream(positions[None], own, jnp.zeros_like(own)), return_keys_values=True
+    stream = Stream(positions[None], own, jnp.zeros_like(own))
+    _, keys_values = run_stream(module, frozen, virtual, lead_ids[None], stream, prefix, return_keys_values=True)
+    keys, values = (a[:, 0].astype(jnp.float32) for a in keys_values)
+    if lead_length is not None:
+        positions = jnp.where(jnp.arange(length) < lead_length, positions, NEVER)
+    lead = Prefix(keys, values, positions)
+    if prefix is None:
+        return lead
+    return Prefix(
+        jnp.concatenate([prefix.keys, lead.keys], axis=1),
+        jnp.concatenate([prefix.values, lead.values], axis=1),
+        jnp.concatenate([prefix.positions, lead.positions]),
     )
-    return Prefix(keys[:, 0].astype(jnp.float32), values[:, 0].astype(jnp.float32), positions)
 
 
 @jax.named_scope("rows")
 def output_logits(
     module: Decoder, frozen: Params, virtual: VirtualPrompt | None, prefix: Prefix | None, rows: Rows
 ) -> Float[Array, "B Q V"]:
-    """Next-token logits, float32, at the output positions alone."""
-    x = embed_stream(module, frozen, virtual, rows.ids)
-    hidden, _ = run_layers(module, frozen, x, rows.stream, prefix)
+    """Logits, float32, at the output positions alone: of the next token, or of the prompt's head over its C classes."""
+    stream = rows.stream
+    if virtual is not None:
+        stream = dataclasses.replace(stream, positions=stream.positions + virtual.first_position)
+    hidden, _ = run_stream(module, frozen, virtual, rows.ids, stream, prefix)
     wanted = jnp.take_along_axis(hidden, rows.outputs[:, :, None], axis=1)
-    return logits(module, frozen, wanted)
+    if virtual is None or virtual.head is None:
+        return logits(module, frozen, wanted)
+    head = of_row(stream.prompt_index, virtual.head)
+    return jnp.matmul(wanted.astype(jnp.float32), head.kernel) + head.bias.reshape(-1, 1, head.bias.shape[-1])
 
 
 def target_log_probabilities(all_logits: Float[Array, "B Q V"], rows: Rows) -> Float[Array, "B M"]:

@@ -106,7 +106,7 @@ def programs(mesh: Mesh) -> Programs:
     return Programs(
         encode_lead=jax.jit(encode_lead, static_argnums=0, out_shardings=prefix),
         prefill=jax.jit(prefill, static_argnums=(0, 1), out_shardings=state),
-        decode=jax.jit(decode, static_argnums=0, donate_argnums=7, out_shardings=state),
+        decode=jax.jit(decode, static_argnums=0, donate_argnums=8, out_shardings=state),
     )
 
 
@@ -152,7 +152,7 @@ def generate(
     if virtual is not None:
         virtual = jax.device_put(virtual, replicated(base.mesh))
     prefix = None
-    if lead:
+    if lead or (virtual is not None and virtual.prefix is not None):
         padded = _padded(prompts[0][:lead], round_up(lead, BUCKET))
         prefix = programs(base.mesh).encode_lead(base.module, base.params, virtual, padded, jnp.int32(lead))
     size = round_up(min(batch_size, 2 ** (len(prompts) - 1).bit_length()), row_shards(base.mesh))
@@ -190,7 +190,7 @@ def _generate_batch(
         ids=place(np.stack([_padded(row, length) for row in cached + [np.zeros(0)] * (size - len(cached))])),
         lengths=place(_padded([len(row) for row in cached], size)),
         last=place(_padded([int(prompt[-1]) for prompt in prompts], size)),
-        lead=jnp.int32(lead),
+        starts=place(np.full(size, lead + (0 if virtual is None else virtual.first_position), np.int32)),
     )
     traced = RowSampling(
         temperature=jnp.float32(sampling.temperature),
@@ -209,7 +209,7 @@ def _generate_batch(
     ends: list[int | None] = [None] * len(prompts)
     chosen: list[list[int]] = []
     for until in [*range(chunk, limit, chunk), limit]:
-        inputs = virtual, prefix, jnp.int32(until), place(stopped.copy()), traced
+        inputs = virtual, prefix, jnp.int32(until), place(stopped.copy()), traced, rows.prompt_index
         state = programs(base.mesh).decode(base.module, base.params, *inputs, state)
         step, ended = int(state.step), np.asarray(state.ended)
         new_ids = np.asarray(state.ids)[: len(prompts), 1 : step + 1].tolist()
@@ -282,14 +282,17 @@ def _check_prompt(
     vocab_size, highest, length = base.config.vocab_size, int(prompt.max()), len(prompt)
     if virtual is None and highest >= vocab_size:
         raise ConfigError(f"prompt {number} has virtual token {highest - vocab_size}, but no soft prompt was given")
-    count = 0 if virtual is None else virtual.tokens.shape[0]
+    count = 0 if virtual is None or virtual.tokens is None else virtual.tokens.shape[0]
     if int(prompt.min()) < 0 or highest >= vocab_size + count:
         wrong = int(prompt.min()) if int(prompt.min()) < 0 else highest
         raise DataError(f"prompt {number} has id {wrong}; the base has {vocab_size} tokens, the soft prompt {count}")
-    if length + sampling.max_new_tokens > base.config.max_positions:
+    prefix = 0 if virtual is None else virtual.first_position
+    total = prefix + length + sampling.max_new_tokens
+    if total > base.config.max_positions:
+        before = f"{prefix} positions of the soft prompt, " if prefix else ""
         raise ConfigError(
-            f"prompt {number}: {length} tokens and max_new_tokens={sampling.max_new_tokens} make"
-            f" {length + sampling.max_new_tokens}, but {base.name} has {base.config.max_positions} positions"
+            f"prompt {number}: {before}{length} tokens and max_new_tokens={sampling.max_new_tokens} make {total}, but"
+            f" {base.name} has {base.config.max_positions} positions"
         )
 
 

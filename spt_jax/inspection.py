@@ -5,6 +5,7 @@ from jaxtyping import Float
 
 from spt_jax.base import FrozenBase
 from spt_jax.prompts.storage import SavedPrompt
+from spt_jax.prompts.virtual import VirtualPrompt
 
 
 def nearest_tokens(
@@ -20,12 +21,25 @@ def nearest_tokens(
     return [[(int(i), float(cosines[row, i])) for i in ids] for row, ids in enumerate(best)]
 
 
+def _parts(virtual: VirtualPrompt) -> str:
+    tokens, prefix, gated, head = virtual.tokens, virtual.prefix, virtual.gated, virtual.head
+    parts = []
+    if tokens is not None:
+        parts.append(f"{tokens.shape[0]} virtual tokens of width {tokens.shape[1]}")
+    if prefix is not None:
+        parts.append(f"keys and values of {prefix.keys.shape[0]} layers at {prefix.keys.shape[1]} positions")
+    if gated is not None:
+        parts.append(f"{gated.keys.shape[1]} gated keys and values in the last {gated.keys.shape[0]} layers")
+    if head is not None:
+        parts.append(f"a head for {head.kernel.shape[1]} classes")
+    return ", ".join(parts)
+
+
 def describe_prompt(saved: SavedPrompt, base: FrozenBase | None, nearest: int) -> str:
     """Method, base, template and training facts; with the base, each row's norm and nearest vocabulary."""
     info = saved.info
-    tokens = np.asarray(saved.params["tokens"])
     lines = [
-        f"method        {info['method']['name']}, {tokens.shape[0]} virtual tokens of width {tokens.shape[1]}",
+        f"method        {info['method']['name']}: {_parts(saved.virtual)}",
         f"base          {info['base']['id']}" + (f" at {info['base']['revision']}" if info["base"]["revision"] else ""),
         f"prompt        {saved.template.prompt!r}",
         f"target        {saved.template.target!r}",
@@ -41,8 +55,9 @@ def describe_prompt(saved: SavedPrompt, base: FrozenBase | None, nearest: int) -
             lines.append(f"validation    {name} {validation[name]:.4f}")
             break
     lines.append("versions      " + ", ".join(f"{name} {version}" for name, version in info["versions"].items()))
-    if base is None:
+    if base is None or saved.virtual.tokens is None:
         return "\n".join(lines)
+    tokens = np.asarray(saved.virtual.tokens)
     table = np.asarray(base.params["embedding"], np.float32)
     norm = float(np.median(np.linalg.norm(table, axis=1)))
     lines.append(

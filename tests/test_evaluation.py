@@ -29,7 +29,7 @@ def base(request):
 @pytest.fixture(scope="module")
 def virtual(base):
     method = spt_jax.PromptTuning(length=3)
-    return method.materialize(base.params, method.init_params(jax.random.key(0), base))
+    return method.materialize(base.module, base.params, method.init_params(jax.random.key(0), base))
 
 
 def encoder(base, prompt="<soft>{text}\n", verbalizers=None, **options):

@@ -19,13 +19,13 @@ def folder(tmp_path_factory):
     write_tiny_checkpoint(folder / "model", "llama")
     base = spt_jax.load_base(folder / "model")
     method = spt_jax.PromptTuning(length=3)
-    params = method.init_params(jax.random.key(0), base)
+    virtual = method.materialize(base.module, base.params, method.init_params(jax.random.key(0), base))
     classify = spt_jax.Template(
         prompt="<soft>{text}\n", target="{label}", virtual_tokens=3, verbalizers={"good": "H", "bad": "L"}
     )
     speak = spt_jax.Template(prompt="<soft>{a} and {b}", target="{c}", virtual_tokens=3)
-    spt_jax.save_prompt(folder / "classify", base, method, params, classify)
-    spt_jax.save_prompt(folder / "speak", base, method, params, speak)
+    spt_jax.save_prompt(folder / "classify", base, method, virtual, classify)
+    spt_jax.save_prompt(folder / "speak", base, method, virtual, speak)
     (folder / "test.jsonl").write_text("".join(json.dumps({"text": t, "label": "good"}) + "\n" for t in ("a", "b c")))
     return folder
 
@@ -58,7 +58,7 @@ def test_inspect(folder, capsys):
     shown = capsys.readouterr().out
     assert shown.count(" 1.00") >= 3, "rows that start as tokens are nearest to themselves"
     assert main(["inspect", "--prompt", str(folder / "classify"), "--offline"]) == 0
-    assert "prompt_tuning, 3 virtual tokens" in capsys.readouterr().out
+    assert "prompt_tuning: 3 virtual tokens" in capsys.readouterr().out
 
 
 def test_nearest_tokens_is_cosine():

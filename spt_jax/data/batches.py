@@ -49,10 +49,15 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What a step takes: the leading ids that all examples share, once, and the rows that continue them."""
+    """What a step takes: the leading ids that all examples share, once, and the rows that continue them.
 
-    lead_ids: Int[Array, " P"]
+    Where rows have different prompts (`Stream.prompt_index`), there are leading ids for each, padded on the right
+    beyond their `lead_length`.
+    """
+
+    lead_ids: Int[Array, "*S P"]
     rows: Rows
+    lead_length: Int[Array, "*S"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,7 +312,8 @@ def place_batch(batch: Batch, mesh: Mesh) -> Batch:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     rows = jax.tree.map(lambda array: put(array, row_sharding(mesh)), batch.rows)
-    return Batch(put(batch.lead_ids, replicated(mesh)), rows)
+    lead = jax.tree.map(lambda array: put(array, replicated(mesh)), (batch.lead_ids, batch.lead_length))
+    return Batch(lead[0], rows, lead[1])
 
 
 def training_batches(

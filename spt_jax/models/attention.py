@@ -10,7 +10,11 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+# A place in the sequence that no query reaches, which hides the padding of a prefix.
+NEVER = np.iinfo(np.int32).max
 
 
 @jax.tree_util.register_dataclass
@@ -21,11 +25,13 @@ class Stream:
     positions: place in its own example, which RoPE and causality read.
     segments: which example of the row it belongs to, from 1; 0 marks padding.
     parents: the segment whose tokens it sees besides its own (a verbalizer sees its example); 0 for none.
+    prompt_index: which of S prompts each row has, where a call carries several; None where all rows share one.
     """
 
     positions: Int[Array, "B T"]
     segments: Int[Array, "B T"]
     parents: Int[Array, "B T"]
+    prompt_index: Int[Array, " B"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -33,12 +39,27 @@ class Stream:
 class Prefix:
     """Keys (after RoPE) and values that every row sees, for all layers, at most one per position.
 
-    They stay float32 and are cast where they are used, so that cotangents of many rows add up in float32.
+    They stay float32 and are cast where they are used, so that cotangents of many rows add up in float32. With an S
+    axis they are those of several prompts, of which each row sees its `Stream.prompt_index`; what pads a shorter one
+    stands at NEVER.
     """
 
-    keys: Float[Array, "L P K H"]
-    values: Float[Array, "L P K H"]
-    positions: Int[Array, " P"]
+    keys: Float[Array, "*S L P K H"]
+    values: Float[Array, "*S L P K H"]
+    positions: Int[Array, "*S P"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GatedPrefix:
+    """Keys and values of the last G layers, attended to under a softmax of their own whose result is scaled by a gate.
+
+    LLaMA-Adapter (Zhang et al. 2023, arXiv 2303.16199). Every token sees all of it, wherever it stands.
+    """
+
+    keys: Float[Array, "*S G P K H"]
+    values: Float[Array, "*S G P K H"]
+    gates: Float[Array, "*S G"]
 
 
 @jax.tree_util.register_dataclass

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from spt_jax.models.attention import Cache, Prefix, Source, Stream, attend, visible, within_window
+from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Source, Stream, attend, visible, within_window
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.layers import Linear, Mlp, Norm, rotate, rotation
 
@@ -24,16 +24,23 @@ class LayerInputs:
     windowed: Bool[Array, " L"] | None
     prefix: tuple[Array, Array] | None
     cache: tuple[Array, Array] | None
+    gated: GatedPrefix | None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SharedInputs:
-    """What all layers share: rotations, and a mask per source without and with the sliding window."""
+    """What all layers share: rotations, each row's prompt, and a mask per source without and with the window."""
 
     cos_sin: tuple[Array, Array] | None
+    prompt_index: Int[Array, " B"] | None
     masks: tuple[Array, ...]
     window_masks: tuple[Array, ...] | None
+
+
+def of_row(prompt_index: Int[Array, " B"] | None, tree: Any) -> Any:
+    """[S, ...] to [B, ...]: each row's own prompt's part; as it is where all rows share one prompt."""
+    return tree if prompt_index is None else jax.tree.map(lambda a: jnp.take(a, prompt_index, axis=0), tree)
 
 
 def _choose(flag: Bool[Array, ""] | None, yes: Any, no: Any) -> Any:
@@ -66,11 +73,23 @@ class Attention(nn.Module):
         masks = shared.masks
         if shared.window_masks is not None:
             masks = _choose(layer.windowed, shared.window_masks, masks)
-        earlier = [pair for pair in (layer.prefix, layer.cache) if pair is not None]
+        prefix, gated = of_row(shared.prompt_index, (layer.prefix, layer.gated))
+        earlier = [pair for pair in (prefix, layer.cache) if pair is not None]
         pairs = [jax.tree.map(lambda a: a.astype(x.dtype), pair) for pair in earlier] + [(keys, values)]
         sources = [Source(k, v, mask) for (k, v), mask in zip(pairs, masks, strict=True)]
-        out = attend(queries, sources).reshape(batch, length, config.heads * config.head_size)
+        out = attend(queries, sources)
+        if gated is not None:
+            out = out + _gated_attention(queries, gated)
+        out = out.reshape(batch, length, config.heads * config.head_size)
         return Linear(config.width, config.output_bias, name="output")(out), (keys, values)
+
+
+def _gated_attention(queries: Float[Array, "B T N H"], gated: GatedPrefix) -> Float[Array, "B T N H"]:
+    """What one layer's gated prefix adds to its attention."""
+    shape = (*queries.shape[:2], gated.keys.shape[-3])
+    source = Source(gated.keys.astype(queries.dtype), gated.values.astype(queries.dtype), jnp.ones(shape, bool))
+    gates = gated.gates.reshape(-1, 1, 1, 1).astype(queries.dtype)
+    return gates * attend(queries, [source])
 
 
 class Block(nn.Module):
@@ -128,6 +147,7 @@ class Decoder(nn.Module):
         rows: Stream,
         prefix: Prefix | None = None,
         cache: Cache | None = None,
+        gated: GatedPrefix | None = None,
         *,
         return_keys_values: bool = False,
     ) -> tuple[Float[Array, "B T D"], KeysValues | None]:
@@ -138,21 +158,27 @@ class Decoder(nn.Module):
           rows: where each token stands, and what it may see.
           prefix: keys and values shared by all rows.
           cache: keys and values of each row's earlier tokens.
+          gated: keys and values with a softmax of their own, for the last layers.
           return_keys_values: also return every layer's keys (after RoPE) and values for the tokens of x.
 
         Returns:
           Normalised hidden states, ready for `logits`, and the keys and values [L, B, T, K, H] or None.
         """
         config = self.config
+
+        def layers_first(tree: Any) -> Any:
+            return tree if rows.prompt_index is None else jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), tree)
+
         if config.rope is None:
             x = x + jnp.take(self.position_embedding, rows.positions, axis=0, mode="clip").astype(x.dtype)
         layers = LayerInputs(
             rotates=_flags(config, config.no_rope_layers, invert=True),
             windowed=_flags(config, config.window_layers),
-            prefix=None if prefix is None else (prefix.keys, prefix.values),
+            prefix=None if prefix is None else layers_first((prefix.keys, prefix.values)),
             cache=None if cache is None else (cache.keys, cache.values),
+            gated=None if gated is None else _for_all_layers(layers_first(gated), config.layers),
         )
-        shared = SharedInputs(rotation(config, rows.positions), *_masks(config, rows, prefix, cache))
+        shared = SharedInputs(rotation(config, rows.positions), rows.prompt_index, *_masks(config, rows, prefix, cache))
         block: Any = nn.remat(Block, prevent_cse=False) if self.remat else Block
         in_axes: Any = (0, nn.broadcast)
         scan = nn.scan(
@@ -169,14 +195,20 @@ def _flags(config: DecoderConfig, layers: tuple[int, ...], invert: bool = False)
     return jnp.asarray([not c for c in chosen] if invert else chosen)
 
 
+def _for_all_layers(gated: GatedPrefix, layers: int) -> GatedPrefix:
+    """Layers below the last G get a gate of 0."""
+    below = layers - gated.gates.shape[0]
+    return jax.tree.map(lambda a: jnp.pad(a, [(below, 0)] + [(0, 0)] * (a.ndim - 1)), gated)
+
+
 def _masks(config: DecoderConfig, rows: Stream, prefix: Prefix | None, cache: Cache | None):
     """A mask per source in the order prefix, cache, row; and the same under the sliding window, if a layer has one."""
     placed: list[tuple[Array, Array | None]] = [(rows.positions, rows.segments)]
     if cache is not None:
         placed.insert(0, (cache.positions, cache.segments))
     if prefix is not None:
-        shape = (rows.positions.shape[0], prefix.positions.shape[0])
-        placed.insert(0, (jnp.broadcast_to(prefix.positions[None], shape), None))
+        positions = of_row(rows.prompt_index, prefix.positions)
+        placed.insert(0, (jnp.broadcast_to(positions, (rows.positions.shape[0], positions.shape[-1])), None))
     masks = tuple(visible(rows, positions, segments) for positions, segments in placed)
     if not config.window_layers:
         return masks, None

@@ -122,7 +122,10 @@ def initialize(init: Initializer, key: Key[Array, ""], base: FrozenBase, length:
         case "prompt":
             from spt_jax.prompts.storage import load_prompt
 
-            return _checked(np.asarray(load_prompt(init.path, base).params["tokens"]), shape, init.path)
+            rows = load_prompt(init.path, base).virtual.tokens
+            if rows is None:
+                raise ConfigError(f"{init.path}: this prompt has no virtual tokens to start from")
+            return _checked(np.asarray(rows), shape, init.path)
 
 
 def _sample_ids(key: Key[Array, ""], base: FrozenBase, top_k: int, count: int) -> np.ndarray:

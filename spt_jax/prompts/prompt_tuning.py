@@ -4,21 +4,22 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from spt_jax.base import FrozenBase
 from spt_jax.errors import ConfigError
+from spt_jax.models.decoder import Decoder
 from spt_jax.models.hf import Params
 from spt_jax.prompts.initializers import Initializer, initialize
+from spt_jax.prompts.method import Method
 from spt_jax.prompts.virtual import VirtualPrompt
 
 DEFAULT_LENGTH = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PromptTuning:
+class PromptTuning(Method):
     """The hyper-parameters of prompt tuning.
 
     Attributes:
@@ -41,14 +42,10 @@ class PromptTuning:
         return self.length or DEFAULT_LENGTH
 
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Float[Array, "P D"]]:
-        """Fresh prompt parameters, float32."""
+        """Fresh rows, float32."""
         return {"tokens": initialize(self.init, key, base, self.token_count)}
 
-    def materialize(self, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
+    def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
         """The rows are the parameters."""
-        del frozen
+        del module, frozen
         return VirtualPrompt(tokens=jnp.asarray(params["tokens"]))
-
-    def trainable(self, params: dict[str, Float[Array, "P D"]]) -> dict[str, bool]:
-        """Every row is trained."""
-        return jax.tree.map(lambda _: True, params)

@@ -1,6 +1,6 @@
-"""The trained artifact: a directory with `prompt.safetensors` (the parameters) and `prompt.json` (all that they mean).
+"""The trained artifact: a directory with `prompt.safetensors` (the soft prompt) and `prompt.json` (all that they mean).
 
-The JSON names the base and its fingerprint, the method, the template, the versions and the SHA-256 of the parameters'
+The JSON names the base and its fingerprint, the method, the template, the versions and the SHA-256 of the tensors'
 file, so that a prompt is never run on another base, or with another's words, without a word about it.
 """
 
@@ -24,12 +24,14 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import traverse_util
-from jaxtyping import Array, Float, PyTree
 
 from spt_jax.base import Fingerprint, FrozenBase
 from spt_jax.data.templates import Template
 from spt_jax.errors import CheckpointError, ConfigError, did_you_mean
+from spt_jax.models.attention import GatedPrefix
 from spt_jax.prompts.initializers import Initializer
+from spt_jax.prompts.method import Method
+from spt_jax.prompts.virtual import Head, KeysValues, VirtualPrompt
 from spt_jax.sharding import replicated
 
 FORMAT = 1
@@ -43,12 +45,12 @@ _PACKAGES = ("spt_jax", "jax", "flax", "transformers")
 class SavedPrompt:
     """A prompt directory as read.
 
-    params: the method's parameters, float32; for prompt tuning {"tokens": [P, D]}.
+    virtual: the soft prompt as the model sees it, float32.
     info: the whole of `prompt.json`; what the saver added is under "extra".
     """
 
     method: Any
-    params: dict[str, Any]
+    virtual: VirtualPrompt
     template: Template
     info: Mapping[str, Any]
 
@@ -61,8 +63,8 @@ class SavedPrompt:
 def save_prompt(
     directory: str | Path,
     base: FrozenBase,
-    method: Any,
-    params: PyTree[Float[Array, "..."] | Float[np.ndarray, "..."]],
+    method: Method,
+    virtual: VirtualPrompt,
     template: Template,
     *,
     extra: Mapping[str, Any] | None = None,
@@ -75,7 +77,7 @@ def save_prompt(
       directory: made, or replaced if it holds a prompt; `.NAME.new` and `.NAME.old` beside it are used on the way.
       base: what the prompt was trained on.
       method: the method's dataclass. Rows of an initializer that takes an array are not stored.
-      params: the method's parameters, float32 and finite.
+      virtual: what the method made of its trained parameters, float32 and finite.
       template: the template that it was trained with.
       extra: whatever JSON should go along, such as metrics and the training command.
 
@@ -83,12 +85,12 @@ def save_prompt(
       The directory.
 
     Raises:
-      CheckpointError: the files cannot be written, the directory holds something else, or the parameters are not
-        finite float32 arrays of the method's shape.
+      CheckpointError: the files cannot be written, the directory holds something else, or the arrays are not finite
+        float32 of the method's shapes.
     """
     directory = Path(directory)
-    arrays = {name: np.asarray(leaf) for name, leaf in traverse_util.flatten_dict(dict(params), sep="/").items()}
-    _check_arrays(directory, arrays, method, template, base.config.width)
+    arrays = _named_arrays(virtual)
+    _check_arrays(directory, arrays, method, template, dataclasses.asdict(base.config))
     content = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
     info = {
         "format": FORMAT,
@@ -187,13 +189,12 @@ def read_prompt(directory: str | Path) -> SavedPrompt:
         raise CheckpointError(f"{where}: {error}") from error
     fingerprint = info["base"]["fingerprint"]
     arrays = _read_arrays(directory / PARAMS_FILE, info["sha256"])
-    _check_arrays(directory, arrays, method, template, fingerprint["config"]["width"])
-    params = traverse_util.unflatten_dict({name: jnp.asarray(array) for name, array in arrays.items()}, sep="/")
-    return SavedPrompt(method, params, template, info)
+    _check_arrays(directory, arrays, method, template, fingerprint["config"])
+    return SavedPrompt(method, _virtual_prompt(arrays), template, info)
 
 
 def load_prompt(directory: str | Path, base: FrozenBase, *, force: bool = False) -> SavedPrompt:
-    """Reads a prompt for use with a base; its parameters are on every device of the base's mesh.
+    """Reads a prompt for use with a base; its arrays are on every device of the base's mesh.
 
     Args:
       directory: what `save_prompt` wrote.
@@ -216,7 +217,7 @@ def load_prompt(directory: str | Path, base: FrozenBase, *, force: bool = False)
         if not force:
             raise CheckpointError(f"{message}. Load {trained_on!r}, or pass force=True to use the prompt all the same")
         warnings.warn(f"{message}. Used all the same, as asked", stacklevel=2)
-    return dataclasses.replace(prompt, params=jax.device_put(prompt.params, replicated(base.mesh)))
+    return dataclasses.replace(prompt, virtual=jax.device_put(prompt.virtual, replicated(base.mesh)))
 
 
 def _read_info(directory: Path) -> dict[str, Any]:
@@ -244,7 +245,7 @@ def _read_info(directory: Path) -> dict[str, Any]:
     _check_keys(info["base"], base, f"{path}: base")
     fingerprint = info["base"]["fingerprint"]
     _check_keys(fingerprint, {"config": dict, "weights": str, "tokenizer": str}, f"{path}: base.fingerprint")
-    for name in ("width", "vocab_size"):
+    for name in ("width", "vocab_size", "layers", "kv_heads", "head_size"):
         _converted(int, fingerprint["config"].get(name), f"{path}: base.fingerprint.config.{name}")
     return info
 
@@ -336,13 +337,27 @@ def _read_arrays(path: Path, sha256: str) -> dict[str, np.ndarray]:
     return {name: np.frombuffer(t["data"], "<f4").reshape(t["shape"]) for name, t in tensors.items()}
 
 
-def _check_arrays(directory: Path, arrays: Mapping[str, Any], method: Any, template: Template, width: int) -> None:
+def _named_arrays(virtual: VirtualPrompt) -> dict[str, np.ndarray]:
+    """The parts that a prompt has, as "tokens" or "prefix/keys"."""
+    parts = {name: part for name, part in dataclasses.asdict(virtual).items() if part is not None}
+    return {name: np.asarray(leaf) for name, leaf in traverse_util.flatten_dict(parts, sep="/").items()}
+
+
+def _virtual_prompt(arrays: Mapping[str, np.ndarray]) -> VirtualPrompt:
+    parts: dict[str, Any] = traverse_util.unflatten_dict({k: jnp.asarray(v) for k, v in arrays.items()}, sep="/")
+    kinds = {"prefix": KeysValues, "gated": GatedPrefix, "head": Head}
+    return VirtualPrompt(**{name: kinds[name](**part) if name in kinds else part for name, part in parts.items()})
+
+
+def _check_arrays(
+    directory: Path, arrays: Mapping[str, Any], method: Method, template: Template, base: Mapping[str, Any]
+) -> None:
     """The tensors are the method's, finite, float32; method and template agree on the virtual tokens."""
-    expected = {"tokens": (method.token_count, width)}
-    _refuse_unknown(arrays, expected, f"{directory}: parameters")
+    expected = method.virtual_shapes(base)
+    _refuse_unknown(arrays, expected, f"{directory}: tensors")
     for name, shape in expected.items():
         if name not in arrays:
-            raise CheckpointError(f"{directory}: the parameters lack {name!r}")
+            raise CheckpointError(f"{directory}: the tensor {name!r} is missing")
         array = arrays[name]
         if array.dtype != np.float32 or array.shape != shape:
             raise CheckpointError(f"{directory}: {name!r} is {array.dtype} {array.shape}; it must be float32 {shape}")

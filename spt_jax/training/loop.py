@@ -22,9 +22,9 @@ from spt_jax.data.batches import BatchPlan, place_batch, training_batches
 from spt_jax.data.encoder import Example
 from spt_jax.errors import TrainingError
 from spt_jax.evaluation import selection_score
-from spt_jax.prompts import PromptTuning
+from spt_jax.prompts import Method, PromptParams
 from spt_jax.training.logs import MetricsLog
-from spt_jax.training.step import Objective, PromptParams, TrainState, init_state, make_train_step
+from spt_jax.training.step import Objective, TrainState, init_state, make_train_step
 
 
 class Stopped(Exception):  # noqa: N818 (no error: somebody asked)
@@ -91,7 +91,7 @@ def graceful_stop() -> Iterator[list[int]]:
 
 def fit(
     base: FrozenBase,
-    method: PromptTuning,
+    method: Method,
     optimizer: optax.GradientTransformation,
     objective: Objective,
     data: TrainingData,

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
@@ -24,11 +23,10 @@ from spt_jax.forward import encode_prefix, output_logits
 from spt_jax.models.attention import Prefix
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.hf import Params
-from spt_jax.prompts import PromptTuning, VirtualPrompt
+from spt_jax.prompts import Method, PromptParams, VirtualPrompt
 from spt_jax.sharding import replicated
 from spt_jax.training.losses import LOSSES
 
-PromptParams = PyTree[Float[Array, "..."] | Float[np.ndarray, "..."]]
 Metrics = dict[str, Float[Array, ""]]
 
 
@@ -53,7 +51,7 @@ class Objective:
 
 
 def init_state(
-    key: Key[Array, ""], base: FrozenBase, method: PromptTuning, optimizer: optax.GradientTransformation
+    key: Key[Array, ""], base: FrozenBase, method: Method, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """Fresh parameters and optimizer state, on every device of the base's mesh."""
     params = method.init_params(key, base)
@@ -62,7 +60,7 @@ def init_state(
 
 
 def loss_and_gradient(
-    module: Decoder, method: PromptTuning, objective: Objective, frozen: Params, params: PromptParams, batch: Batch
+    module: Decoder, method: Method, objective: Objective, frozen: Params, params: PromptParams, batch: Batch
 ) -> tuple[Float[Array, ""], PromptParams, Float[Array, ""]]:
     """Mean loss of a batch, its gradient for the prompt's parameters alone, and the weight that the mean was over.
 
@@ -70,10 +68,10 @@ def loss_and_gradient(
     """
 
     def encode(virtual: VirtualPrompt) -> Any:
-        prefix = encode_prefix(module, frozen, virtual, batch.lead_ids)
+        prefix = encode_prefix(module, frozen, virtual, batch.lead_ids, batch.lead_length)
         return (None, None) if prefix is None else ((prefix.keys, prefix.values), prefix.positions)
 
-    virtual, materialize_vjp = jax.vjp(lambda p: method.materialize(frozen, p), params)
+    virtual, materialize_vjp = jax.vjp(lambda p: method.materialize(module, frozen, p), params)
     keys_values, encode_vjp, positions = jax.vjp(encode, virtual, has_aux=True)
 
     def rows_loss(keys_values: Any, virtual: VirtualPrompt, rows: Rows) -> tuple[Array, Array]:
@@ -102,7 +100,7 @@ def _split(rows: Rows, count: int) -> Rows:
 
 def train_step(
     module: Decoder,
-    method: PromptTuning,
+    method: Method,
     objective: Objective,
     optimizer: optax.GradientTransformation,
     frozen: Params,
@@ -112,6 +110,8 @@ def train_step(
     """One optimizer step: the pure, unbound function behind `make_train_step`."""
     loss, gradient, weight = loss_and_gradient(module, method, objective, frozen, state.params, batch)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
+    trainable = method.trainable(state.params)
+    updates = jax.tree.map(lambda update, free: update if free else jnp.zeros_like(update), updates, trainable)
     params = optax.apply_updates(state.params, updates)
     metrics = {
         "loss": loss,
@@ -123,7 +123,7 @@ def train_step(
 
 
 def make_train_step(
-    base: FrozenBase, method: PromptTuning, optimizer: optax.GradientTransformation, objective: Objective | None = None
+    base: FrozenBase, method: Method, optimizer: optax.GradientTransformation, objective: Objective | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A compiled step with the frozen base inside. The state given to it is donated: use the one that it returns.
 

@@ -97,7 +97,7 @@ def test_another_prompt(base, tmp_path):
     method = spt_jax.PromptTuning(length=6)
     params = method.init_params(jax.random.key(3), base)
     template = spt_jax.Template(prompt="<soft>{t}", target="{l}", virtual_tokens=6)
-    spt_jax.save_prompt(tmp_path / "prompt", base, method, params, template)
+    spt_jax.save_prompt(tmp_path / "prompt", base, method, spt_jax.VirtualPrompt(**params), template)
     assert (rows(spt_jax.init.prompt(tmp_path / "prompt"), base) == np.asarray(params["tokens"])).all()
     with pytest.raises(CheckpointError, match="weights"):
         rows(spt_jax.init.prompt(tmp_path / "prompt"), tiny_base("llama", seed=1))

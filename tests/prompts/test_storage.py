@@ -20,6 +20,7 @@ from spt_jax.errors import CheckpointError
 from spt_jax.prompts import PromptTuning, initializers
 from spt_jax.prompts.initializers import initialize
 from spt_jax.prompts.storage import load_prompt, read_prompt, save_prompt
+from spt_jax.prompts.virtual import Head, VirtualPrompt
 from spt_jax.sharding import MeshConfig, make_mesh, replicated
 from spt_jax.testing import tiny_base
 from tests.disks import small_disk
@@ -34,6 +35,7 @@ TEMPLATE = Template(
     truncate="text",
     keep="end",
 )
+HEAD_ARRAYS = jnp.zeros((WIDTH, 2)), jnp.zeros(2)
 FILES = ["prompt.json", "prompt.safetensors"]
 
 
@@ -47,13 +49,13 @@ def other_base() -> FrozenBase:
     return tiny_base(seed=1, num_hidden_layers=2, tie_word_embeddings=True)
 
 
-def some_params(seed: int = 0, shape: tuple[int, ...] = (LENGTH, WIDTH)) -> dict[str, jax.Array]:
-    return {"tokens": jax.random.normal(jax.random.key(seed), shape)}
+def some_prompt(seed: int = 0, shape: tuple[int, ...] = (LENGTH, WIDTH)) -> VirtualPrompt:
+    return VirtualPrompt(jax.random.normal(jax.random.key(seed), shape))
 
 
 @pytest.fixture
 def saved(tmp_path, base) -> Path:
-    return save_prompt(tmp_path / "prompt", base, METHOD, some_params(), TEMPLATE, extra={"accuracy": 0.5})
+    return save_prompt(tmp_path / "prompt", base, METHOD, some_prompt(), TEMPLATE, extra={"accuracy": 0.5})
 
 
 def rewrite(directory: Path, tensors=None, **changes) -> None:
@@ -84,8 +86,8 @@ def test_what_was_saved_comes_back(saved, base):
     assert (prompt.method, prompt.template) == (METHOD, TEMPLATE)
     # The order of the verbalizers is the order of the labels.
     assert list(prompt.template.verbalizers) == list(TEMPLATE.verbalizers)
-    assert prompt.params["tokens"].dtype == jnp.float32
-    assert np.asarray(prompt.params["tokens"]).tobytes() == np.asarray(some_params()["tokens"]).tobytes()
+    assert prompt.virtual.tokens.dtype == jnp.float32
+    assert np.asarray(prompt.virtual.tokens).tobytes() == np.asarray(some_prompt().tokens).tobytes()
     assert prompt.info["format"] == 1
     assert prompt.info["extra"] == {"accuracy": 0.5}
     assert prompt.info["base"]["id"] == "tiny-llama"
@@ -99,12 +101,12 @@ def test_two_files_that_others_can_read(saved):
     assert listing(saved) == FILES
     tensors = safetensors.numpy.load_file(saved / "prompt.safetensors")
     assert list(tensors) == ["tokens"]
-    np.testing.assert_array_equal(tensors["tokens"], some_params()["tokens"])
+    np.testing.assert_array_equal(tensors["tokens"], some_prompt().tokens)
     assert listing(saved.parent) == ["prompt"]
 
 
 def test_the_same_prompt_gives_the_same_bytes(tmp_path, base):
-    first, second = (save_prompt(tmp_path / name, base, METHOD, some_params(), TEMPLATE) for name in "ab")
+    first, second = (save_prompt(tmp_path / name, base, METHOD, some_prompt(), TEMPLATE) for name in "ab")
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in FILES)
 
 
@@ -112,7 +114,7 @@ def test_the_size_is_the_tokens_and_less_than_8_kb(tmp_path, base):
     layers = list(range(1000, 1126))  # As many as the largest models have, in both lists that name layers.
     config = {**base.fingerprint.config, "no_rope_layers": layers, "window_layers": layers}
     base = dataclasses.replace(base, fingerprint=dataclasses.replace(base.fingerprint, config=config))
-    directory = save_prompt(tmp_path / "prompt", base, METHOD, some_params(), TEMPLATE)
+    directory = save_prompt(tmp_path / "prompt", base, METHOD, some_prompt(), TEMPLATE)
     assert sum((directory / name).stat().st_size for name in FILES) < 4 * LENGTH * WIDTH + 8192
 
 
@@ -130,13 +132,13 @@ def test_the_size_is_the_tokens_and_less_than_8_kb(tmp_path, base):
 )
 def test_every_initializer_is_remembered(tmp_path, base, init):
     method = PromptTuning(length=LENGTH, init=init)
-    directory = save_prompt(tmp_path / "prompt", base, method, some_params(), TEMPLATE)
+    directory = save_prompt(tmp_path / "prompt", base, method, some_prompt(), TEMPLATE)
     assert read_prompt(directory).method == method
 
 
 def test_an_array_that_a_prompt_started_from_is_not_stored(tmp_path, base):
     method = PromptTuning(length=LENGTH, init=initializers.array(np.full((LENGTH, WIDTH), 7.0, np.float32)))
-    directory = save_prompt(tmp_path / "prompt", base, method, some_params(), TEMPLATE)
+    directory = save_prompt(tmp_path / "prompt", base, method, some_prompt(), TEMPLATE)
     init = read_prompt(directory).method.init
     assert init.name == "array"
     assert len(init.rows) == 0
@@ -145,19 +147,19 @@ def test_an_array_that_a_prompt_started_from_is_not_stored(tmp_path, base):
 
 def test_a_prompt_starts_from_a_saved_one(saved, base):
     rows = initialize(initializers.prompt(saved), jax.random.key(1), base, LENGTH)
-    np.testing.assert_array_equal(rows, some_params()["tokens"])
+    np.testing.assert_array_equal(rows, some_prompt().tokens)
 
 
 def test_parameters_go_to_every_device_of_the_mesh(saved):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2))
     prompt = load_prompt(saved, tiny_base(mesh=mesh))
-    assert prompt.params["tokens"].sharding == replicated(mesh)
-    np.testing.assert_array_equal(prompt.params["tokens"], some_params()["tokens"])
+    assert prompt.virtual.tokens.sharding == replicated(mesh)
+    np.testing.assert_array_equal(prompt.virtual.tokens, some_prompt().tokens)
 
 
 def test_precision_and_place_of_the_base_do_not_matter(saved):
     base = dataclasses.replace(tiny_base(dtype="bfloat16"), name="elsewhere", revision="v2")
-    np.testing.assert_array_equal(load_prompt(saved, base).params["tokens"], some_params()["tokens"])
+    np.testing.assert_array_equal(load_prompt(saved, base).virtual.tokens, some_prompt().tokens)
 
 
 def test_another_base_is_refused_with_every_field_that_differs(saved, other_base):
@@ -181,7 +183,7 @@ def test_another_tokenizer_is_another_base(saved, base):
 def test_force_accepts_another_base_that_fits(saved, other_base):
     with pytest.warns(UserWarning, match="layers is 3 here, 2 there.*Used all the same, as asked"):
         prompt = load_prompt(saved, other_base, force=True)
-    np.testing.assert_array_equal(prompt.params["tokens"], some_params()["tokens"])
+    np.testing.assert_array_equal(prompt.virtual.tokens, some_prompt().tokens)
 
 
 @pytest.mark.parametrize(
@@ -200,12 +202,12 @@ def test_a_base_of_another_size_cannot_be_forced(saved, options, named):
     ("changes", "message"),
     [
         ({"method": PromptTuning(length=5)}, r"'tokens' is float32 \(6, 32\); it must be float32 \(5, 32\)"),
-        ({"params": some_params(shape=(LENGTH, 16))}, r"'tokens' is float32 \(6, 16\); it must be float32 \(6, 32\)"),
-        ({"params": {"rows": some_params()["tokens"]}}, "unknown key 'rows'"),
-        ({"params": {}}, "the parameters lack 'tokens'"),
-        ({"params": {"tokens": jnp.zeros((LENGTH, WIDTH), jnp.bfloat16)}}, "'tokens' is bfloat16"),
-        ({"params": {"tokens": some_params()["tokens"].at[2, 3].set(jnp.nan)}}, "'tokens' holds values that are not"),
-        ({"params": {"tokens": some_params()["tokens"].at[0, 0].set(-jnp.inf)}}, "not finite"),
+        ({"virtual": some_prompt(shape=(LENGTH, 16))}, r"'tokens' is float32 \(6, 16\); it must be float32 \(6, 32\)"),
+        ({"virtual": VirtualPrompt(some_prompt().tokens, head=Head(*HEAD_ARRAYS))}, "unknown key 'head/bias'"),
+        ({"virtual": VirtualPrompt()}, "the tensor 'tokens' is missing"),
+        ({"virtual": VirtualPrompt(jnp.zeros((LENGTH, WIDTH), jnp.bfloat16))}, "'tokens' is bfloat16"),
+        ({"virtual": VirtualPrompt(some_prompt().tokens.at[2, 3].set(jnp.nan))}, "'tokens' holds values that are not"),
+        ({"virtual": VirtualPrompt(some_prompt().tokens.at[0, 0].set(-jnp.inf))}, "not finite"),
         (
             {"template": dataclasses.replace(TEMPLATE, prompt="<soft>{text}", virtual_tokens=7)},
             "places 7 virtual tokens, the method has 6",
@@ -215,7 +217,7 @@ def test_a_base_of_another_size_cannot_be_forced(saved, options, named):
     ],
 )
 def test_what_is_no_prompt_is_not_saved(tmp_path, base, changes, message):
-    arguments = {"method": METHOD, "params": some_params(), "template": TEMPLATE, **changes}
+    arguments = {"method": METHOD, "virtual": some_prompt(), "template": TEMPLATE, **changes}
     with pytest.raises(CheckpointError, match=message):
         save_prompt(tmp_path / "prompt", base, **arguments)
     assert listing(tmp_path) == []
@@ -223,10 +225,10 @@ def test_what_is_no_prompt_is_not_saved(tmp_path, base, changes, message):
 
 def test_a_prompt_is_replaced_as_a_whole(saved, base):
     template = dataclasses.replace(TEMPLATE, keep="start")
-    save_prompt(saved, base, METHOD, some_params(1), template)
+    save_prompt(saved, base, METHOD, some_prompt(1), template)
     prompt = load_prompt(saved, base)
     assert prompt.template == template
-    np.testing.assert_array_equal(prompt.params["tokens"], some_params(1)["tokens"])
+    np.testing.assert_array_equal(prompt.virtual.tokens, some_prompt(1).tokens)
     assert (listing(saved.parent), listing(saved)) == (["prompt"], FILES)
 
 
@@ -234,9 +236,9 @@ def test_a_directory_with_other_things_is_not_replaced(tmp_path, base):
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.tex").write_text("")
     with pytest.raises(CheckpointError, match=r"work: holds 'thesis.tex', so it is no prompt's directory to replace"):
-        save_prompt(tmp_path / "work", base, METHOD, some_params(), TEMPLATE)
+        save_prompt(tmp_path / "work", base, METHOD, some_prompt(), TEMPLATE)
     with pytest.raises(CheckpointError, match="the prompt was not saved"):
-        save_prompt(tmp_path / "work" / "thesis.tex", base, METHOD, some_params(), TEMPLATE)
+        save_prompt(tmp_path / "work" / "thesis.tex", base, METHOD, some_prompt(), TEMPLATE)
     assert (listing(tmp_path), listing(tmp_path / "work")) == (["work"], ["thesis.tex"])
 
 
@@ -245,7 +247,7 @@ def test_a_directory_with_other_things_is_not_replaced(tmp_path, base):
 def test_a_failure_at_any_point_leaves_what_was_there(tmp_path, base, monkeypatch, call, exists):
     directory = tmp_path / "prompt"
     if exists:
-        save_prompt(directory, base, METHOD, some_params(), TEMPLATE)
+        save_prompt(directory, base, METHOD, some_prompt(), TEMPLATE)
     original = getattr(os, call)
     for failing in range(2 if call == "fsync" or exists else 1):  # Two files to sync, two directories to rename.
         calls = []
@@ -258,11 +260,11 @@ def test_a_failure_at_any_point_leaves_what_was_there(tmp_path, base, monkeypatc
 
         monkeypatch.setattr(os, call, fails)
         with pytest.raises(CheckpointError, match=r"not saved .No space left on device.; what was there"):
-            save_prompt(directory, base, METHOD, some_params(1), TEMPLATE)
+            save_prompt(directory, base, METHOD, some_prompt(1), TEMPLATE)
         monkeypatch.undo()
         assert listing(tmp_path) == (["prompt"] if exists else [])
         if exists:
-            np.testing.assert_array_equal(load_prompt(directory, base).params["tokens"], some_params()["tokens"])
+            np.testing.assert_array_equal(load_prompt(directory, base).virtual.tokens, some_prompt().tokens)
 
 
 def test_an_interrupt_leaves_nothing(tmp_path, base, monkeypatch):
@@ -271,25 +273,25 @@ def test_an_interrupt_leaves_nothing(tmp_path, base, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        save_prompt(tmp_path / "prompt", base, METHOD, some_params(), TEMPLATE)
+        save_prompt(tmp_path / "prompt", base, METHOD, some_prompt(), TEMPLATE)
     assert listing(tmp_path) == []
 
 
 def test_a_full_disk_leaves_the_prompt_before(tmp_path, base):
     with small_disk(tmp_path / "disk", 200_000) as disk:
-        directory = save_prompt(disk / "prompt", base, METHOD, some_params(), TEMPLATE)
+        directory = save_prompt(disk / "prompt", base, METHOD, some_prompt(), TEMPLATE)
         method, template = PromptTuning(length=2000), Template(prompt="<soft>{a}", target="{b}", virtual_tokens=2000)
         with pytest.raises(CheckpointError, match=r"the prompt was not saved .No space left on device"):
-            save_prompt(directory, base, method, some_params(shape=(2000, WIDTH)), template)
+            save_prompt(directory, base, method, some_prompt(shape=(2000, WIDTH)), template)
         assert listing(disk) == ["prompt"]
-        np.testing.assert_array_equal(load_prompt(directory, base).params["tokens"], some_params()["tokens"])
+        np.testing.assert_array_equal(load_prompt(directory, base).virtual.tokens, some_prompt().tokens)
 
 
 def test_a_save_that_was_cut_off_between_its_renames_is_found_and_mended(saved, base):
     saved.rename(saved.with_name(".prompt.old"))
     with pytest.raises(CheckpointError, match=r"a save was cut off, the prompt before it is .*\.prompt\.old"):
         load_prompt(saved, base)
-    save_prompt(saved, base, METHOD, some_params(1), TEMPLATE)
+    save_prompt(saved, base, METHOD, some_prompt(1), TEMPLATE)
     assert listing(saved.parent) == ["prompt"]
 
 
@@ -329,7 +331,7 @@ def test_a_save_that_was_cut_off_between_its_renames_is_found_and_mended(saved, 
         ({"tensors": {"tokens": np.zeros((LENGTH + 1, WIDTH), np.float32)}}, r"\(7, 32\); it must be"),
         ({"tensors": {"tokens": np.zeros((LENGTH * WIDTH,), np.float32)}}, r"it must be float32 \(6, 32\)"),
         ({"tensors": {"other": np.zeros((LENGTH, WIDTH), np.float32)}}, "unknown key 'other'"),
-        ({"tensors": {}}, "lack 'tokens'"),
+        ({"tensors": {}}, "'tokens' is missing"),
     ],
 )
 def test_nothing_is_trusted(saved, changes, message):

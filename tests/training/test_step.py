@@ -205,9 +205,9 @@ class Counting(PromptTuning):
 
     traces = []
 
-    def materialize(self, frozen, params):
+    def materialize(self, module, frozen, params):
         self.traces.append(jax.tree.map(jnp.shape, params))
-        return super().materialize(frozen, params)
+        return super().materialize(module, frozen, params)
 
 
 def test_one_trace_per_bucket():

@@ -1,0 +1,69 @@
+"""What a method of the soft-prompt family is: hyper-parameters with pure functions, in the manner of Optax."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Key, PyTree
+
+from spt_jax.base import FrozenBase
+from spt_jax.models.decoder import Decoder
+from spt_jax.models.hf import Params
+from spt_jax.prompts.virtual import VirtualPrompt
+
+PromptParams = PyTree[Float[Array, "..."] | Float[np.ndarray, "..."]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of the methods: frozen dataclasses whose fields are the options of `--method.*`.
+
+    Training differentiates the parameters that `init_params` makes; everything else sees only the `VirtualPrompt` that
+    `materialize` turns them into, and that alone is saved.
+
+    Attributes:
+      name: the method's name.
+    """
+
+    name: str
+
+    @property
+    def token_count(self) -> int:
+        """Virtual tokens that a template must place; 0 for a method without token rows."""
+        return 0
+
+    @property
+    def prefix_length(self) -> int:
+        """Positions that keys and values take up before the first token."""
+        return 0
+
+    def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Any]:
+        """Fresh parameters, float32.
+
+        Raises:
+          ConfigError: the options do not fit the base.
+        """
+        raise NotImplementedError
+
+    def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
+        """The soft prompt that the parameters stand for. Differentiable."""
+        raise NotImplementedError
+
+    def trainable(self, params: PromptParams) -> PyTree[bool]:
+        """Which leaves the optimizer may change."""
+        return jax.tree.map(lambda _: True, params)
+
+    def virtual_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the arrays of `materialize`'s result, by their names in a saved prompt, such as "prefix/keys".
+
+        base: the sizes of the base by their names in `DecoderConfig`.
+        """
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.token_count:
+            shapes["tokens"] = (self.token_count, base["width"])
+        if self.prefix_length:
+            keys = (base["layers"], self.prefix_length, base["kv_heads"], base["head_size"])
+            shapes |= {"prefix/keys": keys, "prefix/values": keys}
+        return shapes
