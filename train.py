@@ -56,7 +56,9 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
     config = resolve(command.config)
     experiment = load_experiment(config)
     base, workdir = experiment.base, command.workdir
-    config = dataclasses.replace(config, optimizer=resolve_optimizer(config.optimizer, base.config.family))
+    config = dataclasses.replace(
+        config, optimizer=resolve_optimizer(config.optimizer, base.config.family, config.method.recipe)
+    )
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     examples, plan = experiment.training_set()
     print(

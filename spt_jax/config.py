@@ -9,6 +9,7 @@ import tyro
 from spt_jax.data.templates import MESSAGES, Template, virtual_length, without_virtual
 from spt_jax.errors import ConfigError
 from spt_jax.prompts import Method
+from spt_jax.prompts.initializers import Initializer
 from spt_jax.sharding import MeshConfig
 from spt_jax.training.losses import LossConfig
 from spt_jax.training.optimizers import OptimizerConfig
@@ -226,12 +227,11 @@ def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
         data = dataclasses.replace(data, prompt=without_virtual(data.prompt))
     elif method.length is None:
         method = dataclasses.replace(method, length=placed or method.token_count)
-    if method.init.name == "labels" and not method.init.labels:
+    init = getattr(method, "init", None)
+    if isinstance(init, Initializer) and init.name == "labels" and not init.labels:
         if not data.verbalizers:
             raise ConfigError("method.init.name=labels needs data.verbalizers or method.init.labels")
-        method = dataclasses.replace(
-            method, init=dataclasses.replace(method.init, labels=tuple(data.verbalizers.values()))
-        )
+        method = dataclasses.replace(method, init=dataclasses.replace(init, labels=tuple(data.verbalizers.values())))
     if loss.over is None:
         loss = dataclasses.replace(loss, over="verbalizers" if data.verbalizers else "vocabulary")
     if loss.over == "verbalizers" and len(data.verbalizers) < 2:

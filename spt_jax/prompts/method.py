@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -26,6 +26,9 @@ class Method:
     Attributes:
       name: the method's name.
     """
+
+    # Fields of `OptimizerConfig` that this method does better with than with the base family's defaults.
+    recipe: ClassVar[Mapping[str, Any]] = {}
 
     name: str
 

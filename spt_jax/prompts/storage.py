@@ -128,7 +128,9 @@ def _version(package: str) -> str | None:
 
 def _method_to_json(method: Any) -> dict[str, Any]:
     fields = dataclasses.asdict(method)
-    fields.get("init", {}).pop("rows", None)  # An array in memory: what a prompt started from is not part of it.
+    init = fields.get("init")
+    if isinstance(init, dict):
+        init.pop("rows", None)  # An array in memory: what a prompt started from is not part of it.
     return fields
 
 

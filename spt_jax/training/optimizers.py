@@ -81,11 +81,11 @@ class OptimizerConfig:
                 raise ConfigError(f"optimizer {self.name} has no {field}; {', '.join(having)} have it")
 
 
-def resolve_optimizer(config: OptimizerConfig, family: str) -> OptimizerConfig:
+def resolve_optimizer(config: OptimizerConfig, family: str, recipe: Mapping[str, Any] | None = None) -> OptimizerConfig:
     """Fills in what the config leaves open, for a base of this family (`DecoderConfig.family`).
 
     The family's own rate and schedule hold for the family's own optimizer; another optimizer takes its general ones.
-    Options that the optimizer does not have stay None.
+    What the method's `recipe` says goes before the family's. Options that the optimizer does not have stay None.
 
     Raises:
       ConfigError: unknown family, or an option that the family's optimizer does not have.
@@ -93,7 +93,7 @@ def resolve_optimizer(config: OptimizerConfig, family: str) -> OptimizerConfig:
     if family not in FAMILY_DEFAULTS:
         hint = did_you_mean(family, FAMILY_DEFAULTS)
         raise ConfigError(f"there are no optimizer defaults for the base family {family!r}; {hint}")
-    own = FAMILY_DEFAULTS[family]
+    own = {**FAMILY_DEFAULTS[family], **(recipe or {})}
     name = config.name or own["name"]
     defaults: Mapping[str, Any] = {**SCHEDULE_DEFAULTS, **OPTIMIZER_DEFAULTS[name], "name": name}
     if name == own["name"]:
