@@ -1,0 +1,162 @@
+"""What must hold for every method, whatever it trains: one test per rule, over all of METHODS.
+
+The reference of a method is itself at its plainest: one device, every sequence in a row of its own, no shared prefix,
+one microbatch.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from spt_jax.checkpoints import Checkpoints
+from spt_jax.data.batches import pack, place_batch, plan_batches, rows_multiple
+from spt_jax.data.encoder import Example
+from spt_jax.data.templates import Template
+from spt_jax.forward import encode_prefix, output_logits
+from spt_jax.generation import SamplingConfig, generate
+from spt_jax.prompts import METHODS
+from spt_jax.prompts.storage import load_prompt, save_prompt
+from spt_jax.sharding import MeshConfig, make_mesh, replicated
+from spt_jax.testing import tiny_base
+from spt_jax.training.step import Objective, init_state, loss_and_gradient, make_train_step
+from tests.examples import HEAD, QUICK_COMPILE, VIRTUAL, VOCAB, random_examples
+
+# Options beside the length, for methods that need some to be built or to have anything to show.
+OPTIONS: dict[str, dict] = {}
+
+
+def method_of(name: str):
+    return METHODS[name](**{"length": VIRTUAL, **OPTIONS.get(name, {})})
+
+
+@functools.cache
+def base_of(remat: bool = False, **axes: int):
+    base = tiny_base(num_key_value_heads=4, mesh=make_mesh(MeshConfig(**axes)))
+    return dataclasses.replace(base, module=base.module.clone(remat=remat))
+
+
+def params_of(name: str, seed: int = 1):
+    """Parameters as after some training: zeros and ones, which hide mistakes, are moved away from."""
+    method, base = method_of(name), base_of()
+    params = method.init_params(jax.random.key(seed), base)
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    moved = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, moved)
+
+
+def fit_ids(method, ids: np.ndarray) -> np.ndarray:
+    """Ids without virtual ones for a method that has no token rows."""
+    return ids if method.token_count else ids[ids < VOCAB]
+
+
+def examples_of(method) -> list[Example]:
+    """Twelve examples with choices, which share `HEAD`."""
+    examples = [(e, fit_ids(method, e.ids)) for e in random_examples("choices", 12)]
+    return [dataclasses.replace(e, ids=ids, predicted=np.zeros(len(ids), bool)) for e, ids in examples]
+
+
+def batch_of(method, base, *, shared: bool, packing: bool, microbatches: int = 1):
+    examples = examples_of(method)
+    plan = plan_batches(
+        examples,
+        lead=len(fit_ids(method, HEAD)) if shared else 0,
+        batch_size=len(examples),
+        packing=packing,
+        multiple=rows_multiple(base.mesh, microbatches),
+    )
+    return place_batch(pack(examples, plan), base.mesh)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=QUICK_COMPILE)
+def jitted(module, method, objective, frozen, params, batch):
+    return loss_and_gradient(module, method, objective, frozen, params, batch)
+
+
+OBJECTIVE = Objective(over="verbalizers", choices=3)
+
+
+@functools.cache
+def plain(name: str):
+    method, base = method_of(name), base_of()
+    batch = batch_of(method, base, shared=False, packing=False)
+    return jitted(base.module, method, OBJECTIVE, base.params, params_of(name), batch)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_sharing_packing_microbatches_remat_and_mesh_change_nothing(name):
+    loss, gradient, _ = plain(name)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
+    assert largest > 1e-4, "a gradient of nothing agrees with anything"
+    method, base = method_of(name), base_of(remat=True, data=2, tensor=2)
+    batch = batch_of(method, base, shared=True, packing=True, microbatches=2)
+    params = jax.device_put(params_of(name), replicated(base.mesh))
+    objective = dataclasses.replace(OBJECTIVE, microbatches=2)
+    ours, slope, _ = jitted(base.module, method, objective, base.params, params, batch)
+    np.testing.assert_allclose(ours, loss, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * largest), slope, gradient)
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)
+def logits_of(module, frozen, virtual, batch):
+    prefix = encode_prefix(module, frozen, virtual, batch.lead_ids)
+    return output_logits(module, frozen, virtual, prefix, batch.rows)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_generation_is_the_teacher_forced_argmax(name):
+    method, base = method_of(name), base_of()
+    virtual = method.materialize(base.module, base.params, params_of(name))
+    prompts = [fit_ids(method, e.ids) for e in random_examples("choices", 3)]
+    answers = generate(base, prompts, virtual, SamplingConfig(max_new_tokens=6))
+    examples = [
+        Example(ids := np.append(p, a.ids).astype(np.int32), np.arange(len(ids)) >= len(p), (), 0, i)
+        for i, (p, a) in enumerate(zip(prompts, answers, strict=True))
+    ]
+    plan = plan_batches(examples, lead=0, batch_size=3, packing=False)
+    batch = pack(examples, plan)
+    logits = np.asarray(logits_of(base.module, base.params, virtual, batch))
+    for number, row, weights in zip(batch.rows.examples[:, 0], logits, batch.rows.target_weights, strict=True):
+        assert answers[number].ids == row.argmax(-1)[weights > 0].tolist()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_steps_and_two_more_after_a_restart_are_four(name, tmp_path):
+    method, base = method_of(name), base_of()
+    optimizer = optax.adamw(0.01, weight_decay=0.1)
+    batch = batch_of(method, base, shared=True, packing=True)
+    step = make_train_step(base, method, optimizer, OBJECTIVE)
+    state = init_state(jax.random.key(0), base, method, optimizer)
+    first = jax.tree.map(np.array, state.params)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        for i in range(4):
+            state, _ = step(state, batch)
+            if i == 1:
+                checkpoints.save(state, {}, {})
+        restored, _, _ = checkpoints.restore(None, init_state(jax.random.key(9), base, method, optimizer))
+    for _ in range(2):
+        restored, _ = step(restored, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), restored.params, state.params)
+    trainable = method.trainable(state.params)
+    changed = jax.tree.map(lambda old, new: not np.array_equal(old, np.asarray(new)), first, state.params)
+    assert jax.tree.leaves(changed) == jax.tree.leaves(trainable)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_saved_is_the_whole_prompt(name, tmp_path):
+    method, base = method_of(name), base_of()
+    virtual = method.materialize(base.module, base.params, params_of(name))
+    prompt = "<soft>{a}" if method.token_count else "{a}"
+    template = Template(prompt=prompt, target="{b}", virtual_tokens=method.token_count)
+    save_prompt(tmp_path / "prompt", base, method, virtual, template)
+    saved = load_prompt(tmp_path / "prompt", base)
+    assert saved.method == method
+    assert jax.tree.structure(saved.virtual) == jax.tree.structure(virtual)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), saved.virtual, virtual)
+    shapes = method.virtual_shapes(dataclasses.asdict(base.config))
+    assert sum(np.prod(shape) for shape in shapes.values()) == sum(leaf.size for leaf in jax.tree.leaves(virtual))
