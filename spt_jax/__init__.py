@@ -22,6 +22,7 @@ from spt_jax.forward import encode_prefix, output_logits
 from spt_jax.generation import SamplingConfig, generate
 from spt_jax.prompts import PromptTuning, VirtualPrompt
 from spt_jax.prompts import initializers as init
+from spt_jax.prompts.stacking import stack_prompts
 from spt_jax.prompts.storage import SavedPrompt, load_prompt, save_prompt
 from spt_jax.sharding import MeshConfig, make_mesh
 from spt_jax.training.optimizers import OptimizerConfig, make_optimizer, resolve_optimizer
@@ -69,6 +70,7 @@ __all__ = [
     "read_records",
     "resolve_optimizer",
     "save_prompt",
+    "stack_prompts",
     "train_step",
     "training_batches",
 ]

@@ -94,8 +94,8 @@ class Generate(Saved):
 
 
 def _encoder(template: Template, base: FrozenBase, virtual: VirtualPrompt | None) -> Encoder:
-    positions = base.config.max_positions - (0 if virtual is None else virtual.first_position)
-    return Encoder(template, base.tokenizer, base.config.vocab_size, positions)
+    taken = 0 if virtual is None or virtual.prefix is None else virtual.prefix.keys.shape[-3]
+    return Encoder(template, base.tokenizer, base.config.vocab_size, base.config.max_positions - taken)
 
 
 def _records(template: Template, texts: Sequence[str], fields: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -85,7 +85,8 @@ def encode_prefix(
     prefix, start = None, 0
     if virtual is not None and virtual.prefix is not None:
         start = virtual.first_position
-        prefix = Prefix(virtual.prefix.keys, virtual.prefix.values, jnp.arange(start, dtype=jnp.int32))
+        places = jnp.arange(virtual.prefix.keys.shape[1], dtype=jnp.int32)
+        prefix = Prefix(virtual.prefix.keys, virtual.prefix.values, jnp.where(places < start, places, NEVER))
     if length == 0:
         return prefix
     positions = start + jnp.arange(length, dtype=jnp.int32)
@@ -112,7 +113,10 @@ def output_logits(
     """Logits, float32, at the output positions alone: of the next token, or of the prompt's head over its C classes."""
     stream = rows.stream
     if virtual is not None:
-        stream = dataclasses.replace(stream, positions=stream.positions + virtual.first_position)
+        start = virtual.first_position
+        if not isinstance(start, int):
+            start = of_row(stream.prompt_index, start).reshape(-1, 1)
+        stream = dataclasses.replace(stream, positions=stream.positions + start)
     hidden, _ = run_stream(module, frozen, virtual, rows.ids, stream, prefix)
     wanted = jnp.take_along_axis(hidden, rows.outputs[:, :, None], axis=1)
     if virtual is None or virtual.head is None:

@@ -116,6 +116,7 @@ def generate(
     virtual: VirtualPrompt | None = None,
     sampling: SamplingConfig | None = None,
     *,
+    prompt_index: Sequence[int] | None = None,
     lead: int | None = None,
     batch_size: int = 32,
 ) -> list[Generated]:
@@ -129,7 +130,8 @@ def generate(
       prompts: ids, virtual ones (`vocab_size + i`) among them, as from `Encoder.prompt_ids`.
       virtual: the soft prompt that those stand for.
       sampling: how tokens are chosen, and when to end; default `SamplingConfig()`, greedy.
-      lead: how many leading ids are encoded once for all prompts; None takes all that they share.
+      prompt_index: which soft prompt each has, where `virtual` is several (`stack_prompts`).
+      lead: how many leading ids are encoded once for all prompts of one soft prompt; None takes all that they share.
       batch_size: rows at a time. Results do not depend on it, beyond rounding.
 
     Returns:
@@ -146,35 +148,85 @@ def generate(
     if not len(prompts):
         return []
     prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
+    index = _checked_index(prompt_index, len(prompts), virtual)
+    first = 0 if virtual is None else virtual.first_position
+    firsts = [first if isinstance(first, int) else int(first[own]) for own in index]
     for number, prompt in enumerate(prompts):
-        _check_prompt(base, prompt, number, virtual, sampling)
-    lead = _shared_lead(prompts, lead)
+        _check_prompt(base, prompt, number, virtual, firsts[number], sampling)
+    leads = _shared_leads(prompts, index, lead)
+    requests = [_Request(*one) for one in zip(prompts, range(len(prompts)), index, leads, firsts, strict=True)]
     if virtual is not None:
         virtual = jax.device_put(virtual, replicated(base.mesh))
-    prefix = None
-    if lead or (virtual is not None and virtual.prefix is not None):
-        padded = _padded(prompts[0][:lead], round_up(lead, BUCKET))
-        prefix = programs(base.mesh).encode_lead(base.module, base.params, virtual, padded, jnp.int32(lead))
+    prefix = _encoded_leads(base, requests, virtual, mixed=prompt_index is not None)
     size = round_up(min(batch_size, 2 ** (len(prompts) - 1).bit_length()), row_shards(base.mesh))
     # Rows of like length go together, so that little of a batch is padding.
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     results: dict[int, Generated] = {}
     for start in range(0, len(order), size):
         numbers = order[start : start + size]
-        rows = [prompts[number] for number in numbers]
-        answers = _generate_batch(base, rows, numbers, size, virtual, prefix, lead, sampling)
+        rows = [requests[number] for number in numbers]
+        answers = _generate_batch(base, rows, size, virtual, prefix, prompt_index is not None, sampling)
         results |= zip(numbers, answers, strict=True)
     return [results[number] for number in range(len(prompts))]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """One prompt: its ids and number, its soft prompt, how many leading ids the prefix holds.
+
+    first_position: of the first id, behind the soft prompt's own prefix.
+    """
+
+    ids: np.ndarray
+    number: int
+    prompt: int
+    lead: int
+    first_position: int
+
+
+def _checked_index(prompt_index: Sequence[int] | None, count: int, virtual: VirtualPrompt | None) -> list[int]:
+    """Each prompt's soft prompt; 0 where all have the same."""
+    if prompt_index is None:
+        return [0] * count
+    if virtual is None or len(prompt_index) != count:
+        raise ConfigError(f"prompt_index has {len(prompt_index)} entries for {count} prompts, and needs soft prompts")
+    stacked = len(jax.tree.leaves(virtual)[0])
+    if not all(0 <= prompt < stacked for prompt in prompt_index):
+        raise ConfigError(f"prompt_index {list(prompt_index)} names soft prompts outside 0 to {stacked - 1}")
+    return list(prompt_index)
+
+
+def _shared_leads(prompts: list[np.ndarray], index: list[int], lead: int | None) -> list[int]:
+    """Of every prompt, how many leading ids are encoded once for all prompts with its soft prompt."""
+    alike = {own: [ids for ids, other in zip(prompts, index, strict=True) if other == own] for own in set(index)}
+    shared = {own: _shared_lead(group, lead) for own, group in alike.items()}
+    return [shared[own] for own in index]
+
+
+def _encoded_leads(
+    base: FrozenBase, requests: list[_Request], virtual: VirtualPrompt | None, *, mixed: bool
+) -> Prefix | None:
+    """Keys and values of every soft prompt's own prefix and of the leading ids behind it; None if there are none."""
+    firsts = {request.prompt: request for request in reversed(requests)}
+    longest = round_up(max(request.lead for request in firsts.values()), BUCKET)
+    if not longest and (virtual is None or virtual.prefix is None):
+        return None
+    count = len(jax.tree.leaves(virtual)[0]) if mixed else 1
+    ids, lengths = np.zeros((count, longest), np.int32), np.zeros(count, np.int32)
+    for prompt, request in firsts.items():
+        ids[prompt, : request.lead] = request.ids[: request.lead]
+        lengths[prompt] = request.lead
+    leads = (ids, lengths) if mixed else (ids[0], lengths[0])
+    return programs(base.mesh).encode_lead(base.module, base.params, virtual, *leads)
+
+
 def _generate_batch(
     base: FrozenBase,
-    prompts: list[np.ndarray],
-    numbers: list[int],
+    requests: list[_Request],
     size: int,
     virtual: VirtualPrompt | None,
     prefix: Prefix | None,
-    lead: int,
+    mixed: bool,
     sampling: SamplingConfig,
 ) -> list[Generated]:
     """At most `size` prompts, in rows of their own; the rows left over have ended from the start."""
@@ -184,13 +236,15 @@ def _generate_batch(
     stop_texts = [text for text in sampling.stop if text not in control]
     end_ids = stop_ids | ({eos_id} if eos_id is not None else set())
     place = functools.partial(jax.device_put, device=row_sharding(base.mesh))
-    cached = [prompt[lead:-1] for prompt in prompts]
+    prompts = [request.ids for request in requests]
+    cached = [request.ids[request.lead : -1] for request in requests]
     length = round_up(max(1, *map(len, cached)), BUCKET)
     rows = PromptRows(
         ids=place(np.stack([_padded(row, length) for row in cached + [np.zeros(0)] * (size - len(cached))])),
         lengths=place(_padded([len(row) for row in cached], size)),
         last=place(_padded([int(prompt[-1]) for prompt in prompts], size)),
-        starts=place(np.full(size, lead + (0 if virtual is None else virtual.first_position), np.int32)),
+        starts=place(_padded([request.first_position + request.lead for request in requests], size)),
+        prompt_index=place(_padded([request.prompt for request in requests], size)) if mixed else None,
     )
     traced = RowSampling(
         temperature=jnp.float32(sampling.temperature),
@@ -198,7 +252,7 @@ def _generate_batch(
         top_p=jnp.float32(sampling.top_p),
         seed=jnp.uint32(sampling.seed),
         end_ids=jnp.asarray(_padded(sorted(end_ids), round_up(len(end_ids), 8), NO_ID)),
-        numbers=place(_padded(numbers, size)),
+        numbers=place(_padded([request.number for request in requests], size)),
     )
     limit = sampling.max_new_tokens
     state = programs(base.mesh).prefill(base.module, round_up(limit, BUCKET), base.params, virtual, prefix, rows)
@@ -275,18 +329,22 @@ def _stop_end(text_of: Callable[[list[int]], str], ids: list[int], checked: int,
 
 
 def _check_prompt(
-    base: FrozenBase, prompt: np.ndarray, number: int, virtual: VirtualPrompt | None, sampling: SamplingConfig
+    base: FrozenBase,
+    prompt: np.ndarray,
+    number: int,
+    virtual: VirtualPrompt | None,
+    prefix: int,
+    sampling: SamplingConfig,
 ) -> None:
     if not len(prompt):
         raise DataError(f"prompt {number} is empty, and nothing can predict its first token; begin it with BOS or text")
     vocab_size, highest, length = base.config.vocab_size, int(prompt.max()), len(prompt)
     if virtual is None and highest >= vocab_size:
         raise ConfigError(f"prompt {number} has virtual token {highest - vocab_size}, but no soft prompt was given")
-    count = 0 if virtual is None or virtual.tokens is None else virtual.tokens.shape[0]
+    count = 0 if virtual is None or virtual.tokens is None else virtual.tokens.shape[-2]
     if int(prompt.min()) < 0 or highest >= vocab_size + count:
         wrong = int(prompt.min()) if int(prompt.min()) < 0 else highest
         raise DataError(f"prompt {number} has id {wrong}; the base has {vocab_size} tokens, the soft prompt {count}")
-    prefix = 0 if virtual is None else virtual.first_position
     total = prefix + length + sampling.max_new_tokens
     if total > base.config.max_positions:
         before = f"{prefix} positions of the soft prompt, " if prefix else ""

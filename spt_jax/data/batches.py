@@ -62,11 +62,12 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """What an example takes up in a row."""
+    """What an example takes up in a row, and the prompt that the whole row must have."""
 
     tokens: int
     outputs: int
     targets: int
+    prompt: int
 
 
 def slots(example: Example, lead: int) -> Slots:
@@ -83,16 +84,17 @@ def slots(example: Example, lead: int) -> Slots:
         )
     if example.choices:
         extra = sum(len(choice) - 1 for choice in example.choices)
-        return Slots(len(example.ids) - lead + extra, 1 + extra, sum(map(len, example.choices)))
+        return Slots(len(example.ids) - lead + extra, 1 + extra, sum(map(len, example.choices)), example.prompt)
     targets = int(example.predicted.sum())
-    return Slots(len(example.ids) - lead - int(example.predicted[-1]), targets, targets)
+    return Slots(len(example.ids) - lead - int(example.predicted[-1]), targets, targets, example.prompt)
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
     """Static shapes for a set of examples.
 
-    lead_ids: the shared leading ids [P].
+    lead_ids: the leading ids that all examples share [P], or those of each of S prompts share [S, P].
+    lead_length: of the latter, how many are real [S]; None where all examples have one prompt.
     length, outputs, targets, examples: T, Q, M, E of every row.
     choices: scored sequences per example, 1 without verbalizers.
     row_buckets: numbers of rows B to choose from, ascending.
@@ -100,6 +102,7 @@ class BatchPlan:
     """
 
     lead_ids: Any
+    lead_length: Any
     length: int
     outputs: int
     targets: int
@@ -107,6 +110,10 @@ class BatchPlan:
     choices: int
     row_buckets: tuple[int, ...]
     multiple: int
+
+    def lead(self, example: Example) -> int:
+        """How many of an example's ids are among the leading ids."""
+        return len(self.lead_ids) if self.lead_length is None else int(self.lead_length[example.prompt])
 
     def rows_for(self, needed: int) -> int:
         """The smallest bucket that holds `needed` rows; beyond the last, the next multiple."""
@@ -119,7 +126,7 @@ class BatchPlan:
 def plan_batches(
     examples: Sequence[Example],
     *,
-    lead: int,
+    lead: int | Sequence[int],
     batch_size: int,
     packing: bool = True,
     multiple: int = 1,
@@ -132,7 +139,7 @@ def plan_batches(
 
     Args:
       examples: all that will be batched.
-      lead: leading ids that all share.
+      lead: how many leading ids all share; for examples of S prompts, those that each prompt's share.
       batch_size: examples per batch.
       packing: False puts every example in a row of its own.
       multiple: row shards times microbatches.
@@ -141,7 +148,8 @@ def plan_batches(
     Raises:
       DataError: an example has nothing to predict, or nothing before it.
     """
-    needs = [slots(example, lead) for example in examples]
+    lead_ids, lead_length = _leads(examples, lead)
+    needs = [slots(example, lead if isinstance(lead, int) else lead[example.prompt]) for example in examples]
     longest = max(need.tokens for need in needs)
     mean = sum(need.tokens for need in needs) / len(needs)
     length = max(longest, round(4 * mean)) if packing else longest
@@ -150,7 +158,8 @@ def plan_batches(
     if max_length is not None:
         length = max(longest, min(length, max_length))
     plan = BatchPlan(
-        lead_ids=examples[0].ids[:lead],
+        lead_ids=lead_ids,
+        lead_length=lead_length,
         length=length,
         outputs=length,
         targets=10**9,
@@ -179,20 +188,36 @@ def plan_batches(
     )
 
 
+def _leads(examples: Sequence[Example], lead: int | Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Leading ids and, for several prompts, their numbers; a prompt without examples has none."""
+    if isinstance(lead, int):
+        return examples[0].ids[:lead], None
+    firsts = {example.prompt: example.ids for example in reversed(examples)}
+    lengths = [length if prompt in firsts else 0 for prompt, length in enumerate(lead)]
+    ids = np.zeros((len(lead), max(lengths)), np.int32)
+    for prompt, length in enumerate(lengths):
+        ids[prompt, :length] = firsts[prompt][:length] if length else 0
+    return ids, np.asarray(lengths, np.int32)
+
+
 def round_up(number: int, multiple: int) -> int:
     """The smallest multiple that is not below the number."""
     return -(-number // multiple) * multiple
 
 
 def assign_rows(needs: Sequence[Slots], plan: BatchPlan) -> list[list[int]]:
-    """First-fit decreasing: which examples go into which row. Each must fit a row of its own."""
+    """First-fit decreasing: which examples go into which row. Each must fit a row of its own.
+
+    Only examples of one prompt share a row.
+    """
     rows: list[list[int]] = []
     room: list[list[int]] = []
     limits = (plan.length, plan.outputs, plan.targets, plan.examples)
     for i in sorted(range(len(needs)), key=lambda i: (-needs[i].tokens, i)):
         need = (needs[i].tokens, needs[i].outputs, needs[i].targets, 1)
         for row, free in zip(rows, room, strict=True):
-            if all(n <= f for n, f in zip(need, free, strict=True)):
+            alike = needs[row[0]].prompt == needs[i].prompt
+            if alike and all(n <= f for n, f in zip(need, free, strict=True)):
                 row.append(i)
                 free[:] = [f - n for n, f in zip(need, free, strict=True)]
                 break
@@ -213,8 +238,7 @@ def pack(examples: Sequence[Example], plan: BatchPlan, class_weights: Sequence[f
     Raises:
       DataError: an example does not fit a row of the plan, or has nothing to predict.
     """
-    lead = len(plan.lead_ids)
-    needs = [slots(example, lead) for example in examples]
+    needs = [slots(example, plan.lead(example)) for example in examples]
     for example, need in zip(examples, needs, strict=True):
         if need.tokens > plan.length or need.outputs > plan.outputs or need.targets > plan.targets:
             raise DataError(
@@ -227,9 +251,10 @@ def pack(examples: Sequence[Example], plan: BatchPlan, class_weights: Sequence[f
     def zeros(width: int, dtype: Any = np.int32) -> Any:
         return np.zeros((count, width), dtype)
 
+    prompt_index: Any = None if plan.lead_length is None else np.zeros(count, np.int32)
     rows = Rows(
         ids=zeros(plan.length),
-        stream=Stream(zeros(plan.length), zeros(plan.length), zeros(plan.length)),
+        stream=Stream(zeros(plan.length), zeros(plan.length), zeros(plan.length), prompt_index),
         outputs=zeros(plan.outputs),
         target_outputs=zeros(plan.targets),
         target_ids=zeros(plan.targets),
@@ -241,14 +266,16 @@ def pack(examples: Sequence[Example], plan: BatchPlan, class_weights: Sequence[f
     )
     for row, members in enumerate(assigned):
         writer = _RowWriter(rows, row)
+        if prompt_index is not None:
+            prompt_index[row] = examples[members[0]].prompt
         for slot, i in enumerate(members):
             example = examples[i]
             weight = 1.0 if class_weights is None else class_weights[example.label]
             rows.labels[row, slot] = example.label
             rows.example_weights[row, slot] = weight
             rows.examples[row, slot] = example.index
-            writer.add(example, lead, slot * plan.choices, weight)
-    return Batch(plan.lead_ids, rows)
+            writer.add(example, plan.lead(example), slot * plan.choices, weight)
+    return Batch(plan.lead_ids, rows, plan.lead_length)
 
 
 @dataclasses.dataclass

@@ -21,6 +21,7 @@ class Example:
     choices: for classification, the ids of every verbalizer, each a continuation of `ids`.
     label: the index of the right choice, 0 where there is none.
     index: the record's number in its source.
+    prompt: which of several soft prompts it is for.
     """
 
     ids: np.ndarray
@@ -28,6 +29,7 @@ class Example:
     choices: tuple[np.ndarray, ...]
     label: int
     index: int
+    prompt: int = 0
 
     @property
     def length(self) -> int:

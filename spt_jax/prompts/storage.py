@@ -341,8 +341,8 @@ def _read_arrays(path: Path, sha256: str) -> dict[str, np.ndarray]:
 
 def _named_arrays(virtual: VirtualPrompt) -> dict[str, np.ndarray]:
     """The parts that a prompt has, as "tokens" or "prefix/keys"."""
-    parts = {name: part for name, part in dataclasses.asdict(virtual).items() if part is not None}
-    return {name: np.asarray(leaf) for name, leaf in traverse_util.flatten_dict(parts, sep="/").items()}
+    flat = traverse_util.flatten_dict(dataclasses.asdict(virtual), sep="/")
+    return {name: np.asarray(leaf) for name, leaf in flat.items() if leaf is not None}
 
 
 def _virtual_prompt(arrays: Mapping[str, np.ndarray]) -> VirtualPrompt:

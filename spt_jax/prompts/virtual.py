@@ -3,7 +3,7 @@
 import dataclasses
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from spt_jax.models.attention import GatedPrefix
 
@@ -11,10 +11,14 @@ from spt_jax.models.attention import GatedPrefix
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeysValues:
-    """Keys (after RoPE) and values of P positions before everything else, for all layers, float32."""
+    """Keys (after RoPE) and values of P positions before everything else, for all layers, float32.
+
+    length: how many positions are real, where prompts of unequal length are stacked; None for all.
+    """
 
     keys: Float[Array, "*S L P K H"]
     values: Float[Array, "*S L P K H"]
+    length: Int[Array, "*S"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +49,8 @@ class VirtualPrompt:
     head: Head | None = None
 
     @property
-    def first_position(self) -> int:
+    def first_position(self) -> int | Int[Array, "*S"]:
         """The position of the first token after the prefix."""
-        return 0 if self.prefix is None else self.prefix.keys.shape[-3]
+        if self.prefix is None:
+            return 0
+        return self.prefix.keys.shape[-3] if self.prefix.length is None else self.prefix.length
