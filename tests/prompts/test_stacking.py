@@ -149,11 +149,11 @@ def test_gradients_go_to_each_prompt_alone():
         return jnp.sum(picked * rows.target_weights)
 
     batch = pack(chosen, plan_batches(chosen, lead=[4, 4], batch_size=6))
-    together = jax.grad(total)(VirtualPrompt(tokens=tokens), batch).tokens
+    together = jax.jit(jax.grad(total))(VirtualPrompt(tokens=tokens), batch).tokens
     for prompt in range(2):
         own = [dataclasses.replace(e, prompt=0) for e in chosen if e.prompt == prompt]
         batch = pack(own, plan_batches(own, lead=4, batch_size=3))
-        apart = jax.grad(total)(VirtualPrompt(tokens=tokens[prompt]), batch).tokens
+        apart = jax.jit(jax.grad(total))(VirtualPrompt(tokens=tokens[prompt]), batch).tokens
         np.testing.assert_allclose(together[prompt], apart, atol=1e-5 * float(jnp.abs(apart).max()))
 
 
