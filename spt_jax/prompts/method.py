@@ -13,6 +13,7 @@ from spt_jax.models.decoder import Decoder
 from spt_jax.models.hf import Params
 from spt_jax.prompts.virtual import VirtualPrompt
 
+DEFAULT_LENGTH = 20
 PromptParams = PyTree[Float[Array, "..."] | Float[np.ndarray, "..."]]
 
 

@@ -12,10 +12,8 @@ from spt_jax.errors import ConfigError
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.hf import Params
 from spt_jax.prompts.initializers import Initializer, initialize
-from spt_jax.prompts.method import Method
+from spt_jax.prompts.method import DEFAULT_LENGTH, Method
 from spt_jax.prompts.virtual import VirtualPrompt
-
-DEFAULT_LENGTH = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from spt_jax.training.step import Objective, init_state, loss_and_gradient, make
 from tests.examples import HEAD, QUICK_COMPILE, VIRTUAL, VOCAB, random_examples
 
 # Options beside the length, for methods that need some to be built or to have anything to show.
-OPTIONS: dict[str, dict] = {}
+OPTIONS: dict[str, dict] = {"prefix_tuning": {"sink": 1}}
 
 
 def method_of(name: str):
