@@ -20,7 +20,14 @@ from spt_jax.errors import CheckpointError, ConfigError, DataError, SptError, Tr
 from spt_jax.evaluation import evaluate, make_evaluation_set
 from spt_jax.forward import encode_prefix, output_logits
 from spt_jax.generation import SamplingConfig, generate
-from spt_jax.prompts import PrefixTuning, PromptTuning, VirtualPrompt
+from spt_jax.prompts import (
+    LowRankPromptTuning,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    ResidualPromptTuning,
+    VirtualPrompt,
+)
 from spt_jax.prompts import initializers as init
 from spt_jax.prompts.stacking import stack_prompts
 from spt_jax.prompts.storage import SavedPrompt, load_prompt, save_prompt
@@ -38,11 +45,14 @@ __all__ = [
     "Encoder",
     "Example",
     "FrozenBase",
+    "LowRankPromptTuning",
     "MeshConfig",
     "Objective",
     "OptimizerConfig",
+    "PTuning",
     "PrefixTuning",
     "PromptTuning",
+    "ResidualPromptTuning",
     "Rows",
     "SamplingConfig",
     "SavedPrompt",

@@ -2,11 +2,30 @@
 
 from typing import Any
 
+from spt_jax.prompts.low_rank import LowRankPromptTuning
 from spt_jax.prompts.method import Method, PromptParams
+from spt_jax.prompts.p_tuning import PTuning
 from spt_jax.prompts.prefix_tuning import PrefixTuning
 from spt_jax.prompts.prompt_tuning import PromptTuning
+from spt_jax.prompts.residual import ResidualPromptTuning
 from spt_jax.prompts.virtual import VirtualPrompt
 
-__all__ = ["METHODS", "Method", "PrefixTuning", "PromptParams", "PromptTuning", "VirtualPrompt"]
+__all__ = [
+    "METHODS",
+    "LowRankPromptTuning",
+    "Method",
+    "PTuning",
+    "PrefixTuning",
+    "PromptParams",
+    "PromptTuning",
+    "ResidualPromptTuning",
+    "VirtualPrompt",
+]
 
-METHODS: dict[str, Any] = {"prompt_tuning": PromptTuning, "prefix_tuning": PrefixTuning}
+METHODS: dict[str, Any] = {
+    "prompt_tuning": PromptTuning,
+    "prefix_tuning": PrefixTuning,
+    "p_tuning": PTuning,
+    "residual_prompt_tuning": ResidualPromptTuning,
+    "low_rank_prompt_tuning": LowRankPromptTuning,
+}

@@ -1,0 +1,66 @@
+"""Low-rank prompt tuning: P rows that differ from where they start by a matrix of rank r.
+
+The factorised prompt of Guo et al. 2024 (arXiv 2406.19486), on top of frozen rows as LoRA (arXiv 2106.09685) does.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from spt_jax.base import FrozenBase
+from spt_jax.errors import ConfigError
+from spt_jax.models.decoder import Decoder
+from spt_jax.models.hf import Params
+from spt_jax.prompts.initializers import Initializer, initialize
+from spt_jax.prompts.method import DEFAULT_LENGTH, Method, PromptParams
+from spt_jax.prompts.virtual import VirtualPrompt
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowRankPromptTuning(Method):
+    """The hyper-parameters of low-rank prompt tuning.
+
+    Attributes:
+      name: the method.
+      length: virtual tokens P; default the sum of the template's `<soft:n>`, or 20.
+      init: the frozen rows to start from.
+      rank: r, at most P.
+    """
+
+    recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.1, "schedule": "linear"}
+
+    name: Literal["low_rank_prompt_tuning"] = "low_rank_prompt_tuning"
+    length: int | None = None
+    init: Initializer = dataclasses.field(default_factory=Initializer)
+    rank: int = 4
+
+    def __post_init__(self) -> None:
+        if self.length is not None and self.length < 1:
+            raise ConfigError(f"method.length is {self.length}; a soft prompt has at least 1 virtual token")
+        if not 1 <= self.rank <= self.token_count:
+            raise ConfigError(f"method.rank is {self.rank}; it lies in 1 to the length, {self.token_count}")
+
+    @property
+    def token_count(self) -> int:
+        """Virtual tokens that a template must place."""
+        return self.length or DEFAULT_LENGTH
+
+    def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Float[Array, "..."]]:
+        """Frozen rows [P, D] and the factors [P, r] and [r, D], the second of zeros; float32."""
+        row_key, factor_key = jax.random.split(key)
+        rows = initialize(self.init, row_key, base, self.token_count)
+        left = jax.random.normal(factor_key, (self.token_count, self.rank)) * self.rank**-0.5
+        return {"start": rows, "left": left, "right": jnp.zeros((self.rank, rows.shape[1]))}
+
+    def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
+        """start + left @ right."""
+        del module, frozen
+        return VirtualPrompt(tokens=params["start"] + params["left"] @ params["right"])
+
+    def trainable(self, params: PromptParams) -> dict[str, bool]:
+        """The factors."""
+        return {name: name != "start" for name in params}

@@ -1,0 +1,99 @@
+"""P-tuning: virtual tokens that come out of a prompt encoder (Liu et al. 2021, arXiv 2103.10385)."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from spt_jax.base import FrozenBase
+from spt_jax.errors import ConfigError
+from spt_jax.models.decoder import Decoder
+from spt_jax.models.hf import Params
+from spt_jax.prompts.initializers import Initializer, initialize
+from spt_jax.prompts.method import DEFAULT_LENGTH, Method
+from spt_jax.prompts.networks import init_linear, init_lstm, linear, lstm
+from spt_jax.prompts.virtual import VirtualPrompt
+
+LSTM_LAYERS = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PTuning(Method):
+    """The hyper-parameters of P-tuning.
+
+    Attributes:
+      name: the method.
+      length: virtual tokens P; default the sum of the template's `<soft:n>`, or 20.
+      encoder: lstm is the paper's bidirectional LSTM of two layers with two linear layers behind it; mlp is three
+        linear layers with ReLU. Both are trained with the P embeddings that they read, and dropped when the prompt is
+        saved.
+      hidden: width of the encoder; default the base's width.
+      init: where the encoder's results begin: its last bias holds their mean, its last kernel has their deviation.
+    """
+
+    recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.003, "schedule": "linear"}
+
+    name: Literal["p_tuning"] = "p_tuning"
+    length: int | None = None
+    encoder: Literal["mlp", "lstm"] = "mlp"
+    hidden: int | None = None
+    init: Initializer = dataclasses.field(default_factory=Initializer)
+
+    def __post_init__(self) -> None:
+        if self.length is not None and self.length < 1:
+            raise ConfigError(f"method.length is {self.length}; a soft prompt has at least 1 virtual token")
+        if self.hidden is not None and self.hidden < 1:
+            raise ConfigError(f"method.hidden is {self.hidden}; the encoder has at least 1 unit")
+
+    @property
+    def token_count(self) -> int:
+        """Virtual tokens that a template must place."""
+        return self.length or DEFAULT_LENGTH
+
+    def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Any]:
+        """Embeddings [P, D] and the encoder's layers, float32."""
+        row_key, embedding_key, *keys = jax.random.split(key, 9)
+        width, hidden = base.config.width, self.hidden or base.config.width
+        if self.encoder == "mlp":
+            sizes = (width, hidden, hidden, width)
+            params: dict[str, Any] = {}
+        else:
+            sizes = (2 * hidden, 2 * hidden, width)
+            inputs = [width] + [2 * hidden] * (LSTM_LAYERS - 1)
+            params = {
+                f"lstm_{i}": {
+                    "forward": init_lstm(keys[2 * i], size, hidden),
+                    "backward": init_lstm(keys[2 * i + 1], size, hidden),
+                }
+                for i, size in enumerate(inputs)
+            }
+        for i, (inner, outer) in enumerate(itertools.pairwise(sizes)):
+            params[f"linear_{i}"] = init_linear(keys[4 + i], inner, outer)
+        params["embedding"] = jax.random.normal(embedding_key, (self.token_count, width))
+        rows = initialize(self.init, row_key, base, self.token_count)
+        last = params[f"linear_{len(sizes) - 2}"]
+        scale = rows.std() / jnp.maximum(_encode(params).std(), 1e-6)
+        last["kernel"] = last["kernel"] * scale
+        last["bias"] = rows.mean(0) - _encode(params).mean(0)
+        return params
+
+    def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
+        """The encoder's results."""
+        del module, frozen
+        return VirtualPrompt(tokens=_encode(params))
+
+
+def _encode(params: Mapping[str, Any]) -> Float[Array, "P D"]:
+    x = params["embedding"]
+    for i in range(LSTM_LAYERS):
+        layer = params.get(f"lstm_{i}")
+        if layer is not None:
+            x = jnp.concatenate([lstm(layer["forward"], x), lstm(layer["backward"], x, reverse=True)], axis=-1)
+    count = sum(name.startswith("linear_") for name in params)
+    for i in range(count):
+        x = linear(params[f"linear_{i}"], x if i == 0 else jax.nn.relu(x))
+    return x

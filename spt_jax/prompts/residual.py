@@ -1,0 +1,67 @@
+"""Residual prompt tuning: rows plus a small network of them (Razdaibiedina et al. 2023, arXiv 2305.03937)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from spt_jax.base import FrozenBase
+from spt_jax.errors import ConfigError
+from spt_jax.models.decoder import Decoder
+from spt_jax.models.hf import Params
+from spt_jax.prompts.initializers import Initializer, initialize
+from spt_jax.prompts.method import DEFAULT_LENGTH, Method
+from spt_jax.prompts.networks import init_linear, linear
+from spt_jax.prompts.virtual import VirtualPrompt
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResidualPromptTuning(Method):
+    """The hyper-parameters of residual prompt tuning.
+
+    Attributes:
+      name: the method.
+      length: virtual tokens P; default the sum of the template's `<soft:n>`, or 20.
+      init: where the rows start, and the prompt with them: the network's layer norm starts with a scale of 0.
+      bottleneck: width of the network, which all rows share. It is dropped when the prompt is saved.
+    """
+
+    recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.03, "schedule": "linear"}
+
+    name: Literal["residual_prompt_tuning"] = "residual_prompt_tuning"
+    length: int | None = None
+    init: Initializer = dataclasses.field(default_factory=Initializer)
+    bottleneck: int = 128
+
+    def __post_init__(self) -> None:
+        if self.length is not None and self.length < 1:
+            raise ConfigError(f"method.length is {self.length}; a soft prompt has at least 1 virtual token")
+        if self.bottleneck < 1:
+            raise ConfigError(f"method.bottleneck is {self.bottleneck}; the network has at least 1 unit")
+
+    @property
+    def token_count(self) -> int:
+        """Virtual tokens that a template must place."""
+        return self.length or DEFAULT_LENGTH
+
+    def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Any]:
+        """Rows [P, D] and the network, float32."""
+        row_key, down_key, up_key = jax.random.split(key, 3)
+        width = base.config.width
+        return {
+            "tokens": initialize(self.init, row_key, base, self.token_count),
+            "down": init_linear(down_key, width, self.bottleneck),
+            "up": init_linear(up_key, self.bottleneck, width),
+            "norm": {"scale": jnp.zeros(width), "bias": jnp.zeros(width)},
+        }
+
+    def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
+        """rows + LayerNorm(up(ReLU(down(rows)))), section 3 of the paper."""
+        del module, frozen
+        rows = params["tokens"]
+        x = linear(params["up"], jax.nn.relu(linear(params["down"], rows)))
+        x = jax.nn.standardize(x, axis=-1, epsilon=1e-5)
+        return VirtualPrompt(tokens=rows + x * params["norm"]["scale"][None] + params["norm"]["bias"][None])
