@@ -21,6 +21,9 @@ from spt_jax.evaluation import evaluate, make_evaluation_set
 from spt_jax.forward import encode_prefix, output_logits
 from spt_jax.generation import SamplingConfig, generate
 from spt_jax.prompts import (
+    ContextPromptTuning,
+    DecomposedPromptTuning,
+    LlamaAdapter,
     LowRankPromptTuning,
     PrefixTuning,
     PromptTuning,
@@ -41,10 +44,13 @@ __all__ = [
     "Batch",
     "CheckpointError",
     "ConfigError",
+    "ContextPromptTuning",
     "DataError",
+    "DecomposedPromptTuning",
     "Encoder",
     "Example",
     "FrozenBase",
+    "LlamaAdapter",
     "LowRankPromptTuning",
     "MeshConfig",
     "Objective",

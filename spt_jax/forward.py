@@ -24,7 +24,7 @@ def embed_stream(
     frozen: Params,
     virtual: VirtualPrompt | None,
     ids: Int[Array, "B T"],
-    prompt_index: Int[Array, " B"] | None = None,
+    stream: Stream,
 ) -> Float[Array, "B T D"]:
     """Embeddings of a stream of real and virtual ids, in the base's dtype.
 
@@ -33,14 +33,21 @@ def embed_stream(
     vocab_size = module.config.vocab_size
     is_virtual = ids >= vocab_size
     real = embed(module, frozen, jnp.where(is_virtual, 0, ids))
+    if virtual is not None and virtual.shift is not None:
+        reach = virtual.shift.shape[-2]
+        shift = _rows(virtual.shift, jnp.minimum(stream.positions, reach - 1), stream.prompt_index)
+        real = real + jnp.where((stream.positions < reach)[..., None], shift, 0.0).astype(real.dtype)
     if virtual is None or virtual.tokens is None:
         return real
-    numbers = jnp.where(is_virtual, ids - vocab_size, 0)
-    if prompt_index is None:
-        rows = jnp.take(virtual.tokens, numbers, axis=0)
-    else:
-        rows = virtual.tokens[prompt_index[:, None], numbers]
+    rows = _rows(virtual.tokens, jnp.where(is_virtual, ids - vocab_size, 0), stream.prompt_index)
     return jnp.where(is_virtual[..., None], rows.astype(real.dtype), real)
+
+
+def _rows(
+    table: Float[Array, "*S P D"], numbers: Int[Array, "B T"], prompt_index: Int[Array, " B"] | None
+) -> Float[Array, "B T D"]:
+    """Rows of a prompt's table, or of that of each row's own prompt."""
+    return jnp.take(table, numbers, axis=0) if prompt_index is None else table[prompt_index[:, None], numbers]
 
 
 def run_stream(
@@ -55,7 +62,7 @@ def run_stream(
     return_keys_values: bool = False,
 ) -> Any:
     """Hidden states of a stream under a soft prompt: its token rows, its gated prefix, and `prefix` as encoded."""
-    x = embed_stream(module, frozen, virtual, ids, stream.prompt_index)
+    x = embed_stream(module, frozen, virtual, ids, stream)
     gated = None if virtual is None else virtual.gated
     return run_layers(module, frozen, x, stream, prefix, cache, gated, return_keys_values=return_keys_values)
 

@@ -43,7 +43,7 @@ def log_probability(base, virtual, ids, start) -> float:
     ids = jnp.asarray(ids)[None]
     own = jnp.ones_like(ids)
     rows = Stream(jnp.arange(ids.shape[1])[None], own, jnp.zeros_like(own))
-    hidden, _ = run_layers(base.module, base.params, embed_stream(base.module, base.params, virtual, ids), rows)
+    hidden, _ = run_layers(base.module, base.params, embed_stream(base.module, base.params, virtual, ids, rows), rows)
     table = np.asarray(jax.nn.log_softmax(logits(base.module, base.params, hidden[0])))
     return float(sum(table[t - 1, int(ids[0, t])] for t in range(start, ids.shape[1])))
 

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from spt_jax.prompts.cpt import ContextPromptTuning
+from spt_jax.prompts.decomposed import DecomposedPromptTuning
+from spt_jax.prompts.llama_adapter import LlamaAdapter
 from spt_jax.prompts.low_rank import LowRankPromptTuning
 from spt_jax.prompts.method import Method, PromptParams
 from spt_jax.prompts.p_tuning import PTuning
@@ -12,6 +15,9 @@ from spt_jax.prompts.virtual import VirtualPrompt
 
 __all__ = [
     "METHODS",
+    "ContextPromptTuning",
+    "DecomposedPromptTuning",
+    "LlamaAdapter",
     "LowRankPromptTuning",
     "Method",
     "PTuning",
@@ -28,4 +34,7 @@ METHODS: dict[str, Any] = {
     "p_tuning": PTuning,
     "residual_prompt_tuning": ResidualPromptTuning,
     "low_rank_prompt_tuning": LowRankPromptTuning,
+    "decomposed_prompt_tuning": DecomposedPromptTuning,
+    "cpt": ContextPromptTuning,
+    "llama_adapter": LlamaAdapter,
 }

@@ -59,6 +59,10 @@ class Method:
         """Which leaves the optimizer may change."""
         return jax.tree.map(lambda _: True, params)
 
+    def project(self, params: PromptParams) -> PromptParams:
+        """What the parameters become after every update, for methods that keep them within bounds."""
+        return params
+
     def virtual_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Shapes of the arrays of `materialize`'s result, by their names in a saved prompt, such as "prefix/keys".
 

@@ -32,6 +32,7 @@ def stack_prompts(prompts: Sequence[VirtualPrompt]) -> VirtualPrompt:
         raise ConfigError(f"these prompts are for bases of unequal width: {sorted(sizes)}")
     return VirtualPrompt(
         tokens=_stacked([p.tokens for p in prompts], axis=0),
+        shift=_stacked([p.shift for p in prompts], axis=0),
         prefix=_stacked_prefix([p.prefix for p in prompts]),
         gated=_stacked_gated([p.gated for p in prompts]),
         head=_stacked_head([p.head for p in prompts]),

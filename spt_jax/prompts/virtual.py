@@ -38,12 +38,14 @@ class VirtualPrompt:
     With an S axis it is S prompts at once, of which each row has its `Stream.prompt_index`.
 
     tokens: row i stands for the virtual id `vocab_size + i`, float32.
+    shift: what is added to the embedding of a real token at each of the first positions.
     prefix: keys and values at the positions before the first token.
     gated: keys and values of the last layers behind a gate.
     head: a task's own output matrix.
     """
 
     tokens: Float[Array, "*S P D"] | None = None
+    shift: Float[Array, "*S T D"] | None = None
     prefix: KeysValues | None = None
     gated: GatedPrefix | None = None
     head: Head | None = None

@@ -112,7 +112,7 @@ def train_step(
     updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
     trainable = method.trainable(state.params)
     updates = jax.tree.map(lambda update, free: update if free else jnp.zeros_like(update), updates, trainable)
-    params = optax.apply_updates(state.params, updates)
+    params = method.project(optax.apply_updates(state.params, updates))
     metrics = {
         "loss": loss,
         "weight": weight,

@@ -27,7 +27,11 @@ from spt_jax.training.step import Objective, init_state, loss_and_gradient, make
 from tests.examples import HEAD, QUICK_COMPILE, VIRTUAL, VOCAB, random_examples
 
 # Options beside the length, for methods that need some to be built or to have anything to show.
-OPTIONS: dict[str, dict] = {"prefix_tuning": {"sink": 1}}
+OPTIONS: dict[str, dict] = {
+    "prefix_tuning": {"sink": 1},
+    "decomposed_prompt_tuning": {"span": 12, "rank": 3},
+    "cpt": {"kinds": (1, 2, 2, 3, 4)},
+}
 
 
 def method_of(name: str):

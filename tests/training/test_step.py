@@ -13,6 +13,7 @@ from flax import traverse_util
 
 from spt_jax.data.batches import Batch, pack, place_batch, plan_batches, rows_multiple
 from spt_jax.forward import embed_stream, encode_prefix, output_logits
+from spt_jax.models.attention import Stream
 from spt_jax.models.config import decoder_config
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.hf import parameter_shapes
@@ -133,9 +134,10 @@ def test_virtual_ids_never_reach_the_embedding_table():
     base = base_of()
     params = prompt_of(base)
     ids = jnp.asarray([[VOCAB - 1, VOCAB, VOCAB + VIRTUAL - 1, 0]])
+    stream = Stream(jnp.arange(4)[None], jnp.ones_like(ids), jnp.zeros_like(ids))
 
     def embedded(tokens):
-        return embed_stream(base.module, base.params, VirtualPrompt(tokens=tokens), ids)
+        return embed_stream(base.module, base.params, VirtualPrompt(tokens=tokens), ids, stream)
 
     rows = np.asarray(embedded(params["tokens"])[0])
     table = np.asarray(base.params["embedding"])
@@ -143,7 +145,7 @@ def test_virtual_ids_never_reach_the_embedding_table():
     np.testing.assert_array_equal(rows, np.stack([table[-1], tokens[0], tokens[-1], table[0]]))
     gradient = np.asarray(jax.grad(lambda tokens: embedded(tokens).sum())(params["tokens"]))
     np.testing.assert_array_equal(gradient, np.repeat([[1.0], [0.0], [0.0], [0.0], [1.0]], tokens.shape[1], axis=1))
-    assert np.isfinite(embed_stream(base.module, base.params, None, ids)).all()
+    assert np.isfinite(embed_stream(base.module, base.params, None, ids, stream)).all()
 
 
 def test_one_logit_row_for_each_position_that_predicts():

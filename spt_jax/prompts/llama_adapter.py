@@ -1,0 +1,82 @@
+"""LLaMA-Adapter: prompts in the last layers, behind a gate that starts at 0 (Zhang et al. 2023, arXiv 2303.16199)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from spt_jax.base import FrozenBase
+from spt_jax.errors import ConfigError
+from spt_jax.models.attention import GatedPrefix
+from spt_jax.models.decoder import Decoder
+from spt_jax.models.hf import Params
+from spt_jax.models.layers import Norm
+from spt_jax.prompts.method import DEFAULT_LENGTH, Method
+from spt_jax.prompts.virtual import VirtualPrompt
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaAdapter(Method):
+    """The hyper-parameters of LLaMA-Adapter.
+
+    Every token attends to the prompt of its layer under a softmax of its own, whose result is multiplied by the layer's
+    gate and added to that of the layer's attention. Training begins at the bare model.
+
+    Attributes:
+      name: the method.
+      length: rows P in each layer; default 20.
+      layers: how many of the last layers have a prompt; default all but the first two.
+    """
+
+    recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.03, "schedule": "linear"}
+
+    name: Literal["llama_adapter"] = "llama_adapter"
+    length: int | None = None
+    layers: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("length", "layers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"method.{name} is {value}; it is at least 1")
+
+    def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Float[Array, "..."]]:
+        """Rows [G, P, D] of the scale that norms give to hidden states, and gates [G] of 0; float32.
+
+        Raises:
+          ConfigError: the base has fewer layers than asked for.
+        """
+        layers = self._layers(base.config.layers)
+        if layers > base.config.layers:
+            raise ConfigError(f"method.layers is {layers}; {base.name} has {base.config.layers} layers")
+        shape = (layers, self.length or DEFAULT_LENGTH, base.config.width)
+        return {"rows": jax.random.normal(key, shape), "gates": jnp.zeros(layers)}
+
+    def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
+        """Keys and values as each layer makes them of its rows, without RoPE: a prompt stands nowhere in the text."""
+        config, rows = module.config, params["rows"]
+        attention = jax.tree.map(lambda a: a[-rows.shape[0] :].astype(jnp.float32), frozen["layers"]["attention"])
+
+        def project(layer: Mapping[str, Any]) -> Float[Array, "G P K H"]:
+            y = jnp.einsum("gpd,gdf->gpf", rows, layer["kernel"])
+            if "bias" in layer:
+                y = y + layer["bias"][:, None]
+            return y.reshape(*y.shape[:2], config.kv_heads, config.head_size)
+
+        keys = project(attention["key"])
+        if config.qk_norm:
+            normed: Any = jax.vmap(lambda scale, k: Norm(config).apply({"params": scale}, k))
+            keys = normed(attention["key_norm"], keys)
+        return VirtualPrompt(gated=GatedPrefix(keys, project(attention["value"]), params["gates"]))
+
+    def virtual_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Gated keys and values of the last G layers, and their gates."""
+        layers = self._layers(base["layers"])
+        keys = (layers, self.length or DEFAULT_LENGTH, base["kv_heads"], base["head_size"])
+        return {"gated/keys": keys, "gated/values": keys, "gated/gates": (layers,)}
+
+    def _layers(self, layers: int) -> int:
+        return self.layers or max(1, layers - 2)
