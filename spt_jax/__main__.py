@@ -1,4 +1,4 @@
-"""`python -m spt_jax generate | evaluate | inspect`: what to do with a saved prompt."""
+"""`python -m spt_jax generate | evaluate | inspect | import | export`: what to do with a saved prompt."""
 
 import dataclasses
 import sys
@@ -9,17 +9,19 @@ from typing import Any, Literal
 import tyro
 
 from spt_jax.base import FrozenBase, load_base
-from spt_jax.config import EvaluationConfig, Lines, Pairs
+from spt_jax.config import EvaluationConfig, Line, Lines, Pairs
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.sources import check_fields, read_records
 from spt_jax.data.templates import MESSAGES, Template
 from spt_jax.errors import ConfigError, SptError, did_you_mean
 from spt_jax.evaluation import evaluate, make_evaluation_set, score
-from spt_jax.files import write_json
+from spt_jax.files import write_json, write_text
 from spt_jax.generation import SamplingConfig, generate
 from spt_jax.inspection import describe_prompt
+from spt_jax.interop import export_embeddings, export_npy, export_peft, import_npy, import_peft
+from spt_jax.interop.peft import default_template
 from spt_jax.prompts import VirtualPrompt
-from spt_jax.prompts.storage import SavedPrompt, load_prompt, read_prompt
+from spt_jax.prompts.storage import SavedPrompt, load_prompt, read_prompt, save_prompt
 from spt_jax.report import comparison_table
 
 
@@ -184,13 +186,81 @@ class Inspect(Saved):
         print(describe_prompt(saved, base, self.nearest))
 
 
-COMMANDS: dict[str, Any] = {"generate": Generate, "evaluate": Evaluate, "inspect": Inspect}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Import:
+    """Makes a prompt directory of a directory of PEFT's or a .npy file of token rows.
+
+    Attributes:
+      source: that directory or file.
+      base: the base that the prompt was trained on: a directory, a hub id or "starter".
+      output: where the prompt goes.
+      template_prompt: how records read; default what PEFT does with a field "text": virtual tokens, BOS, text.
+      template_target: what the model is to say.
+      verbalizers: the text that stands for each class, for a classifier.
+      dtype: precision of the base; default by device.
+    """
+
+    source: Path
+    base: str
+    output: Path
+    template_prompt: Line | None = None
+    template_target: Line = "{target}"
+    verbalizers: Pairs = dataclasses.field(default_factory=dict)
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    def run(self) -> None:
+        base = load_base(self.base, dtype=self.dtype)
+        method, virtual = (import_peft if self.source.is_dir() else import_npy)(self.source, base)
+        template = Template(
+            prompt=self.template_prompt or default_template(base, method),
+            target=self.template_target,
+            virtual_tokens=method.token_count,
+            verbalizers=self.verbalizers,
+        )
+        save_prompt(self.output, base, method, virtual, template, extra={"imported_from": str(self.source)})
+        print(describe_prompt(read_prompt(self.output), None, 0))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export(Saved):
+    """Writes a saved prompt for other libraries.
+
+    Attributes:
+      output: a directory for PEFT, a file otherwise.
+      format: peft; npy, the token rows as google-research/prompt-tuning has them; vllm, the embeddings of one whole
+        request as its completions API takes them in `prompt_embeds`.
+      fields: for vllm, the request's record as name=value pairs.
+    """
+
+    output: Path
+    format: Literal["peft", "npy", "vllm"] = "peft"
+    fields: Pairs = dataclasses.field(default_factory=dict)
+
+    def run(self) -> None:
+        base, saved = self.load()
+        if self.format == "peft":
+            export_peft(self.output, saved, base)
+        elif self.format == "npy":
+            export_npy(self.output, saved)
+        else:
+            check_fields([dict(self.fields)], saved.template.prompt_fields, "--fields")
+            write_text(self.output, export_embeddings(saved, base, dict(self.fields)))
+        print(f"written to {self.output}")
+
+
+COMMANDS: dict[str, Any] = {
+    "generate": Generate,
+    "evaluate": Evaluate,
+    "inspect": Inspect,
+    "import": Import,
+    "export": Export,
+}
 
 
 def main(argv: Sequence[str]) -> int:
     """Exit codes: 0 done, 1 failed, 2 the words on the command line are wrong."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: python -m spt_jax {{{','.join(COMMANDS)}}} --prompt DIR ...")
+        print(f"usage: python -m spt_jax {{{','.join(COMMANDS)}}} ...")
         return 0 if argv else 2
     if argv[0] not in COMMANDS:
         print(f"error: no command {argv[0]!r}; {did_you_mean(argv[0], COMMANDS)}", file=sys.stderr)

@@ -55,11 +55,14 @@ class GatedPrefix:
     """Keys and values of the last G layers, attended to under a softmax of their own whose result is scaled by a gate.
 
     LLaMA-Adapter (Zhang et al. 2023, arXiv 2303.16199). Every token sees all of it, wherever it stands.
+
+    rows: what keys and values were made from; no layer reads them, other libraries' files hold them.
     """
 
     keys: Float[Array, "*S G P K H"]
     values: Float[Array, "*S G P K H"]
     gates: Float[Array, "*S G"]
+    rows: Float[Array, "*S G P D"] | None = None
 
 
 @jax.tree_util.register_dataclass

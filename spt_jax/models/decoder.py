@@ -197,6 +197,7 @@ def _flags(config: DecoderConfig, layers: tuple[int, ...], invert: bool = False)
 
 def _for_all_layers(gated: GatedPrefix, layers: int) -> GatedPrefix:
     """Layers below the last G get a gate of 0."""
+    gated = dataclasses.replace(gated, rows=None)
     below = layers - gated.gates.shape[0]
     return jax.tree.map(lambda a: jnp.pad(a, [(below, 0)] + [(0, 0)] * (a.ndim - 1)), gated)
 

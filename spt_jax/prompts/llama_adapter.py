@@ -70,13 +70,15 @@ class LlamaAdapter(Method):
         if config.qk_norm:
             normed: Any = jax.vmap(lambda scale, k: Norm(config).apply({"params": scale}, k))
             keys = normed(attention["key_norm"], keys)
-        return VirtualPrompt(gated=GatedPrefix(keys, project(attention["value"]), params["gates"]))
+        return VirtualPrompt(gated=GatedPrefix(keys, project(attention["value"]), params["gates"], rows))
 
     def virtual_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Gated keys and values of the last G layers, and their gates."""
         layers = self._layers(base["layers"])
-        keys = (layers, self.length or DEFAULT_LENGTH, base["kv_heads"], base["head_size"])
-        return {"gated/keys": keys, "gated/values": keys, "gated/gates": (layers,)}
+        length = self.length or DEFAULT_LENGTH
+        keys = (layers, length, base["kv_heads"], base["head_size"])
+        rows = (layers, length, base["width"])
+        return {"gated/keys": keys, "gated/values": keys, "gated/gates": (layers,), "gated/rows": rows}
 
     def _layers(self, layers: int) -> int:
         return self.layers or max(1, layers - 2)

@@ -71,7 +71,7 @@ def _stacked_prefix(parts: Sequence[KeysValues | None]) -> KeysValues | None:
 def _stacked_gated(parts: Sequence[GatedPrefix | None]) -> GatedPrefix | None:
     if not any(parts):
         return None
-    # The last layers are those that all have, so that missing ones stand in front.
+    # The last layers are those that all have, so that missing ones stand in front. Rows are for files alone.
     return GatedPrefix(
         *(
             _stacked([part and getattr(part, name) for part in parts], axis=0, at_end=False)

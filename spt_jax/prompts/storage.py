@@ -110,13 +110,7 @@ def save_prompt(
         text = json.dumps(info, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{directory}: `extra` must be JSON with finite numbers ({error})") from error
-    try:
-        _write_directory(directory.resolve(), {PARAMS_FILE: content, INFO_FILE: text.encode()})
-    except OSError as error:
-        raise CheckpointError(
-            f"{directory}: the prompt was not saved ({error.strerror or error}); what was there before is untouched"
-        ) from error
-    return directory
+    return write_directory(directory, {PARAMS_FILE: content, INFO_FILE: text.encode()})
 
 
 def _version(package: str) -> str | None:
@@ -132,6 +126,21 @@ def _method_to_json(method: Any) -> dict[str, Any]:
     if isinstance(init, dict):
         init.pop("rows", None)  # An array in memory: what a prompt started from is not part of it.
     return fields
+
+
+def write_directory(directory: Path, files: Mapping[str, bytes]) -> Path:
+    """Writes a directory of just these files, whole or not at all, in place of one that holds no others.
+
+    Raises:
+      CheckpointError: it holds other files, or cannot be written; what was there before is untouched.
+    """
+    try:
+        _write_directory(directory.resolve(), files)
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory}: the prompt was not saved ({error.strerror or error}); what was there before is untouched"
+        ) from error
+    return directory
 
 
 def _write_directory(directory: Path, files: Mapping[str, bytes]) -> None:

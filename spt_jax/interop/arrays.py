@@ -1,0 +1,109 @@
+"""Bare arrays: google-research/prompt-tuning's `.npy`, and the embeddings that vLLM takes with a request."""
+
+import base64
+import io
+import zipfile
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from spt_jax.base import FrozenBase
+from spt_jax.data.encoder import Encoder
+from spt_jax.errors import CheckpointError, ConfigError
+from spt_jax.files import write_bytes
+from spt_jax.forward import embed_stream
+from spt_jax.models.attention import Stream
+from spt_jax.prompts import PromptTuning, VirtualPrompt
+from spt_jax.prompts.storage import SavedPrompt
+
+
+def import_npy(path: str | Path, base: FrozenBase) -> tuple[PromptTuning, VirtualPrompt]:
+    """A `.npy` file of shape [P, D], float. Object arrays, which would be pickles, are refused.
+
+    Raises:
+      CheckpointError: no such array, or its width is not the base's.
+    """
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)  # Looks at the header first.
+    except (OSError, ValueError, EOFError) as error:
+        raise CheckpointError(f"{path}: no readable .npy array ({error})") from error
+    width, most = base.config.width, base.config.max_positions
+    if rows.ndim != 2 or rows.shape[1] != width or not 1 <= rows.shape[0] < most or rows.dtype.kind != "f":
+        raise CheckpointError(
+            f"{path}: {rows.dtype} {rows.shape}; a prompt for this base is float [P, {width}], P below {most}"
+        )
+    if not np.isfinite(rows).all():
+        raise CheckpointError(f"{path}: holds values that are not finite")
+    return PromptTuning(length=rows.shape[0]), VirtualPrompt(tokens=jnp.asarray(np.asarray(rows, np.float32)))
+
+
+def export_npy(path: str | Path, saved: SavedPrompt) -> Path:
+    """Writes the token rows [P, D] as google-research/prompt-tuning does.
+
+    Raises:
+      ConfigError: the prompt has more than token rows, or none.
+      CheckpointError: the file cannot be written.
+    """
+    path, content = Path(path), io.BytesIO()
+    np.save(content, _token_rows(saved), allow_pickle=False)
+    try:
+        write_bytes(path, content.getvalue())
+    except OSError as error:
+        raise CheckpointError(f"{path}: not written ({error.strerror or error})") from error
+    return path
+
+
+def export_embeddings(saved: SavedPrompt, base: FrozenBase, record: dict[str, str]) -> str:
+    """What vLLM's completions API takes as `prompt_embeds`: the embeddings [T, D] of a whole request, base64.
+
+    Args:
+      saved: a prompt of token rows, wherever its template puts them.
+      base: its base.
+      record: the fields of the template's prompt.
+
+    Returns:
+      The base64 of a tensor as `torch.save` writes it, which is the form that vLLM reads.
+    """
+    _token_rows(saved)
+    encoder = Encoder(saved.template, base.tokenizer, base.config.vocab_size, base.config.max_positions)
+    ids = jnp.asarray(encoder.prompt_ids(record))[None]
+    stream = Stream(jnp.arange(ids.shape[1], dtype=jnp.int32)[None], jnp.ones_like(ids), jnp.zeros_like(ids))
+    embeddings = embed_stream(base.module, base.params, saved.virtual, ids, stream)[0]
+    return base64.b64encode(torch_file(np.asarray(embeddings, np.float32))).decode()
+
+
+def torch_file(array: Float[np.ndarray, "T D"]) -> bytes:
+    """One float32 matrix in the zip format of `torch.save`, which `torch.load(weights_only=True)` reads.
+
+    The pickle in it is written opcode by opcode: it calls torch's tensor rebuilder on the one storage, nothing else.
+    """
+    rows, columns = array.shape
+
+    def integer(value: int) -> bytes:
+        return b"J" + value.to_bytes(4, "little", signed=True)
+
+    def text(value: str) -> bytes:
+        return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + integer(array.size) + b"tQ"
+    size, stride = b"(" + integer(rows) + integer(columns) + b"t", b"(" + integer(columns) + integer(1) + b"t"
+    hooks = b"ccollections\nOrderedDict\n)R"
+    arguments = b"(" + storage + integer(0) + size + stride + b"\x89" + hooks + b"t"
+    pickle = b"\x80\x02" + b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"R."
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("archive/data.pkl", pickle)
+        archive.writestr("archive/byteorder", "little")
+        archive.writestr("archive/data/0", np.ascontiguousarray(array, "<f4").tobytes())
+        archive.writestr("archive/version", "3\n")
+    return buffer.getvalue()
+
+
+def _token_rows(saved: SavedPrompt) -> Float[np.ndarray, "P D"]:
+    virtual = saved.virtual
+    if virtual.tokens is None or any((virtual.prefix, virtual.gated, virtual.head)) or virtual.shift is not None:
+        name = saved.info["method"]["name"]
+        raise ConfigError(f"a {name} prompt is not token rows alone, and this format holds nothing else")
+    return np.asarray(virtual.tokens)

@@ -1,0 +1,216 @@
+"""Directories of Hugging Face PEFT: `adapter_config.json` and `adapter_model.safetensors`. Neither needs PEFT.
+
+    PROMPT_TUNING, P_TUNING, CPT   prompt_embeddings [P, D]
+    PREFIX_TUNING, CARTRIDGE       prompt_embeddings [P, L * 2 * K * H], of every layer keys, then values
+    ADAPTION_PROMPT                of each of the last layers adaption_prompt [1, P, D] and adaption_gate [1]
+
+Nothing of a file is trusted: names, dtypes and shapes are checked against the base before any tensor is read.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from spt_jax.base import FrozenBase
+from spt_jax.data.templates import Bos, Template, Virtual, parse
+from spt_jax.errors import CheckpointError, ConfigError
+from spt_jax.models.config import DecoderConfig
+from spt_jax.prompts import LlamaAdapter, Method, PrefixTuning, PromptTuning, VirtualPrompt
+from spt_jax.prompts.storage import SavedPrompt, write_directory
+from spt_jax.prompts.virtual import KeysValues
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+EMBEDDINGS = "prompt_embeddings"
+
+TOKEN_TYPES = ("PROMPT_TUNING", "P_TUNING", "CPT")
+PREFIX_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
+ADAPTER_TYPE = "ADAPTION_PROMPT"
+ADAPTER_PLACE = "base_model.model.model.layers.{}.self_attn.adaption_{}"
+
+
+def import_peft(directory: str | Path, base: FrozenBase) -> tuple[Method, VirtualPrompt]:
+    """Reads what PEFT saved for this base.
+
+    Token rows become a `PromptTuning` prompt, keys and values a `PrefixTuning` one, gated rows a `LlamaAdapter` one.
+
+    Args:
+      directory: PEFT's.
+      base: the base that the prompt was trained on. PEFT records no fingerprint of it, so only sizes are checked.
+
+    Raises:
+      CheckpointError: a file is missing or damaged, the kind is not one of the above, tensors are missing, unknown,
+        misshapen or not finite.
+    """
+    directory = Path(directory)
+    config = _read_config(directory)
+    kind, where = config.get("peft_type"), directory / CONFIG_FILE
+    if kind not in (*TOKEN_TYPES, *PREFIX_TYPES, ADAPTER_TYPE):
+        known = ", ".join((*TOKEN_TYPES, *PREFIX_TYPES, ADAPTER_TYPE))
+        raise CheckpointError(f"{where}: peft_type is {kind!r}; this library reads {known}")
+    path = directory / WEIGHTS_FILE
+    if not path.exists() and (directory / "adapter_model.bin").exists():
+        raise CheckpointError(
+            f"{directory}: adapter_model.bin is a pickle, which can run anything, and is not read; load it with PEFT"
+            " and save it again with save_pretrained(safe_serialization=True)"
+        )
+    if kind == ADAPTER_TYPE:
+        return _import_adapter(path, config, base)
+    length = _count(config, "num_virtual_tokens", where, base.config.max_positions)
+    if _count(config, "num_transformer_submodules", where, 2, default=1) != 1:
+        raise CheckpointError(f"{where}: num_transformer_submodules is 2: a prompt for an encoder-decoder")
+    sizes = base.config
+    if kind in TOKEN_TYPES:
+        rows = _read_arrays(path, {EMBEDDINGS: (length, sizes.width)})[EMBEDDINGS]
+        return PromptTuning(length=length), VirtualPrompt(tokens=jnp.asarray(rows))
+    shape = (length, sizes.layers * 2 * sizes.kv_heads * sizes.head_size)
+    flat = _read_arrays(path, {EMBEDDINGS: shape})[EMBEDDINGS]
+    keys, values = flat.reshape(length, sizes.layers, 2, sizes.kv_heads, sizes.head_size).transpose(2, 1, 0, 3, 4)
+    return PrefixTuning(length=length), VirtualPrompt(prefix=KeysValues(jnp.asarray(keys), jnp.asarray(values)))
+
+
+def _import_adapter(path: Path, config: Mapping[str, Any], base: FrozenBase) -> tuple[Method, VirtualPrompt]:
+    where = path.with_name(CONFIG_FILE)
+    length = _count(config, "adapter_len", where, base.config.max_positions)
+    layers = _count(config, "adapter_layers", where, base.config.layers)
+    places = range(base.config.layers - layers, base.config.layers)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i in places:
+        shapes[ADAPTER_PLACE.format(i, "prompt")] = (1, length, base.config.width)
+        shapes[ADAPTER_PLACE.format(i, "gate")] = (1,)
+    arrays = _read_arrays(path, shapes)
+    params = {
+        "rows": jnp.concatenate([arrays[ADAPTER_PLACE.format(i, "prompt")] for i in places]),
+        "gates": jnp.concatenate([arrays[ADAPTER_PLACE.format(i, "gate")] for i in places]),
+    }
+    method = LlamaAdapter(length=length, layers=layers)
+    return method, method.materialize(base.module, base.params, params)
+
+
+def export_peft(directory: str | Path, saved: SavedPrompt, base: FrozenBase) -> Path:
+    """Writes a directory that `peft.PeftModel.from_pretrained` loads.
+
+    Raises:
+      ConfigError: PEFT cannot say what the prompt does: it puts virtual tokens before everything, BOS included, and has
+        no prompts of several parts.
+      CheckpointError: the directory holds other things, or cannot be written.
+    """
+    virtual, sizes = saved.virtual, base.config
+    parts = [name for name in ("tokens", "shift", "prefix", "gated", "head") if getattr(virtual, name) is not None]
+    common = {
+        "base_model_name_or_path": saved.info["base"]["id"],
+        "revision": saved.info["base"]["revision"],
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+    }
+    prompt_learning = {"num_transformer_submodules": 1, "num_layers": sizes.layers, **common}
+    if parts == ["tokens"]:
+        assert virtual.tokens is not None
+        _check_order(saved.template, base)
+        length, width = virtual.tokens.shape
+        heads = {"token_dim": width, "num_attention_heads": sizes.heads}
+        config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": length, **heads, **prompt_learning}
+        tensors = {EMBEDDINGS: np.asarray(virtual.tokens)}
+    elif parts == ["prefix"]:
+        assert virtual.prefix is not None
+        both = np.stack([virtual.prefix.keys, virtual.prefix.values])
+        length = both.shape[2]
+        heads = {"token_dim": sizes.kv_heads * sizes.head_size, "num_attention_heads": sizes.kv_heads}
+        config = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": length, **heads, **prompt_learning}
+        tensors = {EMBEDDINGS: both.transpose(2, 1, 0, 3, 4).reshape(length, -1)}
+    elif parts == ["gated"]:
+        config, tensors = _adapter_files(virtual, sizes, common)
+    else:
+        raise ConfigError(f"PEFT has no prompt of these parts together: {', '.join(parts)}")
+    content = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, {"format": "pt"})
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    return write_directory(Path(directory), {WEIGHTS_FILE: content, CONFIG_FILE: text.encode()})
+
+
+def _adapter_files(
+    virtual: VirtualPrompt, sizes: DecoderConfig, common: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    gated = virtual.gated
+    if gated is None or gated.rows is None:
+        raise ConfigError("this gated prompt has lost the rows it was made from, which PEFT's files hold")
+    if sizes.family not in ("llama", "mistral"):
+        raise ConfigError(f"PEFT's adaption prompts are not what this library's are for the family {sizes.family}")
+    layers, length, _ = gated.rows.shape
+    tensors = {}
+    for i, place in enumerate(range(sizes.layers - layers, sizes.layers)):
+        tensors[ADAPTER_PLACE.format(place, "prompt")] = np.asarray(gated.rows[i])[None]
+        tensors[ADAPTER_PLACE.format(place, "gate")] = np.asarray(gated.gates[i])[None]
+    config = {"peft_type": ADAPTER_TYPE, "adapter_len": length, "adapter_layers": layers, "target_modules": "self_attn"}
+    return {**config, **common}, tensors
+
+
+def _check_order(template: Template, base: FrozenBase) -> None:
+    """All virtual tokens first, then BOS where the tokenizer has it: the only order that PEFT has."""
+    pieces = parse(template.prompt)
+    virtual = [i for i, piece in enumerate(pieces) if isinstance(piece, Virtual)]
+    adds_bos = base.tokenizer.bos_token_id is not None and base.tokenizer("a")["input_ids"][:1] == [
+        base.tokenizer.bos_token_id
+    ]
+    in_front = virtual == list(range(len(virtual)))
+    if not in_front or (adds_bos and pieces[len(virtual) : len(virtual) + 1] != [Bos()]):
+        form = "<soft><bos>" if adds_bos else "<soft>"
+        raise ConfigError(
+            f"the template {template.prompt!r} cannot be exported: PEFT puts all virtual tokens before everything, so"
+            f" it must begin with {form!r} (train it so)"
+        )
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file, so this is no directory of PEFT's") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: holds no object")
+    return config
+
+
+def _read_arrays(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Exactly the named tensors, float32. The header is checked before a tensor is read."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            names = set(file.keys())
+            for name in sorted(names ^ set(shapes)):
+                raise CheckpointError(f"{path}: the tensor {name!r} is {'unknown' if name in names else 'missing'}")
+            for name, shape in shapes.items():
+                found = file.get_slice(name)
+                if tuple(found.get_shape()) != shape or found.get_dtype() not in ("F32", "F16", "BF16"):
+                    raise CheckpointError(
+                        f"{path}: {name!r} is {found.get_dtype()} {tuple(found.get_shape())}; the config and this base"
+                        f" make it {shape}, of floats"
+                    )
+            arrays = {name: np.asarray(file.get_tensor(name), np.float32) for name in shapes}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: missing, truncated or damaged ({error})") from error
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise CheckpointError(f"{path}: {name!r} holds values that are not finite")
+    return arrays
+
+
+def _count(config: Mapping[str, Any], name: str, where: Path, most: int, default: int | None = None) -> int:
+    value = config.get(name)
+    value = default if value is None else value
+    if type(value) is not int or not 1 <= value <= most:
+        raise CheckpointError(f"{where}: {name} is {value!r}; for this base it is a whole number from 1 to {most}")
+    return value
+
+
+def default_template(base: FrozenBase, method: Method) -> str:
+    """The prompt side of a template as PEFT has it: virtual tokens, BOS, text."""
+    bos = "<bos>" if base.tokenizer.bos_token_id is not None else ""
+    return f"<soft>{bos}{{text}}" if method.token_count else "{text}"

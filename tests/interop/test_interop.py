@@ -1,0 +1,198 @@
+"""Other libraries' files: hand-made ones come in, ours go out and come back, and nothing in them is trusted."""
+
+import base64
+import io
+import json
+import zipfile
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from spt_jax.__main__ import main
+from spt_jax.data.templates import Template
+from spt_jax.errors import CheckpointError, ConfigError
+from spt_jax.interop import export_embeddings, export_npy, export_peft, import_npy, import_peft
+from spt_jax.interop.arrays import torch_file
+from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning, VirtualPrompt
+from spt_jax.prompts.storage import load_prompt, save_prompt
+from spt_jax.prompts.virtual import KeysValues
+from spt_jax.testing import tiny_base, write_tiny_checkpoint
+
+P, D, L, K, H = 4, 32, 3, 2, 8
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny_base()
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def peft_directory(folder, tensors=None, **changes):
+    """As PEFT writes a prompt-tuning prompt."""
+    config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": P, "token_dim": D}
+    config = {key: value for key, value in {**config, **changes}.items() if value is not None}
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {"prompt_embeddings": noise(P, D)} if tensors is None else tensors
+    safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "P_TUNING", "CPT"])
+def test_token_rows_come_in(tmp_path, base, kind):
+    method, virtual = import_peft(peft_directory(tmp_path / "peft", peft_type=kind), base)
+    assert method == PromptTuning(length=P)
+    np.testing.assert_array_equal(virtual.tokens, noise(P, D))
+
+
+def test_keys_stand_at_even_places_and_values_at_odd_ones(tmp_path, base):
+    flat = np.arange(P * L * 2 * K * H, dtype=np.float32).reshape(P, -1)
+    folder = peft_directory(tmp_path / "peft", {"prompt_embeddings": flat}, peft_type="PREFIX_TUNING")
+    method, virtual = import_peft(folder, base)
+    assert method == PrefixTuning(length=P)
+    places = flat.reshape(P, 2 * L, K, H)
+    for layer in range(L):
+        np.testing.assert_array_equal(virtual.prefix.keys[layer], places[:, 2 * layer])
+        np.testing.assert_array_equal(virtual.prefix.values[layer], places[:, 2 * layer + 1])
+
+
+def prompts(base):
+    adapter = LlamaAdapter(length=P, layers=2)
+    params = {"rows": jnp.asarray(noise(2, P, D)), "gates": jnp.asarray([0.5, -0.25])}
+    return {
+        "prompt_tuning": (PromptTuning(length=P), VirtualPrompt(tokens=jnp.asarray(noise(P, D)))),
+        "prefix_tuning": (
+            PrefixTuning(length=P),
+            VirtualPrompt(prefix=KeysValues(jnp.asarray(noise(L, P, K, H)), jnp.asarray(noise(L, P, K, H)) + 1)),
+        ),
+        "llama_adapter": (adapter, adapter.materialize(base.module, base.params, params)),
+    }
+
+
+def saved_prompt(folder, base, name, prompt="<soft><bos>{text}\n"):
+    method, virtual = prompts(base)[name]
+    prompt = prompt if method.token_count else prompt.replace("<soft>", "")
+    template = Template(prompt=prompt, target="{label}", virtual_tokens=method.token_count)
+    return load_prompt(save_prompt(folder, base, method, virtual, template), base)
+
+
+@pytest.mark.parametrize("name", ["prompt_tuning", "prefix_tuning", "llama_adapter"])
+def test_what_goes_out_to_peft_comes_back(tmp_path, base, name):
+    saved = saved_prompt(tmp_path / "ours", base, name)
+    export_peft(tmp_path / "peft", saved, base)
+    method, virtual = import_peft(tmp_path / "peft", base)
+    assert method.name == name
+    for path in ("tokens", "prefix.keys", "prefix.values", "gated.rows", "gated.keys", "gated.gates"):
+        ours, theirs = saved.virtual, virtual
+        for part in path.split("."):
+            ours, theirs = getattr(ours, part, None), getattr(theirs, part, None)
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            np.testing.assert_allclose(theirs, ours, rtol=1e-6)
+
+
+@pytest.mark.parametrize("prompt", ["{text}<soft>", "<bos><soft>{text}", "<soft>{text}", "<soft:2>{text}<soft:2>"])
+def test_an_order_that_peft_does_not_have_is_refused(tmp_path, base, prompt):
+    saved = saved_prompt(tmp_path / "ours", base, "prompt_tuning", prompt)
+    with pytest.raises(ConfigError, match="must begin with '<soft><bos>'"):
+        export_peft(tmp_path / "peft", saved, base)
+    assert not (tmp_path / "peft").exists()
+
+
+BAD = [
+    ({"peft_type": "LORA"}, None, "peft_type is 'LORA'; this library reads PROMPT_TUNING"),
+    ({"num_virtual_tokens": 10**12}, None, "num_virtual_tokens is 1000000000000; for this base it is a whole number"),
+    ({"num_virtual_tokens": "4"}, None, "num_virtual_tokens is '4'"),
+    ({"num_virtual_tokens": None}, None, "num_virtual_tokens is None"),
+    ({"num_virtual_tokens": 5}, None, r"is F32 \(4, 32\); the config and this base make it \(5, 32\)"),
+    ({"num_transformer_submodules": 2}, None, "encoder-decoder"),
+    ({"peft_type": "PREFIX_TUNING"}, None, r"make it \(4, 96\)"),
+    ({}, {"prompt_embeddings": noise(P, D + 1)}, r"is F32 \(4, 33\)"),
+    ({}, {"prompt_embeddings": np.zeros((P, D), np.int32)}, "is I32"),
+    ({}, {"prompt_embeddings": np.full((P, D), np.nan, np.float32)}, "not finite"),
+    ({}, {"other": noise(P, D)}, "the tensor 'other' is unknown"),
+    ({}, {}, "the tensor 'prompt_embeddings' is missing"),
+    ({}, {"prompt_embeddings": noise(P, D), "base_model.score.weight": noise(2, D)}, "'base_model.score.weight' is"),
+    ({"peft_type": "ADAPTION_PROMPT", "adapter_len": P, "adapter_layers": 9}, None, "adapter_layers is 9"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "tensors", "message"), BAD)
+def test_bad_directories_are_refused(tmp_path, base, changes, tensors, message):
+    folder = peft_directory(tmp_path / "peft", tensors, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        import_peft(folder, base)
+
+
+def test_pickles_and_damaged_files_are_refused(tmp_path, base):
+    folder = peft_directory(tmp_path / "peft")
+    weights = folder / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-10])
+    with pytest.raises(CheckpointError, match="missing, truncated or damaged"):
+        import_peft(folder, base)
+    weights.unlink()
+    (folder / "adapter_model.bin").write_bytes(b"\x80\x02.")
+    with pytest.raises(CheckpointError, match=r"adapter_model\.bin is a pickle"):
+        import_peft(folder, base)
+    (folder / "adapter_config.json").write_text("[")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        import_peft(folder, base)
+    with pytest.raises(CheckpointError, match="no directory of PEFT's"):
+        import_peft(tmp_path, base)
+
+
+def test_npy_files(tmp_path, base):
+    saved = saved_prompt(tmp_path / "ours", base, "prompt_tuning")
+    export_npy(tmp_path / "rows.npy", saved)
+    method, virtual = import_npy(tmp_path / "rows.npy", base)
+    assert method.length == P
+    np.testing.assert_array_equal(virtual.tokens, saved.virtual.tokens)
+    with pytest.raises(ConfigError, match="prefix_tuning prompt is not token rows alone"):
+        export_npy(tmp_path / "other.npy", saved_prompt(tmp_path / "prefix", base, "prefix_tuning"))
+    for bad, message in [
+        (noise(P, D + 1), r"float32 \(4, 33\)"),
+        (noise(D), r"float32 \(32,\)"),
+        (np.zeros((P, D), np.int64), "int64"),
+        (np.full((P, D), np.inf, np.float32), "not finite"),
+        (np.asarray([[{}]], dtype=object), "no readable"),
+    ]:
+        np.save(tmp_path / "bad.npy", bad, allow_pickle=True)
+        with pytest.raises(CheckpointError, match=message):
+            import_npy(tmp_path / "bad.npy", base)
+
+
+def test_embeddings_of_a_request(tmp_path, base):
+    """Rows of the table, with the prompt's own where the template puts them."""
+    saved = saved_prompt(tmp_path / "ours", base, "prompt_tuning", "{text}<soft>")
+    content = base64.b64decode(export_embeddings(saved, base, {"text": "Hello"}))
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        stored = np.frombuffer(archive.read("archive/data/0"), "<f4").reshape(-1, D)
+    ids = base.tokenizer("Hello")["input_ids"]
+    np.testing.assert_array_equal(stored[: len(ids)], np.asarray(base.params["embedding"])[ids])
+    np.testing.assert_array_equal(stored[len(ids) :], saved.virtual.tokens)
+    assert len(torch_file(noise(2, 3))) < 2000
+
+
+def test_commands(tmp_path, capsys):
+    write_tiny_checkpoint(tmp_path / "model", "llama")
+    peft_directory(tmp_path / "theirs")
+    model, ours = str(tmp_path / "model"), str(tmp_path / "ours")
+    words = ["import", "--source", str(tmp_path / "theirs"), "--base", model, "--output", ours]
+    assert main(words) == 0
+    assert "prompt_tuning: 4 virtual tokens of width 32" in capsys.readouterr().out
+    assert main(["export", "--prompt", ours, "--output", str(tmp_path / "again")]) == 0
+    again = safetensors.numpy.load_file(tmp_path / "again" / "adapter_model.safetensors")
+    np.testing.assert_array_equal(again["prompt_embeddings"], noise(P, D))
+    request = ["export", "--prompt", ours, "--output", str(tmp_path / "request"), "--format", "vllm"]
+    assert main([*request, "--fields", "text=Hello"]) == 0
+    assert main([*request, "--fields", "txt=Hello"]) == 1
+    assert "did you mean 'txt'" in capsys.readouterr().err
+    peft_directory(tmp_path / "theirs", num_virtual_tokens=9)
+    assert main([*words[:-1], str(tmp_path / "bad")]) == 1
+    assert not (tmp_path / "bad").exists()

@@ -1,0 +1,90 @@
+"""PEFT loads what is exported here and gives the same logits, and what PEFT saves gives the same logits here."""
+
+import base64
+import functools
+import io
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+from spt_jax.base import load_base
+from spt_jax.data.batches import pack, plan_batches
+from spt_jax.data.templates import Template
+from spt_jax.forward import encode_prefix, output_logits
+from spt_jax.interop import export_embeddings, export_peft, import_peft
+from spt_jax.prompts import PromptTuning, VirtualPrompt
+from spt_jax.prompts.storage import load_prompt, save_prompt
+from spt_jax.testing import write_tiny_checkpoint
+from spt_jax.training.losses import vocabulary_loss
+from tests.parity.test_peft import P, examples_for_peft, padded
+from tests.parity.test_peft_family import CASES, load_both, pytestmark, real_examples  # noqa: F401
+
+
+def peft_losses(model, examples) -> float:
+    with torch.no_grad():
+        return model(**padded(examples, "right")).loss.item()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def mean_loss(module, frozen, virtual, batch):
+    prefix = encode_prefix(module, frozen, virtual, batch.lead_ids)
+    total, weight = vocabulary_loss(output_logits(module, frozen, virtual, prefix, batch.rows), batch.rows, 1, 0.0)
+    return total / weight
+
+
+def our_loss(base, method, virtual) -> float:
+    own = real_examples(method, 6)
+    batch = pack(own, plan_batches(own, lead=0, batch_size=6, packing=False))
+    return float(mean_loss(base.module, base.params, virtual, batch))
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_files_go_both_ways(name, tmp_path):
+    """PEFT trains three steps and saves; imported here the loss is the same; exported again PEFT finds it the same."""
+    import transformers
+
+    base, model = load_both(tmp_path / "model", "llama", CASES[name][1])
+    examples = examples_for_peft("target", 6)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(**padded(examples, "right")).loss.backward()
+        optimizer.step()
+    expected = peft_losses(model, examples)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(tmp_path / "theirs")
+
+    method, virtual = import_peft(tmp_path / "theirs", base)
+    np.testing.assert_allclose(our_loss(base, method, virtual), expected, rtol=1e-5)
+
+    prompt = "<soft><bos>{a}" if method.token_count else "{a}"
+    template = Template(prompt=prompt, target="{b}", virtual_tokens=method.token_count)
+    saved = load_prompt(save_prompt(tmp_path / "ours", base, method, virtual, template), base)
+    export_peft(tmp_path / "again", saved, base)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = peft.PeftModel.from_pretrained(plain, tmp_path / "again")
+    loaded.eval()
+    np.testing.assert_allclose(peft_losses(loaded, examples), expected, rtol=1e-5)
+
+
+def test_torch_reads_the_embeddings_of_a_request(tmp_path):
+    write_tiny_checkpoint(tmp_path / "model", "llama")
+    base = load_base(tmp_path / "model", dtype="float32")
+    rows = np.random.default_rng(0).normal(size=(P, base.config.width)).astype(np.float32)
+    template = Template(prompt="<soft><bos>{a}", target="{b}", virtual_tokens=P)
+    method, virtual = PromptTuning(length=P), VirtualPrompt(tokens=jnp.asarray(rows))
+    saved = load_prompt(save_prompt(tmp_path / "ours", base, method, virtual, template), base)
+    content = base64.b64decode(export_embeddings(saved, base, {"a": "Hello world"}))
+    tensor = torch.load(io.BytesIO(content), weights_only=True)
+    ids = base.tokenizer("Hello world")["input_ids"]
+    expected = np.concatenate([rows, np.asarray(base.params["embedding"])[ids]])
+    np.testing.assert_array_equal(tensor.numpy(), expected)
