@@ -23,6 +23,7 @@ from spt_jax.generation import SamplingConfig, generate
 from spt_jax.prompts import (
     ContextPromptTuning,
     DecomposedPromptTuning,
+    DeepPrompts,
     LlamaAdapter,
     LowRankPromptTuning,
     PrefixTuning,
@@ -47,6 +48,7 @@ __all__ = [
     "ContextPromptTuning",
     "DataError",
     "DecomposedPromptTuning",
+    "DeepPrompts",
     "Encoder",
     "Example",
     "FrozenBase",

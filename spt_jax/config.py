@@ -232,7 +232,15 @@ def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
         if not data.verbalizers:
             raise ConfigError("method.init.name=labels needs data.verbalizers or method.init.labels")
         method = dataclasses.replace(method, init=dataclasses.replace(init, labels=tuple(data.verbalizers.values())))
-    if loss.over is None:
+    if _head(method) == "classification":
+        if method.classes is None and data.verbalizers:
+            method = dataclasses.replace(method, classes=len(data.verbalizers))
+        if method.classes != len(data.verbalizers):
+            raise ConfigError(f"method.classes is {method.classes} for {len(data.verbalizers)} verbalizers")
+        if loss.over == "verbalizers":
+            raise ConfigError("loss.over=verbalizers scores their texts; a classification head has classes of its own")
+        loss = dataclasses.replace(loss, over="vocabulary")
+    elif loss.over is None:
         loss = dataclasses.replace(loss, over="verbalizers" if data.verbalizers else "vocabulary")
     if loss.over == "verbalizers" and len(data.verbalizers) < 2:
         raise ConfigError("loss.over=verbalizers needs data.verbalizers with at least 2 classes")
@@ -248,6 +256,10 @@ def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
     return dataclasses.replace(config, data=data, method=method, loss=loss, train=train)
 
 
+def _head(method: Any) -> Any:
+    return getattr(method, "head", "language_model")
+
+
 def make_template(config: ExperimentConfig[Any]) -> Template:
     """The template of a resolved config."""
     data = config.data
@@ -258,6 +270,7 @@ def make_template(config: ExperimentConfig[Any]) -> Template:
         verbalizers=data.verbalizers,
         truncate=data.truncate,
         keep=data.keep,
+        head=_head(config.method),
         chat=data.chat,
         system=data.system,
     )

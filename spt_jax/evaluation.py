@@ -17,7 +17,7 @@ from spt_jax.base import FrozenBase
 from spt_jax.config import EvaluationConfig
 from spt_jax.data.batches import Batch, BatchPlan, evaluation_batches, place_batch, plan_batches, rows_multiple
 from spt_jax.data.encoder import Encoder, Example
-from spt_jax.forward import encode_prefix, group_scores, output_logits, target_log_probabilities
+from spt_jax.forward import class_scores, encode_prefix, group_scores, output_logits, target_log_probabilities
 from spt_jax.generation import SamplingConfig, generate
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.hf import Params
@@ -73,14 +73,19 @@ def make_evaluation_set(
 def _batch_scores(
     module: Decoder, choices: int, frozen: Params, virtual: VirtualPrompt | None, batch: Batch
 ) -> Float[Array, "B E C"]:
+    """Log-probabilities of every example's choices; with a classification head, of its classes."""
     prefix = encode_prefix(module, frozen, virtual, batch.lead_ids, batch.lead_length)
     logits = output_logits(module, frozen, virtual, prefix, batch.rows)
+    if virtual is not None and virtual.head is not None:
+        return class_scores(logits, batch.rows)
     return group_scores(target_log_probabilities(logits, batch.rows), batch.rows, choices)
 
 
 def score(base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt | None) -> Float[np.ndarray, "N C"]:
     """Summed log-probability of every choice of every example, or of its target (C = 1), in the examples' order."""
-    scores = np.zeros((len(data.examples), data.plan.choices), np.float32)
+    has_head = virtual is not None and virtual.head is not None
+    count = len(data.encoder.template.verbalizers) if has_head else data.plan.choices
+    scores = np.zeros((len(data.examples), count), np.float32)
     pending: list[tuple[np.ndarray, jax.Array]] = []
     for batch in evaluation_batches(data.examples, data.plan, data.config.batch_size):
         placed = place_batch(batch, base.mesh)
@@ -127,9 +132,9 @@ def _interval(interval: metrics.Interval) -> list[float]:
 def _classification(data: EvaluationSet, scores: Float[np.ndarray, "N C"]) -> Evaluation:
     classes = list(data.encoder.template.verbalizers)
     labels = np.asarray([example.label for example in data.examples])
-    tokens = np.asarray([len(choice) for choice in data.examples[0].choices])
+    tokens = np.asarray([len(choice) for choice in data.examples[0].choices]) if data.examples[0].choices else 1
     predicted = scores.argmax(axis=1)
-    normalized = (scores / tokens[None]).argmax(axis=1)
+    normalized = (scores / tokens).argmax(axis=1)
     highest = scores.max(axis=1, keepdims=True)
     log_sum = highest[:, 0] + np.log(np.exp(scores - highest).sum(axis=1))
     losses = log_sum - scores[np.arange(len(labels)), labels]

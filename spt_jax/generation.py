@@ -148,6 +148,8 @@ def generate(
     if not len(prompts):
         return []
     prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
+    if virtual is not None and virtual.head is not None:
+        raise ConfigError("this soft prompt has a task head in the place of the output matrix, and says no text")
     index = _checked_index(prompt_index, len(prompts), virtual)
     first = 0 if virtual is None else virtual.first_position
     firsts = [first if isinstance(first, int) else int(first[own]) for own in index]

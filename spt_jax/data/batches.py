@@ -27,9 +27,9 @@ from spt_jax.sharding import replicated, row_sharding, row_shards
 class Rows:
     """B packed rows of T tokens, without the leading tokens that all examples share.
 
-    outputs: the Q positions of a row whose next-token distribution is needed (padded with 0).
-    target_*: M next tokens: which output predicts it, its id, its weight (0 for padding), and its group. A group is one
-      scored sequence: an example's target, or one of its choices; group = example in row * choices + choice.
+    outputs: the Q positions of a row whose next-token distribution, or class, is needed (padded with 0).
+    target_*: M next tokens, or classes: which output predicts it, its id, its weight (0 for padding), and its group. A
+      group is one scored sequence, an example's target or one of its choices: example in row * choices + choice.
     labels, example_weights, examples: the right choice of each of a row's E examples, its weight (0 for padding) and
       its record number (-1 for padding).
     """
@@ -76,7 +76,7 @@ def slots(example: Example, lead: int) -> Slots:
     Raises:
       DataError: it has nothing to predict, or no id of its own to predict it from.
     """
-    if not example.choices and not example.predicted.any():
+    if not example.choices and example.reads is None and not example.predicted.any():
         raise DataError(f"record {example.index + 1}: nothing to predict, the target has no tokens")
     if example.first_target <= lead:
         raise DataError(
@@ -85,6 +85,8 @@ def slots(example: Example, lead: int) -> Slots:
     if example.choices:
         extra = sum(len(choice) - 1 for choice in example.choices)
         return Slots(len(example.ids) - lead + extra, 1 + extra, sum(map(len, example.choices)), example.prompt)
+    if example.reads is not None:
+        return Slots(len(example.ids) - lead, len(example.reads), len(example.reads), example.prompt)
     targets = int(example.predicted.sum())
     return Slots(len(example.ids) - lead - int(example.predicted[-1]), targets, targets, example.prompt)
 
@@ -291,8 +293,13 @@ class _RowWriter:
 
     def add(self, example: Example, lead: int, group: int, weight: float) -> None:
         """Writes the example's tokens, and its targets from group `group` on."""
-        last = len(example.ids) - (0 if example.choices else int(example.predicted[-1]))
+        last = len(example.ids) - int(bool(len(example.predicted)) and example.predicted[-1])
         start = self._tokens(example.ids[lead:last], first_position=lead, parent=0)
+        if example.reads is not None:
+            assert example.classes is not None
+            outputs = self._outputs(start + example.reads - lead)
+            self._targets(outputs, example.classes, group, weight)
+            return
         if not example.choices:
             where = np.flatnonzero(example.predicted)
             outputs = self._outputs(start + where - 1 - lead)

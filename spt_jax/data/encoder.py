@@ -22,6 +22,8 @@ class Example:
     label: the index of the right choice, 0 where there is none.
     index: the record's number in its source.
     prompt: which of several soft prompts it is for.
+    reads: for a task head, the positions whose hidden states it reads, ascending.
+    classes: the right class at each of them.
     """
 
     ids: np.ndarray
@@ -30,6 +32,8 @@ class Example:
     label: int
     index: int
     prompt: int = 0
+    reads: np.ndarray | None = None
+    classes: np.ndarray | None = None
 
     @property
     def length(self) -> int:
@@ -38,7 +42,9 @@ class Example:
 
     @property
     def first_target(self) -> int:
-        """Position in the sequence of the first id to predict."""
+        """The position behind the first token whose hidden state is needed."""
+        if self.reads is not None:
+            return int(self.reads[0]) + 1
         return len(self.ids) if self.choices else int(np.argmax(self.predicted))
 
     def as_target(self) -> "Example":
@@ -164,6 +170,12 @@ class Encoder:
         prompt = self._ids(self._prompt, fields, opens=True)
         if self.template.verbalizers:
             label = self._label(record, index)
+            if self.template.head == "classification":
+                last = np.asarray([len(prompt) - 1], np.int32)
+                ids = np.asarray(prompt, np.int32)
+                return Example(
+                    ids, np.zeros(len(ids), bool), (), label, index, reads=last, classes=np.asarray([label], np.int32)
+                )
             return Example(
                 np.asarray(prompt, np.int32), np.zeros(len(prompt), bool), tuple(self._choices), label, index
             )

@@ -107,6 +107,8 @@ class Template:
     verbalizers: class -> text, for classification; the target's one field is then the label.
     truncate: the field that may be shortened when an example is too long; None refuses such examples.
     keep: which end of that field stays.
+    head: classification reads the class off the prompt's last token with a head of the soft prompt's own; the
+      verbalizers then only name the classes, in the head's order.
     chat: render prompt and target as a user's and an assistant's turn through the tokenizer's chat template.
     system: the system turn of a chat.
     """
@@ -117,6 +119,7 @@ class Template:
     verbalizers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     truncate: str | None = None
     keep: Literal["start", "end"] = "start"
+    head: Literal["language_model", "classification"] = "language_model"
     chat: bool = False
     system: str | None = None
 
@@ -134,6 +137,8 @@ class Template:
             raise ConfigError(
                 f"target {self.target!r}: with verbalizers, the target holds exactly one field, the label"
             )
+        if self.head == "classification" and len(self.verbalizers) < 2:
+            raise ConfigError("a classification head needs verbalizers, whose names are the classes: at least 2")
         if self.truncate is not None and self.truncate not in self.prompt_fields:
             raise ConfigError(
                 f"truncate={self.truncate!r} is no prompt field; {did_you_mean(self.truncate, self.prompt_fields)}"
@@ -165,4 +170,4 @@ class Template:
         """The same task without a soft prompt, asked by `prompt` or by this template's own words."""
         prompt = without_virtual(self.prompt if prompt is None else prompt)
         truncate = self.truncate if Field(self.truncate or "") in parse(prompt) else None
-        return dataclasses.replace(self, prompt=prompt, virtual_tokens=0, truncate=truncate)
+        return dataclasses.replace(self, prompt=prompt, virtual_tokens=0, truncate=truncate, head="language_model")

@@ -4,6 +4,7 @@ from typing import Any
 
 from spt_jax.prompts.cpt import ContextPromptTuning
 from spt_jax.prompts.decomposed import DecomposedPromptTuning
+from spt_jax.prompts.deep_prompts import DeepPrompts
 from spt_jax.prompts.llama_adapter import LlamaAdapter
 from spt_jax.prompts.low_rank import LowRankPromptTuning
 from spt_jax.prompts.method import Method, PromptParams
@@ -17,6 +18,7 @@ __all__ = [
     "METHODS",
     "ContextPromptTuning",
     "DecomposedPromptTuning",
+    "DeepPrompts",
     "LlamaAdapter",
     "LowRankPromptTuning",
     "Method",
@@ -37,4 +39,5 @@ METHODS: dict[str, Any] = {
     "decomposed_prompt_tuning": DecomposedPromptTuning,
     "cpt": ContextPromptTuning,
     "llama_adapter": LlamaAdapter,
+    "deep_prompts": DeepPrompts,
 }

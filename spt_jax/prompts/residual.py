@@ -27,20 +27,24 @@ class ResidualPromptTuning(Method):
       length: virtual tokens P; default the sum of the template's `<soft:n>`, or 20.
       init: where the rows start, and the prompt with them: the network's layer norm starts with a scale of 0.
       bottleneck: width of the network, which all rows share. It is dropped when the prompt is saved.
+      network_rate: what the network's learning rate is of the rows'.
     """
 
-    recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.03, "schedule": "linear"}
+    recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.1, "schedule": "linear"}
 
     name: Literal["residual_prompt_tuning"] = "residual_prompt_tuning"
     length: int | None = None
     init: Initializer = dataclasses.field(default_factory=Initializer)
     bottleneck: int = 128
+    network_rate: float = 0.1
 
     def __post_init__(self) -> None:
         if self.length is not None and self.length < 1:
             raise ConfigError(f"method.length is {self.length}; a soft prompt has at least 1 virtual token")
         if self.bottleneck < 1:
             raise ConfigError(f"method.bottleneck is {self.bottleneck}; the network has at least 1 unit")
+        if not self.network_rate > 0:
+            raise ConfigError(f"method.network_rate is {self.network_rate}; it must be above 0")
 
     @property
     def token_count(self) -> int:
@@ -51,17 +55,20 @@ class ResidualPromptTuning(Method):
         """Rows [P, D] and the network, float32."""
         row_key, down_key, up_key = jax.random.split(key, 3)
         width = base.config.width
-        return {
-            "tokens": initialize(self.init, row_key, base, self.token_count),
+        network = {
             "down": init_linear(down_key, width, self.bottleneck),
             "up": init_linear(up_key, self.bottleneck, width),
             "norm": {"scale": jnp.zeros(width), "bias": jnp.zeros(width)},
         }
+        # Divided here and multiplied in `materialize`: under Adam, that scales the learning rate.
+        network = jax.tree.map(lambda a: a / self.network_rate, network)
+        return {"tokens": initialize(self.init, row_key, base, self.token_count), "network": network}
 
     def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
         """rows + LayerNorm(up(ReLU(down(rows)))), section 3 of the paper."""
         del module, frozen
         rows = params["tokens"]
-        x = linear(params["up"], jax.nn.relu(linear(params["down"], rows)))
+        network = jax.tree.map(lambda a: a * self.network_rate, params["network"])
+        x = linear(network["up"], jax.nn.relu(linear(network["down"], rows)))
         x = jax.nn.standardize(x, axis=-1, epsilon=1e-5)
-        return VirtualPrompt(tokens=rows + x * params["norm"]["scale"][None] + params["norm"]["bias"][None])
+        return VirtualPrompt(tokens=rows + x * network["norm"]["scale"][None] + network["norm"]["bias"][None])

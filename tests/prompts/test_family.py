@@ -17,6 +17,7 @@ from spt_jax.checkpoints import Checkpoints
 from spt_jax.data.batches import pack, place_batch, plan_batches, rows_multiple
 from spt_jax.data.encoder import Example
 from spt_jax.data.templates import Template
+from spt_jax.errors import ConfigError
 from spt_jax.forward import encode_prefix, output_logits
 from spt_jax.generation import SamplingConfig, generate
 from spt_jax.prompts import METHODS
@@ -30,6 +31,7 @@ from tests.examples import HEAD, QUICK_COMPILE, VIRTUAL, VOCAB, random_examples
 OPTIONS: dict[str, dict] = {
     "prefix_tuning": {"sink": 1},
     "decomposed_prompt_tuning": {"span": 12, "rank": 3},
+    "deep_prompts": {"classes": 3, "sink": 1},
     "cpt": {"kinds": (1, 2, 2, 3, 4)},
 }
 
@@ -60,9 +62,23 @@ def fit_ids(method, ids: np.ndarray) -> np.ndarray:
 
 
 def examples_of(method) -> list[Example]:
-    """Twelve examples with choices, which share `HEAD`."""
+    """Twelve examples that share `HEAD`, with three choices, or with three classes for a head."""
     examples = [(e, fit_ids(method, e.ids)) for e in random_examples("choices", 12)]
-    return [dataclasses.replace(e, ids=ids, predicted=np.zeros(len(ids), bool)) for e, ids in examples]
+    plain = [dataclasses.replace(e, ids=ids, predicted=np.zeros(len(ids), bool)) for e, ids in examples]
+    if not has_head(method):
+        return plain
+    return [
+        dataclasses.replace(e, choices=(), reads=np.asarray([len(e.ids) - 1]), classes=np.asarray([e.label]))
+        for e in plain
+    ]
+
+
+def has_head(method) -> bool:
+    return "head/kernel" in method.virtual_shapes(dataclasses.asdict(base_of().config))
+
+
+def objective_of(method) -> Objective:
+    return Objective() if has_head(method) else Objective(over="verbalizers", choices=3)
 
 
 def batch_of(method, base, *, shared: bool, packing: bool, microbatches: int = 1):
@@ -82,14 +98,11 @@ def jitted(module, method, objective, frozen, params, batch):
     return loss_and_gradient(module, method, objective, frozen, params, batch)
 
 
-OBJECTIVE = Objective(over="verbalizers", choices=3)
-
-
 @functools.cache
 def plain(name: str):
     method, base = method_of(name), base_of()
     batch = batch_of(method, base, shared=False, packing=False)
-    return jitted(base.module, method, OBJECTIVE, base.params, params_of(name), batch)
+    return jitted(base.module, method, objective_of(method), base.params, params_of(name), batch)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -100,7 +113,7 @@ def test_sharing_packing_microbatches_remat_and_mesh_change_nothing(name):
     method, base = method_of(name), base_of(remat=True, data=2, tensor=2)
     batch = batch_of(method, base, shared=True, packing=True, microbatches=2)
     params = jax.device_put(params_of(name), replicated(base.mesh))
-    objective = dataclasses.replace(OBJECTIVE, microbatches=2)
+    objective = dataclasses.replace(objective_of(method), microbatches=2)
     ours, slope, _ = jitted(base.module, method, objective, base.params, params, batch)
     np.testing.assert_allclose(ours, loss, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * largest), slope, gradient)
@@ -117,6 +130,10 @@ def test_generation_is_the_teacher_forced_argmax(name):
     method, base = method_of(name), base_of()
     virtual = method.materialize(base.module, base.params, params_of(name))
     prompts = [fit_ids(method, e.ids) for e in random_examples("choices", 3)]
+    if has_head(method):
+        with pytest.raises(ConfigError, match="says no text"):
+            generate(base, prompts, virtual)
+        return
     answers = generate(base, prompts, virtual, SamplingConfig(max_new_tokens=6))
     examples = [
         Example(ids := np.append(p, a.ids).astype(np.int32), np.arange(len(ids)) >= len(p), (), 0, i)
@@ -134,7 +151,7 @@ def test_two_steps_and_two_more_after_a_restart_are_four(name, tmp_path):
     method, base = method_of(name), base_of()
     optimizer = optax.adamw(0.01, weight_decay=0.1)
     batch = batch_of(method, base, shared=True, packing=True)
-    step = make_train_step(base, method, optimizer, OBJECTIVE)
+    step = make_train_step(base, method, optimizer, objective_of(method))
     state = init_state(jax.random.key(0), base, method, optimizer)
     first = jax.tree.map(np.array, state.params)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
