@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import spt_jax.__main__
 import train
 from spt_jax.testing import write_tiny_checkpoint
 from spt_jax.training import loop
@@ -96,6 +97,36 @@ def test_leaves_what_scripts_rely_on(finished: Path):
     assert (finished / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     first, last = np.mean([v for _, v in losses(finished)[:5]]), np.mean([v for _, v in losses(finished)[-5:]])
     assert last < first
+
+
+@pytest.mark.parametrize("name", ["prefix_tuning", "deep_prompts", "llama_adapter"])
+def test_methods_without_token_rows(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture, name: str):
+    """A bare <soft> is nothing to them; what they save is evaluated and classifies without a word more."""
+    assert train.main(words(files, tmp_path / "run", "--method.name", name, "--train.steps", "20")) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())["test"]
+    assert results["hard_prompt"]["examples"] == results["no_prompt"]["examples"] == 30
+    prompt = str(tmp_path / "run" / "prompt")
+    capsys.readouterr()
+    output = tmp_path / "metrics.json"
+    words_ = ["evaluate", "--prompt", prompt, "--data", str(files / "test.jsonl"), "--output", str(output)]
+    assert spt_jax.__main__.main(words_) == 0
+    again = json.loads(output.read_text())["soft_prompt"]
+    assert again["accuracy"] == results["soft_prompt"]["accuracy"]
+    assert again["loss"] == pytest.approx(results["soft_prompt"]["loss"], rel=1e-5)
+    assert spt_jax.__main__.main(["generate", "--prompt", prompt, "the nice", "a poor"]) == 0
+    assert capsys.readouterr().out.split()[-2:] in (["good", "bad"], ["good", "good"], ["bad", "bad"], ["bad", "good"])
+    assert spt_jax.__main__.main(["inspect", "--prompt", prompt]) == 0
+    assert name in capsys.readouterr().out
+    assert train.main(words(files, tmp_path / "two", "--method.name", name, "--data.prompt", "<soft:4>{text}")) == 2
+    assert f"data.prompt places 4 virtual tokens, but {name} has none" in capsys.readouterr().err
+
+
+def test_a_heads_options(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    head = ("--method.name", "deep_prompts")
+    assert train.main(words(files, tmp_path / "a", *head, "--method.classes", "3")) == 2
+    assert "method.classes is 3 for 2 verbalizers" in capsys.readouterr().err
+    assert train.main(words(files, tmp_path / "b", *head, "--loss.over", "verbalizers")) == 2
+    assert "a classification head has classes of its own" in capsys.readouterr().err
 
 
 def test_metrics_can_be_computed_again_from_the_predictions(finished: Path):
