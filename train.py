@@ -23,7 +23,7 @@ from spt_jax.data.batches import pack, place_batch
 from spt_jax.data.preview import describe
 from spt_jax.errors import ConfigError, SptError
 from spt_jax.evaluation import evaluate
-from spt_jax.experiment import CONFIG_FILE, Experiment, compare, load_experiment, prepare_workdir
+from spt_jax.experiment import CONFIG_FILE, Experiment, compare, load_experiment, prepare_workdir, questions
 from spt_jax.files import write_json
 from spt_jax.plots import plot_curves
 from spt_jax.prompts.storage import save_prompt
@@ -68,9 +68,7 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
     if command.dry_run:
         dry_run(experiment, examples, plan, optimizer)
         return
-    soft_validation = None
-    if experiment.validation is not None:
-        soft_validation = experiment.evaluation_set(experiment.validation, experiment.template)
+    asked = questions(experiment)
 
     prepare_workdir(workdir, resume=command.resume, overwrite=command.overwrite)
     settings = config_json(config)
@@ -82,8 +80,7 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
         return config.method.materialize(base.module, base.params, params)
 
     def validate(params: Any) -> dict[str, Any]:
-        assert soft_validation is not None
-        return evaluate(base, soft_validation, virtual_of(params), generated=False).metrics
+        return evaluate(base, asked["validation"].soft, virtual_of(params), generated=False).metrics
 
     def save_best(best: Best) -> None:
         extra = {"step": best.step, "validation": best.metrics, "command": shlex.join(argv)}
@@ -98,12 +95,13 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
         config.train,
         workdir=workdir,
         log=lambda step: MetricsLog(workdir, config.log, from_step=step, run_config=settings),
-        validate=validate if soft_validation is not None else None,
+        validate=validate if "validation" in asked else None,
         save_best=save_best,
         metadata={"config": settings},
         resume=command.resume,
     )
-    finish(experiment, outcome, virtual_of(outcome.best.params), workdir, argv, compile_seconds())
+    results = compare(base, asked, virtual_of(outcome.best.params))
+    finish(experiment, outcome, results, workdir, argv, compile_seconds())
 
 
 def check_same_config(settings: dict[str, Any], workdir: Path) -> None:
@@ -128,10 +126,9 @@ def dry_run(experiment: Experiment, examples: Any, plan: Any, optimizer: Any) ->
 
 
 def finish(
-    experiment: Experiment, outcome: Outcome, virtual: Any, workdir: Path, argv: Sequence[str], compile_seconds: float
+    experiment: Experiment, outcome: Outcome, results: Any, workdir: Path, argv: Sequence[str], compile_seconds: float
 ) -> None:
-    """Compares, prints, and writes results.json, predictions.jsonl and curves.png."""
-    results = compare(experiment, virtual)
+    """Prints, and writes results.json, predictions.jsonl and curves.png."""
     metrics = {split: {k: v and v.metrics for k, v in by.items()} for split, by in results.items()}
     prompt_bytes = sum(file.stat().st_size for file in (workdir / "prompt").iterdir())
     write_json(

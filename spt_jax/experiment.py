@@ -1,12 +1,11 @@
 """From a config to everything that a run needs, and the comparison at its end."""
 
+import contextlib
 import dataclasses
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from spt_jax.base import FrozenBase, load_base
 from spt_jax.config import ExperimentConfig, make_template
@@ -14,7 +13,7 @@ from spt_jax.data.batches import BatchPlan, plan_batches, rows_multiple
 from spt_jax.data.encoder import Encoder, Example
 from spt_jax.data.sources import check_fields, read_records
 from spt_jax.data.templates import Template
-from spt_jax.errors import ConfigError
+from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation import Evaluation, EvaluationSet, evaluate, make_evaluation_set, selection_score
 from spt_jax.prompts import VirtualPrompt
 from spt_jax.sharding import make_mesh
@@ -50,6 +49,15 @@ def prepare_workdir(path: Path, *, resume: bool, overwrite: bool) -> None:
     path.mkdir(parents=True, exist_ok=True)
 
 
+@contextlib.contextmanager
+def _located(source: str | None) -> Iterator[None]:
+    """Says of which file or data set a record is wrong."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
+
+
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """A resolved config with its base loaded and its records read."""
@@ -60,6 +68,12 @@ class Experiment:
     train: Records
     validation: Records | None
     test: Records | None
+
+    @property
+    def hard_prompts(self) -> tuple[str, ...]:
+        """Without validation data to choose by, only the first of the hand-written prompts."""
+        every = self.config.data.hard_prompt
+        return every if self.validation is not None else every[:1]
 
     def encoder(self, template: Template) -> Encoder:
         """An encoder of this base for a template, up to the run's longest example."""
@@ -73,16 +87,18 @@ class Experiment:
 
     def evaluation_set(self, records: Records, template: Template) -> EvaluationSet:
         """Records as this template reads them."""
-        encoder = self.encoder(template)
-        return make_evaluation_set(
-            self.base, encoder, records, self.config.evaluation, packing=self.config.data.packing
-        )
+        data = self.config.data
+        with _located(data.validation if records is self.validation else data.test):
+            return make_evaluation_set(
+                self.base, self.encoder(template), records, self.config.evaluation, packing=data.packing
+            )
 
     def training_set(self) -> tuple[list[Example], BatchPlan]:
         """Encoded training examples and the shapes of their batches."""
         config = self.config
         encoder = self.encoder(self.template)
-        examples = encoder.encode_all(self.train)
+        with _located(config.data.train):
+            examples = encoder.encode_all(self.train)
         if config.loss.over == "vocabulary":
             examples = [example.as_target() for example in examples]
         plan = plan_batches(
@@ -151,46 +167,52 @@ def load_experiment(config: ExperimentConfig[Any]) -> Experiment:
     return Experiment(config, base, template, train, validation, test)
 
 
-def compare(experiment: Experiment, virtual: VirtualPrompt) -> dict[str, dict[str, Evaluation | None]]:
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """One split as each side of the comparison reads it; hand-written prompts by their texts."""
+
+    soft: EvaluationSet
+    hard: Mapping[str, EvaluationSet]
+    bare: EvaluationSet
+
+
+def questions(experiment: Experiment) -> dict[str, Questions]:
+    """Everything that `compare` asks, encoded before training, so that bad records do not wait for its end."""
+    template = experiment.template
+    splits = {"validation": experiment.validation, "test": experiment.test}
+    return {
+        split: Questions(
+            soft=experiment.evaluation_set(records, template),
+            hard={text: experiment.evaluation_set(records, template.bare(text)) for text in experiment.hard_prompts},
+            bare=experiment.evaluation_set(records, template.bare()),
+        )
+        for split, records in splits.items()
+        if records is not None
+    }
+
+
+def compare(
+    base: FrozenBase, asked: Mapping[str, Questions], virtual: VirtualPrompt
+) -> dict[str, dict[str, Evaluation | None]]:
     """The soft prompt, the best hand-written prompt and no prompt, on the same records.
 
     The best hand-written prompt is the one that validation prefers; its text stands in its metrics. Without validation
-    data, the first is taken.
+    data, the first is taken. Answers are generated for the test split alone.
     """
-    template, base = experiment.template, experiment.base
-    hard_prompts = experiment.config.data.hard_prompt
-    hard, hard_validation = None, None
-    if hard_prompts and experiment.validation is not None:
-        candidates = [_ask(experiment, experiment.validation, template.bare(text), None, text) for text in hard_prompts]
-        best = int(np.argmax([selection_score(result.metrics) for result in candidates]))
-        hard, hard_validation = hard_prompts[best], candidates[best]
-    elif hard_prompts:
-        hard = hard_prompts[0]
+
+    def ask(data: EvaluationSet, virtual: VirtualPrompt | None, split: str, **more: str) -> Evaluation:
+        result = evaluate(base, data, virtual, generated=split == "test")
+        return dataclasses.replace(result, metrics={**result.metrics, **more})
+
+    chosen: str | None = None
     results: dict[str, dict[str, Evaluation | None]] = {}
-    if experiment.validation is not None:
-        soft = evaluate(base, experiment.evaluation_set(experiment.validation, template), virtual, generated=False)
-        nothing = evaluate(
-            base, experiment.evaluation_set(experiment.validation, template.bare()), None, generated=False
-        )
-        results["validation"] = {"soft_prompt": soft, "hard_prompt": hard_validation, "no_prompt": nothing}
-    if experiment.test is not None:
-        results["test"] = {
-            "soft_prompt": evaluate(base, experiment.evaluation_set(experiment.test, template), virtual),
-            "hard_prompt": None
-            if hard is None
-            else _ask(experiment, experiment.test, template.bare(hard), None, hard, True),
-            "no_prompt": evaluate(base, experiment.evaluation_set(experiment.test, template.bare()), None),
+    for split, own in asked.items():
+        hard = {text: ask(data, None, split, text=text) for text, data in own.hard.items() if chosen in (None, text)}
+        if chosen is None and hard:
+            chosen = max(hard, key=lambda text: selection_score(hard[text].metrics))
+        results[split] = {
+            "soft_prompt": ask(own.soft, virtual, split),
+            "hard_prompt": None if chosen is None else hard[chosen],
+            "no_prompt": ask(own.bare, None, split),
         }
     return results
-
-
-def _ask(
-    experiment: Experiment,
-    records: Records,
-    template: Template,
-    virtual: VirtualPrompt | None,
-    text: str,
-    generated: bool = False,
-) -> Evaluation:
-    result = evaluate(experiment.base, experiment.evaluation_set(records, template), virtual, generated=generated)
-    return Evaluation({**result.metrics, "text": text}, result.predictions)

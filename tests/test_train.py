@@ -121,6 +121,16 @@ def test_methods_without_token_rows(files: Path, tmp_path: Path, capsys: pytest.
     assert f"data.prompt places 4 virtual tokens, but {name} has none" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_bad_records_of_any_split_are_found_before_training(files, tmp_path, capsys, split: str):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text((files / f"{split}.jsonl").read_text() + '{"text": "so so", "label": "god"}\n')
+    assert train.main(words(files, tmp_path / "run", f"--data.{split}", str(bad))) == 1
+    count = {"train": 61, "validation": 21, "test": 31}[split]
+    assert f"{bad}: record {count}: label 'god' has no verbalizer; did you mean 'good'?" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_heads_options(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     head = ("--method.name", "deep_prompts")
     assert train.main(words(files, tmp_path / "a", *head, "--method.classes", "3")) == 2

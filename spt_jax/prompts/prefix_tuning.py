@@ -36,7 +36,7 @@ class PrefixTuning(Method):
         one: models rest their attention on it.
     """
 
-    recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.03, "schedule": "linear"}
+    recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.1, "schedule": "linear"}
 
     name: Literal["prefix_tuning"] = "prefix_tuning"
     length: int | None = None
