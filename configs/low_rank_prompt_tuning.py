@@ -1,4 +1,4 @@
-"""Low-rank prompt tuning: 20 virtual tokens that differ from where they start by a matrix of rank 4.
+"""Low-rank prompt tuning: 20 virtual tokens that differ from where they start by a matrix of rank 8.
 
 On the shipped model and task:  python train.py configs/low_rank_prompt_tuning.py
 """

@@ -31,7 +31,7 @@ class LlamaAdapter(Method):
       layers: how many of the last layers have a prompt; default all but the first two.
     """
 
-    recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.03, "schedule": "linear"}
+    recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.1, "schedule": "linear"}
 
     name: Literal["llama_adapter"] = "llama_adapter"
     length: int | None = None

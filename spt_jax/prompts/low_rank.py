@@ -28,7 +28,7 @@ class LowRankPromptTuning(Method):
       name: the method.
       length: virtual tokens P; default the sum of the template's `<soft:n>`, or 20.
       init: the frozen rows to start from.
-      rank: r, at most P.
+      rank: r, at most P; default 8, or P where that is less.
     """
 
     recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.1, "schedule": "linear"}
@@ -36,12 +36,12 @@ class LowRankPromptTuning(Method):
     name: Literal["low_rank_prompt_tuning"] = "low_rank_prompt_tuning"
     length: int | None = None
     init: Initializer = dataclasses.field(default_factory=Initializer)
-    rank: int = 4
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         if self.length is not None and self.length < 1:
             raise ConfigError(f"method.length is {self.length}; a soft prompt has at least 1 virtual token")
-        if not 1 <= self.rank <= self.token_count:
+        if self.rank is not None and not 1 <= self.rank <= self.token_count:
             raise ConfigError(f"method.rank is {self.rank}; it lies in 1 to the length, {self.token_count}")
 
     @property
@@ -53,8 +53,9 @@ class LowRankPromptTuning(Method):
         """Frozen rows [P, D] and the factors [P, r] and [r, D], the second of zeros; float32."""
         row_key, factor_key = jax.random.split(key)
         rows = initialize(self.init, row_key, base, self.token_count)
-        left = jax.random.normal(factor_key, (self.token_count, self.rank)) * self.rank**-0.5
-        return {"start": rows, "left": left, "right": jnp.zeros((self.rank, rows.shape[1]))}
+        rank = self.rank or min(8, self.token_count)
+        left = jax.random.normal(factor_key, (self.token_count, rank)) * rank**-0.5
+        return {"start": rows, "left": left, "right": jnp.zeros((rank, rows.shape[1]))}
 
     def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
         """start + left @ right."""
