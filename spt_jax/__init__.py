@@ -16,6 +16,7 @@ from spt_jax.data.batches import Batch, Rows, evaluation_batches, pack, place_ba
 from spt_jax.data.encoder import Encoder, Example
 from spt_jax.data.sources import read_records
 from spt_jax.data.templates import Template
+from spt_jax.ensemble import evaluate_ensemble, score_together
 from spt_jax.errors import CheckpointError, ConfigError, DataError, SptError, TrainingError
 from spt_jax.evaluation import evaluate, make_evaluation_set
 from spt_jax.forward import encode_prefix, output_logits
@@ -71,6 +72,7 @@ __all__ = [
     "VirtualPrompt",
     "encode_prefix",
     "evaluate",
+    "evaluate_ensemble",
     "evaluation_batches",
     "generate",
     "init",
@@ -89,6 +91,7 @@ __all__ = [
     "read_records",
     "resolve_optimizer",
     "save_prompt",
+    "score_together",
     "stack_prompts",
     "train_step",
     "training_batches",

@@ -13,8 +13,9 @@ from spt_jax.config import EvaluationConfig, Line, Lines, Pairs
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.sources import check_fields, read_records
 from spt_jax.data.templates import MESSAGES, Template
+from spt_jax.ensemble import evaluate_ensemble
 from spt_jax.errors import ConfigError, SptError, did_you_mean
-from spt_jax.evaluation import evaluate, make_evaluation_set, score
+from spt_jax.evaluation import EvaluationSet, evaluate, make_evaluation_set, score
 from spt_jax.files import write_json, write_text
 from spt_jax.generation import SamplingConfig, generate
 from spt_jax.inspection import describe_prompt
@@ -132,6 +133,8 @@ class Evaluate(Saved):
       data: a .jsonl, .json, .csv, .tsv or .parquet file, or a hub data set id.
       split: of a hub data set.
       hard_prompt: prompts to compare with.
+      others: further prompts of the same task; each is scored, and their ensemble with the first.
+      combine: how the ensemble decides: by mean log-probability, or by vote.
       batch_size: examples per batch.
       max_new_tokens: of generated answers.
       output: a JSON file for all metrics.
@@ -140,6 +143,8 @@ class Evaluate(Saved):
     data: str
     split: str = "test"
     hard_prompt: Lines = ()
+    others: tuple[Path, ...] = ()
+    combine: Literal["mean", "vote"] = "mean"
     batch_size: int = 64
     max_new_tokens: int = 64
     output: Path | None = None
@@ -151,14 +156,21 @@ class Evaluate(Saved):
         base, saved = self.load()
         config = EvaluationConfig(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
 
-        def metrics(template: Template, virtual: Any) -> dict[str, Any]:
-            encoder = _encoder(template, base, virtual)
-            return evaluate(base, make_evaluation_set(base, encoder, records, config), virtual).metrics
+        def asked(template: Template, virtual: VirtualPrompt | None) -> EvaluationSet:
+            return make_evaluation_set(base, _encoder(template, base, virtual), records, config)
 
-        results: dict[str, Any] = {
-            "soft_prompt": metrics(template, saved.virtual),
-            "no_prompt": metrics(template.bare(), None),
-        }
+        def metrics(template: Template, virtual: VirtualPrompt | None) -> dict[str, Any]:
+            return evaluate(base, asked(template, virtual), virtual).metrics
+
+        results: dict[str, Any] = {"soft_prompt": metrics(template, saved.virtual)}
+        if self.others:
+            every = [saved, *(load_prompt(path, base, force=self.force) for path in self.others)]
+            for path, other in zip(self.others, every[1:], strict=True):
+                results[str(path)] = metrics(other.template, other.virtual)
+            sets = [asked(prompt.template, prompt.virtual) for prompt in every]
+            together = evaluate_ensemble(base, sets, [prompt.virtual for prompt in every], self.combine)
+            results[f"{self.combine} of {len(every)} prompts"] = together.metrics
+        results["no_prompt"] = metrics(template.bare(), None)
         for text in self.hard_prompt:
             results[f"hard prompt {text!r}"] = metrics(template.bare(text), None)
         print(comparison_table({"test": results}))

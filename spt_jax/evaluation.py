@@ -112,7 +112,7 @@ def evaluate(
     """
     scores = score(base, data, virtual)
     if data.encoder.template.verbalizers:
-        return _classification(data, scores)
+        return classification(data, scores)
     result = _likelihood(data, scores[:, 0])
     return _with_answers(base, data, virtual, result) if generated else result
 
@@ -129,7 +129,8 @@ def _interval(interval: metrics.Interval) -> list[float]:
     return [round(interval.low, 4), round(interval.high, 4)]
 
 
-def _classification(data: EvaluationSet, scores: Float[np.ndarray, "N C"]) -> Evaluation:
+def classification(data: EvaluationSet, scores: Float[np.ndarray, "N C"]) -> Evaluation:
+    """Metrics and predictions from a score of every class for every example."""
     classes = list(data.encoder.template.verbalizers)
     labels = np.asarray([example.label for example in data.examples])
     tokens = np.asarray([len(choice) for choice in data.examples[0].choices]) if data.examples[0].choices else 1

@@ -1,0 +1,83 @@
+"""Several prompts of one task, asked together: every example once per prompt, in the same batches.
+
+Lester et al. 2021, section 6: one base answers for all prompts of an ensemble in one call.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from spt_jax.base import FrozenBase
+from spt_jax.data.batches import plan_batches, rows_multiple
+from spt_jax.errors import ConfigError
+from spt_jax.evaluation import Evaluation, EvaluationSet, classification, score
+from spt_jax.prompts import VirtualPrompt
+from spt_jax.prompts.stacking import stack_prompts
+
+
+def score_together(
+    base: FrozenBase, sets: Sequence[EvaluationSet], prompts: Sequence[VirtualPrompt]
+) -> Float[np.ndarray, "S N C"]:
+    """What `evaluation.score` gives for each prompt on its own set, from batches that hold them all.
+
+    Args:
+      base: the frozen base.
+      sets: for each prompt, the same records as its template reads them.
+      prompts: of any methods and lengths.
+
+    Raises:
+      ConfigError: the sets have unequal records or classes.
+    """
+    sizes = {(len(data.examples), tuple(data.encoder.template.verbalizers)) for data in sets}
+    if len(sets) != len(prompts) or len(sizes) != 1:
+        raise ConfigError("an ensemble needs one set per prompt, all with the same records and classes")
+    ((count, _),) = sizes
+    examples = [
+        dataclasses.replace(example, prompt=s, index=s * count + n)
+        for s, data in enumerate(sets)
+        for n, example in enumerate(data.examples)
+    ]
+    plan = plan_batches(
+        examples,
+        lead=[len(data.plan.lead_ids) for data in sets],
+        batch_size=sets[0].config.batch_size,
+        multiple=rows_multiple(base.mesh),
+        max_length=base.config.max_positions,
+    )
+    together = dataclasses.replace(sets[0], examples=examples, plan=plan)
+    return score(base, together, stack_prompts(prompts)).reshape(len(sets), count, -1)
+
+
+def evaluate_ensemble(
+    base: FrozenBase,
+    sets: Sequence[EvaluationSet],
+    prompts: Sequence[VirtualPrompt],
+    combine: Literal["mean", "vote"] = "mean",
+) -> Evaluation:
+    """Classification by several prompts.
+
+    combine: mean takes the class of the highest mean log-probability among the classes; vote the class that most
+      prompts choose, and among equals the one of the higher mean.
+
+    Raises:
+      ConfigError: the task has no classes.
+    """
+    if not sets or not sets[0].encoder.template.verbalizers:
+        raise ConfigError("an ensemble votes on classes, and this task has no verbalizers")
+    scores = score_together(base, sets, prompts).astype(np.float64)
+    scores -= np.logaddexp.reduce(scores, axis=-1, keepdims=True)
+    combined = scores.mean(0)
+    if combine == "vote":
+        votes = np.zeros_like(combined)
+        for choice in scores.argmax(-1):
+            votes[np.arange(len(choice)), choice] += 1
+        # A mean log-probability squashed into (0, 1) decides among equal votes and changes nothing else.
+        combined = votes + 1 / (1 + np.exp(-combined)) / 2
+    result = classification(sets[0], combined.astype(np.float32))
+    if combine == "mean":
+        return result
+    # Votes are no probabilities.
+    return dataclasses.replace(result, metrics={k: v for k, v in result.metrics.items() if k != "loss"})
