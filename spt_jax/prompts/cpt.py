@@ -13,20 +13,19 @@ from spt_jax.base import FrozenBase
 from spt_jax.errors import ConfigError
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.hf import Params
-from spt_jax.prompts.initializers import Initializer, initialize
-from spt_jax.prompts.method import DEFAULT_LENGTH, Method, PromptParams
+from spt_jax.prompts.initializers import initialize
+from spt_jax.prompts.method import DEFAULT_LENGTH, PromptParams, TokenMethod
 from spt_jax.prompts.virtual import VirtualPrompt
 
 INPUT = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ContextPromptTuning(Method):
+class ContextPromptTuning(TokenMethod):
     """The hyper-parameters of context-aware prompt tuning.
 
     Attributes:
       name: the method.
-      length: virtual tokens P; default the sum of the template's `<soft:n>`, or 20.
       init: the real tokens of the context; with init.name=text a text, tiled or trimmed to P.
       kinds: what each of the P tokens is, modulo 4: 1 an input's format, 2 an input's words, 3 an output's format, 0 a
         label, which stays as it is. Default 2 for all.
@@ -37,15 +36,12 @@ class ContextPromptTuning(Method):
     recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.1, "schedule": "linear"}
 
     name: Literal["cpt"] = "cpt"
-    length: int | None = None
-    init: Initializer = dataclasses.field(default_factory=Initializer)
     kinds: tuple[int, ...] = ()
     epsilon: float = 10.0
     format_epsilon: float = 10.0
 
     def __post_init__(self) -> None:
-        if self.length is not None and self.length < 1:
-            raise ConfigError(f"method.length is {self.length}; a soft prompt has at least 1 virtual token")
+        super().__post_init__()
         if self.kinds and self.length is not None and len(self.kinds) != self.length:
             raise ConfigError(f"method.kinds has {len(self.kinds)} numbers for {self.length} virtual tokens")
         if min((self.epsilon, self.format_epsilon, *self.kinds)) < 0:

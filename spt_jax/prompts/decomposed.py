@@ -15,18 +15,17 @@ from spt_jax.base import FrozenBase
 from spt_jax.errors import ConfigError
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.hf import Params
-from spt_jax.prompts.initializers import Initializer, initialize
-from spt_jax.prompts.method import DEFAULT_LENGTH, Method
+from spt_jax.prompts.initializers import initialize
+from spt_jax.prompts.method import TokenMethod
 from spt_jax.prompts.virtual import VirtualPrompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecomposedPromptTuning(Method):
+class DecomposedPromptTuning(TokenMethod):
     """The hyper-parameters of decomposed prompt tuning.
 
     Attributes:
       name: the method.
-      length: virtual tokens P; default the sum of the template's `<soft:n>`, or 20.
       init: where the rows start.
       span: so many first positions of a sequence, virtual ones counted, have their real tokens' embeddings changed.
       rank: of the change.
@@ -36,24 +35,16 @@ class DecomposedPromptTuning(Method):
     recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.1, "schedule": "linear"}
 
     name: Literal["decomposed_prompt_tuning"] = "decomposed_prompt_tuning"
-    length: int | None = None
-    init: Initializer = dataclasses.field(default_factory=Initializer)
     span: int = 128
     rank: int = 8
     change_rate: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.length is not None and self.length < 1:
-            raise ConfigError(f"method.length is {self.length}; a soft prompt has at least 1 virtual token")
+        super().__post_init__()
         if not 1 <= self.rank <= self.span:
             raise ConfigError(f"method.rank is {self.rank}; it lies in 1 to the span, {self.span}")
         if not self.change_rate > 0:
             raise ConfigError(f"method.change_rate is {self.change_rate}; it must be above 0")
-
-    @property
-    def token_count(self) -> int:
-        """Virtual tokens that a template must place."""
-        return self.length or DEFAULT_LENGTH
 
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Float[Array, "..."]]:
         """Rows [P, D], and the factors [span, r] and [r, D] of the change, the second of zeros; float32."""

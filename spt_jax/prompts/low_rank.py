@@ -15,18 +15,17 @@ from spt_jax.base import FrozenBase
 from spt_jax.errors import ConfigError
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.hf import Params
-from spt_jax.prompts.initializers import Initializer, initialize
-from spt_jax.prompts.method import DEFAULT_LENGTH, Method, PromptParams
+from spt_jax.prompts.initializers import initialize
+from spt_jax.prompts.method import PromptParams, TokenMethod
 from spt_jax.prompts.virtual import VirtualPrompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LowRankPromptTuning(Method):
+class LowRankPromptTuning(TokenMethod):
     """The hyper-parameters of low-rank prompt tuning.
 
     Attributes:
       name: the method.
-      length: virtual tokens P; default the sum of the template's `<soft:n>`, or 20.
       init: the frozen rows to start from.
       rank: r, at most P; default 8, or P where that is less.
     """
@@ -34,20 +33,12 @@ class LowRankPromptTuning(Method):
     recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.1, "schedule": "linear"}
 
     name: Literal["low_rank_prompt_tuning"] = "low_rank_prompt_tuning"
-    length: int | None = None
-    init: Initializer = dataclasses.field(default_factory=Initializer)
     rank: int | None = None
 
     def __post_init__(self) -> None:
-        if self.length is not None and self.length < 1:
-            raise ConfigError(f"method.length is {self.length}; a soft prompt has at least 1 virtual token")
+        super().__post_init__()
         if self.rank is not None and not 1 <= self.rank <= self.token_count:
             raise ConfigError(f"method.rank is {self.rank}; it lies in 1 to the length, {self.token_count}")
-
-    @property
-    def token_count(self) -> int:
-        """Virtual tokens that a template must place."""
-        return self.length or DEFAULT_LENGTH
 
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Float[Array, "..."]]:
         """Frozen rows [P, D] and the factors [P, r] and [r, D], the second of zeros; float32."""

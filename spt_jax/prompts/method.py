@@ -9,8 +9,10 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
 from spt_jax.base import FrozenBase
+from spt_jax.errors import ConfigError
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.hf import Params
+from spt_jax.prompts.initializers import Initializer
 from spt_jax.prompts.virtual import VirtualPrompt
 
 DEFAULT_LENGTH = 20
@@ -75,3 +77,25 @@ class Method:
             keys = (base["layers"], self.prefix_length, base["kv_heads"], base["head_size"])
             shapes |= {"prefix/keys": keys, "prefix/values": keys}
         return shapes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenMethod(Method):
+    """Base of the methods whose virtual tokens have rows of their own.
+
+    Attributes:
+      length: virtual tokens P; default the sum of the template's `<soft:n>`, or 20.
+      init: where the rows start.
+    """
+
+    length: int | None = None
+    init: Initializer = dataclasses.field(default_factory=Initializer)
+
+    def __post_init__(self) -> None:
+        if self.length is not None and self.length < 1:
+            raise ConfigError(f"method.length is {self.length}; a soft prompt has at least 1 virtual token")
+
+    @property
+    def token_count(self) -> int:
+        """Virtual tokens that a template must place."""
+        return self.length or DEFAULT_LENGTH

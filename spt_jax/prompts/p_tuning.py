@@ -13,8 +13,8 @@ from spt_jax.base import FrozenBase
 from spt_jax.errors import ConfigError
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.hf import Params
-from spt_jax.prompts.initializers import Initializer, initialize
-from spt_jax.prompts.method import DEFAULT_LENGTH, Method
+from spt_jax.prompts.initializers import initialize
+from spt_jax.prompts.method import TokenMethod
 from spt_jax.prompts.networks import init_linear, init_lstm, linear, lstm
 from spt_jax.prompts.virtual import VirtualPrompt
 
@@ -22,12 +22,11 @@ LSTM_LAYERS = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PTuning(Method):
+class PTuning(TokenMethod):
     """The hyper-parameters of P-tuning.
 
     Attributes:
       name: the method.
-      length: virtual tokens P; default the sum of the template's `<soft:n>`, or 20.
       encoder: lstm is the paper's bidirectional LSTM of two layers with two linear layers behind it; mlp is three
         linear layers with ReLU. Both are trained with the P embeddings that they read, and dropped when the prompt is
         saved.
@@ -38,21 +37,13 @@ class PTuning(Method):
     recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.003, "schedule": "linear"}
 
     name: Literal["p_tuning"] = "p_tuning"
-    length: int | None = None
     encoder: Literal["mlp", "lstm"] = "mlp"
     hidden: int | None = None
-    init: Initializer = dataclasses.field(default_factory=Initializer)
 
     def __post_init__(self) -> None:
-        if self.length is not None and self.length < 1:
-            raise ConfigError(f"method.length is {self.length}; a soft prompt has at least 1 virtual token")
+        super().__post_init__()
         if self.hidden is not None and self.hidden < 1:
             raise ConfigError(f"method.hidden is {self.hidden}; the encoder has at least 1 unit")
-
-    @property
-    def token_count(self) -> int:
-        """Virtual tokens that a template must place."""
-        return self.length or DEFAULT_LENGTH
 
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Any]:
         """Embeddings [P, D] and the encoder's layers, float32."""

@@ -12,19 +12,18 @@ from spt_jax.base import FrozenBase
 from spt_jax.errors import ConfigError
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.hf import Params
-from spt_jax.prompts.initializers import Initializer, initialize
-from spt_jax.prompts.method import DEFAULT_LENGTH, Method
+from spt_jax.prompts.initializers import initialize
+from spt_jax.prompts.method import TokenMethod
 from spt_jax.prompts.networks import init_linear, linear
 from spt_jax.prompts.virtual import VirtualPrompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ResidualPromptTuning(Method):
+class ResidualPromptTuning(TokenMethod):
     """The hyper-parameters of residual prompt tuning.
 
     Attributes:
       name: the method.
-      length: virtual tokens P; default the sum of the template's `<soft:n>`, or 20.
       init: where the rows start, and the prompt with them: the network's layer norm starts with a scale of 0.
       bottleneck: width of the network, which all rows share. It is dropped when the prompt is saved.
       network_rate: what the network's learning rate is of the rows'.
@@ -33,23 +32,15 @@ class ResidualPromptTuning(Method):
     recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.1, "schedule": "linear"}
 
     name: Literal["residual_prompt_tuning"] = "residual_prompt_tuning"
-    length: int | None = None
-    init: Initializer = dataclasses.field(default_factory=Initializer)
     bottleneck: int = 128
     network_rate: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.length is not None and self.length < 1:
-            raise ConfigError(f"method.length is {self.length}; a soft prompt has at least 1 virtual token")
+        super().__post_init__()
         if self.bottleneck < 1:
             raise ConfigError(f"method.bottleneck is {self.bottleneck}; the network has at least 1 unit")
         if not self.network_rate > 0:
             raise ConfigError(f"method.network_rate is {self.network_rate}; it must be above 0")
-
-    @property
-    def token_count(self) -> int:
-        """Virtual tokens that a template must place."""
-        return self.length or DEFAULT_LENGTH
 
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Any]:
         """Rows [P, D] and the network, float32."""
