@@ -32,6 +32,7 @@ from spt_jax.prompts import (
     PTuning,
     ResidualPromptTuning,
     VirtualPrompt,
+    transfer,
 )
 from spt_jax.prompts import initializers as init
 from spt_jax.prompts.stacking import stack_prompts
@@ -95,4 +96,5 @@ __all__ = [
     "stack_prompts",
     "train_step",
     "training_batches",
+    "transfer",
 ]

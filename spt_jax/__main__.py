@@ -1,4 +1,4 @@
-"""`python -m spt_jax generate | evaluate | inspect | import | export`: what to do with a saved prompt."""
+"""`python -m spt_jax generate | evaluate | inspect | similar | import | export`: what to do with a saved prompt."""
 
 import dataclasses
 import sys
@@ -14,7 +14,7 @@ from spt_jax.data.encoder import Encoder
 from spt_jax.data.sources import check_fields, read_records
 from spt_jax.data.templates import MESSAGES, Template
 from spt_jax.ensemble import evaluate_ensemble
-from spt_jax.errors import ConfigError, SptError, did_you_mean
+from spt_jax.errors import CheckpointError, ConfigError, SptError, did_you_mean
 from spt_jax.evaluation import EvaluationSet, evaluate, make_evaluation_set, score
 from spt_jax.files import write_json, write_text
 from spt_jax.generation import SamplingConfig, generate
@@ -22,7 +22,8 @@ from spt_jax.inspection import describe_prompt
 from spt_jax.interop import export_embeddings, export_npy, export_peft, import_npy, import_peft
 from spt_jax.interop.peft import default_template
 from spt_jax.prompts import VirtualPrompt
-from spt_jax.prompts.storage import SavedPrompt, load_prompt, read_prompt, save_prompt
+from spt_jax.prompts.storage import INFO_FILE, SavedPrompt, load_prompt, read_prompt, save_prompt
+from spt_jax.prompts.transfer import ranked_sources
 from spt_jax.report import comparison_table
 
 
@@ -260,12 +261,41 @@ class Export(Saved):
         print(f"written to {self.output}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Similar:
+    """Ranks the saved prompts of a folder as starts for a new task, by their similarity to its prompt (SPoT).
+
+    Attributes:
+      prompt: the new task's prompt, trained for a short while.
+      bank: a folder of prompt directories for the same base.
+    """
+
+    prompt: Path
+    bank: Path
+
+    def run(self) -> None:
+        target = read_prompt(self.prompt)
+        folders = [path.parent for path in sorted(self.bank.glob(f"*/{INFO_FILE}"))]
+        if not folders:
+            raise CheckpointError(f"{self.bank}: holds no saved prompts")
+        bank = {str(folder): read_prompt(folder) for folder in folders}
+        for folder, saved in bank.items():
+            differences = target.fingerprint.differences(saved.fingerprint)
+            if differences:
+                raise CheckpointError(
+                    f"{folder}: a prompt for another base than {self.prompt}: {'; '.join(differences)}"
+                )
+        for folder, value in ranked_sources(target.virtual, {name: saved.virtual for name, saved in bank.items()}):
+            print(f"{value:7.4f}  {folder}")
+
+
 COMMANDS: dict[str, Any] = {
     "generate": Generate,
     "evaluate": Evaluate,
     "inspect": Inspect,
     "import": Import,
     "export": Export,
+    "similar": Similar,
 }
 
 
