@@ -282,9 +282,8 @@ class Similar:
         for folder, saved in bank.items():
             differences = target.fingerprint.differences(saved.fingerprint)
             if differences:
-                raise CheckpointError(
-                    f"{folder}: a prompt for another base than {self.prompt}: {'; '.join(differences)}"
-                )
+                fields = "; ".join(differences)
+                raise CheckpointError(f"{folder}: a prompt for another base than {self.prompt}: {fields}")
         for folder, value in ranked_sources(target.virtual, {name: saved.virtual for name, saved in bank.items()}):
             print(f"{value:7.4f}  {folder}")
 

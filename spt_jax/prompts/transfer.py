@@ -26,7 +26,7 @@ def token_rows(virtual: VirtualPrompt) -> Float[Array, "P D"]:
 def similarity(one: VirtualPrompt, other: VirtualPrompt) -> float:
     """Cosine of the mean token rows of two prompts of one base: SPoT's first measure of how near their tasks are.
 
-    Vu et al. 2022 (arXiv 2110.07904), section 4.1: a prompt trained for a short while on the new task says which
+    Vu et al. 2022 (arXiv 2110.07904): a prompt trained for a short while on the new task says which
     source to start from.
     """
     a, b = (np.asarray(token_rows(prompt), np.float64).mean(0) for prompt in (one, other))
@@ -66,8 +66,9 @@ def concatenate(prompts: Sequence[VirtualPrompt]) -> VirtualPrompt:
 def recycle(virtual: VirtualPrompt, source: FrozenBase, target: FrozenBase, *, top_k: int = 5000) -> VirtualPrompt:
     """A prompt of one base as a start for another, through a linear map between their vocabularies.
 
-    Lester et al. 2022 (arXiv 2208.05577), the recycler that fits by least squares, on the embeddings of the tokens that
-    both tokenizers have, a matrix that takes one table to the other, and applies it to the rows.
+    Lester et al. 2022 (arXiv 2208.05577), the linear vocabulary-to-vocabulary recycler: on the embeddings of the tokens
+    that both tokenizers have, a matrix is fitted by least squares that takes one table to the other, and applied to the
+    rows.
 
     Args:
       virtual: token rows of the source base.

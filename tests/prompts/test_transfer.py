@@ -27,7 +27,7 @@ def test_similarity_is_the_cosine_of_the_means():
     near = VirtualPrompt(tokens=ours.tokens + 0.1 * prompt(2).tokens)
     bank = {"far": theirs, "near": near, "opposite": VirtualPrompt(tokens=-ours.tokens)}
     ranked = ranked_sources(ours, bank)
-    assert [name for name, _ in ranked][0] == "near" and ranked[-1] == ("opposite", pytest.approx(-1.0))
+    assert ranked[0][0] == "near" and ranked[-1] == ("opposite", pytest.approx(-1.0))
 
 
 def test_average_and_concatenation():
