@@ -53,9 +53,8 @@ def main(argv: Sequence[str]) -> int:
 def run(command: Command[Any], argv: Sequence[str]) -> None:
     """The whole job, from config to results."""
     compile_seconds = measure.compile_clock()
-    config = resolve(command.config)
-    experiment = load_experiment(config)
-    base, workdir = experiment.base, command.workdir
+    experiment = load_experiment(resolve(command.config))
+    config, base, workdir = experiment.config, experiment.base, command.workdir
     config = dataclasses.replace(
         config, optimizer=resolve_optimizer(config.optimizer, base.config.family, config.method.recipe)
     )
@@ -84,7 +83,9 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
 
     def save_best(best: Best) -> None:
         extra = {"step": best.step, "validation": best.metrics, "command": shlex.join(argv)}
-        save_prompt(workdir / "prompt", base, config.method, virtual_of(best.params), experiment.template, extra=extra)
+        template = dataclasses.replace(experiment.template, task=None, tasks=())
+        for name, (method, virtual) in config.method.artifacts(virtual_of(best.params), best.params).items():
+            save_prompt(workdir / "prompt" / name, base, method, virtual, template, extra=extra)
 
     outcome = fit(
         base,
@@ -130,7 +131,7 @@ def finish(
 ) -> None:
     """Prints, and writes results.json, predictions.jsonl and curves.png."""
     metrics = {split: {k: v and v.metrics for k, v in by.items()} for split, by in results.items()}
-    prompt_bytes = sum(file.stat().st_size for file in (workdir / "prompt").iterdir())
+    prompt_bytes = sum(file.stat().st_size for file in (workdir / "prompt").rglob("prompt.*"))
     write_json(
         workdir / "results.json",
         {

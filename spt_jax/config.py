@@ -8,7 +8,7 @@ import tyro
 
 from spt_jax.data.templates import MESSAGES, Template, virtual_length, without_virtual
 from spt_jax.errors import ConfigError
-from spt_jax.prompts import Method
+from spt_jax.prompts import Method, MultitaskPromptTuning
 from spt_jax.prompts.initializers import Initializer
 from spt_jax.sharding import MeshConfig
 from spt_jax.training.losses import LossConfig
@@ -103,6 +103,7 @@ class DataConfig:
       target: what the model shall say, for example " {label}"; empty for {messages}.
       verbalizers: for classification, the text that stands for each class.
       hard_prompt: prompts that a person would write, to compare with.
+      task: the field that names a record's task, for multitask_prompt_tuning.
       truncate: the field that may be shortened when an example is too long.
       keep: which end of that field stays.
       max_length: tokens of an example at most, virtual ones included; default the model's positions.
@@ -123,6 +124,7 @@ class DataConfig:
     target: Line = ""
     verbalizers: Pairs = dataclasses.field(default_factory=dict)
     hard_prompt: Lines = ()
+    task: str | None = None
     truncate: str | None = None
     keep: Literal["start", "end"] = "start"
     max_length: int | None = None
@@ -227,6 +229,8 @@ def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
         data = dataclasses.replace(data, prompt=without_virtual(data.prompt))
     elif method.length is None:
         method = dataclasses.replace(method, length=placed or method.token_count)
+    if (data.task is not None) != isinstance(method, MultitaskPromptTuning):
+        raise ConfigError("data.task and method.name=multitask_prompt_tuning go together: give both or neither")
     init = getattr(method, "init", None)
     if isinstance(init, Initializer) and init.name == "labels" and not init.labels:
         if not data.verbalizers:
@@ -270,6 +274,8 @@ def make_template(config: ExperimentConfig[Any]) -> Template:
         verbalizers=data.verbalizers,
         truncate=data.truncate,
         keep=data.keep,
+        task=data.task,
+        tasks=getattr(config.method, "tasks", ()),
         head=_head(config.method),
         chat=data.chat,
         system=data.system,

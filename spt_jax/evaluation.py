@@ -60,7 +60,7 @@ def make_evaluation_set(
     examples = encoder.encode_all(records)
     plan = plan_batches(
         examples,
-        lead=encoder.head_length(examples),
+        lead=encoder.leads(examples),
         batch_size=config.batch_size,
         packing=packing,
         multiple=rows_multiple(base.mesh),
@@ -112,9 +112,23 @@ def evaluate(
     """
     scores = score(base, data, virtual)
     if data.encoder.template.verbalizers:
-        return classification(data, scores)
+        return _by_task(data, classification(data, scores))
     result = _likelihood(data, scores[:, 0])
-    return _with_answers(base, data, virtual, result) if generated else result
+    return _by_task(data, _with_answers(base, data, virtual, result) if generated else result)
+
+
+def _by_task(data: EvaluationSet, result: Evaluation) -> Evaluation:
+    """With the accuracy, or the perplexity, of every task beside the metrics of all."""
+    tasks: dict[str, Any] = {}
+    for number, name in enumerate(data.encoder.template.tasks):
+        own = [p for p, e in zip(result.predictions, data.examples, strict=True) if e.prompt == number]
+        if own and "label" in own[0]:
+            tasks[name] = {"accuracy": float(np.mean([p["label"] == p["prediction"] for p in own]))}
+        elif own:
+            loss = -sum(p["log_probability"] for p in own) / sum(p["tokens"] for p in own)
+            tasks[name] = {"perplexity": float(np.exp(loss))}
+        tasks.setdefault(name, {})["examples"] = len(own)
+    return dataclasses.replace(result, metrics={**result.metrics, "tasks": tasks}) if tasks else result
 
 
 def selection_score(result: Mapping[str, Any]) -> float:
@@ -179,7 +193,8 @@ def _with_answers(
     taken = 0 if virtual is None or virtual.prefix is None else virtual.prefix.keys.shape[-3]
     room = base.config.max_positions - taken - max(map(len, prompts))
     sampling = SamplingConfig(max_new_tokens=max(1, min(data.config.max_new_tokens, room)))
-    answers = generate(base, prompts, virtual, sampling, batch_size=data.config.batch_size)
+    index = [example.prompt for example in data.examples[: len(prompts)]] if data.encoder.template.tasks else None
+    answers = generate(base, prompts, virtual, sampling, prompt_index=index, batch_size=data.config.batch_size)
     texts = [answer.text.strip() for answer in answers]
     matches = metrics.bootstrap_interval(metrics.exact_match_values(texts, references))
     rouge = metrics.rouge(texts, references)

@@ -103,7 +103,7 @@ class Experiment:
             examples = [example.as_target() for example in examples]
         plan = plan_batches(
             examples,
-            lead=encoder.head_length(examples),
+            lead=encoder.leads(examples),
             batch_size=config.train.batch_size,
             packing=config.data.packing,
             multiple=rows_multiple(self.base.mesh, config.train.microbatches),
@@ -137,6 +137,7 @@ def load_experiment(config: ExperimentConfig[Any]) -> Experiment:
         ]
         raise ConfigError(f"{', '.join('--' + name for name in missing)} must be given")
     template = make_template(config)
+    fields = (*template.fields, *([] if data.task is None else [data.task]))
     for hard_prompt in data.hard_prompt:
         template.bare(hard_prompt)
 
@@ -144,10 +145,15 @@ def load_experiment(config: ExperimentConfig[Any]) -> Experiment:
         if source is None:
             return None
         records = read_records(source, split=split, revision=data.revision, limit=data.limit)
-        check_fields(records, template.fields, source)
+        check_fields(records, fields, source)
         return records
 
     train = read(data.train, data.train_split)
+    assert train is not None
+    if data.task is not None and not config.method.tasks:
+        tasks = tuple(sorted({str(record[data.task]) for record in train}))
+        config = dataclasses.replace(config, method=dataclasses.replace(config.method, tasks=tasks))
+        template = make_template(config)
     validation, test = read(data.validation, data.validation_split), read(data.test, data.test_split)
     base = load_base(
         config.base.path,
@@ -163,7 +169,6 @@ def load_experiment(config: ExperimentConfig[Any]) -> Experiment:
     taken = config.method.token_count + config.method.prefix_length
     if taken >= (data.max_length or positions):
         raise ConfigError(f"{taken} virtual tokens leave no room in {data.max_length or positions} positions")
-    assert train is not None
     return Experiment(config, base, template, train, validation, test)
 
 

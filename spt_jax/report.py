@@ -24,7 +24,9 @@ def comparison_table(metrics: Mapping[str, Metrics]) -> str:
         ]
     lines = [f"{split:26}" + "".join(f"{column:>22}" for column in columns)]
     for name, result in results.items():
-        lines.append(f"{ROWS.get(name, name):26}" + "".join(f"{_cell(result, column):>22}" for column in columns))
+        tasks = {f"  {task}": own for task, own in result.get("tasks", {}).items()}
+        for label, figures in {ROWS.get(name, name): result, **tasks}.items():
+            lines.append(f"{label:26}" + "".join(f"{_cell(figures, column):>22}" for column in columns))
     hard = results.get("hard_prompt")
     if hard is not None:
         lines.append(f"the best hand-written prompt on validation was {hard['text']!r}")

@@ -120,8 +120,21 @@ class Encoder:
         return example
 
     def encode_all(self, records: Sequence[Mapping[str, Any]]) -> list[Example]:
-        """Every record, numbered from 0."""
-        return [self.encode(record, index) for index, record in enumerate(records)]
+        """Every record, numbered from 0, with its task's prompt."""
+        examples = [self.encode(record, index) for index, record in enumerate(records)]
+        if self.template.task is None:
+            return examples
+        prompts = [self._task(record, index) for index, record in enumerate(records)]
+        return [dataclasses.replace(e, prompt=prompt) for e, prompt in zip(examples, prompts, strict=True)]
+
+    def leads(self, examples: Sequence[Example]) -> int | list[int]:
+        """`head_length` of all examples, or of those of each task."""
+        if self.template.task is None:
+            return self.head_length(examples)
+        by_task: list[list[Example]] = [[] for _ in self.template.tasks]
+        for example in examples:
+            by_task[example.prompt].append(example)
+        return [self.head_length(own) for own in by_task]
 
     def prompt_ids(self, record: Mapping[str, Any]) -> np.ndarray:
         """The prompt alone, to generate from. A chat's last assistant turn is left for the model to say."""
@@ -190,6 +203,15 @@ class Encoder:
             if record.get(name) is None:
                 raise DataError(f"record {index + 1}: no field {name!r}; {did_you_mean(name, record)}")
         return {name: str(record[name]) for name in names}
+
+    def _task(self, record: Mapping[str, Any], index: int) -> int:
+        name = str(self._fields(record, [self.template.task or ""], index)[self.template.task or ""])
+        if name not in self.template.tasks:
+            raise DataError(
+                f"record {index + 1}: there is no prompt for the task {name!r};"
+                f" {did_you_mean(name, self.template.tasks)}"
+            )
+        return self.template.tasks.index(name)
 
     def _label(self, record: Mapping[str, Any], index: int) -> int:
         value = str(record[self.template.label_field or ""])

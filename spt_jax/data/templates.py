@@ -8,7 +8,7 @@ A template is a prompt and a target. `{field}` is a field of the record, `<soft>
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from spt_jax.errors import ConfigError, did_you_mean
 
@@ -107,6 +107,8 @@ class Template:
     verbalizers: class -> text, for classification; the target's one field is then the label.
     truncate: the field that may be shortened when an example is too long; None refuses such examples.
     keep: which end of that field stays.
+    task: the field that names a record's task, where every task has a prompt of its own.
+    tasks: the tasks, in the order of their prompts.
     head: classification reads the class off the prompt's last token with a head of the soft prompt's own; the
       verbalizers then only name the classes, in the head's order.
     chat: render prompt and target as a user's and an assistant's turn through the tokenizer's chat template.
@@ -119,6 +121,8 @@ class Template:
     verbalizers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     truncate: str | None = None
     keep: Literal["start", "end"] = "start"
+    task: str | None = None
+    tasks: tuple[str, ...] = ()
     head: Literal["language_model", "classification"] = "language_model"
     chat: bool = False
     system: str | None = None
@@ -170,4 +174,5 @@ class Template:
         """The same task without a soft prompt, asked by `prompt` or by this template's own words."""
         prompt = without_virtual(self.prompt if prompt is None else prompt)
         truncate = self.truncate if Field(self.truncate or "") in parse(prompt) else None
-        return dataclasses.replace(self, prompt=prompt, virtual_tokens=0, truncate=truncate, head="language_model")
+        changes: dict[str, Any] = {"task": None, "tasks": (), "head": "language_model"}
+        return dataclasses.replace(self, prompt=prompt, virtual_tokens=0, truncate=truncate, **changes)

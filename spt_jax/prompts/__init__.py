@@ -8,6 +8,7 @@ from spt_jax.prompts.deep_prompts import DeepPrompts
 from spt_jax.prompts.llama_adapter import LlamaAdapter
 from spt_jax.prompts.low_rank import LowRankPromptTuning
 from spt_jax.prompts.method import Method, PromptParams
+from spt_jax.prompts.multitask import MultitaskPromptTuning
 from spt_jax.prompts.p_tuning import PTuning
 from spt_jax.prompts.prefix_tuning import PrefixTuning
 from spt_jax.prompts.prompt_tuning import PromptTuning
@@ -22,6 +23,7 @@ __all__ = [
     "LlamaAdapter",
     "LowRankPromptTuning",
     "Method",
+    "MultitaskPromptTuning",
     "PTuning",
     "PrefixTuning",
     "PromptParams",
@@ -40,4 +42,5 @@ METHODS: dict[str, Any] = {
     "cpt": ContextPromptTuning,
     "llama_adapter": LlamaAdapter,
     "deep_prompts": DeepPrompts,
+    "multitask_prompt_tuning": MultitaskPromptTuning,
 }

@@ -57,6 +57,11 @@ class Method:
         """The soft prompt that the parameters stand for. Differentiable."""
         raise NotImplementedError
 
+    def artifacts(self, virtual: VirtualPrompt, params: Mapping[str, Any]) -> dict[str, tuple["Method", VirtualPrompt]]:
+        """What to save of `materialize`'s result: prompts by the subdirectories they go to, "" for a single one."""
+        del params
+        return {"": (self, virtual)}
+
     def trainable(self, params: PromptParams) -> PyTree[bool]:
         """Which leaves the optimizer may change."""
         return jax.tree.map(lambda _: True, params)

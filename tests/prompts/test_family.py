@@ -33,6 +33,7 @@ OPTIONS: dict[str, dict] = {
     "decomposed_prompt_tuning": {"span": 12, "rank": 3},
     "deep_prompts": {"classes": 3, "sink": 1},
     "cpt": {"kinds": (1, 2, 2, 3, 4)},
+    "multitask_prompt_tuning": {"tasks": ("first", "second"), "rank": 2},
 }
 
 
@@ -61,10 +62,21 @@ def fit_ids(method, ids: np.ndarray) -> np.ndarray:
     return ids if method.token_count else ids[ids < VOCAB]
 
 
+def tasks_of(method) -> int:
+    return len(getattr(method, "tasks", ()))
+
+
+def task_of(method, index: int) -> int:
+    """Which prompt an example is for: they take turns."""
+    return index % max(1, tasks_of(method))
+
+
 def examples_of(method) -> list[Example]:
     """Twelve examples that share `HEAD`, with three choices, or with three classes for a head."""
-    examples = [(e, fit_ids(method, e.ids)) for e in random_examples("choices", 12)]
-    plain = [dataclasses.replace(e, ids=ids, predicted=np.zeros(len(ids), bool)) for e, ids in examples]
+    examples = [(e, fit_ids(method, e.ids), task_of(method, e.index)) for e in random_examples("choices", 12)]
+    plain = [
+        dataclasses.replace(e, ids=ids, predicted=np.zeros(len(ids), bool), prompt=task) for e, ids, task in examples
+    ]
     if not has_head(method):
         return plain
     return [
@@ -83,9 +95,10 @@ def objective_of(method) -> Objective:
 
 def batch_of(method, base, *, shared: bool, packing: bool, microbatches: int = 1):
     examples = examples_of(method)
+    lead = len(fit_ids(method, HEAD)) if shared else 0
     plan = plan_batches(
         examples,
-        lead=len(fit_ids(method, HEAD)) if shared else 0,
+        lead=[lead] * tasks_of(method) or lead,
         batch_size=len(examples),
         packing=packing,
         multiple=rows_multiple(base.mesh, microbatches),
@@ -121,7 +134,7 @@ def test_sharing_packing_microbatches_remat_and_mesh_change_nothing(name):
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)
 def logits_of(module, frozen, virtual, batch):
-    prefix = encode_prefix(module, frozen, virtual, batch.lead_ids)
+    prefix = encode_prefix(module, frozen, virtual, batch.lead_ids, batch.lead_length)
     return output_logits(module, frozen, virtual, prefix, batch.rows)
 
 
@@ -134,12 +147,13 @@ def test_generation_is_the_teacher_forced_argmax(name):
         with pytest.raises(ConfigError, match="says no text"):
             generate(base, prompts, virtual)
         return
-    answers = generate(base, prompts, virtual, SamplingConfig(max_new_tokens=6))
+    index = [task_of(method, i) for i in range(len(prompts))] if tasks_of(method) else None
+    answers = generate(base, prompts, virtual, SamplingConfig(max_new_tokens=6), prompt_index=index)
     examples = [
-        Example(ids := np.append(p, a.ids).astype(np.int32), np.arange(len(ids)) >= len(p), (), 0, i)
+        Example(ids := np.append(p, a.ids).astype(np.int32), np.arange(len(ids)) >= len(p), (), 0, i, task_of(method, i))
         for i, (p, a) in enumerate(zip(prompts, answers, strict=True))
     ]
-    plan = plan_batches(examples, lead=0, batch_size=3, packing=False)
+    plan = plan_batches(examples, lead=[0] * tasks_of(method) or 0, batch_size=3, packing=False)
     batch = pack(examples, plan)
     logits = np.asarray(logits_of(base.module, base.params, virtual, batch))
     for number, row, weights in zip(batch.rows.examples[:, 0], logits, batch.rows.target_weights, strict=True):
@@ -170,14 +184,18 @@ def test_two_steps_and_two_more_after_a_restart_are_four(name, tmp_path):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_saved_is_the_whole_prompt(name, tmp_path):
-    method, base = method_of(name), base_of()
-    virtual = method.materialize(base.module, base.params, params_of(name))
-    prompt = "<soft>{a}" if method.token_count else "{a}"
-    template = Template(prompt=prompt, target="{b}", virtual_tokens=method.token_count)
-    save_prompt(tmp_path / "prompt", base, method, virtual, template)
-    saved = load_prompt(tmp_path / "prompt", base)
-    assert saved.method == method
-    assert jax.tree.structure(saved.virtual) == jax.tree.structure(virtual)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), saved.virtual, virtual)
-    shapes = method.virtual_shapes(dataclasses.asdict(base.config))
-    assert sum(np.prod(shape) for shape in shapes.values()) == sum(leaf.size for leaf in jax.tree.leaves(virtual))
+    trained, base, params = method_of(name), base_of(), params_of(name)
+    whole = trained.materialize(base.module, base.params, params)
+    for part, (method, virtual) in trained.artifacts(whole, params).items():
+        prompt = "<soft>{a}" if method.token_count else "{a}"
+        template = Template(prompt=prompt, target="{b}", virtual_tokens=method.token_count)
+        save_prompt(tmp_path / "prompt" / part, base, method, virtual, template)
+        saved = load_prompt(tmp_path / "prompt" / part, base)
+        assert saved.method == method
+        assert jax.tree.structure(saved.virtual) == jax.tree.structure(virtual)
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), saved.virtual, virtual)
+    shapes = trained.virtual_shapes(dataclasses.asdict(base.config))
+    assert sum(np.prod(shape) for shape in shapes.values()) == sum(leaf.size for leaf in jax.tree.leaves(whole))
+    if tasks_of(trained):
+        for task, rows in zip(trained.tasks, whole.tokens, strict=True):
+            np.testing.assert_array_equal(trained.artifacts(whole, params)[task][1].tokens, rows)

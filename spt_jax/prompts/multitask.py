@@ -1,0 +1,99 @@
+"""Multitask prompt tuning: one shared prompt, and a low-rank matrix per task (Wang et al. 2023, arXiv 2303.02861)."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from spt_jax.base import FrozenBase
+from spt_jax.errors import ConfigError
+from spt_jax.models.decoder import Decoder
+from spt_jax.models.hf import Params
+from spt_jax.prompts.initializers import initialize
+from spt_jax.prompts.method import Method, TokenMethod
+from spt_jax.prompts.prompt_tuning import PromptTuning
+from spt_jax.prompts.virtual import VirtualPrompt
+
+# The directory of the rows that all tasks share, beside those of the tasks.
+SHARED = "shared"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MultitaskPromptTuning(TokenMethod):
+    """The hyper-parameters of multitask prompt tuning. `data.task` names the field that tells a record's task.
+
+    Attributes:
+      name: the method.
+      combine: what a task's matrix does to the shared rows: multiply them entry by entry, as in the paper; add; or
+        concatenate rows of the task's own, half of the length, behind them.
+      rank: of a task's matrix, for multiply and add.
+      tasks: their names, in the order of their matrices; default the values of `data.task` in the training data.
+    """
+
+    recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.1, "schedule": "linear"}
+
+    name: Literal["multitask_prompt_tuning"] = "multitask_prompt_tuning"
+    combine: Literal["multiply", "add", "concatenate"] = "multiply"
+    rank: int = 1
+    tasks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise ConfigError(f"method.rank is {self.rank}; a task's matrix has at least rank 1")
+        unfit = [name for name in self.tasks if not re.fullmatch(r"\w[\w .-]*", name) or name == SHARED]
+        if unfit or len(set(self.tasks)) < len(self.tasks):
+            raise ConfigError(
+                f"method.tasks are {', '.join(map(repr, self.tasks))}: each names a directory of its own, of letters,"
+                f" digits, '_', '.', '-' and spaces, and {SHARED!r} is the shared prompt's"
+            )
+        if self.combine == "concatenate" and self.token_count < 2:
+            raise ConfigError(
+                "method.combine=concatenate needs at least 2 virtual tokens: shared ones and a task's own"
+            )
+
+    def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Float[Array, "..."]]:
+        """Shared rows, and per task of S two factors, [S, P, r] and [S, r, D], or own rows; float32.
+
+        Every task starts at the shared prompt: factors that multiply start near 1, those that add at 0.
+        """
+        count = len(self.tasks)
+        if not count:
+            raise ConfigError("method.tasks is empty; name the records' field of the task in data.task")
+        row_key, left_key, right_key = jax.random.split(key, 3)
+        rows = initialize(self.init, row_key, base, self.token_count)
+        if self.combine == "concatenate":
+            own = self.token_count // 2
+            return {"tokens": rows[:-own], "own": jnp.repeat(rows[None, -own:], count, axis=0)}
+        left = jax.random.normal(left_key, (count, self.token_count, self.rank))
+        right = jax.random.normal(right_key, (count, self.rank, rows.shape[1]))
+        if self.combine == "add":
+            return {"tokens": rows, "left": left * self.rank**-0.5, "right": jnp.zeros_like(right)}
+        return {"tokens": rows, "left": 1 + 0.02 * left, "right": (1 + 0.02 * right) / self.rank}
+
+    def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
+        """Every task's rows, with an S axis in front."""
+        del module, frozen
+        shared = params["tokens"][None]
+        if self.combine == "concatenate":
+            shared = jnp.broadcast_to(shared, (params["own"].shape[0], *shared.shape[1:]))
+            return VirtualPrompt(tokens=jnp.concatenate([shared, params["own"]], axis=1))
+        matrices = params["left"] @ params["right"]
+        return VirtualPrompt(tokens=shared * matrices if self.combine == "multiply" else shared + matrices)
+
+    def virtual_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Rows of every task."""
+        return {"tokens": (len(self.tasks), self.token_count, base["width"])}
+
+    def artifacts(self, virtual: VirtualPrompt, params: Mapping[str, Any]) -> dict[str, tuple[Method, VirtualPrompt]]:
+        """A prompt per task, and the shared rows, to start new tasks from."""
+        assert virtual.tokens is not None
+        rows = {SHARED: params["tokens"], **dict(zip(self.tasks, virtual.tokens, strict=True))}
+        return {
+            name: (PromptTuning(length=len(tokens), init=self.init), VirtualPrompt(tokens=tokens))
+            for name, tokens in rows.items()
+        }
