@@ -15,7 +15,7 @@ from spt_jax.data.sources import check_fields, read_records
 from spt_jax.data.templates import MESSAGES, Template
 from spt_jax.ensemble import evaluate_ensemble
 from spt_jax.errors import CheckpointError, ConfigError, SptError, did_you_mean
-from spt_jax.evaluation import EvaluationSet, evaluate, make_evaluation_set, score
+from spt_jax.evaluation import EvaluationSet, evaluate, make_evaluation_set
 from spt_jax.files import write_json, write_text
 from spt_jax.generation import SamplingConfig, generate
 from spt_jax.inspection import describe_prompt
@@ -51,7 +51,7 @@ class Saved:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate(Saved):
-    """Answers texts with a soft prompt. For a classifier, prints the class.
+    """Answers texts with a soft prompt. A classifier prints the class, a tagging head a tag per word.
 
     Attributes:
       texts: one record each, for a template with one field.
@@ -86,12 +86,12 @@ class Generate(Saved):
         records = _records(template, self.texts, self.fields)
         base, saved = self.load()
         encoder = _encoder(template, base, saved.virtual)
-        if template.verbalizers:
-            first = next(iter(template.verbalizers))
-            labelled = [{**record, template.label_field: first} for record in records]
-            scores = score(base, make_evaluation_set(base, encoder, labelled), saved.virtual)
-            for row in scores:
-                print(list(template.verbalizers)[int(row.argmax())])
+        if template.verbalizers or template.reads:
+            asked = [encoder.with_any_label(record) for record in records]
+            result = evaluate(base, make_evaluation_set(base, encoder, asked), saved.virtual)
+            for prediction in result.predictions:
+                answer = prediction["prediction"]
+                print(answer if isinstance(answer, str) else " ".join(answer))
             return
         for answer in generate(base, [encoder.prompt_ids(record) for record in records], saved.virtual, sampling):
             print(answer.text)
@@ -171,7 +171,10 @@ class Evaluate(Saved):
             sets = [asked(prompt.template, prompt.virtual) for prompt in every]
             together = evaluate_ensemble(base, sets, [prompt.virtual for prompt in every], self.combine)
             results[f"{self.combine} of {len(every)} prompts"] = together.metrics
-        results["no_prompt"] = metrics(template.bare(), None)
+        if template.reads is None:
+            results["no_prompt"] = metrics(template.bare(), None)
+        elif self.hard_prompt:
+            raise ConfigError(f"--hard-prompt: without a head, the model has no {template.head} to compare with")
         for text in self.hard_prompt:
             results[f"hard prompt {text!r}"] = metrics(template.bare(text), None)
         print(comparison_table({"test": results}))

@@ -103,6 +103,7 @@ class DataConfig:
       target: what the model shall say, for example " {label}"; empty for {messages}.
       verbalizers: for classification, the text that stands for each class.
       hard_prompt: prompts that a person would write, to compare with.
+      reads: the prompt's field that a tagging head reads words of, or a span head a part of.
       task: the field that names a record's task, for multitask_prompt_tuning.
       truncate: the field that may be shortened when an example is too long.
       keep: which end of that field stays.
@@ -124,6 +125,7 @@ class DataConfig:
     target: Line = ""
     verbalizers: Pairs = dataclasses.field(default_factory=dict)
     hard_prompt: Lines = ()
+    reads: str | None = None
     task: str | None = None
     truncate: str | None = None
     keep: Literal["start", "end"] = "start"
@@ -236,14 +238,19 @@ def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
         if not data.verbalizers:
             raise ConfigError("method.init.name=labels needs data.verbalizers or method.init.labels")
         method = dataclasses.replace(method, init=dataclasses.replace(init, labels=tuple(data.verbalizers.values())))
-    if _head(method) == "classification":
+    head = _head(method)
+    own_loss = {"classification": "vocabulary", "tagging": "vocabulary", "span": "span"}.get(head)
+    if loss.over not in (None, own_loss) and (own_loss or loss.over == "span"):
+        raise ConfigError(f"loss.over={loss.over} does not go with a {head} head; leave it out")
+    if head in ("tagging", "span") and data.hard_prompt:
+        raise ConfigError(f"data.hard_prompt: without a head, the model has no {head} to compare with")
+    if own_loss is not None:
+        loss = dataclasses.replace(loss, over=own_loss)
+    if head in ("classification", "tagging"):
         if method.classes is None and data.verbalizers:
             method = dataclasses.replace(method, classes=len(data.verbalizers))
-        if method.classes != len(data.verbalizers):
+        if data.verbalizers and method.classes != len(data.verbalizers):
             raise ConfigError(f"method.classes is {method.classes} for {len(data.verbalizers)} verbalizers")
-        if loss.over == "verbalizers":
-            raise ConfigError("loss.over=verbalizers scores their texts; a classification head has classes of its own")
-        loss = dataclasses.replace(loss, over="vocabulary")
     elif loss.over is None:
         loss = dataclasses.replace(loss, over="verbalizers" if data.verbalizers else "vocabulary")
     if loss.over == "verbalizers" and len(data.verbalizers) < 2:
@@ -277,6 +284,7 @@ def make_template(config: ExperimentConfig[Any]) -> Template:
         task=data.task,
         tasks=getattr(config.method, "tasks", ()),
         head=_head(config.method),
+        reads=data.reads,
         chat=data.chat,
         system=data.system,
     )

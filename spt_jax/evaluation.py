@@ -5,19 +5,21 @@ The same functions run with a soft prompt, with a hand-written prompt and with n
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from spt_jax import metrics
 from spt_jax.base import FrozenBase
 from spt_jax.config import EvaluationConfig
-from spt_jax.data.batches import Batch, BatchPlan, evaluation_batches, place_batch, plan_batches, rows_multiple
+from spt_jax.data.batches import Batch, BatchPlan, Rows, evaluation_batches, place_batch, plan_batches, rows_multiple
 from spt_jax.data.encoder import Encoder, Example
-from spt_jax.forward import class_scores, encode_prefix, group_scores, output_logits, target_log_probabilities
+from spt_jax.data.reading import END, START
+from spt_jax.forward import encode_prefix, group_scores, output_logits, target_log_probabilities
 from spt_jax.generation import SamplingConfig, generate
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.hf import Params
@@ -72,33 +74,53 @@ def make_evaluation_set(
 @functools.partial(jax.jit, static_argnames=("module", "choices"))
 def _batch_scores(
     module: Decoder, choices: int, frozen: Params, virtual: VirtualPrompt | None, batch: Batch
-) -> Float[Array, "B E C"]:
-    """Log-probabilities of every example's choices; with a classification head, of its classes."""
+) -> Float[Array, "B E C"] | Float[Array, "B M C"]:
+    """Log-probabilities of every example's choices; with a head, its logits at every place that it reads."""
     prefix = encode_prefix(module, frozen, virtual, batch.lead_ids, batch.lead_length)
     logits = output_logits(module, frozen, virtual, prefix, batch.rows)
     if virtual is not None and virtual.head is not None:
-        return class_scores(logits, batch.rows)
+        return jnp.take_along_axis(logits, batch.rows.target_outputs[:, :, None], axis=1)
     return group_scores(target_log_probabilities(logits, batch.rows), batch.rows, choices)
 
 
 def score(base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt | None) -> Float[np.ndarray, "N C"]:
-    """Summed log-probability of every choice of every example, or of its target (C = 1), in the examples' order."""
-    has_head = virtual is not None and virtual.head is not None
-    count = len(data.encoder.template.verbalizers) if has_head else data.plan.choices
-    scores = np.zeros((len(data.examples), count), np.float32)
-    pending: list[tuple[np.ndarray, jax.Array]] = []
-    for batch in evaluation_batches(data.examples, data.plan, data.config.batch_size):
-        placed = place_batch(batch, base.mesh)
-        pending.append(
-            (
-                np.asarray(batch.rows.examples),
-                _batch_scores(base.module, data.plan.choices, base.params, virtual, placed),
-            )
-        )
-    for examples, values in pending:
-        real = examples >= 0
-        scores[examples[real]] = np.asarray(values)[real]
+    """Summed log-probability of every choice of every example, or of its target (C = 1), in the examples' order.
+
+    With a classification head, the log-probability of every class.
+    """
+    if virtual is not None and virtual.head is not None:
+        return _log_softmax(np.concatenate(head_logits(base, data, virtual)))
+    scores = np.zeros((len(data.examples), data.plan.choices), np.float32)
+    for rows, values in _scored(base, data, virtual):
+        real = rows.examples >= 0
+        scores[rows.examples[real]] = values[real]
     return scores
+
+
+def head_logits(base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt) -> list[Float[np.ndarray, "R C"]]:
+    """The head's logits at the R places that it reads of every example, in the examples' order."""
+    found = {}
+    for rows, values in _scored(base, data, virtual):
+        for row, slot in zip(*np.nonzero(rows.examples >= 0), strict=True):
+            own = (rows.target_groups[row] == slot) & (rows.target_weights[row] > 0)
+            found[int(rows.examples[row, slot])] = values[row, own]
+    return [found[number] for number in range(len(data.examples))]
+
+
+def _scored(
+    base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt | None
+) -> Iterator[tuple[Rows, Float[np.ndarray, "B _ C"]]]:
+    """Every batch's rows and `_batch_scores`, all started before the first is waited for."""
+    pending = [
+        (batch.rows, _batch_scores(base.module, data.plan.choices, base.params, virtual, place_batch(batch, base.mesh)))
+        for batch in evaluation_batches(data.examples, data.plan, data.config.batch_size)
+    ]
+    return ((rows, np.asarray(values)) for rows, values in pending)
+
+
+def _log_softmax(logits: Float[np.ndarray, "N C"]) -> Float[np.ndarray, "N C"]:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def evaluate(
@@ -108,8 +130,14 @@ def evaluate(
 
     Classification gives accuracy and macro-F1 with 95 % bootstrap intervals, accuracy by mean log-probability per
     token, and the cross-entropy among the verbalizers. Other tasks give loss per token and perplexity over the targets
-    and, unless `generated` is False, exact match, token F1, BLEU and ROUGE of greedy answers.
+    and, unless `generated` is False, exact match, token F1, BLEU and ROUGE of greedy answers. A tagging head gives
+    accuracy and macro-F1 over words and, for tags as B-X, I-X and O, F1 of whole entities; a span head exact match and
+    token F1 of the text between the likeliest start and end.
     """
+    if virtual is not None and data.encoder.template.head == "tagging":
+        return _by_task(data, _tagging(data, head_logits(base, data, virtual)))
+    if virtual is not None and data.encoder.template.head == "span":
+        return _by_task(data, _spans(data, head_logits(base, data, virtual)))
     scores = score(base, data, virtual)
     if data.encoder.template.verbalizers:
         return _by_task(data, classification(data, scores))
@@ -168,6 +196,59 @@ def classification(data: EvaluationSet, scores: Float[np.ndarray, "N C"]) -> Eva
         {"label": classes[right], "prediction": classes[guess], "log_probabilities": [round(float(s), 5) for s in row]}
         for right, guess, row in zip(labels, predicted, scores, strict=True)
     ]
+    return Evaluation(result, predictions)
+
+
+def _tagging(data: EvaluationSet, logits: Sequence[Float[np.ndarray, "R C"]]) -> Evaluation:
+    """Metrics over all words."""
+    names = list(data.encoder.template.verbalizers)
+    labels = [np.asarray(example.classes) for example in data.examples]
+    guesses = [own.argmax(axis=-1) for own in logits]
+    flat_labels, flat_guesses = np.concatenate(labels), np.concatenate(guesses)
+    losses = -_log_softmax(np.concatenate(logits))[np.arange(len(flat_labels)), flat_labels]
+    accuracy = metrics.bootstrap_interval((flat_labels == flat_guesses).astype(np.float64))
+    tags = [[[names[c] for c in own] for own in side] for side in (guesses, labels)]
+    result: dict[str, Any] = {
+        "accuracy": accuracy.value,
+        "accuracy_interval": _interval(accuracy),
+        "macro_f1": metrics.macro_f1(flat_guesses.tolist(), flat_labels.tolist(), list(range(len(names)))),
+        **({"entity_f1": metrics.entity_f1(*tags)} if metrics.has_entities(names) else {}),
+        "loss": float(losses.mean()),
+        "examples": len(labels),
+        "words": len(flat_labels),
+    }
+    return Evaluation(result, [{"label": right, "prediction": guess} for guess, right in zip(*tags, strict=True)])
+
+
+def _spans(data: EvaluationSet, logits: Sequence[Float[np.ndarray, "R 2"]]) -> Evaluation:
+    """The likeliest span of every example, at most `max_new_tokens` long, against the answer."""
+    losses, predictions = [], []
+    for own, example, record in zip(logits, data.examples, data.records, strict=True):
+        start, end = _log_softmax(own.T)
+        classes = np.asarray(example.classes)
+        losses.append(-(start[(classes & START) > 0][0] + end[(classes & END) > 0][0]) / 2)
+        places = np.arange(len(start))
+        length = places[None, :] - places[:, None] + 1
+        together = np.where(
+            (length > 0) & (length <= data.config.max_new_tokens), start[:, None] + end[None, :], -np.inf
+        )
+        first, last = np.unravel_index(together.argmax(), together.shape)
+        predictions.append(
+            {
+                "prediction": data.encoder.read_text(record, int(first), int(last)),
+                "reference": data.encoder.reference(record),
+                "log_probability": round(float(together.max()), 5),
+            }
+        )
+    texts, references = [p["prediction"] for p in predictions], [p["reference"] for p in predictions]
+    matches = metrics.bootstrap_interval(metrics.exact_match_values(texts, references))
+    result = {
+        "exact_match": matches.value,
+        "exact_match_interval": _interval(matches),
+        "token_f1": metrics.token_f1(texts, references),
+        "loss": float(np.mean(losses)),
+        "examples": len(texts),
+    }
     return Evaluation(result, predictions)
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from spt_jax.base import FrozenBase, load_base
-from spt_jax.config import ExperimentConfig, make_template
+from spt_jax.config import ExperimentConfig, make_template, resolve
 from spt_jax.data.batches import BatchPlan, plan_batches, rows_multiple
 from spt_jax.data.encoder import Encoder, Example
+from spt_jax.data.reading import words_of
 from spt_jax.data.sources import check_fields, read_records
 from spt_jax.data.templates import Template
 from spt_jax.errors import ConfigError, DataError
@@ -150,10 +151,8 @@ def load_experiment(config: ExperimentConfig[Any]) -> Experiment:
 
     train = read(data.train, data.train_split)
     assert train is not None
-    if data.task is not None and not config.method.tasks:
-        tasks = tuple(sorted({str(record[data.task]) for record in train}))
-        config = dataclasses.replace(config, method=dataclasses.replace(config.method, tasks=tasks))
-        template = make_template(config)
+    config = _with_names(config, train)
+    template = make_template(config)
     validation, test = read(data.validation, data.validation_split), read(data.test, data.test_split)
     base = load_base(
         config.base.path,
@@ -172,13 +171,27 @@ def load_experiment(config: ExperimentConfig[Any]) -> Experiment:
     return Experiment(config, base, template, train, validation, test)
 
 
+def _with_names(config: ExperimentConfig[Any], train: Records) -> ExperimentConfig[Any]:
+    """Names that the config leaves to the training data: of the tasks, and of a tagging head's tags."""
+    data, method = config.data, config.method
+    if data.task is not None and not method.tasks:
+        tasks = tuple(sorted({str(record[data.task]) for record in train}))
+        return dataclasses.replace(config, method=dataclasses.replace(method, tasks=tasks))
+    template = make_template(config)
+    if template.head == "tagging" and not data.verbalizers:
+        tags = sorted({tag for record in train for tag in words_of(record[template.label_field or ""])})
+        data = dataclasses.replace(data, verbalizers={tag: tag for tag in tags})
+        return resolve(dataclasses.replace(config, data=data))
+    return config
+
+
 @dataclasses.dataclass(frozen=True)
 class Questions:
     """One split as each side of the comparison reads it; hand-written prompts by their texts."""
 
     soft: EvaluationSet
     hard: Mapping[str, EvaluationSet]
-    bare: EvaluationSet
+    bare: EvaluationSet | None
 
 
 def questions(experiment: Experiment) -> dict[str, Questions]:
@@ -189,7 +202,8 @@ def questions(experiment: Experiment) -> dict[str, Questions]:
         split: Questions(
             soft=experiment.evaluation_set(records, template),
             hard={text: experiment.evaluation_set(records, template.bare(text)) for text in experiment.hard_prompts},
-            bare=experiment.evaluation_set(records, template.bare()),
+            # The model as it is does not tag words or point at spans.
+            bare=None if template.reads is not None else experiment.evaluation_set(records, template.bare()),
         )
         for split, records in splits.items()
         if records is not None
@@ -218,6 +232,6 @@ def compare(
         results[split] = {
             "soft_prompt": ask(own.soft, virtual, split),
             "hard_prompt": None if chosen is None else hard[chosen],
-            "no_prompt": ask(own.bare, None, split),
+            "no_prompt": None if own.bare is None else ask(own.bare, None, split),
         }
     return results

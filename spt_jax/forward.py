@@ -148,12 +148,3 @@ def group_scores(log_probabilities: Float[Array, "B M"], rows: Rows, choices: in
         return jax.ops.segment_sum(values, groups, num_segments=examples * choices)
 
     return jax.vmap(of_row)(log_probabilities, rows.target_groups).reshape(-1, examples, choices)
-
-
-def class_scores(logits: Float[Array, "B Q C"], rows: Rows) -> Float[Array, "B E C"]:
-    """A head's log-probabilities of the classes, where each example is read at one place."""
-    at_reads = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), rows.target_outputs[:, :, None], axis=1)
-    real = rows.target_weights[:, :, None] > 0
-    batch = jnp.arange(rows.ids.shape[0])[:, None]
-    shape = (*rows.labels.shape, logits.shape[-1])
-    return jnp.zeros(shape).at[batch, rows.target_groups].add(jnp.where(real, at_reads, 0.0))

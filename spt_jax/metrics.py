@@ -67,6 +67,43 @@ def macro_f1(predictions: Classes, labels: Classes, classes: Classes) -> float:
     return float(_macro_f1(confusion_counts(predictions, labels, classes)))
 
 
+def has_entities(tags: Sequence[str]) -> bool:
+    """Whether tags name the beginnings and insides of entities: B-X, I-X and O."""
+    return any(tag.startswith("B-") for tag in tags) and all(tag == "O" or tag[:2] in ("B-", "I-") for tag in tags)
+
+
+def entity_f1(predictions: Sequence[Sequence[str]], labels: Sequence[Sequence[str]]) -> float:
+    """F1 = 2 TP / (2 TP + FP + FN) over whole entities, right only with their type and both ends; 0 without any.
+
+    As the CoNLL shared tasks have it (conlleval), an I-X that follows no tag of the type X begins an entity.
+
+    Raises:
+      DataError: not as many sequences of predictions as of labels, or sequences of unequal length.
+    """
+    _check_lengths(predictions, labels)
+    for guessed, right in zip(predictions, labels, strict=True):
+        _check_lengths(guessed, right)
+    found, real = (
+        {(number, *entity) for number, tags in enumerate(side) for entity in _entities(tags)}
+        for side in (predictions, labels)
+    )
+    return 2 * len(found & real) / max(1, len(found) + len(real))
+
+
+def _entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Type, first and last place of every entity."""
+    entities: list[tuple[str, int, int]] = []
+    before = "O"
+    for place, tag in enumerate(tags):
+        if tag[:2] == "I-" and before[2:] == tag[2:]:
+            kind, first, _ = entities[-1]
+            entities[-1] = (kind, first, place)
+        elif tag != "O":
+            entities.append((tag[2:], place, place))
+        before = tag
+    return entities
+
+
 def macro_f1_interval(
     predictions: Classes,
     labels: Classes,

@@ -17,11 +17,10 @@ def comparison_table(metrics: Mapping[str, Metrics]) -> str:
         return "no validation or test data, so nothing to compare on"
     results = {name: result for name, result in metrics[split].items() if result is not None}
     if any("accuracy" in result for result in results.values()):
-        columns = ["accuracy", "macro_f1"]
+        known = ("accuracy", "macro_f1", "entity_f1")
     else:
-        columns = [
-            c for c in ("perplexity", "exact_match", "token_f1", "bleu", "rougeL") if c in results["soft_prompt"]
-        ]
+        known = ("perplexity", "exact_match", "token_f1", "bleu", "rougeL")
+    columns = [column for column in known if column in results["soft_prompt"]]
     lines = [f"{split:26}" + "".join(f"{column:>22}" for column in columns)]
     for name, result in results.items():
         tasks = {f"  {task}": own for task, own in result.get("tasks", {}).items()}

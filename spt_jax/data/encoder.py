@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from spt_jax.data.reading import answer_text, span_reads, tag_reads, words_of
 from spt_jax.data.templates import MESSAGES, Bos, Field, Piece, Template, Text, Virtual, parse
 from spt_jax.data.tokenization import Tokenization
 from spt_jax.errors import ConfigError, DataError, did_you_mean
@@ -149,6 +150,8 @@ class Encoder:
         """What the model should say after `prompt_ids`, as text."""
         if self.template.is_conversation:
             return str(_messages(record, 0)[-1]["content"])
+        if self.template.head == "span":
+            return answer_text(record[self.template.label_field or ""])
         pieces = parse(self.template.target)
         return "".join(str(record[p.name]) if isinstance(p, Field) else getattr(p, "text", "") for p in pieces).strip()
 
@@ -180,6 +183,8 @@ class Encoder:
                 raise DataError(f"record {index + 1}: no assistant turn to learn from")
             return Example(np.asarray(ids, np.int32), np.asarray(predicted), (), 0, index)
         fields = self._fields(record, self.template.fields, index)
+        if self.template.reads is not None:
+            return self._read(record, fields, index)
         prompt = self._ids(self._prompt, fields, opens=True)
         if self.template.verbalizers:
             label = self._label(record, index)
@@ -202,7 +207,42 @@ class Encoder:
         for name in names:
             if record.get(name) is None:
                 raise DataError(f"record {index + 1}: no field {name!r}; {did_you_mean(name, record)}")
-        return {name: str(record[name]) for name in names}
+        words = {name: " ".join(words_of(record[name])) for name in names if self._has_words(name)}
+        return {name: words.get(name, str(record[name])) for name in names}
+
+    def _has_words(self, name: str) -> bool:
+        return self.template.head == "tagging" and name == self.template.reads
+
+    def _read(self, record: Mapping[str, Any], fields: Mapping[str, str], index: int) -> Example:
+        """An example for a head that reads a field."""
+        name, label = self.template.reads or "", record[self.template.label_field or ""]
+        ids, spans = self._aligned(self._prompt, fields, opens=True, field=name)
+        try:
+            if self.template.head == "tagging":
+                reads, classes = tag_reads(words_of(record[name]), words_of(label), self._classes, spans)
+            else:
+                reads, classes = span_reads(fields[name], label, spans)
+        except DataError as error:
+            raise DataError(f"record {index + 1}: {error}") from error
+        return Example(np.asarray(ids, np.int32), np.zeros(len(ids), bool), (), 0, index, reads=reads, classes=classes)
+
+    def read_text(self, record: Mapping[str, Any], first: int, last: int) -> str:
+        """The part of a span head's field from its token number `first` to `last`."""
+        fields = self._fields(record, self.template.prompt_fields, 0)
+        text = fields[self.template.reads or ""]
+        spans = [
+            span for span in self._aligned(self._prompt, fields, opens=True, field=self.template.reads)[1] if any(span)
+        ]
+        return text[spans[first][0] : spans[last][1]].strip()
+
+    def with_any_label(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """A record to ask about, with some label in the place of the one that is not known."""
+        name = self.template.label_field or ""
+        if self.template.head == "tagging":
+            return {**record, name: [self._classes[0]] * len(words_of(record[self.template.reads or ""]))}
+        if self.template.head == "span":
+            return {**record, name: str(record[self.template.reads or ""]).split()[0]}
+        return {**record, name: self._classes[0]}
 
     def _task(self, record: Mapping[str, Any], index: int) -> int:
         name = str(self._fields(record, [self.template.task or ""], index)[self.template.task or ""])
@@ -225,23 +265,36 @@ class Encoder:
         return self._ids(parse(self.template.target), fields, opens=False)
 
     def _ids(self, pieces: Sequence[Piece | int], fields: Mapping[Any, str], *, opens: bool) -> list[int]:
+        return self._aligned(pieces, fields, opens=opens)[0]
+
+    def _aligned(
+        self, pieces: Sequence[Piece | int], fields: Mapping[Any, str], *, opens: bool, field: str | None = None
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of pieces. Text and fields that touch are encoded as one text.
 
         opens: the pieces start the sequence, so that BOS goes first unless a piece says where.
+        field: one of the fields, for which the second result says which of its characters each id covers.
         """
         ids: list[int] = []
-        run, at_start, next_virtual = "", opens, 0
+        spans: list[tuple[int, int]] = []
+        run, at_start, next_virtual, begin = "", opens, 0, None
         if opens and Bos() not in pieces and self._adds_bos:
             ids.append(self._tokenizer.bos_token_id)
         for piece in [*self._split_specials(pieces), Text("")]:
             if isinstance(piece, Field):
+                begin = len(run) if piece.name == field else begin
                 run += str(fields[piece.name])
             elif isinstance(piece, Text) and piece.text:
                 run += piece.text
             else:
-                if run:
+                if begin is not None:
+                    more, covered = self._tokenization.aligned(run, opens=at_start)
+                    spans += [(0, 0)] * (len(ids) - len(spans)) + _within(covered, begin, len(fields[field or ""]))
+                    ids += more
+                elif run:
                     ids += self._tokenization.opening(run) if at_start else self._tokenization.continuation(run)
-                    at_start, run = False, ""
+                if run:
+                    at_start, run, begin = False, "", None
                 if isinstance(piece, Bos):
                     ids.append(self._bos())
                 elif isinstance(piece, int):
@@ -252,7 +305,7 @@ class Encoder:
                     ids += range(self._vocab_size + next_virtual, self._vocab_size + next_virtual + count)
                     next_virtual += count
                     at_start = False
-        return ids
+        return ids, spans + [(0, 0)] * (len(ids) - len(spans))
 
     def _bos(self) -> int:
         if self._tokenizer.bos_token_id is None:
@@ -338,6 +391,12 @@ class Encoder:
         pieces = parse(self.template.prompt)
         at = pieces.index(Field(MESSAGES))
         return pieces[:at], pieces[at + 1 :]
+
+
+def _within(spans: Sequence[tuple[int, int]], begin: int, length: int) -> list[tuple[int, int]]:
+    """What of a part of a text, `length` characters from `begin` on, each span covers; (0, 0) for nothing."""
+    clipped = [(max(first - begin, 0), min(last - begin, length)) for first, last in spans]
+    return [(first, last) if last > first else (0, 0) for first, last in clipped]
 
 
 def _messages(record: Mapping[str, Any], index: int) -> list[Mapping[str, Any]]:

@@ -10,11 +10,17 @@ from spt_jax.data.encoder import Example
 
 
 def show_example(example: Example, tokenizer: Any, vocab_size: int) -> str:
-    """One line: tokens apart by `|`, virtual ones as <soft 0>, ids to predict in [[ ]]; then the choices."""
+    """One line: tokens apart by `|`, virtual ones as <soft 0>, ids to predict in [[ ]]; then the choices.
+
+    A head's classes stand behind the tokens that it reads.
+    """
     words = []
     for token, predicted in zip(example.ids.tolist(), example.predicted.tolist(), strict=True):
         word = f"<soft {token - vocab_size}>" if token >= vocab_size else _word(tokenizer, token)
         words.append(f"[[{word}]]" if predicted else word)
+    if example.reads is not None and example.classes is not None:
+        for place, number in zip(example.reads.tolist(), example.classes.tolist(), strict=True):
+            words[place] += f" [[class {number}]]"
     line = "|".join(words)
     for number, choice in enumerate(example.choices):
         mark = "  (the label)" if number == example.label else ""
@@ -32,7 +38,7 @@ def describe(examples: Sequence[Example], plan: BatchPlan, batch_size: int, toke
     lengths = np.asarray([example.length for example in examples])
     quantiles = ", ".join(f"{name} {int(np.quantile(lengths, q))}" for name, q in (("median", 0.5), ("90 %", 0.9)))
     lines.append(f"{len(examples)} examples, tokens: shortest {lengths.min()}, {quantiles}, longest {lengths.max()}")
-    lines.append(f"leading tokens that all examples share, computed once per step: {len(plan.lead_ids)}")
+    lines.append(f"leading tokens that all examples share, computed once per step: {plan.lead_ids.shape[-1]}")
     chunks = [examples[i : i + batch_size] for i in range(0, min(len(examples), 50 * batch_size), batch_size)]
     batches = [pack(chunk, plan).rows for chunk in chunks]
     used = sum(int((rows.stream.segments > 0).sum()) for rows in batches)

@@ -97,6 +97,9 @@ def without_virtual(template: str) -> str:
     return re.sub(r"<soft(:\d+)?>", "", template)
 
 
+HeadKind = Literal["language_model", "classification", "tagging", "span"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Template:
     """How records become prompts and targets.
@@ -109,8 +112,10 @@ class Template:
     keep: which end of that field stays.
     task: the field that names a record's task, where every task has a prompt of its own.
     tasks: the tasks, in the order of their prompts.
-    head: classification reads the class off the prompt's last token with a head of the soft prompt's own; the
-      verbalizers then only name the classes, in the head's order.
+    head: what a head of the soft prompt's own reads: classification the class off the prompt's last token, tagging a
+      class off every word of a field, span the start and the end of a part of a field. The verbalizers then only name
+      the classes, in the head's order. The target's one field holds the class, the tags or the answer.
+    reads: the prompt's field that a tagging or span head reads.
     chat: render prompt and target as a user's and an assistant's turn through the tokenizer's chat template.
     system: the system turn of a chat.
     """
@@ -123,7 +128,8 @@ class Template:
     keep: Literal["start", "end"] = "start"
     task: str | None = None
     tasks: tuple[str, ...] = ()
-    head: Literal["language_model", "classification"] = "language_model"
+    head: HeadKind = "language_model"
+    reads: str | None = None
     chat: bool = False
     system: str | None = None
 
@@ -143,6 +149,21 @@ class Template:
             )
         if self.head == "classification" and len(self.verbalizers) < 2:
             raise ConfigError("a classification head needs verbalizers, whose names are the classes: at least 2")
+        if (self.reads is not None) != (self.head in ("tagging", "span")):
+            raise ConfigError(
+                "data.reads names what a tagging or span head reads: it goes with such a head, and only so"
+            )
+        if self.reads is not None:
+            if self.reads not in self.prompt_fields:
+                raise ConfigError(
+                    f"data.reads={self.reads!r} is no prompt field; {did_you_mean(self.reads, self.prompt_fields)}"
+                )
+            if self.label_field is None:
+                raise ConfigError(f"target {self.target!r}: a {self.head} head needs exactly one field there")
+            if self.truncate is not None:
+                raise ConfigError(
+                    f"data.truncate might cut off what a {self.head} head is asked for; split such records"
+                )
         if self.truncate is not None and self.truncate not in self.prompt_fields:
             raise ConfigError(
                 f"truncate={self.truncate!r} is no prompt field; {did_you_mean(self.truncate, self.prompt_fields)}"
@@ -174,5 +195,5 @@ class Template:
         """The same task without a soft prompt, asked by `prompt` or by this template's own words."""
         prompt = without_virtual(self.prompt if prompt is None else prompt)
         truncate = self.truncate if Field(self.truncate or "") in parse(prompt) else None
-        changes: dict[str, Any] = {"task": None, "tasks": (), "head": "language_model"}
+        changes: dict[str, Any] = {"task": None, "tasks": (), "head": "language_model", "reads": None}
         return dataclasses.replace(self, prompt=prompt, virtual_tokens=0, truncate=truncate, **changes)

@@ -33,7 +33,7 @@ class Tokenization:
 
     def opening(self, text: str) -> list[int]:
         """Ids of a text that opens a sequence, with whatever space the tokenizer puts there."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._encoding(text).ids
 
     def continuation(self, text: str) -> list[int]:
         """Ids of a text that follows something else: no space is put in front of it.
@@ -41,10 +41,20 @@ class Tokenization:
         Raises:
           DataError: the tokenizer merges the text with everything tried in front of it.
         """
-        if not text or not self.adds_dummy_space:
-            return self.opening(text) if text else []
-        for anchor in _ANCHORS:
-            front, whole = self.opening(anchor), self.opening(anchor + text)
-            if whole[: len(front)] == front:
-                return whole[len(front) :]
+        return self.aligned(text, opens=False)[0] if self.adds_dummy_space else self.opening(text)
+
+    def aligned(self, text: str, *, opens: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of an opening text or a continuation, and for each the characters (from, to) of the text it stands for.
+
+        Raises:
+          DataError: as `continuation`.
+        """
+        for anchor in ("",) if opens or not self.adds_dummy_space else _ANCHORS:
+            front, whole = self.opening(anchor), self._encoding(anchor + text)
+            if whole.ids[: len(front)] == front:
+                offsets = whole.offsets[len(front) :]
+                return whole.ids[len(front) :], [(first - len(anchor), last - len(anchor)) for first, last in offsets]
         raise DataError(f"the tokenizer cannot encode {text[:40]!r} as the continuation of a text")
+
+    def _encoding(self, text: str) -> tokenizers.Encoding:
+        return self._tokenizer.encode(text, add_special_tokens=False)

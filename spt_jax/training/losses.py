@@ -3,13 +3,14 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from spt_jax.data.batches import Rows
+from spt_jax.data.reading import END, START
 from spt_jax.errors import ConfigError
 from spt_jax.forward import group_scores, target_log_probabilities
 
@@ -22,12 +23,13 @@ class LossConfig:
 
     Attributes:
       over: vocabulary is next-token cross-entropy of the target; verbalizers is cross-entropy of the right class among
-        the verbalizers' sequence probabilities. Default verbalizers where there are some.
+        the verbalizers' sequence probabilities. Default verbalizers where there are some. A span head's loss is over
+        the places of its text, and any head's is set by itself.
       label_smoothing: share of the target distribution spread evenly over the vocabulary or the classes.
       class_weights: weight per class, in the verbalizers' order; none weighs all classes alike.
     """
 
-    over: Literal["vocabulary", "verbalizers"] | None = None
+    over: Literal["vocabulary", "verbalizers", "span"] | None = None
     label_smoothing: float = 0.0
     class_weights: tuple[float, ...] = ()
 
@@ -69,4 +71,34 @@ def verbalizer_loss(logits: Float[Array, "B Q V"], rows: Rows, choices: int, smo
     return jnp.sum(rows.example_weights * losses), jnp.sum(rows.example_weights)
 
 
-LOSSES: dict[str, Callable[..., Loss]] = {"vocabulary": vocabulary_loss, "verbalizers": verbalizer_loss}
+def span_loss(logits: Float[Array, "B Q 2"], rows: Rows, choices: int, smoothing: float) -> Loss:
+    """Cross-entropy of the answer's start, and of its end, among all places of its text: the mean of the two.
+
+    As transformers' question-answering models have it, but over the text that is read alone.
+    """
+    del choices
+    if smoothing:
+        raise ConfigError("loss.label_smoothing does not go with a span head")
+    examples = rows.labels.shape[1]
+    real = rows.target_weights > 0
+    at_reads = jnp.take_along_axis(logits, rows.target_outputs[:, :, None], axis=1)
+    flags = jnp.stack([rows.target_ids & START, rows.target_ids & END], axis=-1) > 0
+
+    def of_row(values: Any, real: Any, flags: Any, groups: Any, weights: Any) -> Float[Array, ""]:
+        masked = jnp.where(real[:, None], values, -jnp.inf)
+        highest = jax.lax.stop_gradient(jax.ops.segment_max(masked, groups, num_segments=examples))
+        shifted = jnp.where(real[:, None], values - highest[groups], 0.0)
+        sums = jax.ops.segment_sum(jnp.where(real[:, None], jnp.exp(shifted), 0.0), groups, num_segments=examples)
+        chosen = jax.ops.segment_sum(jnp.where(flags & real[:, None], shifted, 0.0), groups, num_segments=examples)
+        log_sums = jnp.log(jnp.where(weights[:, None] > 0, sums, 1.0))
+        return jnp.sum(weights * jnp.mean(log_sums - chosen, axis=-1))
+
+    losses = jax.vmap(of_row)(at_reads, real, flags, rows.target_groups, rows.example_weights)
+    return jnp.sum(losses), jnp.sum(rows.example_weights)
+
+
+LOSSES: dict[str, Callable[..., Loss]] = {
+    "vocabulary": vocabulary_loss,
+    "verbalizers": verbalizer_loss,
+    "span": span_loss,
+}

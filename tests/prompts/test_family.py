@@ -150,7 +150,9 @@ def test_generation_is_the_teacher_forced_argmax(name):
     index = [task_of(method, i) for i in range(len(prompts))] if tasks_of(method) else None
     answers = generate(base, prompts, virtual, SamplingConfig(max_new_tokens=6), prompt_index=index)
     examples = [
-        Example(ids := np.append(p, a.ids).astype(np.int32), np.arange(len(ids)) >= len(p), (), 0, i, task_of(method, i))
+        Example(
+            ids := np.append(p, a.ids).astype(np.int32), np.arange(len(ids)) >= len(p), (), 0, i, task_of(method, i)
+        )
         for i, (p, a) in enumerate(zip(prompts, answers, strict=True))
     ]
     plan = plan_batches(examples, lead=[0] * tasks_of(method) or 0, batch_size=3, packing=False)
