@@ -97,7 +97,7 @@ def score(base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt | None) 
     return scores
 
 
-def head_logits(base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt) -> list[Float[np.ndarray, "R C"]]:
+def head_logits(base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt) -> list[Float[np.ndarray, "_ C"]]:
     """The head's logits at the R places that it reads of every example, in the examples' order."""
     found = {}
     for rows, values in _scored(base, data, virtual):
@@ -199,7 +199,7 @@ def classification(data: EvaluationSet, scores: Float[np.ndarray, "N C"]) -> Eva
     return Evaluation(result, predictions)
 
 
-def _tagging(data: EvaluationSet, logits: Sequence[Float[np.ndarray, "R C"]]) -> Evaluation:
+def _tagging(data: EvaluationSet, logits: Sequence[Float[np.ndarray, "_ C"]]) -> Evaluation:
     """Metrics over all words."""
     names = list(data.encoder.template.verbalizers)
     labels = [np.asarray(example.classes) for example in data.examples]
@@ -220,7 +220,7 @@ def _tagging(data: EvaluationSet, logits: Sequence[Float[np.ndarray, "R C"]]) ->
     return Evaluation(result, [{"label": right, "prediction": guess} for guess, right in zip(*tags, strict=True)])
 
 
-def _spans(data: EvaluationSet, logits: Sequence[Float[np.ndarray, "R 2"]]) -> Evaluation:
+def _spans(data: EvaluationSet, logits: Sequence[Float[np.ndarray, "_ 2"]]) -> Evaluation:
     """The likeliest span of every example, at most `max_new_tokens` long, against the answer."""
     losses, predictions = [], []
     for own, example, record in zip(logits, data.examples, data.records, strict=True):

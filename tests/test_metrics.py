@@ -27,6 +27,19 @@ def test_macro_f1_by_hand():
     assert metrics.macro_f1(PREDICTED, GOLD, ["d", "a", "b", "c"]) == pytest.approx((2 / 3 + 1 / 2) / 4)
 
 
+def test_entity_f1_by_hand():
+    gold = [["B-a", "I-a", "O", "B-b"], ["O", "B-a", "B-a", "I-a"]]
+    # Right: a at 0-1, a at 2-3 of the second. Cut short: none. Another type: b at 3. An I- without its B- begins one.
+    guessed = [["B-a", "I-a", "O", "B-a"], ["I-a", "O", "I-a", "I-a"]]
+    assert metrics.entity_f1(guessed, gold) == pytest.approx(2 * 2 / (4 + 4))
+    assert metrics.entity_f1(gold, gold) == 1
+    assert metrics.entity_f1([["O", "O"]], [["B-a", "I-a"]]) == 0
+    assert metrics.entity_f1([["B-a", "B-a"]], [["B-a", "I-a"]]) == 0
+    assert metrics.has_entities(["O", "B-a"]) and not metrics.has_entities(["O", "a"])
+    with pytest.raises(DataError):
+        metrics.entity_f1([["O"]], [["O", "O"]])
+
+
 def macro_f1_from_precision_and_recall(predicted, gold, classes):
     scores = []
     for name in classes:

@@ -136,7 +136,7 @@ def test_a_heads_options(files: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert train.main(words(files, tmp_path / "a", *head, "--method.classes", "3")) == 2
     assert "method.classes is 3 for 2 verbalizers" in capsys.readouterr().err
     assert train.main(words(files, tmp_path / "b", *head, "--loss.over", "verbalizers")) == 2
-    assert "a classification head has classes of its own" in capsys.readouterr().err
+    assert "loss.over=verbalizers does not go with a classification head" in capsys.readouterr().err
 
 
 def test_metrics_can_be_computed_again_from_the_predictions(finished: Path):

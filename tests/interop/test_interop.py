@@ -13,7 +13,7 @@ import safetensors.numpy
 from spt_jax.__main__ import main
 from spt_jax.data.templates import Template
 from spt_jax.errors import CheckpointError, ConfigError
-from spt_jax.interop import export_embeddings, export_npy, export_peft, import_npy, import_peft
+from spt_jax.interop import export_embeddings, export_npy, export_peft, export_peft_tasks, import_npy, import_peft
 from spt_jax.interop.arrays import torch_file
 from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning, VirtualPrompt
 from spt_jax.prompts.storage import load_prompt, save_prompt
@@ -127,6 +127,73 @@ def test_bad_directories_are_refused(tmp_path, base, changes, tensors, message):
     folder = peft_directory(tmp_path / "peft", tensors, **changes)
     with pytest.raises(CheckpointError, match=message):
         import_peft(folder, base)
+
+
+def test_tasks_come_in_one_by_one(tmp_path, base):
+    cols, rows = noise(3, P, 2), noise(3, 2, D)
+    tensors = {"prompt_embeddings": noise(P, D), "prefix_task_cols": cols, "prefix_task_rows": rows}
+    counts = {"num_tasks": 3, "num_ranks": 2}
+    folder = peft_directory(tmp_path / "peft", tensors, peft_type="MULTITASK_PROMPT_TUNING", **counts)
+    for task in range(3):
+        method, virtual = import_peft(folder, base, task=task)
+        assert method == PromptTuning(length=P)
+        np.testing.assert_allclose(virtual.tokens, noise(P, D) * (cols[task] @ rows[task]), rtol=1e-6)
+    for task in (None, 3, -1):
+        with pytest.raises(ConfigError, match="of 3 tasks; choose one, from 0 to 2"):
+            import_peft(folder, base, task=task)
+    with pytest.raises(ConfigError, match="no task 1 to choose"):
+        import_peft(peft_directory(tmp_path / "other"), base, task=1)
+
+
+def test_tasks_go_out_together(tmp_path, base):
+    prompts = [saved_prompt(tmp_path / "a", base, "prompt_tuning")] * 2
+    export_peft_tasks(tmp_path / "peft", prompts, base)
+    _, virtual = import_peft(tmp_path / "peft", base, task=1)
+    np.testing.assert_allclose(virtual.tokens, prompts[1].virtual.tokens, rtol=1e-6)
+    with pytest.raises(ConfigError, match="prefix_tuning prompt is not token rows alone"):
+        export_peft_tasks(tmp_path / "bad", [*prompts, saved_prompt(tmp_path / "b", base, "prefix_tuning")], base)
+    assert not (tmp_path / "bad").exists()
+
+
+def head_directory(folder, task, name, classes, bias=True):
+    tensors = {"prompt_embeddings": noise(P, L * 2 * K * H), f"base_model.{name}.weight": noise(classes, D)}
+    tensors |= {f"base_model.{name}.bias": noise(classes)} if bias else {}
+    return peft_directory(folder, tensors, peft_type="PREFIX_TUNING", task_type=task)
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "classes", "options"),
+    [
+        ("SEQ_CLS", "score", 3, {"target": "{l}", "head": "classification"}),
+        ("TOKEN_CLS", "score", 3, {"target": "{l}", "head": "tagging", "reads": "text"}),
+        ("QUESTION_ANS", "qa_outputs", 2, {"target": "{l}", "head": "span", "reads": "text"}),
+    ],
+)
+def test_heads_come_in_and_go_out(tmp_path, base, task, name, classes, options):
+    folder = head_directory(tmp_path / "peft", task, name, classes, bias=task != "SEQ_CLS")
+    method, virtual = import_peft(folder, base)
+    assert method.head == options["head"]
+    np.testing.assert_array_equal(virtual.head.kernel, noise(classes, D).T)
+    names = {} if classes == 2 else {"verbalizers": {"a": "A", "b": "B", "c": "C"}}
+    saved = save_prompt(tmp_path / "ours", base, method, virtual, Template(prompt="{text}", **options, **names))
+    export_peft(tmp_path / "again", load_prompt(saved, base), base)
+    ours, theirs = (safetensors.numpy.load_file(f / "adapter_model.safetensors") for f in (tmp_path / "again", folder))
+    assert set(ours) == set(theirs)
+    for key in ours:
+        np.testing.assert_array_equal(ours[key], theirs[key])
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["task_type"] == task
+
+
+def test_bad_heads(tmp_path, base):
+    with pytest.raises(CheckpointError, match="no span head: a weight for 3 classes"):
+        import_peft(head_directory(tmp_path / "a", "QUESTION_ANS", "qa_outputs", 3), base)
+    with pytest.raises(CheckpointError, match=r"'base_model\.score\.bias' is unknown"):
+        import_peft(head_directory(tmp_path / "b", "SEQ_CLS", "score", 3), base)
+    method, virtual = import_peft(head_directory(tmp_path / "c", "TOKEN_CLS", "score", 3), base)
+    template = Template(prompt="{a}", target="{l}", head="classification", verbalizers={"a": "A", "b": "B", "c": "C"})
+    saved = save_prompt(tmp_path / "ours", base, method, virtual, template)
+    with pytest.raises(ConfigError, match="a head without a bias; train with --method"):
+        export_peft(tmp_path / "out", load_prompt(saved, base), base)
 
 
 def test_pickles_and_damaged_files_are_refused(tmp_path, base):

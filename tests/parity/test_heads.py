@@ -29,18 +29,24 @@ def loss_of(module, method, objective, frozen, params, batch):
     return loss_and_gradient(module, method, objective, frozen, params, batch)
 
 
-def model_with_head(directory, kind, task, labels, module):
-    """PEFT's model for a task, its prefix and head moved away from where they start."""
+def plain_model(directory, kind, labels):
+    """Our base, and transformers' model of a kind with the same decoder."""
     import transformers
 
     write_tiny_checkpoint(directory, "llama", seed=11)
-    base = load_base(directory, dtype="float32")
+    decoder = transformers.AutoModel.from_pretrained(directory, dtype=torch.float32)
+    config = transformers.AutoConfig.from_pretrained(directory)
+    config.num_labels = labels
+    plain = getattr(transformers, kind)(config)
+    getattr(plain, plain.base_model_prefix).load_state_dict(decoder.state_dict())
+    return load_base(directory, dtype="float32"), plain
+
+
+def model_with_head(directory, kind, task, labels, module):
+    """PEFT's model for a task, its prefix and head moved away from where they start."""
+    base, plain = plain_model(directory, kind, labels)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        decoder = transformers.AutoModel.from_pretrained(directory, dtype=torch.float32)
-        config = transformers.AutoConfig.from_pretrained(directory, num_labels=labels)
-        plain = getattr(transformers, kind)(config)
-        getattr(plain, plain.base_model_prefix).load_state_dict(decoder.state_dict())
         model = peft.get_peft_model(plain, peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=P))
     model.eval()
     torch.manual_seed(0)

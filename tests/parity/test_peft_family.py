@@ -1,5 +1,6 @@
 """Every method that PEFT has too: the same loss, logits and gradients from the same parameters and batch."""
 
+import dataclasses
 import functools
 import warnings
 
@@ -15,7 +16,7 @@ from spt_jax.base import load_base
 from spt_jax.data.batches import pack, plan_batches
 from spt_jax.data.encoder import Example
 from spt_jax.forward import encode_prefix, output_logits
-from spt_jax.prompts import ContextPromptTuning, LlamaAdapter, PrefixTuning, PTuning
+from spt_jax.prompts import ContextPromptTuning, LlamaAdapter, MultitaskPromptTuning, PrefixTuning, PTuning
 from spt_jax.testing import write_tiny_checkpoint
 from spt_jax.training.step import Objective, loss_and_gradient
 from tests.examples import VOCAB, same_gradient
@@ -152,7 +153,7 @@ def real_examples(method, count: int) -> list[Example]:
 def ours_of(module, method, frozen, params, batch):
     loss, gradient, _ = loss_and_gradient(module, method, Objective(), frozen, params, batch)
     virtual = method.materialize(module, frozen, params)
-    prefix = encode_prefix(module, frozen, virtual, batch.lead_ids)
+    prefix = encode_prefix(module, frozen, virtual, batch.lead_ids, batch.lead_length)
     return loss, gradient, output_logits(module, frozen, virtual, prefix, batch.rows)
 
 
@@ -189,6 +190,26 @@ def test_loss_logits_and_gradients_are_pefts(name, family, tmp_path):
             expected = functools.reduce(lambda tree, key: tree[key.key], path, gradients)
             worst = same_gradient(leaf, expected, 2e-5)
             print(f"{name} {family} {jax.tree_util.keystr(path)}: {worst:.1e}")
+
+
+def test_multitask_prompts_are_pefts(tmp_path):
+    """Rows of three tasks in one batch: loss and gradients of the shared rows and of every task's matrix."""
+    configure = lambda: peft.MultitaskPromptTuningConfig(**COMMON, num_tasks=3, num_ranks=2)  # noqa: E731
+    base, model = load_both(tmp_path, "llama", configure)
+    tasks = [0, 2, 1, 2, 0, 0]
+    examples = [dataclasses.replace(e, prompt=t) for e, t in zip(examples_for_peft("target", 6), tasks, strict=True)]
+    output = model(**padded(examples, "right"), task_ids=torch.tensor(tasks))
+    output.loss.backward()
+    names = {"tokens": "embedding.weight", "left": "prefix_task_cols", "right": "prefix_task_rows"}
+    theirs = encoder_tensors(model, lambda p: (jnp.asarray(p.detach().numpy()), p.grad.numpy()))
+    method = MultitaskPromptTuning(length=P, tasks=("a", "b", "c"), rank=2)
+    params = {ours: theirs[name][0] for ours, name in names.items()}
+    for packing in (False, True):
+        batch = pack(examples, plan_batches(examples, lead=[P, P, P], batch_size=6, packing=packing))
+        loss, slope, _ = ours_of(base.module, method, base.params, params, batch)
+        np.testing.assert_allclose(float(loss), output.loss.item(), rtol=1e-5)
+        for ours, name in names.items():
+            same_gradient(slope[ours], theirs[name][1], 2e-5)
 
 
 def test_context_prompt_tuning_is_pefts(tmp_path):
