@@ -9,7 +9,7 @@ from typing import Any, Literal
 import tyro
 
 from spt_jax.base import FrozenBase, load_base
-from spt_jax.config import EvaluationConfig, Line, Lines, Pairs
+from spt_jax.config import EvaluationConfig
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.sources import check_fields, read_records
 from spt_jax.data.templates import MESSAGES, Template
@@ -21,6 +21,7 @@ from spt_jax.generation import SamplingConfig, generate
 from spt_jax.inspection import describe_prompt
 from spt_jax.interop import export_embeddings, export_npy, export_peft, export_peft_tasks, import_npy, import_peft
 from spt_jax.interop.peft import default_template
+from spt_jax.options import Line, Lines, Pairs
 from spt_jax.prompts import VirtualPrompt
 from spt_jax.prompts.storage import INFO_FILE, SavedPrompt, load_prompt, read_prompt, save_prompt
 from spt_jax.prompts.transfer import ranked_sources

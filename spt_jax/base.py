@@ -207,6 +207,15 @@ def read_config(directory: Path, max_length: int | None = None) -> DecoderConfig
     return decoder_config(hf, max_length=max_length)
 
 
+def read_tokenizer(path_or_hub_id: str | Path, revision: str | None = None) -> Any:
+    """The tokenizer of a base alone.
+
+    Raises:
+      CheckpointError: it is missing, damaged or not a fast one.
+    """
+    return _read_tokenizer(_local_directory(str(path_or_hub_id), revision))
+
+
 def _read_tokenizer(directory: Path) -> Any:
     import transformers
 

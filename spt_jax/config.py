@@ -1,13 +1,11 @@
 """An experiment as frozen dataclasses. Files in `configs/` build one; the command line overrides its fields."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Generic, Literal, TypeVar
-
-import tyro
+from typing import Any, Generic, Literal, TypeVar
 
 from spt_jax.data.templates import MESSAGES, Template, virtual_length, without_virtual
 from spt_jax.errors import ConfigError
+from spt_jax.options import Line, Lines, Pairs
 from spt_jax.prompts import Method, MultitaskPromptTuning
 from spt_jax.prompts.initializers import Initializer
 from spt_jax.sharding import MeshConfig
@@ -15,59 +13,6 @@ from spt_jax.training.losses import LossConfig
 from spt_jax.training.optimizers import OptimizerConfig
 
 AnyMethod = TypeVar("AnyMethod", bound=Method)
-
-
-def unescape(text: str) -> str:
-    """Reads `\\n` as a newline, `\\t` as a tab and `\\\\` as one backslash; other backslashes stay."""
-    escapes = {"n": "\n", "t": "\t", "\\": "\\"}
-    out, i = "", 0
-    while i < len(text):
-        pair = text[i : i + 2]
-        if pair[0] == "\\" and pair[1:] in escapes:
-            out, i = out + escapes[pair[1]], i + 2
-        else:
-            out, i = out + text[i], i + 1
-    return out
-
-
-def _escape(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t")
-
-
-def _read_pairs(words: list[str]) -> dict[str, str]:
-    pairs = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or not key:
-            raise ValueError(f"{word!r} is not of the form class=text")
-        if key in pairs:
-            raise ValueError(f"class {key!r} is given twice")
-        pairs[key] = unescape(value)
-    return pairs
-
-
-def _spec(
-    metavar: str, nargs: Any, read: Callable[[list[str]], Any], write: Callable[[Any], list[str]], kind: type
-) -> Any:
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=nargs,
-        metavar=metavar,
-        instance_from_str=read,
-        is_instance=lambda value: isinstance(value, kind),
-        str_from_instance=write,
-    )
-
-
-# Flags hold one line, so a newline is written `\n` in them.
-Line = Annotated[str, _spec("TEXT", 1, lambda words: unescape(words[0]), lambda text: [_escape(text)], str)]
-Lines = Annotated[
-    tuple[str, ...],
-    _spec("TEXT...", "*", lambda words: tuple(map(unescape, words)), lambda texts: list(map(_escape, texts)), tuple),
-]
-Pairs = Annotated[
-    Mapping[str, str],
-    _spec("CLASS=TEXT...", "*", _read_pairs, lambda pairs: [f"{k}={_escape(v)}" for k, v in pairs.items()], Mapping),
-]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,7 +174,7 @@ def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
         if placed:
             raise ConfigError(f"data.prompt places {placed} virtual tokens, but {method.name} has none: drop <soft:n>")
         data = dataclasses.replace(data, prompt=without_virtual(data.prompt))
-    elif method.length is None:
+    elif method.length is None and not method.needs_tokenizer:
         method = dataclasses.replace(method, length=placed or method.token_count)
     if (data.task is not None) != isinstance(method, MultitaskPromptTuning):
         raise ConfigError("data.task and method.name=multitask_prompt_tuning go together: give both or neither")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spt_jax.base import FrozenBase, load_base
+from spt_jax.base import FrozenBase, load_base, read_tokenizer
 from spt_jax.config import ExperimentConfig, make_template, resolve
 from spt_jax.data.batches import BatchPlan, plan_batches, rows_multiple
 from spt_jax.data.encoder import Encoder, Example
@@ -110,6 +110,9 @@ class Experiment:
             multiple=rows_multiple(self.base.mesh, config.train.microbatches),
             max_length=self.base.config.max_positions,
         )
+        virtual = {self.base.config.vocab_size + number for number, _, _ in config.method.context_targets}
+        if not virtual <= set(plan.lead_ids.flat):
+            raise ConfigError("a context with labels must open data.prompt: <soft> before any field")
         return examples, plan
 
     def objective(self, plan: BatchPlan) -> Objective:
@@ -130,6 +133,9 @@ def load_experiment(config: ExperimentConfig[Any]) -> Experiment:
       ConfigError, DataError, CheckpointError: as the config, the data and the base have it.
     """
     data = config.data
+    if config.base.path and config.method.needs_tokenizer:
+        tokenizer = read_tokenizer(config.base.path, config.base.revision)
+        config = resolve(dataclasses.replace(config, method=config.method.bind(tokenizer)))
     if not data.train or not data.prompt or not config.base.path:
         missing = [
             n

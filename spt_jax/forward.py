@@ -113,6 +113,17 @@ def encode_prefix(
     )
 
 
+@jax.named_scope("lead")
+def lead_logits(
+    module: Decoder, frozen: Params, virtual: VirtualPrompt, lead_ids: Int[Array, " P"]
+) -> Float[Array, "P V"]:
+    """Logits, float32, of the token behind each leading id, for a prompt without a prefix of its own."""
+    positions = jnp.arange(lead_ids.shape[0], dtype=jnp.int32)[None]
+    stream = Stream(positions, jnp.ones_like(positions), jnp.zeros_like(positions))
+    hidden, _ = run_stream(module, frozen, virtual, lead_ids[None], stream)
+    return logits(module, frozen, hidden)[0]
+
+
 @jax.named_scope("rows")
 def output_logits(
     module: Decoder, frozen: Params, virtual: VirtualPrompt | None, prefix: Prefix | None, rows: Rows

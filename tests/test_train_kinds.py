@@ -96,6 +96,28 @@ def test_tasks_that_only_their_own_prompts_tell_apart(folder, tmp_path, capsys):
     assert adapted["steps"] == 2
 
 
+def test_a_context_of_solved_examples(folder, tmp_path, capsys):
+    data = (
+        "--data.target",
+        "{label}",
+        "--data.verbalizers",
+        "x=H",
+        "y=L",
+        "--method.name",
+        "cpt",
+        "--train.steps",
+        "2",
+    )
+    context = ("--method.context", r"the Bob\n[[H]]\na Eve\n[[L]]\n")
+    results = run(folder, tmp_path / "run", "--data.prompt", r"<soft>{text}\n", *data, *context)
+    saved = read_prompt(tmp_path / "run" / "prompt")
+    assert results["steps"] == 2 and saved.method.length == len(saved.method.ids) == len(saved.virtual.tokens)
+    assert len(saved.method.context_targets) == 2
+    with pytest.raises(AssertionError):
+        run(folder, tmp_path / "two", "--data.prompt", r"{text}<soft>\n", *data, *context)
+    assert "must open data.prompt" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [

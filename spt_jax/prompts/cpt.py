@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -10,9 +11,11 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from spt_jax.base import FrozenBase
+from spt_jax.data.tokenization import Tokenization
 from spt_jax.errors import ConfigError
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.hf import Params
+from spt_jax.options import Line
 from spt_jax.prompts.initializers import initialize
 from spt_jax.prompts.method import DEFAULT_LENGTH, PromptParams, TokenMethod
 from spt_jax.prompts.virtual import VirtualPrompt
@@ -26,9 +29,14 @@ class ContextPromptTuning(TokenMethod):
 
     Attributes:
       name: the method.
-      init: the real tokens of the context; with init.name=text a text, tiled or trimmed to P.
+      context: solved examples in words, each one's label in [[ ]], such as "Who wrote it?\\n[[ person]]\\n".
+      ids: the real tokens of the context; default those of `context`.
+      init: without either, the real tokens; with init.name=text a text, tiled or trimmed to P.
       kinds: what each of the P tokens is, modulo 4: 1 an input's format, 2 an input's words, 3 an output's format, 0 a
-        label, which stays as it is. Default 2 for all.
+        label, which stays as it is. Numbers grow by 4 from one example of the context to the next. Default 2 for
+        all; for `context` 2 and 4, 6 and 8, and so on.
+      decay: the loss on the context's labels, which `ids` must tell, weighs this for the last example, its square for
+        the one before, and so on; 0 for none.
       epsilon: how far, in units of sqrt(D / 2048), the words may go from where they start.
       format_epsilon: how far format tokens may.
     """
@@ -36,25 +44,73 @@ class ContextPromptTuning(TokenMethod):
     recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.1, "schedule": "linear"}
 
     name: Literal["cpt"] = "cpt"
+    context: Line = ""
+    ids: tuple[int, ...] = ()
     kinds: tuple[int, ...] = ()
+    decay: float = 0.95
     epsilon: float = 10.0
     format_epsilon: float = 10.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kinds and self.length is not None and len(self.kinds) != self.length:
-            raise ConfigError(f"method.kinds has {len(self.kinds)} numbers for {self.length} virtual tokens")
-        if min((self.epsilon, self.format_epsilon, *self.kinds)) < 0:
-            raise ConfigError("method.epsilon, method.format_epsilon and method.kinds must be at least 0")
+        for name, given in (("kinds", self.kinds), ("ids", self.ids)):
+            if given and len(given) != self.token_count:
+                raise ConfigError(f"method.{name} has {len(given)} numbers for {self.token_count} virtual tokens")
+        if min((self.epsilon, self.format_epsilon, *self.kinds, *self.ids)) < 0:
+            raise ConfigError("method.epsilon, format_epsilon, kinds and ids must be at least 0")
+        if not 0 <= self.decay <= 1:
+            raise ConfigError(f"method.decay is {self.decay}; it lies in [0, 1]")
 
     @property
     def token_count(self) -> int:
         """Virtual tokens that a template must place."""
-        return self.length or len(self.kinds) or DEFAULT_LENGTH
+        return self.length or len(self.kinds) or len(self.ids) or DEFAULT_LENGTH
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """The context is still words."""
+        return bool(self.context) and not self.ids
+
+    def bind(self, tokenizer: Any) -> "ContextPromptTuning":
+        """The context as ids and kinds.
+
+        Raises:
+          ConfigError: `length` is given and is not the context's.
+        """
+        if not self.needs_tokenizer:
+            return self
+        encode, ids, kinds = Tokenization(tokenizer).continuation, [], []
+        for number, piece in enumerate(re.split(r"\[\[(.*?)\]\]", self.context, flags=re.DOTALL)):
+            example, is_label = divmod(number, 2)
+            ids += encode(piece)
+            kinds += [4 * example + (4 if is_label else INPUT)] * (len(ids) - len(kinds))
+        if self.length not in (None, len(ids)):
+            raise ConfigError(f"method.context has {len(ids)} tokens; leave method.length={self.length} out")
+        return dataclasses.replace(self, length=len(ids), ids=tuple(ids), kinds=tuple(kinds))
+
+    @property
+    def context_targets(self) -> tuple[tuple[int, int, float], ...]:
+        """The labels of the context, later ones weighing more (Blau et al. 2024, section 3.3, as PEFT has it)."""
+        labels = sorted({kind for kind in self.kinds if kind and kind % 4 == 0}, reverse=True)
+        weights = {kind: self.decay ** (1 + rank) for rank, kind in enumerate(labels)}
+        if not self.ids or not self.decay:
+            return ()
+        return tuple((i, self.ids[i], weights[kind]) for i, kind in enumerate(self.kinds) if kind in weights)
 
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Float[Array, "P D"]]:
-        """The context's embeddings and how far each is from them: nothing yet. float32."""
-        rows = initialize(self.init, key, base, self.token_count)
+        """The context's embeddings and how far each is from them: nothing yet. float32.
+
+        Raises:
+          ConfigError: `bind` was not called, or an id is outside the vocabulary.
+        """
+        if self.needs_tokenizer:
+            raise ConfigError("method.context is not tokenized yet: use method.bind(base.tokenizer)")
+        if self.ids and max(self.ids) >= base.config.vocab_size:
+            raise ConfigError(f"method.ids go up to {max(self.ids)}; the vocabulary has {base.config.vocab_size}")
+        if self.ids:
+            rows = base.params["embedding"][np.asarray(self.ids)].astype(jnp.float32)
+        else:
+            rows = initialize(self.init, key, base, self.token_count)
         return {"start": rows, "delta": jnp.zeros_like(rows)}
 
     def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:

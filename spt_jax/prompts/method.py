@@ -45,6 +45,21 @@ class Method:
         """Positions that keys and values take up before the first token."""
         return 0
 
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether options are left to `bind`."""
+        return False
+
+    def bind(self, tokenizer: Any) -> "Method":
+        """The method with those options that only the base's tokenizer tells."""
+        del tokenizer
+        return self
+
+    @property
+    def context_targets(self) -> tuple[tuple[int, int, float], ...]:
+        """Virtual tokens that are to be predicted themselves: number, real id and weight of each."""
+        return ()
+
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Any]:
         """Fresh parameters, float32.
 

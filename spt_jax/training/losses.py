@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from spt_jax.data.batches import Rows
 from spt_jax.data.reading import END, START
@@ -95,6 +96,25 @@ def span_loss(logits: Float[Array, "B Q 2"], rows: Rows, choices: int, smoothing
 
     losses = jax.vmap(of_row)(at_reads, real, flags, rows.target_groups, rows.example_weights)
     return jnp.sum(losses), jnp.sum(rows.example_weights)
+
+
+def context_loss(
+    logits: Float[Array, "P V"],
+    lead_ids: Int[Array, " P"],
+    vocab_size: int,
+    targets: Sequence[tuple[int, int, float]],
+) -> Loss:
+    """Weighted cross-entropy of virtual tokens that stand for real ones, and how many of them there are.
+
+    targets: `Method.context_targets`. The first token of a sequence, which nothing predicts, does not count; where one
+      is not among the leading ids, the loss is NaN.
+    """
+    numbers, ids, weights = (np.asarray(column) for column in zip(*targets, strict=True))
+    is_there = lead_ids[None, :] == vocab_size + numbers[:, None]
+    places = jnp.argmax(is_there, axis=1)
+    losses = -jax.nn.log_softmax(logits)[jnp.maximum(places - 1, 0), ids]
+    losses = jnp.where(is_there.any(axis=1), jnp.where(places > 0, weights * losses, 0.0), jnp.nan)
+    return jnp.sum(losses), jnp.sum((places > 0).astype(jnp.float32))
 
 
 LOSSES: dict[str, Callable[..., Loss]] = {

@@ -19,13 +19,13 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from spt_jax.base import FrozenBase
 from spt_jax.data.batches import Batch, Rows
-from spt_jax.forward import encode_prefix, output_logits
+from spt_jax.forward import encode_prefix, lead_logits, output_logits
 from spt_jax.models.attention import Prefix
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.hf import Params
 from spt_jax.prompts import Method, PromptParams, VirtualPrompt
 from spt_jax.sharding import replicated
-from spt_jax.training.losses import LOSSES
+from spt_jax.training.losses import LOSSES, context_loss
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -87,6 +87,17 @@ def loss_and_gradient(
     nothing = ((zero, zero), jax.tree.map(jnp.zeros_like, (keys_values, virtual)))
     microbatches = _split(batch.rows, objective.microbatches)
     ((total, weight), (of_prefix, of_virtual)), _ = jax.lax.scan(accumulate, nothing, microbatches)
+    if method.context_targets:
+
+        def of_context(virtual: VirtualPrompt) -> tuple[Array, Array]:
+            logits = lead_logits(module, frozen, virtual, batch.lead_ids)
+            return context_loss(logits, batch.lead_ids, module.config.vocab_size, method.context_targets)
+
+        # Every example has the context before it, and what it costs.
+        examples = jnp.sum(batch.rows.example_weights)
+        (loss, count), slope = jax.value_and_grad(of_context, has_aux=True)(virtual)
+        total, weight = total + examples * loss, weight + examples * count
+        of_virtual = jax.tree.map(lambda a, b: a + examples * b, of_virtual, slope)
     (through_prefix,) = encode_vjp(of_prefix)
     (gradient,) = materialize_vjp(jax.tree.map(jnp.add, of_virtual, through_prefix))
     weight = jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)

@@ -212,48 +212,52 @@ def test_multitask_prompts_are_pefts(tmp_path):
             same_gradient(slope[ours], theirs[name][1], 2e-5)
 
 
-def test_context_prompt_tuning_is_pefts(tmp_path):
-    """Projection, tokens that stay, loss and gradient, over three steps of SGD.
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_context_prompt_tuning_is_pefts(decay, tmp_path):
+    """Projection, tokens that stay, loss on the context's labels and gradient, over three steps of SGD.
 
-    PEFT adds the context's labels (kind 4) to the loss: here the only one is the first token, which nothing predicts.
+    The first label of the context is its first token, which nothing predicts. The context without decay has no other.
     """
-    kinds, ids = (4, 1, 2, 2, 3, 0), [17, 40, 41, 18, 50, 51]
+    kinds, ids = (4, 5, 6, 8, 11, 12) if decay else (4, 1, 2, 2, 3, 0), (17, 40, 41, 18, 50, 51)
     base, model = load_both(
         tmp_path,
         "llama",
         lambda: peft.CPTConfig(
             task_type="CAUSAL_LM",
-            cpt_token_ids=ids,
+            cpt_token_ids=list(ids),
             cpt_mask=[1] * P,
             cpt_tokens_type_mask=list(kinds),
-            opt_weighted_loss_type="none",
+            opt_weighted_loss_type="decay" if decay else "none",
+            opt_loss_decay_factor=decay,
             opt_projection_epsilon=3.0,
             opt_projection_format_epsilon=2.0,
         ),
     )
     encoder = model.prompt_encoder["default"]
-    rows = np.asarray(base.params["embedding"])[ids]
-    np.testing.assert_array_equal(encoder.embedding.weight.detach().numpy(), rows)
     with torch.no_grad():
         encoder.delta_embedding.weight.zero_()
-    method = ContextPromptTuning(length=P, kinds=kinds, epsilon=3.0, format_epsilon=2.0)
-    params = {"start": jnp.asarray(rows), "delta": jnp.zeros_like(rows)}
+    method = ContextPromptTuning(ids=ids, kinds=kinds, decay=decay, epsilon=3.0, format_epsilon=2.0)
+    params = method.init_params(jax.random.key(0), base)
+    np.testing.assert_array_equal(encoder.embedding.weight.detach().numpy(), params["start"])
     examples = examples_for_peft("target", 6)
     inputs = padded(examples, "right")
     kinds_of_rows = torch.where(inputs["labels"] == -100, 2, 4)
-    batch = pack(examples, plan_batches(examples, lead=P, batch_size=6, packing=False))
+    batches = [
+        pack(examples, plan_batches(examples, lead=P, batch_size=6, packing=packing)) for packing in (False, True)
+    ]
     optimizer = torch.optim.SGD([encoder.delta_embedding.weight], lr=5.0)
     for _ in range(3):
         optimizer.zero_grad()
         loss = model(**inputs, input_type_mask=kinds_of_rows.clone()).loss  # PEFT changes the mask in place
         loss.backward()
-        ours, slope, _ = ours_of(base.module, method, base.params, params, batch)
-        np.testing.assert_allclose(float(ours), loss.item(), rtol=1e-5)
-        same_gradient(slope["delta"], encoder.delta_embedding.weight.grad.numpy(), 2e-5)
+        for batch in batches:
+            ours, slope, _ = ours_of(base.module, method, base.params, params, batch)
+            np.testing.assert_allclose(float(ours), loss.item(), rtol=1e-5)
+            same_gradient(slope["delta"], encoder.delta_embedding.weight.grad.numpy(), 2e-5)
         optimizer.step()
         params = method.project({**params, "delta": params["delta"] - 5.0 * slope["delta"]})
     norms = np.linalg.norm(params["delta"], axis=1)
-    assert (norms[[0, 5]] == 0).all()
+    assert (norms[[i for i, kind in enumerate(kinds) if kind % 4 == 0]] == 0).all()
     scale = (base.config.width / 2048) ** 0.5
     np.testing.assert_allclose(norms[[1, 4]].max(), 2.0 * scale, rtol=1e-4)
     np.testing.assert_allclose(norms[[2, 3]].max(), 3.0 * scale, rtol=1e-4)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -190,6 +191,29 @@ def test_context_tokens_stay_within_their_balls():
     np.testing.assert_array_equal(method.project(inside)["delta"][:2], inside["delta"][:2])
 
 
+def test_a_context_in_words():
+    """Its labels are tokens of their own, as a target's are; what lies between them is encoded piece by piece."""
+    base = base_of()
+    method = ContextPromptTuning(context="The question\n[[ world]]\nHello[[ the]]\n", decay=0.5).bind(base.tokenizer)
+    pieces = ["The question\n", " world", "\nHello", " the", "\n"]
+    ids = [base.tokenizer.encode(piece, add_special_tokens=False) for piece in pieces]
+    assert method.ids == tuple(itertools.chain(*ids))
+    kinds = [2, 4, 6, 8, 10]
+    assert method.kinds == tuple(kind for kind, piece in zip(kinds, ids, strict=True) for _ in piece)
+    assert method.length == method.token_count == len(method.ids)
+    labels = {i: 0.5 ** (2 if kind == 4 else 1) for i, kind in enumerate(method.kinds) if kind in (4, 8)}
+    assert method.context_targets == tuple((i, method.ids[i], weight) for i, weight in labels.items())
+    rows = method.init_params(jax.random.key(0), base)["start"]
+    np.testing.assert_array_equal(rows, np.asarray(base.params["embedding"])[list(method.ids)])
+    assert method.bind(base.tokenizer) is method
+    with pytest.raises(ConfigError, match=r"use method\.bind"):
+        ContextPromptTuning(context="a[[b]]").init_params(jax.random.key(0), base)
+    with pytest.raises(ConfigError, match=r"leave method\.length=3 out"):
+        ContextPromptTuning(context="The question", length=3).bind(base.tokenizer)
+    with pytest.raises(ConfigError, match="ids go up to 999"):
+        ContextPromptTuning(ids=(999,)).init_params(jax.random.key(0), base)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -205,6 +229,8 @@ def test_context_tokens_stay_within_their_balls():
         ("decomposed_prompt_tuning", {"change_rate": 0.0}, "change_rate is 0"),
         ("cpt", {"length": 3, "kinds": (1, 2)}, "kinds has 2 numbers for 3 virtual tokens"),
         ("cpt", {"epsilon": -1.0}, "at least 0"),
+        ("cpt", {"decay": 1.5}, "decay is 1.5"),
+        ("cpt", {"ids": (1, 2), "kinds": (1,)}, "ids has 2 numbers for 1 virtual tokens"),
         ("llama_adapter", {"layers": 0}, "layers is 0"),
     ],
 )

@@ -1,0 +1,21 @@
+"""Several tasks in one run, from files whose records name their task: a shared prompt, and a small matrix per task.
+
+    python train.py configs/multitask_prompt_tuning.py --workdir out/tasks --base.path PATH \\
+        --data.train train.jsonl --data.validation validation.jsonl --data.test test.jsonl --data.task task \\
+        --data.prompt "<soft:20>{text}\\n" --data.target "{answer}"
+
+Leaves a prompt for each task in out/tasks/prompt/TASK, and the rows that they share in out/tasks/prompt/shared, from which
+a new task starts: --method.name prompt_tuning --method.init.name prompt --method.init.path out/tasks/prompt/shared
+"""
+
+from spt_jax.config import BaseConfig, DataConfig, ExperimentConfig
+from spt_jax.prompts import MultitaskPromptTuning
+
+
+def get_config() -> ExperimentConfig[MultitaskPromptTuning]:
+    """Fields without a sensible default are empty and must come from the command line."""
+    return ExperimentConfig(
+        base=BaseConfig(path=""),
+        data=DataConfig(train="", prompt="", task="task"),
+        method=MultitaskPromptTuning(),
+    )
