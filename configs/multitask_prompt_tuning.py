@@ -4,8 +4,8 @@
         --data.train train.jsonl --data.validation validation.jsonl --data.test test.jsonl --data.task task \\
         --data.prompt "<soft:20>{text}\\n" --data.target "{answer}"
 
-Leaves a prompt for each task in out/tasks/prompt/TASK, and the rows that they share in out/tasks/prompt/shared, from which
-a new task starts: --method.name prompt_tuning --method.init.name prompt --method.init.path out/tasks/prompt/shared
+Leaves a prompt for each task in out/tasks/prompt/TASK, and the rows that they share in out/tasks/prompt/shared, which
+a new task starts from: --method.name prompt_tuning --method.init.name prompt --method.init.path out/tasks/prompt/shared
 """
 
 from spt_jax.config import BaseConfig, DataConfig, ExperimentConfig
