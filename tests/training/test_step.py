@@ -312,8 +312,8 @@ def test_the_program_does_not_grow_with_the_layers():
         return jax.jit(function).lower(parameter_shapes(config), state, batch)
 
     few = lowered(4)
-    start = time.perf_counter()
+    start = time.process_time()
     many = lowered(24)
     many.compile()
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert abs(len(many.as_text()) / len(few.as_text()) - 1) < 0.05
