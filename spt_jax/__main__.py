@@ -13,9 +13,9 @@ from spt_jax.config import EvaluationConfig
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.sources import check_fields, read_records
 from spt_jax.data.templates import MESSAGES, Template
-from spt_jax.ensemble import evaluate_ensemble
+from spt_jax.ensemble import evaluate_ensemble, score_together
 from spt_jax.errors import CheckpointError, ConfigError, SptError, did_you_mean
-from spt_jax.evaluation import EvaluationSet, evaluate, make_evaluation_set
+from spt_jax.evaluation import EvaluationSet, evaluate, from_scores, make_evaluation_set
 from spt_jax.files import write_json, write_text
 from spt_jax.generation import SamplingConfig, generate
 from spt_jax.inspection import describe_prompt
@@ -23,6 +23,7 @@ from spt_jax.interop import export_embeddings, export_npy, export_peft, export_p
 from spt_jax.interop.peft import default_template
 from spt_jax.options import Line, Lines, Pairs
 from spt_jax.prompts import VirtualPrompt
+from spt_jax.prompts.stacking import stack_prompts
 from spt_jax.prompts.storage import INFO_FILE, SavedPrompt, load_prompt, read_prompt, save_prompt
 from spt_jax.prompts.transfer import ranked_sources
 from spt_jax.report import comparison_table
@@ -45,9 +46,34 @@ class Saved:
     force: bool = False
 
     def load(self) -> tuple[FrozenBase, SavedPrompt]:
-        info = read_prompt(self.prompt).info["base"]
+        base, (saved,) = self.load_all([self.prompt])
+        return base, saved
+
+    def load_all(self, folders: Sequence[Path]) -> tuple[FrozenBase, list[SavedPrompt]]:
+        """The base of the first of these prompts, and all of them."""
+        info = read_prompt(folders[0]).info["base"]
         base = load_base(self.base or info["id"], revision=None if self.base else info["revision"], dtype=self.dtype)
-        return base, load_prompt(self.prompt, base, force=self.force)
+        return base, [load_prompt(folder, base, force=self.force) for folder in folders]
+
+    def named(self, names: Sequence[str]) -> list[Path]:
+        """The prompts of these names in the folder of prompts that `prompt` is.
+
+        Raises:
+          CheckpointError: it holds no prompts, or none of one of the names.
+        """
+        known = _bank(self.prompt)
+        for name in names:
+            if name not in known:
+                raise CheckpointError(f"{self.prompt}: holds no prompt {name!r}; {did_you_mean(name, known)}")
+        return [known[name] for name in names]
+
+
+def _bank(folder: Path) -> dict[str, Path]:
+    """The prompts of a folder, by name."""
+    found = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{INFO_FILE}"))}
+    if not found:
+        raise CheckpointError(f"{folder}: holds no saved prompts")
+    return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +82,7 @@ class Generate(Saved):
 
     Attributes:
       texts: one record each, for a template with one field.
+      names: where `prompt` is a folder of prompts, the name of the one for each text: they are all asked together.
       fields: a record as name=value pairs, for a template with several.
       max_new_tokens: longest answer.
       temperature: 0 takes the likeliest token.
@@ -66,6 +93,7 @@ class Generate(Saved):
     """
 
     texts: tyro.conf.Positional[tuple[str, ...]] = ()
+    names: tuple[str, ...] = ()
     fields: Pairs = dataclasses.field(default_factory=dict)
     max_new_tokens: int = 64
     temperature: float = 0.0
@@ -83,6 +111,9 @@ class Generate(Saved):
             stop=self.stop,
             seed=self.seed,
         )
+        if self.names:
+            self.run_together(sampling)
+            return
         template = read_prompt(self.prompt).template
         records = _records(template, self.texts, self.fields)
         base, saved = self.load()
@@ -96,6 +127,32 @@ class Generate(Saved):
             return
         for answer in generate(base, [encoder.prompt_ids(record) for record in records], saved.virtual, sampling):
             print(answer.text)
+
+    def run_together(self, sampling: SamplingConfig) -> None:
+        """Each text under its own prompt, in the same batches."""
+        if len(self.names) != len(self.texts):
+            raise ConfigError(f"{len(self.names)} names for {len(self.texts)} texts; give a name for each")
+        different = list(dict.fromkeys(self.names))
+        base, saved = self.load_all(self.named(different))
+        if len({bool(one.template.verbalizers) for one in saved}) > 1 or any(one.template.reads for one in saved):
+            raise ConfigError("some of these prompts answer with a class and some with words; ask them apart")
+        encoders = [_encoder(one.template, base, one.virtual) for one in saved]
+        index = [different.index(name) for name in self.names]
+        records = [_records(saved[i].template, [text], {})[0] for i, text in zip(index, self.texts, strict=True)]
+        virtuals = [one.virtual for one in saved]
+        if not saved[0].template.verbalizers:
+            prompts = [encoders[i].prompt_ids(record) for i, record in zip(index, records, strict=True)]
+            for answer in generate(base, prompts, stack_prompts(virtuals), sampling, prompt_index=index):
+                print(answer.text)
+            return
+        asked = [
+            [encoder.with_any_label(r) for i, r in zip(index, records, strict=True) if i == own]
+            for own, encoder in enumerate(encoders)
+        ]
+        sets = [make_evaluation_set(base, encoder, own) for encoder, own in zip(encoders, asked, strict=True)]
+        scores = [iter(own) for own in score_together(base, sets, virtuals)]
+        for i in index:
+            print(list(saved[i].template.verbalizers)[int(next(scores[i]).argmax())])
 
 
 def _encoder(template: Template, base: FrozenBase, virtual: VirtualPrompt | None) -> Encoder:
@@ -135,6 +192,7 @@ class Evaluate(Saved):
       data: a .jsonl, .json, .csv, .tsv or .parquet file, or a hub data set id.
       split: of a hub data set.
       hard_prompt: prompts to compare with.
+      by: where `prompt` is a folder of prompts, the records' field that names the one for each; all are asked together.
       others: further prompts of the same task; each is scored, and their ensemble with the first.
       combine: how the ensemble decides: by mean log-probability, or by vote.
       batch_size: examples per batch.
@@ -145,6 +203,7 @@ class Evaluate(Saved):
     data: str
     split: str = "test"
     hard_prompt: Lines = ()
+    by: str | None = None
     others: tuple[Path, ...] = ()
     combine: Literal["mean", "vote"] = "mean"
     batch_size: int = 64
@@ -152,11 +211,14 @@ class Evaluate(Saved):
     output: Path | None = None
 
     def run(self) -> None:
-        template = read_prompt(self.prompt).template
         records = read_records(self.data, split=self.split)
+        config = EvaluationConfig(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
+        if self.by is not None:
+            self.run_together(records, config)
+            return
+        template = read_prompt(self.prompt).template
         check_fields(records, template.fields, self.data)
         base, saved = self.load()
-        config = EvaluationConfig(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
 
         def asked(template: Template, virtual: VirtualPrompt | None) -> EvaluationSet:
             return make_evaluation_set(base, _encoder(template, base, virtual), records, config)
@@ -178,9 +240,29 @@ class Evaluate(Saved):
             raise ConfigError(f"--hard-prompt: without a head, the model has no {template.head} to compare with")
         for text in self.hard_prompt:
             results[f"hard prompt {text!r}"] = metrics(template.bare(text), None)
+        self.report(results)
+
+    def report(self, results: Mapping[str, Any]) -> None:
         print(comparison_table({"test": results}))
         if self.output is not None:
             write_json(self.output, results)
+
+    def run_together(self, records: Sequence[Mapping[str, Any]], config: EvaluationConfig) -> None:
+        """Each record under the prompt that it names, in the same batches."""
+        if self.others or self.hard_prompt:
+            raise ConfigError("--by evaluates a folder of prompts; --others and --hard-prompt go with a single one")
+        check_fields(records, [self.by or ""], self.data)
+        own: dict[str, list[Mapping[str, Any]]] = {}
+        for record in records:
+            own.setdefault(str(record[self.by or ""]), []).append(record)
+        base, saved = self.load_all(self.named(list(own)))
+        sets = []
+        for one, asked in zip(saved, own.values(), strict=True):
+            check_fields(asked, one.template.fields, self.data)
+            sets.append(make_evaluation_set(base, _encoder(one.template, base, one.virtual), asked, config))
+        scores = score_together(base, sets, [one.virtual for one in saved])
+        results = [from_scores(asked, values).metrics for asked, values in zip(sets, scores, strict=True)]
+        self.report(dict(zip(own, results, strict=True)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -298,10 +380,7 @@ class Similar:
 
     def run(self) -> None:
         target = read_prompt(self.prompt)
-        folders = [path.parent for path in sorted(self.bank.glob(f"*/{INFO_FILE}"))]
-        if not folders:
-            raise CheckpointError(f"{self.bank}: holds no saved prompts")
-        bank = {str(folder): read_prompt(folder) for folder in folders}
+        bank = {str(folder): read_prompt(folder) for folder in _bank(self.bank).values()}
         for folder, saved in bank.items():
             differences = target.fingerprint.differences(saved.fingerprint)
             if differences:

@@ -1,9 +1,10 @@
-"""Several prompts of one task, asked together: every example once per prompt, in the same batches.
+"""Several prompts asked together, in the same batches: each about records of its own, or all about the same ones.
 
 Lester et al. 2021, section 6: one base answers for all prompts of an ensemble in one call.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -20,35 +21,36 @@ from spt_jax.prompts.stacking import stack_prompts
 
 def score_together(
     base: FrozenBase, sets: Sequence[EvaluationSet], prompts: Sequence[VirtualPrompt]
-) -> Float[np.ndarray, "S N C"]:
+) -> list[Float[np.ndarray, "_ _"]]:
     """What `evaluation.score` gives for each prompt on its own set, from batches that hold them all.
 
     Args:
       base: the frozen base.
-      sets: for each prompt, the same records as its template reads them.
+      sets: for each prompt, what it is asked.
       prompts: of any methods and lengths.
 
     Raises:
-      ConfigError: the sets have unequal records or classes.
+      ConfigError: not as many sets as prompts, or prompts that do not go together (`stack_prompts`).
     """
-    sizes = {(len(data.examples), tuple(data.encoder.template.verbalizers)) for data in sets}
-    if len(sets) != len(prompts) or len(sizes) != 1:
-        raise ConfigError("an ensemble needs one set per prompt, all with the same records and classes")
-    ((count, _),) = sizes
+    if len(sets) != len(prompts) or not sets:
+        raise ConfigError(f"{len(sets)} sets for {len(prompts)} prompts; each prompt needs one")
+    starts = list(itertools.accumulate((len(data.examples) for data in sets), initial=0))
     examples = [
-        dataclasses.replace(example, prompt=s, index=s * count + n)
+        dataclasses.replace(example, prompt=s, index=starts[s] + n)
         for s, data in enumerate(sets)
         for n, example in enumerate(data.examples)
     ]
     plan = plan_batches(
         examples,
-        lead=[len(data.plan.lead_ids) for data in sets],
+        lead=[data.plan.lead_ids.shape[-1] for data in sets],
         batch_size=sets[0].config.batch_size,
         multiple=rows_multiple(base.mesh),
         max_length=base.config.max_positions,
     )
     together = dataclasses.replace(sets[0], examples=examples, plan=plan)
-    return score(base, together, stack_prompts(prompts)).reshape(len(sets), count, -1)
+    scores = score(base, together, stack_prompts(prompts))
+    choices = [max(1, len(data.encoder.template.verbalizers)) for data in sets]
+    return [scores[a:b, :count] for a, b, count in zip(starts, starts[1:], choices, strict=False)]
 
 
 def evaluate_ensemble(
@@ -63,11 +65,13 @@ def evaluate_ensemble(
       prompts choose, and among equals the one of the higher mean.
 
     Raises:
-      ConfigError: the task has no classes.
+      ConfigError: the task has no classes, or the sets have unequal records or classes.
     """
     if not sets or not sets[0].encoder.template.verbalizers:
         raise ConfigError("an ensemble votes on classes, and this task has no verbalizers")
-    scores = score_together(base, sets, prompts).astype(np.float64)
+    if len({(len(data.examples), tuple(data.encoder.template.verbalizers)) for data in sets}) > 1:
+        raise ConfigError("an ensemble needs one set per prompt, all with the same records and classes")
+    scores = np.stack(score_together(base, sets, prompts)).astype(np.float64)
     scores -= np.logaddexp.reduce(scores, axis=-1, keepdims=True)
     combined = scores.mean(0)
     if combine == "vote":

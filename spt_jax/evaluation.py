@@ -138,11 +138,14 @@ def evaluate(
         return _by_task(data, _tagging(data, head_logits(base, data, virtual)))
     if virtual is not None and data.encoder.template.head == "span":
         return _by_task(data, _spans(data, head_logits(base, data, virtual)))
-    scores = score(base, data, virtual)
-    if data.encoder.template.verbalizers:
-        return _by_task(data, classification(data, scores))
-    result = _likelihood(data, scores[:, 0])
+    result = from_scores(data, score(base, data, virtual))
+    generated = generated and not data.encoder.template.verbalizers
     return _by_task(data, _with_answers(base, data, virtual, result) if generated else result)
+
+
+def from_scores(data: EvaluationSet, scores: Float[np.ndarray, "N C"]) -> Evaluation:
+    """What follows from `score`: of classification its metrics, else loss and perplexity."""
+    return classification(data, scores) if data.encoder.template.verbalizers else _likelihood(data, scores[:, 0])
 
 
 def _by_task(data: EvaluationSet, result: Evaluation) -> Evaluation:

@@ -20,7 +20,8 @@ def comparison_table(metrics: Mapping[str, Metrics]) -> str:
         known = ("accuracy", "macro_f1", "entity_f1")
     else:
         known = ("perplexity", "exact_match", "token_f1", "bleu", "rougeL")
-    columns = [column for column in known if column in results["soft_prompt"]]
+    first = next(iter(results.values()))
+    columns = [column for column in known if column in first]
     lines = [f"{split:26}" + "".join(f"{column:>22}" for column in columns)]
     for name, result in results.items():
         tasks = {f"  {task}": own for task, own in result.get("tasks", {}).items()}

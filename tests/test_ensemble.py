@@ -41,16 +41,28 @@ def test_together_they_score_as_alone():
     base = tiny_base()
     prompts, sets = members(base)
     together = score_together(base, sets, prompts)
-    assert together.shape == (4, 13, 3)
+    assert [own.shape for own in together] == [(13, 3)] * 4
     for own, data, prompt in zip(together, sets, prompts, strict=True):
         np.testing.assert_allclose(own, score(base, data, prompt), atol=1e-4)
     assert np.abs(together[0] - together[1]).max() > 0.01
 
 
+def test_sets_of_unequal_records_and_classes():
+    base = tiny_base()
+    prompts, sets = members(base)
+    template = dataclasses.replace(sets[1].encoder.template, verbalizers={"good": "H", "bad": "L e"})
+    encoder = spt_jax.Encoder(template, base.tokenizer, base.config.vocab_size, 100)
+    fewer = spt_jax.make_evaluation_set(base, encoder, [r for r in RECORDS if r["label"] != "so"][:5])
+    together = score_together(base, [sets[0], fewer], prompts[:2])
+    assert [own.shape for own in together] == [(13, 3), (5, 2)]
+    for own, data, prompt in zip(together, [sets[0], fewer], prompts, strict=False):
+        np.testing.assert_allclose(own, score(base, data, prompt), atol=1e-4)
+
+
 def test_mean_and_vote():
     base = tiny_base()
     prompts, sets = members(base)
-    scores = score_together(base, sets, prompts).astype(np.float64)
+    scores = np.stack(score_together(base, sets, prompts)).astype(np.float64)
     shares = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     labels = [example.label for example in sets[0].examples]
     mean = np.log(shares).mean(0).argmax(-1)
@@ -68,22 +80,76 @@ def test_what_is_no_ensemble_is_refused():
     prompts, sets = members(base)
     fewer = dataclasses.replace(sets[1], examples=sets[1].examples[:5])
     with pytest.raises(ConfigError, match="the same records and classes"):
-        score_together(base, [sets[0], fewer], prompts[:2])
+        evaluate_ensemble(base, [sets[0], fewer], prompts[:2])
+    with pytest.raises(ConfigError, match="2 sets for 1 prompts"):
+        score_together(base, sets[:2], prompts[:1])
     with pytest.raises(ConfigError, match="votes on classes"):
         evaluate_ensemble(base, [], [])
 
 
-def test_the_command(tmp_path, capsys):
-    write_tiny_checkpoint(tmp_path / "model", "llama")
-    base = spt_jax.load_base(tmp_path / "model")
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory):
+    """model/, prompts a, b and c of a task and speak of another, and records that name one each."""
+    folder = tmp_path_factory.mktemp("bank")
+    write_tiny_checkpoint(folder / "model", "llama")
+    base = spt_jax.load_base(folder / "model")
     template = spt_jax.Template(prompt="<soft>{text}\n", target="{label}", virtual_tokens=3, verbalizers=VERBALIZERS)
-    for name in "abc":
-        tokens = jnp.asarray(np.random.default_rng(ord(name)).normal(size=(3, 32)), jnp.float32)
-        spt_jax.save_prompt(tmp_path / name, base, METHODS[0], spt_jax.VirtualPrompt(tokens=tokens), template)
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
-    words = ["evaluate", "--prompt", str(tmp_path / "a"), "--data", str(tmp_path / "test.jsonl")]
-    words += ["--others", str(tmp_path / "b"), str(tmp_path / "c"), "--combine", "vote"]
+    speak = spt_jax.Template(prompt="Say: {text}<soft>", target="{label}", virtual_tokens=3)
+    for name in ("a", "b", "c", "speak", "tell"):
+        tokens = jnp.asarray(np.random.default_rng(ord(name[0])).normal(size=(3, 32)), jnp.float32)
+        own = template if len(name) == 1 else speak
+        spt_jax.save_prompt(folder / "bank" / name, base, METHODS[0], spt_jax.VirtualPrompt(tokens=tokens), own)
+    lines = [{**record, "which": "abc"[n % 3]} for n, record in enumerate(RECORDS)]
+    (folder / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_the_command(bank, tmp_path, capsys):
+    names = [str(bank / "bank" / name) for name in "abc"]
+    words = ["evaluate", "--prompt", names[0], "--data", str(bank / "test.jsonl")]
+    words += ["--others", *names[1:], "--combine", "vote"]
     assert main([*words, "--output", str(tmp_path / "out.json")]) == 0
     results = json.loads((tmp_path / "out.json").read_text())
-    assert set(results) == {"soft_prompt", str(tmp_path / "b"), str(tmp_path / "c"), "vote of 3 prompts", "no_prompt"}
+    assert set(results) == {"soft_prompt", *names[1:], "vote of 3 prompts", "no_prompt"}
     assert "vote of 3 prompts" in capsys.readouterr().out
+
+
+def test_records_that_name_their_prompts(bank, tmp_path, capsys):
+    """By name in one call, as each prompt's own records alone."""
+    words = ["evaluate", "--prompt", str(bank / "bank"), "--data", str(bank / "test.jsonl"), "--by", "which"]
+    assert main([*words, "--output", str(tmp_path / "all.json")]) == 0
+    together = json.loads((tmp_path / "all.json").read_text())
+    lines = (bank / "test.jsonl").read_text().splitlines()
+    for name in "abc":
+        (tmp_path / "own.jsonl").write_text("\n".join(line for line in lines if f'"which": "{name}"' in line))
+        alone = ["evaluate", "--prompt", str(bank / "bank" / name), "--data", str(tmp_path / "own.jsonl")]
+        assert main([*alone, "--output", str(tmp_path / "own.json")]) == 0
+        expected = json.loads((tmp_path / "own.json").read_text())["soft_prompt"]
+        assert together[name]["examples"] == expected["examples"]
+        assert together[name]["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    capsys.readouterr()
+    assert main([*words[:-1], "label"]) == 1
+    assert "holds no prompt 'good'; known: a, b, c" in capsys.readouterr().err
+    assert main([*words[:-1], "witch"]) == 1
+    assert "did you mean 'which'" in capsys.readouterr().err
+    assert main([*words, "--others", "x"]) == 2
+    assert main(["evaluate", "--prompt", str(bank), "--data", str(bank / "test.jsonl"), "--by", "which"]) == 1
+
+
+@pytest.mark.parametrize("names", [("a", "b", "a"), ("tell", "speak", "tell")])
+def test_texts_under_prompts_of_their_own(bank, capsys, names):
+    texts = ["the word", "a question of the world", "and so on"]
+    few = ["--max-new-tokens", "4"]
+    alone = []
+    for text, name in zip(texts, names, strict=True):
+        assert main(["generate", "--prompt", str(bank / "bank" / name), text, *few]) == 0
+        alone.append(capsys.readouterr().out)
+    words = ["generate", "--prompt", str(bank / "bank"), *texts, *few, "--names"]
+    assert main([*words, *names]) == 0
+    assert capsys.readouterr().out == "".join(alone)
+    assert main([*words, *names[:2]]) == 2
+    assert "2 names for 3 texts" in capsys.readouterr().err
+    assert main([*words, "a", "speak", "a"]) == 2
+    assert "ask them apart" in capsys.readouterr().err
+    assert main([*words, "a", "d", "a"]) == 1
+    assert "holds no prompt 'd'" in capsys.readouterr().err

@@ -98,7 +98,7 @@ class BatchPlan:
     lead_ids: the leading ids that all examples share [P], or those of each of S prompts share [S, P].
     lead_length: of the latter, how many are real [S]; None where all examples have one prompt.
     length, outputs, targets, examples: T, Q, M, E of every row.
-    choices: scored sequences per example, 1 without verbalizers.
+    choices: scored sequences per example at most, 1 without verbalizers.
     row_buckets: numbers of rows B to choose from, ascending.
     multiple: what B must be a multiple of: row shards times microbatches.
     """
@@ -166,7 +166,7 @@ def plan_batches(
         outputs=length,
         targets=10**9,
         examples=10**9 if packing else 1,
-        choices=max(1, len(examples[0].choices)),
+        choices=max(1, *(len(example.choices) for example in examples)),
         row_buckets=(),
         multiple=multiple,
     )
