@@ -64,6 +64,9 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
         f"{base.name}: {base.parameter_count:,} frozen parameters in {base.dtype} on"
         f" {base.mesh.size} x {measure.device_name()}"
     )
+    note = experiment.window_note(examples)
+    if note is not None:
+        print(note)
     if command.dry_run:
         dry_run(experiment, examples, plan, optimizer)
         return

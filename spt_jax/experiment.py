@@ -115,6 +115,16 @@ class Experiment:
             raise ConfigError("a context with labels must open data.prompt: <soft> before any field")
         return examples, plan
 
+    def window_note(self, examples: Sequence[Example]) -> str | None:
+        """What to know where examples are longer than a sliding window: the soft prompt slides out of it too."""
+        sizes, longest = self.base.config, max(example.length for example in examples)
+        if not sizes.window_layers or longest + self.config.method.prefix_length <= sizes.window:
+            return None
+        return (
+            f"note: {len(sizes.window_layers)} of {sizes.layers} layers see only the last {sizes.window} tokens, and"
+            f" examples have up to {longest}; in those layers the soft prompt is out of sight beyond that"
+        )
+
     def objective(self, plan: BatchPlan) -> Objective:
         """The static part of the loss."""
         loss = self.config.loss

@@ -42,6 +42,11 @@ class PTuning(TokenMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.init.name in ("prompt", "file", "array"):
+            raise ConfigError(
+                f"method.init.name={self.init.name}: an encoder cannot start at given rows; go on from them with"
+                " prompt_tuning"
+            )
         if self.hidden is not None and self.hidden < 1:
             raise ConfigError(f"method.hidden is {self.hidden}; the encoder has at least 1 unit")
 

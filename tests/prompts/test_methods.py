@@ -221,6 +221,7 @@ def test_a_context_in_words():
         ("prefix_tuning", {"sink": 20}, "sink is 20; it lies in 0 to 19"),
         ("prefix_tuning", {"hidden": 0}, "hidden is 0"),
         ("p_tuning", {"hidden": 0}, "hidden is 0"),
+        ("p_tuning", {"init": initializers.prompt("a")}, "an encoder cannot start at given rows"),
         ("residual_prompt_tuning", {"bottleneck": 0}, "bottleneck is 0"),
         ("residual_prompt_tuning", {"network_rate": 0.0}, "network_rate is 0"),
         ("deep_prompts", {"classes": 1}, "classes is 1"),
