@@ -30,10 +30,13 @@ def score_together(
       prompts: of any methods and lengths.
 
     Raises:
-      ConfigError: not as many sets as prompts, or prompts that do not go together (`stack_prompts`).
+      ConfigError: not as many sets as prompts, a tagging or span head, or prompts that do not go together
+        (`stack_prompts`).
     """
     if len(sets) != len(prompts) or not sets:
         raise ConfigError(f"{len(sets)} sets for {len(prompts)} prompts; each prompt needs one")
+    if any(data.encoder.template.reads for data in sets):
+        raise ConfigError("heads that read a field, for tags or spans, are evaluated one prompt at a time")
     starts = list(itertools.accumulate((len(data.examples) for data in sets), initial=0))
     examples = [
         dataclasses.replace(example, prompt=s, index=starts[s] + n)

@@ -81,6 +81,10 @@ def test_what_is_no_ensemble_is_refused():
     fewer = dataclasses.replace(sets[1], examples=sets[1].examples[:5])
     with pytest.raises(ConfigError, match="the same records and classes"):
         evaluate_ensemble(base, [sets[0], fewer], prompts[:2])
+    reading = dataclasses.replace(sets[0].encoder.template, head="tagging", reads="text")
+    encoder = spt_jax.Encoder(reading, base.tokenizer, base.config.vocab_size, 100)
+    with pytest.raises(ConfigError, match="one prompt at a time"):
+        score_together(base, [dataclasses.replace(sets[0], encoder=encoder)], prompts[:1])
     with pytest.raises(ConfigError, match="2 sets for 1 prompts"):
         score_together(base, sets[:2], prompts[:1])
     with pytest.raises(ConfigError, match="votes on classes"):

@@ -235,7 +235,7 @@ def pack(examples: Sequence[Example], plan: BatchPlan, class_weights: Sequence[f
     Args:
       examples: those of one batch.
       plan: the shapes.
-      class_weights: a weight per class, which multiplies all of an example's weights.
+      class_weights: a weight per class, which multiplies all weights of an example, or of a head's read, of that class.
 
     Raises:
       DataError: an example does not fit a row of the plan, or has nothing to predict.
@@ -276,6 +276,8 @@ def pack(examples: Sequence[Example], plan: BatchPlan, class_weights: Sequence[f
             rows.labels[row, slot] = example.label
             rows.example_weights[row, slot] = weight
             rows.examples[row, slot] = example.index
+            if class_weights is not None and example.classes is not None:
+                weight = np.asarray(class_weights)[example.classes]
             writer.add(example, plan.lead(example), slot * plan.choices, weight)
     return Batch(plan.lead_ids, rows, plan.lead_length)
 
@@ -291,8 +293,8 @@ class _RowWriter:
     targets: int = 0
     segments: int = 0
 
-    def add(self, example: Example, lead: int, group: int, weight: float) -> None:
-        """Writes the example's tokens, and its targets from group `group` on."""
+    def add(self, example: Example, lead: int, group: int, weight: Any) -> None:
+        """Writes the example's tokens, and its targets from group `group` on; a weight for all, or one for each read."""
         last = len(example.ids) - int(bool(len(example.predicted)) and example.predicted[-1])
         start = self._tokens(example.ids[lead:last], first_position=lead, parent=0)
         if example.reads is not None:
@@ -330,7 +332,7 @@ class _RowWriter:
         self.rows.outputs[self.row, start : self.outputs] = positions
         return start + np.arange(len(positions))
 
-    def _targets(self, outputs: np.ndarray, ids: np.ndarray, group: int, weight: float) -> None:
+    def _targets(self, outputs: np.ndarray, ids: np.ndarray, group: int, weight: Any) -> None:
         part = slice(self.targets, self.targets + len(ids))
         self.targets += len(ids)
         self.rows.target_outputs[self.row, part] = outputs

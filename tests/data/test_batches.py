@@ -190,6 +190,14 @@ def test_packing_leaves_little_room():
     assert np.mean(shares) > 0.8
 
 
+def test_class_weights_weigh_every_read_of_a_head_by_its_own_class():
+    reads, classes = np.asarray([2, 3, 5]), np.asarray([1, 0, 1])
+    example = Example(np.arange(3, 12), np.zeros(9, bool), (), 0, 0, reads=reads, classes=classes)
+    rows = pack([example], plan_batches([example], lead=0, batch_size=1), class_weights=(0.5, 2.0)).rows
+    np.testing.assert_array_equal(rows.target_weights[0, :3], [2.0, 0.5, 2.0])
+    np.testing.assert_array_equal(rows.outputs[0, :3], reads)
+
+
 def test_class_weights_weigh_targets_and_examples():
     examples = random_examples("choices", 9)
     plan = plan_batches(examples, lead=0, batch_size=9)
