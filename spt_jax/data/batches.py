@@ -294,7 +294,7 @@ class _RowWriter:
     segments: int = 0
 
     def add(self, example: Example, lead: int, group: int, weight: Any) -> None:
-        """Writes the example's tokens, and its targets from group `group` on; a weight for all, or one for each read."""
+        """Writes the example's tokens, and its targets from group `group` on, with one weight or one for each."""
         last = len(example.ids) - int(bool(len(example.predicted)) and example.predicted[-1])
         start = self._tokens(example.ids[lead:last], first_position=lead, parent=0)
         if example.reads is not None:
