@@ -1,6 +1,6 @@
 """Grade-school mathematics (GSM8K) with Llama 3.2 1B, both from the hub; the model asks you to accept its licence.
 
-    python train.py configs/gsm8k_llama3p2_1b.py --base.remat
+    python train.py configs/gsm8k_llama3p2_1b.py --base.remat full
 
 Expect a download of about 2.5 GB on the first run. No figure stands here because none has been measured yet.
 """

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from spt_jax.errors import CheckpointError, ConfigError
 from spt_jax.models.config import DecoderConfig, check_family, decoder_config
-from spt_jax.models.decoder import Decoder
+from spt_jax.models.decoder import Decoder, Remat
 from spt_jax.models.hf import Params, parameter_shapes, read_params
 from spt_jax.sharding import check_divides, make_mesh, parameter_sharding
 
@@ -94,6 +94,18 @@ def logits(module: Decoder, frozen: Params, hidden: Float[Array, "*B D"]) -> Flo
     return module.apply({"params": frozen}, hidden, method=Decoder.logits)  # type: ignore[return-value]
 
 
+def output_matrix(module: Decoder, frozen: Params) -> Float[Array, "V D"]:
+    """What hidden states are multiplied with to give logits; the embedding table where they are tied."""
+    return frozen["embedding"] if module.config.tied else frozen["output"].T
+
+
+def output_rows(module: Decoder, frozen: Params, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+    """Rows of `output_matrix`, without a transposed copy of it."""
+    if module.config.tied:
+        return jnp.take(frozen["embedding"], ids, axis=0)
+    return jnp.moveaxis(jnp.take(frozen["output"], ids, axis=1), 0, -1)
+
+
 def default_dtype() -> str:
     """float32 on CPU, bfloat16 on accelerators."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -106,7 +118,7 @@ def load_base(
     dtype: str | None = None,
     mesh: Mesh | None = None,
     max_length: int | None = None,
-    remat: bool = False,
+    remat: Remat = "dots",
 ) -> FrozenBase:
     """Loads a decoder, its tokenizer and its identity; needs no torch.
 
@@ -116,7 +128,8 @@ def load_base(
       dtype: "float32", "bfloat16" or "float16"; default float32 on CPU and bfloat16 on accelerators.
       mesh: where the weights go; default one device.
       max_length: the longest sequence of the run, which fixes the frequencies of `dynamic` RoPE.
-      remat: recompute activations of each layer in the backward pass: less memory, about a third more work.
+      remat: what the backward pass computes again: "none", "dots" (all but the results of linear maps) or "full" (whole
+        layers: the least memory, about a third more work).
 
     Raises:
       ConfigError: unsupported architecture, option, dtype or mesh.

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -19,7 +18,7 @@ from spt_jax.config import EvaluationConfig
 from spt_jax.data.batches import Batch, BatchPlan, Rows, evaluation_batches, place_batch, plan_batches, rows_multiple
 from spt_jax.data.encoder import Encoder, Example
 from spt_jax.data.reading import END, START
-from spt_jax.forward import encode_prefix, group_scores, output_logits, target_log_probabilities
+from spt_jax.forward import encode_prefix, group_scores, output_readings
 from spt_jax.generation import SamplingConfig, generate
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.hf import Params
@@ -77,10 +76,8 @@ def _batch_scores(
 ) -> Float[Array, "B E C"] | Float[Array, "B M C"]:
     """Log-probabilities of every example's choices; with a head, its logits at every place that it reads."""
     prefix = encode_prefix(module, frozen, virtual, batch.lead_ids, batch.lead_length)
-    logits = output_logits(module, frozen, virtual, prefix, batch.rows)
-    if virtual is not None and virtual.head is not None:
-        return jnp.take_along_axis(logits, batch.rows.target_outputs[:, :, None], axis=1)
-    return group_scores(target_log_probabilities(logits, batch.rows), batch.rows, choices)
+    readings = output_readings(module, frozen, virtual, prefix, batch.rows)
+    return group_scores(readings, batch.rows, choices) if readings.logits is None else readings.logits
 
 
 def score(base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt | None) -> Float[np.ndarray, "N C"]:

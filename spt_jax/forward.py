@@ -5,17 +5,19 @@ that is closed over becomes a literal of the compiled program.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from spt_jax.base import embed, logits, run_layers
+from spt_jax.base import embed, logits, output_matrix, output_rows, run_layers
 from spt_jax.data.batches import Rows
 from spt_jax.models.attention import NEVER, Cache, Prefix, Stream
 from spt_jax.models.decoder import Decoder, of_row
 from spt_jax.models.hf import Params
+from spt_jax.models.vocabulary import log_sum_exp
 from spt_jax.prompts.virtual import VirtualPrompt
 
 
@@ -125,10 +127,10 @@ def lead_logits(
 
 
 @jax.named_scope("rows")
-def output_logits(
+def output_states(
     module: Decoder, frozen: Params, virtual: VirtualPrompt | None, prefix: Prefix | None, rows: Rows
-) -> Float[Array, "B Q V"]:
-    """Logits, float32, at the output positions alone: of the next token, or of the prompt's head over its C classes."""
+) -> Float[Array, "B Q D"]:
+    """Normalised hidden states at the output positions alone."""
     stream = rows.stream
     if virtual is not None:
         start = virtual.first_position
@@ -136,26 +138,67 @@ def output_logits(
             start = of_row(stream.prompt_index, start).reshape(-1, 1)
         stream = dataclasses.replace(stream, positions=stream.positions + start)
     hidden, _ = run_stream(module, frozen, virtual, rows.ids, stream, prefix)
-    wanted = jnp.take_along_axis(hidden, rows.outputs[:, :, None], axis=1)
+    return jnp.take_along_axis(hidden, rows.outputs[:, :, None], axis=1)
+
+
+def output_logits(
+    module: Decoder, frozen: Params, virtual: VirtualPrompt | None, prefix: Prefix | None, rows: Rows
+) -> Float[Array, "B Q V"]:
+    """Logits, float32, at the output positions alone: of the next token, or of the prompt's head over its C classes."""
+    states = output_states(module, frozen, virtual, prefix, rows)
     if virtual is None or virtual.head is None:
-        return logits(module, frozen, wanted)
-    head = of_row(stream.prompt_index, virtual.head)
-    return jnp.matmul(wanted.astype(jnp.float32), head.kernel) + head.bias.reshape(-1, 1, head.bias.shape[-1])
+        return logits(module, frozen, states)
+    head = of_row(rows.stream.prompt_index, virtual.head)
+    return jnp.matmul(states.astype(jnp.float32), head.kernel) + head.bias.reshape(-1, 1, head.bias.shape[-1])
 
 
-def target_log_probabilities(all_logits: Float[Array, "B Q V"], rows: Rows) -> Float[Array, "B M"]:
-    """Log-probability of every target, 0 for padding."""
-    at_output = jnp.take_along_axis(jax.nn.logsumexp(all_logits, axis=-1), rows.target_outputs, axis=1)
-    batch = jnp.arange(rows.ids.shape[0])[:, None]
-    chosen = all_logits[batch, rows.target_outputs, rows.target_ids]
-    return jnp.where(rows.target_weights > 0, chosen - at_output, 0.0)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Readings:
+    """What losses and scores read of the logits, float32.
+
+    log_probabilities: of every target.
+    means: the mean log-probability of all V tokens, or C classes, where each target is predicted.
+    logits: of a head's classes at every target; None of a vocabulary's tokens.
+    """
+
+    log_probabilities: Float[Array, "B M"]
+    means: Float[Array, "B M"]
+    logits: Float[Array, "B M C"] | None = None
 
 
-def group_scores(log_probabilities: Float[Array, "B M"], rows: Rows, choices: int) -> Float[Array, "B E C"]:
+def read_logits(all_logits: Float[Array, "B Q V"], rows: Rows) -> Readings:
+    """Readings of logits that are there as a whole."""
+    at_targets = jnp.take_along_axis(all_logits, rows.target_outputs[:, :, None], axis=1)
+    log_sums = jax.nn.logsumexp(at_targets, axis=-1)
+    chosen = jnp.take_along_axis(at_targets, rows.target_ids[:, :, None], axis=2)[..., 0]
+    return Readings(chosen - log_sums, jnp.mean(at_targets, axis=-1) - log_sums, at_targets)
+
+
+def output_readings(
+    module: Decoder, frozen: Params, virtual: VirtualPrompt | None, prefix: Prefix | None, rows: Rows
+) -> Readings:
+    """Readings at the output positions. The logits of a large vocabulary are never there as a whole."""
+    if virtual is not None and virtual.head is not None:
+        return read_logits(output_logits(module, frozen, virtual, prefix, rows), rows)
+    states = output_states(module, frozen, virtual, prefix, rows)
+    with jax.named_scope("logits"):
+        matrix = jax.lax.stop_gradient(output_matrix(module, frozen)).astype(states.dtype)
+        targets = jax.lax.stop_gradient(output_rows(module, frozen, rows.target_ids)).astype(states.dtype)
+        at_targets = partial(jnp.take_along_axis, indices=rows.target_outputs, axis=1)
+        log_sums = at_targets(log_sum_exp(states, matrix))
+        own = jnp.take_along_axis(states, rows.target_outputs[:, :, None], axis=1)
+        chosen = jnp.einsum("bmd,bmd->bm", own, targets, preferred_element_type=jnp.float32)
+        means = at_targets(jnp.dot(states, matrix.mean(axis=0), preferred_element_type=jnp.float32))
+    return Readings(chosen - log_sums, means - log_sums)
+
+
+def group_scores(readings: Readings, rows: Rows, choices: int) -> Float[Array, "B E C"]:
     """Summed log-probability of every scored sequence: C = `choices` of each example, 1 for a plain target."""
     examples = rows.labels.shape[1]
 
     def of_row(values: Float[Array, " M"], groups: Int[Array, " M"]) -> Float[Array, " G"]:
         return jax.ops.segment_sum(values, groups, num_segments=examples * choices)
 
+    log_probabilities = jnp.where(rows.target_weights > 0, readings.log_probabilities, 0.0)
     return jax.vmap(of_row)(log_probabilities, rows.target_groups).reshape(-1, examples, choices)

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from spt_jax.base import FrozenBase, load_base
 from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.models.config import DecoderConfig, decoder_config
+from spt_jax.models.decoder import Remat
 from spt_jax.models.hf import Params, parameter_shapes, write_checkpoint
 
 TokenizerKind = Literal["byte", "sentencepiece"]
@@ -217,7 +218,7 @@ def tiny_base(
     dtype: str = "float32",
     mesh: Mesh | None = None,
     max_length: int | None = None,
-    remat: bool = False,
+    remat: Remat = "dots",
     tokenizer: TokenizerKind = "byte",
     add_bos: bool = True,
     **overrides: Any,

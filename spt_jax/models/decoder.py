@@ -1,7 +1,7 @@
 """A causal decoder in Flax Linen: GPT-2 and the Llama family, layers stacked [L, ...] and scanned."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -110,6 +110,10 @@ class Block(nn.Module):
         return x, keys_values if self.return_keys_values else None
 
 
+# What the backward pass computes again: nothing; all but the results of linear maps; everything in a layer.
+Remat = Literal["none", "dots", "full"]
+
+
 class Decoder(nn.Module):
     """Embeddings, scanned layers, final norm and output matrix of a causal language model.
 
@@ -118,7 +122,7 @@ class Decoder(nn.Module):
     """
 
     config: DecoderConfig
-    remat: bool = False
+    remat: Remat = "dots"
 
     def setup(self) -> None:
         config = self.config
@@ -179,7 +183,8 @@ class Decoder(nn.Module):
             gated=None if gated is None else _for_all_layers(layers_first(gated), config.layers),
         )
         shared = SharedInputs(rotation(config, rows.positions), rows.prompt_index, *_masks(config, rows, prefix, cache))
-        block: Any = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+        block: Any = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=policy)
         in_axes: Any = (0, nn.broadcast)
         scan = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=in_axes, length=config.layers

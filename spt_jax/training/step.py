@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from spt_jax.base import FrozenBase
 from spt_jax.data.batches import Batch, Rows
-from spt_jax.forward import encode_prefix, lead_logits, output_logits
+from spt_jax.forward import encode_prefix, lead_logits, output_readings
 from spt_jax.models.attention import Prefix
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.hf import Params
@@ -76,8 +76,8 @@ def loss_and_gradient(
 
     def rows_loss(keys_values: Any, virtual: VirtualPrompt, rows: Rows) -> tuple[Array, Array]:
         prefix = None if keys_values is None else Prefix(keys_values[0], keys_values[1], positions)
-        logits = output_logits(module, frozen, virtual, prefix, rows)
-        return LOSSES[objective.over](logits, rows, objective.choices, objective.label_smoothing)
+        readings = output_readings(module, frozen, virtual, prefix, rows)
+        return LOSSES[objective.over](readings, rows, objective.choices, objective.label_smoothing)
 
     def accumulate(carry: Any, rows: Rows) -> tuple[Any, None]:
         loss, cotangents = jax.value_and_grad(rows_loss, argnums=(0, 1), has_aux=True)(keys_values, virtual, rows)

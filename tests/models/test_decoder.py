@@ -1,5 +1,7 @@
 """The decoder against stored logits of transformers, and against itself in every layout."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,9 +147,10 @@ def test_a_cache_with_empty_slots_equals_the_whole_row():
         np.testing.assert_allclose(ours[run.slice], expected[run.row, n : n + len(run.ids)], atol=2e-5)
 
 
-def test_rematerialisation_changes_nothing():
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_changes_nothing(remat):
     base, ids = base_of("smollm3")
-    again = tiny_base("smollm3", seed=BY_NAME["smollm3"].seed, remat=True)
+    base, again = (dataclasses.replace(base, module=base.module.clone(remat=kind)) for kind in ("none", remat))
     row, stream = lay_out([Run(0, 0, ids[:20])], 20)
 
     def loss(base):

@@ -42,7 +42,7 @@ def method_of(name: str):
 
 
 @functools.cache
-def base_of(remat: bool = False, **axes: int):
+def base_of(remat: str = "none", **axes: int):
     base = tiny_base(num_key_value_heads=4, mesh=make_mesh(MeshConfig(**axes)))
     return dataclasses.replace(base, module=base.module.clone(remat=remat))
 
@@ -123,7 +123,7 @@ def test_sharing_packing_microbatches_remat_and_mesh_change_nothing(name):
     loss, gradient, _ = plain(name)
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
     assert largest > 1e-4, "a gradient of nothing agrees with anything"
-    method, base = method_of(name), base_of(remat=True, data=2, tensor=2)
+    method, base = method_of(name), base_of(remat="full", data=2, tensor=2)
     batch = batch_of(method, base, shared=True, packing=True, microbatches=2)
     params = jax.device_put(params_of(name), replicated(base.mesh))
     objective = dataclasses.replace(objective_of(method), microbatches=2)

@@ -1,0 +1,57 @@
+"""Normalisers over a large vocabulary, of which only a part of the logits is there at a time."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# Logits that are there at once, beyond one chunk of the least number of rows that keeps a matrix product efficient.
+CHUNK_LOGITS = 2**24
+CHUNK_ROWS = 512
+
+
+@jax.custom_vjp
+def log_sum_exp(states: Float[Array, "B Q D"], matrix: Float[Array, "V D"]) -> Float[Array, "B Q"]:
+    """log of the sum over v of exp(states . matrix[v]), float32, with a gradient for the states alone.
+
+    The gradient is the mean of the matrix's rows under the softmax. The forward pass of a differentiated call keeps
+    that [B, Q, D], so that neither pass holds more than a chunk of the [B, Q, V] logits, and none is computed twice.
+    """
+    return _by_chunks(lambda chunk: _log_sums(chunk, matrix)[0], states, matrix.shape[0])
+
+
+def _forward(states: Array, matrix: Array) -> tuple[Array, Array]:
+    def sums_and_means(chunk: Array) -> tuple[Array, Array]:
+        log_sums, logits = _log_sums(chunk, matrix)
+        shares = jnp.exp(logits - log_sums[..., None]).astype(matrix.dtype)
+        return log_sums, jnp.dot(shares, matrix, preferred_element_type=jnp.float32).astype(chunk.dtype)
+
+    return _by_chunks(sums_and_means, states, matrix.shape[0])
+
+
+def _backward(means: Array, cotangent: Array) -> tuple[Array, None]:
+    return (cotangent[..., None] * means).astype(means.dtype), None
+
+
+log_sum_exp.defvjp(_forward, _backward)
+
+
+def _log_sums(states: Array, matrix: Array) -> tuple[Array, Array]:
+    logits = jnp.dot(states, matrix.T, preferred_element_type=jnp.float32)
+    return jax.nn.logsumexp(logits, axis=-1), logits
+
+
+def _by_chunks(function: Any, states: Array, vocabulary: int) -> Any:
+    """`function` of [B, q, D] for chunks of Q, one after the other; rows stay on their devices."""
+    batch, outputs, width = states.shape
+    rows = max(CHUNK_ROWS, CHUNK_LOGITS // vocabulary)
+    count = max(1, math.ceil(batch * outputs / rows))
+    if count == 1:
+        return function(states)
+    size = math.ceil(outputs / count)
+    padded = jnp.pad(states, ((0, 0), (0, count * size - outputs), (0, 0)))
+    chunks = padded.reshape(batch, count, size, width).swapaxes(0, 1)
+    results = jax.lax.map(function, chunks)
+    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(batch, count * size, *a.shape[3:])[:, :outputs], results)
