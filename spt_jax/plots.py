@@ -20,9 +20,10 @@ def plot_curves(path: Path, lines: Sequence[Mapping[str, Any]], references: Mapp
 
     training = [line for line in lines if "loss" in line]
     validation = [line for line in lines if "validation" in line]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panes = 2 if validation else 1
+    figure = Figure(figsize=(4.5 * panes, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(1, panes, squeeze=False)[0][[0, -1]]
     steps = np.asarray([line["step"] for line in training])
     losses = np.asarray([line["loss"] for line in training])
     left.plot(steps, losses, color="#9bbad9", linewidth=0.8, label="each step")
@@ -44,8 +45,6 @@ def plot_curves(path: Path, lines: Sequence[Mapping[str, Any]], references: Mapp
         if metric == "accuracy":
             right.set_ylim(0, 1)
         right.legend(frameon=False, fontsize="small")
-    else:
-        right.set_axis_off()
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     temporary = path.with_name(f".{path.name}.tmp")
