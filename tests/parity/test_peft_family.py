@@ -34,7 +34,8 @@ def prefix_arrays(flat: np.ndarray, config) -> np.ndarray:
 
 
 def flat_prefix(tensors, config):
-    return {"free": prefix_arrays(tensors["embedding.weight"], config).transpose(2, 1, 0, 3, 4)}
+    free = prefix_arrays(tensors["embedding.weight"], config).transpose(2, 1, 0, 3, 4)
+    return {"free": free, "scale": np.ones((config.layers, 1, 1, 1), np.float32)}
 
 
 def projected_prefix(tensors, config):
