@@ -15,6 +15,8 @@ from spt_jax.models.hf import Params
 from spt_jax.prompts.prefix_tuning import PrefixTuning
 from spt_jax.prompts.virtual import Head, VirtualPrompt
 
+HEAD_UNIT = 32
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeepPrompts(PrefixTuning):
@@ -47,7 +49,10 @@ class DeepPrompts(PrefixTuning):
         return 2 if self.head == "span" else self.classes
 
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Any]:
-        """Keys and values as in prefix tuning, and a head [D, C] of zeros, for which all classes are alike."""
+        """Keys and values as in prefix tuning, and a head [D, C] of zeros, for which all classes are alike.
+
+        The kernel is in units of 32 / D, so that a step of one learning rate moves its results alike for every width.
+        """
         params = super().init_params(key, base)
         if self.head == "language_model":
             return params
@@ -61,7 +66,7 @@ class DeepPrompts(PrefixTuning):
         virtual = super().materialize(module, frozen, params)
         if "head" not in params:
             return virtual
-        kernel = params["head"]["kernel"]
+        kernel = params["head"]["kernel"] * (HEAD_UNIT / params["head"]["kernel"].shape[0])
         return dataclasses.replace(virtual, head=Head(kernel, params["head"].get("bias", jnp.zeros(kernel.shape[1]))))
 
     def virtual_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

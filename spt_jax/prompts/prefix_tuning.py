@@ -73,7 +73,7 @@ class PrefixTuning(Method):
         fixed, free = start[:, :, : self.sink], start[:, :, self.sink :]
         if self.reparameterization == "flat":
             usual = start if self.start != "zero" else dataclasses.replace(self, start="tokens")._start(start_key, base)
-            scale = usual[1].std(axis=(1, 2, 3), keepdims=True)
+            scale = usual[1:].std(axis=(2, 3, 4), keepdims=True)
             return {"free": free / scale, "scale": scale} | ({"sink": fixed} if self.sink else {})
         return {"start": start, "network": _init_network(network_key, self.hidden, free.shape)}
 
