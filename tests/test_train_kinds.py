@@ -69,6 +69,8 @@ def test_answers_in_a_text(folder, tmp_path, capsys):
     capsys.readouterr()
     assert main(["generate", "--prompt", str(tmp_path / "run" / "prompt"), "a the Eve is", "Bob was"]) == 0
     assert capsys.readouterr().out == "Eve\nBob\n"
+    assert main(["generate", "--prompt", str(tmp_path / "run" / "prompt"), " "]) == 1
+    assert "the field 'text' is empty" in capsys.readouterr().err
 
 
 def test_tasks_that_only_their_own_prompts_tell_apart(folder, tmp_path, capsys):

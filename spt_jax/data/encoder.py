@@ -236,13 +236,18 @@ class Encoder:
         return text[spans[first][0] : spans[last][1]].strip()
 
     def with_any_label(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """A record to ask about, with some label in the place of the one that is not known."""
+        """A record to ask about, with some label in the place of the one that is not known.
+
+        Raises:
+          DataError: there is nothing to read.
+        """
         name = self.template.label_field or ""
-        if self.template.head == "tagging":
-            return {**record, name: [self._classes[0]] * len(words_of(record[self.template.reads or ""]))}
-        if self.template.head == "span":
-            return {**record, name: str(record[self.template.reads or ""]).split()[0]}
-        return {**record, name: self._classes[0]}
+        if self.template.reads is None:
+            return {**record, name: self._classes[0]}
+        words = self._fields(record, [self.template.reads], 0)[self.template.reads].split()
+        if not words:
+            raise DataError(f"the field {self.template.reads!r} is empty, so that there is nothing to read")
+        return {**record, name: words[0] if self.template.head == "span" else [self._classes[0]] * len(words)}
 
     def _task(self, record: Mapping[str, Any], index: int) -> int:
         name = str(self._fields(record, [self.template.task or ""], index)[self.template.task or ""])

@@ -20,7 +20,8 @@ Reads = tuple[Int[np.ndarray, " R"], Int[np.ndarray, " R"]]
 
 def words_of(value: Any) -> list[str]:
     """The words of a field that holds a list of them, or text with spaces between them."""
-    return value.split() if isinstance(value, str) else [str(word) for word in value]
+    is_list = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
+    return [str(word) for word in value] if is_list else str(value).split()
 
 
 def tag_reads(words: Sequence[str], tags: Sequence[str], classes: Sequence[str], spans: Spans) -> Reads:
