@@ -35,7 +35,7 @@ def prefix_arrays(flat: np.ndarray, config) -> np.ndarray:
 
 def flat_prefix(tensors, config):
     free = prefix_arrays(tensors["embedding.weight"], config).transpose(2, 1, 0, 3, 4)
-    return {"free": free, "scale": np.ones((1, config.layers, 1, 1, 1), np.float32)}
+    return {"free": free, "scale": np.float32(1)}
 
 
 def projected_prefix(tensors, config):
