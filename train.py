@@ -141,7 +141,7 @@ def finish(
             **metrics,
             "steps": outcome.steps,
             "best_step": outcome.best.step,
-            "trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(outcome.best.params)),
+            "trainable_parameters": experiment.config.method.trainable_count(outcome.best.params),
             "base_parameters": experiment.base.parameter_count,
             "prompt_bytes": prompt_bytes,
             "train_seconds": round(outcome.train_seconds, 2),

@@ -103,7 +103,11 @@ def test_leaves_what_scripts_rely_on(finished: Path):
 def test_methods_without_token_rows(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture, name: str):
     """A bare <soft> is nothing to them; what they save is evaluated and classifies without a word more."""
     assert train.main(words(files, tmp_path / "run", "--method.name", name, "--train.steps", "20")) == 0
-    results = json.loads((tmp_path / "run" / "results.json").read_text())["test"]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    saved = load_file(tmp_path / "run" / "prompt" / "prompt.safetensors")
+    derived = ("gated/keys", "gated/values")
+    assert results["trainable_parameters"] == sum(array.size for key, array in saved.items() if key not in derived)
+    results = results["test"]
     assert results["hard_prompt"]["examples"] == results["no_prompt"]["examples"] == 30
     prompt = str(tmp_path / "run" / "prompt")
     capsys.readouterr()

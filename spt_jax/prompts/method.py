@@ -81,6 +81,11 @@ class Method:
         """Which leaves the optimizer may change."""
         return jax.tree.map(lambda _: True, params)
 
+    def trainable_count(self, params: PromptParams) -> int:
+        """Numbers that the optimizer may change."""
+        free = jax.tree.map(lambda leaf, free: leaf.size if free else 0, params, self.trainable(params))
+        return sum(jax.tree.leaves(free))
+
     def project(self, params: PromptParams) -> PromptParams:
         """What the parameters become after every update, for methods that keep them within bounds."""
         return params
