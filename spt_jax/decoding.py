@@ -110,7 +110,9 @@ def prefill(
     positions = rows.starts[:, None] + jnp.where(slots < length, slots, lengths + slots - length)
     segments = (slots < lengths).astype(jnp.int32)
     stream = Stream(positions[:, :length], segments[:, :length], jnp.zeros_like(rows.ids), rows.prompt_index)
-    _, keys_values = run_stream(module, frozen, virtual, rows.ids, stream, prefix, return_keys_values=True)
+    _, keys_values = run_stream(
+        module, frozen, virtual, rows.ids, stream, prefix, return_keys_values=True, return_hidden=False
+    )
     keys, values = (jnp.pad(a, [(0, 0), (0, 0), (0, capacity), (0, 0), (0, 0)]) for a in keys_values)
     return DecodeState(
         step=jnp.zeros((), jnp.int32),

@@ -18,8 +18,12 @@ KeysValues = tuple[Float[Array, "*L B T K H"], Float[Array, "*L B T K H"]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerInputs:
-    """What differs from layer to layer, scanned along L. A field that no layer needs is None."""
+    """What differs from layer to layer, scanned along L. A field that no layer needs is None.
 
+    last: set for the layer of which nothing but keys and values is wanted.
+    """
+
+    last: Bool[Array, " L"] | None
     rotates: Bool[Array, " L"] | None
     windowed: Bool[Array, " L"] | None
     prefix: tuple[Array, Array] | None
@@ -48,6 +52,13 @@ def _choose(flag: Bool[Array, ""] | None, yes: Any, no: Any) -> Any:
     return yes if flag is None else jax.tree.map(lambda a, b: jnp.where(flag, a, b), yes, no)
 
 
+def _unless_last(module: nn.Module, layer: LayerInputs, function: Any, x: Array, *more: Array) -> Array:
+    """`function(module, x, ...)`, shaped like x; of a last layer, x itself in no time."""
+    if layer.last is None:
+        return function(module, x, *more)
+    return nn.cond(layer.last, lambda module, x, *more: x, function, module, x, *more)
+
+
 class Attention(nn.Module):
     """Self-attention of one layer over prefix, cache and the row itself. Returns the row's keys and values too."""
 
@@ -62,26 +73,27 @@ class Attention(nn.Module):
             y = Linear(count * config.head_size, config.qkv_bias, name=name)(x)
             return y.reshape(batch, length, count, config.head_size)
 
-        queries = heads("query", config.heads)
-        keys, values = heads("key", config.kv_heads), heads("value", config.kv_heads)
-        if config.qk_norm:
-            queries, keys = Norm(config, name="query_norm")(queries), Norm(config, name="key_norm")(keys)
-        if shared.cos_sin is not None:
-            turned = rotate(queries, shared.cos_sin), rotate(keys, shared.cos_sin)
-            queries, keys = _choose(layer.rotates, turned, (queries, keys))
+        def placed(name: str, count: int) -> Array:
+            y = heads(name, count)
+            y = Norm(config, name=f"{name}_norm")(y) if config.qk_norm else y
+            return y if shared.cos_sin is None else _choose(layer.rotates, rotate(y, shared.cos_sin), y)
 
-        masks = shared.masks
-        if shared.window_masks is not None:
-            masks = _choose(layer.windowed, shared.window_masks, masks)
-        prefix, gated = of_row(shared.prompt_index, (layer.prefix, layer.gated))
-        earlier = [pair for pair in (prefix, layer.cache) if pair is not None]
-        pairs = [jax.tree.map(lambda a: a.astype(x.dtype), pair) for pair in earlier] + [(keys, values)]
-        sources = [Source(k, v, mask) for (k, v), mask in zip(pairs, masks, strict=True)]
-        out = attend(queries, sources)
-        if gated is not None:
-            out = out + _gated_attention(queries, gated)
-        out = out.reshape(batch, length, config.heads * config.head_size)
-        return Linear(config.width, config.output_bias, name="output")(out), (keys, values)
+        def attended(module: nn.Module, x: Array, keys: Array, values: Array) -> Array:
+            queries = placed("query", config.heads)
+            masks = shared.masks
+            if shared.window_masks is not None:
+                masks = _choose(layer.windowed, shared.window_masks, masks)
+            prefix, gated = of_row(shared.prompt_index, (layer.prefix, layer.gated))
+            earlier = [pair for pair in (prefix, layer.cache) if pair is not None]
+            pairs = [jax.tree.map(lambda a: a.astype(x.dtype), pair) for pair in earlier] + [(keys, values)]
+            out = attend(queries, [Source(k, v, mask) for (k, v), mask in zip(pairs, masks, strict=True)])
+            if gated is not None:
+                out = out + _gated_attention(queries, gated)
+            out = out.reshape(batch, length, config.heads * config.head_size)
+            return Linear(config.width, config.output_bias, name="output")(out)
+
+        keys, values = placed("key", config.kv_heads), heads("value", config.kv_heads)
+        return _unless_last(self, layer, attended, x, keys, values), (keys, values)
 
 
 def _gated_attention(queries: Float[Array, "B T N H"], gated: GatedPrefix) -> Float[Array, "B T N H"]:
@@ -106,7 +118,11 @@ class Block(nn.Module):
             Norm(self.config, name="attention_norm")(x), layer, shared
         )
         x = x + attended
-        x = x + Mlp(self.config, name="mlp")(Norm(self.config, name="mlp_norm")(x))
+
+        def mlp(module: nn.Module, x: Array) -> Array:
+            return Mlp(self.config, name="mlp")(Norm(self.config, name="mlp_norm")(x))
+
+        x = x + _unless_last(self, layer, mlp, x)
         return x, keys_values if self.return_keys_values else None
 
 
@@ -154,7 +170,8 @@ class Decoder(nn.Module):
         gated: GatedPrefix | None = None,
         *,
         return_keys_values: bool = False,
-    ) -> tuple[Float[Array, "B T D"], KeysValues | None]:
+        return_hidden: bool = True,
+    ) -> tuple[Float[Array, "B T D"] | None, KeysValues | None]:
         """Runs the layers.
 
         Args:
@@ -164,9 +181,11 @@ class Decoder(nn.Module):
           cache: keys and values of each row's earlier tokens.
           gated: keys and values with a softmax of their own, for the last layers.
           return_keys_values: also return every layer's keys (after RoPE) and values for the tokens of x.
+          return_hidden: False saves what only hidden states need of the last layer: all but its keys and values.
 
         Returns:
-          Normalised hidden states, ready for `logits`, and the keys and values [L, B, T, K, H] or None.
+          Normalised hidden states, ready for `logits`, and the keys and values [L, B, T, K, H]; None for either that is
+          not wanted.
         """
         config = self.config
 
@@ -176,6 +195,7 @@ class Decoder(nn.Module):
         if config.rope is None:
             x = x + jnp.take(self.position_embedding, rows.positions, axis=0, mode="clip").astype(x.dtype)
         layers = LayerInputs(
+            last=None if return_hidden else jnp.arange(config.layers) == config.layers - 1,
             rotates=_flags(config, config.no_rope_layers, invert=True),
             windowed=_flags(config, config.window_layers),
             prefix=None if prefix is None else layers_first((prefix.keys, prefix.values)),
@@ -190,7 +210,7 @@ class Decoder(nn.Module):
             block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=in_axes, length=config.layers
         )
         x, keys_values = scan(config, return_keys_values, name="layers")(x, layers, shared)
-        return self.final_norm(x), keys_values
+        return self.final_norm(x) if return_hidden else None, keys_values
 
 
 def _flags(config: DecoderConfig, layers: tuple[int, ...], invert: bool = False) -> Bool[Array, " L"] | None:

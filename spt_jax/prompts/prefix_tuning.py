@@ -134,7 +134,7 @@ def _keys_and_values(module: Decoder, frozen: Params, rows: Float[Array, "P D"])
     positions = jnp.arange(rows.shape[0], dtype=jnp.int32)[None]
     stream = Stream(positions, jnp.ones_like(positions), jnp.zeros_like(positions))
     x = rows[None].astype(frozen["embedding"].dtype)
-    _, both = run_layers(module, frozen, x, stream, return_keys_values=True)
+    _, both = run_layers(module, frozen, x, stream, return_keys_values=True, return_hidden=False)
     return jnp.stack(both)[:, :, 0].astype(jnp.float32)
 
 

@@ -1,0 +1,120 @@
+"""What a compiled program does on one device, counted in XLA's text: XLA's own analysis counts a loop's body once."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective instruction: its kind, the bytes of its result, how often it runs, and in how many loops."""
+
+    kind: str
+    result_bytes: int
+    times: float
+    loops: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """flops: of matrix products, a multiplication and an addition each. collectives: all that are there."""
+
+    flops: float
+    collectives: tuple[Collective, ...]
+
+    @property
+    def collective_bytes(self) -> float:
+        """Bytes that collectives leave on the device."""
+        return sum(one.result_bytes * one.times for one in self.collectives)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    computation: str
+    name: str
+    shape: str
+    operation: str
+    rest: str
+
+
+def count(text: str) -> Work:
+    """Counts `compiled.as_text()`. The branches of a conditional are taken to run equally often.
+
+    Raises:
+      ValueError: a loop whose number of rounds XLA does not know, or no entry computation.
+    """
+    computations, entry = _parse(text)
+    if entry is None:
+        raise ValueError("no entry computation; give compiled.as_text()")
+    flops, collectives = 0.0, []
+    shapes = {(one.computation, one.name): one.shape for body in computations.values() for one in body}
+    for one, times, loops in _executed(computations, entry, 1.0, 0):
+        if one.operation == "dot":
+            flops += times * _dot_flops(one, shapes)
+        kind = one.operation.removesuffix("-start")
+        if kind in COLLECTIVES:
+            collectives.append(Collective(kind, _bytes(one.shape), times, loops))
+    return Work(flops, tuple(collectives))
+
+
+def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str | None]:
+    computations: dict[str, list[_Instruction]] = {}
+    entry, name, body = None, "", None
+    for line in text.splitlines():
+        header = _HEADER.match(line)
+        if header:
+            name = header[1]
+            body = computations.setdefault(name, [])
+            entry = name if line.startswith("ENTRY") else entry
+        elif body is not None and (found := _INSTRUCTION.match(line)):
+            body.append(_Instruction(name, *found.groups()))
+    return computations, entry
+
+
+def _executed(
+    computations: dict[str, list[_Instruction]], name: str, times: float, loops: int
+) -> Iterator[tuple[_Instruction, float, int]]:
+    """Every instruction that runs under a computation, how often, and inside how many loops."""
+    for one in computations[name]:
+        yield one, times, loops
+        called, share, depth = _CALLED.findall(one.rest), times, loops
+        if one.operation == "while":
+            trips = _TRIPS.search(one.rest)
+            if trips is None:
+                raise ValueError(f"XLA does not know how often {one.name} runs")
+            share, depth = times * int(trips[1]), loops + 1
+        elif one.operation == "conditional":
+            branches = _BRANCHES.search(one.rest)
+            called = re.findall(r"[\w.\-]+", branches[1]) if branches else called
+            share = times / len(called)
+        for inner in called:
+            yield from _executed(computations, inner, share, depth)
+
+
+def _dot_flops(one: _Instruction, shapes: dict[tuple[str, str], str]) -> int:
+    operand = re.search(r"%([\w.\-]+)", one.rest)
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)
+    assert operand and contracted
+    sizes = _sizes(shapes[one.computation, operand[1]])
+    return 2 * math.prod(_sizes(one.shape)) * math.prod(sizes[int(i)] for i in contracted[1].split(",") if i)
+
+
+def _sizes(shape: str) -> list[int]:
+    found = _SHAPE.search(shape)
+    assert found
+    return [int(size) for size in found[2].split(",") if size]
+
+
+def _bytes(shape: str) -> int:
+    sizes = _SHAPE.findall(shape)
+    return sum(_BYTES[dtype] * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in sizes)
