@@ -150,7 +150,7 @@ def load_base(
         name=str(path_or_hub_id),
         revision=revision,
         config=config,
-        module=Decoder(config, remat=remat),
+        module=Decoder(config, remat=remat, mesh=mesh),
         params=params,
         tokenizer=tokenizer,
         fingerprint=Fingerprint(json.loads(json.dumps(dataclasses.asdict(config))), digest, tokenizer_hash(tokenizer)),

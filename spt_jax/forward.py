@@ -19,6 +19,7 @@ from spt_jax.models.decoder import Decoder, of_row
 from spt_jax.models.hf import Params
 from spt_jax.models.vocabulary import log_sum_exp
 from spt_jax.prompts.virtual import VirtualPrompt
+from spt_jax.sharding import constrain
 
 
 def embed_stream(
@@ -141,7 +142,8 @@ def output_states(
             start = of_row(stream.prompt_index, start).reshape(-1, 1)
         stream = dataclasses.replace(stream, positions=stream.positions + start)
     hidden, _ = run_stream(module, frozen, virtual, rows.ids, stream, prefix)
-    return jnp.take_along_axis(hidden, rows.outputs[:, :, None], axis=1)
+    states = jnp.take_along_axis(hidden, rows.outputs[:, :, None], axis=1)
+    return constrain(module.mesh, states, "data")  # fsdp splits the vocabulary that they meet
 
 
 def output_logits(

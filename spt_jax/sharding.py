@@ -13,20 +13,24 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from spt_jax.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor", "sequence")
+ROWS = ("data", "fsdp")
 
-# First match wins; paths as in "layers/attention/query/kernel", stacked leaves have L in front.
-RULES: tuple[tuple[str, P], ...] = (
-    (r"embedding$", P("tensor", "fsdp")),
-    (r"positions$", P(None, "fsdp")),
-    (r"output$", P("fsdp", "tensor")),
-    (r"(query|key|value|up|gate)/kernel$", P(None, "fsdp", "tensor")),
-    (r"(query|key|value|up|gate)/bias$", P(None, "tensor")),
-    (r"(attention/output|down)/kernel$", P(None, "tensor", "fsdp")),
-    (r".*", P()),
+# First match wins; paths as in "layers/attention/query/kernel", stacked leaves have L in front. Of two ways, the one
+# that leaves less on a device. A vocabulary is split over both axes: a device then multiplies the outputs of all rows
+# with its part of the output matrix, which is never gathered.
+RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
+    (r"embedding$", (P(("fsdp", "tensor")), P("tensor", "fsdp"))),
+    (r"positions$", (P(None, "fsdp"),)),
+    (r"output$", (P(None, ("fsdp", "tensor")), P("fsdp", "tensor"))),
+    (r"(query|key|value|up|gate)/kernel$", (P(None, "fsdp", "tensor"),)),
+    (r"(query|key|value|up|gate)/bias$", (P(None, "tensor"),)),
+    (r"(attention/output|down)/kernel$", (P(None, "tensor", "fsdp"),)),
+    (r".*", (P(),)),
 )
 
 
@@ -72,9 +76,30 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
 def parameter_sharding(mesh: Mesh, path: Sequence[str], shape: tuple[int, ...]) -> NamedSharding:
     """The sharding of the frozen leaf at `path`; an axis that does not divide its dimension is left out."""
     name = "/".join(path)
-    spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
-    kept = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=False)]
+    specs = next(specs for pattern, specs in RULES if re.search(pattern, name))
+    ways = [fitting(mesh, spec, shape) for spec in specs]
+    return min(ways, key=lambda way: math.prod(way.shard_shape(shape)))
+
+
+def fitting(mesh: Mesh, spec: P, shape: tuple[int, ...]) -> NamedSharding:
+    """A sharding by the axes of `spec` that divide the dimensions they stand for."""
+    kept = []
+    for axes, size in zip(spec, shape, strict=False):
+        names = [] if axes is None else [axes] if isinstance(axes, str) else list(axes)
+        while size % math.prod(mesh.shape[name] for name in names):
+            names.pop()
+        kept.append(tuple(names) or None)
     return NamedSharding(mesh, P(*kept))
+
+
+def constrain(mesh: Mesh | None, x: Float[Array, "..."], *spec: Any) -> Float[Array, "..."]:
+    """x, laid out by the axes of `spec` that divide its dimensions; XLA, left alone, may split activations as weights.
+
+    mesh: None for code that knows none.
+    """
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, fitting(mesh, P(*spec), x.shape))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -84,7 +109,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
     """The first dimension, rows, over data and fsdp."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(mesh, P(ROWS))
 
 
 def row_shards(mesh: Mesh) -> int:

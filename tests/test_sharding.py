@@ -55,8 +55,8 @@ def shard_shapes(base):
         (
             {"fsdp": 4},
             {
-                "embedding": (320, 8),
-                "output": (8, 320),
+                "embedding": (80, 32),
+                "output": (32, 80),
                 "layers/attention/query/kernel": (3, 8, 32),
                 "layers/attention/output/kernel": (3, 32, 8),
                 "layers/mlp/down/kernel": (3, 64, 8),
@@ -77,7 +77,7 @@ def shard_shapes(base):
                 "final_norm/scale": (32,),
             },
         ),
-        ({"fsdp": 2, "tensor": 2}, {"embedding": (160, 16), "layers/mlp/down/kernel": (3, 32, 16)}),
+        ({"fsdp": 2, "tensor": 2}, {"embedding": (80, 32), "layers/mlp/down/kernel": (3, 32, 16)}),
     ],
     ids=["data", "fsdp", "tensor", "both"],
 )
@@ -95,10 +95,11 @@ def test_parts_hold_the_right_values():
 
 
 def test_an_axis_that_does_not_divide_a_dimension_is_left_out():
-    """A vocabulary of 321 is not split over four devices; the rest is."""
+    """A vocabulary of 321 is not split over four devices, or by its columns; the rest is."""
     shapes = shard_shapes(tiny_base(mesh=make_mesh(MeshConfig(tensor=4)), num_key_value_heads=4, vocab_size=321))
     assert shapes["embedding"] == (321, 32)
     assert shapes["layers/mlp/up/kernel"] == (3, 32, 16)
+    assert shard_shapes(tiny_base(mesh=make_mesh(MeshConfig(fsdp=4)), vocab_size=321))["embedding"] == (321, 8)
 
 
 def test_row_shards_and_shardings():

@@ -6,11 +6,13 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Source, Stream, attend, visible, within_window
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.layers import Linear, Mlp, Norm, rotate, rotation
+from spt_jax.sharding import ROWS, constrain
 
 KeysValues = tuple[Float[Array, "*L B T K H"], Float[Array, "*L B T K H"]]
 
@@ -108,12 +110,14 @@ class Block(nn.Module):
     """Pre-norm attention and MLP with residual connections: the body of the scan over layers."""
 
     config: DecoderConfig
+    mesh: Mesh | None
     return_keys_values: bool
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], layer: LayerInputs, shared: SharedInputs
     ) -> tuple[Array, KeysValues | None]:
+        x = constrain(self.mesh, x, ROWS)
         attended, keys_values = Attention(self.config, name="attention")(
             Norm(self.config, name="attention_norm")(x), layer, shared
         )
@@ -139,6 +143,7 @@ class Decoder(nn.Module):
 
     config: DecoderConfig
     remat: Remat = "dots"
+    mesh: Mesh | None = None
 
     def setup(self) -> None:
         config = self.config
@@ -209,7 +214,7 @@ class Decoder(nn.Module):
         scan = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=in_axes, length=config.layers
         )
-        x, keys_values = scan(config, return_keys_values, name="layers")(x, layers, shared)
+        x, keys_values = scan(config, self.mesh, return_keys_values, name="layers")(x, layers, shared)
         return self.final_norm(x) if return_hidden else None, keys_values
 
 
