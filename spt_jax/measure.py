@@ -1,13 +1,16 @@
 """What a run cost: memory, compile time, device and versions."""
 
+import functools
 import importlib.metadata
 import platform
 import resource
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 _PACKAGES = ("spt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
 
@@ -45,6 +48,21 @@ def peak_memory_bytes() -> int:
     if peaks:
         return max(peaks)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@functools.cache
+def peak_flops(dtype: Any) -> float:
+    """Floating-point operations per second of one device: the best of five large matrix products, timed here."""
+    size = 1024 if jax.default_backend() == "cpu" else 8192
+    square = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    product(square, square).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        product(square, square).block_until_ready()
+        seconds.append(time.perf_counter() - begun)
+    return 2 * size**3 / min(seconds)
 
 
 def versions() -> dict[str, str]:

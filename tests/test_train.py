@@ -88,10 +88,12 @@ def test_leaves_what_scripts_rely_on(finished: Path):
     results = json.loads((finished / "results.json").read_text())
     assert set(results) >= {
         "test", "validation", "steps", "trainable_parameters", "base_parameters", "prompt_bytes", "train_seconds",
-        "compile_seconds", "examples_per_second", "peak_memory_bytes", "device", "versions", "command",
+        "compile_seconds", "examples_per_second", "tokens_per_second", "flops_utilization", "peak_memory_bytes", "device",
+        "versions", "command",
     }  # fmt: skip
     assert set(results["test"]) == {"soft_prompt", "hard_prompt", "no_prompt"}
     assert results["steps"] == 40 and results["trainable_parameters"] == 4 * 32
+    assert results["tokens_per_second"] > results["examples_per_second"] > 0 < results["flops_utilization"] < 1
     assert results["prompt_bytes"] <= 4 * 4 * 32 + 8192
     assert results["test"]["hard_prompt"]["text"] in ("{text}\nIt was", "Is {text} good?\n")
     assert (finished / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -15,14 +15,16 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+from spt_jax import measure
 from spt_jax.base import FrozenBase
 from spt_jax.checkpoints import Checkpoints
 from spt_jax.config import TrainConfig
-from spt_jax.data.batches import BatchPlan, place_batch, training_batches
+from spt_jax.data.batches import Batch, BatchPlan, place_batch, training_batches
 from spt_jax.data.encoder import Example
 from spt_jax.errors import TrainingError
 from spt_jax.evaluation import selection_score
 from spt_jax.prompts import Method, PromptParams
+from spt_jax.training.cost import step_flops, step_shape
 from spt_jax.training.logs import MetricsLog
 from spt_jax.training.step import Objective, TrainState, init_state, make_train_step
 
@@ -60,12 +62,26 @@ class Best:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What training gave: the best prompt, steps done, seconds in steps (without compiling), examples in those."""
+    """What training gave: the best prompt, steps done, seconds in them, and how fast it was."""
 
     best: Best
     steps: int
     train_seconds: float
-    examples_per_second: float
+    rates: "Rates"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Per second, since the first step came back, which is when the program was compiled; without validation.
+
+    tokens: those of examples, without padding and the leading ones that examples share.
+    utilization: matrix products that a step needs (`cost.step_flops`), of what the devices can do
+      (`measure.peak_flops`).
+    """
+
+    examples: float = 0.0
+    tokens: float = 0.0
+    utilization: float = 0.0
 
 
 @contextlib.contextmanager
@@ -132,7 +148,7 @@ def fit(
             best = _restored_best(checkpoints, saved["best"], state)
         first = int(state.step)
         metrics_log = stack.enter_context(contextlib.closing(log(first)))
-        run = _Run(config, metrics_log, first)
+        run = _Run(config, metrics_log, first, measure.peak_flops(base.dtype) * base.mesh.size)
         stack.callback(run.bar.close)
 
         def save(state: TrainState, best: Best) -> None:
@@ -145,9 +161,10 @@ def fit(
             save(state, best)
         done = first
         while done < config.steps and not _out_of_patience(config, best):
-            state, metrics = step(state, place_batch(next(stream), base.mesh))
+            batch = next(stream)
+            state, metrics = step(state, place_batch(batch, base.mesh))
             done += 1
-            run.dispatched(done, metrics)
+            run.dispatched(done, metrics, _work(base, method, batch))
             last = done == config.steps
             if validate is not None and (done % config.evaluate_every == 0 or last):  # type: ignore[operator]
                 run.settle()
@@ -168,7 +185,13 @@ def fit(
         elif best.metrics is not None:
             save_best(best)
         checkpoints.wait()
-    return Outcome(best, done, run.seconds, run.examples_per_second)
+    return Outcome(best, done, run.seconds, run.rates)
+
+
+def _work(base: FrozenBase, method: Method, batch: Batch) -> np.ndarray:
+    """Examples, tokens and operations of a batch."""
+    flops = step_flops(base.config, step_shape(batch, method.prefix_length)).total
+    return np.asarray([np.sum(batch.rows.examples >= 0), np.sum(batch.rows.stream.segments > 0), flops], float)
 
 
 def _to_host(params: PromptParams) -> PromptParams:
@@ -207,11 +230,11 @@ def _validated(
 class _Run:
     """Progress bar and clock of a run. A step's metrics are read after the next step is dispatched."""
 
-    def __init__(self, config: TrainConfig, log: MetricsLog, first: int):
-        self._config, self._log, self._first = config, log, first
-        self._pending: tuple[int, dict[str, Any]] | None = None
-        self._settled = first
-        self._warm: tuple[int, float] | None = None
+    def __init__(self, config: TrainConfig, log: MetricsLog, first: int, peak_flops: float):
+        self._log, self._peak_flops = log, peak_flops
+        self._pending: tuple[int, dict[str, Any], np.ndarray] | None = None
+        self._work = np.zeros(3)
+        self._warm: float | None = None
         self._paused = 0.0
         self._begun = time.perf_counter()
         seconds = 0.5 if sys.stderr.isatty() else 10.0  # a log file gets a line now and then
@@ -225,16 +248,16 @@ class _Run:
         return time.perf_counter() - self._begun - self._paused
 
     @property
-    def examples_per_second(self) -> float:
-        """Examples per second since the first step came back, which is when the program was compiled."""
-        if self._warm is None or self._settled == self._warm[0]:
-            return 0.0
-        steps, begun = self._warm
-        return (self._settled - steps) * self._config.batch_size / (self.seconds - begun)
+    def rates(self) -> Rates:
+        """How fast the steps since the first were."""
+        if self._warm is None or not self._work.any():
+            return Rates()
+        examples, tokens, flops = self._work / (self.seconds - self._warm)
+        return Rates(float(examples), float(tokens), float(flops) / self._peak_flops)
 
-    def dispatched(self, step: int, metrics: dict[str, Any]) -> None:
+    def dispatched(self, step: int, metrics: dict[str, Any], work: np.ndarray) -> None:
         """Takes a step's metrics, still being computed, and reads those of the step before."""
-        previous, self._pending = self._pending, (step, metrics)
+        previous, self._pending = self._pending, (step, metrics, work)
         if previous is not None:
             self._read(*previous)
 
@@ -251,7 +274,7 @@ class _Run:
         yield
         self._paused += time.perf_counter() - begun
 
-    def _read(self, step: int, metrics: dict[str, Any]) -> None:
+    def _read(self, step: int, metrics: dict[str, Any], work: np.ndarray) -> None:
         values = {name: float(value) for name, value in metrics.items()}
         broken = [name for name, value in values.items() if not math.isfinite(value)]
         if broken:
@@ -259,11 +282,19 @@ class _Run:
                 f"step {step}: {', '.join(f'{name} is {values[name]}' for name in broken)}. The last checkpoint and the"
                 " best prompt so far are kept. A lower optimizer.learning_rate usually helps"
             )
-        self._settled = step
         if self._warm is None:
-            self._warm = (step, self.seconds)
+            self._warm = self.seconds
+        else:
+            self._work += work
         self._log.write(step, values)
         self.bar.update(1)
+        rates = self.rates
         self.bar.set_postfix(
-            loss=f"{values['loss']:.3f}", examples_per_s=f"{self.examples_per_second:.0f}", refresh=False
+            {
+                "loss": f"{values['loss']:.3f}",
+                "examples/s": f"{rates.examples:.0f}",
+                "tokens/s": f"{rates.tokens:,.0f}",
+                "of peak": f"{rates.utilization:.0%}",
+            },
+            refresh=False,
         )
