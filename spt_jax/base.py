@@ -67,7 +67,12 @@ class FrozenBase:
     params: Params
     tokenizer: Any
     fingerprint: Fingerprint
-    mesh: Mesh
+
+    @property
+    def mesh(self) -> Mesh:
+        """Where the weights lie, and how activations are split."""
+        assert self.module.mesh is not None
+        return self.module.mesh
 
     @property
     def dtype(self) -> Any:
@@ -154,7 +159,6 @@ def load_base(
         params=params,
         tokenizer=tokenizer,
         fingerprint=Fingerprint(json.loads(json.dumps(dataclasses.asdict(config))), digest, tokenizer_hash(tokenizer)),
-        mesh=mesh,
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spt_jax.base import FrozenBase
-from spt_jax.data.batches import plan_batches, rows_multiple
+from spt_jax.data.batches import multiples, plan_batches
 from spt_jax.errors import ConfigError
 from spt_jax.evaluation import Evaluation, EvaluationSet, classification, score
 from spt_jax.prompts import VirtualPrompt
@@ -47,7 +47,7 @@ def score_together(
         examples,
         lead=[data.plan.lead_ids.shape[-1] for data in sets],
         batch_size=sets[0].config.batch_size,
-        multiple=rows_multiple(base.mesh),
+        **multiples(base.mesh),
         max_length=base.config.max_positions,
     )
     together = dataclasses.replace(sets[0], examples=examples, plan=plan)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from spt_jax import metrics
 from spt_jax.base import FrozenBase
 from spt_jax.config import EvaluationConfig
-from spt_jax.data.batches import Batch, BatchPlan, Rows, evaluation_batches, place_batch, plan_batches, rows_multiple
+from spt_jax.data.batches import Batch, BatchPlan, Rows, evaluation_batches, multiples, place_batch, plan_batches
 from spt_jax.data.encoder import Encoder, Example
 from spt_jax.data.reading import END, START
 from spt_jax.forward import encode_prefix, group_scores, output_readings
@@ -64,7 +64,7 @@ def make_evaluation_set(
         lead=encoder.leads(examples),
         batch_size=config.batch_size,
         packing=packing,
-        multiple=rows_multiple(base.mesh),
+        **multiples(base.mesh),
         max_length=base.config.max_positions,
     )
     return EvaluationSet(encoder, records, examples, plan, config)

@@ -9,7 +9,7 @@ from typing import Any
 
 from spt_jax.base import FrozenBase, load_base, read_tokenizer
 from spt_jax.config import ExperimentConfig, make_template, resolve
-from spt_jax.data.batches import BatchPlan, plan_batches, rows_multiple
+from spt_jax.data.batches import BatchPlan, multiples, plan_batches
 from spt_jax.data.encoder import Encoder, Example
 from spt_jax.data.reading import words_of
 from spt_jax.data.sources import check_fields, read_records
@@ -107,7 +107,7 @@ class Experiment:
             lead=encoder.leads(examples),
             batch_size=config.train.batch_size,
             packing=config.data.packing,
-            multiple=rows_multiple(self.base.mesh, config.train.microbatches),
+            **multiples(self.base.mesh, config.train.microbatches),
             max_length=self.base.config.max_positions,
         )
         virtual = {self.base.config.vocab_size + number for number, _, _ in config.method.context_targets}

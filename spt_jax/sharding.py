@@ -47,10 +47,6 @@ class MeshConfig:
         for name in AXES:
             if getattr(self, name) < 1:
                 raise ConfigError(f"mesh.{name} is {getattr(self, name)}; an axis has at least 1 device")
-        if self.sequence > 1:
-            raise ConfigError(
-                "mesh.sequence > 1: attention is not split over the sequence yet; use data, fsdp or tensor"
-            )
 
     @property
     def shape(self) -> tuple[int, ...]:

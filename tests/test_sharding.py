@@ -12,8 +12,8 @@ from spt_jax.testing import tiny_base
 from tests.layouts import Run, lay_out
 
 MESHES = {
-    "llama": [{"data": 4}, {"fsdp": 4}, {"tensor": 4}, {"data": 2, "tensor": 2}],
-    "gpt2": [{"fsdp": 2, "tensor": 2}],
+    "llama": [{"data": 4}, {"fsdp": 4}, {"tensor": 4}, {"data": 2, "tensor": 2}, {"sequence": 4}],
+    "gpt2": [{"fsdp": 2, "tensor": 2, "sequence": 2}],
 }
 
 
@@ -127,8 +127,3 @@ def test_more_devices_than_there_are():
 def test_axes_have_at_least_one_device(axis, size):
     with pytest.raises(ConfigError, match=rf"mesh\.{axis} is {size}"):
         MeshConfig(**{axis: size})
-
-
-def test_the_sequence_axis_is_not_there_yet():
-    with pytest.raises(ConfigError, match=r"mesh\.sequence > 1"):
-        MeshConfig(sequence=2)

@@ -88,8 +88,8 @@ def test_leaves_what_scripts_rely_on(finished: Path):
     results = json.loads((finished / "results.json").read_text())
     assert set(results) >= {
         "test", "validation", "steps", "trainable_parameters", "base_parameters", "prompt_bytes", "train_seconds",
-        "compile_seconds", "examples_per_second", "tokens_per_second", "flops_utilization", "peak_memory_bytes", "device",
-        "versions", "command",
+        "compile_seconds", "examples_per_second", "tokens_per_second", "flops_utilization", "peak_memory_bytes",
+        "device", "versions", "command",
     }  # fmt: skip
     assert set(results["test"]) == {"soft_prompt", "hard_prompt", "no_prompt"}
     assert results["steps"] == 40 and results["trainable_parameters"] == 4 * 32

@@ -132,6 +132,7 @@ def plan_batches(
     batch_size: int,
     packing: bool = True,
     multiple: int = 1,
+    length_multiple: int = 1,
     max_length: int | None = None,
 ) -> BatchPlan:
     """Chooses shapes that waste little for these examples.
@@ -145,6 +146,7 @@ def plan_batches(
       batch_size: examples per batch.
       packing: False puts every example in a row of its own.
       multiple: row shards times microbatches.
+      length_multiple: devices along a row.
       max_length: the model's positions; rows never need to be longer.
 
     Raises:
@@ -159,6 +161,7 @@ def plan_batches(
     length = round_up(length, step)
     if max_length is not None:
         length = max(longest, min(length, max_length))
+    length = round_up(length, length_multiple)
     plan = BatchPlan(
         lead_ids=lead_ids,
         lead_length=lead_length,
@@ -393,6 +396,6 @@ def evaluation_batches(examples: Sequence[Example], plan: BatchPlan, batch_size:
         yield pack(ordered[start : start + batch_size], plan)
 
 
-def rows_multiple(mesh: Mesh, microbatches: int = 1) -> int:
-    """What the number of rows of a batch must be a multiple of."""
-    return row_shards(mesh) * microbatches
+def multiples(mesh: Mesh, microbatches: int = 1) -> dict[str, int]:
+    """Options of `plan_batches`: what the numbers of rows and of their tokens must be multiples of on a mesh."""
+    return {"multiple": row_shards(mesh) * microbatches, "length_multiple": mesh.shape["sequence"]}

@@ -114,22 +114,34 @@ def attend(queries: Float[Array, "B T N H"], sources: Sequence[Source]) -> Float
     Scores and softmax are float32; the result has the queries' dtype. A query that sees nothing (padding) gets a mean
     of values instead of NaN.
     """
-    batch, length, heads, size = queries.shape
-    kv_heads = sources[0].keys.shape[-2]
-    groups = heads // kv_heads
-    # Batched matrix products over [B, K] with contiguous operands: twice as fast on CPU as letting XLA find the layout.
-    grouped = queries.reshape(batch, length, kv_heads, groups, size).transpose(0, 2, 3, 1, 4)
-    grouped = grouped.reshape(batch, kv_heads, groups * length, size)
-    scores = [_scores(grouped, source) for source in sources]
+    grouped = grouped_heads(queries, sources[0].keys.shape[-2])
+    scores = [scores_of(grouped, source) for source in sources]
     highest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [s.max(-1, keepdims=True) for s in scores]))
     weights = [jnp.exp(score - highest) for score in scores]
     total = sum(w.sum(-1, keepdims=True) for w in weights)
-    mixed = [_mix(w.astype(queries.dtype), source) for w, source in zip(weights, sources, strict=True)]
-    out = (sum(mixed[1:], mixed[0]) / total).astype(queries.dtype)
-    return out.reshape(batch, kv_heads, groups, length, size).transpose(0, 3, 1, 2, 4).reshape(queries.shape)
+    mixed = [mix(w.astype(queries.dtype), source) for w, source in zip(weights, sources, strict=True)]
+    return ungrouped_heads((sum(mixed[1:], mixed[0]) / total).astype(queries.dtype), queries.shape)
 
 
-def _scores(queries: Float[Array, "B K GT H"], source: Source) -> Float[Array, "B K GT S"]:
+def grouped_heads(x: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B K GT H"]:
+    """Queries by the key/value head that they read: N = K G.
+
+    Batched matrix products over [B, K] with contiguous operands are twice as fast on CPU as letting XLA find a layout.
+    """
+    batch, length, heads, size = x.shape
+    groups = heads // kv_heads
+    x = x.reshape(batch, length, kv_heads, groups, size).transpose(0, 2, 3, 1, 4)
+    return x.reshape(batch, kv_heads, groups * length, size)
+
+
+def ungrouped_heads(x: Float[Array, "B K GT H"], shape: tuple[int, ...]) -> Float[Array, "B T N H"]:
+    """Back to `shape`, [B, T, N, H]."""
+    batch, length, heads, size = shape
+    kv_heads = x.shape[1]
+    return x.reshape(batch, kv_heads, heads // kv_heads, length, size).transpose(0, 3, 1, 2, 4).reshape(shape)
+
+
+def scores_of(queries: Float[Array, "B K GT H"], source: Source) -> Float[Array, "B K GT S"]:
     """Scaled scores in float32, with the lowest finite number where the mask hides a key."""
     batch, kv_heads, rows, size = queries.shape
     if source.keys.ndim == 4:
@@ -143,7 +155,8 @@ def _scores(queries: Float[Array, "B K GT H"], source: Source) -> Float[Array, "
     return masked.reshape(scores.shape)
 
 
-def _mix(weights: Float[Array, "B K GT S"], source: Source) -> Float[Array, "B K GT H"]:
+def mix(weights: Float[Array, "B K GT S"], source: Source) -> Float[Array, "B K GT H"]:
+    """Sums of values by their weights, float32."""
     if source.values.ndim == 4:
         values = source.values.transpose(0, 2, 1, 3)
         return jnp.matmul(weights, values, preferred_element_type=jnp.float32)

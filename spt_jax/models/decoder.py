@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Source, Stream, attend, visible, within_window
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.layers import Linear, Mlp, Norm, rotate, rotation
+from spt_jax.models.ring import ring_attend, splits
 from spt_jax.sharding import ROWS, constrain
 
 KeysValues = tuple[Float[Array, "*L B T K H"], Float[Array, "*L B T K H"]]
@@ -36,11 +37,19 @@ class LayerInputs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SharedInputs:
-    """What all layers share: rotations, each row's prompt, and a mask per source without and with the window."""
+    """What all layers share.
+
+    cos_sin: of rotations.
+    stream: where tokens stand.
+    prefix_positions: where the prefix's stand, [P] or [B, P] of each row's own prompt.
+    masks: who sees whom, for each source in the order prefix, cache, row; None where rows are split over devices.
+    window_masks: the same under the sliding window, if a layer has one.
+    """
 
     cos_sin: tuple[Array, Array] | None
-    prompt_index: Int[Array, " B"] | None
-    masks: tuple[Array, ...]
+    stream: Stream
+    prefix_positions: Int[Array, "*B P"] | None
+    masks: tuple[Array, ...] | None
     window_masks: tuple[Array, ...] | None
 
 
@@ -65,6 +74,7 @@ class Attention(nn.Module):
     """Self-attention of one layer over prefix, cache and the row itself. Returns the row's keys and values too."""
 
     config: DecoderConfig
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], layer: LayerInputs, shared: SharedInputs) -> tuple[Array, KeysValues]:
@@ -82,13 +92,20 @@ class Attention(nn.Module):
 
         def attended(module: nn.Module, x: Array, keys: Array, values: Array) -> Array:
             queries = placed("query", config.heads)
-            masks = shared.masks
-            if shared.window_masks is not None:
-                masks = _choose(layer.windowed, shared.window_masks, masks)
-            prefix, gated = of_row(shared.prompt_index, (layer.prefix, layer.gated))
+            prefix, gated = of_row(shared.stream.prompt_index, (layer.prefix, layer.gated))
             earlier = [pair for pair in (prefix, layer.cache) if pair is not None]
-            pairs = [jax.tree.map(lambda a: a.astype(x.dtype), pair) for pair in earlier] + [(keys, values)]
-            out = attend(queries, [Source(k, v, mask) for (k, v), mask in zip(pairs, masks, strict=True)])
+            earlier = [jax.tree.map(lambda a: a.astype(x.dtype), pair) for pair in earlier]
+            if shared.masks is None:
+                assert self.mesh is not None
+                ahead = (earlier[0], shared.prefix_positions) if earlier else ()
+                window = {"window": config.window if config.window_layers else 0, "windowed": layer.windowed}
+                out = ring_attend(self.mesh, queries, keys, values, shared.stream, *ahead, **window)
+            else:
+                masks = shared.masks
+                if shared.window_masks is not None:
+                    masks = _choose(layer.windowed, shared.window_masks, masks)
+                pairs = [*earlier, (keys, values)]
+                out = attend(queries, [Source(k, v, mask) for (k, v), mask in zip(pairs, masks, strict=True)])
             if gated is not None:
                 out = out + _gated_attention(queries, gated)
             out = out.reshape(batch, length, config.heads * config.head_size)
@@ -117,8 +134,8 @@ class Block(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], layer: LayerInputs, shared: SharedInputs
     ) -> tuple[Array, KeysValues | None]:
-        x = constrain(self.mesh, x, ROWS)
-        attended, keys_values = Attention(self.config, name="attention")(
+        x = constrain(self.mesh, x, ROWS, "sequence")
+        attended, keys_values = Attention(self.config, self.mesh, name="attention")(
             Norm(self.config, name="attention_norm")(x), layer, shared
         )
         x = x + attended
@@ -207,7 +224,7 @@ class Decoder(nn.Module):
             cache=None if cache is None else (cache.keys, cache.values),
             gated=None if gated is None else _for_all_layers(layers_first(gated), config.layers),
         )
-        shared = SharedInputs(rotation(config, rows.positions), rows.prompt_index, *_masks(config, rows, prefix, cache))
+        shared = _shared_inputs(config, rows, prefix, cache, ring=cache is None and splits(self.mesh, rows))
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
         block: Any = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=policy)
         in_axes: Any = (0, nn.broadcast)
@@ -232,16 +249,22 @@ def _for_all_layers(gated: GatedPrefix, layers: int) -> GatedPrefix:
     return jax.tree.map(lambda a: jnp.pad(a, [(below, 0)] + [(0, 0)] * (a.ndim - 1)), gated)
 
 
-def _masks(config: DecoderConfig, rows: Stream, prefix: Prefix | None, cache: Cache | None):
-    """A mask per source in the order prefix, cache, row; and the same under the sliding window, if a layer has one."""
+def _shared_inputs(
+    config: DecoderConfig, rows: Stream, prefix: Prefix | None, cache: Cache | None, ring: bool
+) -> SharedInputs:
+    """Masks too, unless tokens go round a ring of devices, each of which makes its own."""
+    cos_sin = rotation(config, rows.positions)
+    ahead = None if prefix is None else of_row(rows.prompt_index, prefix.positions)
+    if ring:
+        return SharedInputs(cos_sin, rows, ahead, None, None)
     placed: list[tuple[Array, Array | None]] = [(rows.positions, rows.segments)]
     if cache is not None:
         placed.insert(0, (cache.positions, cache.segments))
-    if prefix is not None:
-        positions = of_row(rows.prompt_index, prefix.positions)
-        placed.insert(0, (jnp.broadcast_to(positions, (rows.positions.shape[0], positions.shape[-1])), None))
+    if ahead is not None:
+        placed.insert(0, (jnp.broadcast_to(ahead, (rows.positions.shape[0], ahead.shape[-1])), None))
     masks = tuple(visible(rows, positions, segments) for positions, segments in placed)
     if not config.window_layers:
-        return masks, None
+        return SharedInputs(cos_sin, rows, ahead, masks, None)
     windows = [within_window(rows, positions, config.window) for positions, _ in placed]
-    return masks, tuple(mask & window for mask, window in zip(masks, windows, strict=True))
+    within = tuple(mask & window for mask, window in zip(masks, windows, strict=True))
+    return SharedInputs(cos_sin, rows, ahead, masks, within)

@@ -9,10 +9,10 @@ import pytest
 
 from spt_jax.data.batches import (
     evaluation_batches,
+    multiples,
     pack,
     place_batch,
     plan_batches,
-    rows_multiple,
     slots,
     training_batches,
 )
@@ -269,10 +269,18 @@ def test_evaluation_covers_every_example_once(batch_size):
 def test_placing_splits_rows_and_copies_the_lead():
     examples = random_examples("target", 16)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2))
-    multiple = rows_multiple(mesh, microbatches=2)
-    assert multiple == 8
-    host = pack(examples, plan_batches(examples, lead=4, batch_size=16, packing=False, multiple=multiple))
+    options = multiples(mesh, microbatches=2)
+    assert options == {"multiple": 8, "length_multiple": 1}
+    host = pack(examples, plan_batches(examples, lead=4, batch_size=16, packing=False, **options))
     placed = place_batch(host, mesh)
     jax.tree.map(np.testing.assert_array_equal, placed, host)
     assert {shard.data.shape for shard in placed.rows.ids.addressable_shards} == {(4, host.rows.ids.shape[1])}
     assert {shard.data.shape for shard in placed.lead_ids.addressable_shards} == {(4,)}
+
+
+@pytest.mark.parametrize("devices", [3, 8])
+def test_rows_divide_over_the_devices_along_them(devices):
+    examples = random_examples("target", 16)
+    plan = plan_batches(examples, lead=4, batch_size=16, length_multiple=devices, max_length=17)
+    assert plan.length % devices == 0
+    assert plan.length - devices < max(17, *(example.length - 4 for example in examples)) <= plan.length

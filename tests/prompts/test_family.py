@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from spt_jax.checkpoints import Checkpoints
-from spt_jax.data.batches import pack, place_batch, plan_batches, rows_multiple
+from spt_jax.data.batches import multiples, pack, place_batch, plan_batches
 from spt_jax.data.encoder import Example
 from spt_jax.data.templates import Template
 from spt_jax.errors import ConfigError
@@ -101,7 +101,7 @@ def batch_of(method, base, *, shared: bool, packing: bool, microbatches: int = 1
         lead=[lead] * tasks_of(method) or lead,
         batch_size=len(examples),
         packing=packing,
-        multiple=rows_multiple(base.mesh, microbatches),
+        **multiples(base.mesh, microbatches),
     )
     return place_batch(pack(examples, plan), base.mesh)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spt_jax.data.batches import pack, place_batch, plan_batches, rows_multiple
+from spt_jax.data.batches import multiples, pack, place_batch, plan_batches
 from spt_jax.data.encoder import Example
 from spt_jax.errors import ConfigError
 from spt_jax.forward import encode_prefix, output_logits
@@ -79,7 +79,7 @@ def in_one_batch(base, packing: bool):
         lead=[len(lead) for lead in LEADS],
         batch_size=len(chosen),
         packing=packing,
-        multiple=rows_multiple(base.mesh),
+        **multiples(base.mesh),
     )
     batch = pack(chosen, plan)
     logits = targets_of(base.module, base.params, stack_prompts(prompts()), place_batch(batch, base.mesh))
