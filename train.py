@@ -52,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run(command: Command[Any], argv: Sequence[str]) -> None:
     """The whole job, from config to results."""
+    measure.keep_compiled_programs(command.compilation_cache)
     compile_seconds = measure.compile_clock()
     experiment = load_experiment(resolve(command.config))
     config, base, workdir = experiment.config, experiment.base, command.workdir
@@ -103,6 +104,7 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
         save_best=save_best,
         metadata={"config": settings},
         resume=command.resume,
+        profile=command.profile,
     )
     results = compare(base, asked, virtual_of(outcome.best.params))
     finish(experiment, outcome, results, workdir, argv, compile_seconds())

@@ -25,6 +25,9 @@ class Command(Generic[AnyMethod]):
       resume: go on with the run in workdir.
       overwrite: delete the run in workdir and start anew.
       dry_run: show examples as tokens, the packing and the memory needed, and stop.
+      profile: trace so many steps, once compiled, into the work directory's profile/, for TensorBoard's xprof.
+      compilation_cache: where compiled programs wait for the next run; default $JAX_COMPILATION_CACHE_DIR, else, on an
+        accelerator, ~/.cache/spt_jax.
     """
 
     config: Annotated[ExperimentConfig[AnyMethod], tyro.conf.arg(name="")]
@@ -32,6 +35,12 @@ class Command(Generic[AnyMethod]):
     resume: bool = False
     overwrite: bool = False
     dry_run: bool = False
+    profile: int = 0
+    compilation_cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.profile < 0:
+            raise ConfigError(f"--profile is {self.profile}; it is a number of steps")
 
 
 def load_config_file(path: Path) -> ExperimentConfig[Any]:

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -48,6 +49,41 @@ def peak_memory_bytes() -> int:
     if peaks:
         return max(peaks)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def keep_compiled_programs(directory: Path | None) -> None:
+    """Turns XLA's persistent cache on: in this directory, or where the environment or an accelerator asks for it."""
+    if directory is None and (jax.config.jax_compilation_cache_dir or jax.default_backend() == "cpu"):
+        return  # A program for one CPU may fail on another that reads the same home.
+    jax.config.update("jax_compilation_cache_dir", str(directory or Path.home() / ".cache" / "spt_jax"))
+
+
+class Profile:
+    """A trace of a run's steps for xprof, with the named scopes of the model.
+
+    Args:
+      directory: where it goes.
+      steps: how many, behind the first three; 0 for no trace.
+    """
+
+    def __init__(self, directory: Path, steps: int):
+        self._directory, self._first, self._last = directory, 3, 3 + steps
+        self._running = False
+
+    def before_step(self, number: int, settle: Callable[[], None]) -> None:
+        """Starts or stops before the step of this number, from 0, once `settle` has waited for those before."""
+        if self._first < self._last and number in (self._first, self._last):
+            settle()
+            self.close()
+            if number == self._first:
+                jax.profiler.start_trace(self._directory)
+                self._running = True
+
+    def close(self) -> None:
+        """Writes what there is."""
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
 
 
 @functools.cache

@@ -119,6 +119,7 @@ def fit(
     save_best: Callable[[Best], None],
     metadata: Mapping[str, Any],
     resume: bool = False,
+    profile: int = 0,
 ) -> Outcome:
     """Trains until `config.steps`, an early stop or a signal.
 
@@ -128,6 +129,7 @@ def fit(
       save_best: called with every new best prompt.
       metadata: plain JSON that goes into every checkpoint.
       resume: go on from the latest checkpoint in workdir.
+      profile: steps to trace into workdir's profile/.
 
     Raises:
       TrainingError: a loss, gradient or prompt is not finite; the last checkpoint and the best prompt are kept.
@@ -150,6 +152,7 @@ def fit(
         metrics_log = stack.enter_context(contextlib.closing(log(first)))
         run = _Run(config, metrics_log, first, measure.peak_flops(base.dtype) * base.mesh.size)
         stack.callback(run.bar.close)
+        trace = stack.enter_context(contextlib.closing(measure.Profile(workdir / "profile", profile)))
 
         def save(state: TrainState, best: Best) -> None:
             details = {"step": best.step, "metrics": best.metrics, "since": best.since}
@@ -161,6 +164,7 @@ def fit(
             save(state, best)
         done = first
         while done < config.steps and not _out_of_patience(config, best):
+            trace.before_step(done - first, run.settle)
             batch = next(stream)
             state, metrics = step(state, place_batch(batch, base.mesh))
             done += 1
