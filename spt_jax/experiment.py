@@ -17,7 +17,7 @@ from spt_jax.data.templates import Template
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation import Evaluation, EvaluationSet, evaluate, make_evaluation_set, selection_score
 from spt_jax.prompts import VirtualPrompt
-from spt_jax.sharding import make_mesh
+from spt_jax.sharding import make_mesh, row_shards
 from spt_jax.training.step import Objective
 
 Records = Sequence[Mapping[str, Any]]
@@ -97,6 +97,13 @@ class Experiment:
     def training_set(self) -> tuple[list[Example], BatchPlan]:
         """Encoded training examples and the shapes of their batches."""
         config = self.config
+        options = multiples(self.base.mesh, config.train.microbatches)
+        if config.train.batch_size < options["multiple"]:
+            raise ConfigError(
+                f"train.batch_size={config.train.batch_size} leaves some of {row_shards(self.base.mesh)} devices along"
+                f" mesh.data and mesh.fsdp without a row in {config.train.microbatches} microbatches;"
+                f" {options['multiple']} works, or a smaller mesh"
+            )
         encoder = self.encoder(self.template)
         with _located(config.data.train):
             examples = encoder.encode_all(self.train)
@@ -107,7 +114,7 @@ class Experiment:
             lead=encoder.leads(examples),
             batch_size=config.train.batch_size,
             packing=config.data.packing,
-            **multiples(self.base.mesh, config.train.microbatches),
+            **options,
             max_length=self.base.config.max_positions,
         )
         virtual = {self.base.config.vocab_size + number for number, _, _ in config.method.context_targets}

@@ -36,7 +36,16 @@ RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many devices each axis has; their product is the number of devices used."""
+    """How many devices each axis has; their product is the number of devices used.
+
+    Attributes:
+      data: devices that split the rows of a batch, and hold all weights each.
+      fsdp: devices that split rows and weights; a layer's weights come together for as long as it runs.
+      tensor: devices that split heads, MLP columns and the vocabulary.
+      sequence: devices that split every row, whose keys and values go round.
+
+    One of them may be -1: as many devices as the others leave.
+    """
 
     data: int = 1
     fsdp: int = 1
@@ -45,28 +54,42 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         for name in AXES:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"mesh.{name} is {getattr(self, name)}; an axis has at least 1 device")
+            if getattr(self, name) < 1 and getattr(self, name) != -1:
+                raise ConfigError(
+                    f"mesh.{name} is {getattr(self, name)}; an axis has at least 1 device, or -1 for the rest"
+                )
+        rest = [name for name in AXES if getattr(self, name) == -1]
+        if len(rest) > 1:
+            raise ConfigError(f"mesh.{' and mesh.'.join(rest)} are -1; only one axis can take the rest of the devices")
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(getattr(self, name) for name in AXES)
+    def shape(self, devices: int) -> tuple[int, ...]:
+        """Devices along each axis, of so many in all.
+
+        Raises:
+          ConfigError: they are too few, or the rest cannot be shared out.
+        """
+        sizes = {name: getattr(self, name) for name in AXES}
+        needed = math.prod(size for size in sizes.values() if size != -1)
+        if needed > devices:
+            raise ConfigError(f"the mesh {sizes} needs {needed} devices; there are {devices}")
+        if -1 in sizes.values() and devices % needed:
+            near = max(n for n in range(1, needed) if devices % n == 0)
+            raise ConfigError(
+                f"the axes of the mesh {sizes} that are given have {needed} devices, which does not divide the"
+                f" {devices} that there are; {near} works"
+            )
+        return tuple(devices // needed if size == -1 else size for size in sizes.values())
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with Auto axes over the first devices.
 
     Raises:
-      ConfigError: more devices asked for than there are.
+      ConfigError: more devices asked for than there are, or a rest that cannot be shared out.
     """
-    shape = (config or MeshConfig()).shape
     devices = jax.devices() if devices is None else devices
-    needed = math.prod(shape)
-    if needed > len(devices):
-        raise ConfigError(
-            f"the mesh {dict(zip(AXES, shape, strict=True))} needs {needed} devices; there are {len(devices)}"
-        )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed])
+    shape = (config or MeshConfig()).shape(len(devices))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[: math.prod(shape)])
 
 
 def parameter_sharding(mesh: Mesh, path: Sequence[str], shape: tuple[int, ...]) -> NamedSharding:

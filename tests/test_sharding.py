@@ -123,7 +123,16 @@ def test_more_devices_than_there_are():
 
 
 @pytest.mark.parametrize("axis", ["data", "fsdp", "tensor", "sequence"])
-@pytest.mark.parametrize("size", [0, -1])
+@pytest.mark.parametrize("size", [0, -2])
 def test_axes_have_at_least_one_device(axis, size):
     with pytest.raises(ConfigError, match=rf"mesh\.{axis} is {size}"):
         MeshConfig(**{axis: size})
+
+
+def test_an_axis_takes_the_rest_of_the_devices():
+    assert dict(make_mesh(MeshConfig(tensor=2, data=-1)).shape) == {"data": 4, "fsdp": 1, "tensor": 2, "sequence": 1}
+    assert make_mesh(MeshConfig(fsdp=-1), jax.devices()[:3]).shape["fsdp"] == 3
+    with pytest.raises(ConfigError, match=r"mesh\.data and mesh\.fsdp are -1"):
+        MeshConfig(data=-1, fsdp=-1)
+    with pytest.raises(ConfigError, match=r"have 3 devices, which does not divide the 8 that there are; 2 works"):
+        make_mesh(MeshConfig(data=-1, tensor=3))

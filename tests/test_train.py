@@ -241,6 +241,7 @@ def test_nan_stops_with_the_step_and_keeps_the_last_good_state(files: Path, tmp_
         (["--base.path", "/nowhere/at/all", "--resume"], 1, "no such directory"),
         (["--mesh.tensor", "3", "--resume"], 2, "does not divide"),
         (["--mesh.data", "16", "--resume"], 2, "needs 16 devices; there are 8"),
+        (["--mesh.data", "-1", "--train.microbatches", "2", "--resume"], 2, "16 works, or a smaller mesh"),
         (["--data.train", "missing.jsonl", "--resume"], 1, "missing.jsonl"),
         (["--loss.class-weights", "1", "--resume"], 2, "1 numbers for 2 classes"),
     ],
