@@ -1,9 +1,13 @@
 """What a training step costs, by formula."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
 
 from spt_jax.data.batches import Batch
 from spt_jax.models.config import DecoderConfig
+from spt_jax.models.decoder import Remat
+from spt_jax.models.vocabulary import CHUNK_LOGITS, CHUNK_ROWS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,3 +73,108 @@ def step_flops(config: DecoderConfig, shape: StepShape) -> StepFlops:
         attention=pair * ((config.layers - 1) * leading * seen + config.layers * tokens * (seen + shape.length)),
         output=4 * shape.rows * shape.outputs * config.width * config.vocab_size,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class StepMemory:
+    """An estimate, from above, of the bytes that a step holds on each device at its peak.
+
+    weights: of the frozen base; where fsdp splits them, with two layers gathered.
+    kept: what the forward pass over a microbatch keeps for the backward pass, of all layers.
+    layer: what one layer holds while it runs backward.
+    logits: of one chunk of outputs.
+    prefix: the leading ids' part of the above, and keys and values of the prefix with their cotangents.
+    """
+
+    weights: int
+    kept: int
+    layer: int
+    logits: int
+    prefix: int
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+    def __str__(self) -> str:
+        parts = sorted(dataclasses.asdict(self).items(), key=lambda part: -part[1])
+        listed = ", ".join(f"{_PARTS[name]} {size / 2**20:,.0f}" for name, size in parts)
+        return f"{self.total / 2**20:,.0f} MiB ({listed})"
+
+
+_PARTS = {
+    "weights": "weights",
+    "kept": "activations kept for the backward pass",
+    "layer": "one layer at work",
+    "logits": "logits",
+    "prefix": "leading tokens",
+}
+
+
+def step_memory(
+    config: DecoderConfig,
+    shape: StepShape,
+    *,
+    remat: Remat,
+    itemsize: int,
+    mesh: Mapping[str, int],
+    microbatches: int = 1,
+) -> StepMemory:
+    """What a step holds.
+
+    Args:
+      config: the base's sizes.
+      shape: of the whole batch.
+      remat: what the backward pass computes again.
+      itemsize: bytes of a number in the base's precision.
+      mesh: devices along each axis.
+      microbatches: parts of a batch, one after the other.
+    """
+    split = mesh["fsdp"] * mesh["tensor"]
+    layer_weights = config.matmul_parameters // config.layers
+    matrices = config.width * config.vocab_size * (1 if config.tied else 2)
+    weights = itemsize * (config.matmul_parameters + matrices) // split
+    if mesh["fsdp"] > 1:
+        weights += 2 * itemsize * layer_weights // mesh["tensor"]
+    rows = math.ceil(shape.rows / (mesh["data"] * mesh["fsdp"] * microbatches))
+    tokens = rows * math.ceil(shape.length / mesh["sequence"])
+    seen = shape.prefix + shape.lead
+    row_keys = seen + math.ceil(shape.length / mesh["sequence"])
+
+    def layer(tokens: int, keys: int) -> int:
+        return _layer_bytes(config, tokens, keys, itemsize, mesh["tensor"])
+
+    def kept(tokens: int, keys: int) -> int:
+        return config.layers * _kept_bytes(config, tokens, keys, remat, itemsize, mesh["tensor"])
+
+    logits = min(rows * shape.outputs, max(CHUNK_ROWS, CHUNK_LOGITS // config.vocab_size)) * config.vocab_size
+    leading = shape.prompts * shape.lead
+    pairs = 2 * config.layers * seen * shape.prompts * config.kv_heads * config.head_size
+    return StepMemory(
+        weights=weights,
+        kept=kept(tokens, row_keys),
+        layer=layer(tokens, row_keys),
+        logits=3 * 4 * logits // split,
+        prefix=kept(leading, seen) + layer(leading, seen) + 3 * 4 * pairs // mesh["tensor"],
+    )
+
+
+def _linear_outputs(config: DecoderConfig, tensor: int) -> int:
+    """Numbers per token that a layer's linear maps give."""
+    heads = (config.heads + 2 * config.kv_heads) * config.head_size // tensor
+    return 2 * config.width + heads + (2 if config.gated_mlp else 1) * config.mlp_width // tensor
+
+
+def _layer_bytes(config: DecoderConfig, tokens: int, keys: int, itemsize: int, tensor: int, scores: int = 4) -> int:
+    """What a layer computes: linear maps twice over, norms, and so many arrays of scores in float32."""
+    scores = scores * 4 * tokens * keys * config.heads // tensor
+    return tokens * (2 * itemsize * _linear_outputs(config, tensor) + 4 * 4 * config.width) + scores
+
+
+def _kept_bytes(config: DecoderConfig, tokens: int, keys: int, remat: Remat, itemsize: int, tensor: int) -> int:
+    """What a layer leaves for its backward pass: its input, and what rematerialisation does not compute again."""
+    if remat == "full":
+        return itemsize * tokens * config.width
+    if remat == "dots":
+        return itemsize * tokens * (config.width + _linear_outputs(config, tensor))
+    return _layer_bytes(config, tokens, keys, itemsize, tensor, scores=2)
