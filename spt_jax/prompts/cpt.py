@@ -41,7 +41,7 @@ class ContextPromptTuning(TokenMethod):
       format_epsilon: how far format tokens may.
     """
 
-    recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.1, "schedule": "linear"}
+    recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.03, "schedule": "linear"}
 
     name: Literal["cpt"] = "cpt"
     context: Line = ""
