@@ -68,8 +68,17 @@ def run_stream(
     """Hidden states of a stream under a soft prompt: its token rows, its gated prefix, and `prefix` as encoded."""
     x = embed_stream(module, frozen, virtual, ids, stream)
     gated = None if virtual is None else virtual.gated
-    wanted = {"return_keys_values": return_keys_values, "return_hidden": return_hidden}
-    return run_layers(module, frozen, x, stream, prefix, cache, gated, **wanted)
+    return run_layers(
+        module,
+        frozen,
+        x,
+        stream,
+        prefix,
+        cache,
+        gated,
+        return_keys_values=return_keys_values,
+        return_hidden=return_hidden,
+    )
 
 
 @jax.named_scope("prefix")
@@ -104,8 +113,9 @@ def encode_prefix(
     positions = start + jnp.arange(length, dtype=jnp.int32)
     own = jnp.ones_like(positions)[None]
     stream = Stream(positions[None], own, jnp.zeros_like(own))
-    wanted = {"return_keys_values": True, "return_hidden": False}
-    _, keys_values = run_stream(module, frozen, virtual, lead_ids[None], stream, prefix, **wanted)
+    _, keys_values = run_stream(
+        module, frozen, virtual, lead_ids[None], stream, prefix, return_keys_values=True, return_hidden=False
+    )
     keys, values = (a[:, 0].astype(jnp.float32) for a in keys_values)
     if lead_length is not None:
         positions = jnp.where(jnp.arange(length) < lead_length, positions, NEVER)

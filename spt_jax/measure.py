@@ -53,7 +53,8 @@ def peak_memory_bytes() -> int:
 
 def keep_compiled_programs(directory: Path | None) -> None:
     """Turns XLA's persistent cache on: in this directory, or where the environment or an accelerator asks for it."""
-    if directory is None and (jax.config.jax_compilation_cache_dir or jax.default_backend() == "cpu"):
+    asked = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if directory is None and (asked or jax.default_backend() == "cpu"):
         return  # A program for one CPU may fail on another that reads the same home.
     jax.config.update("jax_compilation_cache_dir", str(directory or Path.home() / ".cache" / "spt_jax"))
 

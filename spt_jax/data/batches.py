@@ -396,6 +396,6 @@ def evaluation_batches(examples: Sequence[Example], plan: BatchPlan, batch_size:
         yield pack(ordered[start : start + batch_size], plan)
 
 
-def multiples(mesh: Mesh, microbatches: int = 1) -> dict[str, int]:
+def multiples(mesh: Mesh, microbatches: int = 1) -> dict[str, Any]:
     """Options of `plan_batches`: what the numbers of rows and of their tokens must be multiples of on a mesh."""
     return {"multiple": row_shards(mesh) * microbatches, "length_multiple": mesh.shape["sequence"]}

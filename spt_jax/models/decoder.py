@@ -93,18 +93,17 @@ class Attention(nn.Module):
         def attended(module: nn.Module, x: Array, keys: Array, values: Array) -> Array:
             queries = placed("query", config.heads)
             prefix, gated = of_row(shared.stream.prompt_index, (layer.prefix, layer.gated))
-            earlier = [pair for pair in (prefix, layer.cache) if pair is not None]
-            earlier = [jax.tree.map(lambda a: a.astype(x.dtype), pair) for pair in earlier]
+            prefix, cache = jax.tree.map(lambda a: a.astype(x.dtype), (prefix, layer.cache))
             if shared.masks is None:
                 assert self.mesh is not None
-                ahead = (earlier[0], shared.prefix_positions) if earlier else ()
-                window = {"window": config.window if config.window_layers else 0, "windowed": layer.windowed}
-                out = ring_attend(self.mesh, queries, keys, values, shared.stream, *ahead, **window)
+                window = config.window if config.window_layers else 0
+                places = shared.stream, prefix, shared.prefix_positions
+                out = ring_attend(self.mesh, queries, keys, values, *places, window=window, windowed=layer.windowed)
             else:
                 masks = shared.masks
                 if shared.window_masks is not None:
                     masks = _choose(layer.windowed, shared.window_masks, masks)
-                pairs = [*earlier, (keys, values)]
+                pairs = [pair for pair in (prefix, cache, (keys, values)) if pair is not None]
                 out = attend(queries, [Source(k, v, mask) for (k, v), mask in zip(pairs, masks, strict=True)])
             if gated is not None:
                 out = out + _gated_attention(queries, gated)

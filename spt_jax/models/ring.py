@@ -134,7 +134,8 @@ def _sources(ring: _Ring, prefix: Any, places: Any) -> tuple[Source | None, Any]
         mask = visible(stream, key_positions, key_segments)
         if ring.window:
             mask &= ~windowed | within_window(stream, key_positions, ring.window)
-        return Source(*pair, mask)
+        keys, values = pair
+        return Source(keys, values, mask)
 
     if prefix is None:
         return None, source
