@@ -21,7 +21,7 @@ from spt_jax.command_line import Command, config_differences, config_json, parse
 from spt_jax.config import resolve
 from spt_jax.data.batches import pack, place_batch
 from spt_jax.data.preview import describe
-from spt_jax.errors import ConfigError, SptError
+from spt_jax.errors import ConfigError, SptError, TrainingError
 from spt_jax.evaluation import evaluate
 from spt_jax.experiment import CONFIG_FILE, Experiment, compare, load_experiment, prepare_workdir, questions
 from spt_jax.files import write_json
@@ -68,6 +68,9 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
     note = experiment.window_note(examples)
     if note is not None:
         print(note)
+    experiment, memory = experiment.fitted(plan)
+    base = experiment.base
+    print(f"memory of a step on each device, estimated: {memory}; rematerialisation {base.module.remat}")
     if command.dry_run:
         dry_run(experiment, examples, plan, optimizer)
         return
@@ -91,21 +94,29 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
         for name, (method, virtual) in config.method.artifacts(virtual_of(best.params), best.params).items():
             save_prompt(workdir / "prompt" / name, base, method, virtual, template, extra=extra)
 
-    outcome = fit(
-        base,
-        config.method,
-        optimizer,
-        experiment.objective(plan),
-        TrainingData(examples, plan, config.loss.class_weights or None),
-        config.train,
-        workdir=workdir,
-        log=lambda step: MetricsLog(workdir, config.log, from_step=step, run_config=settings),
-        validate=validate if "validation" in asked else None,
-        save_best=save_best,
-        metadata={"config": settings},
-        resume=command.resume,
-        profile=command.profile,
-    )
+    try:
+        outcome = fit(
+            base,
+            config.method,
+            optimizer,
+            experiment.objective(plan),
+            TrainingData(examples, plan, config.loss.class_weights or None),
+            config.train,
+            workdir=workdir,
+            log=lambda step: MetricsLog(workdir, config.log, from_step=step, run_config=settings),
+            validate=validate if "validation" in asked else None,
+            save_best=save_best,
+            metadata={"config": settings},
+            resume=command.resume,
+            profile=command.profile,
+        )
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise TrainingError(
+            f"the device ran out of memory. Estimated: {memory}; {base.module.remat} computed again. More"
+            " --train.microbatches, --base.remat full, or --mesh.fsdp over more devices would need less"
+        ) from error
     results = compare(base, asked, virtual_of(outcome.best.params))
     finish(experiment, outcome, results, workdir, argv, compile_seconds())
 

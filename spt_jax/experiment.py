@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spt_jax import measure
 from spt_jax.base import FrozenBase, load_base, read_tokenizer
 from spt_jax.config import ExperimentConfig, make_template, resolve
 from spt_jax.data.batches import BatchPlan, multiples, plan_batches
@@ -16,8 +17,10 @@ from spt_jax.data.sources import check_fields, read_records
 from spt_jax.data.templates import Template
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation import Evaluation, EvaluationSet, evaluate, make_evaluation_set, selection_score
+from spt_jax.models.decoder import Remat
 from spt_jax.prompts import VirtualPrompt
 from spt_jax.sharding import make_mesh, row_shards
+from spt_jax.training.cost import StepMemory, choose_remat, plan_shape, step_memory
 from spt_jax.training.step import Objective
 
 Records = Sequence[Mapping[str, Any]]
@@ -122,6 +125,25 @@ class Experiment:
             raise ConfigError("a context with labels must open data.prompt: <soft> before any field")
         return examples, plan
 
+    def fitted(self, plan: BatchPlan) -> tuple["Experiment", StepMemory]:
+        """The same with its rematerialisation chosen, and an estimate of what a step holds on each device."""
+        config, base = self.config, self.base
+
+        def estimate(remat: Remat) -> StepMemory:
+            return step_memory(
+                base.config,
+                plan_shape(plan, config.method.prefix_length),
+                remat=remat,
+                itemsize=base.dtype.itemsize,
+                mesh=base.mesh.shape,
+                microbatches=config.train.microbatches,
+            )
+
+        remat = config.base.remat
+        chosen = choose_remat(estimate, measure.memory_limit()) if remat == "auto" else remat
+        base = dataclasses.replace(base, module=base.module.clone(remat=chosen))
+        return dataclasses.replace(self, base=base), estimate(chosen)
+
     def window_note(self, examples: Sequence[Example]) -> str | None:
         """What to know where examples are longer than a sliding window: the soft prompt slides out of it too."""
         sizes, longest = self.base.config, max(example.length for example in examples)
@@ -183,7 +205,6 @@ def load_experiment(config: ExperimentConfig[Any]) -> Experiment:
         dtype=config.base.dtype,
         mesh=make_mesh(config.mesh),
         max_length=data.max_length,
-        remat=config.base.remat,
     )
     positions = base.config.max_positions
     if data.max_length is not None and data.max_length > positions:

@@ -153,7 +153,7 @@ def output_states(
         stream = dataclasses.replace(stream, positions=stream.positions + start)
     hidden, _ = run_stream(module, frozen, virtual, rows.ids, stream, prefix)
     states = jnp.take_along_axis(hidden, rows.outputs[:, :, None], axis=1)
-    return constrain(module.mesh, states, "data")  # fsdp splits the vocabulary that they meet
+    return constrain(module.mesh, states, "data", "sequence")  # fsdp splits the vocabulary that they meet
 
 
 def output_logits(

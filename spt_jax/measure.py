@@ -102,6 +102,12 @@ def peak_flops(dtype: Any) -> float:
     return 2 * size**3 / min(seconds)
 
 
+def memory_limit() -> int | None:
+    """Bytes that a device can hold; None where it does not say, as a CPU."""
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
+    return min((limit for limit in limits if limit), default=None)
+
+
 def versions() -> dict[str, str]:
     """Python and the packages that results depend on."""
     found = {"python": platform.python_version()}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -251,6 +252,17 @@ def test_wrong_words(files: Path, finished: Path, capsys, more, code, message):
     assert train.main(words(files, finished, *more)) == code
     assert message in capsys.readouterr().err
     assert (finished / "results.json").read_bytes() == before
+
+
+def test_out_of_memory_names_what_is_large(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    def step(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9999 bytes.")
+
+    monkeypatch.setattr(loop, "make_train_step", lambda *_: step)
+    assert train.main(words(files, tmp_path / "run", "--train.microbatches", "2")) == 1
+    message = capsys.readouterr().err
+    assert "out of memory" in message and "activations kept for the backward pass" in message
+    assert "--train.microbatches" in message and "--base.remat full" in message
 
 
 def test_overwrite_spares_directories_of_others(files: Path, tmp_path: Path, capsys):

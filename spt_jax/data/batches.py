@@ -146,7 +146,7 @@ def plan_batches(
       batch_size: examples per batch.
       packing: False puts every example in a row of its own.
       multiple: row shards times microbatches.
-      length_multiple: devices along a row.
+      length_multiple: devices along a row, which tokens and outputs must divide over.
       max_length: the model's positions; rows never need to be longer.
 
     Raises:
@@ -179,7 +179,7 @@ def plan_batches(
     counts = [len(rows) for rows in packed]
     return dataclasses.replace(
         plan,
-        outputs=max(sum(need.outputs for need in row) for row in filled),
+        outputs=round_up(max(sum(need.outputs for need in row) for row in filled), length_multiple),
         targets=max(sum(need.targets for need in row) for row in filled),
         examples=max(map(len, filled)),
         row_buckets=tuple(

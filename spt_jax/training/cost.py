@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from spt_jax.data.batches import Batch
+from spt_jax.data.batches import Batch, BatchPlan
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.decoder import Remat
 from spt_jax.models.vocabulary import CHUNK_LOGITS, CHUNK_ROWS
@@ -31,6 +31,12 @@ def step_shape(batch: Batch, prefix: int = 0) -> StepShape:
     rows, length = batch.rows.ids.shape
     *prompts, lead = batch.lead_ids.shape
     return StepShape(rows, length, batch.rows.outputs.shape[1], lead, prefix, *prompts)
+
+
+def plan_shape(plan: BatchPlan, prefix: int = 0) -> StepShape:
+    """Sizes of the largest batch of a plan."""
+    *prompts, lead = plan.lead_ids.shape
+    return StepShape(plan.row_buckets[-1], plan.length, plan.outputs, lead, prefix, *prompts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +163,19 @@ def step_memory(
         logits=3 * 4 * logits // split,
         prefix=kept(leading, seen) + layer(leading, seen) + 3 * 4 * pairs // mesh["tensor"],
     )
+
+
+def choose_remat(estimate: Callable[[Remat], StepMemory], limit: int | None) -> Remat:
+    """What computes least again among what fits a device of so many bytes, with some room for what no estimate sees.
+
+    Args:
+      estimate: the memory under each.
+      limit: None where it is not known: "dots", which on CPU is also faster than "none".
+    """
+    if limit is None:
+        return "dots"
+    kinds: tuple[Remat, ...] = ("none", "dots", "full")
+    return next((kind for kind in kinds if estimate(kind).total <= 0.85 * limit), "full")
 
 
 def _linear_outputs(config: DecoderConfig, tensor: int) -> int:

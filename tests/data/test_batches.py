@@ -282,5 +282,5 @@ def test_placing_splits_rows_and_copies_the_lead():
 def test_rows_divide_over_the_devices_along_them(devices):
     examples = random_examples("target", 16)
     plan = plan_batches(examples, lead=4, batch_size=16, length_multiple=devices, max_length=17)
-    assert plan.length % devices == 0
+    assert plan.length % devices == plan.outputs % devices == 0
     assert plan.length - devices < max(17, *(example.length - 4 for example in examples)) <= plan.length

@@ -1,0 +1,101 @@
+"""Whether a model of 8 billion parameters fits TPUs that are not there: estimate and XLA's own plan of memory.
+
+    pip install libtpu && python benchmarks/ahead_of_time.py --topology v5e:2x4
+
+Compiles the step for a TPU topology on any machine (minutes for each mesh) and compares the memory that XLA plans with
+the estimate that `train.py` prints beforehand. Prints a table and writes JSON.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from benchmarks import common
+from benchmarks.shapes import lower_step
+from spt_jax.models.config import DecoderConfig, RopeConfig
+from spt_jax.sharding import MeshConfig, make_mesh
+from spt_jax.training.cost import StepShape, step_memory
+
+# The sizes of Llama 3.1 8B.
+CONFIG = DecoderConfig(
+    family="llama",
+    vocab_size=128_256,
+    width=4_096,
+    layers=32,
+    heads=32,
+    kv_heads=8,
+    head_size=128,
+    mlp_width=14_336,
+    max_positions=131_072,
+    rope=RopeConfig(theta=500_000.0),
+)
+STEPS: tuple[tuple[dict[str, int], Any, StepShape], ...] = (
+    ({"fsdp": 8}, "full", StepShape(rows=32, length=512, outputs=128, lead=100)),
+    ({"fsdp": 2, "tensor": 4}, "dots", StepShape(rows=16, length=512, outputs=128, lead=100)),
+    ({"fsdp": 4, "sequence": 2}, "full", StepShape(rows=4, length=4096, outputs=128, lead=100)),
+)
+PACKAGES = ("spt_jax", "jax", "jaxlib", "flax", "optax", "libtpu")
+
+
+def compare(devices: Any, axes: dict[str, int], remat: Any, shape: StepShape) -> dict[str, Any]:
+    """Bytes per device by estimate and by XLA, for one mesh."""
+    mesh = make_mesh(MeshConfig(**axes), devices)
+    begun = time.perf_counter()
+    plan = lower_step(CONFIG, shape, mesh=mesh, dtype=jnp.bfloat16, remat=remat).compile().memory_analysis()
+    estimate = step_memory(CONFIG, shape, remat=remat, itemsize=2, mesh=mesh.shape)
+    return {
+        "mesh": axes,
+        "remat": remat,
+        "shape": dataclasses.asdict(shape),
+        "planned_bytes": plan.argument_size_in_bytes + plan.temp_size_in_bytes,
+        "estimated_bytes": estimate.total,
+        "estimate": dataclasses.asdict(estimate),
+        "compile_seconds": time.perf_counter() - begun,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--topology", default="v5e:2x4", help="eight devices")
+    parser.add_argument("--out", type=Path, default=common.RESULTS / "ahead_of_time.json")
+    options = parser.parse_args()
+    devices = topologies.get_topology_desc(options.topology, platform="tpu").devices
+    found = []
+    for axes, remat, shape in STEPS:
+        found.append(compare(devices, axes, remat, shape))
+        print(f"{axes}: {found[-1]['compile_seconds']:.0f} s", flush=True)
+    rows = [
+        [
+            ", ".join(f"{axis} {size}" for axis, size in one["mesh"].items()),
+            one["remat"],
+            f"{one['shape']['rows']} x {one['shape']['length']}",
+            f"{one['planned_bytes'] / 2**30:.2f}",
+            f"{one['estimated_bytes'] / 2**30:.2f}",
+        ]
+        for one in found
+    ]
+    print(common.table(("mesh", "remat", "rows x tokens", "GiB planned by XLA", "GiB estimated"), rows))
+    report = {
+        "benchmark": "ahead_of_time",
+        "device": f"{devices[0].device_kind}, {options.topology}",
+        "versions": common.versions(PACKAGES),
+        "commit": common.commit(),
+        "steps": found,
+    }
+    common.write_json(options.out, report)
+    print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""A training step of given sizes without a single array: to compile ahead of time, and count."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from spt_jax.data.batches import Batch, Rows
+from spt_jax.models.attention import Stream
+from spt_jax.models.config import DecoderConfig
+from spt_jax.models.decoder import Decoder, Remat
+from spt_jax.models.hf import Params, parameter_shapes
+from spt_jax.prompts import Method, PrefixTuning, PromptTuning
+from spt_jax.sharding import make_mesh, parameter_sharding, replicated, row_sharding
+from spt_jax.training.cost import StepShape
+from spt_jax.training.step import Objective, TrainState, train_step
+
+Shape = jax.ShapeDtypeStruct
+
+
+def frozen_shapes(config: DecoderConfig, mesh: Mesh, dtype: Any) -> Params:
+    """The base's leaves, where they lie on the mesh."""
+
+    def leaf(path: Any, leaf: Any) -> Shape:
+        sharding = parameter_sharding(mesh, [key.key for key in path], leaf.shape)
+        return Shape(leaf.shape, dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(leaf, parameter_shapes(config))
+
+
+def batch_shapes(shape: StepShape, mesh: Mesh) -> Batch:
+    """A batch of one prompt with as many targets as outputs."""
+
+    def array(width: int, dtype: Any = jnp.int32) -> Any:
+        return Shape((shape.rows, width), dtype, sharding=row_sharding(mesh))
+
+    tokens, outputs, examples = array(shape.length), array(shape.outputs), array(4)
+    rows = Rows(
+        ids=tokens,
+        stream=Stream(tokens, tokens, tokens),
+        outputs=outputs,
+        target_outputs=outputs,
+        target_ids=outputs,
+        target_weights=array(shape.outputs, jnp.float32),
+        target_groups=outputs,
+        labels=examples,
+        example_weights=array(4, jnp.float32),
+        examples=examples,
+    )
+    lead: Any = Shape((shape.lead,), jnp.int32, sharding=replicated(mesh))
+    return Batch(lead, rows)
+
+
+def lower_step(
+    config: DecoderConfig,
+    shape: StepShape,
+    *,
+    mesh: Mesh | None = None,
+    dtype: Any = jnp.float32,
+    remat: Remat = "none",
+    microbatches: int = 1,
+    compiler_options: Any = None,
+) -> Any:
+    """A step with Adam, lowered: prefix tuning where the shape has a prefix, else prompt tuning of its leading ids."""
+    mesh = mesh or make_mesh()
+    method: Method = PromptTuning(length=shape.lead)
+    params: dict[str, Shape] = {"tokens": Shape((shape.lead, config.width), jnp.float32)}
+    if shape.prefix:
+        method = PrefixTuning(length=shape.prefix)
+        free = Shape((2, config.layers, shape.prefix, config.kv_heads, config.head_size), jnp.float32)
+        params = {"free": free, "scale": Shape((), jnp.float32)}
+    optimizer = optax.adam(0.1)
+    state = TrainState(Shape((), jnp.int32), params, jax.eval_shape(optimizer.init, params))  # type: ignore[arg-type]
+    state = jax.tree.map(lambda leaf: Shape(leaf.shape, leaf.dtype, sharding=replicated(mesh)), state)
+    step = jax.jit(
+        train_step,
+        static_argnums=(0, 1, 2, 3),
+        donate_argnums=5,
+        out_shardings=replicated(mesh),
+        compiler_options=compiler_options,
+    )
+    module, objective = Decoder(config, remat=remat, mesh=mesh), Objective(microbatches=microbatches)
+    frozen, batch = frozen_shapes(config, mesh, dtype), batch_shapes(shape, mesh)
+    return step.lower(module, method, objective, optimizer, frozen, state, batch)
