@@ -17,9 +17,10 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective instruction: its kind, the bytes of its result, how often it runs, and in how many loops."""
+    """A collective instruction: its kind, the shapes and bytes of its results, how often it runs, in how many loops."""
 
     kind: str
+    shapes: tuple[tuple[int, ...], ...]
     result_bytes: int
     times: float
     loops: int
@@ -63,7 +64,8 @@ def count(text: str) -> Work:
             flops += times * _dot_flops(one, shapes)
         kind = one.operation.removesuffix("-start")
         if kind in COLLECTIVES:
-            collectives.append(Collective(kind, _bytes(one.shape), times, loops))
+            sizes = tuple(tuple(int(n) for n in dims.split(",") if n) for _, dims in _SHAPE.findall(one.shape))
+            collectives.append(Collective(kind, sizes, _bytes(one.shape), times, loops))
     return Work(flops, tuple(collectives))
 
 

@@ -17,6 +17,7 @@ from spt_jax.data.batches import Rows
 from spt_jax.models.attention import NEVER, Cache, Prefix, Stream
 from spt_jax.models.decoder import Decoder, of_row
 from spt_jax.models.hf import Params
+from spt_jax.models.ring import splits, take_tokens
 from spt_jax.models.vocabulary import log_sum_exp
 from spt_jax.prompts.virtual import VirtualPrompt
 from spt_jax.sharding import constrain
@@ -152,7 +153,10 @@ def output_states(
             start = of_row(stream.prompt_index, start).reshape(-1, 1)
         stream = dataclasses.replace(stream, positions=stream.positions + start)
     hidden, _ = run_stream(module, frozen, virtual, rows.ids, stream, prefix)
-    states = jnp.take_along_axis(hidden, rows.outputs[:, :, None], axis=1)
+    if splits(module.mesh, stream):
+        states = take_tokens(module.mesh, hidden, rows.outputs)
+    else:
+        states = jnp.take_along_axis(hidden, rows.outputs[:, :, None], axis=1)
     return constrain(module.mesh, states, "data", "sequence")  # fsdp splits the vocabulary that they meet
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from spt_jax.models.attention import (
     Source,
@@ -103,6 +103,18 @@ def ring_attend(
     tokens = (stream.positions, stream.segments, stream.parents)
     windowed = jnp.asarray(window > 0) if windowed is None else windowed
     return _ring_attend(ring, (queries, keys, values, prefix), (tokens, prefix_positions, windowed))
+
+
+def take_tokens(mesh: Mesh, x: Float[Array, "B T D"], places: Int[Array, "B Q"]) -> Float[Array, "B Q D"]:
+    """`jnp.take_along_axis(x, places[:, :, None], axis=1)` for T split over the mesh, which must hold for `splits`."""
+
+    def of_device(x: Array, places: Array) -> Array:
+        here = places - jax.lax.axis_index(AXIS) * x.shape[1]
+        inside = (here >= 0) & (here < x.shape[1])
+        rows = jnp.take_along_axis(x, jnp.where(inside, here, 0)[:, :, None], axis=1)
+        return jax.lax.psum(jnp.where(inside[:, :, None], rows, 0), AXIS)
+
+    return jax.shard_map(of_device, mesh=mesh, in_specs=(P(ROWS, AXIS), P(ROWS)), out_specs=P(ROWS))(x, places)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
