@@ -153,7 +153,7 @@ def output_states(
             start = of_row(stream.prompt_index, start).reshape(-1, 1)
         stream = dataclasses.replace(stream, positions=stream.positions + start)
     hidden, _ = run_stream(module, frozen, virtual, rows.ids, stream, prefix)
-    if splits(module.mesh, stream):
+    if module.mesh is not None and splits(module.mesh, stream):
         states = take_tokens(module.mesh, hidden, rows.outputs)
     else:
         states = jnp.take_along_axis(hidden, rows.outputs[:, :, None], axis=1)

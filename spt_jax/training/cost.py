@@ -174,8 +174,9 @@ def choose_remat(estimate: Callable[[Remat], StepMemory], limit: int | None) -> 
     """
     if limit is None:
         return "dots"
-    kinds: tuple[Remat, ...] = ("none", "dots", "full")
-    return next((kind for kind in kinds if estimate(kind).total <= 0.85 * limit), "full")
+    kinds: tuple[Remat, ...] = ("none", "dots")
+    fitting: list[Remat] = [kind for kind in kinds if estimate(kind).total <= 0.85 * limit]
+    return fitting[0] if fitting else "full"
 
 
 def _linear_outputs(config: DecoderConfig, tensor: int) -> int:
