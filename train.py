@@ -114,8 +114,9 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise TrainingError(
-            f"the device ran out of memory. Estimated: {memory}; {base.module.remat} computed again. More"
-            " --train.microbatches, --base.remat full, or --mesh.fsdp over more devices would need less"
+            f"the device ran out of memory. Estimated: {memory}; rematerialisation {base.module.remat}."
+            " More --train.microbatches, --base.remat full, a smaller --evaluation.batch-size, or --mesh.fsdp over more"
+            " devices would need less"
         ) from error
     results = compare(base, asked, virtual_of(outcome.best.params))
     finish(experiment, outcome, results, workdir, argv, compile_seconds())
@@ -139,7 +140,7 @@ def dry_run(experiment: Experiment, examples: Any, plan: Any, optimizer: Any) ->
     state = init_state(jax.random.key(config.train.seed), base, config.method, optimizer)
     batch = place_batch(pack(examples[: config.train.batch_size], plan), base.mesh)
     step = make_train_step(base, config.method, optimizer, experiment.objective(plan))
-    print(measure.step_memory(step, state, batch, base.params))
+    print(measure.planned_memory(step, state, batch, base.params))
 
 
 def finish(

@@ -53,7 +53,7 @@ def compare(devices: Any, axes: dict[str, int], remat: Any, shape: StepShape) ->
     mesh = make_mesh(MeshConfig(**axes), devices)
     begun = time.perf_counter()
     plan = lower_step(CONFIG, shape, mesh=mesh, dtype=jnp.bfloat16, remat=remat).compile().memory_analysis()
-    estimate = step_memory(CONFIG, shape, remat=remat, itemsize=2, mesh=mesh.shape)
+    estimate = step_memory(CONFIG, shape, remat=remat, itemsize=2, mesh=mesh)
     return {
         "mesh": axes,
         "remat": remat,

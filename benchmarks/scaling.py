@@ -1,9 +1,10 @@
-"""Weak scaling by counting: what each device computes and is sent when devices and batch grow together.
+"""Scaling by counting: what each device computes and is sent as devices grow in number.
 
     python benchmarks/scaling.py
 
-Compiles the step of a Llama of 39 M parameters for 1 to 8 devices along every axis of the mesh, which one CPU pretends
-to have, and counts matrix products and collectives in XLA's program. No step runs. Prints a table and writes JSON.
+Compiles the step of a Llama of 42 M parameters for 1 to 8 devices along every axis of the mesh, which one CPU pretends
+to have, and counts matrix products and collectives in XLA's program. Rows grow in number with data and fsdp, in length
+with sequence; along tensor the batch stays. No step runs. Prints a table and writes JSON.
 """
 
 import argparse

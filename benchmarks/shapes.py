@@ -11,23 +11,13 @@ from spt_jax.data.batches import Batch, Rows
 from spt_jax.models.attention import Stream
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.decoder import Decoder, Remat
-from spt_jax.models.hf import Params, parameter_shapes
+from spt_jax.models.hf import parameter_shapes
 from spt_jax.prompts import Method, PrefixTuning, PromptTuning
-from spt_jax.sharding import make_mesh, parameter_sharding, replicated, row_sharding
+from spt_jax.sharding import make_mesh, replicated, row_sharding, sharded_shapes
 from spt_jax.training.cost import StepShape
 from spt_jax.training.step import Objective, TrainState, train_step
 
 Shape = jax.ShapeDtypeStruct
-
-
-def frozen_shapes(config: DecoderConfig, mesh: Mesh, dtype: Any) -> Params:
-    """The base's leaves, where they lie on the mesh."""
-
-    def leaf(path: Any, leaf: Any) -> Shape:
-        sharding = parameter_sharding(mesh, [key.key for key in path], leaf.shape)
-        return Shape(leaf.shape, dtype, sharding=sharding)
-
-    return jax.tree_util.tree_map_with_path(leaf, parameter_shapes(config))
 
 
 def batch_shapes(shape: StepShape, mesh: Mesh) -> Batch:
@@ -82,5 +72,5 @@ def lower_step(
         compiler_options=compiler_options,
     )
     module, objective = Decoder(config, remat=remat, mesh=mesh), Objective(microbatches=microbatches)
-    frozen, batch = frozen_shapes(config, mesh, dtype), batch_shapes(shape, mesh)
+    frozen, batch = sharded_shapes(mesh, parameter_shapes(config), dtype), batch_shapes(shape, mesh)
     return step.lower(module, method, objective, optimizer, frozen, state, batch)

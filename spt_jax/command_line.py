@@ -13,6 +13,7 @@ import tyro
 
 from spt_jax.config import AnyMethod, ExperimentConfig
 from spt_jax.errors import ConfigError, did_you_mean
+from spt_jax.measure import PROFILE_BEHIND
 from spt_jax.prompts import METHODS
 
 
@@ -41,6 +42,10 @@ class Command(Generic[AnyMethod]):
     def __post_init__(self) -> None:
         if self.profile < 0:
             raise ConfigError(f"--profile is {self.profile}; it is a number of steps")
+        if self.profile and self.config.train.steps <= PROFILE_BEHIND:
+            raise ConfigError(
+                f"--profile traces steps behind the first {PROFILE_BEHIND}; train.steps is {self.config.train.steps}"
+            )
 
 
 def load_config_file(path: Path) -> ExperimentConfig[Any]:

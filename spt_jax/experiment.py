@@ -135,7 +135,7 @@ class Experiment:
                 plan_shape(plan, config.method.prefix_length),
                 remat=remat,
                 itemsize=base.dtype.itemsize,
-                mesh=base.mesh.shape,
+                mesh=base.mesh,
                 microbatches=config.train.microbatches,
             )
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+PROFILE_BEHIND = 3  # steps that compile and warm up
 _PACKAGES = ("spt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
 
 
@@ -64,11 +65,11 @@ class Profile:
 
     Args:
       directory: where it goes.
-      steps: how many, behind the first three; 0 for no trace.
+      steps: how many, behind the first `PROFILE_BEHIND`; 0 for no trace.
     """
 
     def __init__(self, directory: Path, steps: int):
-        self._directory, self._first, self._last = directory, 3, 3 + steps
+        self._directory, self._first, self._last = directory, PROFILE_BEHIND, PROFILE_BEHIND + steps
         self._running = False
 
     def before_step(self, number: int, settle: Callable[[], None]) -> None:
@@ -119,7 +120,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def step_memory(step: Any, state: Any, batch: Any, frozen: Any) -> str:
+def planned_memory(step: Any, state: Any, batch: Any, frozen: Any) -> str:
     """A sentence on the memory of a compiled step per device, from XLA's own accounting.
 
     Args:
@@ -129,6 +130,6 @@ def step_memory(step: Any, state: Any, batch: Any, frozen: Any) -> str:
     weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(frozen))
     total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + analysis.output_size_in_bytes
     return (
-        f"memory of a step on each device: {total / 2**20:,.0f} MiB (weights {weights / 2**20:,.0f}, activations and"
-        f" other temporaries {analysis.temp_size_in_bytes / 2**20:,.0f})"
+        f"memory of a step on each device, planned by XLA: {total / 2**20:,.0f} MiB (weights {weights / 2**20:,.0f},"
+        f" activations and other temporaries {analysis.temp_size_in_bytes / 2**20:,.0f})"
     )

@@ -100,6 +100,16 @@ def parameter_sharding(mesh: Mesh, path: Sequence[str], shape: tuple[int, ...]) 
     return min(ways, key=lambda way: math.prod(way.shard_shape(shape)))
 
 
+def sharded_shapes(mesh: Mesh, shapes: Any, dtype: Any) -> Any:
+    """A tree of frozen leaves' shapes, such as `parameter_shapes` gives, in a precision and where they lie."""
+
+    def place(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = parameter_sharding(mesh, [key.key for key in path], leaf.shape)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
 def fitting(mesh: Mesh, spec: P, shape: tuple[int, ...]) -> NamedSharding:
     """A sharding by the axes of `spec` that divide the dimensions they stand for."""
     kept = []

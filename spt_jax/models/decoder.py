@@ -63,11 +63,9 @@ def _choose(flag: Bool[Array, ""] | None, yes: Any, no: Any) -> Any:
     return yes if flag is None else jax.tree.map(lambda a, b: jnp.where(flag, a, b), yes, no)
 
 
-def _unless_last(module: nn.Module, layer: LayerInputs, function: Any, x: Array, *more: Array) -> Array:
-    """`function(module, x, ...)`, shaped like x; of a last layer, x itself in no time."""
-    if layer.last is None:
-        return function(module, x, *more)
-    return nn.cond(layer.last, lambda module, x, *more: x, function, module, x, *more)
+def _unless_last(module: nn.Module, layer: LayerInputs, function: Any, x: Array) -> Array:
+    """`function(module, x)`, shaped like x; of a last layer, x itself in no time."""
+    return function(module, x) if layer.last is None else nn.cond(layer.last, lambda _, x: x, function, module, x)
 
 
 class Attention(nn.Module):
@@ -81,17 +79,19 @@ class Attention(nn.Module):
         config = self.config
         batch, length, _ = x.shape
 
-        def heads(name: str, count: int) -> Array:
+        def heads(x: Array, name: str, count: int) -> Array:
             y = Linear(count * config.head_size, config.qkv_bias, name=name)(x)
             return y.reshape(batch, length, count, config.head_size)
 
-        def placed(name: str, count: int) -> Array:
-            y = heads(name, count)
+        def placed(x: Array, name: str, count: int) -> Array:
+            y = heads(x, name, count)
             y = Norm(config, name=f"{name}_norm")(y) if config.qk_norm else y
             return y if shared.cos_sin is None else _choose(layer.rotates, rotate(y, shared.cos_sin), y)
 
-        def attended(module: nn.Module, x: Array, keys: Array, values: Array) -> Array:
-            queries = placed("query", config.heads)
+        keys, values = placed(x, "key", config.kv_heads), heads(x, "value", config.kv_heads)
+
+        def attended(module: nn.Module, x: Array) -> Array:
+            queries = placed(x, "query", config.heads)
             prefix, gated = of_row(shared.stream.prompt_index, (layer.prefix, layer.gated))
             prefix, cache = jax.tree.map(lambda a: a.astype(x.dtype), (prefix, layer.cache))
             if shared.masks is None:
@@ -110,8 +110,7 @@ class Attention(nn.Module):
             out = out.reshape(batch, length, config.heads * config.head_size)
             return Linear(config.width, config.output_bias, name="output")(out)
 
-        keys, values = placed("key", config.kv_heads), heads("value", config.kv_heads)
-        return _unless_last(self, layer, attended, x, keys, values), (keys, values)
+        return _unless_last(self, layer, attended, x), (keys, values)
 
 
 def _gated_attention(queries: Float[Array, "B T N H"], gated: GatedPrefix) -> Float[Array, "B T N H"]:

@@ -2,12 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from spt_jax.data.batches import Batch, BatchPlan
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.decoder import Remat
+from spt_jax.models.hf import parameter_shapes
 from spt_jax.models.vocabulary import CHUNK_LOGITS, CHUNK_ROWS
+from spt_jax.sharding import row_shards, sharded_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +89,9 @@ def step_flops(config: DecoderConfig, shape: StepShape) -> StepFlops:
 
 @dataclasses.dataclass(frozen=True)
 class StepMemory:
-    """An estimate, from above, of the bytes that a step holds on each device at its peak.
+    """An estimate of the bytes that a step holds on each device at its peak.
+
+    It is from above, except for bfloat16 on CPU, where XLA computes in float32.
 
     weights: of the frozen base; where fsdp splits them, with two layers gathered.
     kept: what the forward pass over a microbatch keeps for the backward pass, of all layers.
@@ -123,7 +131,7 @@ def step_memory(
     *,
     remat: Remat,
     itemsize: int,
-    mesh: Mapping[str, int],
+    mesh: Mesh,
     microbatches: int = 1,
 ) -> StepMemory:
     """What a step holds.
@@ -133,35 +141,35 @@ def step_memory(
       shape: of the whole batch.
       remat: what the backward pass computes again.
       itemsize: bytes of a number in the base's precision.
-      mesh: devices along each axis.
+      mesh: where the base lies.
       microbatches: parts of a batch, one after the other.
     """
-    split = mesh["fsdp"] * mesh["tensor"]
-    layer_weights = config.matmul_parameters // config.layers
-    matrices = config.width * config.vocab_size * (1 if config.tied else 2)
-    weights = itemsize * (config.matmul_parameters + matrices) // split
-    if mesh["fsdp"] > 1:
-        weights += 2 * itemsize * layer_weights // mesh["tensor"]
-    rows = math.ceil(shape.rows / (mesh["data"] * mesh["fsdp"] * microbatches))
-    tokens = rows * math.ceil(shape.length / mesh["sequence"])
+    tensor = mesh.shape["tensor"]
+    leaves = sharded_shapes(mesh, parameter_shapes(config), jnp.float32)
+    weights = itemsize * sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(leaves))
+    if mesh.shape["fsdp"] > 1:
+        weights += 2 * itemsize * (config.matmul_parameters // config.layers) // tensor
+    matrix = leaves["embedding" if config.tied else "output"]
+    vocabulary = matrix.sharding.shard_shape(matrix.shape)[0 if config.tied else 1]
+    outputs = max(CHUNK_ROWS, CHUNK_LOGITS // config.vocab_size)
+    rows = math.ceil(shape.rows / (row_shards(mesh) * microbatches))
+    length = math.ceil(shape.length / mesh.shape["sequence"])
     seen = shape.prefix + shape.lead
-    row_keys = seen + math.ceil(shape.length / mesh["sequence"])
 
     def layer(tokens: int, keys: int) -> int:
-        return _layer_bytes(config, tokens, keys, itemsize, mesh["tensor"])
+        return _layer_bytes(config, tokens, keys, itemsize, tensor)
 
     def kept(tokens: int, keys: int) -> int:
-        return config.layers * _kept_bytes(config, tokens, keys, remat, itemsize, mesh["tensor"])
+        return config.layers * _kept_bytes(config, tokens, keys, remat, itemsize, tensor)
 
-    logits = min(rows * shape.outputs, max(CHUNK_ROWS, CHUNK_LOGITS // config.vocab_size)) * config.vocab_size
     leading = shape.prompts * shape.lead
     pairs = 2 * config.layers * seen * shape.prompts * config.kv_heads * config.head_size
     return StepMemory(
         weights=weights,
-        kept=kept(tokens, row_keys),
-        layer=layer(tokens, row_keys),
-        logits=3 * 4 * logits // split,
-        prefix=kept(leading, seen) + layer(leading, seen) + 3 * 4 * pairs // mesh["tensor"],
+        kept=kept(rows * length, seen + length),
+        layer=layer(rows * length, seen + length),
+        logits=3 * 4 * min(rows * shape.outputs, outputs) * vocabulary,
+        prefix=kept(leading, seen) + layer(leading, seen) + 3 * 4 * pairs // tensor,
     )
 
 

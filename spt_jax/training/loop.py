@@ -61,16 +61,6 @@ class Best:
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What training gave: the best prompt, steps done, seconds in them, and how fast it was."""
-
-    best: Best
-    steps: int
-    train_seconds: float
-    rates: "Rates"
-
-
-@dataclasses.dataclass(frozen=True)
 class Rates:
     """Per second, since the first step came back, which is when the program was compiled; without validation.
 
@@ -82,6 +72,16 @@ class Rates:
     examples: float = 0.0
     tokens: float = 0.0
     utilization: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What training gave: the best prompt, steps done, seconds in them, and how fast it was."""
+
+    best: Best
+    steps: int
+    train_seconds: float
+    rates: Rates
 
 
 @contextlib.contextmanager

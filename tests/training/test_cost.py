@@ -7,14 +7,13 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.program import count
-from benchmarks.shapes import frozen_shapes, lower_step
+from benchmarks.shapes import lower_step
 from spt_jax.models.config import decoder_config
-from spt_jax.sharding import MeshConfig, make_mesh
+from spt_jax.models.hf import parameter_shapes
+from spt_jax.sharding import MeshConfig, make_mesh, sharded_shapes
 from spt_jax.testing import tiny_config
 from spt_jax.training.cost import StepShape, choose_remat, step_flops, step_memory
 from tests.examples import QUICK_COMPILE
-
-ALONE = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
 
 
 def config_of(**sizes):
@@ -52,7 +51,7 @@ def test_each_device_does_its_part(axes):
     work, flops = count(compiled(config, shape, mesh=mesh).as_text()), step_flops(config, shape)
     tensor, tokens = mesh.shape["tensor"], mesh.size // mesh.shape["tensor"]
     assert work.flops == pytest.approx(((flops.total - flops.lead) / tokens + flops.lead) / tensor, rel=0.1)
-    frozen = frozen_shapes(config, mesh, jnp.float32)
+    frozen = sharded_shapes(mesh, parameter_shapes(config), jnp.float32)
     held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(frozen))
     everything = sum(leaf.size for leaf in jax.tree.leaves(frozen))
     assert held / everything == pytest.approx(1 / (mesh.shape["fsdp"] * tensor), rel=0.1)
@@ -72,17 +71,26 @@ def test_the_estimate_of_memory_holds_and_is_not_far(remat, rows, length, microb
     config = config_of(**sizes, num_attention_heads=8, num_key_value_heads=4)
     shape = StepShape(rows=rows, length=length, outputs=16, lead=20)
     program = compiled(config, shape, remat=remat, microbatches=microbatches)
-    ours = step_memory(config, shape, remat=remat, itemsize=4, mesh=ALONE, microbatches=microbatches)
+    ours = step_memory(config, shape, remat=remat, itemsize=4, mesh=make_mesh(), microbatches=microbatches)
     xla = program.memory_analysis().temp_size_in_bytes
     print(remat, rows, length, microbatches, (ours.total - ours.weights) / xla)
     assert xla <= ours.total - ours.weights <= 2.5 * xla
+
+
+def test_weights_that_no_axis_divides_count_whole():
+    """A vocabulary of 1,001 stays whole on each of four devices along tensor; the layers are split."""
+    config, shape = config_of(num_key_value_heads=4, vocab_size=1001), StepShape(rows=4, length=16, outputs=4)
+    mesh = make_mesh(MeshConfig(tensor=4))
+    ours = step_memory(config, shape, remat="none", itemsize=2, mesh=mesh).weights
+    split = 2 * (config.matmul_parameters // 4 + 2 * 1001 * 64)
+    assert split <= ours <= 1.01 * split
 
 
 def test_rematerialisation_by_what_fits():
     config, shape = config_of(), StepShape(rows=16, length=48, outputs=5, lead=20)
 
     def estimate(remat):
-        return step_memory(config, shape, remat=remat, itemsize=4, mesh=ALONE)
+        return step_memory(config, shape, remat=remat, itemsize=4, mesh=make_mesh())
 
     none, dots, full = (estimate(kind).total for kind in ("none", "dots", "full"))
     assert none > dots > full
