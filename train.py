@@ -16,19 +16,20 @@ from typing import Any
 
 import jax
 
-from spt_jax import measure
-from spt_jax.command_line import Command, config_differences, config_json, parse_train
+from spt_jax import measure, processes
+from spt_jax.command_line import Command, config_json, parse_train
 from spt_jax.config import resolve
 from spt_jax.data.batches import pack, place_batch
+from spt_jax.data.encoder import digest
 from spt_jax.data.preview import describe
-from spt_jax.errors import ConfigError, SptError, TrainingError
+from spt_jax.errors import ConfigError, SptError, TrainingError, differing_fields
 from spt_jax.evaluation import evaluate
 from spt_jax.experiment import CONFIG_FILE, Experiment, compare, load_experiment, prepare_workdir, questions
 from spt_jax.files import write_json
 from spt_jax.plots import plot_curves
 from spt_jax.prompts.storage import save_prompt
 from spt_jax.report import comparison_table, predictions_jsonl, reference_lines
-from spt_jax.training.logs import MetricsLog, read_metrics
+from spt_jax.training.logs import MetricsLog, NoLog, read_metrics
 from spt_jax.training.loop import Best, Outcome, Stopped, TrainingData, fit
 from spt_jax.training.optimizers import make_optimizer, resolve_optimizer
 from spt_jax.training.step import init_state, make_train_step
@@ -37,13 +38,12 @@ from spt_jax.training.step import init_state, make_train_step
 def main(argv: Sequence[str]) -> int:
     """Runs the command and turns errors into a line on stderr and an exit code."""
     try:
-        run(parse_train(argv), argv)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        command = parse_train(argv)
+        with processes.joined(command.processes):
+            run(command, argv)
     except SptError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
     except Stopped as stopped:
         print(f"{stopped}. Go on with --resume", file=sys.stderr)
         return stopped.exit_code
@@ -54,6 +54,9 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
     """The whole job, from config to results."""
     measure.keep_compiled_programs(command.compilation_cache)
     compile_seconds = measure.compile_clock()
+    processes.check_agreement(
+        "command", lambda: {**config_json(command), "processes": None, "versions": measure.versions()}
+    )
     experiment = load_experiment(resolve(command.config))
     config, base, workdir = experiment.config, experiment.base, command.workdir
     config = dataclasses.replace(
@@ -61,6 +64,7 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
     )
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     examples, plan = experiment.training_set()
+    processes.check_agreement("inputs", lambda: {"data.train": digest(examples), "base": config_json(base.fingerprint)})
     print(
         f"{base.name}: {base.parameter_count:,} frozen parameters in {base.dtype} on"
         f" {base.mesh.size} x {measure.device_name()}"
@@ -76,11 +80,10 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
         return
     asked = questions(experiment)
 
-    prepare_workdir(workdir, resume=command.resume, overwrite=command.overwrite)
     settings = config_json(config)
-    if command.resume:
-        check_same_config(settings, workdir)
-    write_json(workdir / CONFIG_FILE, settings)
+    processes.from_first("workdir", lambda: open_workdir(command, settings))
+    if not (workdir / CONFIG_FILE).exists():
+        raise ConfigError(f"{workdir} is not the same directory in all processes; --workdir must be one that all share")
 
     def virtual_of(params: Any) -> Any:
         return config.method.materialize(base.module, base.params, params)
@@ -89,10 +92,16 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
         return evaluate(base, asked["validation"].soft, virtual_of(params), generated=False).metrics
 
     def save_best(best: Best) -> None:
+        trained = virtual_of(best.params)
+        if not processes.leads():
+            return
         extra = {"step": best.step, "validation": best.metrics, "command": shlex.join(argv)}
         template = dataclasses.replace(experiment.template, task=None, tasks=())
-        for name, (method, virtual) in config.method.artifacts(virtual_of(best.params), best.params).items():
+        for name, (method, virtual) in config.method.artifacts(trained, best.params).items():
             save_prompt(workdir / "prompt" / name, base, method, virtual, template, extra=extra)
+
+    def open_log(step: int) -> MetricsLog:
+        return MetricsLog(workdir, config.log, from_step=step, run_config=settings) if processes.leads() else NoLog()
 
     try:
         outcome = fit(
@@ -103,12 +112,12 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
             TrainingData(examples, plan, config.loss.class_weights or None),
             config.train,
             workdir=workdir,
-            log=lambda step: MetricsLog(workdir, config.log, from_step=step, run_config=settings),
+            log=open_log,
             validate=validate if "validation" in asked else None,
             save_best=save_best,
             metadata={"config": settings},
             resume=command.resume,
-            profile=command.profile,
+            profile=command.profile if processes.leads() else 0,
         )
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -119,18 +128,24 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
             " devices would need less"
         ) from error
     results = compare(base, asked, virtual_of(outcome.best.params))
-    finish(experiment, outcome, results, workdir, argv, compile_seconds())
+    if processes.leads():
+        finish(experiment, outcome, results, workdir, argv, compile_seconds())
 
 
-def check_same_config(settings: dict[str, Any], workdir: Path) -> None:
+def open_workdir(command: Command[Any], settings: dict[str, Any]) -> None:
     """A resumed run must be the same run; only where it runs and logs may differ."""
-    saved = json.loads((workdir / CONFIG_FILE).read_text())
-    free = ("mesh", "log")
-    differences = config_differences(
-        {k: v for k, v in settings.items() if k not in free}, {k: v for k, v in saved.items() if k not in free}
-    )
-    if differences:
-        raise ConfigError("this is not the config of the run to resume: " + "; ".join(differences))
+    workdir = command.workdir
+    prepare_workdir(workdir, resume=command.resume, overwrite=command.overwrite)
+    if command.resume:
+        saved = json.loads((workdir / CONFIG_FILE).read_text())
+        free = ("mesh", "log")
+        different = differing_fields(
+            {k: v for k, v in settings.items() if k not in free}, {k: v for k, v in saved.items() if k not in free}
+        )
+        if different:
+            fields = [f"{name}: {there!r} in the work directory, {now!r} now" for name, now, there in different]
+            raise ConfigError("this is not the config of the run to resume: " + "; ".join(fields))
+    write_json(workdir / CONFIG_FILE, settings)
 
 
 def dry_run(experiment: Experiment, examples: Any, plan: Any, optimizer: Any) -> None:

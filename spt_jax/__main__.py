@@ -410,12 +410,9 @@ def main(argv: Sequence[str]) -> int:
         return 2
     try:
         tyro.cli(COMMANDS[argv[0]], args=list(argv[1:]), prog=f"python -m spt_jax {argv[0]}").run()
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except SptError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
     return 0
 
 

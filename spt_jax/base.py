@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from spt_jax.errors import CheckpointError, ConfigError
+from spt_jax.errors import CheckpointError, ConfigError, differing_fields
 from spt_jax.models.config import DecoderConfig, check_family, decoder_config
 from spt_jax.models.decoder import Decoder, Remat
 from spt_jax.models.hf import Params, parameter_shapes, read_params
@@ -34,26 +34,10 @@ class Fingerprint:
 
     def differences(self, other: "Fingerprint") -> list[str]:
         """Sentences naming each field that differs."""
-        mine, theirs = _dotted(self.config), _dotted(other.config)
-        fields = [(name, mine.get(name), theirs.get(name)) for name in sorted(set(mine) | set(theirs))]
-        fields += [
-            ("weights", self.weights[:16], other.weights[:16]),
-            ("tokenizer", self.tokenizer[:16], other.tokenizer[:16]),
-        ]
-        return [
-            f"{name} is {other_value!r} here, {value!r} there"
-            for name, value, other_value in fields
-            if value != other_value
-        ]
-
-
-def _dotted(config: Mapping[str, Any]) -> dict[str, Any]:
-    """{"rope": {"theta": 1}} as {"rope.theta": 1}."""
-    flat = {}
-    for name, value in config.items():
-        inner = _dotted(value) if isinstance(value, Mapping) else {"": value}
-        flat |= {f"{name}.{key}".rstrip("."): item for key, item in inner.items()}
-    return flat
+        there, here = (
+            {**one.config, "weights": one.weights[:16], "tokenizer": one.tokenizer[:16]} for one in (self, other)
+        )
+        return [f"{name} is {value!r} here, {old!r} there" for name, old, value in differing_fields(there, here)]
 
 
 @dataclasses.dataclass(frozen=True)

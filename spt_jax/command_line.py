@@ -14,6 +14,7 @@ import tyro
 from spt_jax.config import AnyMethod, ExperimentConfig
 from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.measure import PROFILE_BEHIND
+from spt_jax.processes import ProcessesConfig
 from spt_jax.prompts import METHODS
 
 
@@ -27,6 +28,7 @@ class Command(Generic[AnyMethod]):
       overwrite: delete the run in workdir and start anew.
       dry_run: show examples as tokens, the packing and the memory needed, and stop.
       profile: trace so many steps, once compiled, into the work directory's profile/, for TensorBoard's xprof.
+      processes: how this process finds the others of its run.
       compilation_cache: where compiled programs wait for the next run; default $JAX_COMPILATION_CACHE_DIR, else, on an
         accelerator, ~/.cache/spt_jax.
     """
@@ -38,6 +40,7 @@ class Command(Generic[AnyMethod]):
     dry_run: bool = False
     profile: int = 0
     compilation_cache: Path | None = None
+    processes: ProcessesConfig = dataclasses.field(default_factory=ProcessesConfig)
 
     def __post_init__(self) -> None:
         if self.profile < 0:
@@ -125,15 +128,3 @@ def _method_name(words: Sequence[str]) -> str | None:
 def config_json(config: Any) -> dict[str, Any]:
     """A config as plain JSON values, for `config.json` and checkpoints."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
-
-
-def config_differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
-    """Which fields differ between two configs as JSON: "train.seed: 0 in the work directory, 1 now"."""
-    found = []
-    for name in sorted(set(ours) | set(theirs)):
-        mine, other = ours.get(name), theirs.get(name)
-        if isinstance(mine, dict) and isinstance(other, dict) and name != "verbalizers":
-            found += config_differences(mine, other, f"{prefix}{name}.")
-        elif mine != other:
-            found.append(f"{prefix}{name}: {other!r} in the work directory, {mine!r} now")
-    return found

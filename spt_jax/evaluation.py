@@ -23,6 +23,7 @@ from spt_jax.generation import SamplingConfig, generate
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.hf import Params
 from spt_jax.prompts import VirtualPrompt
+from spt_jax.sharding import to_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _scored(
         (batch.rows, _batch_scores(base.module, data.plan.choices, base.params, virtual, place_batch(batch, base.mesh)))
         for batch in evaluation_batches(data.examples, data.plan, data.config.batch_size)
     ]
-    return ((rows, np.asarray(values)) for rows, values in pending)
+    return ((rows, to_host(values)) for rows, values in pending)
 
 
 def _log_softmax(logits: Float[np.ndarray, "N C"]) -> Float[np.ndarray, "N C"]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spt_jax import measure
+from spt_jax import measure, processes
 from spt_jax.base import FrozenBase, load_base, read_tokenizer
 from spt_jax.config import ExperimentConfig, make_template, resolve
 from spt_jax.data.batches import BatchPlan, multiples, plan_batches
@@ -140,7 +140,11 @@ class Experiment:
             )
 
         remat = config.base.remat
-        chosen = choose_remat(estimate, measure.memory_limit()) if remat == "auto" else remat
+        chosen = (
+            choose_remat(estimate, processes.from_first("memory limit", measure.memory_limit))
+            if remat == "auto"
+            else remat
+        )
         base = dataclasses.replace(base, module=base.module.clone(remat=chosen))
         return dataclasses.replace(self, base=base), estimate(chosen)
 

@@ -21,7 +21,7 @@ from spt_jax.decoding import DecodeState, PromptRows, RowSampling, decode, encod
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.models.attention import Cache, Prefix
 from spt_jax.prompts.virtual import VirtualPrompt
-from spt_jax.sharding import replicated, row_sharding, row_shards
+from spt_jax.sharding import replicated, row_sharding, row_shards, to_host
 
 # Lengths are rounded up to a multiple of this: one program per bucket.
 BUCKET = 32
@@ -267,8 +267,8 @@ def _generate_batch(
     for until in [*range(chunk, limit, chunk), limit]:
         inputs = virtual, prefix, jnp.int32(until), place(stopped.copy()), traced, rows.prompt_index
         state = programs(base.mesh).decode(base.module, base.params, *inputs, state)
-        step, ended = int(state.step), np.asarray(state.ended)
-        new_ids = np.asarray(state.ids)[: len(prompts), 1 : step + 1].tolist()
+        step, ended = int(state.step), to_host(state.ended)
+        new_ids = to_host(state.ids)[: len(prompts), 1 : step + 1].tolist()
         chosen = [_until_end(row, end_ids) for row in new_ids]
         for i, row in enumerate(chosen):
             if ends[i] is None:
@@ -277,7 +277,7 @@ def _generate_batch(
         if np.all(ended | stopped):
             break
 
-    all_log_probabilities = np.asarray(state.log_probabilities)[: len(prompts)].tolist()
+    all_log_probabilities = to_host(state.log_probabilities)[: len(prompts)].tolist()
     results = []
     for row, end, text_of, log_probabilities in zip(chosen, ends, texts_of, all_log_probabilities, strict=True):
         row = row[:end]

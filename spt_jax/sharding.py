@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
@@ -139,6 +141,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def row_sharding(mesh: Mesh) -> NamedSharding:
     """The first dimension, rows, over data and fsdp."""
     return NamedSharding(mesh, P(ROWS))
+
+
+def to_host(x: Array) -> np.ndarray:
+    """A whole array, in every process of a run; all of them must ask."""
+    return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
 
 
 def row_shards(mesh: Mesh) -> int:

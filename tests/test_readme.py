@@ -1,10 +1,12 @@
 """README's Python runs as it stands there, and its commands name files and options that exist."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from spt_jax.command_line import parse_train
 from spt_jax.prompts import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -30,3 +32,15 @@ def test_every_method_is_named_and_has_a_config():
     assert [name for name in METHODS if f"`{name}`" not in README] == []
     configs = {path.stem for path in (ROOT / "configs").glob("*.py")}
     assert set(METHODS) - configs == {"prompt_tuning"}  # which is quickstart.py's
+
+
+LAUNCHES = re.findall(r"train\.py (configs/[^\n]*(?:\n +--[^\n]*)*)", (ROOT / "docs" / "clusters.md").read_text())
+
+
+@pytest.mark.parametrize("line", LAUNCHES)
+def test_launch_lines_parse(line: str):
+    values = {"RESUME": "--resume", "JOB_COMPLETION_INDEX": "1", "i": "1"}
+    line = re.sub(r"\\?\$(\w+)", lambda name: values.get(name[1], "x"), line.rstrip(' "&'))
+    path, *words = shlex.split(line)
+    command = parse_train([str(ROOT / path), *words])
+    assert command.processes.several

@@ -15,67 +15,15 @@ from safetensors.numpy import load_file
 
 import spt_jax.__main__
 import train
-from spt_jax.testing import write_tiny_checkpoint
 from spt_jax.training import loop
-
-ROOT = Path(__file__).parents[1]
-WORDS = {"good": ("good", "nice", "fine", "great"), "bad": ("bad", "poor", "awful", "sad")}
+from tests.jobs import ROOT, arrays, losses, words, write_task
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint in model/, and a task that a word decides."""
     folder = tmp_path_factory.mktemp("task")
-    write_tiny_checkpoint(folder / "model", "llama")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 60), ("validation", 20), ("test", 30)):
-        with open(folder / f"{split}.jsonl", "w") as file:
-            for _ in range(count):
-                label = str(rng.choice(list(WORDS)))
-                words = [str(rng.choice(["the", "a", "was", "is"])) for _ in range(rng.integers(1, 6))]
-                file.write(
-                    json.dumps({"text": " ".join([*words, str(rng.choice(WORDS[label]))]), "label": label}) + "\n"
-                )
+    write_task(folder)
     return folder
-
-
-def words(files: Path, workdir: Path, *more: str) -> list[str]:
-    flags = {
-        "--workdir": workdir,
-        "--base.path": files / "model",
-        "--method.length": 4,
-        "--data.train": files / "train.jsonl",
-        "--data.validation": files / "validation.jsonl",
-        "--data.test": files / "test.jsonl",
-        "--data.prompt": r"<soft>{text}\n",
-        "--data.target": "{label}",
-        "--train.steps": 40,
-        "--train.batch-size": 8,
-        "--train.evaluate-every": 10,
-        "--train.checkpoint-every": 20,
-    }
-    line = [str(ROOT / "configs" / "local_files.py")]
-    for name, value in flags.items():
-        line += [name, str(value)]
-    return [
-        *line,
-        "--data.verbalizers",
-        "good=H",
-        "bad=L",
-        "--data.hard-prompt",
-        r"{text}\nIt was",
-        r"Is {text} good?\n",
-        *more,
-    ]
-
-
-def arrays(workdir: Path) -> np.ndarray:
-    return load_file(workdir / "prompt" / "prompt.safetensors")["tokens"]
-
-
-def losses(workdir: Path) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +110,7 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(files: Path, finished: P
 import os, signal, sys
 import train
 from spt_jax.training import loop
+from tests.jobs import ROOT, arrays, losses, words, write_task
 place, calls = loop.place_batch, []
 def place_or_die(batch, mesh):
     calls.append(1)

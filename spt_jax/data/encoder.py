@@ -1,6 +1,7 @@
 """Records to token ids, some of them virtual, as a template reads them."""
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -55,6 +56,16 @@ class Example:
         right = self.choices[self.label]
         predicted = np.arange(len(self.ids) + len(right)) >= len(self.ids)
         return dataclasses.replace(self, ids=np.concatenate([self.ids, right]), predicted=predicted, choices=())
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """SHA-256 of examples, by which two processes tell that they read the same."""
+    sha = hashlib.sha256()
+    for example in examples:
+        for value in dataclasses.astuple(example):
+            for part in value if isinstance(value, tuple) else (value,):
+                sha.update(b"-" if part is None else np.asarray(part).tobytes())
+    return sha.hexdigest()
 
 
 class Encoder:

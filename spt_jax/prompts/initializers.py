@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Key
 from spt_jax.base import FrozenBase
 from spt_jax.data.tokenization import Tokenization
 from spt_jax.errors import CheckpointError, ConfigError
+from spt_jax.sharding import to_host
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +102,7 @@ def initialize(init: Initializer, key: Key[Array, ""], base: FrozenBase, length:
       CheckpointError: its file cannot be read, or its prompt is for another base.
     """
     shape = (length, base.config.width)
-    table = np.asarray(base.params["embedding"], np.float32)
+    table = to_host(base.params["embedding"]).astype(np.float32)
     match init.name:
         case "uniform":
             return jax.random.uniform(key, shape, jnp.float32, -init.scale, init.scale)

@@ -55,6 +55,19 @@ class MetricsLog:
             self._wandb.finish()
 
 
+class NoLog(MetricsLog):
+    """For the processes of a run that do not write."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     found = []
     for name, value in values.items():

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from spt_jax import measure
+from spt_jax import measure, processes
 from spt_jax.base import FrozenBase
 from spt_jax.checkpoints import Checkpoints
 from spt_jax.config import TrainConfig
@@ -30,7 +30,9 @@ from spt_jax.training.step import Objective, TrainState, init_state, make_train_
 
 
 class Stopped(Exception):  # noqa: N818 (no error: somebody asked)
-    """A signal asked the run to stop, and its state is saved."""
+    """A signal asked the run to stop, and its state is saved; raised in all processes of a run alike."""
+
+    all_processes = True
 
     def __init__(self, signal_number: int, step: int):
         super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}; the state is saved")
@@ -85,21 +87,37 @@ class Outcome:
 
 
 @contextlib.contextmanager
-def graceful_stop() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying from them; a second SIGINT interrupts at once."""
+def graceful_stop() -> Iterator[Callable[[int], int | None]]:
+    """Catches SIGTERM and SIGINT instead of dying from them; a second SIGINT interrupts at once.
+
+    Of several processes, one that gets either stops all, as by SIGTERM.
+
+    Yields:
+      Called after every step with its number: the signal that asks to stop, or None.
+    """
     caught: list[int] = []
+    several = jax.process_count() > 1
 
     def note(number: int, frame: Any) -> None:
         if caught and number == signal.SIGINT:
             raise KeyboardInterrupt
         caught.append(number)
+        if several:
+            signal.raise_signal(signal.SIGTERM)
 
+    def asked(step: int) -> int | None:
+        if several:
+            return signal.SIGTERM if processes.stop_asked(step) else None
+        return caught[0] if caught else None
+
+    # JAX has a handler of its own for SIGTERM where there are several processes.
+    numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
     try:
-        previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        previous = {number: signal.signal(number, note) for number in numbers}
     except ValueError:  # not the main thread, which alone gets signals
         previous = {}
     try:
-        yield caught
+        yield asked
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -143,7 +161,7 @@ def fit(
     best = Best(_to_host(state.params))
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=config.keep))
-        stop = stack.enter_context(graceful_stop())
+        asked_to_stop = stack.enter_context(graceful_stop())
         if resume and checkpoints.latest_step() is not None:
             state, data_state, saved = checkpoints.restore(None, state)
             stream.set_state(data_state)
@@ -169,19 +187,19 @@ def fit(
             state, metrics = step(state, place_batch(batch, base.mesh))
             done += 1
             run.dispatched(done, metrics, _work(base, method, batch))
-            last = done == config.steps
+            last, stop = done == config.steps, asked_to_stop(done)
             if validate is not None and (done % config.evaluate_every == 0 or last):  # type: ignore[operator]
                 run.settle()
                 with run.pause():
                     best = _validated(best, _to_host(state.params), done, validate, metrics_log, save_best)
             # A new best is always checkpointed: that is where a resumed run finds it.
-            if done % config.checkpoint_every == 0 or last or stop or best.step == done:  # type: ignore[operator]
+            if done % config.checkpoint_every == 0 or last or stop is not None or best.step == done:  # type: ignore[operator]
                 run.settle()
                 with run.pause():
                     save(state, best)
-            if stop:
+            if stop is not None:
                 checkpoints.wait()
-                raise Stopped(stop[0], done)
+                raise Stopped(stop, done)
         run.settle()
         if validate is None:
             best = Best(_to_host(state.params), done)
@@ -243,7 +261,13 @@ class _Run:
         self._begun = time.perf_counter()
         seconds = 0.5 if sys.stderr.isatty() else 10.0  # a log file gets a line now and then
         self.bar = tqdm(
-            total=config.steps, initial=first, unit="step", desc="training", dynamic_ncols=True, mininterval=seconds
+            total=config.steps,
+            initial=first,
+            unit="step",
+            desc="training",
+            dynamic_ncols=True,
+            mininterval=seconds,
+            disable=not processes.leads(),
         )
 
     @property

@@ -1,0 +1,65 @@
+"""A small classification job for `train.py`: its files, its command line, and what it left."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from spt_jax.testing import write_tiny_checkpoint
+
+ROOT = Path(__file__).parents[1]
+WORDS = {"good": ("good", "nice", "fine", "great"), "bad": ("bad", "poor", "awful", "sad")}
+
+
+def write_task(folder: Path) -> None:
+    """A tiny checkpoint in model/, and a task that a word decides."""
+    write_tiny_checkpoint(folder / "model", "llama")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 60), ("validation", 20), ("test", 30)):
+        with open(folder / f"{split}.jsonl", "w") as file:
+            for _ in range(count):
+                label = str(rng.choice(list(WORDS)))
+                words = [str(rng.choice(["the", "a", "was", "is"])) for _ in range(rng.integers(1, 6))]
+                file.write(
+                    json.dumps({"text": " ".join([*words, str(rng.choice(WORDS[label]))]), "label": label}) + "\n"
+                )
+
+
+def words(files: Path, workdir: Path, *more: str) -> list[str]:
+    flags = {
+        "--workdir": workdir,
+        "--base.path": files / "model",
+        "--method.length": 4,
+        "--data.train": files / "train.jsonl",
+        "--data.validation": files / "validation.jsonl",
+        "--data.test": files / "test.jsonl",
+        "--data.prompt": r"<soft>{text}\n",
+        "--data.target": "{label}",
+        "--train.steps": 40,
+        "--train.batch-size": 8,
+        "--train.evaluate-every": 10,
+        "--train.checkpoint-every": 20,
+    }
+    line = [str(ROOT / "configs" / "local_files.py")]
+    for name, value in flags.items():
+        line += [name, str(value)]
+    return [
+        *line,
+        "--data.verbalizers",
+        "good=H",
+        "bad=L",
+        "--data.hard-prompt",
+        r"{text}\nIt was",
+        r"Is {text} good?\n",
+        *more,
+    ]
+
+
+def arrays(workdir: Path) -> np.ndarray:
+    return load_file(workdir / "prompt" / "prompt.safetensors")["tokens"]
+
+
+def losses(workdir: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]

@@ -1,0 +1,148 @@
+"""Two processes of four devices each: the same run as one, on any mesh; they stop together and fail together."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train
+from spt_jax.errors import ConfigError
+from spt_jax.processes import ProcessesConfig, from_first
+from tests.jobs import ROOT, losses, words, write_task
+
+# A run that, once asked for its n-th batch, does what the test says.
+PROGRAM = """
+import os, signal, sys
+import train
+from spt_jax.training import loop
+place, left = loop.place_batch, [{batches}]
+def place_and_act(batch, mesh):
+    left[0] -= 1
+    if left[0] == 0:
+        {action}
+    return place(batch, mesh)
+loop.place_batch = place_and_act
+sys.exit(train.main({words!r}))
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("task")
+    write_task(folder)
+    return folder
+
+
+def launch(*programs: str) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of one process per program, {address} and {index} filled in."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
+    }
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for program in programs
+    ]
+    try:
+        said = [process.communicate(timeout=240) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(running, said, strict=True)]
+
+
+def two(files: Path, workdir: Path, *more: str, action: str = "pass", batches: int = 0, only: tuple[str, ...] = ()):
+    """The small job on eight devices of two processes; the second does `action` and alone has the flags `only`."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = ("--train.steps", "20", "--processes.coordinator", address, "--processes.count", "2", "--processes.index")
+    programs = []
+    for index in (0, 1):
+        own = words(files, workdir, *flags, str(index), *more, *(only if index else ()))
+        programs.append(PROGRAM.format(batches=batches if index else 0, action=action, words=own))
+    return launch(*programs)
+
+
+def test_two_processes_are_one_run_and_one_goes_on_for_both(files: Path, tmp_path: Path):
+    """SIGTERM to the second stops both after the same step; one process with one device takes it to the end."""
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    assert train.main(words(files, whole, "--train.steps", "20")) == 0
+    mesh = ("--mesh.fsdp", "2", "--mesh.tensor", "2", "--mesh.sequence", "2")
+    act = "os.kill(os.getpid(), signal.SIGTERM)"
+    (code, said, error), (code_of_second, said_by_second, _) = two(files, moved, *mesh, action=act, batches=12)
+    assert (code, code_of_second) == (143, 143), error
+    assert "8 x cpu" in said and "frozen parameters" not in said_by_second
+    assert "stopped by SIGTERM after step 1" in error
+    steps = [step for step, _ in losses(moved)]
+    assert 12 <= len(steps) < 20 and steps == list(range(1, len(steps) + 1))
+    assert train.main(words(files, moved, "--train.steps", "20", "--resume")) == 0
+    np.testing.assert_allclose(np.asarray(losses(moved)), np.asarray(losses(whole)), rtol=1e-4)
+    results = [json.loads((run / "results.json").read_text())["test"]["soft_prompt"] for run in (whole, moved)]
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-4)
+
+
+def test_whole_job_with_data_and_tensor_axes(files: Path, tmp_path: Path):
+    """Validation, comparison and results too; and on it goes with what a run of one process left."""
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    for run, steps in ((whole, "20"), (moved, "20")):
+        assert train.main(words(files, run, "--train.steps", steps)) == 0
+    for path in (moved / "checkpoints" / "20", moved / "results.json"):
+        os.rename(path, tmp_path / path.name)
+    ends = two(files, moved, "--mesh.data", "4", "--mesh.tensor", "2", "--resume")
+    assert [code for code, _, _ in ends] == [0, 0], ends[0][2]
+    np.testing.assert_allclose(np.asarray(losses(moved)), np.asarray(losses(whole)), rtol=1e-4)
+    one, both = (json.loads((run / "results.json").read_text()) for run in (whole, moved))
+    for prompt in ("soft_prompt", "hard_prompt", "no_prompt"):
+        assert one["test"][prompt]["accuracy"] == both["test"][prompt]["accuracy"]
+        assert one["test"][prompt]["loss"] == pytest.approx(both["test"][prompt]["loss"], rel=1e-4)
+
+
+def test_one_failure_ends_all_with_its_reason(files: Path, tmp_path: Path):
+    action = "raise ValueError('the second has had enough')"
+    (code, _, error), (code_of_second, _, own) = two(
+        files, tmp_path / "run", "--mesh.data", "8", action=action, batches=3
+    )
+    assert code == code_of_second == 1
+    assert "error: process 1 failed: ValueError: the second has had enough" in error
+    assert "Traceback" in own and "place_and_act" in own
+
+
+def test_processes_that_disagree(files: Path, tmp_path: Path):
+    only = ("--train.batch-size", "16", "--train.seed", "3")
+    (code, _, error), (code_of_second, _, own) = two(files, tmp_path / "run", "--mesh.data", "8", only=only)
+    assert code == code_of_second == 2
+    for said in (error, own):
+        assert "config.train.batch_size is 8 in process 0, 16 in process 1; config.train.seed is 0" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"coordinator": "host:1"}, "--processes.count and --processes.index must be given too"),
+        ({"coordinator": "host:1", "count": 2, "index": 2}, "--processes.index is 2; of 2 processes"),
+        ({"detect": True, "count": 2}, "leave out the other"),
+    ],
+)
+def test_wrong_ways_to_find_the_others(fields: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        ProcessesConfig(**fields)
+
+
+def test_nothing_to_detect(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert train.main(words(files, tmp_path / "run", "--processes.detect")) == 2
+    assert "found no TPU slice, SLURM, Open MPI or Kubernetes job" in capsys.readouterr().err
+
+
+def test_one_process_is_the_first():
+    assert from_first("anything", lambda: [1, None]) == [1, None]
