@@ -18,7 +18,7 @@ from spt_jax.errors import CheckpointError, ConfigError, differing_fields
 from spt_jax.models.config import DecoderConfig, check_family, decoder_config
 from spt_jax.models.decoder import Decoder, Remat
 from spt_jax.models.hf import Params, parameter_shapes, read_params
-from spt_jax.sharding import check_divides, make_mesh, parameter_sharding
+from spt_jax.sharding import check_divides, make_mesh, parameter_sharding, to_host
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 STARTER = Path(__file__).parent / "assets" / "starter"
@@ -71,6 +71,11 @@ class FrozenBase:
 def embed(module: Decoder, frozen: Params, ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
     """Embedding rows of real token ids."""
     return module.apply({"params": frozen}, ids, method=Decoder.embed)  # type: ignore[return-value]
+
+
+def embedding_table(base: FrozenBase) -> np.ndarray:
+    """What `embed` gives for every id, float32 [V, D], on the host."""
+    return to_host(base.params["embedding"]).astype(np.float32) * (base.config.embedding_scale or 1.0)
 
 
 def run_layers(module: Decoder, frozen: Params, *args: Any, **kwargs: Any) -> Any:

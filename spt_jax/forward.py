@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from spt_jax.base import embed, logits, output_matrix, output_rows, run_layers
 from spt_jax.data.batches import Rows
-from spt_jax.models.attention import NEVER, Cache, Prefix, Stream
+from spt_jax.models.attention import NEVER, Cache, Prefix, Stream, soft_capped
 from spt_jax.models.decoder import Decoder, of_row
 from spt_jax.models.hf import Params
 from spt_jax.models.ring import splits, take_tokens
@@ -177,12 +177,13 @@ class Readings:
     """What losses and scores read of the logits, float32.
 
     log_probabilities: of every target.
-    means: the mean log-probability of all V tokens, or C classes, where each target is predicted.
+    means: the mean log-probability of all V tokens, or C classes, where each target is predicted; None where logits
+      are capped.
     logits: of a head's classes at every target; None of a vocabulary's tokens.
     """
 
     log_probabilities: Float[Array, "B M"]
-    means: Float[Array, "B M"]
+    means: Float[Array, "B M"] | None
     logits: Float[Array, "B M C"] | None = None
 
 
@@ -205,9 +206,13 @@ def output_readings(
         matrix = jax.lax.stop_gradient(output_matrix(module, frozen)).astype(states.dtype)
         targets = jax.lax.stop_gradient(output_rows(module, frozen, rows.target_ids)).astype(states.dtype)
         at_targets = partial(jnp.take_along_axis, indices=rows.target_outputs, axis=1)
-        log_sums = at_targets(log_sum_exp(states, matrix))
+        cap = module.config.logit_cap
+        log_sums = at_targets(log_sum_exp(states, matrix, cap))
         own = jnp.take_along_axis(states, rows.target_outputs[:, :, None], axis=1)
         chosen = jnp.einsum("bmd,bmd->bm", own, targets, preferred_element_type=jnp.float32)
+        chosen = soft_capped(chosen, cap)
+        if cap is not None:
+            return Readings(chosen - log_sums, None)
         means = at_targets(jnp.dot(states, matrix.mean(axis=0), preferred_element_type=jnp.float32))
     return Readings(chosen - log_sums, means - log_sums)
 

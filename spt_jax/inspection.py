@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float
 
-from spt_jax.base import FrozenBase
+from spt_jax.base import FrozenBase, embedding_table
 from spt_jax.prompts.storage import SavedPrompt
 from spt_jax.prompts.virtual import VirtualPrompt
 
@@ -58,7 +58,7 @@ def describe_prompt(saved: SavedPrompt, base: FrozenBase | None, nearest: int) -
     if base is None or saved.virtual.tokens is None:
         return "\n".join(lines)
     tokens = np.asarray(saved.virtual.tokens)
-    table = np.asarray(base.params["embedding"], np.float32)
+    table = embedding_table(base)
     norm = float(np.median(np.linalg.norm(table, axis=1)))
     lines.append(
         f"row norms in units of the vocabulary's median norm ({norm:.3f}), and nearest tokens with their cosines:"

@@ -49,6 +49,16 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {**_LLAMA_LIKE, "tie_word_embeddings": True},
     "qwen3": {**_LLAMA_LIKE, "head_dim": 12, "tie_word_embeddings": True},
     "smollm3": {**_LLAMA_LIKE, "num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0], "tie_word_embeddings": True},
+    "gemma2": {
+        **_LLAMA_LIKE,
+        "num_hidden_layers": 4,
+        "head_dim": 12,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 7,
+        "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 4.0,
+        "tie_word_embeddings": True,
+    },
     "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128},
 }
 
@@ -60,7 +70,7 @@ def tiny_config(family: str = "llama", **overrides: Any) -> Any:
 
     Args:
       family: one of `FAMILIES`. Mistral has a sliding window of 7; Qwen3 heads wider than width / heads; SmolLM3 every
-        second layer without RoPE.
+        second layer without RoPE; Gemma 2 caps that bite.
       **overrides: fields of the family's transformers config, such as `rope_parameters` or `tie_word_embeddings`.
 
     Raises:
@@ -207,6 +217,7 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
 }
 

@@ -122,7 +122,7 @@ def test_missing_and_damaged_config(tmp_path):
 def test_unsupported_architecture_lists_those_supported(model_type, tmp_path):
     directory = write_tiny_checkpoint(tmp_path)
     rewrite(directory / "config.json", model_type=model_type)
-    with pytest.raises(ConfigError, match="gpt2, llama, mistral, qwen2, qwen3, smollm3"):
+    with pytest.raises(ConfigError, match="gemma2, gpt2, llama, mistral, qwen2, qwen3, smollm3"):
         load_base(directory)
 
 

@@ -121,7 +121,7 @@ def decoded_steps(monkeypatch):
 # The cache and the prefix change nothing.
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "smollm3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "smollm3", "gemma2", "gpt2"])
 def test_same_as_growing_the_sequence_without_a_cache(family):
     """Prompts of several lengths with virtual tokens in and behind the shared run. Mistral's window is 7 tokens."""
     base = base_of(family)

@@ -107,15 +107,30 @@ class Source:
     mask: Bool[Array, "B T S"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """How the product of a query and a key becomes a score.
+
+    scale: what it is multiplied with.
+    cap: the score then becomes cap tanh(score / cap) (Gemma 2, Riviere et al. 2024, arXiv 2408.00118); None for no cap.
+    """
+
+    scale: float
+    cap: float | None = None
+
+
 @jax.named_scope("attention")
-def attend(queries: Float[Array, "B T N H"], sources: Sequence[Source]) -> Float[Array, "B T N H"]:
-    """Softmax attention over all sources together, with grouped queries.
+def attend(
+    queries: Float[Array, "B T N H"], sources: Sequence[Source], scoring: Scoring | None = None
+) -> Float[Array, "B T N H"]:
+    """Softmax attention over all sources together, with grouped queries; scores are scaled by H^-0.5 unless told.
 
     Scores and softmax are float32; the result has the queries' dtype. A query that sees nothing (padding) gets a mean
     of values instead of NaN.
     """
     grouped = grouped_heads(queries, sources[0].keys.shape[-2])
-    scores = [scores_of(grouped, source) for source in sources]
+    scoring = scoring or Scoring(queries.shape[-1] ** -0.5)
+    scores = [scores_of(grouped, source, scoring) for source in sources]
     highest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [s.max(-1, keepdims=True) for s in scores]))
     weights = [jnp.exp(score - highest) for score in scores]
     total = sum(w.sum(-1, keepdims=True) for w in weights)
@@ -141,18 +156,29 @@ def ungrouped_heads(x: Float[Array, "B K GT H"], shape: tuple[int, ...]) -> Floa
     return x.reshape(batch, kv_heads, heads // kv_heads, length, size).transpose(0, 3, 1, 2, 4).reshape(shape)
 
 
-def scores_of(queries: Float[Array, "B K GT H"], source: Source) -> Float[Array, "B K GT S"]:
-    """Scaled scores in float32, with the lowest finite number where the mask hides a key."""
-    batch, kv_heads, rows, size = queries.shape
+def scores_of(queries: Float[Array, "B K GT H"], source: Source, scoring: Scoring) -> Float[Array, "B K GT S"]:
+    """Scores in float32, with the lowest finite number where the mask hides a key."""
+    batch, kv_heads, rows, _ = queries.shape
     if source.keys.ndim == 4:
         keys = source.keys.transpose(0, 2, 3, 1)
         scores = jnp.matmul(queries, keys, preferred_element_type=jnp.float32)
     else:
         scores = jnp.einsum("bkqh,skh->bkqs", queries, source.keys, preferred_element_type=jnp.float32)
+    scores = soft_capped(scores * scoring.scale, scoring.cap)
     length = source.mask.shape[1]
-    by_query = scores.reshape(batch, kv_heads, rows // length, length, -1) * size**-0.5
+    by_query = scores.reshape(batch, kv_heads, rows // length, length, -1)
     masked = jnp.where(source.mask[:, None, None], by_query, jnp.finfo(jnp.float32).min)
     return masked.reshape(scores.shape)
+
+
+def soft_capped(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    """cap tanh(x / cap): nearly x where x is small, and never beyond the cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def soft_cap_slope(capped: Float[Array, "..."], cap: float | None) -> Float[Array, "..."] | float:
+    """The derivative of `soft_capped` by what it gave; 0 for what lies beyond the cap, as a hidden key's score does."""
+    return 1.0 if cap is None else 1.0 - jnp.square(jnp.clip(capped / cap, -1.0, 1.0))
 
 
 def mix(weights: Float[Array, "B K GT S"], source: Source) -> Float[Array, "B K GT H"]:

@@ -71,7 +71,8 @@ class RopeConfig:
 class DecoderConfig:
     """What defines a decoder's function. Sizes follow the letters of the array dimensions:
 
-    V `vocab_size`, D `width`, L `layers`, N `heads`, K `kv_heads`, H `head_size`.
+    V `vocab_size`, D `width`, L `layers`, N `heads`, K `kv_heads`, H `head_size`. Norms are "rms", "layer", or, as in
+    Gemma 2, "rms_around": before and behind each half of a layer, with scales stored less 1.
     """
 
     family: str
@@ -83,7 +84,7 @@ class DecoderConfig:
     head_size: int
     mlp_width: int
     max_positions: int
-    norm: Literal["rms", "layer"] = "rms"
+    norm: Literal["rms", "layer", "rms_around"] = "rms"
     norm_epsilon: float = 1e-5
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     gated_mlp: bool = True
@@ -96,6 +97,10 @@ class DecoderConfig:
     no_rope_layers: tuple[int, ...] = ()
     window: int = 0
     window_layers: tuple[int, ...] = ()
+    embedding_scale: float | None = None
+    score_scale: float | None = None
+    score_cap: float | None = None
+    logit_cap: float | None = None
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -112,7 +117,7 @@ class DecoderConfig:
 
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3")
+FAMILIES = ("gemma2", "gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3")
 
 
 def check_family(family: str | None) -> None:
@@ -136,7 +141,9 @@ def decoder_config(hf: Any, *, max_length: int | None = None) -> DecoderConfig:
     check_family(family)
     if getattr(hf, "quantization_config", None):
         raise ConfigError("quantized checkpoints are not supported; use the model's unquantized one")
-    return _gpt2(hf) if family == "gpt2" else _llama_like(hf, max_length)
+    if family == "gpt2":
+        return _gpt2(hf)
+    return _gemma2(hf, max_length) if family == "gemma2" else _llama_like(hf, max_length)
 
 
 def _activation(name: str) -> Any:
@@ -175,7 +182,7 @@ def _gpt2(hf: Any) -> DecoderConfig:
 def _llama_like(hf: Any, max_length: int | None) -> DecoderConfig:
     family = hf.model_type
     # Options are read where transformers' model of the family reads them: elsewhere the field is a leftover.
-    bias = family in ("llama", "qwen3", "smollm3") and bool(hf.attention_bias)
+    bias = family in ("llama", "qwen3", "smollm3", "gemma2") and bool(hf.attention_bias)
     window = 0 if family == "llama" else hf.sliding_window or 0
     rope = _rope(hf, max_length)
     return DecoderConfig(
@@ -189,7 +196,7 @@ def _llama_like(hf: Any, max_length: int | None) -> DecoderConfig:
         mlp_width=hf.intermediate_size,
         max_positions=max(hf.max_position_embeddings, rope.dynamic_length),
         norm_epsilon=float(hf.rms_norm_eps),
-        activation=_activation(hf.hidden_act),
+        activation=_activation(hf.hidden_activation if family == "gemma2" else hf.hidden_act),
         qkv_bias=bias or family == "qwen2",
         output_bias=bias,
         mlp_bias=family in ("llama", "smollm3") and bool(hf.mlp_bias),
@@ -199,6 +206,19 @@ def _llama_like(hf: Any, max_length: int | None) -> DecoderConfig:
         no_rope_layers=_no_rope_layers(hf),
         window=window,
         window_layers=_window_layers(hf, window),
+    )
+
+
+def _gemma2(hf: Any, max_length: int | None) -> DecoderConfig:
+    if getattr(hf, "use_bidirectional_attention", None):
+        raise ConfigError("Gemma 2 with use_bidirectional_attention is not supported")
+    return dataclasses.replace(
+        _llama_like(hf, max_length),
+        norm="rms_around",
+        embedding_scale=hf.hidden_size**0.5,
+        score_scale=hf.query_pre_attn_scalar**-0.5,
+        score_cap=hf.attn_logit_softcapping,
+        logit_cap=hf.final_logit_softcapping,
     )
 
 

@@ -9,7 +9,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Source, Stream, attend, visible, within_window
+from spt_jax.models.attention import (
+    Cache,
+    GatedPrefix,
+    Prefix,
+    Scoring,
+    Source,
+    Stream,
+    attend,
+    soft_capped,
+    visible,
+    within_window,
+)
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.layers import Linear, Mlp, Norm, rotate, rotation
 from spt_jax.models.ring import ring_attend, splits
@@ -78,6 +89,7 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "B T D"], layer: LayerInputs, shared: SharedInputs) -> tuple[Array, KeysValues]:
         config = self.config
         batch, length, _ = x.shape
+        scoring = Scoring(config.score_scale or config.head_size**-0.5, config.score_cap)
 
         def heads(x: Array, name: str, count: int) -> Array:
             y = Linear(count * config.head_size, config.qkv_bias, name=name)(x)
@@ -98,13 +110,15 @@ class Attention(nn.Module):
                 assert self.mesh is not None
                 window = config.window if config.window_layers else 0
                 places = shared.stream, prefix, shared.prefix_positions
-                out = ring_attend(self.mesh, queries, keys, values, *places, window=window, windowed=layer.windowed)
+                options = {"window": window, "windowed": layer.windowed, "scoring": scoring}
+                out = ring_attend(self.mesh, queries, keys, values, *places, **options)
             else:
                 masks = shared.masks
                 if shared.window_masks is not None:
                     masks = _choose(layer.windowed, shared.window_masks, masks)
                 pairs = [pair for pair in (prefix, cache, (keys, values)) if pair is not None]
-                out = attend(queries, [Source(k, v, mask) for (k, v), mask in zip(pairs, masks, strict=True)])
+                sources = [Source(k, v, mask) for (k, v), mask in zip(pairs, masks, strict=True)]
+                out = attend(queries, sources, scoring)
             if gated is not None:
                 out = out + _gated_attention(queries, gated)
             out = out.reshape(batch, length, config.heads * config.head_size)
@@ -136,13 +150,17 @@ class Block(nn.Module):
         attended, keys_values = Attention(self.config, self.mesh, name="attention")(
             Norm(self.config, name="attention_norm")(x), layer, shared
         )
-        x = x + attended
+        x = x + self.behind("attention", attended)
 
         def mlp(module: nn.Module, x: Array) -> Array:
-            return Mlp(self.config, name="mlp")(Norm(self.config, name="mlp_norm")(x))
+            return self.behind("mlp", Mlp(self.config, name="mlp")(Norm(self.config, name="mlp_norm")(x)))
 
         x = x + _unless_last(self, layer, mlp, x)
         return x, keys_values if self.return_keys_values else None
+
+    def behind(self, half: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What a half of the layer gives to the residual stream."""
+        return Norm(self.config, name=f"{half}_out_norm")(x) if self.config.norm == "rms_around" else x
 
 
 # What the backward pass computes again: nothing; all but the results of linear maps; everything in a layer.
@@ -171,14 +189,16 @@ class Decoder(nn.Module):
         self.final_norm = Norm(config)
 
     def embed(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
-        """Rows of the embedding table; ids must lie in [0, V)."""
-        return jnp.take(self.embedding, ids, axis=0)
+        """Rows of the embedding table, scaled where the family does; ids must lie in [0, V)."""
+        rows, scale = jnp.take(self.embedding, ids, axis=0), self.config.embedding_scale
+        return rows if scale is None else rows * jnp.asarray(scale, rows.dtype)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Next-token logits in float32 for states that `__call__` returned."""
         with jax.named_scope("logits"):
             kernel = self.embedding.T if self.config.tied else self.output
-            return jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+            logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+            return soft_capped(logits, self.config.logit_cap)
 
     @nn.compact
     def __call__(

@@ -73,6 +73,10 @@ def _llama_origins(config: DecoderConfig) -> dict[str, Origin]:
         table[f"layers/{ours}/kernel"] = Origin(f"{layer}{theirs}.weight", transpose=True)
         if bias:
             table[f"layers/{ours}/bias"] = Origin(f"{layer}{theirs}.bias")
+    if config.norm == "rms_around":
+        table["layers/attention_out_norm/scale"] = table["layers/mlp_norm/scale"]
+        table["layers/mlp_norm/scale"] = Origin(layer + "pre_feedforward_layernorm.weight")
+        table["layers/mlp_out_norm/scale"] = Origin(layer + "post_feedforward_layernorm.weight")
     if config.qk_norm:
         table["layers/attention/query_norm/scale"] = Origin(layer + "self_attn.q_norm.weight")
         table["layers/attention/key_norm/scale"] = Origin(layer + "self_attn.k_norm.weight")

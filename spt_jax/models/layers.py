@@ -53,7 +53,8 @@ class Norm(nn.Module):
         if self.config.norm == "layer":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.config.norm_epsilon)
-        y = y * scale.astype(jnp.float32).reshape(*leading, -1)
+        scale = scale.astype(jnp.float32) + (1.0 if self.config.norm == "rms_around" else 0.0)
+        y = y * scale.reshape(*leading, -1)
         if self.config.norm == "layer":
             bias = self.param("bias", nn.initializers.zeros, shape)
             y = y + bias.astype(jnp.float32).reshape(*leading, -1)

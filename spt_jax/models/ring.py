@@ -15,11 +15,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from spt_jax.models.attention import (
+    Scoring,
     Source,
     Stream,
     grouped_heads,
     mix,
     scores_of,
+    soft_cap_slope,
     ungrouped_heads,
     visible,
     within_window,
@@ -37,9 +39,10 @@ def splits(mesh: Mesh | None, stream: Stream) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Ring:
-    """What is static: the mesh, the window (0 for none), and whether each row has a prefix of its own."""
+    """What is static: the mesh, scoring, the window (0 for none), and whether each row has a prefix of its own."""
 
     mesh: Mesh
+    scoring: Scoring
     window: int
     own_prefixes: bool
 
@@ -87,6 +90,7 @@ def ring_attend(
     *,
     window: int = 0,
     windowed: Bool[Array, ""] | None = None,
+    scoring: Scoring | None = None,
 ) -> Float[Array, "B T N H"]:
     """`attention.attend` over a prefix and the rows themselves, with T split over the mesh's "sequence" axis.
 
@@ -98,8 +102,10 @@ def ring_attend(
       prefix_positions: where those stand, [P] or [B, P].
       window: width of the sliding window, 0 for none.
       windowed: whether it holds in this layer; None for always.
+      scoring: as for `attend`.
     """
-    ring = _Ring(mesh, window, prefix is not None and prefix[0].ndim == 4)
+    scoring = scoring or Scoring(queries.shape[-1] ** -0.5)
+    ring = _Ring(mesh, scoring, window, prefix is not None and prefix[0].ndim == 4)
     tokens = (stream.positions, stream.segments, stream.parents)
     windowed = jnp.asarray(window > 0) if windowed is None else windowed
     return _ring_attend(ring, (queries, keys, values, prefix), (tokens, prefix_positions, windowed))
@@ -167,7 +173,7 @@ def _device_forward(ring: _Ring, arrays: Any, places: Any) -> tuple[Array, Array
 
     def take_in(state: Any, source: Source) -> Any:
         highest, total, mixed = state
-        scores = scores_of(grouped, source)
+        scores = scores_of(grouped, source, ring.scoring)
         higher = jnp.maximum(highest, scores.max(-1, keepdims=True))
         weights, keep = jnp.exp(scores - higher), jnp.exp(highest - higher)
         mixed = keep * mixed + mix(weights.astype(queries.dtype), source)
@@ -192,19 +198,21 @@ def _device_backward(
     """Cotangents of this device's queries, keys and values, and of the whole prefix."""
     queries, keys, values, prefix = arrays
     positions, segments, _ = places[0]
-    kv_heads, size, dtype = keys.shape[2], queries.shape[-1], queries.dtype
+    kv_heads, dtype = keys.shape[2], queries.dtype
     grouped, slope = grouped_heads(queries, kv_heads), grouped_heads(cotangent, kv_heads)
     product = (slope.astype(jnp.float32) * grouped_heads(out, kv_heads)).sum(-1, keepdims=True)
     prefix_source, source = _sources(ring, prefix, places)
 
     def of_source(source: Source) -> tuple[Array, tuple[Array, Array]]:
         """What the queries, and these keys and values, get from meeting each other; float32."""
-        weights = jnp.exp(scores_of(grouped, source) - highest) / total
+        scores = scores_of(grouped, source, ring.scoring)
+        weights = jnp.exp(scores - highest) / total
         rows = "b" if source.keys.ndim == 4 else ""
         by_key = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         of_values = by_key(f"bkqs,bkqh->{rows}skh", weights.astype(dtype), slope)
         of_weights = by_key(f"bkqh,{rows}skh->bkqs", slope, source.values)
-        of_scores = (weights * (of_weights - product) * size**-0.5).astype(dtype)
+        slopes = ring.scoring.scale * soft_cap_slope(scores, ring.scoring.cap)
+        of_scores = (weights * (of_weights - product) * slopes).astype(dtype)
         of_keys = by_key(f"bkqs,bkqh->{rows}skh", of_scores, grouped)
         return mix(of_scores, dataclasses.replace(source, values=source.keys)), (of_keys, of_values)
 

@@ -1,5 +1,6 @@
 """Normalisers over a large vocabulary, of which only a part of the logits is there at a time."""
 
+import functools
 import math
 from typing import Any
 
@@ -7,39 +8,46 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from spt_jax.models.attention import soft_cap_slope, soft_capped
+
 # Logits that are there at once, beyond one chunk of the least number of rows that keeps a matrix product efficient.
 CHUNK_LOGITS = 2**24
 CHUNK_ROWS = 512
 
 
-@jax.custom_vjp
-def log_sum_exp(states: Float[Array, "B Q D"], matrix: Float[Array, "V D"]) -> Float[Array, "B Q"]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def log_sum_exp(
+    states: Float[Array, "B Q D"], matrix: Float[Array, "V D"], cap: float | None = None
+) -> Float[Array, "B Q"]:
     """log of the sum over v of exp(states . matrix[v]), float32, with a gradient for the states alone.
 
-    The gradient is the mean of the matrix's rows under the softmax. The forward pass of a differentiated call keeps
-    that [B, Q, D], so that neither pass holds more than a chunk of the [B, Q, V] logits, and none is computed twice.
+    cap: of the logits, as `soft_capped` has it.
+
+    The gradient is the mean of the matrix's rows under the softmax, each times the slope of its cap. The forward pass
+    of a differentiated call keeps that [B, Q, D], so that neither pass holds more than a chunk of the [B, Q, V] logits,
+    and none is computed twice.
     """
-    return _by_chunks(lambda chunk: _log_sums(chunk, matrix)[0], states, matrix.shape[0])
+    return _by_chunks(lambda chunk: _log_sums(chunk, matrix, cap)[0], states, matrix.shape[0])
 
 
-def _forward(states: Array, matrix: Array) -> tuple[Array, Array]:
+def _forward(states: Array, matrix: Array, cap: float | None) -> tuple[Array, Array]:
     def sums_and_means(chunk: Array) -> tuple[Array, Array]:
-        log_sums, logits = _log_sums(chunk, matrix)
-        shares = jnp.exp(logits - log_sums[..., None]).astype(matrix.dtype)
+        log_sums, logits = _log_sums(chunk, matrix, cap)
+        shares = (jnp.exp(logits - log_sums[..., None]) * soft_cap_slope(logits, cap)).astype(matrix.dtype)
         return log_sums, jnp.dot(shares, matrix, preferred_element_type=jnp.float32).astype(chunk.dtype)
 
     return _by_chunks(sums_and_means, states, matrix.shape[0])
 
 
-def _backward(means: Array, cotangent: Array) -> tuple[Array, None]:
+def _backward(cap: float | None, means: Array, cotangent: Array) -> tuple[Array, None]:
     return (cotangent[..., None] * means).astype(means.dtype), None
 
 
 log_sum_exp.defvjp(_forward, _backward)
 
 
-def _log_sums(states: Array, matrix: Array) -> tuple[Array, Array]:
-    logits = jnp.dot(states, matrix.T, preferred_element_type=jnp.float32)
+def _log_sums(states: Array, matrix: Array, cap: float | None) -> tuple[Array, Array]:
+    logits = soft_capped(jnp.dot(states, matrix.T, preferred_element_type=jnp.float32), cap)
     return jax.nn.logsumexp(logits, axis=-1), logits
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from spt_jax.base import FrozenBase
+from spt_jax.base import FrozenBase, embed
 from spt_jax.data.tokenization import Tokenization
 from spt_jax.errors import ConfigError
 from spt_jax.models.decoder import Decoder
@@ -108,7 +108,7 @@ class ContextPromptTuning(TokenMethod):
         if self.ids and max(self.ids) >= base.config.vocab_size:
             raise ConfigError(f"method.ids go up to {max(self.ids)}; the vocabulary has {base.config.vocab_size}")
         if self.ids:
-            rows = base.params["embedding"][np.asarray(self.ids)].astype(jnp.float32)
+            rows = embed(base.module, base.params, jnp.asarray(self.ids, jnp.int32)).astype(jnp.float32)
         else:
             rows = initialize(self.init, key, base, self.token_count)
         return {"start": rows, "delta": jnp.zeros_like(rows)}

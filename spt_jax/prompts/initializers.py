@@ -14,10 +14,9 @@ import numpy as np
 import tyro
 from jaxtyping import Array, Float, Key
 
-from spt_jax.base import FrozenBase
+from spt_jax.base import FrozenBase, embedding_table
 from spt_jax.data.tokenization import Tokenization
 from spt_jax.errors import CheckpointError, ConfigError
-from spt_jax.sharding import to_host
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +101,7 @@ def initialize(init: Initializer, key: Key[Array, ""], base: FrozenBase, length:
       CheckpointError: its file cannot be read, or its prompt is for another base.
     """
     shape = (length, base.config.width)
-    table = to_host(base.params["embedding"]).astype(np.float32)
+    table = embedding_table(base)
     match init.name:
         case "uniform":
             return jax.random.uniform(key, shape, jnp.float32, -init.scale, init.scale)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from spt_jax.base import FrozenBase, run_layers
+from spt_jax.base import FrozenBase, embed, run_layers
 from spt_jax.errors import ConfigError
 from spt_jax.models.attention import Stream
 from spt_jax.models.decoder import Decoder
@@ -106,7 +106,7 @@ class PrefixTuning(Method):
         rows = initialize(self.init, row_key, base, length)
         bos = base.tokenizer.bos_token_id
         if self.sink and bos is not None and self.start == "tokens":
-            rows = rows.at[0].set(base.params["embedding"][bos].astype(jnp.float32))
+            rows = rows.at[0].set(embed(base.module, base.params, jnp.asarray([bos]))[0].astype(jnp.float32))
         both = keys_and_values(base, rows)
         if self.start == "tokens":
             return both

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from spt_jax.base import FrozenBase
+from spt_jax.base import FrozenBase, embedding_table
 from spt_jax.errors import ConfigError
 from spt_jax.prompts.virtual import VirtualPrompt
 
@@ -88,7 +88,7 @@ def recycle(virtual: VirtualPrompt, source: FrozenBase, target: FrozenBase, *, t
             " least as many"
         )
     from_ids, to_ids = np.asarray(shared).T
-    tables = (np.asarray(base.params["embedding"], np.float32) for base in (source, target))
+    tables = map(embedding_table, (source, target))
     source_rows, target_rows = (table[ids] for table, ids in zip(tables, (from_ids, to_ids), strict=True))
     matrix = np.linalg.lstsq(source_rows, target_rows, rcond=None)[0]
     return VirtualPrompt(tokens=jnp.asarray(rows @ matrix))

@@ -49,7 +49,11 @@ def vocabulary_loss(readings: Readings, rows: Rows, choices: int, smoothing: flo
     """
     if choices > 1:
         raise ConfigError("over the vocabulary, examples have one target: batch `Example.as_target()`")
-    losses = -(1 - smoothing) * readings.log_probabilities - smoothing * readings.means
+    if smoothing and readings.means is None:
+        raise ConfigError("loss.label_smoothing over the vocabulary does not go with a base whose logits are capped")
+    losses = -(1 - smoothing) * readings.log_probabilities
+    if readings.means is not None:
+        losses -= smoothing * readings.means
     weights = rows.target_weights
     return jnp.sum(jnp.where(weights > 0, weights * losses, 0.0)), jnp.sum(weights)
 

@@ -27,7 +27,7 @@ SCHEDULE_DEFAULTS: dict[str, Any] = {"schedule": "constant", "warmup_steps": 0}
 # The optimizer of each base family, and what differs from the tables above when that optimizer is the one in use.
 LLAMA_LIKE: dict[str, Any] = {"name": "adam", "learning_rate": 0.1, "schedule": "linear"}
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3"), LLAMA_LIKE),
+    **dict.fromkeys(("gemma2", "llama", "mistral", "qwen2", "qwen3", "smollm3"), LLAMA_LIKE),
     "gpt2": {"name": "adam", "learning_rate": 0.03},
 }
 

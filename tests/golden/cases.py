@@ -79,6 +79,9 @@ CASES = (
     _case("smollm3", "smollm3"),
     _case("smollm3 untied, biases", "smollm3", tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
     _case("smollm3 window", "smollm3", use_sliding_window=True, sliding_window=9),
+    _case("gemma2", "gemma2"),
+    _case("gemma2 untied, biases", "gemma2", tie_word_embeddings=False, attention_bias=True),
+    _case("gemma2 no caps", "gemma2", attn_logit_softcapping=None, final_logit_softcapping=None),
     _case("gpt2", "gpt2"),
     _case("gpt2 untied, exact gelu", "gpt2", tie_word_embeddings=False, activation_function="gelu", n_inner=48),
 )

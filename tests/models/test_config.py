@@ -56,6 +56,12 @@ PUBLISHED = {
          "num_attention_heads": 16, "num_key_value_heads": 4, "no_rope_layers": None},
         3_075_098_624,
     ),
+    "gemma-2-2b": (
+        "gemma2",
+        {"vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
+        2_614_341_888,
+    ),
     "gpt2": (
         "gpt2",
         {"vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024},

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from spt_jax.models.attention import Source, Stream, attend, visible, within_window
+from spt_jax.models.attention import Scoring, Source, Stream, attend, visible, within_window
 from spt_jax.models.ring import ring_attend, splits
 from spt_jax.sharding import MeshConfig, make_mesh
 
@@ -37,7 +37,7 @@ def arrays(own: bool):
     return (*draw, prefix), jax.random.normal(keys[5], (B, T, N, H)) * real[..., None, None]
 
 
-def plain(places, window, queries, keys, values, prefix):
+def plain(places, window, scoring, queries, keys, values, prefix):
     rows = stream()
     sources = [] if prefix is None else [((*prefix,), jnp.broadcast_to(places, (B, PREFIX)), None)]
     sources.append(((keys, values), rows.positions, rows.segments))
@@ -45,7 +45,7 @@ def plain(places, window, queries, keys, values, prefix):
     for pair, positions, segments in sources:
         mask = visible(rows, positions, segments)
         made.append(Source(*pair, mask & within_window(rows, positions, window) if window else mask))
-    return attend(queries, made)
+    return attend(queries, made, scoring)
 
 
 CASES = {
@@ -53,6 +53,7 @@ CASES = {
     "prefix": {},
     "a prefix for each row": {"own": True},
     "a window": {"window": 7},
+    "capped scores": {"scoring": Scoring(0.5, 0.8), "window": 7},
     "a window in other layers": {"window": 7, "windowed": False},
 }
 MESHES = [{"sequence": 2}, {"sequence": 8}, {"data": 2, "sequence": 4}, {"fsdp": 2, "tensor": 2, "sequence": 2}]
@@ -61,7 +62,7 @@ MESHES = [{"sequence": 2}, {"sequence": 8}, {"data": 2, "sequence": 4}, {"fsdp":
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_as_in_one_place(case, axes):
-    options = {"prefix": True, "own": False, "window": 0, "windowed": None} | CASES[case]
+    options = {"prefix": True, "own": False, "window": 0, "windowed": None, "scoring": None} | CASES[case]
     mesh, rows = make_mesh(MeshConfig(**axes)), stream()
     inputs, cotangent = arrays(options["own"])
     inputs = inputs if options["prefix"] else (*inputs[:3], None)
@@ -71,9 +72,8 @@ def test_as_in_one_place(case, axes):
 
     def ring(queries, keys, values, prefix):
         where = None if prefix is None else places
-        return ring_attend(
-            mesh, queries, keys, values, rows, prefix, where, window=options["window"], windowed=windowed
-        )
+        how = {"window": options["window"], "windowed": windowed, "scoring": options["scoring"]}
+        return ring_attend(mesh, queries, keys, values, rows, prefix, where, **how)
 
     def both(function, *inputs):
         out, pull = jax.vjp(function, *inputs)
@@ -82,7 +82,7 @@ def test_as_in_one_place(case, axes):
     assert splits(mesh, rows)
     real = (rows.segments > 0)[..., None, None]
     window = options["window"] if options["windowed"] is not False else 0
-    expected, slopes = both(functools.partial(plain, places, window), *inputs)
+    expected, slopes = both(functools.partial(plain, places, window, options["scoring"]), *inputs)
     ours, our_slopes = jax.jit(functools.partial(both, ring))(*inputs)
     np.testing.assert_allclose(ours * real, expected * real, atol=1e-5)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), our_slopes, slopes)

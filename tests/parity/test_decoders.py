@@ -64,7 +64,7 @@ def test_logits_in_every_layout(case, tmp_path):
     print(f"{case.name}: largest error {worst:.1e}")
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gpt2"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_as_transformers_itself_pads(family, side, tmp_path):
     """The same padded row, mask and positions on both sides."""
@@ -116,7 +116,7 @@ def test_old_config_files(tmp_path):
     same(row_logits(load_base(directory, dtype="float32"), ids), torch_logits(torch_model(directory), ids))
 
 
-@pytest.mark.parametrize("name", ["llama yarn", "mistral", "qwen3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama yarn", "mistral", "qwen3", "gemma2", "gpt2"])
 def test_gradient_through_a_shared_prefix(name, tmp_path):
     """Embeddings of 11 tokens run once, as a prefix of three rows; the gradient equals torch's, which repeats them.
 
@@ -152,7 +152,7 @@ def test_gradient_through_a_shared_prefix(name, tmp_path):
     np.testing.assert_allclose(np.asarray(gradient) / scale, theirs.grad.numpy() / scale, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "smollm3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "smollm3", "gemma2", "gpt2"])
 def test_decoding_from_a_cache(name, tmp_path):
     """Tokens fed one by one into a static cache with empty slots give the logits of the whole run."""
     case = BY_NAME[name]

@@ -63,7 +63,7 @@ def next_token_logits(base, virtual, ids) -> np.ndarray:
 TEXT = np.asarray([1, 40, 99, 17, 250, 31, 8], np.int32)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "smollm3", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "smollm3", "qwen3", "gemma2"])
 def test_a_prefix_of_a_text_is_the_text(family):
     """Learned positions, sliding windows, layers without RoPE and normed keys included."""
     base = base_of(family)

@@ -3,13 +3,14 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from spt_jax.data.batches import Rows
 from spt_jax.errors import ConfigError
-from spt_jax.forward import group_scores, read_logits
+from spt_jax.forward import Readings, group_scores, read_logits
 from spt_jax.models.attention import Stream
 from spt_jax.training.losses import LossConfig, verbalizer_loss, vocabulary_loss
 
@@ -65,6 +66,15 @@ def test_vocabulary_loss_is_optax_cross_entropy(smoothing):
     losses = optax_loss(chosen, np.eye(V)[[token for _, _, token, *_ in places]], smoothing)
     np.testing.assert_allclose(total, (weights * losses).sum(), rtol=1e-6)
     assert weight == weights.sum() == 6.5
+
+
+def test_smoothing_over_capped_logits_is_refused():
+    """Their mean would need them all at once."""
+    rows = rows_of([[(0, 3, 1.0, 0), (0, 5, 1.0, 0)]])
+    readings = Readings(jnp.asarray([[-1.0, -2.0]]), None)
+    assert vocabulary_loss(readings, rows, 1, 0.0) == (3.0, 2.0)
+    with pytest.raises(ConfigError, match="logits are capped"):
+        vocabulary_loss(readings, rows, 1, 0.1)
 
 
 def test_smoothing_has_its_minimum_at_the_smoothed_distribution():
