@@ -24,6 +24,8 @@ from jax.experimental import topologies
 from benchmarks import common
 from benchmarks.shapes import lower_step
 from spt_jax.models.config import DecoderConfig, RopeConfig
+from spt_jax.models.decoder import Remat
+from spt_jax.models.kernels import Kernel
 from spt_jax.sharding import MeshConfig, make_mesh
 from spt_jax.training.cost import StepShape, step_memory
 
@@ -40,23 +42,27 @@ CONFIG = DecoderConfig(
     max_positions=131_072,
     rope=RopeConfig(theta=500_000.0),
 )
-STEPS: tuple[tuple[dict[str, int], Any, StepShape], ...] = (
-    ({"fsdp": 8}, "full", StepShape(rows=32, length=512, outputs=128, lead=100)),
-    ({"fsdp": 2, "tensor": 4}, "dots", StepShape(rows=16, length=512, outputs=128, lead=100)),
-    ({"fsdp": 4, "sequence": 2}, "full", StepShape(rows=4, length=4096, outputs=128, lead=100)),
+STEPS: tuple[tuple[dict[str, int], Remat, Kernel, StepShape], ...] = (
+    ({"fsdp": 8}, "full", "xla", StepShape(rows=32, length=512, outputs=128, lead=100)),
+    ({"fsdp": 2, "tensor": 4}, "dots", "xla", StepShape(rows=16, length=512, outputs=128, lead=100)),
+    ({"fsdp": 4, "sequence": 2}, "full", "xla", StepShape(rows=4, length=4096, outputs=128, lead=100)),
+    ({"fsdp": 4, "tensor": 2}, "full", "xla", StepShape(rows=4, length=4096, outputs=128, lead=100)),
+    ({"fsdp": 4, "tensor": 2}, "full", "splash", StepShape(rows=4, length=4096, outputs=128, lead=100)),
 )
 PACKAGES = ("spt_jax", "jax", "jaxlib", "flax", "optax", "libtpu")
 
 
-def compare(devices: Any, axes: dict[str, int], remat: Any, shape: StepShape) -> dict[str, Any]:
+def compare(devices: Any, axes: dict[str, int], remat: Remat, attention: Kernel, shape: StepShape) -> dict[str, Any]:
     """Bytes per device by estimate and by XLA, for one mesh."""
     mesh = make_mesh(MeshConfig(**axes), devices)
     begun = time.perf_counter()
-    plan = lower_step(CONFIG, shape, mesh=mesh, dtype=jnp.bfloat16, remat=remat).compile().memory_analysis()
+    step = lower_step(CONFIG, shape, mesh=mesh, dtype=jnp.bfloat16, remat=remat, attention=attention)
+    plan = step.compile().memory_analysis()
     estimate = step_memory(CONFIG, shape, remat=remat, itemsize=2, mesh=mesh)
     return {
         "mesh": axes,
         "remat": remat,
+        "attention": attention,
         "shape": dataclasses.asdict(shape),
         "planned_bytes": plan.argument_size_in_bytes + plan.temp_size_in_bytes,
         "estimated_bytes": estimate.total,
@@ -72,20 +78,22 @@ def main() -> None:
     options = parser.parse_args()
     devices = topologies.get_topology_desc(options.topology, platform="tpu").devices
     found = []
-    for axes, remat, shape in STEPS:
-        found.append(compare(devices, axes, remat, shape))
+    for step in STEPS:
+        axes = step[0]
+        found.append(compare(devices, *step))
         print(f"{axes}: {found[-1]['compile_seconds']:.0f} s", flush=True)
     rows = [
         [
             ", ".join(f"{axis} {size}" for axis, size in one["mesh"].items()),
             one["remat"],
+            one["attention"],
             f"{one['shape']['rows']} x {one['shape']['length']}",
             f"{one['planned_bytes'] / 2**30:.2f}",
             f"{one['estimated_bytes'] / 2**30:.2f}",
         ]
         for one in found
     ]
-    print(common.table(("mesh", "remat", "rows x tokens", "GiB planned by XLA", "GiB estimated"), rows))
+    print(common.table(("mesh", "remat", "attention", "rows x tokens", "GiB planned by XLA", "GiB estimated"), rows))
     report = {
         "benchmark": "ahead_of_time",
         "device": f"{devices[0].device_kind}, {options.topology}",

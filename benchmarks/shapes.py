@@ -12,6 +12,7 @@ from spt_jax.models.attention import Stream
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.decoder import Decoder, Remat
 from spt_jax.models.hf import parameter_shapes
+from spt_jax.models.kernels import Kernel
 from spt_jax.prompts import Method, PrefixTuning, PromptTuning
 from spt_jax.sharding import make_mesh, replicated, row_sharding, sharded_shapes
 from spt_jax.training.cost import StepShape
@@ -50,6 +51,7 @@ def lower_step(
     mesh: Mesh | None = None,
     dtype: Any = jnp.float32,
     remat: Remat = "none",
+    attention: Kernel = "xla",
     microbatches: int = 1,
     compiler_options: Any = None,
 ) -> Any:
@@ -71,6 +73,7 @@ def lower_step(
         out_shardings=replicated(mesh),
         compiler_options=compiler_options,
     )
-    module, objective = Decoder(config, remat=remat, mesh=mesh), Objective(microbatches=microbatches)
+    module = Decoder(config, remat=remat, mesh=mesh, attention=attention)
+    objective = Objective(microbatches=microbatches)
     frozen, batch = sharded_shapes(mesh, parameter_shapes(config), dtype), batch_shapes(shape, mesh)
     return step.lower(module, method, objective, optimizer, frozen, state, batch)

@@ -18,6 +18,7 @@ from spt_jax.errors import CheckpointError, ConfigError, differing_fields
 from spt_jax.models.config import DecoderConfig, check_family, decoder_config
 from spt_jax.models.decoder import Decoder, Remat
 from spt_jax.models.hf import Params, parameter_shapes, read_params
+from spt_jax.models.kernels import Kernel, check_kernel
 from spt_jax.sharding import check_divides, make_mesh, parameter_sharding, to_host
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -113,6 +114,7 @@ def load_base(
     mesh: Mesh | None = None,
     max_length: int | None = None,
     remat: Remat = "dots",
+    attention: Kernel = "xla",
 ) -> FrozenBase:
     """Loads a decoder, its tokenizer and its identity; needs no torch.
 
@@ -124,6 +126,7 @@ def load_base(
       max_length: the longest sequence of the run, which fixes the frequencies of `dynamic` RoPE.
       remat: what the backward pass computes again: "none", "dots" (all but the results of linear maps) or "full" (whole
         layers: the least memory, about a third more work).
+      attention: "xla" anywhere, "cudnn" on NVIDIA GPUs, "splash" on TPUs.
 
     Raises:
       ConfigError: unsupported architecture, option, dtype or mesh.
@@ -138,13 +141,14 @@ def load_base(
     if len(tokenizer) > config.vocab_size:
         raise CheckpointError(f"{directory}: the tokenizer has {len(tokenizer)} entries, the model {config.vocab_size}")
     check_divides(mesh, {"heads": config.heads, "key/value heads": config.kv_heads, "MLP columns": config.mlp_width})
+    check_kernel(attention, config, DTYPES[dtype], mesh)
     shapes = parameter_shapes(config)
     params, digest = read_params(directory, config, DTYPES[dtype], partial(_leaf_sharding, mesh, shapes))
     return FrozenBase(
         name=str(path_or_hub_id),
         revision=revision,
         config=config,
-        module=Decoder(config, remat=remat, mesh=mesh),
+        module=Decoder(config, remat=remat, mesh=mesh, attention=attention),
         params=params,
         tokenizer=tokenizer,
         fingerprint=Fingerprint(json.loads(json.dumps(dataclasses.asdict(config))), digest, tokenizer_hash(tokenizer)),

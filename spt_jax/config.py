@@ -5,6 +5,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from spt_jax.data.templates import MESSAGES, Template, virtual_length, without_virtual
 from spt_jax.errors import ConfigError
+from spt_jax.models.kernels import Kernel
 from spt_jax.options import Line, Lines, Pairs
 from spt_jax.prompts import Method, MultitaskPromptTuning
 from spt_jax.prompts.initializers import Initializer
@@ -26,12 +27,14 @@ class BaseConfig:
       remat: what the backward pass computes again instead of keeping: none; dots, all but the results of linear maps,
         which costs little; full, whole layers, for about a third more work and the least memory. auto: the first of
         them whose estimate fits the device, or dots where its memory is not known, as on CPU.
+      attention: xla, everywhere; cudnn, fused, on NVIDIA GPUs with 16 bits; splash, fused, on TPUs.
     """
 
     path: str
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     remat: Literal["auto", "none", "dots", "full"] = "auto"
+    attention: Kernel = "xla"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -209,6 +209,7 @@ def load_experiment(config: ExperimentConfig[Any]) -> Experiment:
         dtype=config.base.dtype,
         mesh=make_mesh(config.mesh),
         max_length=data.max_length,
+        attention=config.base.attention,
     )
     positions = base.config.max_positions
     if data.max_length is not None and data.max_length > positions:

@@ -11,7 +11,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
+
+from spt_jax.models.kernels import Kernel, attend_fused
 
 # A place in the sequence that no query reaches, which hides the padding of a prefix.
 NEVER = np.iinfo(np.int32).max
@@ -121,21 +124,47 @@ class Scoring:
 
 @jax.named_scope("attention")
 def attend(
-    queries: Float[Array, "B T N H"], sources: Sequence[Source], scoring: Scoring | None = None
+    queries: Float[Array, "B T N H"],
+    sources: Sequence[Source],
+    scoring: Scoring | None = None,
+    *,
+    kernel: Kernel = "xla",
+    mesh: Mesh | None = None,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention over all sources together, with grouped queries; scores are scaled by H^-0.5 unless told.
+
+    kernel: "xla" runs anywhere; the fused ones must pass `kernels.check_kernel`, and lie on the mesh by themselves.
 
     Scores and softmax are float32; the result has the queries' dtype. A query that sees nothing (padding) gets a mean
     of values instead of NaN.
     """
-    grouped = grouped_heads(queries, sources[0].keys.shape[-2])
     scoring = scoring or Scoring(queries.shape[-1] ** -0.5)
+    if kernel != "xla":
+        one = _as_one(sources)
+        return attend_fused(kernel, mesh, queries, one.keys, one.values, one.mask, scale=scoring.scale, cap=scoring.cap)
+    grouped = grouped_heads(queries, sources[0].keys.shape[-2])
     scores = [scores_of(grouped, source, scoring) for source in sources]
     highest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [s.max(-1, keepdims=True) for s in scores]))
     weights = [jnp.exp(score - highest) for score in scores]
     total = sum(w.sum(-1, keepdims=True) for w in weights)
     mixed = [mix(w.astype(queries.dtype), source) for w, source in zip(weights, sources, strict=True)]
     return ungrouped_heads((sum(mixed[1:], mixed[0]) / total).astype(queries.dtype), queries.shape)
+
+
+def _as_one(sources: Sequence[Source]) -> Source:
+    """All keys of a row behind each other."""
+    rows = sources[0].mask.shape[0]
+
+    def of_row(array: Array) -> Array:
+        if array.ndim == 4:
+            return array
+        # Copied in float32, so that the cotangents of all rows add up in it.
+        return jnp.broadcast_to(array.astype(jnp.float32)[None], (rows, *array.shape)).astype(array.dtype)
+
+    keys, values = (
+        jnp.concatenate([of_row(getattr(source, name)) for source in sources], axis=1) for name in ("keys", "values")
+    )
+    return Source(keys, values, jnp.concatenate([source.mask for source in sources], axis=2))
 
 
 def grouped_heads(x: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B K GT H"]:

@@ -22,6 +22,7 @@ from spt_jax.models.attention import (
     within_window,
 )
 from spt_jax.models.config import DecoderConfig
+from spt_jax.models.kernels import Kernel
 from spt_jax.models.layers import Linear, Mlp, Norm, rotate, rotation
 from spt_jax.models.ring import ring_attend, splits
 from spt_jax.sharding import ROWS, constrain
@@ -84,6 +85,7 @@ class Attention(nn.Module):
 
     config: DecoderConfig
     mesh: Mesh | None
+    kernel: Kernel
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], layer: LayerInputs, shared: SharedInputs) -> tuple[Array, KeysValues]:
@@ -118,7 +120,9 @@ class Attention(nn.Module):
                     masks = _choose(layer.windowed, shared.window_masks, masks)
                 pairs = [pair for pair in (prefix, cache, (keys, values)) if pair is not None]
                 sources = [Source(k, v, mask) for (k, v), mask in zip(pairs, masks, strict=True)]
-                out = attend(queries, sources, scoring)
+                # A step of decoding has few scores.
+                kernel = self.kernel if cache is None else "xla"
+                out = attend(queries, sources, scoring, kernel=kernel, mesh=self.mesh)
             if gated is not None:
                 out = out + _gated_attention(queries, gated)
             out = out.reshape(batch, length, config.heads * config.head_size)
@@ -140,6 +144,7 @@ class Block(nn.Module):
 
     config: DecoderConfig
     mesh: Mesh | None
+    kernel: Kernel
     return_keys_values: bool
 
     @nn.compact
@@ -147,7 +152,7 @@ class Block(nn.Module):
         self, x: Float[Array, "B T D"], layer: LayerInputs, shared: SharedInputs
     ) -> tuple[Array, KeysValues | None]:
         x = constrain(self.mesh, x, ROWS, "sequence")
-        attended, keys_values = Attention(self.config, self.mesh, name="attention")(
+        attended, keys_values = Attention(self.config, self.mesh, self.kernel, name="attention")(
             Norm(self.config, name="attention_norm")(x), layer, shared
         )
         x = x + self.behind("attention", attended)
@@ -177,6 +182,7 @@ class Decoder(nn.Module):
     config: DecoderConfig
     remat: Remat = "dots"
     mesh: Mesh | None = None
+    attention: Kernel = "xla"
 
     def setup(self) -> None:
         config = self.config
@@ -249,7 +255,7 @@ class Decoder(nn.Module):
         scan = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=in_axes, length=config.layers
         )
-        x, keys_values = scan(config, self.mesh, return_keys_values, name="layers")(x, layers, shared)
+        x, keys_values = scan(config, self.mesh, self.attention, return_keys_values, name="layers")(x, layers, shared)
         return self.final_norm(x) if return_hidden else None, keys_values
 
 
