@@ -1,9 +1,9 @@
 """Whether a model of 8 billion parameters fits TPUs that are not there: estimate and XLA's own plan of memory.
 
-    pip install libtpu && python benchmarks/ahead_of_time.py --topology v5e:2x4
+    pip install libtpu && python benchmarks/ahead_of_time.py
 
-Compiles the step for a TPU topology on any machine (minutes for each mesh) and compares the memory that XLA plans with
-the estimate that `train.py` prints beforehand. Prints a table and writes JSON.
+Compiles the step for TPU topologies on any machine (half a minute for each mesh) and compares the memory that XLA plans
+with the estimate that `train.py` prints beforehand. Prints a table and writes JSON.
 """
 
 import argparse
@@ -42,24 +42,29 @@ CONFIG = DecoderConfig(
     max_positions=131_072,
     rope=RopeConfig(theta=500_000.0),
 )
-STEPS: tuple[tuple[dict[str, int], Remat, Kernel, StepShape], ...] = (
-    ({"fsdp": 8}, "full", "xla", StepShape(rows=32, length=512, outputs=128, lead=100)),
-    ({"fsdp": 2, "tensor": 4}, "dots", "xla", StepShape(rows=16, length=512, outputs=128, lead=100)),
-    ({"fsdp": 4, "sequence": 2}, "full", "xla", StepShape(rows=4, length=4096, outputs=128, lead=100)),
-    ({"fsdp": 4, "tensor": 2}, "full", "xla", StepShape(rows=4, length=4096, outputs=128, lead=100)),
-    ({"fsdp": 4, "tensor": 2}, "full", "splash", StepShape(rows=4, length=4096, outputs=128, lead=100)),
+SHORT, LONG = {"length": 512, "outputs": 128, "lead": 100}, {"length": 4096, "outputs": 128, "lead": 100}
+STEPS: tuple[tuple[str, dict[str, int], Remat, Kernel, StepShape], ...] = (
+    ("v5e:2x4", {"fsdp": 8}, "full", "xla", StepShape(rows=32, **SHORT)),
+    ("v5e:2x4", {"fsdp": 2, "tensor": 4}, "dots", "xla", StepShape(rows=16, **SHORT)),
+    ("v5e:2x4", {"fsdp": 4, "sequence": 2}, "full", "xla", StepShape(rows=4, **LONG)),
+    ("v5e:2x4", {"fsdp": 4, "tensor": 2}, "full", "xla", StepShape(rows=4, **LONG)),
+    ("v5e:2x4", {"fsdp": 4, "tensor": 2}, "full", "splash", StepShape(rows=4, **LONG)),
+    ("v5e:8x8", {"fsdp": 64}, "full", "xla", StepShape(rows=256, **SHORT)),
 )
 PACKAGES = ("spt_jax", "jax", "jaxlib", "flax", "optax", "libtpu")
 
 
-def compare(devices: Any, axes: dict[str, int], remat: Remat, attention: Kernel, shape: StepShape) -> dict[str, Any]:
+def compare(topology: str, axes: dict[str, int], remat: Remat, attention: Kernel, shape: StepShape) -> dict[str, Any]:
     """Bytes per device by estimate and by XLA, for one mesh."""
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices
     mesh = make_mesh(MeshConfig(**axes), devices)
     begun = time.perf_counter()
     step = lower_step(CONFIG, shape, mesh=mesh, dtype=jnp.bfloat16, remat=remat, attention=attention)
     plan = step.compile().memory_analysis()
     estimate = step_memory(CONFIG, shape, remat=remat, itemsize=2, mesh=mesh)
     return {
+        "device": devices[0].device_kind,
+        "topology": topology,
         "mesh": axes,
         "remat": remat,
         "attention": attention,
@@ -73,15 +78,12 @@ def compare(devices: Any, axes: dict[str, int], remat: Remat, attention: Kernel,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topology", default="v5e:2x4", help="eight devices")
     parser.add_argument("--out", type=Path, default=common.RESULTS / "ahead_of_time.json")
     options = parser.parse_args()
-    devices = topologies.get_topology_desc(options.topology, platform="tpu").devices
     found = []
     for step in STEPS:
-        axes = step[0]
-        found.append(compare(devices, *step))
-        print(f"{axes}: {found[-1]['compile_seconds']:.0f} s", flush=True)
+        found.append(compare(*step))
+        print(f"{step[1]}: {found[-1]['compile_seconds']:.0f} s", flush=True)
     rows = [
         [
             ", ".join(f"{axis} {size}" for axis, size in one["mesh"].items()),
@@ -96,7 +98,6 @@ def main() -> None:
     print(common.table(("mesh", "remat", "attention", "rows x tokens", "GiB planned by XLA", "GiB estimated"), rows))
     report = {
         "benchmark": "ahead_of_time",
-        "device": f"{devices[0].device_kind}, {options.topology}",
         "versions": common.versions(PACKAGES),
         "commit": common.commit(),
         "steps": found,

@@ -20,7 +20,7 @@ from spt_jax.models.hf import Params
 from spt_jax.models.ring import splits, take_tokens
 from spt_jax.models.vocabulary import log_sum_exp
 from spt_jax.prompts.virtual import VirtualPrompt
-from spt_jax.sharding import constrain
+from spt_jax.sharding import ROWS, constrain
 
 
 def embed_stream(
@@ -157,7 +157,8 @@ def output_states(
         states = take_tokens(module.mesh, hidden, rows.outputs)
     else:
         states = jnp.take_along_axis(hidden, rows.outputs[:, :, None], axis=1)
-    return constrain(module.mesh, states, "data", "sequence")  # fsdp splits the vocabulary that they meet
+    # Taken where they are; then fsdp, which splits the vocabulary that they meet, has them all.
+    return constrain(module.mesh, constrain(module.mesh, states, ROWS, "sequence"), "data", "sequence")
 
 
 def output_logits(

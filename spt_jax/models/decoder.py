@@ -1,6 +1,7 @@
 """A causal decoder in Flax Linen: GPT-2 and the Llama family, layers stacked [L, ...] and scanned."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -25,7 +26,7 @@ from spt_jax.models.config import DecoderConfig
 from spt_jax.models.kernels import Kernel
 from spt_jax.models.layers import Linear, Mlp, Norm, rotate, rotation
 from spt_jax.models.ring import ring_attend, splits
-from spt_jax.sharding import ROWS, constrain
+from spt_jax.sharding import ROWS, constrain, row_shards
 
 KeysValues = tuple[Float[Array, "*L B T K H"], Float[Array, "*L B T K H"]]
 
@@ -168,6 +169,22 @@ class Block(nn.Module):
         return Norm(self.config, name=f"{half}_out_norm")(x) if self.config.norm == "rms_around" else x
 
 
+def _take_by_chunks(mesh: Mesh | None, table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """`jnp.take(table, ids, axis=0)` for a table whose V is split over fsdp, as are the rows of ids.
+
+    Each device finds its part of the table for the tokens of all of fsdp's, and XLA adds the parts up where they
+    belong. Chunk by chunk, what it holds meanwhile is no more than its own rows in the end.
+    """
+    (batch, length), width = ids.shape, table.shape[1]
+    if mesh is None or mesh.shape["fsdp"] == 1 or batch % row_shards(mesh):
+        return jnp.take(table, ids, axis=0)
+    parts = math.gcd(length, mesh.shape["sequence"])
+    count = math.gcd(length // parts, mesh.shape["fsdp"])
+    chunks = jnp.moveaxis(ids.reshape(batch, parts, count, length // parts // count), 2, 0)
+    found = jax.lax.map(lambda own: constrain(mesh, jnp.take(table, own, axis=0), ROWS, "sequence"), chunks)
+    return constrain(mesh, jnp.moveaxis(found, 0, 2).reshape(batch, length, width), ROWS, "sequence")
+
+
 # What the backward pass computes again: nothing; all but the results of linear maps; everything in a layer.
 Remat = Literal["none", "dots", "full"]
 
@@ -196,7 +213,10 @@ class Decoder(nn.Module):
 
     def embed(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         """Rows of the embedding table, scaled where the family does; ids must lie in [0, V)."""
-        rows, scale = jnp.take(self.embedding, ids, axis=0), self.config.embedding_scale
+        rows = (
+            _take_by_chunks(self.mesh, self.embedding, ids) if ids.ndim == 2 else jnp.take(self.embedding, ids, axis=0)
+        )
+        scale = self.config.embedding_scale
         return rows if scale is None else rows * jnp.asarray(scale, rows.dtype)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

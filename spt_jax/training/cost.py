@@ -96,7 +96,8 @@ class StepMemory:
     weights: of the frozen base; where fsdp splits them, with two layers gathered.
     kept: what the forward pass over a microbatch keeps for the backward pass, of all layers.
     layer: what one layer holds while it runs backward.
-    logits: of one chunk of outputs.
+    logits: of one chunk of outputs, and the hidden states of all of them, which meet each device's part of the
+      vocabulary.
     prefix: the leading ids' part of the above, and keys and values of the prefix with their cotangents.
     """
 
@@ -151,7 +152,8 @@ def step_memory(
         weights += 2 * itemsize * (config.matmul_parameters // config.layers) // tensor
     matrix = leaves["embedding" if config.tied else "output"]
     vocabulary = matrix.sharding.shard_shape(matrix.shape)[0 if config.tied else 1]
-    outputs = max(CHUNK_ROWS, CHUNK_LOGITS // config.vocab_size)
+    outputs = math.ceil(shape.rows / (mesh.shape["data"] * microbatches)) * shape.outputs
+    chunk = min(outputs, max(CHUNK_ROWS, CHUNK_LOGITS // config.vocab_size))
     rows = math.ceil(shape.rows / (row_shards(mesh) * microbatches))
     length = math.ceil(shape.length / mesh.shape["sequence"])
     seen = shape.prefix + shape.lead
@@ -168,7 +170,7 @@ def step_memory(
         weights=weights,
         kept=kept(rows * length, seen + length),
         layer=layer(rows * length, seen + length),
-        logits=3 * 4 * min(rows * shape.outputs, outputs) * vocabulary,
+        logits=3 * 4 * chunk * vocabulary + 3 * itemsize * outputs * config.width,
         prefix=kept(leading, seen) + layer(leading, seen) + 3 * 4 * pairs // tensor,
     )
 

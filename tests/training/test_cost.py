@@ -1,6 +1,7 @@
 """The formulas for a step's operations and memory, against those of the compiled program."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,14 @@ def test_each_device_does_its_part(axes):
     assert all(one.loops for one in gathered) and bool(gathered) == (mesh.shape["fsdp"] > 1)
     whole_rows = {(16 // mesh.shape["data"] // mesh.shape["fsdp"], 48, 64)}
     assert mesh.shape["sequence"] == 1 or not any(whole_rows & set(one.shapes) for one in work.collectives)
+
+
+def test_no_device_looks_up_the_rows_of_all():
+    """Each device has a part of the table for the tokens of all of fsdp; it must not hold all of those at once."""
+    config, shape = config_of(), StepShape(rows=64, length=64, outputs=4, lead=10)
+    text = compiled(config, shape, mesh=make_mesh(MeshConfig(fsdp=8))).as_text()
+    sizes = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"= f32\[([\d,]+)\]\S* gather\(", text)]
+    assert 0 < max(sizes) <= 64 * 64 * config.width // 8
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
