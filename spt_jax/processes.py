@@ -71,7 +71,7 @@ def joined(config: ProcessesConfig) -> Iterator[None]:
     before anything asks for a device.
 
     Raises:
-      ConfigError: nothing tells where the others are.
+      ConfigError: nothing tells where the others are, or JAX was in use before.
     """
     if not config.several:
         yield
@@ -85,6 +85,8 @@ def joined(config: ProcessesConfig) -> Iterator[None]:
             f"--processes.detect found no TPU slice, SLURM, Open MPI or Kubernetes job ({error}); give"
             " --processes.coordinator, --processes.count and --processes.index"
         ) from error
+    except RuntimeError as error:
+        raise ConfigError(f"this process cannot join the others: {error}") from error
     # Looked up once: in a process on its way out, asking would start the devices anew.
     index = jax.process_index()
     listener = threading.Thread(target=_end_with_the_first_failure, args=(index,), daemon=True)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -139,9 +140,17 @@ def test_wrong_ways_to_find_the_others(fields: dict, message: str):
         ProcessesConfig(**fields)
 
 
-def test_nothing_to_detect(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    assert train.main(words(files, tmp_path / "run", "--processes.detect")) == 2
-    assert "found no TPU slice, SLURM, Open MPI or Kubernetes job" in capsys.readouterr().err
+def test_nothing_to_detect(files: Path, tmp_path: Path):
+    own = words(files, tmp_path / "run", "--processes.detect")
+    ((code, _, error),) = launch(PROGRAM.format(batches=0, action="pass", words=own))
+    assert code == 2 and "found no TPU slice, SLURM, Open MPI or Kubernetes job" in error
+
+
+def test_too_late_to_join(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert jax.device_count() == 8
+    flags = ("--processes.coordinator", "localhost:1", "--processes.count", "2", "--processes.index", "1")
+    assert train.main(words(files, tmp_path / "run", *flags)) == 2
+    assert "this process cannot join the others" in capsys.readouterr().err
 
 
 def test_one_process_is_the_first():

@@ -13,13 +13,13 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from spt_jax.data.encoder import Example
 from spt_jax.errors import DataError
 from spt_jax.models.attention import Stream
-from spt_jax.sharding import replicated, row_sharding, row_shards
+from spt_jax.sharding import ROWS, replicated, row_sharding, row_shards
 
 
 @jax.tree_util.register_dataclass
@@ -344,13 +344,14 @@ class _RowWriter:
         self.rows.target_groups[self.row, part] = group
 
 
-def place_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """Puts a host batch on the mesh: rows split over data and fsdp, leading ids on every device."""
+def place_batch(batch: Batch, mesh: Mesh, *, stacked: bool = False) -> Batch:
+    """Puts a host batch, or several stacked in front, on the mesh: rows split over data and fsdp, leading ids whole."""
+    of_rows = NamedSharding(mesh, PartitionSpec(None, ROWS)) if stacked else row_sharding(mesh)
 
     def put(array: Any, sharding: NamedSharding) -> jax.Array:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    rows = jax.tree.map(lambda array: put(array, row_sharding(mesh)), batch.rows)
+    rows = jax.tree.map(lambda array: put(array, of_rows), batch.rows)
     lead = jax.tree.map(lambda array: put(array, replicated(mesh)), (batch.lead_ids, batch.lead_length))
     return Batch(lead[0], rows, lead[1])
 

@@ -103,7 +103,7 @@ def resolve_optimizer(config: OptimizerConfig, family: str, recipe: Mapping[str,
     )
 
 
-def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+def make_schedule(config: OptimizerConfig, steps: int, rate: Any = None) -> optax.Schedule:
     """The learning rate of each update, as a function of how many updates came before it.
 
     With w = warmup_steps, update t has the rate
@@ -117,12 +117,13 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     Args:
       config: resolved.
       steps: the length of the run, in updates.
+      rate: a learning rate in the place of the config's; it may be traced.
 
     Raises:
       ConfigError: the config is not resolved, or the warm-up is longer than the run.
     """
     _check_resolved(config)
-    rate, warmup = config.learning_rate or 0.0, config.warmup_steps or 0
+    rate, warmup = config.learning_rate or 0.0 if rate is None else rate, config.warmup_steps or 0
     if steps < 1 or warmup > steps:
         raise ConfigError(f"optimizer.warmup_steps is {warmup}, which does not fit into a run of {steps} steps")
 
@@ -143,7 +144,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return schedule
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, steps: int, rate: Any = None) -> optax.GradientTransformation:
     """Clipping by global norm, then the optimizer under its schedule. `update` needs the parameters.
 
     Adafactor is that of Lester et al. 2021 (google-research/prompt-tuning): no scaling by the parameters, second-moment
@@ -153,11 +154,12 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     Args:
       config: resolved.
       steps: the length of the run, in updates.
+      rate: as for `make_schedule`.
 
     Raises:
       ConfigError: as `make_schedule`.
     """
-    rate = make_schedule(config, steps)
+    rate = make_schedule(config, steps, rate)
     # None where the optimizer does not have the option.
     momentum, weight_decay = config.momentum or None, config.weight_decay or 0.0
     b1, b2 = config.b1 or 0.0, config.b2 or 0.0

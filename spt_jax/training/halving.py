@@ -1,0 +1,275 @@
+"""Trains a population, of which losers may stop early.
+
+Successive halving: Jamieson & Talwalkar 2016, arXiv 1502.07943.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from spt_jax import processes
+from spt_jax.base import FrozenBase
+from spt_jax.checkpoints import Checkpoints
+from spt_jax.config import TrainConfig
+from spt_jax.data.batches import place_batch, training_batches
+from spt_jax.errors import ConfigError
+from spt_jax.evaluation import selection_score
+from spt_jax.prompts import PromptParams
+from spt_jax.training.logs import MetricsLog
+from spt_jax.training.loop import Best, Stopped, graceful_stop
+from spt_jax.training.optimizers import OptimizerConfig
+from spt_jax.training.population import (
+    Member,
+    aligned_plans,
+    common_method,
+    default_group_size,
+    init_members,
+    make_population_step,
+    own_params,
+    stack_batches,
+)
+from spt_jax.training.step import Objective, TrainState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Halving:
+    """When members that lag behind stop.
+
+    Attributes:
+      rungs: shares of the run after which it is decided; none lets all members finish.
+      keep: the share of the members, by their newest validation, that goes on from each.
+    """
+
+    rungs: tuple[float, ...] = (0.125, 0.25, 0.5)
+    keep: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not all(0 < rung < 1 for rung in self.rungs) or sorted(set(self.rungs)) != list(self.rungs):
+            raise ConfigError(f"halving.rungs are {self.rungs}; they are shares of the run between 0 and 1, ascending")
+        if not 0 < self.keep < 1:
+            raise ConfigError(f"halving.keep is {self.keep}; it lies between 0 and 1")
+
+    def steps(self, run: int) -> list[int]:
+        """The rungs of a run of so many steps."""
+        return sorted({max(1, round(rung * run)) for rung in self.rungs})
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """How far a member has come.
+
+    best: its best prompt by validation.
+    steps: how many it has done.
+    score: of its newest validation; higher is better.
+    ended: why it goes on no more; None while it does.
+    """
+
+    best: Best
+    steps: int = 0
+    score: float = -math.inf
+    ended: str | None = None
+
+
+def fit_population(
+    base: FrozenBase,
+    members: Sequence[Member],
+    optimizer: OptimizerConfig,
+    objective: Objective,
+    config: TrainConfig,
+    *,
+    workdir: Path,
+    log: Callable[[int], MetricsLog],
+    validate: Callable[[int, PromptParams], Mapping[str, Any]],
+    halving: Halving | None = None,
+    group_size: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    resume: bool = False,
+) -> list[Standing]:
+    """Trains every member until the last step, or until it is out of the race.
+
+    Args:
+      optimizer: resolved; members have their own learning rates.
+      config: steps, batch size, validation and checkpoints of every member; its seed is not used.
+      validate: metrics of a member's parameters on its validation set.
+      halving: default, no member stops early.
+      group_size: members that go through a step together; default by device.
+      metadata: plain JSON that goes into every checkpoint.
+      resume: go on from the latest checkpoint in workdir, bit for bit.
+
+    Returns:
+      Where each member stands in the end. One whose loss is not finite is dropped, and keeps its best prompt.
+
+    Raises:
+      ConfigError: the members do not go together.
+      CheckpointError: a checkpoint cannot be written or read.
+      Stopped: after SIGTERM or SIGINT, with the state saved.
+    """
+    method, size = common_method(members), group_size or default_group_size()
+    if size < 1:
+        raise ConfigError(f"group_size is {size}; a group has at least one member")
+    rungs = [] if halving is None else halving.steps(config.steps)
+    states = init_members(base, members, optimizer, config.steps)
+    plans = aligned_plans(members)
+    streams = [
+        training_batches(member.examples, plan, batch_size=config.batch_size, seed=member.seed)
+        for member, plan in zip(members, plans, strict=True)
+    ]
+    standings = [Standing(Best(jax.tree.map(np.asarray, state.params))) for state in states]
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=config.keep))
+        asked_to_stop = stack.enter_context(graceful_stop())
+        done = 0
+        if resume and checkpoints.latest_step() is not None:
+            stacked, data_states, saved = checkpoints.restore(None, _stacked(0, states, standings))
+            done, states, standings = _unstacked(stacked, saved["standings"])
+            for stream, state in zip(streams, data_states, strict=True):
+                stream.set_state(state)
+        metrics_log = stack.enter_context(contextlib.closing(log(done)))
+        bar = stack.enter_context(
+            tqdm(total=config.steps, initial=done, unit="step", desc="training", disable=not processes.leads())
+        )
+        step = make_population_step(base, method, optimizer, config.steps, objective)
+        pending: list[tuple[list[int], Any]] = []
+
+        def settle() -> None:
+            """Reads the losses of the last step, and drops members that have none."""
+            losses = {}
+            for numbers, metrics in pending:
+                values = {name: np.asarray(value) for name, value in metrics.items()}
+                for place, number in enumerate(numbers):
+                    broken = [
+                        f"{name} is {value[place]}" for name, value in values.items() if not np.isfinite(value[place])
+                    ]
+                    if broken:
+                        ended = f"dropped at step {standings[number].steps}: {', '.join(broken)}"
+                        standings[number] = dataclasses.replace(standings[number], ended=ended)
+                        tqdm.write(f"member {number} is {ended}")
+                    else:
+                        losses[str(number)] = float(values["loss"][place])
+            if pending:
+                metrics_log.write(done, {"loss": losses})
+            pending.clear()
+
+        def save() -> None:
+            details = [_described(standing) for standing in standings]
+            data_states = [stream.get_state() for stream in streams]
+            checkpoints.save(_stacked(done, states, standings), data_states, {**(metadata or {}), "standings": details})
+
+        while done < config.steps and (racing := _racing(standings)):
+            dispatched = []
+            for numbers in _groups(racing, size):
+                batch = place_batch(stack_batches([next(streams[n]) for n in numbers]), base.mesh, stacked=True)
+                rates = np.asarray([members[n].learning_rate for n in numbers], np.float32)
+                new, metrics = step([states[n] for n in numbers], rates, batch)
+                for number, state in zip(numbers, new, strict=True):
+                    states[number] = state
+                dispatched.append((numbers, metrics))
+            settle()
+            done += 1
+            pending.extend(dispatched)
+            standings = [
+                standing if standing.ended else dataclasses.replace(standing, steps=done) for standing in standings
+            ]
+            bar.update(1)
+            last, stop = done == config.steps, asked_to_stop(done)
+            if done % config.evaluate_every == 0 or done in rungs or last:  # type: ignore[operator]
+                settle()
+                for number in _racing(standings):
+                    params = own_params(states[number].params, members[number].method)
+                    result = validate(number, params)
+                    metrics_log.write(done, {"validation": {str(number): dict(result)}})
+                    standings[number] = _validated(standings[number], states[number].params, done, result)
+            if done in rungs and halving is not None:
+                standings = _halved(standings, halving.keep, done)
+            if done % config.checkpoint_every == 0 or last or stop is not None:  # type: ignore[operator]
+                settle()
+                save()
+            if stop is not None:
+                checkpoints.wait()
+                raise Stopped(stop, done)
+        checkpoints.wait()
+    return [
+        dataclasses.replace(
+            standing,
+            best=dataclasses.replace(standing.best, params=own_params(standing.best.params, member.method)),
+            ended=standing.ended or "finished",
+        )
+        for standing, member in zip(standings, members, strict=True)
+    ]
+
+
+def _racing(standings: Sequence[Standing]) -> list[int]:
+    return [number for number, standing in enumerate(standings) if standing.ended is None]
+
+
+def _groups(numbers: Sequence[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(numbers), size):
+        yield list(numbers[start : start + size])
+
+
+def _validated(standing: Standing, params: PromptParams, step: int, result: Mapping[str, Any]) -> Standing:
+    score = selection_score(result)
+    if score <= standing.best.score:
+        return dataclasses.replace(standing, score=score)
+    return dataclasses.replace(standing, score=score, best=Best(jax.tree.map(np.asarray, params), step, dict(result)))
+
+
+def _halved(standings: Sequence[Standing], keep: float, step: int) -> list[Standing]:
+    """Stops those below the best `keep` share of the ones that still race; the earlier of equals stays."""
+    racing = _racing(standings)
+    ranked = sorted(racing, key=lambda number: -standings[number].score)
+    losers = set(ranked[math.ceil(keep * len(ranked)) :])
+    return [
+        dataclasses.replace(standing, ended=f"halved at step {step}") if number in losers else standing
+        for number, standing in enumerate(standings)
+    ]
+
+
+def _stacked(step: int, states: Sequence[TrainState], standings: Sequence[Standing]) -> TrainState:
+    """Everything that a checkpoint holds in arrays, members in front."""
+    params, optimizer_states = [state.params for state in states], [state.optimizer_state for state in states]
+    together = {
+        "now": jax.tree.map(lambda *leaves: jnp.stack(leaves), *params),
+        "best": jax.tree.map(lambda *leaves: np.stack(leaves), *(standing.best.params for standing in standings)),
+    }
+    sharding = jax.tree.leaves(params)[0].sharding
+    whole: Any = TrainState(
+        jnp.asarray(step, jnp.int32), together, jax.tree.map(lambda *leaves: jnp.stack(leaves), *optimizer_states)
+    )
+    return jax.device_put(whole, sharding)
+
+
+def _unstacked(
+    stacked: TrainState, details: Sequence[Mapping[str, Any]]
+) -> tuple[int, list[TrainState], list[Standing]]:
+    states, standings = [], []
+    for number, detail in enumerate(details):
+
+        def own(tree: Any, number: int = number) -> Any:
+            return jax.tree.map(lambda leaf: leaf[number], tree)
+
+        step = jnp.asarray(detail["steps"], jnp.int32)
+        states.append(TrainState(step, own(stacked.params["now"]), own(stacked.optimizer_state)))
+        best = Best(jax.tree.map(np.asarray, own(stacked.params["best"])), detail["best_step"], detail["metrics"])
+        score = -math.inf if detail["score"] is None else detail["score"]
+        standings.append(Standing(best, detail["steps"], score, detail["ended"]))
+    return int(stacked.step), states, standings
+
+
+def _described(standing: Standing) -> dict[str, Any]:
+    """What a checkpoint's metadata says of a member."""
+    return {
+        "steps": standing.steps,
+        "score": None if standing.score == -math.inf else standing.score,
+        "ended": standing.ended,
+        "best_step": standing.best.step,
+        "metrics": standing.best.metrics,
+    }
