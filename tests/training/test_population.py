@@ -97,9 +97,9 @@ def population(base, members, workdir, *, losses=None, optimizer=ADAM, **options
 
 def alone(base, own: Member) -> tuple[list[float], dict]:
     """Losses and last parameters of a run of its own, which happens once."""
-    if id(own) not in _ALONE:
-        _ALONE[id(own)] = _alone(base, own)
-    return _ALONE[id(own)]
+    if id(own) not in _ALONE:  # with the member, for an id is only its own while it lives
+        _ALONE[id(own)] = own, _alone(base, own)
+    return _ALONE[id(own)][1]
 
 
 _ALONE: dict = {}
