@@ -12,6 +12,7 @@ heads, H head size, V vocabulary.
 """
 
 from spt_jax.base import FrozenBase, load_base
+from spt_jax.config import TrainConfig
 from spt_jax.data.batches import Batch, Rows, evaluation_batches, pack, place_batch, plan_batches, training_batches
 from spt_jax.data.encoder import Encoder, Example
 from spt_jax.data.sources import read_records
@@ -39,7 +40,9 @@ from spt_jax.prompts import initializers as init
 from spt_jax.prompts.stacking import stack_prompts
 from spt_jax.prompts.storage import SavedPrompt, load_prompt, save_prompt
 from spt_jax.sharding import MeshConfig, make_mesh
+from spt_jax.training.halving import Halving, Standing, fit_population
 from spt_jax.training.optimizers import OptimizerConfig, make_optimizer, resolve_optimizer
+from spt_jax.training.population import Member, make_population_step, population_step
 from spt_jax.training.step import Objective, TrainState, init_state, loss_and_gradient, make_train_step, train_step
 
 __version__ = "0.1.0"
@@ -55,8 +58,10 @@ __all__ = [
     "Encoder",
     "Example",
     "FrozenBase",
+    "Halving",
     "LlamaAdapter",
     "LowRankPromptTuning",
+    "Member",
     "MeshConfig",
     "MultitaskPromptTuning",
     "Objective",
@@ -69,7 +74,9 @@ __all__ = [
     "SamplingConfig",
     "SavedPrompt",
     "SptError",
+    "Standing",
     "Template",
+    "TrainConfig",
     "TrainState",
     "TrainingError",
     "VirtualPrompt",
@@ -77,6 +84,7 @@ __all__ = [
     "evaluate",
     "evaluate_ensemble",
     "evaluation_batches",
+    "fit_population",
     "generate",
     "init",
     "init_state",
@@ -86,11 +94,13 @@ __all__ = [
     "make_evaluation_set",
     "make_mesh",
     "make_optimizer",
+    "make_population_step",
     "make_train_step",
     "output_logits",
     "pack",
     "place_batch",
     "plan_batches",
+    "population_step",
     "read_records",
     "resolve_optimizer",
     "save_prompt",

@@ -118,6 +118,11 @@ class TrainConfig:
         if self.patience < 0:
             raise ConfigError(f"train.patience is {self.patience}; it must be at least 0")
 
+    def resolved(self) -> "TrainConfig":
+        """With the defaults that follow from the length of the run."""
+        every = self.evaluate_every or max(1, self.steps // 10)
+        return dataclasses.replace(self, evaluate_every=every, checkpoint_every=self.checkpoint_every or every)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
@@ -211,10 +216,7 @@ def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
         )
     if data.hard_prompt and f"{{{MESSAGES}}}" in data.prompt:
         raise ConfigError("data.hard_prompt does not go with {messages}: write it as a turn of the chat")
-    train = config.train
-    every = train.evaluate_every or max(1, train.steps // 10)
-    train = dataclasses.replace(train, evaluate_every=every, checkpoint_every=train.checkpoint_every or every)
-    return dataclasses.replace(config, data=data, method=method, loss=loss, train=train)
+    return dataclasses.replace(config, data=data, method=method, loss=loss, train=config.train.resolved())
 
 
 def _head(method: Any) -> Any:

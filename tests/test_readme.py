@@ -13,11 +13,15 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_python_example_learns():
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_python_examples_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two examples: a coin would have a loss of 0.69."""
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(compile(block, "README.md", "exec"), names)
-    assert float(names["metrics"]["loss"]) < 0.1  # Two examples: a coin would have 0.69.
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(compile(block, "README.md", "exec"), names)
+    assert float(names["metrics"]["loss"]) < 0.1
+    assert sorted(standing.steps for standing in names["standings"]) == [10, 10, 20, 40]
+    assert max(standing.best.metrics["accuracy"] for standing in names["standings"]) == 1
 
 
 FILES = sorted(set(re.findall(r"(?:configs|colab|docs|benchmarks|spt_jax)/[\w/.-]+\w", README)))

@@ -23,7 +23,7 @@ from spt_jax.data.batches import place_batch, training_batches
 from spt_jax.errors import ConfigError
 from spt_jax.evaluation import selection_score
 from spt_jax.prompts import PromptParams
-from spt_jax.training.logs import MetricsLog
+from spt_jax.training.logs import MetricsLog, NoLog
 from spt_jax.training.loop import Best, Stopped, graceful_stop
 from spt_jax.training.optimizers import OptimizerConfig
 from spt_jax.training.population import (
@@ -85,11 +85,11 @@ def fit_population(
     objective: Objective,
     config: TrainConfig,
     *,
-    workdir: Path,
-    log: Callable[[int], MetricsLog],
+    workdir: str | Path,
     validate: Callable[[int, PromptParams], Mapping[str, Any]],
     halving: Halving | None = None,
     group_size: int | None = None,
+    log: Callable[[int], MetricsLog] | None = None,
     metadata: Mapping[str, Any] | None = None,
     resume: bool = False,
 ) -> list[Standing]:
@@ -98,9 +98,11 @@ def fit_population(
     Args:
       optimizer: resolved; members have their own learning rates.
       config: steps, batch size, validation and checkpoints of every member; its seed is not used.
-      validate: metrics of a member's parameters on its validation set.
+      workdir: where checkpoints go.
+      validate: metrics of the parameters of the member of this number on its validation set.
       halving: default, no member stops early.
       group_size: members that go through a step together; default by device.
+      log: opens the metrics log at the step that the run starts or goes on from; default none.
       metadata: plain JSON that goes into every checkpoint.
       resume: go on from the latest checkpoint in workdir, bit for bit.
 
@@ -115,6 +117,7 @@ def fit_population(
     method, size = common_method(members), group_size or default_group_size()
     if size < 1:
         raise ConfigError(f"group_size is {size}; a group has at least one member")
+    config = config.resolved()
     rungs = [] if halving is None else halving.steps(config.steps)
     states = init_members(base, members, optimizer, config.steps)
     plans = aligned_plans(members)
@@ -124,7 +127,7 @@ def fit_population(
     ]
     standings = [Standing(Best(jax.tree.map(np.asarray, state.params))) for state in states]
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=config.keep))
+        checkpoints = stack.enter_context(Checkpoints(Path(workdir) / "checkpoints", keep=config.keep))
         asked_to_stop = stack.enter_context(graceful_stop())
         done = 0
         if resume and checkpoints.latest_step() is not None:
@@ -132,7 +135,7 @@ def fit_population(
             done, states, standings = _unstacked(stacked, saved["standings"])
             for stream, state in zip(streams, data_states, strict=True):
                 stream.set_state(state)
-        metrics_log = stack.enter_context(contextlib.closing(log(done)))
+        metrics_log = stack.enter_context(contextlib.closing(NoLog() if log is None else log(done)))
         bar = stack.enter_context(
             tqdm(total=config.steps, initial=done, unit="step", desc="training", disable=not processes.leads())
         )
