@@ -88,8 +88,13 @@ def init_members(
     """Every member's fresh state.
 
     Parameters of shorter members are padded with zero rows, which no template names and no gradient reaches.
+
+    Raises:
+      ConfigError: the members do not go together, or their lengths not with the optimizer.
     """
     longest = common_method(members).token_count
+    if optimizer.name == "adafactor" and any(member.method.token_count < longest for member in members):
+        raise ConfigError("adafactor's updates depend on padding; members of unequal length need another optimizer")
     make = make_optimizer(optimizer, steps)
     states = []
     for member in members:
@@ -110,11 +115,7 @@ def stack_batches(batches: Sequence[Batch]) -> Batch:
     """Batches of aligned plans with an axis G in front; leading ids of unequal number are padded on the right."""
     lengths = [batch.lead_ids.shape[0] for batch in batches]
     if len(set(lengths)) > 1:
-        leads: Any = [
-            (np.pad(b.lead_ids, (0, max(lengths) - len(b.lead_ids))), np.asarray(len(b.lead_ids), np.int32))
-            for b in batches
-        ]
-        batches = [Batch(ids, b.rows, length) for b, (ids, length) in zip(batches, leads, strict=True)]
+        batches = [_with_lead(batch, max(lengths)) for batch in batches]
     most = max(len(batch.rows.ids) for batch in batches)
     return jax.tree.map(lambda *arrays: np.stack(arrays), *(_with_rows(batch, most) for batch in batches))
 

@@ -230,6 +230,9 @@ def test_what_does_not_go_together(tmp_path):
     other = dataclasses.replace(member(), plan=dataclasses.replace(member().plan, choices=3))
     with pytest.raises(ConfigError, match="unequal numbers of classes"):
         aligned_plans([member(), other])
+    adafactor = resolve_optimizer(OptimizerConfig(name="adafactor"), "llama")
+    with pytest.raises(ConfigError, match="depend on padding"):
+        population(base_of(), [member(length=2), member(length=3)], tmp_path, optimizer=adafactor)
     with pytest.raises(ConfigError, match="group_size is -1"):
         population(base_of(), MEMBERS, tmp_path, group_size=-1)
     with pytest.raises(ConfigError, match="rungs are"):
