@@ -7,7 +7,6 @@ saving.
 """
 
 import dataclasses
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -22,13 +21,13 @@ from spt_jax.config import resolve
 from spt_jax.data.batches import pack, place_batch
 from spt_jax.data.encoder import digest
 from spt_jax.data.preview import describe
-from spt_jax.errors import ConfigError, SptError, TrainingError, differing_fields
+from spt_jax.errors import ConfigError, SptError, TrainingError
 from spt_jax.evaluation import evaluate
-from spt_jax.experiment import CONFIG_FILE, Experiment, compare, load_experiment, prepare_workdir, questions
+from spt_jax.experiment import CONFIG_FILE, Experiment, compare, load_experiment, open_workdir, questions
 from spt_jax.files import write_json
 from spt_jax.plots import plot_curves
-from spt_jax.prompts.storage import save_prompt
-from spt_jax.report import comparison_table, predictions_jsonl, reference_lines
+from spt_jax.predictions import predictions_jsonl
+from spt_jax.report import comparison_table, reference_lines
 from spt_jax.training.logs import MetricsLog, NoLog, read_metrics
 from spt_jax.training.loop import Best, Outcome, Stopped, TrainingData, fit
 from spt_jax.training.optimizers import make_optimizer, resolve_optimizer
@@ -81,24 +80,17 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
     asked = questions(experiment)
 
     settings = config_json(config)
-    processes.from_first("workdir", lambda: open_workdir(command, settings))
+    choice = {"resume": command.resume, "overwrite": command.overwrite}
+    processes.from_first("workdir", lambda: open_workdir(workdir, settings, **choice))
     if not (workdir / CONFIG_FILE).exists():
         raise ConfigError(f"{workdir} is not the same directory in all processes; --workdir must be one that all share")
 
-    def virtual_of(params: Any) -> Any:
-        return config.method.materialize(base.module, base.params, params)
-
     def validate(params: Any) -> dict[str, Any]:
-        return evaluate(base, asked["validation"].soft, virtual_of(params), generated=False).metrics
+        return evaluate(base, asked["validation"].soft, experiment.virtual(params), generated=False).metrics
 
     def save_best(best: Best) -> None:
-        trained = virtual_of(best.params)
-        if not processes.leads():
-            return
         extra = {"step": best.step, "validation": best.metrics, "command": shlex.join(argv)}
-        template = dataclasses.replace(experiment.template, task=None, tasks=())
-        for name, (method, virtual) in config.method.artifacts(trained, best.params).items():
-            save_prompt(workdir / "prompt" / name, base, method, virtual, template, extra=extra)
+        experiment.save(workdir / "prompt", best.params, extra)
 
     def open_log(step: int) -> MetricsLog:
         return MetricsLog(workdir, config.log, from_step=step, run_config=settings) if processes.leads() else NoLog()
@@ -127,25 +119,9 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
             " More --train.microbatches, --base.remat full, a smaller --evaluation.batch-size, or --mesh.fsdp over more"
             " devices would need less"
         ) from error
-    results = compare(base, asked, virtual_of(outcome.best.params))
+    results = compare(base, asked, experiment.virtual(outcome.best.params))
     if processes.leads():
         finish(experiment, outcome, results, workdir, argv, compile_seconds())
-
-
-def open_workdir(command: Command[Any], settings: dict[str, Any]) -> None:
-    """A resumed run must be the same run; only where it runs and logs may differ."""
-    workdir = command.workdir
-    prepare_workdir(workdir, resume=command.resume, overwrite=command.overwrite)
-    if command.resume:
-        saved = json.loads((workdir / CONFIG_FILE).read_text())
-        free = ("mesh", "log")
-        different = differing_fields(
-            {k: v for k, v in settings.items() if k not in free}, {k: v for k, v in saved.items() if k not in free}
-        )
-        if different:
-            fields = [f"{name}: {there!r} in the work directory, {now!r} now" for name, now, there in different]
-            raise ConfigError("this is not the config of the run to resume: " + "; ".join(fields))
-    write_json(workdir / CONFIG_FILE, settings)
 
 
 def dry_run(experiment: Experiment, examples: Any, plan: Any, optimizer: Any) -> None:

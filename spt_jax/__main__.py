@@ -1,4 +1,4 @@
-"""`python -m spt_jax generate | evaluate | inspect | similar | import | export`: what to do with a saved prompt."""
+"""`python -m spt_jax COMMAND`: what to do with a saved prompt, and jobs that train many of them."""
 
 import dataclasses
 import sys
@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import tyro
 
+from spt_jax import sweep
 from spt_jax.base import FrozenBase, load_base
 from spt_jax.config import EvaluationConfig
 from spt_jax.data.encoder import Encoder
@@ -27,6 +28,7 @@ from spt_jax.prompts.stacking import stack_prompts
 from spt_jax.prompts.storage import INFO_FILE, SavedPrompt, load_prompt, read_prompt, save_prompt
 from spt_jax.prompts.transfer import ranked_sources
 from spt_jax.report import comparison_table
+from spt_jax.training.loop import Stopped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -400,19 +402,30 @@ COMMANDS: dict[str, Any] = {
 }
 
 
+# Commands that start from a config file, as train.py does.
+JOBS: dict[str, Any] = {"sweep": sweep.main}
+
+
 def main(argv: Sequence[str]) -> int:
-    """Exit codes: 0 done, 1 failed, 2 the words on the command line are wrong."""
+    """Exit codes: 0 done, 1 failed, 2 the words on the command line are wrong, 130 or 143 stopped after saving."""
+    known = [*JOBS, *COMMANDS]
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: python -m spt_jax {{{','.join(COMMANDS)}}} ...")
+        print(f"usage: python -m spt_jax {{{','.join(known)}}} ...")
         return 0 if argv else 2
-    if argv[0] not in COMMANDS:
-        print(f"error: no command {argv[0]!r}; {did_you_mean(argv[0], COMMANDS)}", file=sys.stderr)
+    if argv[0] not in known:
+        print(f"error: no command {argv[0]!r}; {did_you_mean(argv[0], known)}", file=sys.stderr)
         return 2
     try:
-        tyro.cli(COMMANDS[argv[0]], args=list(argv[1:]), prog=f"python -m spt_jax {argv[0]}").run()
+        if argv[0] in JOBS:
+            JOBS[argv[0]](argv[1:])
+        else:
+            tyro.cli(COMMANDS[argv[0]], args=list(argv[1:]), prog=f"python -m spt_jax {argv[0]}").run()
     except SptError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except Stopped as stopped:
+        print(f"{stopped}. Go on with --resume", file=sys.stderr)
+        return stopped.exit_code
     return 0
 
 

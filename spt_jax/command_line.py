@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Generic
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 import tyro
 
@@ -19,27 +19,38 @@ from spt_jax.prompts import METHODS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Command(Generic[AnyMethod]):
-    """Trains a soft prompt on a frozen language model.
+class Job(Generic[AnyMethod]):
+    """What a command does that starts from a config and fills a work directory.
 
     Attributes:
       workdir: where everything is written; default out/ and the config file's name.
       resume: go on with the run in workdir.
       overwrite: delete the run in workdir and start anew.
-      dry_run: show examples as tokens, the packing and the memory needed, and stop.
-      profile: trace so many steps, once compiled, into the work directory's profile/, for TensorBoard's xprof.
-      processes: how this process finds the others of its run.
       compilation_cache: where compiled programs wait for the next run; default $JAX_COMPILATION_CACHE_DIR, else, on an
         accelerator, ~/.cache/spt_jax.
     """
+
+    prefix: ClassVar[str] = ""  # of the default work directory's name
 
     config: Annotated[ExperimentConfig[AnyMethod], tyro.conf.arg(name="")]
     workdir: Path
     resume: bool = False
     overwrite: bool = False
+    compilation_cache: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(Job[AnyMethod]):
+    """Trains a soft prompt on a frozen language model.
+
+    Attributes:
+      dry_run: show examples as tokens, the packing and the memory needed, and stop.
+      profile: trace so many steps, once compiled, into the work directory's profile/, for TensorBoard's xprof.
+      processes: how this process finds the others of its run.
+    """
+
     dry_run: bool = False
     profile: int = 0
-    compilation_cache: Path | None = None
     processes: ProcessesConfig = dataclasses.field(default_factory=ProcessesConfig)
 
     def __post_init__(self) -> None:
@@ -89,17 +100,28 @@ def _nearest_field(message: str) -> str:
     return "; " + did_you_mean(message.rsplit("'", 2)[1], fields)
 
 
+AnyJob = TypeVar("AnyJob", bound=Job[Any])
+
+
 def parse_train(argv: Sequence[str]) -> Command[Any]:
-    """`train.py`'s words: a config file, then flags that override its fields.
+    """`train.py`'s words, as `parse_job` reads them."""
+    return parse_job(Command, argv, "train.py")
+
+
+def parse_job(kind: type[AnyJob], argv: Sequence[str], program: str) -> AnyJob:
+    """A job's words: a config file, then flags that override its fields or are the job's own.
 
     The method's name is read first, so that only the options of that method exist. Wrong words end the program with
     exit code 2 and the nearest right ones.
     """
     if not argv or argv[0].startswith("-"):
+        usage = f"python {program} CONFIG.py"
         if {"-h", "--help"} & set(argv):
-            print("usage: python train.py CONFIG.py [--field value ...]\n\nfields: python train.py CONFIG.py --help")
+            print(f"usage: {usage} [--field value ...]\n\nfields: {usage} --help")
             sys.exit(0)
-        raise ConfigError("the first word is a config file: python train.py configs/quickstart.py [--field value ...]")
+        raise ConfigError(
+            f"the first word is a config file: python {program} configs/quickstart.py [--field value ...]"
+        )
     path, words = Path(argv[0]), list(argv[1:])
     config = load_config_file(path)
     name = _method_name(words) or config.method.name
@@ -107,12 +129,11 @@ def parse_train(argv: Sequence[str]) -> Command[Any]:
         raise ConfigError(f"no method {name!r}; {did_you_mean(name, METHODS)}")
     if name != config.method.name:
         config = dataclasses.replace(config, method=METHODS[name]())
-    default = Command(config=config, workdir=Path("out") / path.stem)
     return tyro.cli(
-        Command[METHODS[name]],  # type: ignore[misc]
-        default=default,
+        kind[METHODS[name]],  # type: ignore[index]
+        default=kind(config=config, workdir=Path("out") / f"{kind.prefix}{path.stem}"),
         args=words,
-        prog=f"train.py {path}",
+        prog=f"{program} {path}",
     )
 
 

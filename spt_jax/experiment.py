@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,10 +16,12 @@ from spt_jax.data.encoder import Encoder, Example
 from spt_jax.data.reading import words_of
 from spt_jax.data.sources import check_fields, read_records
 from spt_jax.data.templates import Template
-from spt_jax.errors import ConfigError, DataError
+from spt_jax.errors import ConfigError, DataError, differing_fields
 from spt_jax.evaluation import Evaluation, EvaluationSet, evaluate, make_evaluation_set, selection_score
+from spt_jax.files import write_json
 from spt_jax.models.decoder import Remat
-from spt_jax.prompts import VirtualPrompt
+from spt_jax.prompts import PromptParams, VirtualPrompt
+from spt_jax.prompts.storage import save_prompt
 from spt_jax.sharding import make_mesh, row_shards
 from spt_jax.training.cost import StepMemory, choose_remat, plan_shape, step_memory
 from spt_jax.training.step import Objective
@@ -51,6 +54,25 @@ def prepare_workdir(path: Path, *, resume: bool, overwrite: bool) -> None:
             )
         shutil.rmtree(path)
     path.mkdir(parents=True, exist_ok=True)
+
+
+def open_workdir(path: Path, settings: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+    """`prepare_workdir`, with the run's settings in its config.json.
+
+    Raises:
+      ConfigError: also, a resumed run must be the same run; only where it runs and logs may differ.
+    """
+    prepare_workdir(path, resume=resume, overwrite=overwrite)
+    if resume:
+        saved = json.loads((path / CONFIG_FILE).read_text())
+        free = ("mesh", "log")
+        different = differing_fields(
+            {k: v for k, v in settings.items() if k not in free}, {k: v for k, v in saved.items() if k not in free}
+        )
+        if different:
+            fields = [f"{name}: {there!r} in the work directory, {now!r} now" for name, now, there in different]
+            raise ConfigError("this is not the config of the run to resume: " + "; ".join(fields))
+    write_json(path / CONFIG_FILE, settings)
 
 
 @contextlib.contextmanager
@@ -125,8 +147,25 @@ class Experiment:
             raise ConfigError("a context with labels must open data.prompt: <soft> before any field")
         return examples, plan
 
-    def fitted(self, plan: BatchPlan) -> tuple["Experiment", StepMemory]:
-        """The same with its rematerialisation chosen, and an estimate of what a step holds on each device."""
+    def virtual(self, params: PromptParams) -> VirtualPrompt:
+        """The soft prompt that the method's parameters stand for."""
+        return self.config.method.materialize(self.base.module, self.base.params, params)
+
+    def save(self, folder: Path, params: PromptParams, extra: Mapping[str, Any]) -> None:
+        """Saves the soft prompt, or that of every task, with the seed of its start beside what else is to be known."""
+        virtual = self.virtual(params)
+        if not processes.leads():
+            return
+        template = dataclasses.replace(self.template, task=None, tasks=())
+        extra = {"seed": self.config.train.seed, **extra}
+        for name, (method, own) in self.config.method.artifacts(virtual, params).items():
+            save_prompt(folder / name, self.base, method, own, template, extra=extra)
+
+    def fitted(self, plan: BatchPlan, together: int = 1) -> tuple["Experiment", StepMemory]:
+        """The same with its rematerialisation chosen, and an estimate of what a step holds on each device.
+
+        together: how many prompts go through a step at once.
+        """
         config, base = self.config, self.base
 
         def estimate(remat: Remat) -> StepMemory:
@@ -139,12 +178,12 @@ class Experiment:
                 microbatches=config.train.microbatches,
             )
 
+        def limit() -> int | None:
+            whole = measure.memory_limit()
+            return None if whole is None else whole // together
+
         remat = config.base.remat
-        chosen = (
-            choose_remat(estimate, processes.from_first("memory limit", measure.memory_limit))
-            if remat == "auto"
-            else remat
-        )
+        chosen = choose_remat(estimate, processes.from_first("memory limit", limit)) if remat == "auto" else remat
         base = dataclasses.replace(base, module=base.module.clone(remat=chosen))
         return dataclasses.replace(self, base=base), estimate(chosen)
 
@@ -169,8 +208,10 @@ class Experiment:
         )
 
 
-def load_experiment(config: ExperimentConfig[Any]) -> Experiment:
+def load_experiment(config: ExperimentConfig[Any], base: FrozenBase | None = None) -> Experiment:
     """Reads what a resolved config names. The data are read first: they are quick to be wrong.
+
+    base: what the config's base, mesh and longest example give, where it is loaded already.
 
     Raises:
       ConfigError, DataError, CheckpointError: as the config, the data and the base have it.
@@ -203,7 +244,7 @@ def load_experiment(config: ExperimentConfig[Any]) -> Experiment:
     config = _with_names(config, train)
     template = make_template(config)
     validation, test = read(data.validation, data.validation_split), read(data.test, data.test_split)
-    base = load_base(
+    base = base or load_base(
         config.base.path,
         revision=config.base.revision,
         dtype=config.base.dtype,

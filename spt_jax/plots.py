@@ -1,10 +1,16 @@
-"""The picture of a run."""
+"""The pictures of runs, sweeps and comparisons."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from spt_jax.files import write_bytes
+from spt_jax.plateau import Estimate
+
+LIGHT, DARK, ACCENT, GREY = "#9bbad9", "#1f4e79", "#b3541e", "#555555"
 
 
 def plot_curves(path: Path, lines: Sequence[Mapping[str, Any]], references: Mapping[str, float]) -> None:
@@ -15,38 +21,99 @@ def plot_curves(path: Path, lines: Sequence[Mapping[str, Any]], references: Mapp
       lines: the contents of `metrics.jsonl`.
       references: name -> value of the validation metric, such as the best hand-written prompt's.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     training = [line for line in lines if "loss" in line]
     validation = [line for line in lines if "validation" in line]
     panes = 2 if validation else 1
-    figure = Figure(figsize=(4.5 * panes, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, panes, squeeze=False)[0][[0, -1]]
+    figure, axes = _panes(panes)
+    left, right = axes[0], axes[-1]
     steps = np.asarray([line["step"] for line in training])
     losses = np.asarray([line["loss"] for line in training])
-    left.plot(steps, losses, color="#9bbad9", linewidth=0.8, label="each step")
+    left.plot(steps, losses, color=LIGHT, linewidth=0.8, label="each step")
     window = max(1, len(losses) // 50)
     if len(losses) > window > 1:
         smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-        left.plot(steps[window - 1 :], smooth, color="#1f4e79", linewidth=1.6, label=f"mean of {window} steps")
+        left.plot(steps[window - 1 :], smooth, color=DARK, linewidth=1.6, label=f"mean of {window} steps")
     left.set(xlabel="step", ylabel="training loss", title="Training")
     left.legend(frameon=False)
     if validation:
         metric = "accuracy" if "accuracy" in validation[0]["validation"] else "loss"
         values = [line["validation"][metric] for line in validation]
-        right.plot(
-            [line["step"] for line in validation], values, "o-", color="#b3541e", markersize=3, label="soft prompt"
-        )
+        right.plot([line["step"] for line in validation], values, "o-", color=ACCENT, markersize=3, label="soft prompt")
         for (name, value), style in zip(references.items(), ("--", ":", "-."), strict=False):
-            right.axhline(value, color="#555555", linewidth=1, linestyle=style, label=f"{name} ({value:.3f})")
+            right.axhline(value, color=GREY, linewidth=1, linestyle=style, label=f"{name} ({value:.3f})")
         right.set(xlabel="step", ylabel=f"validation {metric}", title="Validation")
         if metric == "accuracy":
             right.set_ylim(0, 1)
         right.legend(frameon=False, fontsize="small")
-    for axes in (left, right):
+    _save(figure, path)
+
+
+def plot_sweep(
+    path: Path,
+    settings: Sequence[tuple[Mapping[str, str], Estimate, Sequence[float]]],
+    chosen: Mapping[str, str],
+    measure: str,
+) -> None:
+    """Draws `sweep.png`: validation scores against every field that was swept.
+
+    Args:
+      path: the PNG to write.
+      settings: values by field, the mean over seeds, and each seed's score.
+      chosen: the setting that was chosen.
+      measure: what the scores are.
+    """
+    fields = list(settings[0][0]) or ["seeds"]
+    figure, panes = _panes(len(fields))
+    for pane, field in zip(panes, fields, strict=True):
+        written = [own.get(field, "all") for own, _, _ in settings]
+        places, labels = _places(written)
+        for place, (_, _, by_seed) in zip(places, settings, strict=True):
+            pane.plot([place] * len(by_seed), by_seed, ".", color=LIGHT, zorder=1, label="a seed")
+        means = np.asarray([estimate.mean for _, estimate, _ in settings])
+        spread = np.abs(np.asarray([estimate.interval for _, estimate, _ in settings]).T - means)
+        style = {"fmt": "o", "color": DARK, "markersize": 4, "capsize": 3, "linewidth": 1, "zorder": 2}
+        pane.errorbar(places, means, spread, label="mean of seeds, 95 % interval", **style)
+        best = max((estimate for _, estimate, _ in settings), key=lambda estimate: estimate.mean)
+        band = {"color": LIGHT, "alpha": 0.3, "linewidth": 0, "zorder": 0}
+        pane.axhspan(best.mean - best.standard_error, best.mean, label="one standard error below the best", **band)
+        taken = [own for own, _, _ in settings].index(chosen)
+        label = f"chosen: {means[taken]:.3f} at " + ", ".join(chosen.values())
+        pane.plot(places[taken], means[taken], "o", color=ACCENT, markersize=7, zorder=3, label=label)
+        pane.set(xlabel=field, ylabel=f"validation {measure}")
+        if labels is not None:
+            pane.set_xticks(*zip(*labels, strict=True))
+        elif min(places) > 0 and max(places) / min(places) >= 20:
+            pane.set_xscale("log")
+    handles = dict(zip(*reversed(panes[0].get_legend_handles_labels()), strict=True))
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=len(fields), frameon=False, fontsize="small"
+    )
+    _save(figure, path)
+
+
+def _places(written: Sequence[str]) -> tuple[list[float], list[tuple[float, str]] | None]:
+    """Where values stand along an axis: numbers at themselves, others one behind the other, with their labels."""
+    try:
+        return [float(value) for value in written], None
+    except ValueError:
+        order = list(dict.fromkeys(written))
+        return [float(order.index(value)) for value in written], list(enumerate(order))
+
+
+def _panes(count: int) -> tuple[Any, Sequence[Any]]:
+    """A figure with so many panes side by side."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5 * count, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, count, squeeze=False)[0]
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Writes a PNG that is never there by half."""
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    write_bytes(path, buffer.getvalue())

@@ -1,10 +1,7 @@
 """Results as a person reads them."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
-
-from spt_jax.evaluation import Evaluation
 
 Metrics = Mapping[str, Mapping[str, Any] | None]
 ROWS = {"soft_prompt": "soft prompt", "hard_prompt": "best hand-written prompt", "no_prompt": "no prompt"}
@@ -48,12 +45,3 @@ def reference_lines(metrics: Metrics) -> dict[str, float]:
         if result is not None:
             found[ROWS[name]] = result["accuracy" if "accuracy" in result else "loss"]
     return found
-
-
-def predictions_jsonl(results: Mapping[str, Evaluation | None]) -> str:
-    """A line per test record and way of asking, from which every metric can be computed again."""
-    lines = []
-    for name, result in results.items():
-        for number, prediction in enumerate(result.predictions if result is not None else []):
-            lines.append(json.dumps({"prompt": name, "record": number + 1, **prediction}, ensure_ascii=False))
-    return "".join(line + "\n" for line in lines)

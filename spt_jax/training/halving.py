@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from spt_jax import processes
 from spt_jax.base import FrozenBase
 from spt_jax.checkpoints import Checkpoints
 from spt_jax.config import TrainConfig
@@ -24,7 +23,7 @@ from spt_jax.errors import ConfigError
 from spt_jax.evaluation import selection_score
 from spt_jax.prompts import PromptParams
 from spt_jax.training.logs import MetricsLog, NoLog
-from spt_jax.training.loop import Best, Stopped, graceful_stop
+from spt_jax.training.loop import Best, Stopped, graceful_stop, progress_bar
 from spt_jax.training.optimizers import OptimizerConfig
 from spt_jax.training.population import (
     Member,
@@ -97,7 +96,7 @@ def fit_population(
 
     Args:
       optimizer: resolved; members have their own learning rates.
-      config: steps, batch size, validation and checkpoints of every member; its seed is not used.
+      config: steps, batch size, validation, patience and checkpoints of every member; its seed is not used.
       workdir: where checkpoints go.
       validate: metrics of the parameters of the member of this number on its validation set.
       halving: default, no member stops early.
@@ -122,7 +121,9 @@ def fit_population(
     states = init_members(base, members, optimizer, config.steps)
     plans = aligned_plans(members)
     streams = [
-        training_batches(member.examples, plan, batch_size=config.batch_size, seed=member.seed)
+        training_batches(
+            member.examples, plan, batch_size=config.batch_size, seed=member.seed, class_weights=member.class_weights
+        )
         for member, plan in zip(members, plans, strict=True)
     ]
     standings = [Standing(Best(jax.tree.map(np.asarray, state.params))) for state in states]
@@ -136,9 +137,7 @@ def fit_population(
             for stream, state in zip(streams, data_states, strict=True):
                 stream.set_state(state)
         metrics_log = stack.enter_context(contextlib.closing(NoLog() if log is None else log(done)))
-        bar = stack.enter_context(
-            tqdm(total=config.steps, initial=done, unit="step", desc="training", disable=not processes.leads())
-        )
+        bar = stack.enter_context(progress_bar(config.steps, done))
         step = make_population_step(base, method, optimizer, config.steps, objective)
         pending: list[tuple[list[int], Any]] = []
 
@@ -189,7 +188,9 @@ def fit_population(
                     params = own_params(states[number].params, members[number].method)
                     result = validate(number, params)
                     metrics_log.write(done, {"validation": {str(number): dict(result)}})
-                    standings[number] = _validated(standings[number], states[number].params, done, result)
+                    standings[number] = _validated(
+                        standings[number], states[number].params, done, result, config.patience
+                    )
             if done in rungs and halving is not None:
                 standings = _halved(standings, halving.keep, done)
             if done % config.checkpoint_every == 0 or last or stop is not None:  # type: ignore[operator]
@@ -218,10 +219,14 @@ def _groups(numbers: Sequence[int], size: int) -> Iterator[list[int]]:
         yield list(numbers[start : start + size])
 
 
-def _validated(standing: Standing, params: PromptParams, step: int, result: Mapping[str, Any]) -> Standing:
+def _validated(
+    standing: Standing, params: PromptParams, step: int, result: Mapping[str, Any], patience: int
+) -> Standing:
     score = selection_score(result)
     if score <= standing.best.score:
-        return dataclasses.replace(standing, score=score)
+        best = dataclasses.replace(standing.best, since=standing.best.since + 1)
+        ended = f"out of patience at step {step}" if 0 < patience <= best.since else None
+        return dataclasses.replace(standing, score=score, best=best, ended=ended)
     return dataclasses.replace(standing, score=score, best=Best(jax.tree.map(np.asarray, params), step, dict(result)))
 
 
@@ -261,7 +266,8 @@ def _unstacked(
 
         step = jnp.asarray(detail["steps"], jnp.int32)
         states.append(TrainState(step, own(stacked.params["now"]), own(stacked.optimizer_state)))
-        best = Best(jax.tree.map(np.asarray, own(stacked.params["best"])), detail["best_step"], detail["metrics"])
+        params = jax.tree.map(np.asarray, own(stacked.params["best"]))
+        best = Best(params, detail["best_step"], detail["metrics"], detail["since"])
         score = -math.inf if detail["score"] is None else detail["score"]
         standings.append(Standing(best, detail["steps"], score, detail["ended"]))
     return int(stacked.step), states, standings
@@ -275,4 +281,5 @@ def _described(standing: Standing) -> dict[str, Any]:
         "ended": standing.ended,
         "best_step": standing.best.step,
         "metrics": standing.best.metrics,
+        "since": standing.best.since,
     }

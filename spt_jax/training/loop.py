@@ -249,6 +249,20 @@ def _validated(
     return best
 
 
+def progress_bar(steps: int, first: int) -> tqdm:
+    """Of the steps of a run, some of which are done."""
+    seconds = 0.5 if sys.stderr.isatty() else 10.0  # a log file gets a line now and then
+    return tqdm(
+        total=steps,
+        initial=first,
+        unit="step",
+        desc="training",
+        dynamic_ncols=True,
+        mininterval=seconds,
+        disable=not processes.leads(),
+    )
+
+
 class _Run:
     """Progress bar and clock of a run. A step's metrics are read after the next step is dispatched."""
 
@@ -259,16 +273,7 @@ class _Run:
         self._warm: float | None = None
         self._paused = 0.0
         self._begun = time.perf_counter()
-        seconds = 0.5 if sys.stderr.isatty() else 10.0  # a log file gets a line now and then
-        self.bar = tqdm(
-            total=config.steps,
-            initial=first,
-            unit="step",
-            desc="training",
-            dynamic_ncols=True,
-            mininterval=seconds,
-            disable=not processes.leads(),
-        )
+        self.bar = progress_bar(config.steps, first)
 
     @property
     def seconds(self) -> float:

@@ -35,6 +35,7 @@ class Member:
     examples, plan: its data, and the shapes of its batches.
     seed: of its start and of the order of its data.
     learning_rate: the highest of its schedule.
+    class_weights: a weight per class if classes weigh differently.
     """
 
     method: Method
@@ -42,6 +43,7 @@ class Member:
     plan: BatchPlan
     seed: int
     learning_rate: float
+    class_weights: Sequence[float] | None = None
 
 
 def default_group_size() -> int:

@@ -1,0 +1,358 @@
+"""`python -m spt_jax sweep`: trains prompts of many settings on one frozen base, and says which are the best.
+
+Trials of one setting differ in their seed alone. Prompt lengths are tried from the shortest up, until validation stops
+improving, by the rules of `plateau`.
+"""
+
+import dataclasses
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from spt_jax import measure
+from spt_jax.command_line import Job, config_json, parse_job
+from spt_jax.config import AnyMethod, resolve
+from spt_jax.ensemble import evaluate_ensemble
+from spt_jax.errors import CheckpointError, ConfigError, TrainingError
+from spt_jax.evaluation import selection_score
+from spt_jax.experiment import open_workdir
+from spt_jax.files import write_json, write_text
+from spt_jax.plateau import Estimate, check_records, estimates, has_plateaued, shortest_of_the_best
+from spt_jax.plots import plot_sweep
+from spt_jax.predictions import measures, read_predictions, record_values
+from spt_jax.prompts.storage import INFO_FILE, load_prompt, write_directory
+from spt_jax.search import Settings, parse_field, settings
+from spt_jax.table import write_table
+from spt_jax.training.halving import Halving
+from spt_jax.trials import PREDICTIONS_FILE, Preparation, Row, Trial, populations, train_population, trial_folder
+
+LENGTH = "method.length"
+PROGRAM = "-m spt_jax sweep"
+ROWS_FILE = "trials.jsonl"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep(Job[AnyMethod]):
+    """Trains prompts of many settings on one frozen base, and says which are the best.
+
+    Attributes:
+      lengths: prompt lengths, tried from the shortest up until validation stops improving.
+      seeds: every setting is trained once with each.
+      over: config fields to vary, FIELD=VALUE,VALUE,... in all combinations. With --trials, drawn from such values, or
+        from FIELD=LOW..HIGH or FIELD=LOW..HIGH:log.
+      trials: draw so many settings.
+      draws_seed: of these draws.
+      patience: a sweep over lengths stops after so many in a row without an improvement; 0 tries them all.
+      resolution: the smallest difference in accuracy that matters in a sweep over lengths.
+      halving: after an eighth, a quarter and a half of the steps, the worse half of the trials that train together
+        stops.
+      ensemble: ask so many of the best trials together in the end.
+    """
+
+    prefix: ClassVar[str] = "sweep-"
+
+    lengths: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = (0, 1, 2)
+    over: tuple[str, ...] = ()
+    trials: int | None = None
+    draws_seed: int = 0
+    patience: int = 2
+    resolution: float = 0.05
+    halving: bool = False
+    ensemble: int = 0
+
+    def validate(self) -> None:
+        """Checks what no field can say by itself.
+
+        Raises:
+          ConfigError: naming the fields.
+        """
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"--seeds are {self.seeds or 'none'}; a sweep trains with at least one, and each once")
+        if list(self.lengths) != sorted(set(self.lengths)) or any(length < 1 for length in self.lengths):
+            raise ConfigError(f"--lengths are {self.lengths}; they go up, from 1 or more")
+        if self.patience < 0 or self.ensemble < 0:
+            raise ConfigError(f"--patience is {self.patience} and --ensemble {self.ensemble}; they are 0 or more")
+        if self.halving and self.lengths:
+            raise ConfigError("--halving ends trials early, and --lengths compares trials at their end; give one")
+        if self.config.data.validation is None:
+            raise ConfigError("a sweep chooses by validation; give --data.validation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A setting, its trials that came to their end, and the mean of their scores on validation and test."""
+
+    settings: Settings
+    trials: tuple[int, ...]
+    validation: Estimate
+    test: Estimate | None
+
+
+def main(argv: Sequence[str]) -> None:
+    """The whole sweep, from words to results.
+
+    Raises:
+      SptError: as the words, the data and the base have it.
+      Stopped: after SIGTERM or SIGINT, with the state saved.
+    """
+    command = parse_job(Sweep, argv, PROGRAM)
+    command.validate()
+    measure.keep_compiled_programs(command.compilation_cache)
+    stages, prepare, workdir = plan_stages(command, argv), Preparation(), command.workdir
+    planned = {trial.number: trial for stage in stages for trial in stage}
+    if command.ensemble > len(planned):
+        raise ConfigError(f"--ensemble is {command.ensemble}; there are {len(planned)} trials")
+    for trial in reversed(planned.values()):  # what does not fit is known before anything is trained
+        data = prepare(trial).asked["validation"]
+    if command.lengths and data.encoder.template.verbalizers:
+        check_records(len(data.examples), command.resolution)
+    kept = ("config", "workdir", "resume", "overwrite", "compilation_cache")
+    options = {name: value for name, value in config_json(command).items() if name not in kept}
+    open_workdir(
+        workdir,
+        {**config_json(command.config), "sweep": options},
+        resume=command.resume,
+        overwrite=command.overwrite,
+    )
+    rows = read_rows(workdir, planned)
+    print(f"{len(planned)} trials, {len(rows)} of them done; seeds {', '.join(map(str, command.seeds))}")
+    facts = {"command": shlex.join(["sweep", *argv])}
+    halving = Halving() if command.halving else None
+    ran: list[Trial] = []
+    for stage in stages:
+        for population in populations(stage, prepare):
+            if any(trial.number not in rows for trial in population):
+                for row in train_population(population, prepare, workdir, halving=halving, facts=facts):
+                    rows[row["trial"]] = row
+                write_rows(workdir, planned, rows)
+        ran += stage
+        scores = scored(workdir, rows, ran)
+        for score in scores:
+            if score.trials[0] >= stage[0].number:
+                test = "" if score.test is None else f"   test {_shown(score.test)}"
+                print(f"{_named(score.settings):40} validation {_shown(score.validation)}{test}")
+        walked = [score.validation for score in by_length(scores)] if command.lengths else []
+        if command.patience and walked and has_plateaued(walked, command.patience):
+            break
+    results = finish(command, prepare, ran, rows)
+    write_json(
+        workdir / "results.json",
+        {
+            **results,
+            "steps_of_all": sum(trial.config.train.steps for trial in planned.values()),
+            "device": measure.device_name(),
+            "versions": measure.versions(),
+            "command": shlex.join(["python", *PROGRAM.split(), *argv]),
+        },
+    )
+    print(f"{workdir}: trials.csv, trials.parquet, results.json, sweep.png, and every trial's prompt under trials/")
+
+
+def plan_stages(command: Sweep[Any], argv: Sequence[str]) -> list[list[Trial]]:
+    """Every trial, by the lengths that are tried one after the other; without lengths all in one stage.
+
+    Raises:
+      ConfigError: a field or value is wrong, or an option has a field's place.
+    """
+    fields = [parse_field(text, command.config) for text in command.over]
+    for name, _ in fields:
+        if name == "train.seed" or (name == LENGTH and command.lengths):
+            raise ConfigError(f"--over {name}: --{'seeds' if name == 'train.seed' else 'lengths'} says that")
+    drawn = settings(fields, command.trials, command.draws_seed)
+    stages: list[list[Trial]] = []
+    for length in command.lengths or (None,):
+        stage = []
+        for one in drawn:
+            own = one if length is None else {LENGTH: str(length), **one}
+            words = [word for name, value in own.items() for word in (f"--{name.replace('_', '-')}", value)]
+            config = resolve(parse_job(Sweep, [*argv, *words], PROGRAM).config)
+            for seed in command.seeds:
+                number = len(stages) * len(drawn) * len(command.seeds) + len(stage) + 1
+                seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+                stage.append(Trial(number, own, seeded))
+        stages.append(stage)
+    return stages
+
+
+def write_rows(workdir: Path, planned: dict[int, Trial], rows: dict[int, Row]) -> None:
+    """The table: as lines, from which the sweep goes on, as CSV and as Parquet."""
+    lines = [{**_identity(planned[number]), "row": rows[number]} for number in sorted(rows)]
+    write_text(workdir / ROWS_FILE, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_table(workdir / "trials", [line["row"] for line in lines])
+
+
+def read_rows(workdir: Path, planned: dict[int, Trial]) -> dict[int, Row]:
+    """The rows of the trials that have ended.
+
+    Raises:
+      CheckpointError: the table is that of another sweep.
+    """
+    path = workdir / ROWS_FILE
+    found: dict[int, Row] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        saved = json.loads(line)
+        row = saved.pop("row")
+        here = _identity(planned[row["trial"]]) if row["trial"] in planned else None
+        if saved != here:
+            raise CheckpointError(
+                f"{path} is a table from another sweep: trial {row['trial']} is {saved} there and"
+                f" {here or 'none'} here. Give another --workdir, or --overwrite"
+            )
+        found[row["trial"]] = row
+    return found
+
+
+def _identity(trial: Trial) -> dict[str, Any]:
+    return {"settings": trial.settings, "seed": trial.config.train.seed}
+
+
+def scored(workdir: Path, rows: dict[int, Row], trials: Sequence[Trial]) -> list[Score]:
+    """Every setting, in the order of its trials, without trials that did not come to their end."""
+    by_setting: dict[str, list[Trial]] = {}
+    for trial in trials:
+        if not rows[trial.number]["status"].startswith(("halved", "dropped")):
+            by_setting.setdefault(json.dumps(trial.settings), []).append(trial)
+    every = list(by_setting.values())
+
+    def of(split: str) -> list[Estimate] | None:
+        read = [[read_predictions(_predictions(workdir, t.number), by="split") for t in own] for own in every]
+        if not read or split not in read[0][0]:
+            return None
+        measure = measures(read[0][0][split])[0]
+        return estimates([np.stack([record_values(one[split], measure) for one in own]) for own in read])
+
+    validation, test = of("validation") or [], of("test") or [None] * len(every)
+    return [
+        Score(own[0].settings, tuple(trial.number for trial in own), on_validation, on_test)
+        for own, on_validation, on_test in zip(every, validation, test, strict=True)
+    ]
+
+
+def _predictions(workdir: Path, number: int) -> Path:
+    return trial_folder(workdir, number) / PREDICTIONS_FILE
+
+
+def by_length(scores: Sequence[Score]) -> list[Score]:
+    """The best setting of every length, shortest first."""
+    best: dict[str, Score] = {}
+    for score in scores:
+        length = score.settings[LENGTH]
+        if length not in best or score.validation.mean > best[length].validation.mean:
+            best[length] = score
+    return list(best.values())
+
+
+def finish(command: Sweep[Any], prepare: Preparation, ran: Sequence[Trial], rows: dict[int, Row]) -> dict[str, Any]:
+    """Chooses, saves the best prompt as `prompt/`, and draws `sweep.png`.
+
+    Returns:
+      What `results.json` says of it.
+
+    Raises:
+      TrainingError: no trial came to its end.
+    """
+    workdir = command.workdir
+    scores = scored(workdir, rows, ran)
+    if not scores:
+        raise TrainingError(f"no trial came to its end; {workdir}/trials.csv says why")
+    best = max(scores, key=lambda score: score.validation.mean)
+    chosen, reason = best, "the highest mean on validation"
+    if command.lengths:
+        lengths = by_length(scores)
+        chosen = lengths[shortest_of_the_best([score.validation for score in lengths])]
+        reason = f"the shortest within one standard error of the best, {_named(best.settings)}"
+    number = max(chosen.trials, key=lambda own: _trial_score(rows[own]))
+    _copy_prompt(trial_folder(workdir, number) / "prompt", workdir / "prompt")
+    predictions = read_predictions(_predictions(workdir, number), by="split")
+    measured = measures(predictions["validation"])[0]
+    print(f"chosen: {_named(chosen.settings)}, {reason}; {workdir}/prompt is its trial {number}")
+    plot_sweep(
+        workdir / "sweep.png",
+        [(score.settings, score.validation, _by_seed(workdir, score, measured)) for score in scores],
+        chosen.settings,
+        measured.replace("_", " "),
+    )
+    return {
+        "measure": measured,
+        "settings": [_json(score) for score in scores],
+        "chosen": {**_json(chosen), "trial": number, "reason": reason},
+        "ensemble": _ensemble(command.ensemble, prepare, ran, rows, workdir) if command.ensemble else None,
+        "trials": len(ran),
+        "steps": sum(rows[trial.number]["steps"] for trial in ran),
+    }
+
+
+def _by_seed(workdir: Path, score: Score, measured: str) -> list[float]:
+    """The validation scores of a setting's trials."""
+    read = [read_predictions(_predictions(workdir, number), by="split") for number in score.trials]
+    return [float(record_values(own["validation"], measured).mean()) for own in read]
+
+
+def _trial_score(row: Row) -> float:
+    """By which a trial is better than another."""
+    metrics = {name.removeprefix("validation."): value for name, value in row.items() if name.startswith("validation.")}
+    return selection_score(metrics) if metrics else -math.inf
+
+
+def _copy_prompt(source: Path, target: Path) -> None:
+    """A saved prompt, or those of several tasks."""
+    for info in source.rglob(INFO_FILE):
+        files = {file.name: file.read_bytes() for file in info.parent.iterdir()}
+        (target / info.parent.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+        write_directory(target / info.parent.relative_to(source), files)
+
+
+def _ensemble(
+    count: int, prepare: Preparation, ran: Sequence[Trial], rows: dict[int, Row], workdir: Path
+) -> dict[str, Any]:
+    """The best trials by validation, asked together, on test records if there are any.
+
+    Raises:
+      ConfigError: they are of several bases.
+    """
+    chosen = sorted(ran, key=lambda trial: -_trial_score(rows[trial.number]))[:count]
+    every = [prepare(trial) for trial in chosen]
+    base = every[0].experiment.base
+    if any(own.experiment.base.fingerprint != base.fingerprint for own in every):
+        raise ConfigError(f"--ensemble: the best {count} trials are of several bases")
+    split = "test" if "test" in every[0].asked else "validation"
+    prompts = [load_prompt(trial_folder(workdir, trial.number) / "prompt", base).virtual for trial in chosen]
+    together = evaluate_ensemble(base, [own.asked[split] for own in every], prompts)
+    alone = [rows[trial.number][f"{split}.accuracy"] for trial in chosen]
+    accuracy = together.metrics["accuracy"]
+    print(f"the best {count} together: {split} accuracy {accuracy:.3f}, one by one {np.mean(alone):.3f} in the mean")
+    return {
+        "trials": [trial.number for trial in chosen],
+        "split": split,
+        "accuracy": accuracy,
+        "accuracy_interval": together.metrics["accuracy_interval"],
+        "mean_accuracy": float(np.mean(alone)),
+    }
+
+
+def _named(chosen: Settings) -> str:
+    named = [f"{name.removeprefix('method.')} {value}" for name, value in chosen.items()]
+    return ", ".join(named) or "the config as it is"
+
+
+def _shown(estimate: Estimate) -> str:
+    low, high = estimate.interval
+    return f"{estimate.mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _json(score: Score) -> dict[str, Any]:
+    def of(estimate: Estimate) -> dict[str, Any]:
+        return {"mean": estimate.mean, "standard_error": estimate.standard_error, "interval": estimate.interval}
+
+    return {
+        "settings": score.settings,
+        "trials": score.trials,
+        "validation": of(score.validation),
+        "test": None if score.test is None else of(score.test),
+    }
