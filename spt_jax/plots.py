@@ -91,7 +91,7 @@ def plot_sweep(
     _save(figure, path)
 
 
-def _places(written: Sequence[str]) -> tuple[list[float], list[tuple[float, str]] | None]:
+def _places(written: Sequence[str]) -> tuple[list[float], list[tuple[int, str]] | None]:
     """Where values stand along an axis: numbers at themselves, others one behind the other, with their labels."""
     try:
         return [float(value) for value in written], None
@@ -100,14 +100,14 @@ def _places(written: Sequence[str]) -> tuple[list[float], list[tuple[float, str]
         return [float(order.index(value)) for value in written], list(enumerate(order))
 
 
-def _panes(count: int) -> tuple[Any, Sequence[Any]]:
+def _panes(count: int) -> tuple[Any, list[Any]]:
     """A figure with so many panes side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.5 * count, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, count, squeeze=False)[0]
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
 def _save(figure: Any, path: Path) -> None:

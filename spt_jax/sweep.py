@@ -337,8 +337,7 @@ def _ensemble(
 
 
 def _named(chosen: Settings) -> str:
-    named = [f"{name.removeprefix('method.')} {value}" for name, value in chosen.items()]
-    return ", ".join(named) or "the config as it is"
+    return ", ".join(f"{name} {value}" for name, value in chosen.items()) or "the config as it is"
 
 
 def _shown(estimate: Estimate) -> str:

@@ -1,0 +1,177 @@
+"""Sweeps end to end on a tiny model: every trial is the run that `train.py` would do, and nothing is lost on the way."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+import train
+from spt_jax.__main__ import main
+from spt_jax.training import halving
+from tests.jobs import arrays, words, write_task
+
+QUICK = ("--train.steps", "8", "--train.evaluate-every", "4", "--train.checkpoint-every", "4")
+LENGTHS = ("--lengths", "2", "4", "--seeds", "0", "1", "--patience", "1", "--resolution", "0.2", "--ensemble", "3")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("task")
+    write_task(folder)
+    with open(folder / "validation.jsonl", "a") as file:
+        file.write((folder / "test.jsonl").read_text())  # 50 records
+    return folder
+
+
+def sweep(files: Path, workdir: Path, *more: str) -> int:
+    return main(["sweep", *words(files, workdir, *QUICK, *more)])
+
+
+@pytest.fixture(scope="module")
+def lengths(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("sweeps") / "lengths"
+    assert sweep(files, workdir, *LENGTHS) == 0
+    return workdir
+
+
+def table(workdir: Path) -> list[dict[str, str]]:
+    with open(workdir / "trials.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_trial_is_a_run_of_its_own(files: Path, lengths: Path, tmp_path: Path):
+    assert train.main(words(files, tmp_path / "run", *QUICK, "--method.length", "4", "--train.seed", "1")) == 0
+    row = table(lengths)[3]
+    assert (row["method.length"], row["seed"], row["status"]) == ("4", "1", "finished")
+    np.testing.assert_array_equal(arrays(lengths / "trials" / "004"), arrays(tmp_path / "run"))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    for split in ("validation", "test"):
+        assert float(row[f"{split}.accuracy"]) == results[split]["soft_prompt"]["accuracy"]
+        assert float(row[f"{split}.loss"]) == pytest.approx(results[split]["soft_prompt"]["loss"])
+    assert int(row["trainable_parameters"]) == results["trainable_parameters"]
+    assert int(row["best_step"]) == results["best_step"]
+
+
+def test_the_table_says_what_the_predictions_say(lengths: Path):
+    rows = table(lengths)
+    assert [row["trial"] for row in rows] == ["1", "2", "3", "4"]
+    for row in rows:
+        folder = lengths / "trials" / f"{int(row['trial']):03d}"
+        lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+        for split, count in (("validation", 50), ("test", 30)):
+            right = [line["label"] == line["prediction"] for line in lines if line["split"] == split]
+            assert len(right) == count and float(row[f"{split}.accuracy"]) == np.mean(right)
+        assert int(row["prompt_bytes"]) == sum(file.stat().st_size for file in (folder / "prompt").iterdir())
+    parquet = pyarrow.parquet.read_table(lengths / "trials.parquet").to_pylist()
+    assert [str(row["method.length"]) for row in parquet] == [row["method.length"] for row in rows]
+    assert [row["test.accuracy"] for row in parquet] == [float(row["test.accuracy"]) for row in rows]
+
+
+def test_the_results_follow_from_the_table(lengths: Path):
+    rows, results = table(lengths), json.loads((lengths / "results.json").read_text())
+    means = {own["settings"]["method.length"]: own["validation"]["mean"] for own in results["settings"]}
+    for length in ("2", "4"):
+        own = [float(row["validation.accuracy"]) for row in rows if row["method.length"] == length]
+        assert means[length] == pytest.approx(np.mean(own))
+    best = max(results["settings"], key=lambda own: own["validation"]["mean"])
+    within = [
+        own["settings"]["method.length"]
+        for own in results["settings"]
+        if own["validation"]["mean"] >= best["validation"]["mean"] - best["validation"]["standard_error"]
+    ]
+    assert results["chosen"]["settings"]["method.length"] == min(within, key=int)
+    chosen = lengths / "trials" / f"{results['chosen']['trial']:03d}"
+    np.testing.assert_array_equal(arrays(lengths), arrays(chosen))
+    assert results["steps"] == 4 * 8 == results["steps_of_all"]
+    ensemble = results["ensemble"]
+    own = [float(row["test.accuracy"]) for row in rows if int(row["trial"]) in ensemble["trials"]]
+    assert len(own) == 3 and ensemble["mean_accuracy"] == pytest.approx(np.mean(own))
+    assert (lengths / "sweep.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_stopped_sweep_goes_on_to_the_same_end(files, lengths, tmp_path, monkeypatch, capsys):
+    calls = 0
+
+    def place_and_signal(*arguments, **named):
+        nonlocal calls
+        calls += 1
+        if calls == 2 * 8 + 2 * 3:  # in the second population, after its third step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return place(*arguments, **named)
+
+    place = halving.place_batch
+    monkeypatch.setattr(halving, "place_batch", place_and_signal)
+    assert sweep(files, tmp_path / "run", *LENGTHS) == 143
+    assert "Go on with --resume" in capsys.readouterr().err
+    assert [row["trial"] for row in table(tmp_path / "run")] == ["1", "2"]
+    monkeypatch.setattr(halving, "place_batch", place)
+    assert sweep(files, tmp_path / "run", *LENGTHS) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert sweep(files, tmp_path / "run", *LENGTHS, "--resume") == 0
+    assert "2 of them done" in capsys.readouterr().out
+    differing = {k for a, b in zip(table(tmp_path / "run"), table(lengths), strict=True) for k in a if a[k] != b[k]}
+    assert differing <= {"prompt_bytes"}  # the work directory's name, in the command that a prompt keeps
+    np.testing.assert_array_equal(arrays(tmp_path / "run"), arrays(lengths))
+
+
+def test_a_table_from_another_sweep_is_refused(files, lengths, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(lengths, workdir)
+    assert sweep(files, workdir, *LENGTHS, "--resume", "--train.batch-size", "4") == 2
+    assert "train.batch_size: 8 in the work directory, 4 now" in capsys.readouterr().err
+    lines = (workdir / "trials.jsonl").read_text().replace('"seed": 1', '"seed": 7', 1)
+    (workdir / "trials.jsonl").write_text(lines)
+    assert sweep(files, workdir, *LENGTHS, "--resume") == 1
+    assert "a table from another sweep: trial 2" in capsys.readouterr().err
+
+
+def test_a_broken_trial_is_named_and_the_others_stand(files, lengths, tmp_path, capsys):
+    over = ("--over", "optimizer.learning_rate=0.1,1e30", "--seeds", "1")
+    assert sweep(files, tmp_path / "run", *over, "--method.length", "4") == 0
+    sound, broken = table(tmp_path / "run")
+    assert broken["status"].startswith("dropped at step") and broken["test.accuracy"] == ""
+    assert sound["test.loss"] == table(lengths)[3]["test.loss"]  # the default rate is 0.1
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["chosen"]["settings"] == {"optimizer.learning_rate": "0.1"}
+    assert sweep(files, tmp_path / "none", "--over", "optimizer.learning_rate=1e30", "--seeds", "1") == 1
+    assert "no trial came to its end" in capsys.readouterr().err
+
+
+def test_any_field_can_be_swept_and_losers_stop(files, tmp_path):
+    """Methods train in populations of their own; halving leaves one of four."""
+    over = ("--over", "method.name=prompt_tuning,llama_adapter", "optimizer.learning_rate=0.05,0.1")
+    assert sweep(files, tmp_path / "run", *over, "--seeds", "0", "1", "--halving") == 0
+    rows = table(tmp_path / "run")
+    assert len(rows) == 8
+    for method in ("prompt_tuning", "llama_adapter"):
+        ends = [row["status"] for row in rows if row["method.name"] == method]
+        assert sorted(ends) == ["finished", "halved at step 1", "halved at step 1", "halved at step 2"]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["steps"] == sum(int(row["steps"]) for row in rows) == 2 * (8 + 1 + 1 + 2)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--over", "optimizer.lerning_rate=0.1"), "did you mean 'optimizer.learning_rate'"),
+        (("--seeds",), "a sweep trains with at least one"),
+        (("--lengths", "4", "2"), "they go up"),
+        (("--lengths", "2", "4000"), "4000 virtual tokens leave no room"),
+        (("--lengths", "2", "4"), "100 records would do"),
+        (("--lengths", "2", "--over", "method.length=3"), "--lengths says that"),
+        (("--over", "train.seed=1,2"), "--seeds says that"),
+        (("--lengths", "2", "--halving"), "give one"),
+        (("--ensemble", "9"), "there are 3 trials"),
+        (("--trials", "2", "--over", "method.length=3"), "no 2 different settings"),
+    ],
+)
+def test_wrong_sweeps_say_what_is_wrong(files, tmp_path, capsys, more, message):
+    assert sweep(files, tmp_path / "run", *more) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
