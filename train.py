@@ -160,7 +160,8 @@ def finish(
             "command": shlex.join(["train.py", *argv]),
         },
     )
-    (workdir / "predictions.jsonl").write_text(predictions_jsonl(results.get("test", {})))
+    answered = {name: result.predictions for name, result in results.get("test", {}).items() if result is not None}
+    (workdir / "predictions.jsonl").write_text(predictions_jsonl(answered))
     references = reference_lines(metrics.get("validation", {}))
     plot_curves(workdir / "curves.png", read_metrics(workdir / "metrics.jsonl"), references)
     print(comparison_table(metrics))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import tyro
 
-from spt_jax import sweep
+from spt_jax import comparison, sweep
 from spt_jax.base import FrozenBase, load_base
 from spt_jax.config import EvaluationConfig
 from spt_jax.data.encoder import Encoder
@@ -403,7 +403,7 @@ COMMANDS: dict[str, Any] = {
 
 
 # Commands that start from a config file, as train.py does.
-JOBS: dict[str, Any] = {"sweep": sweep.main}
+JOBS: dict[str, Any] = {"sweep": sweep.main, "compare": comparison.main}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -24,7 +24,6 @@ class Job(Generic[AnyMethod]):
 
     Attributes:
       workdir: where everything is written; default out/ and the config file's name.
-      resume: go on with the run in workdir.
       overwrite: delete the run in workdir and start anew.
       compilation_cache: where compiled programs wait for the next run; default $JAX_COMPILATION_CACHE_DIR, else, on an
         accelerator, ~/.cache/spt_jax.
@@ -34,7 +33,6 @@ class Job(Generic[AnyMethod]):
 
     config: Annotated[ExperimentConfig[AnyMethod], tyro.conf.arg(name="")]
     workdir: Path
-    resume: bool = False
     overwrite: bool = False
     compilation_cache: Path | None = None
 
@@ -44,11 +42,13 @@ class Command(Job[AnyMethod]):
     """Trains a soft prompt on a frozen language model.
 
     Attributes:
+      resume: go on with the run in workdir.
       dry_run: show examples as tokens, the packing and the memory needed, and stop.
       profile: trace so many steps, once compiled, into the work directory's profile/, for TensorBoard's xprof.
       processes: how this process finds the others of its run.
     """
 
+    resume: bool = False
     dry_run: bool = False
     profile: int = 0
     processes: ProcessesConfig = dataclasses.field(default_factory=ProcessesConfig)

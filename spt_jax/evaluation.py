@@ -16,7 +16,7 @@ from spt_jax import metrics
 from spt_jax.base import FrozenBase
 from spt_jax.config import EvaluationConfig
 from spt_jax.data.batches import Batch, BatchPlan, Rows, evaluation_batches, multiples, place_batch, plan_batches
-from spt_jax.data.encoder import Encoder, Example
+from spt_jax.data.encoder import SEPARATOR, Encoder, Example
 from spt_jax.data.reading import END, START
 from spt_jax.forward import encode_prefix, group_scores, output_readings
 from spt_jax.generation import SamplingConfig, generate
@@ -274,7 +274,8 @@ def _with_answers(
     references = [data.encoder.reference(record) for record in records]
     taken = 0 if virtual is None or virtual.prefix is None else virtual.prefix.keys.shape[-3]
     room = base.config.max_positions - taken - max(map(len, prompts))
-    sampling = SamplingConfig(max_new_tokens=max(1, min(data.config.max_new_tokens, room)))
+    stop = (SEPARATOR,) if data.encoder.shots and not data.encoder.template.chat else ()
+    sampling = SamplingConfig(max_new_tokens=max(1, min(data.config.max_new_tokens, room)), stop=stop)
     index = [example.prompt for example in data.examples[: len(prompts)]] if data.encoder.template.tasks else None
     answers = generate(base, prompts, virtual, sampling, prompt_index=index, batch_size=data.config.batch_size)
     texts = [answer.text.strip() for answer in answers]

@@ -157,7 +157,8 @@ class Experiment:
         if not processes.leads():
             return
         template = dataclasses.replace(self.template, task=None, tasks=())
-        extra = {"seed": self.config.train.seed, **extra}
+        trained = self.config.method.trainable_count(params)
+        extra = {"seed": self.config.train.seed, "trainable_parameters": trained, **extra}
         for name, (method, own) in self.config.method.artifacts(virtual, params).items():
             save_prompt(folder / name, self.base, method, own, template, extra=extra)
 

@@ -157,8 +157,18 @@ def bootstrap_statistic(
       ConfigError: `resamples` below 1, `confidence` not between 0 and 1, or not one value per resample.
       DataError: no examples.
     """
-    if resamples < 1 or not 0 < confidence < 1:
-        raise ConfigError(f"{resamples} resamples at confidence {confidence}: needed are >= 1, and between 0 and 1")
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence is {confidence}; it lies between 0 and 1")
+    drawn = _resampled(statistic, examples, seed, resamples)
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(value=float(statistic(np.arange(examples)[None])[0]), low=float(low), high=float(high))
+
+
+def _resampled(
+    statistic: Callable[[Int[np.ndarray, "R N"]], Float[np.ndarray, " R"]], examples: int, seed: int, resamples: int
+) -> Float[np.ndarray, " R"]:
+    if resamples < 1:
+        raise ConfigError(f"{resamples} resamples: at least 1 is needed")
     if examples < 1:
         raise DataError("no examples to score")
     rng = np.random.default_rng(seed)
@@ -167,8 +177,55 @@ def bootstrap_statistic(
     drawn = np.concatenate([statistic(rng.integers(examples, size=(size, examples))) for size in sizes])
     if drawn.shape != (resamples,):
         raise ConfigError(f"the statistic gave an array {drawn.shape} for {resamples} resamples, not one value each")
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(value=float(statistic(np.arange(examples)[None])[0]), low=float(low), high=float(high))
+    return drawn
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How much higher one mean is than another of the same examples, and whether chance alone might do that.
+
+    interval: of the difference, by paired bootstrap.
+    p: the share of resamples in which the difference has the other sign or none, twice, at most 1.
+    """
+
+    interval: Interval
+    p: float
+
+
+def paired_bootstrap(
+    ours: Values, theirs: Values, *, seed: int = 0, resamples: int = 10_000, confidence: float = 0.95
+) -> Difference:
+    """Compares two systems by a value per example of each, [N], resampling examples (Efron & Tibshirani 1993).
+
+    Raises:
+      DataError: not as many values, or none.
+    """
+    _check_lengths(ours, theirs)
+    values = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
+    options: Any = {"seed": seed, "resamples": resamples}
+    interval = bootstrap_interval(values, confidence=confidence, **options)
+    drawn = _resampled(lambda indices: values[indices].mean(1), len(values), **options)
+    beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    return Difference(interval=interval, p=min(1.0, 2 * (beyond + 1) / (resamples + 1)))
+
+
+def mcnemar(ours: Values, theirs: Values) -> float:
+    """Two-sided p of the exact test of McNemar (1947): whether two systems are right equally often.
+
+    Only examples that one has right and the other wrong count; under the null hypothesis either is as likely.
+
+    Args:
+      ours, theirs: whether each example was right, [N].
+
+    Raises:
+      DataError: not as many values, or none.
+    """
+    from scipy.stats import binomtest
+
+    _check_lengths(ours, theirs)
+    right, other = np.asarray(ours, bool), np.asarray(theirs, bool)
+    first, second = int((right & ~other).sum()), int((other & ~right).sum())
+    return float(binomtest(first, first + second).pvalue) if first + second else 1.0
 
 
 def normalize_answer(text: str) -> str:

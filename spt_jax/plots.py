@@ -91,6 +91,30 @@ def plot_sweep(
     _save(figure, path)
 
 
+def plot_comparison(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
+    """Draws `compare.png`: each row's measure with its interval, and the first row's as a line.
+
+    Args:
+      path: the PNG to write.
+      table: rows of `comparison.make_table`.
+    """
+    figure, (pane,) = _panes(1)
+    figure.set_size_inches(8, 1.2 + 0.35 * len(table))
+    kind = next(name for name in ("accuracy", "exact_match", "log_probability") if name in table[0])
+    values = np.asarray([row[kind] for row in table])
+    spread = np.abs(np.asarray([row[f"{kind}_interval"] for row in table]).T - values)
+    places = np.arange(len(table))
+    style = {"fmt": "none", "ecolor": DARK, "capsize": 3, "linewidth": 1}
+    pane.errorbar(values, places, xerr=spread, **style)
+    pane.scatter(values, places, color=[ACCENT] + [DARK] * (len(table) - 1), zorder=2)
+    pane.axvline(values[0], color=ACCENT, linewidth=0.8, linestyle=":")
+    names = [row["name"].replace("\n", "\\n") for row in table]
+    pane.set_yticks(places, [name if len(name) <= 60 else f"{name[:57]}..." for name in names], fontsize="small")
+    pane.invert_yaxis()
+    pane.set(xlabel=f"test {kind.replace('_', ' ')}, 95 % interval")
+    _save(figure, path)
+
+
 def _places(written: Sequence[str]) -> tuple[list[float], list[tuple[int, str]] | None]:
     """Where values stand along an axis: numbers at themselves, others one behind the other, with their labels."""
     try:

@@ -9,16 +9,15 @@ import numpy as np
 from jaxtyping import Float
 
 from spt_jax import metrics
-from spt_jax.evaluation import Evaluation
 
 Prediction = Mapping[str, Any]
 
 
-def predictions_jsonl(results: Mapping[str, Evaluation | None], by: str = "prompt") -> str:
+def predictions_jsonl(results: Mapping[str, Sequence[Prediction]], by: str = "prompt") -> str:
     """A line per record and result, which says in the field `by` which result it belongs to."""
     lines = []
-    for name, result in results.items():
-        for number, prediction in enumerate(result.predictions if result is not None else []):
+    for name, predictions in results.items():
+        for number, prediction in enumerate(predictions):
             lines.append(json.dumps({by: name, "record": number + 1, **prediction}, ensure_ascii=False))
     return "".join(line + "\n" for line in lines)
 
@@ -28,6 +27,7 @@ def read_predictions(path: Path, by: str = "prompt") -> dict[str, list[dict[str,
     found: dict[str, list[dict[str, Any]]] = {}
     for line in path.read_text().splitlines():
         prediction = json.loads(line)
+        del prediction["record"]
         found.setdefault(prediction.pop(by), []).append(prediction)
     return found
 

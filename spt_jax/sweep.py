@@ -41,6 +41,7 @@ class Sweep(Job[AnyMethod]):
     """Trains prompts of many settings on one frozen base, and says which are the best.
 
     Attributes:
+      resume: go on with the sweep in workdir.
       lengths: prompt lengths, tried from the shortest up until validation stops improving.
       seeds: every setting is trained once with each.
       over: config fields to vary, FIELD=VALUE,VALUE,... in all combinations. With --trials, drawn from such values, or
@@ -56,6 +57,7 @@ class Sweep(Job[AnyMethod]):
 
     prefix: ClassVar[str] = "sweep-"
 
+    resume: bool = False
     lengths: tuple[int, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
     over: tuple[str, ...] = ()

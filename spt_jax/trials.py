@@ -175,7 +175,10 @@ def _ended(trial: Trial, prepared: Prepared, standing: Standing, folder: Path, f
             split: evaluate(experiment.base, asked, virtual, generated=split == "test")
             for split, asked in prepared.asked.items()
         }
-        write_text(folder / PREDICTIONS_FILE, predictions_jsonl(results, by="split"))
+        write_text(
+            folder / PREDICTIONS_FILE,
+            predictions_jsonl({split: result.predictions for split, result in results.items()}, by="split"),
+        )
     fields = flat(config_json(experiment.config))
     return {
         "trial": trial.number,

@@ -1,4 +1,4 @@
-"""Sweeps end to end on a tiny model: every trial is the run that `train.py` would do, and nothing is lost on the way."""
+"""Sweeps end to end on a tiny model: a trial is the run that `train.py` would do, and nothing is lost on the way."""
 
 import csv
 import json

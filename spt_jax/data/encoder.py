@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from spt_jax.data.reading import answer_text, span_reads, tag_reads, words_of
-from spt_jax.data.templates import MESSAGES, Bos, Field, Piece, Template, Text, Virtual, parse
+from spt_jax.data.templates import MESSAGES, Bos, Field, Piece, Plain, Template, Text, Virtual, parse
 from spt_jax.data.tokenization import Tokenization
 from spt_jax.errors import ConfigError, DataError, did_you_mean
 
@@ -68,12 +68,27 @@ def digest(examples: Sequence[Example]) -> str:
     return sha.hexdigest()
 
 
-class Encoder:
-    """Turns records into examples for one tokenizer, vocabulary and template."""
+# What stands behind each solved example of a context, and ends an answer that follows them.
+SEPARATOR = "\n\n"
 
-    def __init__(self, template: Template, tokenizer: Any, vocab_size: int, max_length: int):
+
+class Encoder:
+    """Turns records into examples for one tokenizer, vocabulary and template.
+
+    shots: solved records that stand in front of every prompt, as turns of their own in a chat.
+    """
+
+    def __init__(
+        self,
+        template: Template,
+        tokenizer: Any,
+        vocab_size: int,
+        max_length: int,
+        shots: Sequence[Mapping[str, Any]] = (),
+    ):
         self.template = template
         self.max_length = max_length
+        self.shots = shots
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._tokenization = Tokenization(tokenizer)
@@ -87,10 +102,12 @@ class Encoder:
             raise ConfigError("data.chat renders a prompt and a target as a chat; {messages} is one already")
         if (template.chat or template.is_conversation) and not tokenizer.chat_template:
             raise ConfigError("this base's tokenizer has no chat template")
+        if shots and (template.is_conversation or template.virtual_tokens or template.head != "language_model"):
+            raise ConfigError("solved examples stand in front of a written prompt, with neither {messages} nor a head")
         if template.chat:
             self._prompt, self._end = self._chat_pieces(template)
         else:
-            self._prompt, self._end = parse(template.prompt), self._eos
+            self._prompt, self._end = self._with_shots(parse(template.prompt)), self._eos
         self._choices = (
             [np.asarray(self._target({template.label_field: text}), np.int32) for text in template.verbalizers.values()]
             if template.verbalizers
@@ -300,7 +317,7 @@ class Encoder:
             if isinstance(piece, Field):
                 begin = len(run) if piece.name == field else begin
                 run += str(fields[piece.name])
-            elif isinstance(piece, Text) and piece.text:
+            elif isinstance(piece, (Text, Plain)) and piece.text:
                 run += piece.text
             else:
                 if begin is not None:
@@ -322,6 +339,24 @@ class Encoder:
                     next_virtual += count
                     at_start = False
         return ids, spans + [(0, 0)] * (len(ids) - len(spans))
+
+    def _solved(self, record: Mapping[str, Any], side: str) -> list[Piece]:
+        """A side of the template with the record's fields in their places, a class as its verbalizer."""
+        known = dict(record)
+        if self.template.verbalizers:
+            name = self.template.label_field or ""
+            known[name] = self.template.verbalizers[str(record[name])]
+        return [Plain(str(known[p.name])) if isinstance(p, Field) else p for p in parse(side)]
+
+    def _with_shots(self, prompt: Sequence[Piece]) -> list[Piece | int]:
+        """The prompt behind the solved examples, whose targets have the ids that they have alone."""
+        pieces: list[Piece | int] = []
+        for record in self.shots:
+            question = [piece for piece in self._solved(record, self.template.prompt) if piece != Bos()]
+            answer = self._ids(self._solved(record, self.template.target), {}, opens=False)
+            pieces += [*question, *answer, Text(SEPARATOR)]
+        front = 1 if prompt[:1] == [Bos()] else 0
+        return [*prompt[:front], *pieces, *prompt[front:]]
 
     def _bos(self) -> int:
         if self._tokenizer.bos_token_id is None:
@@ -372,10 +407,14 @@ class Encoder:
         return [self._tokenizer.convert_tokens_to_ids(match[0])], text.lstrip()[match.end() :]
 
     def _chat_pieces(self, template: Template) -> tuple[list[Piece | int], list[int]]:
-        roles = ["system", "user"] if template.system is not None else ["user"]
-        texts = self._rendered(roles, add_generation_prompt=True)
+        roles = ["system"] if template.system is not None else []
         contents: list[list[Piece]] = [[Text(template.system)]] if template.system is not None else []
+        for record in self.shots:
+            roles += ["user", "assistant"]
+            contents += [self._solved(record, template.prompt), self._solved(record, template.target)]
+        roles.append("user")
         contents.append(parse(template.prompt))
+        texts = self._rendered(roles, add_generation_prompt=True)
         front, texts[0] = self._without_bos(texts[0])
         pieces: list[Piece | int] = [*front]
         for text, content in zip(texts, [*contents, []], strict=True):

@@ -23,6 +23,13 @@ class Text:
 
 
 @dataclasses.dataclass(frozen=True)
+class Plain:
+    """Literal text in which nothing counts as a control token."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Field:
     """A record's field, always plain text."""
 
@@ -41,7 +48,7 @@ class Bos:
     """The tokenizer's BOS."""
 
 
-Piece = Text | Field | Virtual | Bos
+Piece = Text | Plain | Field | Virtual | Bos
 _MARKUP = re.compile(r"<soft(?::(?P<count>\d+))?>|(?P<bos><bos>)|(?P<brace>\{\{|\}\})|\{(?P<field>\w+)\}|(?P<bad>[{}])")
 
 

@@ -1,0 +1,367 @@
+"""`python -m spt_jax compare`: a soft prompt against everything that one might do instead, on the same test records."""
+
+import dataclasses
+import json
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from spt_jax import measure, metrics
+from spt_jax.base import FrozenBase
+from spt_jax.command_line import Job, config_json, parse_job
+from spt_jax.config import AnyMethod, resolve
+from spt_jax.data.encoder import Encoder, Example
+from spt_jax.data.templates import Template
+from spt_jax.errors import ConfigError, DataError
+from spt_jax.evaluation import EvaluationSet, evaluate, make_evaluation_set, selection_score
+from spt_jax.experiment import CONFIG_FILE, Experiment, Records, load_experiment, prepare_workdir
+from spt_jax.files import write_json, write_text
+from spt_jax.options import Pairs
+from spt_jax.plots import plot_comparison
+from spt_jax.predictions import Prediction, measures, predictions_jsonl, read_predictions, record_values
+from spt_jax.probe import PENALTIES, features, fit_probe
+from spt_jax.prompts import VirtualPrompt
+from spt_jax.prompts.storage import load_prompt
+
+PROGRAM = "-m spt_jax compare"
+FACTS_FILE, PREDICTIONS_FILE = "facts.json", "predictions.jsonl"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compare(Job[AnyMethod]):
+    """Compares soft prompts with no prompt, hand-written prompts, solved examples in context, and a linear probe.
+
+    Attributes:
+      prompts: directories of saved soft prompts; the first is what all others are compared with.
+      shots: numbers of solved training examples to put in front of a request; each is a way of asking.
+      shots_seed: of their choice.
+      probe: for classes, also a linear probe on the frozen base's features.
+      others: NAME=DIRECTORY of systems outside, each with predictions.jsonl and facts.json as this command writes them.
+    """
+
+    prefix: ClassVar[str] = "compare-"
+
+    prompts: tuple[Path, ...] = ()
+    shots: tuple[int, ...] = (4,)
+    shots_seed: int = 0
+    probe: bool = True
+    others: Pairs = dataclasses.field(default_factory=dict)
+
+    def validate(self) -> None:
+        """Checks what no field can say by itself.
+
+        Raises:
+          ConfigError: naming the fields.
+        """
+        if not self.prompts:
+            raise ConfigError("--prompts names the saved soft prompt to compare, such as out/quickstart/prompt")
+        if self.config.data.test is None:
+            raise ConfigError("a comparison is made on test records; give --data.test")
+        if any(shots < 1 for shots in self.shots):
+            raise ConfigError(f"--shots are {self.shots}; each is 1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a way of asking costs.
+
+    trainable_parameters: numbers that were trained.
+    bytes: of what has to be kept besides the base.
+    train_seconds: that its training took; None where that is not known.
+    test_seconds: that the test records took, compilation included.
+    extra_tokens: positions of a request, in the mean, beyond those of the bare request.
+    """
+
+    trainable_parameters: int = 0
+    bytes: int = 0
+    train_seconds: float | None = 0.0
+    test_seconds: float | None = None
+    extra_tokens: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way of asking: its name, the test records as it reads them, and its soft prompt or probe, if any."""
+
+    name: str
+    data: EvaluationSet
+    virtual: VirtualPrompt | None
+    facts: Facts
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What came of a way of asking: what was predicted for every test record, and what it costs."""
+
+    name: str
+    predictions: Sequence[Prediction]
+    facts: Facts
+
+
+def main(argv: Sequence[str]) -> None:
+    """The whole comparison, from words to table.
+
+    Raises:
+      SptError: as the words, the data and the prompts have it.
+    """
+    command = parse_job(Compare, argv, PROGRAM)
+    command.validate()
+    measure.keep_compiled_programs(command.compilation_cache)
+    experiment = load_experiment(resolve(command.config))
+    outside = [read_outside(name, Path(folder)) for name, folder in command.others.items()]
+    entries = [*(ask(experiment.base, way) for way in ways(experiment, command)), *outside]
+    table = make_table(entries, list(experiment.template.verbalizers))
+    prepare_workdir(command.workdir, resume=False, overwrite=command.overwrite)
+    write_results(command.workdir, entries, table, config_json(command), argv)
+    print(markdown(table))
+    print(f"{command.workdir}: compare.md, compare.json, compare.png, predictions.jsonl")
+
+
+def ways(experiment: Experiment, command: Compare[Any]) -> list[Way]:
+    """Every way of asking that runs here, in the order of the table.
+
+    Raises:
+      DataError, CheckpointError: a way cannot read the test records, or a prompt is for another base.
+    """
+    bare, template = bare_tokens(experiment), experiment.template
+    found = [_soft(experiment, path, bare) for path in command.prompts]
+    if template.reads is not None:
+        return found  # without a head, the model neither tags nor points
+    found.append(_written(experiment, "no prompt", bare, template.bare()))
+    texts = experiment.config.data.hard_prompt
+    found += [_written(experiment, f"hand-written: {text}", bare, template.bare(text)) for text in texts]
+    asked_by = template.bare(best_text(experiment))
+    for count in command.shots:
+        shots = draw_shots(experiment.train, template, count, command.shots_seed)
+        found.append(_written(experiment, f"{count} solved examples", bare, asked_by, shots))
+    if command.probe and template.verbalizers:
+        found.append(_probe(experiment))
+    return found
+
+
+def ask(base: FrozenBase, way: Way) -> Entry:
+    """Asks all test records."""
+    begun = time.perf_counter()
+    result = evaluate(base, way.data, way.virtual)
+    seconds = round(time.perf_counter() - begun, 2)
+    return Entry(way.name, result.predictions, dataclasses.replace(way.facts, test_seconds=seconds))
+
+
+def bare_tokens(experiment: Experiment) -> float:
+    """Tokens of a test request without any prompt, in the mean."""
+    assert experiment.test is not None
+    template = experiment.template
+    encoder = _encoder(experiment, dataclasses.replace(template.bare(), head=template.head, reads=template.reads))
+    return _mean_length([encoder.encode(record, number) for number, record in enumerate(experiment.test)])
+
+
+def _mean_length(examples: Sequence[Example]) -> float:
+    return float(np.mean([len(example.ids) for example in examples]))
+
+
+def _encoder(experiment: Experiment, template: Template, shots: Records = (), taken: int = 0) -> Encoder:
+    base = experiment.base
+    return Encoder(template, base.tokenizer, base.config.vocab_size, base.config.max_positions - taken, shots)
+
+
+def _test_set(experiment: Experiment, encoder: Encoder) -> EvaluationSet:
+    assert experiment.test is not None
+    return make_evaluation_set(experiment.base, encoder, experiment.test, experiment.config.evaluation)
+
+
+def _soft(experiment: Experiment, path: Path, bare: float) -> Way:
+    saved = load_prompt(path, experiment.base)
+    taken = 0 if saved.virtual.prefix is None else saved.virtual.prefix.keys.shape[-3]
+    data = _test_set(experiment, _encoder(experiment, saved.template, taken=taken))
+    run = path.parent / "results.json"
+    facts = Facts(
+        trainable_parameters=saved.info["extra"].get("trainable_parameters", 0),
+        bytes=sum(file.stat().st_size for file in path.glob("prompt.*")),
+        train_seconds=json.loads(run.read_text()).get("train_seconds") if run.exists() else None,
+        extra_tokens=_mean_length(data.examples) + taken - bare,
+    )
+    return Way(f"soft prompt: {path}", data, saved.virtual, facts)
+
+
+def _written(experiment: Experiment, name: str, bare: float, template: Template, shots: Records = ()) -> Way:
+    try:
+        data = _test_set(experiment, _encoder(experiment, template, shots))
+    except DataError as error:
+        if shots:
+            raise DataError(f"{len(shots)} solved examples: {error}, or ask with fewer --shots") from error
+        raise
+    # What one would keep: the words of the prompt and of the examples.
+    words = [template.prompt, *(str(shot[field]) for shot in shots for field in template.fields)]
+    size = 0 if name == "no prompt" else sum(len(word.encode()) for word in words)
+    return Way(name, data, None, Facts(bytes=size, extra_tokens=_mean_length(data.examples) - bare))
+
+
+def _probe(experiment: Experiment) -> Way:
+    """The penalty is the one that validation prefers; without validation records the middle one."""
+    base, template = experiment.base, dataclasses.replace(experiment.template.bare(), head="classification")
+    encoder, config = _encoder(experiment, template), experiment.config.evaluation
+    data = _test_set(experiment, encoder)
+    begun = time.perf_counter()
+    train = make_evaluation_set(base, encoder, experiment.train, config)
+    states, labels = features(base, train), np.asarray([example.label for example in train.examples])
+    probes = [fit_probe(states, labels, len(template.verbalizers), penalty) for penalty in PENALTIES]
+    chosen = probes[len(probes) // 2]
+    if experiment.validation is not None:
+        validation = make_evaluation_set(base, encoder, experiment.validation, config)
+        chosen = max(probes, key=lambda probe: selection_score(evaluate(base, validation, probe).metrics))
+    seconds = round(time.perf_counter() - begun, 2)
+    numbers = (base.config.width + 1) * len(template.verbalizers)
+    return Way("linear probe", data, chosen, Facts(numbers, 4 * numbers, seconds))
+
+
+def best_text(experiment: Experiment) -> str | None:
+    """The hand-written prompt that validation prefers, the first without validation; None without any."""
+    texts = experiment.config.data.hard_prompt
+    if len(texts) < 2 or experiment.validation is None:
+        return texts[0] if texts else None
+    records = experiment.validation
+
+    def score(text: str) -> float:
+        data = experiment.evaluation_set(records, experiment.template.bare(text))
+        return selection_score(evaluate(experiment.base, data, None, generated=False).metrics)
+
+    return max(texts, key=score)
+
+
+def draw_shots(records: Records, template: Template, count: int, seed: int) -> list[Mapping[str, Any]]:
+    """So many training records in random order; of every class as many as of any other, or one more.
+
+    Raises:
+      ConfigError: there are too few.
+    """
+    order = [records[i] for i in np.random.default_rng(seed).permutation(len(records))]
+    if template.verbalizers:
+        by_class: dict[str, list[Mapping[str, Any]]] = {}
+        for record in order:
+            by_class.setdefault(str(record[template.label_field or ""]), []).append(record)
+        rank = {id(record): place for own in by_class.values() for place, record in enumerate(own)}
+        order = sorted(order, key=lambda record: rank[id(record)])
+    if len(order) < count:
+        raise ConfigError(f"--shots {count}: there are {len(order)} training records")
+    return order[:count]
+
+
+def read_outside(name: str, folder: Path) -> Entry:
+    """A system that ran elsewhere.
+
+    Raises:
+      ConfigError: a file is not there, or facts have other names than `Facts`.
+    """
+    for file in (FACTS_FILE, PREDICTIONS_FILE):
+        if not (folder / file).is_file():
+            raise ConfigError(f"--others {name}: no file {folder / file}")
+    try:
+        facts = Facts(**json.loads((folder / FACTS_FILE).read_text()))
+    except (TypeError, json.JSONDecodeError) as error:
+        known = ", ".join(field.name for field in dataclasses.fields(Facts))
+        raise ConfigError(f"{folder / FACTS_FILE}: {error}; it holds {known}") from error
+    predictions = [own for every in read_predictions(folder / PREDICTIONS_FILE).values() for own in every]
+    return Entry(name, predictions, facts)
+
+
+def make_table(entries: Sequence[Entry], classes: Sequence[str]) -> list[dict[str, Any]]:
+    """A row per way of asking, computed from its predictions alone, each against the first.
+
+    Raises:
+      DataError: the ways were not asked the same records.
+    """
+    first = entries[0].predictions
+    shared = [name for name in ("accuracy", "exact_match", "log_probability") if name in measures(first)]
+    kind = shared[0]
+    for entry in entries:
+        if kind not in measures(entry.predictions) or _answers(entry.predictions) != _answers(first):
+            raise DataError(f"{entry.name} was not asked the same records as {entries[0].name}")
+    ours = record_values(first, kind)
+    table = []
+    for entry in entries:
+        theirs = record_values(entry.predictions, kind)
+        row: dict[str, Any] = {"name": entry.name, "records": len(theirs)}
+        row |= _interval(kind, metrics.bootstrap_interval(theirs))
+        if kind == "accuracy" and isinstance(first[0]["label"], str):
+            pair = [p["prediction"] for p in entry.predictions], [p["label"] for p in entry.predictions]
+            row |= _interval("macro_f1", metrics.macro_f1_interval(*pair, list(classes)))
+        if kind == "exact_match":
+            answered = [p for p in entry.predictions if "reference" in p]
+            row["token_f1"] = metrics.token_f1([p["prediction"] for p in answered], [p["reference"] for p in answered])
+        if entry is not entries[0]:
+            difference = metrics.paired_bootstrap(ours, theirs)
+            row |= {**_interval("ahead", difference.interval), "p_bootstrap": difference.p}
+            if set(ours) | set(theirs) <= {0.0, 1.0}:
+                row["p_mcnemar"] = metrics.mcnemar(ours, theirs)
+        table.append({**row, **dataclasses.asdict(entry.facts)})
+    return table
+
+
+def _answers(predictions: Sequence[Prediction]) -> list[Any]:
+    """What was right, by which two sets of predictions show that they are about the same records."""
+    return [(p.get("label"), p.get("reference"), p.get("tokens")) for p in predictions]
+
+
+def _interval(name: str, interval: metrics.Interval) -> dict[str, Any]:
+    return {name: interval.value, f"{name}_interval": [interval.low, interval.high]}
+
+
+def markdown(table: Sequence[Mapping[str, Any]]) -> str:
+    """The table as a person reads it."""
+    kind = next(name for name in ("accuracy", "exact_match", "log_probability") if name in table[0])
+    second = next((name for name in ("macro_f1", "token_f1") if name in table[0]), None)
+    columns = [
+        *(kind.replace("_", " "), second.replace("_", "-") if second else ""),
+        *("first is ahead by", "McNemar p", "bootstrap p"),
+        *("trained numbers", "bytes", "training s", "test s", "extra tokens"),
+    ]
+    lines = ["| | " + " | ".join(column for column in columns if column) + " |"]
+    lines.append("|---" * (1 + sum(map(bool, columns))) + "|")
+    for row in table:
+        name = row["name"].replace("\n", "\\n").replace("|", "\\|")
+        cells = [
+            name,
+            _cell(row, kind),
+            *([_cell(row, second)] if second else []),
+            _cell(row, "ahead"),
+            *(f"{row[p]:.2g}" if p in row else "-" for p in ("p_mcnemar", "p_bootstrap")),
+            *(f"{row[field]:,}" for field in ("trainable_parameters", "bytes")),
+            *("-" if row[field] is None else f"{row[field]:,.1f}" for field in ("train_seconds", "test_seconds")),
+            f"{row['extra_tokens']:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    if name not in row:
+        return "-"
+    ends = row.get(f"{name}_interval")
+    return f"{row[name]:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
+
+
+def write_results(
+    workdir: Path,
+    entries: Sequence[Entry],
+    table: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    argv: Sequence[str],
+) -> None:
+    """compare.json, compare.md, compare.png, and predictions.jsonl, from which all of it can be computed again."""
+    write_json(workdir / CONFIG_FILE, settings)
+    write_text(workdir / PREDICTIONS_FILE, predictions_jsonl({entry.name: entry.predictions for entry in entries}))
+    write_json(
+        workdir / "compare.json",
+        {
+            "table": table,
+            "device": measure.device_name(),
+            "versions": measure.versions(),
+            "command": shlex.join(["python", *PROGRAM.split(), *argv]),
+        },
+    )
+    write_text(workdir / "compare.md", markdown(table) + "\n")
+    plot_comparison(workdir / "compare.png", table)
