@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from spt_jax.errors import CheckpointError, ConfigError, differing_fields
+from spt_jax.models.attention import Prefix, Stream
 from spt_jax.models.config import DecoderConfig, check_family, decoder_config
-from spt_jax.models.decoder import Decoder, Remat
+from spt_jax.models.decoder import ATTENTION, Decoder, Remat
 from spt_jax.models.hf import Params, parameter_shapes, read_params
 from spt_jax.models.kernels import Kernel, check_kernel
 from spt_jax.sharding import check_divides, make_mesh, parameter_sharding, to_host
@@ -84,6 +85,14 @@ def run_layers(module: Decoder, frozen: Params, *args: Any, **kwargs: Any) -> An
     return module.apply({"params": frozen}, *args, **kwargs)
 
 
+def layer_attention(
+    module: Decoder, frozen: Params, x: Float[Array, "B T D"], rows: Stream, prefix: Prefix | None
+) -> Float[Array, "L B T S"]:
+    """Attention weights of every layer, means over heads, float32, over S keys: the prefix's, then the row's own."""
+    _, kept = module.apply({"params": frozen}, x, rows, prefix, mutable=[ATTENTION])
+    return kept[ATTENTION]["layers"]["attention"]["weights"][0]  # type: ignore[index, return-value]
+
+
 def logits(module: Decoder, frozen: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Next-token logits, float32."""
     return module.apply({"params": frozen}, hidden, method=Decoder.logits)  # type: ignore[return-value]
@@ -136,7 +145,7 @@ def load_base(
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
     mesh = mesh or make_mesh()
-    directory = _local_directory(str(path_or_hub_id), revision)
+    directory = local_directory(str(path_or_hub_id), revision)
     config, tokenizer = read_config(directory, max_length), _read_tokenizer(directory)
     if len(tokenizer) > config.vocab_size:
         raise CheckpointError(f"{directory}: the tokenizer has {len(tokenizer)} entries, the model {config.vocab_size}")
@@ -162,7 +171,7 @@ def _leaf_sharding(mesh: Mesh, shapes: Params, path: tuple[str, ...]) -> Any:
     return parameter_sharding(mesh, path, leaf.shape)
 
 
-def _local_directory(path_or_hub_id: str, revision: str | None) -> Path:
+def local_directory(path_or_hub_id: str, revision: str | None) -> Path:
     if path_or_hub_id == "starter":
         return STARTER
     path = Path(path_or_hub_id).expanduser()
@@ -223,7 +232,7 @@ def read_tokenizer(path_or_hub_id: str | Path, revision: str | None = None) -> A
     Raises:
       CheckpointError: it is missing, damaged or not a fast one.
     """
-    return _read_tokenizer(_local_directory(str(path_or_hub_id), revision))
+    return _read_tokenizer(local_directory(str(path_or_hub_id), revision))
 
 
 def _read_tokenizer(directory: Path) -> Any:

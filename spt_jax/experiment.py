@@ -152,15 +152,15 @@ class Experiment:
         return self.config.method.materialize(self.base.module, self.base.params, params)
 
     def save(self, folder: Path, params: PromptParams, extra: Mapping[str, Any]) -> None:
-        """Saves the soft prompt, or that of every task, with the seed of its start beside what else is to be known."""
+        """Saves the soft prompt, or that of every task, with `extra`, what was trained, and the seed of its start."""
         virtual = self.virtual(params)
         if not processes.leads():
             return
         template = dataclasses.replace(self.template, task=None, tasks=())
-        trained = self.config.method.trainable_count(params)
-        extra = {"seed": self.config.train.seed, "trainable_parameters": trained, **extra}
+        extra = {"trainable_parameters": self.config.method.trainable_count(params), **extra}
         for name, (method, own) in self.config.method.artifacts(virtual, params).items():
-            save_prompt(folder / name, self.base, method, own, template, extra=extra)
+            start = {"seed": self.config.train.seed} if method == self.config.method else {}
+            save_prompt(folder / name, self.base, method, own, template, extra={**start, **extra})
 
     def fitted(self, plan: BatchPlan, together: int = 1) -> tuple["Experiment", StepMemory]:
         """The same with its rematerialisation chosen, and an estimate of what a step holds on each device.

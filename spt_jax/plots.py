@@ -115,6 +115,46 @@ def plot_comparison(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
     _save(figure, path)
 
 
+def plot_inspection(path: Path, report: Mapping[str, Any]) -> None:
+    """Draws `inspect.png`: a pane for every part of a report that is there.
+
+    Args:
+      path: the PNG to write.
+      report: what `inspect.json` holds: rows, lost, attention, similarity.
+    """
+    rows, lost, attention, similarity = (report.get(name) for name in ("rows", "lost", "attention", "similarity"))
+    figure, panes = _panes(sum(map(bool, (rows, lost, attention, similarity))) or 1)
+    left = iter(panes)
+    if rows:
+        pane, places = next(left), range(len(rows))
+        pane.bar(places, [row["norm"] for row in rows], color=LIGHT, label="norm")
+        if rows[0]["drift"] is not None:
+            pane.plot(places, [row["drift"] for row in rows], "o", color=ACCENT, markersize=4, label="drift from start")
+        pane.set(xlabel="virtual token", ylabel="in median norms of the vocabulary", title="Norms")
+        pane.legend(frameon=False, fontsize="small")
+    if lost:
+        pane = next(left)
+        values = np.asarray([own["interval"]["value"] for own in lost])
+        ends = np.asarray([[own["interval"]["low"], own["interval"]["high"]] for own in lost]).T
+        pane.errorbar(range(len(lost)), values, np.abs(ends - values), fmt="o", color=DARK, markersize=4, linewidth=1)
+        pane.axhline(0, color=GREY, linewidth=0.8, linestyle=":")
+        measure = report["measure"].replace("_", " ")
+        pane.set(xlabel="position taken away", ylabel=f"{measure} lost, 95 % interval", title="Worth")
+    if attention:
+        pane = next(left)
+        image = pane.imshow(np.asarray(attention["by_layer_and_position"]), aspect="auto", cmap="Blues")
+        figure.colorbar(image, ax=pane)
+        pane.set(xlabel="position", ylabel="layer", title="Attention of the last token")
+    if similarity:
+        pane, names = next(left), [Path(name).parent.name or name for name in similarity["prompts"]]
+        image = pane.imshow(np.asarray(similarity["cosines"]), cmap="RdBu_r", vmin=-1, vmax=1)
+        figure.colorbar(image, ax=pane)
+        pane.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize="small")
+        pane.set_yticks(range(len(names)), names, fontsize="small")
+        pane.set(title="Cosines between prompts")
+    _save(figure, path)
+
+
 def _places(written: Sequence[str]) -> tuple[list[float], list[tuple[int, str]] | None]:
     """Where values stand along an axis: numbers at themselves, others one behind the other, with their labels."""
     try:

@@ -151,6 +151,16 @@ def attend(
     return ungrouped_heads((sum(mixed[1:], mixed[0]) / total).astype(queries.dtype), queries.shape)
 
 
+def attention_weights(
+    queries: Float[Array, "B T N H"], sources: Sequence[Source], scoring: Scoring
+) -> Float[Array, "B T S"]:
+    """The weights by which `attend` mixes the values of all sources together, means over heads, float32."""
+    grouped = grouped_heads(queries, sources[0].keys.shape[-2])
+    scores = jnp.concatenate([scores_of(grouped, source, scoring) for source in sources], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)
+    return weights.reshape(weights.shape[0], -1, queries.shape[1], weights.shape[-1]).mean(axis=1)
+
+
 def _as_one(sources: Sequence[Source]) -> Source:
     """All keys of a row behind each other."""
     rows = sources[0].mask.shape[0]

@@ -18,6 +18,7 @@ from spt_jax.models.attention import (
     Source,
     Stream,
     attend,
+    attention_weights,
     soft_capped,
     visible,
     within_window,
@@ -81,6 +82,10 @@ def _unless_last(module: nn.Module, layer: LayerInputs, function: Any, x: Array)
     return function(module, x) if layer.last is None else nn.cond(layer.last, lambda _, x: x, function, module, x)
 
 
+# The collection that attention weights are put into, where a caller asks for it.
+ATTENTION = "attention_weights"
+
+
 class Attention(nn.Module):
     """Self-attention of one layer over prefix, cache and the row itself. Returns the row's keys and values too."""
 
@@ -124,6 +129,8 @@ class Attention(nn.Module):
                 # A step of decoding has few scores.
                 kernel = self.kernel if cache is None else "xla"
                 out = attend(queries, sources, scoring, kernel=kernel, mesh=self.mesh)
+                if self.is_mutable_collection(ATTENTION):
+                    self.sow(ATTENTION, "weights", attention_weights(queries, sources, scoring))
             if gated is not None:
                 out = out + _gated_attention(queries, gated)
             out = out.reshape(batch, length, config.heads * config.head_size)
@@ -273,7 +280,11 @@ class Decoder(nn.Module):
         block: Any = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=policy)
         in_axes: Any = (0, nn.broadcast)
         scan = nn.scan(
-            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=in_axes, length=config.layers
+            block,
+            variable_axes={"params": 0, ATTENTION: 0},
+            split_rngs={"params": True},
+            in_axes=in_axes,
+            length=config.layers,
         )
         x, keys_values = scan(config, self.mesh, self.attention, return_keys_values, name="layers")(x, layers, shared)
         return self.final_norm(x) if return_hidden else None, keys_values

@@ -1,0 +1,150 @@
+"""LoRA through PEFT with a run's own data and steps, for `python -m spt_jax compare --others LoRA=DIRECTORY`.
+
+    python benchmarks/lora.py configs/quickstart.py --workdir out/lora
+
+Takes train.py's words. The base reads the records as the run's template has them without virtual tokens; the loss is
+over the verbalizers, each of one token; Adam's rate falls to 0 in a line; of three rates, and of ten moments of each
+run, validation chooses. Writes facts.json and predictions.jsonl. Torch and peft are needed.
+"""
+
+import copy
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from spt_jax.base import local_directory
+from spt_jax.command_line import parse_train
+from spt_jax.comparison import FACTS_FILE, PREDICTIONS_FILE, Facts
+from spt_jax.config import resolve
+from spt_jax.data.encoder import Example
+from spt_jax.errors import ConfigError
+from spt_jax.evaluation import EvaluationSet, classification
+from spt_jax.experiment import load_experiment
+from spt_jax.predictions import predictions_jsonl
+
+RATES = (1e-3, 3e-3, 1e-2)
+RANK, ALPHA = 8, 16
+
+
+def padded(examples: Sequence[Example]) -> dict[str, Any]:
+    """Prompts padded on the right, and the place of the last token of each."""
+    import torch
+
+    lengths = [len(example.ids) for example in examples]
+    ids = np.zeros((len(examples), max(lengths)), np.int64)
+    for row, example in enumerate(examples):
+        ids[row, : lengths[row]] = example.ids
+    mask = np.arange(ids.shape[1]) < np.asarray(lengths)[:, None]
+    return {
+        "input_ids": torch.tensor(ids),
+        "attention_mask": torch.tensor(mask.astype(np.int64)),
+        "last": torch.tensor(lengths) - 1,
+    }
+
+
+def class_scores(model: Any, examples: Sequence[Example]) -> Any:
+    """Log-probabilities [B, C] of the classes' tokens behind each prompt."""
+    import torch
+
+    inputs = padded(examples)
+    last = inputs.pop("last")
+    logits = model(**inputs).logits[torch.arange(len(last)), last]
+    classes = torch.tensor([int(choice[0]) for choice in examples[0].choices])
+    return torch.log_softmax(logits.float(), dim=-1)[:, classes]
+
+
+def scores(model: Any, data: EvaluationSet) -> np.ndarray:
+    """Of every record, in order."""
+    import torch
+
+    model.eval()
+    with torch.no_grad():
+        found = [class_scores(model, data.examples[start : start + 64]) for start in range(0, len(data.examples), 64)]
+    model.train()
+    return torch.cat(found).numpy()
+
+
+def batches(examples: Sequence[Example], size: int, steps: int, seed: int) -> Iterator[list[Example]]:
+    """Examples in a new order in every epoch."""
+    rng = np.random.default_rng(seed)
+    order: list[int] = []
+    for _ in range(steps):
+        while len(order) < size:
+            order += rng.permutation(len(examples)).tolist()
+        yield [examples[i] for i in order[:size]]
+        del order[:size]
+
+
+def train(folder: Path, examples: Sequence[Example], validation: EvaluationSet, config: Any, rate: float) -> Any:
+    """A run at one rate: its best model, that model's validation metrics, and the seconds of its steps."""
+    import peft
+    import torch
+    import transformers
+
+    torch.manual_seed(config.seed)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "v_proj"])
+    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.steps)
+    best, metrics, seconds = None, {"accuracy": -1.0}, 0.0
+    model.train()
+    for step, batch in enumerate(batches(examples, config.batch_size, config.steps, config.seed), 1):
+        begun = time.perf_counter()
+        labels = torch.tensor([example.label for example in batch])
+        loss = torch.nn.functional.cross_entropy(class_scores(model, batch), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        seconds += time.perf_counter() - begun
+        if step % config.evaluate_every == 0 or step == config.steps:
+            now = classification(validation, scores(model, validation)).metrics
+            print(f"rate {rate}: step {step}, validation accuracy {now['accuracy']:.3f}", flush=True)
+            if now["accuracy"] > metrics["accuracy"]:
+                best, metrics = copy.deepcopy(model), now
+    return best, metrics, seconds
+
+
+def main(argv: Sequence[str]) -> None:
+    """Trains, asks the test records, and writes."""
+    command = parse_train(argv)
+    experiment = load_experiment(resolve(command.config))
+    config, records = experiment.config, (experiment.train, experiment.validation, experiment.test)
+    if records[1] is None or records[2] is None or not experiment.template.verbalizers:
+        raise ConfigError("this benchmark needs validation and test records, and verbalizers")
+    template = experiment.template.bare()
+    examples = experiment.encoder(template).encode_all(records[0])
+    if any(len(choice) != 1 for choice in examples[0].choices):
+        raise ConfigError("this benchmark needs verbalizers of one token each")
+    validation, test = (experiment.evaluation_set(own, template) for own in records[1:])  # type: ignore[arg-type]
+    folder = local_directory(config.base.path, config.base.revision)
+    runs = [train(folder, examples, validation, config.train, rate) for rate in RATES]
+    model, metrics, seconds = max(runs, key=lambda run: run[1]["accuracy"])
+    begun = time.perf_counter()
+    result = classification(test, scores(model, test))
+    numbers = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    facts = Facts(
+        trainable_parameters=numbers,
+        bytes=4 * numbers,
+        train_seconds=round(seconds, 2),
+        test_seconds=round(time.perf_counter() - begun, 2),
+    )
+    command.workdir.mkdir(parents=True, exist_ok=True)
+    (command.workdir / PREDICTIONS_FILE).write_text(predictions_jsonl({"LoRA": result.predictions}))
+    (command.workdir / FACTS_FILE).write_text(json.dumps(dataclasses.asdict(facts), indent=2) + "\n")
+    print(f"validation {metrics['accuracy']:.3f}, test {result.metrics['accuracy']:.3f}; written to {command.workdir}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
