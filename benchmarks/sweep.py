@@ -42,6 +42,7 @@ def train(task: str, steps: int, workdir: Path) -> dict[str, Any]:
         "--train.steps": (steps,),
     }
     words = [word for name, values in numbers.items() for word in (name, *map(str, values))]
+    words += ["--data.truncate", "text"]  # some messages leave no room for the longest prompts
     resume = ["--resume"] if (workdir / "config.json").exists() else []
     command = [sys.executable, "-m", "spt_jax", "sweep", *TASKS[task], "--workdir", str(workdir), *words, *resume]
     subprocess.run(command, cwd=ROOT, check=True)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import tyro
 
-from spt_jax import comparison, sweep
+from spt_jax import comparison, find_rate, sweep
 from spt_jax.attribution import ablate, attention_received
 from spt_jax.base import FrozenBase, load_base
 from spt_jax.config import EvaluationConfig
@@ -457,7 +457,7 @@ COMMANDS: dict[str, Any] = {
 
 
 # Commands that start from a config file, as train.py does.
-JOBS: dict[str, Any] = {"sweep": sweep.main, "compare": comparison.main}
+JOBS: dict[str, Any] = {"sweep": sweep.main, "compare": comparison.main, "find-rate": find_rate.main}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from spt_jax.files import write_bytes
 from spt_jax.plateau import Estimate
@@ -122,6 +123,8 @@ def plot_inspection(path: Path, report: Mapping[str, Any]) -> None:
       path: the PNG to write.
       report: what `inspect.json` holds: rows, lost, attention, similarity.
     """
+    from matplotlib.ticker import MaxNLocator
+
     rows, lost, attention, similarity = (report.get(name) for name in ("rows", "lost", "attention", "similarity"))
     figure, panes = _panes(sum(map(bool, (rows, lost, attention, similarity))) or 1)
     left = iter(panes)
@@ -131,6 +134,7 @@ def plot_inspection(path: Path, report: Mapping[str, Any]) -> None:
         if rows[0]["drift"] is not None:
             pane.plot(places, [row["drift"] for row in rows], "o", color=ACCENT, markersize=4, label="drift from start")
         pane.set(xlabel="virtual token", ylabel="in median norms of the vocabulary", title="Norms")
+        pane.xaxis.set_major_locator(MaxNLocator(integer=True))
         pane.legend(frameon=False, fontsize="small")
     if lost:
         pane = next(left)
@@ -145,6 +149,8 @@ def plot_inspection(path: Path, report: Mapping[str, Any]) -> None:
         image = pane.imshow(np.asarray(attention["by_layer_and_position"]), aspect="auto", cmap="Blues")
         figure.colorbar(image, ax=pane)
         pane.set(xlabel="position", ylabel="layer", title="Attention of the last token")
+        pane.xaxis.set_major_locator(MaxNLocator(integer=True))
+        pane.yaxis.set_major_locator(MaxNLocator(integer=True))
     if similarity:
         pane, names = next(left), [Path(name).parent.name or name for name in similarity["prompts"]]
         image = pane.imshow(np.asarray(similarity["cosines"]), cmap="RdBu_r", vmin=-1, vmax=1)
@@ -152,6 +158,23 @@ def plot_inspection(path: Path, report: Mapping[str, Any]) -> None:
         pane.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize="small")
         pane.set_yticks(range(len(names)), names, fontsize="small")
         pane.set(title="Cosines between prompts")
+    _save(figure, path)
+
+
+def plot_range_test(
+    path: Path,
+    rates: Float[np.ndarray, " N"],
+    losses: Float[np.ndarray, " N"],
+    smoothed: Float[np.ndarray, " N"],
+    suggested: float,
+) -> None:
+    """Draws `rates.png`: the loss against a rate that rose from step to step, and the suggested rate."""
+    figure, (pane,) = _panes(1)
+    pane.plot(rates, losses, color=LIGHT, linewidth=0.8, label="each step")
+    pane.plot(rates, smoothed, color=DARK, label="smoothed")
+    pane.axvline(suggested, color=ACCENT, linestyle="--", label=f"suggested: {suggested:.2g}")
+    pane.set(xscale="log", xlabel="learning rate", ylabel="training loss")
+    pane.legend(frameon=False, fontsize="small")
     _save(figure, path)
 
 

@@ -1,0 +1,81 @@
+"""`python -m spt_jax find-rate`: a learning rate for a config, by a range test."""
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from spt_jax import measure
+from spt_jax.command_line import Job, config_json, parse_job
+from spt_jax.config import AnyMethod, resolve
+from spt_jax.experiment import CONFIG_FILE, load_experiment, prepare_workdir
+from spt_jax.files import write_json
+from spt_jax.plots import plot_range_test
+from spt_jax.training.loop import progress_bar
+from spt_jax.training.optimizers import resolve_optimizer
+from spt_jax.training.population import Member
+from spt_jax.training.rate_finder import RangeTest, range_test
+
+PROGRAM = "-m spt_jax find-rate"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FindRate(Job[AnyMethod]):
+    """Trains once, with a learning rate that rises from step to step, and suggests one.
+
+    Attributes:
+      low: the first rate.
+      high: the last rate.
+      rates: how many steps lie between them.
+    """
+
+    prefix: ClassVar[str] = "rate-"
+
+    low: float = 1e-4
+    high: float = 10.0
+    rates: int = 100
+
+
+def main(argv: Sequence[str]) -> None:
+    """The whole test, from words to a suggestion.
+
+    Raises:
+      SptError: as the words, the data and the base have it.
+    """
+    command = parse_job(FindRate, argv, PROGRAM)
+    measure.keep_compiled_programs(command.compilation_cache)
+    experiment = load_experiment(resolve(command.config))
+    examples, plan = experiment.training_set()
+    experiment, _ = experiment.fitted(plan)
+    config, base = experiment.config, experiment.base
+    optimizer = resolve_optimizer(config.optimizer, base.config.family, config.method.recipe)
+    prepare_workdir(command.workdir, resume=False, overwrite=command.overwrite)
+    write_json(command.workdir / CONFIG_FILE, config_json(command))
+    with progress_bar(command.rates, 0) as bar:
+        found = range_test(
+            base,
+            Member(config.method, examples, plan, config.train.seed, 0.0, config.loss.class_weights or None),
+            optimizer,
+            experiment.objective(plan),
+            batch_size=config.train.batch_size,
+            low=command.low,
+            high=command.high,
+            steps=command.rates,
+            progress=lambda step: bar.update(1),
+        )
+    write_json(
+        command.workdir / "rates.json", {**as_json(found), "command": shlex.join(["python", *PROGRAM.split(), *argv])}
+    )
+    plot_range_test(command.workdir / "rates.png", found.rates, found.losses, found.smoothed, found.suggested)
+    now = f"{optimizer.name} has {optimizer.learning_rate} in this config"
+    print(f"suggested: --optimizer.learning-rate {found.suggested:.2g}; {now}")
+    print(f"{command.workdir}: rates.json, rates.png")
+
+
+def as_json(found: RangeTest) -> dict[str, Any]:
+    return {
+        "suggested": found.suggested,
+        "rates": found.rates.tolist(),
+        "losses": found.losses.tolist(),
+        "smoothed": found.smoothed.tolist(),
+    }
