@@ -5,12 +5,11 @@
 
 Trains every length with three seeds (`python -m spt_jax sweep --patience 0`), then reads what the sweep would have seen
 with its default patience: trials are the same, bit for bit on a CPU. An interrupted benchmark goes on. Writes JSON and
-the sweep's plot.
+the plot of that sweep.
 """
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import common
 from benchmarks.family import TASKS
 from spt_jax.plateau import Estimate, estimates, has_plateaued, shortest_of_the_best
+from spt_jax.plots import plot_sweep
 from spt_jax.predictions import read_predictions, record_values
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +42,8 @@ def train(task: str, steps: int, workdir: Path) -> dict[str, Any]:
         "--train.steps": (steps,),
     }
     words = [word for name, values in numbers.items() for word in (name, *map(str, values))]
-    words += ["--data.truncate", "text"]  # some messages leave no room for the longest prompts
+    if task == "sms_spam":  # of which some leave no room for the longest prompts
+        words += ["--data.truncate", "text"]
     resume = ["--resume"] if (workdir / "config.json").exists() else []
     command = [sys.executable, "-m", "spt_jax", "sweep", *TASKS[task], "--workdir", str(workdir), *words, *resume]
     subprocess.run(command, cwd=ROOT, check=True)
@@ -104,7 +105,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         f" {tests[picked].mean:.3f}; the best, {LENGTHS[best]}, has {tests[best].mean:.3f} [{low:.3f}, {high:.3f}]"
     )
     common.write_json(common.RESULTS / f"sweep_{options.task}.json", report)
-    shutil.copy(workdir / "sweep.png", common.RESULTS / f"sweep_{options.task}.png")
+    seen = [
+        ({"method.length": str(length)}, estimate, values.mean(axis=1).tolist())
+        for length, estimate, values in zip(LENGTHS, estimates(validation[:tried]), validation, strict=False)
+    ]
+    plot_sweep(common.RESULTS / f"sweep_{options.task}.png", seen, seen[picked][0], "accuracy")
 
 
 if __name__ == "__main__":

@@ -81,10 +81,10 @@ def plot_sweep(
         label = f"chosen: {means[taken]:.3f} at " + ", ".join(chosen.values())
         pane.plot(places[taken], means[taken], "o", color=ACCENT, markersize=7, zorder=3, label=label)
         pane.set(xlabel=field, ylabel=f"validation {measure}")
-        if labels is not None:
-            pane.set_xticks(*zip(*labels, strict=True))
-        elif min(places) > 0 and max(places) / min(places) >= 20:
+        if labels is None and min(places) > 0 and max(places) / min(places) > 30:
             pane.set_xscale("log")
+        elif labels is not None or len(set(written)) <= 12:
+            pane.set_xticks(*zip(*(labels or zip(places, written, strict=True)), strict=True))
     handles = dict(zip(*reversed(panes[0].get_legend_handles_labels()), strict=True))
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=len(fields), frameon=False, fontsize="small"
