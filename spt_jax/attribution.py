@@ -140,5 +140,5 @@ def _received(
     if prefix is not None:
         return at_last[..., : prefix.positions.shape[0]]
     assert virtual.tokens is not None
-    numbers = module.config.vocab_size + jnp.arange(virtual.tokens.shape[0])
+    numbers = module.config.vocab_size + jnp.arange(virtual.tokens.shape[0])[None, None]
     return jnp.einsum("lbt,btp->lbp", at_last, (ids[..., None] == numbers).astype(at_last.dtype))
