@@ -182,7 +182,7 @@ def _soft(experiment: Experiment, path: Path, bare: float) -> Way:
         trainable_parameters=saved.info["extra"].get("trainable_parameters", 0),
         bytes=sum(file.stat().st_size for file in path.glob("prompt.*")),
         train_seconds=json.loads(run.read_text()).get("train_seconds") if run.exists() else None,
-        extra_tokens=_mean_length(data.examples) + taken - bare,
+        extra_tokens=round(_mean_length(data.examples) + taken - bare, 3),
     )
     return Way(f"soft prompt: {path}", data, saved.virtual, facts)
 
@@ -197,7 +197,7 @@ def _written(experiment: Experiment, name: str, bare: float, template: Template,
     # What one would keep: the words of the prompt and of the examples.
     words = [template.prompt, *(str(shot[field]) for shot in shots for field in template.fields)]
     size = 0 if name == "no prompt" else sum(len(word.encode()) for word in words)
-    return Way(name, data, None, Facts(bytes=size, extra_tokens=_mean_length(data.examples) - bare))
+    return Way(name, data, None, Facts(bytes=size, extra_tokens=round(_mean_length(data.examples) - bare, 3)))
 
 
 def _probe(experiment: Experiment) -> Way:

@@ -198,3 +198,28 @@ def test_perplexity():
     assert metrics.perplexity(-1e6, 1) == math.inf
     with pytest.raises(DataError, match="no tokens"):
         metrics.perplexity([0.0], [0])
+
+
+def test_mcnemar_is_the_exact_binomial_test():
+    """Of 9 examples that one system alone has right, 8 are ours: 2 (1 + 9) / 2^9."""
+    ours = [1] * 8 + [0] + [1] * 20 + [0] * 5
+    theirs = [0] * 8 + [1] + [1] * 20 + [0] * 5
+    assert metrics.mcnemar(ours, theirs) == pytest.approx(2 * (1 + 9) / 2**9)
+    assert metrics.mcnemar(theirs, ours) == metrics.mcnemar(ours, theirs)
+    assert metrics.mcnemar([1, 0], [1, 0]) == 1.0
+    with pytest.raises(DataError, match="2 predictions for 1"):
+        metrics.mcnemar([1, 0], [1])
+
+
+def test_paired_bootstrap_has_the_level_that_it_says():
+    """Equal systems differ at p < 0.1 in about a tenth of experiments; unequal ones nearly always."""
+    rng = np.random.default_rng(0)
+    found = [metrics.paired_bootstrap(*rng.normal(size=(2, 80)), resamples=500).p < 0.1 for _ in range(300)]
+    assert 0.05 < np.mean(found) < 0.16
+    ours, theirs = rng.normal(size=(2, 80)) + np.asarray([[1.0], [0.0]])
+    difference = metrics.paired_bootstrap(ours, theirs)
+    assert difference.p < 0.001 and difference.interval.value == pytest.approx((ours - theirs).mean())
+    error = (ours - theirs).std() / math.sqrt(80)
+    assert difference.interval.low == pytest.approx((ours - theirs).mean() - 1.96 * error, abs=0.03)
+    assert metrics.paired_bootstrap(theirs, ours).p == difference.p
+    assert metrics.paired_bootstrap([1.0, 0.0], [1.0, 0.0]).p == 1.0

@@ -17,11 +17,11 @@ CHATML = (
 
 
 def encoder(prompt: str, target: str = " {label}", *, kind: str = "byte", max_length: int = 200, **options) -> Encoder:
-    chat_template = options.pop("chat_template", None)
+    chat_template, shots = options.pop("chat_template", None), options.pop("shots", ())
     tokenizer = tiny_tokenizer(kind)
     tokenizer.chat_template = chat_template
     options.setdefault("virtual_tokens", virtual_length(prompt) or (3 if "<soft>" in prompt else 0))
-    return Encoder(Template(prompt=prompt, target=target, **options), tokenizer, V, max_length)
+    return Encoder(Template(prompt=prompt, target=target, **options), tokenizer, V, max_length, shots)
 
 
 def decode(tokenizer, ids) -> str:
@@ -173,3 +173,44 @@ def test_example_positions():
 def test_two_classes_cannot_read_alike():
     with pytest.raises(ConfigError, match="same token ids"):
         encoder("{t}", verbalizers={"a": "x", "b": "x"})
+
+
+SHOTS = [{"t": "One <eos> day", "label": "a"}, {"t": "Two", "label": "b"}]
+
+
+@pytest.mark.parametrize("front", ["", "<bos>"])
+def test_solved_examples_stand_in_front(front: str):
+    """The text of all of them, with the ids of their answers as they are scored, and nothing in it a control token."""
+    e = encoder(front + "Q: {t}\nA:", " {label}", shots=SHOTS, verbalizers={"a": "yes", "b": "no"})
+    tokenizer = tiny_tokenizer()
+    example = e.encode({"t": "Three", "label": "a"}, 0)
+    assert example.ids[0] == tokenizer.bos_token_id and (example.ids[1:] != tokenizer.bos_token_id).all()
+    assert tokenizer.eos_token_id not in example.ids
+    text = "Q: One <eos> day\nA: yes\n\nQ: Two\nA: no\n\nQ: Three\nA:"
+    assert tokenizer.decode(example.ids[1:]) == text
+    plain = encoder(front + "Q: {t}\nA:", " {label}", verbalizers={"a": "yes", "b": "no"})
+    for ours, own in zip(example.choices, plain.encode({"t": "Three", "label": "a"}, 0).choices, strict=True):
+        np.testing.assert_array_equal(ours, own)
+    choice = example.choices[0]
+    at = len(tokenizer.encode("Q: One <eos> day\nA:", split_special_tokens=True))
+    np.testing.assert_array_equal(example.ids[at : at + len(choice)], choice)
+    examples = e.encode_all([{"t": t, "label": "a"} for t in ("Three", "Four")])
+    assert e.head_length(examples) > len(example.ids) - len(tokenizer.encode("Q: Three\nA:")) - 3  # run once for all
+
+
+def test_solved_examples_are_turns_of_a_chat():
+    shots = [{"t": "One", "label": "a"}, {"t": "Two", "label": "b"}]
+    e = encoder("Say {t}", "{label}", chat=True, system="Be brief.", chat_template=CHATML, shots=shots)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHATML
+    messages = [{"role": "system", "content": "Be brief."}]
+    for shot in shots:
+        messages += [{"role": "user", "content": f"Say {shot['t']}"}, {"role": "assistant", "content": shot["label"]}]
+    messages.append({"role": "user", "content": "Say Three"})
+    expected = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
+    assert e.prompt_ids({"t": "Three", "label": "c"}).tolist() == list(expected)
+
+
+def test_solved_examples_go_with_a_written_prompt():
+    with pytest.raises(ConfigError, match="in front of a written prompt"):
+        encoder("<soft>{t}", shots=SHOTS)

@@ -1,0 +1,58 @@
+"""The range test: its steps are those of training, and it stops where the loss blows up."""
+
+import json
+
+import numpy as np
+import pytest
+
+from spt_jax.__main__ import main
+from spt_jax.errors import ConfigError, TrainingError
+from spt_jax.training import rate_finder
+from spt_jax.training.optimizers import OptimizerConfig, resolve_optimizer
+from spt_jax.training.rate_finder import SMOOTHING, range_test
+from spt_jax.training.step import Objective
+from tests.jobs import words, write_task
+from tests.training.test_population import ADAM, BATCH, alone, base_of, member
+
+
+def test_the_first_step_is_that_of_a_run():
+    base, own = base_of(), member(seed=3, rate=0.01)
+    found = range_test(base, own, ADAM, Objective(), batch_size=BATCH, low=0.01, high=0.1, steps=10)
+    losses, _ = alone(base, own)
+    # The second loss is that of the first step, which both took at the rate 0.01.
+    np.testing.assert_array_equal(found.losses[:2], losses[:2])
+    np.testing.assert_allclose(found.rates, 0.01 * 10 ** (np.arange(10) / 9))
+    weights = SMOOTHING ** np.arange(10)[::-1]
+    assert found.smoothed[-1] == pytest.approx((weights * found.losses).sum() / weights.sum())
+    assert found.suggested == pytest.approx(found.rates[found.smoothed.argmin()] / 10)
+
+
+def test_it_stops_where_the_loss_blows_up(monkeypatch):
+    """Norms hold the tiny model's loss down, whatever the rate, so that a small rise has to count as a large one."""
+    monkeypatch.setattr(rate_finder, "BLOWN_UP", 1.05)
+    sgd = resolve_optimizer(OptimizerConfig(name="sgd"), "llama")
+    found = range_test(base_of(), member(), sgd, Objective(), batch_size=BATCH, low=1e-3, high=1e12, steps=60)
+    assert len(found.rates) < 60 and found.smoothed[-1] <= 1.05 * found.smoothed.min()
+    assert np.isfinite(found.losses).all() and found.suggested < found.rates[-1]
+
+
+def test_tests_that_cannot_be(monkeypatch):
+    base = base_of()
+    for wrong in ({"low": 0.0}, {"low": 1.0, "high": 0.1}, {"steps": 5}):
+        with pytest.raises(ConfigError, match="a range test goes up"):
+            range_test(base, member(), ADAM, Objective(), batch_size=BATCH, **wrong)
+    monkeypatch.setattr(rate_finder, "BLOWN_UP", 0.5)
+    with pytest.raises(TrainingError, match="begin lower than 0.0001"):
+        range_test(base, member(), ADAM, Objective(), batch_size=BATCH, steps=20)
+
+
+def test_the_command_suggests_and_writes(tmp_path, capsys):
+    write_task(tmp_path)
+    line = words(tmp_path, tmp_path / "out")
+    assert main(["find-rate", *line, "--rates", "12"]) == 0
+    found = json.loads((tmp_path / "out" / "rates.json").read_text())
+    assert f"--optimizer.learning-rate {found['suggested']:.2g}" in capsys.readouterr().out
+    assert len(found["rates"]) == len(found["losses"]) <= 12
+    assert (tmp_path / "out" / "rates.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert main(["find-rate", *line]) == 2
+    assert "already exists" in capsys.readouterr().err
