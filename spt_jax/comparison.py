@@ -1,68 +1,27 @@
-"""`python -m spt_jax compare`: a soft prompt against everything that one might do instead, on the same test records."""
+"""A soft prompt against everything that one might do instead, on the same test records."""
 
 import dataclasses
 import json
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from spt_jax import measure, metrics
+from spt_jax import metrics
 from spt_jax.base import FrozenBase
-from spt_jax.command_line import Job, config_json, parse_job
-from spt_jax.config import AnyMethod, resolve
 from spt_jax.data.encoder import Encoder, Example
 from spt_jax.data.templates import Template
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation import EvaluationSet, evaluate, make_evaluation_set, selection_score
-from spt_jax.experiment import CONFIG_FILE, Experiment, Records, load_experiment, prepare_workdir
-from spt_jax.files import write_json, write_text
-from spt_jax.options import Pairs
-from spt_jax.plots import plot_comparison
-from spt_jax.predictions import Prediction, measures, predictions_jsonl, read_predictions, record_values
+from spt_jax.experiment import Experiment, Records
+from spt_jax.predictions import Prediction, measures, read_predictions, record_values
 from spt_jax.probe import PENALTIES, features, fit_probe
 from spt_jax.prompts import VirtualPrompt
 from spt_jax.prompts.storage import load_prompt
 
-PROGRAM = "-m spt_jax compare"
 FACTS_FILE, PREDICTIONS_FILE = "facts.json", "predictions.jsonl"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Compare(Job[AnyMethod]):
-    """Compares soft prompts with no prompt, hand-written prompts, solved examples in context, and a linear probe.
-
-    Attributes:
-      prompts: directories of saved soft prompts; the first is what all others are compared with.
-      shots: numbers of solved training examples to put in front of a request; each is a way of asking.
-      shots_seed: of their choice.
-      probe: for classes, also a linear probe on the frozen base's features.
-      others: NAME=DIRECTORY of systems outside, each with predictions.jsonl and facts.json as this command writes them.
-    """
-
-    prefix: ClassVar[str] = "compare-"
-
-    prompts: tuple[Path, ...] = ()
-    shots: tuple[int, ...] = (4,)
-    shots_seed: int = 0
-    probe: bool = True
-    others: Pairs = dataclasses.field(default_factory=dict)
-
-    def validate(self) -> None:
-        """Checks what no field can say by itself.
-
-        Raises:
-          ConfigError: naming the fields.
-        """
-        if not self.prompts:
-            raise ConfigError("--prompts names the saved soft prompt to compare, such as out/quickstart/prompt")
-        if self.config.data.test is None:
-            raise ConfigError("a comparison is made on test records; give --data.test")
-        if any(shots < 1 for shots in self.shots):
-            raise ConfigError(f"--shots are {self.shots}; each is 1 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,43 +61,38 @@ class Entry:
     facts: Facts
 
 
-def main(argv: Sequence[str]) -> None:
-    """The whole comparison, from words to table.
-
-    Raises:
-      SptError: as the words, the data and the prompts have it.
-    """
-    command = parse_job(Compare, argv, PROGRAM)
-    command.validate()
-    measure.keep_compiled_programs(command.compilation_cache)
-    experiment = load_experiment(resolve(command.config))
-    outside = [read_outside(name, Path(folder)) for name, folder in command.others.items()]
-    entries = [*(ask(experiment.base, way) for way in ways(experiment, command)), *outside]
-    table = make_table(entries, list(experiment.template.verbalizers))
-    prepare_workdir(command.workdir, resume=False, overwrite=command.overwrite)
-    write_results(command.workdir, entries, table, config_json(command), argv)
-    print(markdown(table))
-    print(f"{command.workdir}: compare.md, compare.json, compare.png, predictions.jsonl")
-
-
-def ways(experiment: Experiment, command: Compare[Any]) -> list[Way]:
+def ways(
+    experiment: Experiment,
+    prompts: Sequence[Path],
+    *,
+    shots: Sequence[int] = (),
+    shots_seed: int = 0,
+    probe: bool = True,
+) -> list[Way]:
     """Every way of asking that runs here, in the order of the table.
+
+    Args:
+      experiment: the base, the data, and the template without its virtual tokens.
+      prompts: directories of saved soft prompts.
+      shots: numbers of solved examples to ask with, behind the hand-written prompt that validation prefers.
+      shots_seed: of their choice.
+      probe: for classes, also a linear probe.
 
     Raises:
       DataError, CheckpointError: a way cannot read the test records, or a prompt is for another base.
     """
     bare, template = bare_tokens(experiment), experiment.template
-    found = [_soft(experiment, path, bare) for path in command.prompts]
+    found = [_soft(experiment, path, bare) for path in prompts]
     if template.reads is not None:
         return found  # without a head, the model neither tags nor points
     found.append(_written(experiment, "no prompt", bare, template.bare()))
     texts = experiment.config.data.hard_prompt
     found += [_written(experiment, f"hand-written: {text}", bare, template.bare(text)) for text in texts]
     asked_by = template.bare(best_text(experiment))
-    for count in command.shots:
-        shots = draw_shots(experiment.train, template, count, command.shots_seed)
-        found.append(_written(experiment, f"{count} solved examples", bare, asked_by, shots))
-    if command.probe and template.verbalizers:
+    for count in shots:
+        solved = draw_shots(experiment.train, template, count, shots_seed)
+        found.append(_written(experiment, f"{count} solved examples", bare, asked_by, solved))
+    if probe and template.verbalizers:
         found.append(_probe(experiment))
     return found
 
@@ -342,26 +296,3 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
         return "-"
     ends = row.get(f"{name}_interval")
     return f"{row[name]:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
-
-
-def write_results(
-    workdir: Path,
-    entries: Sequence[Entry],
-    table: Sequence[Mapping[str, Any]],
-    settings: Mapping[str, Any],
-    argv: Sequence[str],
-) -> None:
-    """compare.json, compare.md, compare.png, and predictions.jsonl, from which all of it can be computed again."""
-    write_json(workdir / CONFIG_FILE, settings)
-    write_text(workdir / PREDICTIONS_FILE, predictions_jsonl({entry.name: entry.predictions for entry in entries}))
-    write_json(
-        workdir / "compare.json",
-        {
-            "table": table,
-            "device": measure.device_name(),
-            "versions": measure.versions(),
-            "command": shlex.join(["python", *PROGRAM.split(), *argv]),
-        },
-    )
-    write_text(workdir / "compare.md", markdown(table) + "\n")
-    plot_comparison(workdir / "compare.png", table)

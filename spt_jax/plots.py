@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spt_jax.files import write_bytes
-from spt_jax.plateau import Estimate
+from spt_jax.sweeps.plateau import Estimate
 
 LIGHT, DARK, ACCENT, GREY = "#9bbad9", "#1f4e79", "#b3541e", "#555555"
 

@@ -11,12 +11,13 @@ from spt_jax.command_line import config_json
 from spt_jax.config import ExperimentConfig
 from spt_jax.data.batches import BatchPlan
 from spt_jax.data.encoder import Example
+from spt_jax.errors import CheckpointError
 from spt_jax.evaluation import EvaluationSet, evaluate
 from spt_jax.experiment import Experiment, load_experiment
 from spt_jax.files import write_text
 from spt_jax.predictions import predictions_jsonl
-from spt_jax.search import Settings
-from spt_jax.table import flat
+from spt_jax.sweeps.settings import Settings
+from spt_jax.sweeps.table import flat, write_table
 from spt_jax.training.halving import Halving, Standing, fit_population
 from spt_jax.training.logs import MetricsLog
 from spt_jax.training.optimizers import resolve_optimizer
@@ -24,6 +25,7 @@ from spt_jax.training.population import Member, default_group_size
 
 Row = dict[str, Any]
 PREDICTIONS_FILE = "predictions.jsonl"
+ROWS_FILE = "trials.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,3 +209,35 @@ def _without_lists(metrics: Mapping[str, Any]) -> dict[str, Any]:
         else:
             found[name] = value
     return found
+
+
+def write_rows(workdir: Path, planned: dict[int, Trial], rows: dict[int, Row]) -> None:
+    """The table: as lines, from which the sweep goes on, as CSV and as Parquet."""
+    lines = [{**_identity(planned[number]), "row": rows[number]} for number in sorted(rows)]
+    write_text(workdir / ROWS_FILE, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_table(workdir / "trials", [line["row"] for line in lines])
+
+
+def read_rows(workdir: Path, planned: dict[int, Trial]) -> dict[int, Row]:
+    """The rows of the trials that have ended.
+
+    Raises:
+      CheckpointError: the table is that of another sweep.
+    """
+    path = workdir / ROWS_FILE
+    found: dict[int, Row] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        saved = json.loads(line)
+        row = saved.pop("row")
+        here = _identity(planned[row["trial"]]) if row["trial"] in planned else None
+        if saved != here:
+            raise CheckpointError(
+                f"{path} is a table from another sweep: trial {row['trial']} is {saved} there and"
+                f" {here or 'none'} here. Give another --workdir, or --overwrite"
+            )
+        found[row["trial"]] = row
+    return found
+
+
+def _identity(trial: Trial) -> dict[str, Any]:
+    return {"settings": trial.settings, "seed": trial.config.train.seed}

@@ -5,35 +5,44 @@ improving, by the rules of `plateau`.
 """
 
 import dataclasses
-import json
-import math
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
-
-import numpy as np
 
 from spt_jax import measure
 from spt_jax.command_line import Job, config_json, parse_job
 from spt_jax.config import AnyMethod, resolve
-from spt_jax.ensemble import evaluate_ensemble
-from spt_jax.errors import CheckpointError, ConfigError, TrainingError
-from spt_jax.evaluation import selection_score
+from spt_jax.errors import ConfigError, TrainingError
 from spt_jax.experiment import open_workdir
-from spt_jax.files import write_json, write_text
-from spt_jax.plateau import Estimate, check_records, estimates, has_plateaued, shortest_of_the_best
+from spt_jax.files import write_json
 from spt_jax.plots import plot_sweep
-from spt_jax.predictions import measures, read_predictions, record_values
-from spt_jax.prompts.storage import INFO_FILE, load_prompt, write_directory
-from spt_jax.search import Settings, parse_field, settings
-from spt_jax.table import write_table
+from spt_jax.predictions import measures, read_predictions
+from spt_jax.sweeps.plateau import Estimate, check_records, has_plateaued, shortest_of_the_best
+from spt_jax.sweeps.results import (
+    LENGTH,
+    Score,
+    ask_together,
+    by_length,
+    copy_prompt,
+    predictions_file,
+    scored,
+    scores_by_seed,
+    trial_score,
+)
+from spt_jax.sweeps.settings import Settings, parse_field, settings
+from spt_jax.sweeps.trials import (
+    Preparation,
+    Row,
+    Trial,
+    populations,
+    read_rows,
+    train_population,
+    trial_folder,
+    write_rows,
+)
 from spt_jax.training.halving import Halving
-from spt_jax.trials import PREDICTIONS_FILE, Preparation, Row, Trial, populations, train_population, trial_folder
 
-LENGTH = "method.length"
 PROGRAM = "-m spt_jax sweep"
-ROWS_FILE = "trials.jsonl"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,16 +93,6 @@ class Sweep(Job[AnyMethod]):
             raise ConfigError("--halving ends trials early, and --lengths compares trials at their end; give one")
         if self.config.data.validation is None:
             raise ConfigError("a sweep chooses by validation; give --data.validation")
-
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """A setting, its trials that came to their end, and the mean of their scores on validation and test."""
-
-    settings: Settings
-    trials: tuple[int, ...]
-    validation: Estimate
-    test: Estimate | None
 
 
 def main(argv: Sequence[str]) -> None:
@@ -182,74 +181,6 @@ def plan_stages(command: Sweep[Any], argv: Sequence[str]) -> list[list[Trial]]:
     return stages
 
 
-def write_rows(workdir: Path, planned: dict[int, Trial], rows: dict[int, Row]) -> None:
-    """The table: as lines, from which the sweep goes on, as CSV and as Parquet."""
-    lines = [{**_identity(planned[number]), "row": rows[number]} for number in sorted(rows)]
-    write_text(workdir / ROWS_FILE, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    write_table(workdir / "trials", [line["row"] for line in lines])
-
-
-def read_rows(workdir: Path, planned: dict[int, Trial]) -> dict[int, Row]:
-    """The rows of the trials that have ended.
-
-    Raises:
-      CheckpointError: the table is that of another sweep.
-    """
-    path = workdir / ROWS_FILE
-    found: dict[int, Row] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        saved = json.loads(line)
-        row = saved.pop("row")
-        here = _identity(planned[row["trial"]]) if row["trial"] in planned else None
-        if saved != here:
-            raise CheckpointError(
-                f"{path} is a table from another sweep: trial {row['trial']} is {saved} there and"
-                f" {here or 'none'} here. Give another --workdir, or --overwrite"
-            )
-        found[row["trial"]] = row
-    return found
-
-
-def _identity(trial: Trial) -> dict[str, Any]:
-    return {"settings": trial.settings, "seed": trial.config.train.seed}
-
-
-def scored(workdir: Path, rows: dict[int, Row], trials: Sequence[Trial]) -> list[Score]:
-    """Every setting, in the order of its trials, without trials that did not come to their end."""
-    by_setting: dict[str, list[Trial]] = {}
-    for trial in trials:
-        if not rows[trial.number]["status"].startswith(("halved", "dropped")):
-            by_setting.setdefault(json.dumps(trial.settings), []).append(trial)
-    every = list(by_setting.values())
-
-    def of(split: str) -> list[Estimate] | None:
-        read = [[read_predictions(_predictions(workdir, t.number), by="split") for t in own] for own in every]
-        if not read or split not in read[0][0]:
-            return None
-        measure = measures(read[0][0][split])[0]
-        return estimates([np.stack([record_values(one[split], measure) for one in own]) for own in read])
-
-    validation, test = of("validation") or [], of("test") or [None] * len(every)
-    return [
-        Score(own[0].settings, tuple(trial.number for trial in own), on_validation, on_test)
-        for own, on_validation, on_test in zip(every, validation, test, strict=True)
-    ]
-
-
-def _predictions(workdir: Path, number: int) -> Path:
-    return trial_folder(workdir, number) / PREDICTIONS_FILE
-
-
-def by_length(scores: Sequence[Score]) -> list[Score]:
-    """The best setting of every length, shortest first."""
-    best: dict[str, Score] = {}
-    for score in scores:
-        length = score.settings[LENGTH]
-        if length not in best or score.validation.mean > best[length].validation.mean:
-            best[length] = score
-    return list(best.values())
-
-
 def finish(command: Sweep[Any], prepare: Preparation, ran: Sequence[Trial], rows: dict[int, Row]) -> dict[str, Any]:
     """Chooses, saves the best prompt as `prompt/`, and draws `sweep.png`.
 
@@ -269,14 +200,14 @@ def finish(command: Sweep[Any], prepare: Preparation, ran: Sequence[Trial], rows
         lengths = by_length(scores)
         chosen = lengths[shortest_of_the_best([score.validation for score in lengths])]
         reason = f"the shortest within one standard error of the best, {_named(best.settings)}"
-    number = max(chosen.trials, key=lambda own: _trial_score(rows[own]))
-    _copy_prompt(trial_folder(workdir, number) / "prompt", workdir / "prompt")
-    predictions = read_predictions(_predictions(workdir, number), by="split")
+    number = max(chosen.trials, key=lambda own: trial_score(rows[own]))
+    copy_prompt(trial_folder(workdir, number) / "prompt", workdir / "prompt")
+    predictions = read_predictions(predictions_file(workdir, number), by="split")
     measured = measures(predictions["validation"])[0]
     print(f"chosen: {_named(chosen.settings)}, {reason}; {workdir}/prompt is its trial {number}")
     plot_sweep(
         workdir / "sweep.png",
-        [(score.settings, score.validation, _by_seed(workdir, score, measured)) for score in scores],
+        [(score.settings, score.validation, scores_by_seed(workdir, score, measured)) for score in scores],
         chosen.settings,
         measured.replace("_", " "),
     )
@@ -284,57 +215,9 @@ def finish(command: Sweep[Any], prepare: Preparation, ran: Sequence[Trial], rows
         "measure": measured,
         "settings": [_json(score) for score in scores],
         "chosen": {**_json(chosen), "trial": number, "reason": reason},
-        "ensemble": _ensemble(command.ensemble, prepare, ran, rows, workdir) if command.ensemble else None,
+        "ensemble": ask_together(command.ensemble, prepare, ran, rows, workdir) if command.ensemble else None,
         "trials": len(ran),
         "steps": sum(rows[trial.number]["steps"] for trial in ran),
-    }
-
-
-def _by_seed(workdir: Path, score: Score, measured: str) -> list[float]:
-    """The validation scores of a setting's trials."""
-    read = [read_predictions(_predictions(workdir, number), by="split") for number in score.trials]
-    return [float(record_values(own["validation"], measured).mean()) for own in read]
-
-
-def _trial_score(row: Row) -> float:
-    """By which a trial is better than another."""
-    metrics = {name.removeprefix("validation."): value for name, value in row.items() if name.startswith("validation.")}
-    return selection_score(metrics) if metrics else -math.inf
-
-
-def _copy_prompt(source: Path, target: Path) -> None:
-    """A saved prompt, or those of several tasks."""
-    for info in source.rglob(INFO_FILE):
-        files = {file.name: file.read_bytes() for file in info.parent.iterdir()}
-        (target / info.parent.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-        write_directory(target / info.parent.relative_to(source), files)
-
-
-def _ensemble(
-    count: int, prepare: Preparation, ran: Sequence[Trial], rows: dict[int, Row], workdir: Path
-) -> dict[str, Any]:
-    """The best trials by validation, asked together, on test records if there are any.
-
-    Raises:
-      ConfigError: they are of several bases.
-    """
-    chosen = sorted(ran, key=lambda trial: -_trial_score(rows[trial.number]))[:count]
-    every = [prepare(trial) for trial in chosen]
-    base = every[0].experiment.base
-    if any(own.experiment.base.fingerprint != base.fingerprint for own in every):
-        raise ConfigError(f"--ensemble: the best {count} trials are of several bases")
-    split = "test" if "test" in every[0].asked else "validation"
-    prompts = [load_prompt(trial_folder(workdir, trial.number) / "prompt", base).virtual for trial in chosen]
-    together = evaluate_ensemble(base, [own.asked[split] for own in every], prompts)
-    alone = [rows[trial.number][f"{split}.accuracy"] for trial in chosen]
-    accuracy = together.metrics["accuracy"]
-    print(f"the best {count} together: {split} accuracy {accuracy:.3f}, one by one {np.mean(alone):.3f} in the mean")
-    return {
-        "trials": [trial.number for trial in chosen],
-        "split": split,
-        "accuracy": accuracy,
-        "accuracy_interval": together.metrics["accuracy_interval"],
-        "mean_accuracy": float(np.mean(alone)),
     }
 
 

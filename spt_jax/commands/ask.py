@@ -1,0 +1,207 @@
+"""`python -m spt_jax generate | evaluate`: asks a saved prompt, or several together."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from spt_jax.commands.saved import Saved, encoder_for
+from spt_jax.config import EvaluationConfig
+from spt_jax.data.sources import check_fields, read_records
+from spt_jax.data.templates import MESSAGES, Template
+from spt_jax.ensemble import evaluate_ensemble, score_together
+from spt_jax.errors import ConfigError, did_you_mean
+from spt_jax.evaluation import EvaluationSet, evaluate, from_scores, make_evaluation_set
+from spt_jax.files import write_json
+from spt_jax.generation import SamplingConfig, generate
+from spt_jax.options import Lines, Pairs
+from spt_jax.prompts import VirtualPrompt
+from spt_jax.prompts.stacking import stack_prompts
+from spt_jax.prompts.storage import load_prompt, read_prompt
+from spt_jax.report import comparison_table
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(Saved):
+    """Answers texts with a soft prompt. A classifier prints the class, a tagging head a tag per word.
+
+    Attributes:
+      texts: one record each, for a template with one field.
+      names: where `prompt` is a folder of prompts, the name of the one for each text: they are all asked together.
+      fields: a record as name=value pairs, for a template with several.
+      max_new_tokens: longest answer.
+      temperature: 0 takes the likeliest token.
+      top_k: sample among so many tokens; 0 for all.
+      top_p: sample among the likeliest tokens that hold this probability.
+      stop: strings that end an answer.
+      seed: of sampling.
+    """
+
+    texts: tyro.conf.Positional[tuple[str, ...]] = ()
+    names: tuple[str, ...] = ()
+    fields: Pairs = dataclasses.field(default_factory=dict)
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: Lines = ()
+    seed: int = 0
+
+    def run(self) -> None:
+        sampling = SamplingConfig(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            stop=self.stop,
+            seed=self.seed,
+        )
+        if self.names:
+            self.run_together(sampling)
+            return
+        template = read_prompt(self.prompt).template
+        records = _records(template, self.texts, self.fields)
+        base, saved = self.load()
+        encoder = encoder_for(template, base, saved.virtual)
+        if template.verbalizers or template.reads:
+            asked = [encoder.with_any_label(record) for record in records]
+            result = evaluate(base, make_evaluation_set(base, encoder, asked), saved.virtual)
+            for prediction in result.predictions:
+                answer = prediction["prediction"]
+                print(answer if isinstance(answer, str) else " ".join(answer))
+            return
+        for answer in generate(base, [encoder.prompt_ids(record) for record in records], saved.virtual, sampling):
+            print(answer.text)
+
+    def run_together(self, sampling: SamplingConfig) -> None:
+        """Each text under its own prompt, in the same batches."""
+        if len(self.names) != len(self.texts):
+            raise ConfigError(f"{len(self.names)} names for {len(self.texts)} texts; give a name for each")
+        different = list(dict.fromkeys(self.names))
+        base, saved = self.load_all(self.named(different))
+        if len({bool(one.template.verbalizers) for one in saved}) > 1 or any(one.template.reads for one in saved):
+            raise ConfigError("some of these prompts answer with a class and some with words; ask them apart")
+        encoders = [encoder_for(one.template, base, one.virtual) for one in saved]
+        index = [different.index(name) for name in self.names]
+        records = [_records(saved[i].template, [text], {})[0] for i, text in zip(index, self.texts, strict=True)]
+        virtuals = [one.virtual for one in saved]
+        if not saved[0].template.verbalizers:
+            prompts = [encoders[i].prompt_ids(record) for i, record in zip(index, records, strict=True)]
+            for answer in generate(base, prompts, stack_prompts(virtuals), sampling, prompt_index=index):
+                print(answer.text)
+            return
+        asked = [
+            [encoder.with_any_label(r) for i, r in zip(index, records, strict=True) if i == own]
+            for own, encoder in enumerate(encoders)
+        ]
+        sets = [make_evaluation_set(base, encoder, own) for encoder, own in zip(encoders, asked, strict=True)]
+        scores = [iter(own) for own in score_together(base, sets, virtuals)]
+        for i in index:
+            print(list(saved[i].template.verbalizers)[int(next(scores[i]).argmax())])
+
+
+def _records(template: Template, texts: Sequence[str], fields: Mapping[str, str]) -> list[dict[str, Any]]:
+    names = template.prompt_fields
+    if texts and fields:
+        raise ConfigError("give texts or --fields, not both")
+    if template.is_conversation:
+        return [{MESSAGES: [{"role": "user", "content": text}]} for text in _some(texts)]
+    if fields:
+        unknown = sorted(set(fields) - set(names))
+        if unknown:
+            raise ConfigError(f"the template has no field {unknown[0]!r}; {did_you_mean(unknown[0], names)}")
+        return [dict(fields)]
+    if len(names) != 1:
+        raise ConfigError(
+            f"the template has the fields {', '.join(names) or 'none'}; give them as --fields name=value ..."
+        )
+    return [{names[0]: text} for text in _some(texts)]
+
+
+def _some(texts: Sequence[str]) -> Sequence[str]:
+    if not texts:
+        raise ConfigError("give at least one text to answer")
+    return texts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate(Saved):
+    """Scores a soft prompt, hand-written prompts and no prompt on a file.
+
+    Attributes:
+      data: a .jsonl, .json, .csv, .tsv or .parquet file, or a hub data set id.
+      split: of a hub data set.
+      hard_prompt: prompts to compare with.
+      by: where `prompt` is a folder of prompts, the records' field that names the one for each; all are asked together.
+      others: further prompts of the same task; each is scored, and their ensemble with the first.
+      combine: how the ensemble decides: by mean log-probability, or by vote.
+      batch_size: examples per batch.
+      max_new_tokens: of generated answers.
+      output: a JSON file for all metrics.
+    """
+
+    data: str
+    split: str = "test"
+    hard_prompt: Lines = ()
+    by: str | None = None
+    others: tuple[Path, ...] = ()
+    combine: Literal["mean", "vote"] = "mean"
+    batch_size: int = 64
+    max_new_tokens: int = 64
+    output: Path | None = None
+
+    def run(self) -> None:
+        records = read_records(self.data, split=self.split)
+        config = EvaluationConfig(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
+        if self.by is not None:
+            self.run_together(records, config)
+            return
+        template = read_prompt(self.prompt).template
+        check_fields(records, template.fields, self.data)
+        base, saved = self.load()
+
+        def asked(template: Template, virtual: VirtualPrompt | None) -> EvaluationSet:
+            return make_evaluation_set(base, encoder_for(template, base, virtual), records, config)
+
+        def metrics(template: Template, virtual: VirtualPrompt | None) -> dict[str, Any]:
+            return evaluate(base, asked(template, virtual), virtual).metrics
+
+        results: dict[str, Any] = {"soft_prompt": metrics(template, saved.virtual)}
+        if self.others:
+            every = [saved, *(load_prompt(path, base, force=self.force) for path in self.others)]
+            for path, other in zip(self.others, every[1:], strict=True):
+                results[str(path)] = metrics(other.template, other.virtual)
+            sets = [asked(prompt.template, prompt.virtual) for prompt in every]
+            together = evaluate_ensemble(base, sets, [prompt.virtual for prompt in every], self.combine)
+            results[f"{self.combine} of {len(every)} prompts"] = together.metrics
+        if template.reads is None:
+            results["no_prompt"] = metrics(template.bare(), None)
+        elif self.hard_prompt:
+            raise ConfigError(f"--hard-prompt: without a head, the model has no {template.head} to compare with")
+        for text in self.hard_prompt:
+            results[f"hard prompt {text!r}"] = metrics(template.bare(text), None)
+        self.report(results)
+
+    def report(self, results: Mapping[str, Any]) -> None:
+        print(comparison_table({"test": results}))
+        if self.output is not None:
+            write_json(self.output, results)
+
+    def run_together(self, records: Sequence[Mapping[str, Any]], config: EvaluationConfig) -> None:
+        """Each record under the prompt that it names, in the same batches."""
+        if self.others or self.hard_prompt:
+            raise ConfigError("--by evaluates a folder of prompts; --others and --hard-prompt go with a single one")
+        check_fields(records, [self.by or ""], self.data)
+        own: dict[str, list[Mapping[str, Any]]] = {}
+        for record in records:
+            own.setdefault(str(record[self.by or ""]), []).append(record)
+        base, saved = self.load_all(self.named(list(own)))
+        sets = []
+        for one, asked in zip(saved, own.values(), strict=True):
+            check_fields(asked, one.template.fields, self.data)
+            sets.append(make_evaluation_set(base, encoder_for(one.template, base, one.virtual), asked, config))
+        scores = score_together(base, sets, [one.virtual for one in saved])
+        results = [from_scores(asked, values).metrics for asked, values in zip(sets, scores, strict=True)]
+        self.report(dict(zip(own, results, strict=True)))

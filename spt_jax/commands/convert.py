@@ -1,0 +1,100 @@
+"""`python -m spt_jax import | export`: prompts of other libraries, in and out."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from spt_jax.base import load_base
+from spt_jax.commands.saved import Saved
+from spt_jax.data.sources import check_fields
+from spt_jax.data.templates import Template
+from spt_jax.errors import ConfigError
+from spt_jax.files import write_text
+from spt_jax.inspection import (
+    describe_prompt,
+)
+from spt_jax.interop import export_embeddings, export_npy, export_peft, export_peft_tasks, import_npy, import_peft
+from spt_jax.interop.peft import default_template
+from spt_jax.options import Line, Pairs
+from spt_jax.prompts.storage import load_prompt, read_prompt, save_prompt
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Import:
+    """Makes a prompt directory of a directory of PEFT's or a .npy file of token rows.
+
+    Attributes:
+      source: that directory or file.
+      base: the base that the prompt was trained on: a directory, a hub id or "starter".
+      output: where the prompt goes.
+      template_prompt: how records read; default what PEFT does with a field "text": virtual tokens, BOS, text.
+      template_target: what the model is to say.
+      verbalizers: the text that stands for each class, for a classifier; for a head, all its classes in order.
+      reads: for a tagging or span head, the field that it reads.
+      task: of a PEFT multitask prompt, the number of the task whose prompt to take.
+      dtype: precision of the base; default by device.
+    """
+
+    source: Path
+    base: str
+    output: Path
+    template_prompt: Line | None = None
+    template_target: Line = "{target}"
+    verbalizers: Pairs = dataclasses.field(default_factory=dict)
+    reads: str | None = None
+    task: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    def run(self) -> None:
+        base = load_base(self.base, dtype=self.dtype)
+        if self.source.is_dir():
+            method, virtual = import_peft(self.source, base, task=self.task)
+        else:
+            method, virtual = import_npy(self.source, base)
+        classes = getattr(method, "classes", None)
+        if classes is not None and len(self.verbalizers) != classes:
+            raise ConfigError(f"the head has {classes} classes; name them all, in order, in --verbalizers")
+        template = Template(
+            prompt=self.template_prompt or default_template(base, method),
+            target=self.template_target,
+            virtual_tokens=method.token_count,
+            verbalizers=self.verbalizers,
+            head=getattr(method, "head", "language_model"),
+            reads=self.reads,
+        )
+        save_prompt(self.output, base, method, virtual, template, extra={"imported_from": str(self.source)})
+        print(describe_prompt(read_prompt(self.output), None, 0))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export(Saved):
+    """Writes a saved prompt for other libraries.
+
+    Attributes:
+      output: a directory for PEFT, a file otherwise.
+      format: peft; npy, the token rows as google-research/prompt-tuning has them; vllm, the embeddings of one whole
+        request as its completions API takes them in `prompt_embeds`.
+      fields: for vllm, the request's record as name=value pairs.
+      others: for peft, further prompts: the tasks 1, 2, ... of one multitask prompt whose task 0 is `prompt`.
+    """
+
+    output: Path
+    format: Literal["peft", "npy", "vllm"] = "peft"
+    fields: Pairs = dataclasses.field(default_factory=dict)
+    others: tuple[Path, ...] = ()
+
+    def run(self) -> None:
+        base, saved = self.load()
+        if self.others and self.format != "peft":
+            raise ConfigError(f"--others makes a multitask prompt of PEFT's; --format {self.format} has none")
+        if self.others:
+            others = [load_prompt(path, base, force=self.force) for path in self.others]
+            export_peft_tasks(self.output, [saved, *others], base)
+        elif self.format == "peft":
+            export_peft(self.output, saved, base)
+        elif self.format == "npy":
+            export_npy(self.output, saved)
+        else:
+            check_fields([dict(self.fields)], saved.template.prompt_fields, "--fields")
+            write_text(self.output, export_embeddings(saved, base, dict(self.fields)))
+        print(f"written to {self.output}")

@@ -1,0 +1,113 @@
+"""`python -m spt_jax inspect | similar`: what a saved prompt is, and which others it is like."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from spt_jax.attribution import ablate, attention_received
+from spt_jax.base import FrozenBase
+from spt_jax.commands.saved import Saved, bank_of, encoder_for
+from spt_jax.data.sources import check_fields, read_records
+from spt_jax.errors import CheckpointError, ConfigError
+from spt_jax.evaluation import make_evaluation_set
+from spt_jax.files import write_json
+from spt_jax.inspection import (
+    ablation_lines,
+    attention_lines,
+    compared_rows,
+    describe_prompt,
+    layer_drift,
+    similarity_lines,
+    similarity_map,
+)
+from spt_jax.plots import plot_inspection
+from spt_jax.prompts.storage import SavedPrompt, load_prompt, read_prompt
+from spt_jax.prompts.transfer import ranked_sources
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspect(Saved):
+    """Shows what a saved prompt is: its rows beside the vocabulary and their start, and what each position is worth.
+
+    Attributes:
+      nearest: how many tokens to show per row.
+      offline: only what the files say, without loading the base.
+      data: a file or hub data set on which to take each position away, and to see what attention they get.
+      split: of a hub data set.
+      limit: so many of its records at most.
+      others: further prompts, for a map of similarities.
+      output: a directory for inspect.json and inspect.png.
+    """
+
+    nearest: int = 5
+    offline: bool = False
+    data: str | None = None
+    split: str = "validation"
+    limit: int = 500
+    others: tuple[Path, ...] = ()
+    output: Path | None = None
+
+    def run(self) -> None:
+        if self.offline:
+            if self.data is not None or self.others or self.output is not None:
+                raise ConfigError("--offline shows what the files say; --data, --others and --output need the base")
+            print(describe_prompt(read_prompt(self.prompt), None, self.nearest))
+            return
+        base, saved = self.load()
+        print(describe_prompt(saved, base, self.nearest))
+        report: dict[str, Any] = {
+            "rows": [dataclasses.asdict(row) for row in compared_rows(saved, base, self.nearest)],
+            "layer_drift": layer_drift(saved, base),
+        }
+        if self.data is not None:
+            report |= self.worth(base, saved)
+        if self.others:
+            names = [str(path) for path in (self.prompt, *self.others)]
+            others = [load_prompt(path, base, force=self.force) for path in self.others]
+            cosines = similarity_map([saved.virtual, *(other.virtual for other in others)])
+            report["similarity"] = {"prompts": names, "cosines": cosines.tolist()}
+            print(similarity_lines(names, cosines))
+        if self.output is not None:
+            self.output.mkdir(parents=True, exist_ok=True)
+            write_json(self.output / "inspect.json", report)
+            plot_inspection(self.output / "inspect.png", report)
+            print(f"{self.output}: inspect.json, inspect.png")
+
+    def worth(self, base: FrozenBase, saved: SavedPrompt) -> dict[str, Any]:
+        """What each position is worth on the records."""
+        assert self.data is not None
+        records = read_records(self.data, split=self.split, limit=self.limit)
+        check_fields(records, saved.template.fields, self.data)
+        data = make_evaluation_set(base, encoder_for(saved.template, base, saved.virtual), records)
+        measure, lost = ablate(base, data, saved.virtual)
+        print(ablation_lines(measure, lost))
+        report: dict[str, Any] = {"measure": measure, "lost": [dataclasses.asdict(own) for own in lost]}
+        if saved.virtual.gated is None:
+            received = attention_received(base, data.examples, saved.virtual)
+            print(attention_lines(received))
+            report["attention"] = {"by_layer_and_position": received.by_position.tolist(), "even": received.even}
+        return report
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Similar:
+    """Ranks the saved prompts of a folder as starts for a new task, by their similarity to its prompt (SPoT).
+
+    Attributes:
+      prompt: the new task's prompt, trained for a short while.
+      bank: a folder of prompt directories for the same base.
+    """
+
+    prompt: Path
+    bank: Path
+
+    def run(self) -> None:
+        target = read_prompt(self.prompt)
+        bank = {str(folder): read_prompt(folder) for folder in bank_of(self.bank).values()}
+        for folder, saved in bank.items():
+            differences = target.fingerprint.differences(saved.fingerprint)
+            if differences:
+                fields = "; ".join(differences)
+                raise CheckpointError(f"{folder}: a prompt for another base than {self.prompt}: {fields}")
+        for folder, value in ranked_sources(target.virtual, {name: saved.virtual for name, saved in bank.items()}):
+            print(f"{value:7.4f}  {folder}")

@@ -1,0 +1,65 @@
+"""What the commands share that start from a saved prompt."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from spt_jax.base import FrozenBase, load_base
+from spt_jax.data.encoder import Encoder
+from spt_jax.data.templates import Template
+from spt_jax.errors import CheckpointError, did_you_mean
+from spt_jax.prompts import VirtualPrompt
+from spt_jax.prompts.storage import INFO_FILE, SavedPrompt, load_prompt, read_prompt
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A saved prompt and its base.
+
+    Attributes:
+      prompt: the directory of the saved prompt.
+      base: where its base is now; default where it was when the prompt was trained.
+      dtype: precision of the base; default by device.
+      force: use the prompt on another base than its own, if only the sizes fit.
+    """
+
+    prompt: Path
+    base: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    force: bool = False
+
+    def load(self) -> tuple[FrozenBase, SavedPrompt]:
+        base, (saved,) = self.load_all([self.prompt])
+        return base, saved
+
+    def load_all(self, folders: Sequence[Path]) -> tuple[FrozenBase, list[SavedPrompt]]:
+        """The base of the first of these prompts, and all of them."""
+        info = read_prompt(folders[0]).info["base"]
+        base = load_base(self.base or info["id"], revision=None if self.base else info["revision"], dtype=self.dtype)
+        return base, [load_prompt(folder, base, force=self.force) for folder in folders]
+
+    def named(self, names: Sequence[str]) -> list[Path]:
+        """The prompts of these names in the folder of prompts that `prompt` is.
+
+        Raises:
+          CheckpointError: it holds no prompts, or none of one of the names.
+        """
+        known = bank_of(self.prompt)
+        for name in names:
+            if name not in known:
+                raise CheckpointError(f"{self.prompt}: holds no prompt {name!r}; {did_you_mean(name, known)}")
+        return [known[name] for name in names]
+
+
+def bank_of(folder: Path) -> dict[str, Path]:
+    """The prompts of a folder, by name."""
+    found = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{INFO_FILE}"))}
+    if not found:
+        raise CheckpointError(f"{folder}: holds no saved prompts")
+    return found
+
+
+def encoder_for(template: Template, base: FrozenBase, virtual: VirtualPrompt | None) -> Encoder:
+    taken = 0 if virtual is None or virtual.prefix is None else virtual.prefix.keys.shape[-3]
+    return Encoder(template, base.tokenizer, base.config.vocab_size, base.config.max_positions - taken)

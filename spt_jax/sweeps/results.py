@@ -1,0 +1,115 @@
+"""What came of the trials of a sweep: scores of settings, the best trials, and these together."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spt_jax.ensemble import evaluate_ensemble
+from spt_jax.errors import ConfigError
+from spt_jax.evaluation import selection_score
+from spt_jax.predictions import measures, read_predictions, record_values
+from spt_jax.prompts.storage import INFO_FILE, load_prompt, write_directory
+from spt_jax.sweeps.plateau import Estimate, estimates
+from spt_jax.sweeps.settings import Settings
+from spt_jax.sweeps.trials import PREDICTIONS_FILE, Preparation, Row, Trial, trial_folder
+
+LENGTH = "method.length"
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A setting, its trials that came to their end, and the mean of their scores on validation and test."""
+
+    settings: Settings
+    trials: tuple[int, ...]
+    validation: Estimate
+    test: Estimate | None
+
+
+def scored(workdir: Path, rows: dict[int, Row], trials: Sequence[Trial]) -> list[Score]:
+    """Every setting, in the order of its trials, without trials that did not come to their end."""
+    by_setting: dict[str, list[Trial]] = {}
+    for trial in trials:
+        if not rows[trial.number]["status"].startswith(("halved", "dropped")):
+            by_setting.setdefault(json.dumps(trial.settings), []).append(trial)
+    every = list(by_setting.values())
+
+    def of(split: str) -> list[Estimate] | None:
+        read = [[read_predictions(predictions_file(workdir, t.number), by="split") for t in own] for own in every]
+        if not read or split not in read[0][0]:
+            return None
+        measure = measures(read[0][0][split])[0]
+        return estimates([np.stack([record_values(one[split], measure) for one in own]) for own in read])
+
+    validation, test = of("validation") or [], of("test") or [None] * len(every)
+    return [
+        Score(own[0].settings, tuple(trial.number for trial in own), on_validation, on_test)
+        for own, on_validation, on_test in zip(every, validation, test, strict=True)
+    ]
+
+
+def predictions_file(workdir: Path, number: int) -> Path:
+    return trial_folder(workdir, number) / PREDICTIONS_FILE
+
+
+def by_length(scores: Sequence[Score]) -> list[Score]:
+    """The best setting of every length, shortest first."""
+    best: dict[str, Score] = {}
+    for score in scores:
+        length = score.settings[LENGTH]
+        if length not in best or score.validation.mean > best[length].validation.mean:
+            best[length] = score
+    return list(best.values())
+
+
+def scores_by_seed(workdir: Path, score: Score, measured: str) -> list[float]:
+    """The validation scores of a setting's trials."""
+    read = [read_predictions(predictions_file(workdir, number), by="split") for number in score.trials]
+    return [float(record_values(own["validation"], measured).mean()) for own in read]
+
+
+def trial_score(row: Row) -> float:
+    """By which a trial is better than another."""
+    metrics = {name.removeprefix("validation."): value for name, value in row.items() if name.startswith("validation.")}
+    return selection_score(metrics) if metrics else -math.inf
+
+
+def copy_prompt(source: Path, target: Path) -> None:
+    """A saved prompt, or those of several tasks."""
+    for info in source.rglob(INFO_FILE):
+        files = {file.name: file.read_bytes() for file in info.parent.iterdir()}
+        (target / info.parent.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+        write_directory(target / info.parent.relative_to(source), files)
+
+
+def ask_together(
+    count: int, prepare: Preparation, ran: Sequence[Trial], rows: dict[int, Row], workdir: Path
+) -> dict[str, Any]:
+    """The best trials by validation, asked together, on test records if there are any.
+
+    Raises:
+      ConfigError: they are of several bases.
+    """
+    chosen = sorted(ran, key=lambda trial: -trial_score(rows[trial.number]))[:count]
+    every = [prepare(trial) for trial in chosen]
+    base = every[0].experiment.base
+    if any(own.experiment.base.fingerprint != base.fingerprint for own in every):
+        raise ConfigError(f"--ensemble: the best {count} trials are of several bases")
+    split = "test" if "test" in every[0].asked else "validation"
+    prompts = [load_prompt(trial_folder(workdir, trial.number) / "prompt", base).virtual for trial in chosen]
+    together = evaluate_ensemble(base, [own.asked[split] for own in every], prompts)
+    alone = [rows[trial.number][f"{split}.accuracy"] for trial in chosen]
+    accuracy = together.metrics["accuracy"]
+    print(f"the best {count} together: {split} accuracy {accuracy:.3f}, one by one {np.mean(alone):.3f} in the mean")
+    return {
+        "trials": [trial.number for trial in chosen],
+        "split": split,
+        "accuracy": accuracy,
+        "accuracy_interval": together.metrics["accuracy_interval"],
+        "mean_accuracy": float(np.mean(alone)),
+    }
