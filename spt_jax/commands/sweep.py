@@ -111,8 +111,11 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"--ensemble is {command.ensemble}; there are {len(planned)} trials")
     for trial in reversed(planned.values()):  # what does not fit is known before anything is trained
         data = prepare(trial).asked["validation"]
-    if command.lengths and data.encoder.template.verbalizers:
-        check_records(len(data.examples), command.resolution)
+        template = data.encoder.template
+        if command.ensemble and (not template.verbalizers or template.reads):
+            raise ConfigError("--ensemble combines answers that are classes; this task has none")
+        if command.lengths and template.verbalizers:
+            check_records(len(data.examples), command.resolution)
     kept = ("config", "workdir", "resume", "overwrite", "compilation_cache")
     options = {name: value for name, value in config_json(command).items() if name not in kept}
     open_workdir(
