@@ -105,7 +105,7 @@ AnyJob = TypeVar("AnyJob", bound=Job[Any])
 
 def parse_train(argv: Sequence[str]) -> Command[Any]:
     """`train.py`'s words, as `parse_job` reads them."""
-    return parse_job(Command, argv, "train.py")
+    return parse_job(Command, argv, "python train.py")
 
 
 def parse_job(kind: type[AnyJob], argv: Sequence[str], program: str) -> AnyJob:
@@ -115,7 +115,7 @@ def parse_job(kind: type[AnyJob], argv: Sequence[str], program: str) -> AnyJob:
     exit code 2 and the nearest right ones.
     """
     if not argv or argv[0].startswith("-"):
-        usage = f"python {program} CONFIG.py"
+        usage = f"{program} CONFIG.py"
         if {"-h", "--help"} & set(argv):
             print(f"usage: {usage} [--field value ...]\n\nfields: {usage} --help")
             sys.exit(0)

@@ -17,7 +17,7 @@ from spt_jax.options import Pairs
 from spt_jax.plots import plot_comparison
 from spt_jax.predictions import predictions_jsonl
 
-PROGRAM = "-m spt_jax compare"
+PROGRAM = "python -m spt_jax compare"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def write_results(
             "table": table,
             "device": measure.device_name(),
             "versions": measure.versions(),
-            "command": shlex.join(["python", *PROGRAM.split(), *argv]),
+            "command": shlex.join([*PROGRAM.split(), *argv]),
         },
     )
     write_text(workdir / "compare.md", markdown(table) + "\n")

@@ -16,7 +16,7 @@ from spt_jax.training.optimizers import resolve_optimizer
 from spt_jax.training.population import Member
 from spt_jax.training.rate_finder import RangeTest, range_test
 
-PROGRAM = "-m spt_jax find-rate"
+PROGRAM = "python -m spt_jax find-rate"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,9 +63,7 @@ def main(argv: Sequence[str]) -> None:
             steps=command.rates,
             progress=lambda step: bar.update(1),
         )
-    write_json(
-        command.workdir / "rates.json", {**as_json(found), "command": shlex.join(["python", *PROGRAM.split(), *argv])}
-    )
+    write_json(command.workdir / "rates.json", {**as_json(found), "command": shlex.join([*PROGRAM.split(), *argv])})
     plot_range_test(command.workdir / "rates.png", found.rates, found.losses, found.smoothed, found.suggested)
     now = f"{optimizer.name} has {optimizer.learning_rate} in this config"
     print(f"suggested: --optimizer.learning-rate {found.suggested:.2g}; {now}")

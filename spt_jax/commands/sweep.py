@@ -42,7 +42,7 @@ from spt_jax.sweeps.trials import (
 )
 from spt_jax.training.halving import Halving
 
-PROGRAM = "-m spt_jax sweep"
+PROGRAM = "python -m spt_jax sweep"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ def main(argv: Sequence[str]) -> None:
             "steps_of_all": sum(trial.config.train.steps for trial in planned.values()),
             "device": measure.device_name(),
             "versions": measure.versions(),
-            "command": shlex.join(["python", *PROGRAM.split(), *argv]),
+            "command": shlex.join([*PROGRAM.split(), *argv]),
         },
     )
     print(f"{workdir}: trials.csv, trials.parquet, results.json, sweep.png, and every trial's prompt under trials/")
