@@ -119,9 +119,7 @@ def parse_job(kind: type[AnyJob], argv: Sequence[str], program: str) -> AnyJob:
         if {"-h", "--help"} & set(argv):
             print(f"usage: {usage} [--field value ...]\n\nfields: {usage} --help")
             sys.exit(0)
-        raise ConfigError(
-            f"the first word is a config file: python {program} configs/quickstart.py [--field value ...]"
-        )
+        raise ConfigError(f"the first word is a config file: {program} configs/quickstart.py [--field value ...]")
     path, words = Path(argv[0]), list(argv[1:])
     config = load_config_file(path)
     name = _method_name(words) or config.method.name

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from spt_jax.command_line import parse_train
+from spt_jax.command_line import parse_job, parse_train
+from spt_jax.commands.compare import Compare
+from spt_jax.commands.find_rate import FindRate
+from spt_jax.commands.sweep import Sweep, plan_stages
 from spt_jax.prompts import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +25,24 @@ def test_the_python_examples_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert float(names["metrics"]["loss"]) < 0.1
     assert sorted(standing.steps for standing in names["standings"]) == [10, 10, 20, 40]
     assert max(standing.best.metrics["accuracy"] for standing in names["standings"]) == 1
+
+
+JOBS = {"sweep": Sweep, "compare": Compare, "find-rate": FindRate}
+COMMANDS = re.findall(r"^(?:`)?python -m spt_jax (sweep|compare|find-rate) (configs/[^\n`]+)", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("name", "line"), COMMANDS)
+def test_commands_that_start_from_a_config_parse(name: str, line: str):
+    path, *words = shlex.split(line)
+    argv = [str(ROOT / path), *words]
+    command = parse_job(JOBS[name], argv, name)
+    if isinstance(command, Sweep):
+        command.validate()
+        assert all(plan_stages(command, argv))
+
+
+def test_every_such_command_is_shown():
+    assert {name for name, _ in COMMANDS} == set(JOBS)
 
 
 FILES = sorted(set(re.findall(r"(?:configs|colab|docs|benchmarks|spt_jax)/[\w/.-]+\w", README)))
