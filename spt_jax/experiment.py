@@ -30,8 +30,8 @@ Records = Sequence[Mapping[str, Any]]
 CONFIG_FILE = "config.json"
 
 
-def prepare_workdir(path: Path, *, resume: bool, overwrite: bool) -> None:
-    """Makes the work directory, or decides what happens to one that exists.
+def check_workdir(path: Path, *, resume: bool, overwrite: bool) -> None:
+    """Whether a run may use the work directory.
 
     Raises:
       ConfigError: it exists and neither resume nor overwrite is asked; or there is nothing to resume; or overwrite
@@ -47,11 +47,18 @@ def prepare_workdir(path: Path, *, resume: bool, overwrite: bool) -> None:
     ours = (path / CONFIG_FILE).exists()
     if resume and not ours:
         raise ConfigError(f"work directory {path} holds no run to resume")
-    if exists and overwrite:
-        if not ours:
-            raise ConfigError(
-                f"{path} has no {CONFIG_FILE}, so no run of ours made it; delete it yourself if you mean it"
-            )
+    if exists and overwrite and not ours:
+        raise ConfigError(f"{path} has no {CONFIG_FILE}, so no run of ours made it; delete it yourself if you mean it")
+
+
+def prepare_workdir(path: Path, *, resume: bool, overwrite: bool) -> None:
+    """Makes the work directory, empty unless a run is resumed.
+
+    Raises:
+      ConfigError: as `check_workdir`.
+    """
+    check_workdir(path, resume=resume, overwrite=overwrite)
+    if overwrite and path.exists():
         shutil.rmtree(path)
     path.mkdir(parents=True, exist_ok=True)
 

@@ -11,7 +11,7 @@ from spt_jax.command_line import Job, config_json, parse_job
 from spt_jax.comparison import PREDICTIONS_FILE, Entry, ask, make_table, markdown, read_outside, ways
 from spt_jax.config import AnyMethod, resolve
 from spt_jax.errors import ConfigError
-from spt_jax.experiment import CONFIG_FILE, load_experiment, prepare_workdir
+from spt_jax.experiment import CONFIG_FILE, check_workdir, load_experiment, prepare_workdir
 from spt_jax.files import write_json, write_text
 from spt_jax.options import Pairs
 from spt_jax.plots import plot_comparison
@@ -63,6 +63,7 @@ def main(argv: Sequence[str]) -> None:
     command = parse_job(Compare, argv, PROGRAM)
     command.validate()
     measure.keep_compiled_programs(command.compilation_cache)
+    check_workdir(command.workdir, resume=False, overwrite=command.overwrite)
     experiment = load_experiment(resolve(command.config))
     outside = [read_outside(name, Path(folder)) for name, folder in command.others.items()]
     options = {"shots": command.shots, "shots_seed": command.shots_seed, "probe": command.probe}

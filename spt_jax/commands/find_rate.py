@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from spt_jax import measure
 from spt_jax.command_line import Job, config_json, parse_job
 from spt_jax.config import AnyMethod, resolve
-from spt_jax.experiment import CONFIG_FILE, load_experiment, prepare_workdir
+from spt_jax.experiment import CONFIG_FILE, check_workdir, load_experiment, prepare_workdir
 from spt_jax.files import write_json
 from spt_jax.plots import plot_range_test
 from spt_jax.training.loop import progress_bar
@@ -44,6 +44,7 @@ def main(argv: Sequence[str]) -> None:
     """
     command = parse_job(FindRate, argv, PROGRAM)
     measure.keep_compiled_programs(command.compilation_cache)
+    check_workdir(command.workdir, resume=False, overwrite=command.overwrite)
     experiment = load_experiment(resolve(command.config))
     examples, plan = experiment.training_set()
     experiment, _ = experiment.fitted(plan)
