@@ -88,6 +88,8 @@ def ways(
     found.append(_written(experiment, "no prompt", bare, template.bare()))
     texts = experiment.config.data.hard_prompt
     found += [_written(experiment, f"hand-written: {text}", bare, template.bare(text)) for text in texts]
+    if shots and template.is_conversation:
+        raise ConfigError("{messages} takes no solved examples; give --shots without numbers")
     asked_by = template.bare(best_text(experiment))
     for count in shots:
         solved = draw_shots(experiment.train, template, count, shots_seed)

@@ -149,6 +149,14 @@ def test_answers_that_are_written(files: Path, tmp_path: Path):
         assert row["exact_match"] == np.mean(right) and row["records"] == 30
 
 
+def test_a_work_directory_that_exists_is_left_alone(files: Path, compared: Path, capsys):
+    before = (compared / "compare.json").read_bytes()
+    assert compare(files, compared) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert compare(files, compared, "--shots", "30", "--overwrite") == 1  # what fails deletes nothing
+    assert (compared / "compare.json").read_bytes() == before
+
+
 def test_shots_are_balanced_and_follow_from_their_seed():
     records = [{"text": str(i), "label": "a" if i % 5 else "b"} for i in range(50)]
     template = Template(prompt="{text}", target="{label}", verbalizers={"a": "A", "b": "B"})

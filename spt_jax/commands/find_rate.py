@@ -50,8 +50,6 @@ def main(argv: Sequence[str]) -> None:
     experiment, _ = experiment.fitted(plan)
     config, base = experiment.config, experiment.base
     optimizer = resolve_optimizer(config.optimizer, base.config.family, config.method.recipe)
-    prepare_workdir(command.workdir, resume=False, overwrite=command.overwrite)
-    write_json(command.workdir / CONFIG_FILE, config_json(command))
     with progress_bar(command.rates, 0) as bar:
         found = range_test(
             base,
@@ -64,6 +62,8 @@ def main(argv: Sequence[str]) -> None:
             steps=command.rates,
             progress=lambda step: bar.update(1),
         )
+    prepare_workdir(command.workdir, resume=False, overwrite=command.overwrite)
+    write_json(command.workdir / CONFIG_FILE, config_json(command))
     write_json(command.workdir / "rates.json", {**as_json(found), "command": shlex.join([*PROGRAM.split(), *argv])})
     plot_range_test(command.workdir / "rates.png", found.rates, found.losses, found.smoothed, found.suggested)
     now = f"{optimizer.name} has {optimizer.learning_rate} in this config"
