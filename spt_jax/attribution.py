@@ -39,13 +39,17 @@ def position_count(virtual: VirtualPrompt) -> int:
 
 
 def ablate(base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt) -> tuple[str, list[Difference]]:
-    """What is lost when each position is taken away, as if it had never been there; the others move up.
+    """What is lost when each position is taken away.
+
+    Virtual tokens are taken away as if they had never been there, and those behind them move up. Of keys and values,
+    the others keep the rotation that they have; what follows moves up by one position.
 
     Returns:
       What is measured (`predictions.measures`), and for each position how much higher it is with it.
 
     Raises:
-      ConfigError: the prompt has no positions, or one alone.
+      ConfigError: the prompt has no positions, or one alone; or it shifts embeddings by their place (DePT), and its
+        tokens have no fixed places.
     """
     count = position_count(virtual)
     if count == 1:
@@ -73,10 +77,17 @@ def _without(
             keys, values = (jnp.delete(array, number, axis=-3) for array in (own.keys, own.values))
             return data, dataclasses.replace(virtual, **{part: dataclasses.replace(own, keys=keys, values=values)})
     absent = base.config.vocab_size + number
+    if virtual.shift is not None:
+        places = {int(np.flatnonzero(example.ids == absent)[0]) for example in data.examples}
+        if len(places) > 1:
+            raise ConfigError("without a token, this prompt's shifts meet other tokens; put <soft> before any field")
+        shift = jnp.delete(virtual.shift, min(places), axis=0) if min(places) < len(virtual.shift) else virtual.shift
+        virtual = dataclasses.replace(virtual, shift=shift)
     examples = [_without_id(example, absent) for example in data.examples]
+    shared = int((data.plan.lead_ids != absent).sum())
     plan = plan_batches(
         examples,
-        lead=int((data.plan.lead_ids != absent).sum()),
+        lead=max(0, min(shared, min(example.first_target for example in examples) - 1)),
         batch_size=data.config.batch_size,
         **multiples(base.mesh),
         max_length=base.config.max_positions,
@@ -112,19 +123,21 @@ def attention_received(
     """
     if virtual.prefix is None and virtual.tokens is None:
         raise ConfigError("this prompt has no positions in the base's own attention")
-    length = max(len(example.ids) for example in examples)
+    # A request ends where its answer begins.
+    requests = [e.ids if e.reads is not None else e.ids[: e.first_target] for e in examples]
+    length = max(map(len, requests))
     module = base.module.clone(attention="xla", remat="none", mesh=None)
     sums, shares = [], []
-    for start in range(0, len(examples), batch_size):
-        own = examples[start : start + batch_size]
+    for start in range(0, len(requests), batch_size):
+        own = requests[start : start + batch_size]
         ids, last = np.zeros((batch_size, length), np.int32), np.zeros(batch_size, np.int32)
-        for row, example in enumerate(own):
-            ids[row, : len(example.ids)], last[row] = example.ids, len(example.ids) - 1
+        for row, request in enumerate(own):
+            ids[row, : len(request)], last[row] = request, len(request) - 1
         found = np.asarray(_received(module, base.params, virtual, ids, last), np.float64)
         sums.append(found[:, : len(own)].sum(axis=1))
         taken = found.shape[-1] if virtual.prefix is not None else 0
-        shares += [found.shape[-1] / (taken + len(example.ids)) for example in own]
-    return Received(sum(sums[1:], sums[0]) / len(examples), float(np.mean(shares)))
+        shares += [found.shape[-1] / (taken + len(request)) for request in own]
+    return Received(sum(sums[1:], sums[0]) / len(requests), float(np.mean(shares)))
 
 
 @functools.partial(jax.jit, static_argnums=0)

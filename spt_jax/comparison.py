@@ -26,20 +26,20 @@ FACTS_FILE, PREDICTIONS_FILE = "facts.json", "predictions.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a way of asking costs.
+    """What a way of asking costs; None where that is not known.
 
     trainable_parameters: numbers that were trained.
     bytes: of what has to be kept besides the base.
-    train_seconds: that its training took; None where that is not known.
+    train_seconds: that its training took.
     test_seconds: that the test records took, compilation included.
     extra_tokens: positions of a request, in the mean, beyond those of the bare request.
     """
 
-    trainable_parameters: int = 0
-    bytes: int = 0
+    trainable_parameters: int | None = 0
+    bytes: int | None = 0
     train_seconds: float | None = 0.0
     test_seconds: float | None = None
-    extra_tokens: float = 0.0
+    extra_tokens: float | None = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,8 @@ def ways(
     Args:
       experiment: the base, the data, and the template without its virtual tokens.
       prompts: directories of saved soft prompts.
-      shots: numbers of solved examples to ask with, behind the hand-written prompt that validation prefers.
+      shots: numbers of solved examples to ask with, behind the hand-written prompt that validation prefers; a chat of
+        {messages} takes none.
       shots_seed: of their choice.
       probe: for classes, also a linear probe.
 
@@ -88,10 +89,8 @@ def ways(
     found.append(_written(experiment, "no prompt", bare, template.bare()))
     texts = experiment.config.data.hard_prompt
     found += [_written(experiment, f"hand-written: {text}", bare, template.bare(text)) for text in texts]
-    if shots and template.is_conversation:
-        raise ConfigError("{messages} takes no solved examples; give --shots without numbers")
     asked_by = template.bare(best_text(experiment))
-    for count in shots:
+    for count in () if template.is_conversation else shots:
         solved = draw_shots(experiment.train, template, count, shots_seed)
         found.append(_written(experiment, f"{count} solved examples", bare, asked_by, solved))
     if probe and template.verbalizers:
@@ -120,22 +119,35 @@ def _mean_length(examples: Sequence[Example]) -> float:
 
 
 def _encoder(experiment: Experiment, template: Template, shots: Records = (), taken: int = 0) -> Encoder:
-    base = experiment.base
-    return Encoder(template, base.tokenizer, base.config.vocab_size, base.config.max_positions - taken, shots)
+    """Up to the run's longest example, to which solved examples add their own length."""
+    base, asked = experiment.base, experiment.config.data.max_length
+    positions = base.config.max_positions - taken
+
+    def encoder(limit: int, shots: Records) -> Encoder:
+        return Encoder(template, base.tokenizer, base.config.vocab_size, limit, shots)
+
+    if asked is None:
+        return encoder(positions, shots)
+    added = 0
+    if shots:
+        bare, whole = (len(encoder(positions, own).prompt_ids(shots[0])) for own in ((), shots))
+        added = whole - bare
+    return encoder(min(asked + added, positions), shots)
 
 
-def _test_set(experiment: Experiment, encoder: Encoder) -> EvaluationSet:
-    assert experiment.test is not None
-    return make_evaluation_set(experiment.base, encoder, experiment.test, experiment.config.evaluation)
+def _set(experiment: Experiment, encoder: Encoder, records: Records | None) -> EvaluationSet:
+    assert records is not None
+    config = experiment.config
+    return make_evaluation_set(experiment.base, encoder, records, config.evaluation, packing=config.data.packing)
 
 
 def _soft(experiment: Experiment, path: Path, bare: float) -> Way:
     saved = load_prompt(path, experiment.base)
     taken = 0 if saved.virtual.prefix is None else saved.virtual.prefix.keys.shape[-3]
-    data = _test_set(experiment, _encoder(experiment, saved.template, taken=taken))
+    data = _set(experiment, _encoder(experiment, saved.template, taken=taken), experiment.test)
     run = path.parent / "results.json"
     facts = Facts(
-        trainable_parameters=saved.info["extra"].get("trainable_parameters", 0),
+        trainable_parameters=(saved.info.get("extra") or {}).get("trainable_parameters"),
         bytes=sum(file.stat().st_size for file in path.glob("prompt.*")),
         train_seconds=json.loads(run.read_text()).get("train_seconds") if run.exists() else None,
         extra_tokens=round(_mean_length(data.examples) + taken - bare, 3),
@@ -145,7 +157,7 @@ def _soft(experiment: Experiment, path: Path, bare: float) -> Way:
 
 def _written(experiment: Experiment, name: str, bare: float, template: Template, shots: Records = ()) -> Way:
     try:
-        data = _test_set(experiment, _encoder(experiment, template, shots))
+        data = _set(experiment, _encoder(experiment, template, shots), experiment.test)
     except DataError as error:
         if shots:
             raise DataError(f"{len(shots)} solved examples: {error}, or ask with fewer --shots") from error
@@ -159,15 +171,15 @@ def _written(experiment: Experiment, name: str, bare: float, template: Template,
 def _probe(experiment: Experiment) -> Way:
     """The penalty is the one that validation prefers; without validation records the middle one."""
     base, template = experiment.base, dataclasses.replace(experiment.template.bare(), head="classification")
-    encoder, config = _encoder(experiment, template), experiment.config.evaluation
-    data = _test_set(experiment, encoder)
+    encoder = _encoder(experiment, template)
+    data = _set(experiment, encoder, experiment.test)
     begun = time.perf_counter()
-    train = make_evaluation_set(base, encoder, experiment.train, config)
+    train = _set(experiment, encoder, experiment.train)
     states, labels = features(base, train), np.asarray([example.label for example in train.examples])
     probes = [fit_probe(states, labels, len(template.verbalizers), penalty) for penalty in PENALTIES]
     chosen = probes[len(probes) // 2]
     if experiment.validation is not None:
-        validation = make_evaluation_set(base, encoder, experiment.validation, config)
+        validation = _set(experiment, encoder, experiment.validation)
         chosen = max(probes, key=lambda probe: selection_score(evaluate(base, validation, probe).metrics))
     seconds = round(time.perf_counter() - begun, 2)
     numbers = (base.config.width + 1) * len(template.verbalizers)
@@ -210,18 +222,24 @@ def read_outside(name: str, folder: Path) -> Entry:
     """A system that ran elsewhere.
 
     Raises:
-      ConfigError: a file is not there, or facts have other names than `Facts`.
+      ConfigError: a file is not there, or facts are no numbers by the names of `Facts`.
+      DataError: predictions cannot be read.
     """
     for file in (FACTS_FILE, PREDICTIONS_FILE):
         if not (folder / file).is_file():
             raise ConfigError(f"--others {name}: no file {folder / file}")
+    known = [field.name for field in dataclasses.fields(Facts)]
     try:
-        facts = Facts(**json.loads((folder / FACTS_FILE).read_text()))
-    except (TypeError, json.JSONDecodeError) as error:
-        known = ", ".join(field.name for field in dataclasses.fields(Facts))
-        raise ConfigError(f"{folder / FACTS_FILE}: {error}; it holds {known}") from error
+        facts = dict(json.loads((folder / FACTS_FILE).read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{folder / FACTS_FILE}: {error}; it holds {', '.join(known)}") from error
+    for field, value in facts.items():
+        if field not in known:
+            raise ConfigError(f"{folder / FACTS_FILE}: no fact {field!r}; it holds {', '.join(known)}")
+        if not isinstance(value, (int, float, type(None))):
+            raise ConfigError(f"{folder / FACTS_FILE}: {field} is {value!r}, and no number")
     predictions = [own for every in read_predictions(folder / PREDICTIONS_FILE).values() for own in every]
-    return Entry(name, predictions, facts)
+    return Entry(name, predictions, Facts(**facts))
 
 
 def make_table(entries: Sequence[Entry], classes: Sequence[str]) -> list[dict[str, Any]]:
@@ -234,7 +252,7 @@ def make_table(entries: Sequence[Entry], classes: Sequence[str]) -> list[dict[st
     shared = [name for name in ("accuracy", "exact_match", "log_probability") if name in measures(first)]
     kind = shared[0]
     for entry in entries:
-        if kind not in measures(entry.predictions) or _answers(entry.predictions) != _answers(first):
+        if kind not in measures(entry.predictions) or _answers(entry.predictions, kind) != _answers(first, kind):
             raise DataError(f"{entry.name} was not asked the same records as {entries[0].name}")
     ours = record_values(first, kind)
     table = []
@@ -257,9 +275,10 @@ def make_table(entries: Sequence[Entry], classes: Sequence[str]) -> list[dict[st
     return table
 
 
-def _answers(predictions: Sequence[Prediction]) -> list[Any]:
+def _answers(predictions: Sequence[Prediction], kind: str) -> list[Any]:
     """What was right, by which two sets of predictions show that they are about the same records."""
-    return [(p.get("label"), p.get("reference"), p.get("tokens")) for p in predictions]
+    field = {"accuracy": "label", "exact_match": "reference", "log_probability": "tokens"}[kind]
+    return [prediction.get(field) for prediction in predictions]
 
 
 def _interval(name: str, interval: metrics.Interval) -> dict[str, Any]:
@@ -285,12 +304,15 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
             *([_cell(row, second)] if second else []),
             _cell(row, "ahead"),
             *(f"{row[p]:.2g}" if p in row else "-" for p in ("p_mcnemar", "p_bootstrap")),
-            *(f"{row[field]:,}" for field in ("trainable_parameters", "bytes")),
-            *("-" if row[field] is None else f"{row[field]:,.1f}" for field in ("train_seconds", "test_seconds")),
-            f"{row['extra_tokens']:.1f}",
+            *(_number(row[field], ",") for field in ("trainable_parameters", "bytes")),
+            *(_number(row[field], ",.1f") for field in ("train_seconds", "test_seconds", "extra_tokens")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _number(value: float | int | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:

@@ -79,7 +79,10 @@ def compared_rows(saved: SavedPrompt, base: FrozenBase, nearest: int) -> list[Ro
 
 
 def layer_drift(saved: SavedPrompt, base: FrozenBase) -> list[tuple[float, float]]:
-    """Of a prompt of keys and values, how far each layer's moved from their start, as a share of the start's norm."""
+    """Of a prompt of keys and values, how far each layer's moved from their start, as a share of the start's norm.
+
+    Nothing where the start is not known, or is 0.
+    """
     start = started_from(saved, base) if saved.virtual.prefix is not None else None
     if start is None or start.prefix is None or saved.virtual.prefix is None:
         return []
@@ -87,8 +90,10 @@ def layer_drift(saved: SavedPrompt, base: FrozenBase) -> list[tuple[float, float
         (np.asarray(getattr(saved.virtual.prefix, name)), np.asarray(getattr(start.prefix, name)))
         for name in ("keys", "values")
     ]
+    if any(np.linalg.norm(then) == 0 for _, start_of_all in pairs for then in start_of_all):
+        return []
     shares = [
-        [float(np.linalg.norm(now - then) / max(np.linalg.norm(then), 1e-12)) for now, then in zip(*pair, strict=True)]
+        [float(np.linalg.norm(now - then) / np.linalg.norm(then)) for now, then in zip(*pair, strict=True)]
         for pair in pairs
     ]
     return list(zip(*shares, strict=True))

@@ -66,7 +66,7 @@ def plot_sweep(
     fields = list(settings[0][0]) or ["seeds"]
     figure, panes = _panes(len(fields))
     for pane, field in zip(panes, fields, strict=True):
-        written = [own.get(field, "all") for own, _, _ in settings]
+        written = [_plain(own.get(field, "all")) for own, _, _ in settings]
         places, labels = _places(written)
         for place, (_, _, by_seed) in zip(places, settings, strict=True):
             pane.plot([place] * len(by_seed), by_seed, ".", color=LIGHT, zorder=1, label="a seed")
@@ -78,7 +78,7 @@ def plot_sweep(
         band = {"color": LIGHT, "alpha": 0.3, "linewidth": 0, "zorder": 0}
         pane.axhspan(best.mean - best.standard_error, best.mean, label="one standard error below the best", **band)
         taken = [own for own, _, _ in settings].index(chosen)
-        label = f"chosen: {means[taken]:.3f} at " + ", ".join(chosen.values())
+        label = f"chosen: {means[taken]:.3f} at " + _plain(", ".join(chosen.values()))
         pane.plot(places[taken], means[taken], "o", color=ACCENT, markersize=7, zorder=3, label=label)
         pane.set(xlabel=field, ylabel=f"validation {measure}")
         if labels is None and min(places) > 0 and max(places) / min(places) > 30:
@@ -110,7 +110,8 @@ def plot_comparison(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
     pane.scatter(values, places, color=[ACCENT] + [DARK] * (len(table) - 1), zorder=2)
     pane.axvline(values[0], color=ACCENT, linewidth=0.8, linestyle=":")
     names = [row["name"].replace("\n", "\\n") for row in table]
-    pane.set_yticks(places, [name if len(name) <= 60 else f"{name[:57]}..." for name in names], fontsize="small")
+    short = [_plain(name if len(name) <= 60 else f"{name[:57]}...") for name in names]
+    pane.set_yticks(places, short, fontsize="small")
     pane.invert_yaxis()
     pane.set(xlabel=f"test {kind.replace('_', ' ')}, 95 % interval")
     _save(figure, path)
@@ -152,7 +153,7 @@ def plot_inspection(path: Path, report: Mapping[str, Any]) -> None:
         pane.xaxis.set_major_locator(MaxNLocator(integer=True))
         pane.yaxis.set_major_locator(MaxNLocator(integer=True))
     if similarity:
-        pane, names = next(left), [Path(name).parent.name or name for name in similarity["prompts"]]
+        pane, names = next(left), [_plain(Path(name).parent.name or name) for name in similarity["prompts"]]
         image = pane.imshow(np.asarray(similarity["cosines"]), cmap="RdBu_r", vmin=-1, vmax=1)
         figure.colorbar(image, ax=pane)
         pane.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize="small")
@@ -185,6 +186,11 @@ def _places(written: Sequence[str]) -> tuple[list[float], list[tuple[int, str]] 
     except ValueError:
         order = list(dict.fromkeys(written))
         return [float(order.index(value)) for value in written], list(enumerate(order))
+
+
+def _plain(text: str) -> str:
+    """Text in which no dollar begins a formula."""
+    return text.replace("$", r"\$")
 
 
 def _panes(count: int) -> tuple[Any, list[Any]]:

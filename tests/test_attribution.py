@@ -109,3 +109,43 @@ def test_gated_prompts_have_no_share_of_the_bases_attention():
     base = tiny_base()
     with pytest.raises(ConfigError, match="no positions in the base's own attention"):
         attention_received(base, asked(base, "{text}\n", 0).examples, prompt_of(base, LlamaAdapter(length=3, layers=2)))
+
+
+def test_attention_is_that_of_the_token_before_the_answer():
+    """Whatever the answer is, and however long."""
+    base = tiny_base()
+    virtual = prompt_of(base, PromptTuning(length=3))
+    template = spt_jax.Template(prompt="<soft>{text}\n", target="{answer}", virtual_tokens=3)
+    encoder = spt_jax.Encoder(template, base.tokenizer, base.config.vocab_size, 100)
+    found = [
+        attention_received(base, [encoder.encode({"text": "a question", "answer": answer}, 0)], virtual)
+        for answer in ("N", "a long answer to it")
+    ]
+    np.testing.assert_allclose(found[0].by_position, found[1].by_position, atol=1e-6)
+    assert found[0].even == found[1].even == 3 / len(encoder.prompt_ids({"text": "a question"}))
+
+
+def test_a_prompt_of_nothing_but_tokens():
+    """The last token is not among the leading ones, for its output says the first word."""
+    base = tiny_base()
+    template = spt_jax.Template(prompt="<soft>", target="{text}", virtual_tokens=3)
+    encoder = spt_jax.Encoder(template, base.tokenizer, base.config.vocab_size, 100)
+    data = spt_jax.make_evaluation_set(base, encoder, RECORDS)
+    measure, lost = ablate(base, data, prompt_of(base, PromptTuning(length=3)))
+    assert measure == "log_probability" and len(lost) == 3
+
+
+def test_shifts_stay_with_their_tokens():
+    """DePT adds a row to each real token by its place: without a virtual token in front, the rows move up too."""
+    base = tiny_base()
+    rng = np.random.default_rng(0)
+    tokens, shift = (jnp.asarray(rng.normal(size=(n, base.config.width)), jnp.float32) for n in (3, 12))
+    virtual = VirtualPrompt(tokens=tokens, shift=shift)
+    _, lost = ablate(base, asked(base, "<soft><bos>{text}\n", 3), virtual)
+    shorter = VirtualPrompt(tokens=jnp.delete(tokens, 0, axis=0), shift=jnp.delete(shift, 0, axis=0))
+    left = right(base, asked(base, "<soft><bos>{text}\n", 2), shorter)
+    assert lost[0].interval.value == pytest.approx(
+        (right(base, asked(base, "<soft><bos>{text}\n", 3), virtual) - left).mean()
+    )
+    with pytest.raises(ConfigError, match="put <soft> before any field"):
+        ablate(base, asked(base, "{text}\n<soft>", 3), virtual)

@@ -36,7 +36,7 @@ def compared(files: Path) -> Path:
     labels = [json.loads(line)["label"] for line in (files / "test.jsonl").read_text().splitlines()]
     lines = [{"prompt": "x", "record": i, "label": own, "prediction": own} for i, own in enumerate(labels, 1)]
     (files / "outside" / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    facts = {"trainable_parameters": 7, "bytes": 28, "train_seconds": 1.5, "test_seconds": 0.5, "extra_tokens": 2.0}
+    facts = {"trainable_parameters": 7, "bytes": None, "train_seconds": 1.5, "test_seconds": 0.5, "extra_tokens": 2.0}
     (files / "outside" / "facts.json").write_text(json.dumps(facts))
     assert compare(files, files / "compared", "--shots", "1", "3", "--others", f"Oracle={files / 'outside'}") == 0
     return files / "compared"
@@ -66,6 +66,7 @@ def test_every_way_of_asking_has_a_row(files: Path, compared: Path):
     assert len(text) == 2 + len(expected) and len({line.count("|") for line in text}) == 1
     for line, row in zip(text[2:], rows(compared).values(), strict=True):
         assert f"| {row['accuracy']:.3f} [" in line and f"| {row['trainable_parameters']:,} |" in line
+    assert "| 7 | - | 1.5 | 0.5 | 2.0 |" in text[-1]
     assert (compared / "compare.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -157,6 +158,14 @@ def test_a_work_directory_that_exists_is_left_alone(files: Path, compared: Path,
     assert (compared / "compare.json").read_bytes() == before
 
 
+def test_the_longest_example_is_that_of_the_run(files: Path, tmp_path: Path, capsys):
+    """`data.max_length` holds for every way of asking; solved examples add their own length."""
+    more = ("--data.max-length", "24", "--shots", "2", "--no-probe")
+    assert compare(files, tmp_path / "out", *more) == 1
+    assert "at most 24 fit" in capsys.readouterr().err
+    assert compare(files, tmp_path / "out", *more, "--data.truncate", "text") == 0
+
+
 def test_shots_are_balanced_and_follow_from_their_seed():
     records = [{"text": str(i), "label": "a" if i % 5 else "b"} for i in range(50)]
     template = Template(prompt="{text}", target="{label}", verbalizers={"a": "A", "b": "B"})
@@ -189,6 +198,12 @@ def test_others_must_have_been_asked_the_same(files: Path, compared: Path, tmp_p
     (tmp_path / "other" / "predictions.jsonl").write_text("\n".join(lines[:-1]))
     assert compare(files, tmp_path / "out", "--others", f"X={tmp_path / 'other'}", "--no-probe") == 1
     assert "X was not asked the same records" in capsys.readouterr().err
+    (tmp_path / "other" / "predictions.jsonl").write_text("{")
+    assert compare(files, tmp_path / "out", "--others", f"X={tmp_path / 'other'}", "--no-probe") == 1
+    assert "line 1" in capsys.readouterr().err
+    (tmp_path / "other" / "facts.json").write_text('{"bytes": "many"}')
+    assert compare(files, tmp_path / "out", "--others", f"X={tmp_path / 'other'}", "--no-probe") == 2
+    assert "bytes is 'many', and no number" in capsys.readouterr().err
     (tmp_path / "other" / "facts.json").write_text('{"size": 3}')
     assert compare(files, tmp_path / "out", "--others", f"X={tmp_path / 'other'}") == 2
     assert "it holds trainable_parameters" in capsys.readouterr().err

@@ -59,6 +59,8 @@ def test_keys_and_values_drift_by_layer(tmp_path):
     assert layer_drift(still, base) == []  # no seed is known
     still = saved(tmp_path / "known", base, method, extra={"seed": 7})
     assert layer_drift(still, base) == [(0.0, 0.0)] * base.config.layers
+    zero = saved(tmp_path / "zero", base, PrefixTuning(length=3, start="zero"), moved=0.1, extra={"seed": 7})
+    assert layer_drift(zero, base) == []  # nothing is a share of 0
 
 
 def test_similarities_are_cosines_of_means():

@@ -113,6 +113,8 @@ def _records(template: Template, texts: Sequence[str], fields: Mapping[str, str]
         if unknown:
             raise ConfigError(f"the template has no field {unknown[0]!r}; {did_you_mean(unknown[0], names)}")
         return [dict(fields)]
+    if not names and not texts:
+        return [{}]
     if len(names) != 1:
         raise ConfigError(
             f"the template has the fields {', '.join(names) or 'none'}; give them as --fields name=value ..."

@@ -26,10 +26,12 @@ class Compare(Job[AnyMethod]):
 
     Attributes:
       prompts: directories of saved soft prompts; the first is what all others are compared with.
-      shots: numbers of solved training examples to put in front of a request; each is a way of asking.
+      shots: numbers of solved training examples to put in front of a request; each is a way of asking, but for chats of
+        {messages}.
       shots_seed: of their choice.
       probe: for classes, also a linear probe on the frozen base's features.
-      others: NAME=DIRECTORY of systems outside, each with predictions.jsonl and facts.json as this command writes them.
+      others: NAME=DIRECTORY of systems outside, each with predictions.jsonl as this command writes it, and facts.json:
+        the numbers trainable_parameters, bytes, train_seconds, test_seconds and extra_tokens.
     """
 
     prefix: ClassVar[str] = "compare-"

@@ -23,13 +23,14 @@ from spt_jax.sweeps.results import (
     Score,
     ask_together,
     by_length,
+    check_ensemble,
     copy_prompt,
     predictions_file,
     scored,
     scores_by_seed,
     trial_score,
 )
-from spt_jax.sweeps.settings import Settings, parse_field, settings
+from spt_jax.sweeps.settings import Settings, flag_words, parse_field, settings
 from spt_jax.sweeps.trials import (
     Preparation,
     Row,
@@ -109,13 +110,13 @@ def main(argv: Sequence[str]) -> None:
     planned = {trial.number: trial for stage in stages for trial in stage}
     if command.ensemble > len(planned):
         raise ConfigError(f"--ensemble is {command.ensemble}; there are {len(planned)} trials")
-    for trial in reversed(planned.values()):  # what does not fit is known before anything is trained
-        data = prepare(trial).asked["validation"]
-        template = data.encoder.template
-        if command.ensemble and (not template.verbalizers or template.reads):
-            raise ConfigError("--ensemble combines answers that are classes; this task has none")
-        if command.lengths and template.verbalizers:
-            check_records(len(data.examples), command.resolution)
+    # What does not fit, the longest first, is known before anything is trained.
+    every = [prepare(trial) for trial in reversed(planned.values())]
+    if command.ensemble:
+        check_ensemble(every)
+    for prepared in every:
+        if command.lengths and prepared.experiment.template.verbalizers:
+            check_records(len(prepared.asked["validation"].examples), command.resolution)
     kept = ("config", "workdir", "resume", "overwrite", "compilation_cache")
     options = {name: value for name, value in config_json(command).items() if name not in kept}
     open_workdir(
@@ -174,7 +175,7 @@ def plan_stages(command: Sweep[Any], argv: Sequence[str]) -> list[list[Trial]]:
         stage = []
         for one in drawn:
             own = one if length is None else {LENGTH: str(length), **one}
-            words = [word for name, value in own.items() for word in (f"--{name.replace('_', '-')}", value)]
+            words = [word for name, value in own.items() for word in flag_words(name, value, command.config)]
             config = resolve(parse_job(Sweep, [*argv, *words], PROGRAM).config)
             for seed in command.seeds:
                 number = len(stages) * len(drawn) * len(command.seeds) + len(stage) + 1
@@ -199,6 +200,8 @@ def finish(command: Sweep[Any], prepare: Preparation, ran: Sequence[Trial], rows
         raise TrainingError(f"no trial came to its end; {workdir}/trials.csv says why")
     best = max(scores, key=lambda score: score.validation.mean)
     chosen, reason = best, "the highest mean on validation"
+    if len(best.trials) < len(command.seeds):
+        reason += " of the trials that came to their end; no setting has all of its seeds"
     if command.lengths:
         lengths = by_length(scores)
         chosen = lengths[shortest_of_the_best([score.validation for score in lengths])]

@@ -16,7 +16,7 @@ from spt_jax.predictions import measures, read_predictions, record_values
 from spt_jax.prompts.storage import INFO_FILE, load_prompt, write_directory
 from spt_jax.sweeps.plateau import Estimate, estimates
 from spt_jax.sweeps.settings import Settings
-from spt_jax.sweeps.trials import PREDICTIONS_FILE, Preparation, Row, Trial, trial_folder
+from spt_jax.sweeps.trials import PREDICTIONS_FILE, Preparation, Prepared, Row, Trial, trial_folder
 
 LENGTH = "method.length"
 
@@ -32,12 +32,13 @@ class Score:
 
 
 def scored(workdir: Path, rows: dict[int, Row], trials: Sequence[Trial]) -> list[Score]:
-    """Every setting, in the order of its trials, without trials that did not come to their end."""
+    """Every setting all of whose trials came to their end; if there is none, those of which any did, by these."""
     by_setting: dict[str, list[Trial]] = {}
     for trial in trials:
-        if not rows[trial.number]["status"].startswith(("halved", "dropped")):
-            by_setting.setdefault(json.dumps(trial.settings), []).append(trial)
-    every = list(by_setting.values())
+        by_setting.setdefault(json.dumps(trial.settings), []).append(trial)
+    ended = [[trial for trial in own if came_to_its_end(rows[trial.number])] for own in by_setting.values()]
+    whole = [own for own, planned in zip(ended, by_setting.values(), strict=True) if len(own) == len(planned)]
+    every = whole or [own for own in ended if own]
 
     def of(split: str) -> list[Estimate] | None:
         read = [[read_predictions(predictions_file(workdir, t.number), by="split") for t in own] for own in every]
@@ -51,6 +52,27 @@ def scored(workdir: Path, rows: dict[int, Row], trials: Sequence[Trial]) -> list
         Score(own[0].settings, tuple(trial.number for trial in own), on_validation, on_test)
         for own, on_validation, on_test in zip(every, validation, test, strict=True)
     ]
+
+
+def check_ensemble(every: Sequence[Prepared]) -> None:
+    """Whether the prompts of any of these can be asked together.
+
+    Raises:
+      ConfigError: their answers are no classes, several tasks have prompts of their own, or there are several bases.
+    """
+    for prepared in every:
+        template, base = prepared.experiment.template, prepared.experiment.base
+        if not template.verbalizers or template.reads:
+            raise ConfigError("--ensemble combines answers that are classes, and this task has none")
+        if template.task is not None:
+            raise ConfigError("--ensemble combines prompts of one task; here every task has its own")
+        if base.fingerprint != every[0].experiment.base.fingerprint:
+            raise ConfigError("--ensemble asks one base, and these trials have several")
+
+
+def came_to_its_end(row: Row) -> bool:
+    """Neither halved nor dropped."""
+    return not row["status"].startswith(("halved", "dropped"))
 
 
 def predictions_file(workdir: Path, number: int) -> Path:
@@ -90,22 +112,19 @@ def copy_prompt(source: Path, target: Path) -> None:
 def ask_together(
     count: int, prepare: Preparation, ran: Sequence[Trial], rows: dict[int, Row], workdir: Path
 ) -> dict[str, Any]:
-    """The best trials by validation, asked together, on test records if there are any.
-
-    Raises:
-      ConfigError: they are of several bases.
-    """
-    chosen = sorted(ran, key=lambda trial: -trial_score(rows[trial.number]))[:count]
+    """So many of the best trials by validation that have a prompt, asked together, on test records if there are any."""
+    having = [trial for trial in ran if trial_score(rows[trial.number]) > -math.inf]
+    chosen = sorted(having, key=lambda trial: -trial_score(rows[trial.number]))[:count]
     every = [prepare(trial) for trial in chosen]
     base = every[0].experiment.base
-    if any(own.experiment.base.fingerprint != base.fingerprint for own in every):
-        raise ConfigError(f"--ensemble: the best {count} trials are of several bases")
     split = "test" if "test" in every[0].asked else "validation"
     prompts = [load_prompt(trial_folder(workdir, trial.number) / "prompt", base).virtual for trial in chosen]
     together = evaluate_ensemble(base, [own.asked[split] for own in every], prompts)
     alone = [rows[trial.number][f"{split}.accuracy"] for trial in chosen]
     accuracy = together.metrics["accuracy"]
-    print(f"the best {count} together: {split} accuracy {accuracy:.3f}, one by one {np.mean(alone):.3f} in the mean")
+    print(
+        f"the best {len(chosen)} together: {split} accuracy {accuracy:.3f}, one by one {np.mean(alone):.3f} in the mean"
+    )
     return {
         "trials": [trial.number for trial in chosen],
         "split": split,

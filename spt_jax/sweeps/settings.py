@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,8 @@ class Range:
 def parse_field(text: str, config: ExperimentConfig[Any]) -> tuple[str, list[str] | Range]:
     """Reads FIELD=VALUE,VALUE (`\\,` is a comma in a value), FIELD=LOW..HIGH or FIELD=LOW..HIGH:log.
 
+    A value of a field that takes several words has spaces between them.
+
     Raises:
       ConfigError: it reads otherwise, there is no such field, a range is empty, or a value comes twice.
     """
@@ -62,19 +64,36 @@ def parse_field(text: str, config: ExperimentConfig[Any]) -> tuple[str, list[str
     return name, Range(float(low), float(high), whole, bool(found["log"]))
 
 
-def config_fields(config: ExperimentConfig[Any]) -> set[str]:
-    """Dotted names of a config's fields, with those of every method."""
-    return set().union(
-        *(_fields(dataclasses.replace(config, method=method())) for method in METHODS.values()), _fields(config)
-    )
+def config_fields(config: ExperimentConfig[Any]) -> dict[str, Any]:
+    """A config's fields by their dotted names, and those of every other method with their defaults."""
+    found: dict[str, Any] = {}
+    for method in METHODS.values():
+        found |= _fields(dataclasses.replace(config, method=method()))
+    return found | _fields(config)
 
 
-def _fields(part: Any, prefix: str = "") -> set[str]:
-    found = set()
+def _fields(part: Any, prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for field in dataclasses.fields(part):
         value, name = getattr(part, field.name), f"{prefix}{field.name}"
-        found |= _fields(value, f"{name}.") if dataclasses.is_dataclass(value) else {name}
+        found |= _fields(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value}
     return found
+
+
+def flag_words(name: str, value: str, config: ExperimentConfig[Any]) -> list[str]:
+    """A field and its value as a command line has them.
+
+    Raises:
+      ConfigError: a switch that is neither True nor False.
+    """
+    group, _, field = name.replace("_", "-").rpartition(".")
+    default = config_fields(config)[name]
+    if isinstance(default, bool):
+        if value not in ("True", "False"):
+            raise ConfigError(f"--over {name}={value}: it is True or False")
+        return [f"--{group}.{'' if value == 'True' else 'no-'}{field}"]
+    several = isinstance(default, (tuple, Mapping))
+    return [f"--{group}.{field}", *(value.split() if several else [value])]
 
 
 def settings(fields: Sequence[tuple[str, list[str] | Range]], trials: int | None, seed: int) -> list[Settings]:

@@ -226,7 +226,8 @@ def read_rows(workdir: Path, planned: dict[int, Trial]) -> dict[int, Row]:
     """
     path = workdir / ROWS_FILE
     found: dict[int, Row] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    for line in filter(None, lines):
         saved = json.loads(line)
         row = saved.pop("row")
         here = _identity(planned[row["trial"]]) if row["trial"] in planned else None

@@ -56,7 +56,7 @@ def range_test(
 
     Raises:
       ConfigError: the range is empty, or has fewer than 10 steps.
-      TrainingError: the loss blew up within 10 steps.
+      TrainingError: the loss blew up within 10 steps, or never fell.
     """
     if not 0 < low < high or steps < 10:
         raise ConfigError(
@@ -85,5 +85,7 @@ def range_test(
         smoothed.append(now)
     if len(losses) < 10:
         raise TrainingError(f"the loss blew up at a rate of {rates[len(losses)]:.2g}; begin lower than {low}")
-    seen = rates[: len(losses)]
-    return RangeTest(seen, np.asarray(losses), np.asarray(smoothed), float(seen[int(np.argmin(smoothed))]) / 10)
+    seen, lowest = rates[: len(losses)], int(np.argmin(smoothed))
+    if lowest == 0:
+        raise TrainingError(f"no rate from {low} to {seen[-1]:.2g} lowered the loss; begin lower, or take more steps")
+    return RangeTest(seen, np.asarray(losses), np.asarray(smoothed), float(seen[lowest]) / 10)

@@ -53,6 +53,16 @@ def test_evaluate_writes_what_it_prints(folder, capsys, tmp_path):
     assert f"{results['soft_prompt']['accuracy']:.3f}" in shown and "no prompt" in shown
 
 
+def test_a_template_without_fields_needs_no_text(folder, capsys):
+    base = spt_jax.load_base(folder / "model")
+    method = spt_jax.PromptTuning(length=3)
+    virtual = method.materialize(base.module, base.params, method.init_params(jax.random.key(0), base))
+    template = spt_jax.Template(prompt="<soft>", target="{poem}", virtual_tokens=3)
+    spt_jax.save_prompt(folder / "alone", base, method, virtual, template)
+    assert main(["generate", "--prompt", str(folder / "alone"), "--max-new-tokens", "2"]) == 0
+    assert main(["generate", "--prompt", str(folder / "alone"), "a text"]) == 2
+
+
 def test_inspect(folder, capsys):
     assert main(["inspect", "--prompt", str(folder / "classify"), "--nearest", "1"]) == 0
     shown = capsys.readouterr().out

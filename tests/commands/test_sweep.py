@@ -13,8 +13,11 @@ import pytest
 
 import train
 from spt_jax.__main__ import main
+from spt_jax.command_line import load_config_file
+from spt_jax.sweeps.results import scored
+from spt_jax.sweeps.trials import Trial
 from spt_jax.training import halving
-from tests.jobs import arrays, words, write_task
+from tests.jobs import ROOT, arrays, words, write_task
 
 QUICK = ("--train.steps", "8", "--train.evaluate-every", "4", "--train.checkpoint-every", "4")
 LENGTHS = ("--lengths", "2", "4", "--seeds", "0", "1", "--patience", "1", "--resolution", "0.2", "--ensemble", "3")
@@ -154,6 +157,37 @@ def test_any_field_can_be_swept_and_losers_stop(files, tmp_path):
         assert sorted(ends) == ["finished", "halved at step 1", "halved at step 1", "halved at step 2"]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["steps"] == sum(int(row["steps"]) for row in rows) == 2 * (8 + 1 + 1 + 2)
+
+
+def row(number: int, setting: str, status: str = "finished") -> tuple[Trial, dict]:
+    config = load_config_file(ROOT / "configs" / "local_files.py")
+    return Trial(number, {"a": setting}, config), {"trial": number, "status": status}
+
+
+def test_a_setting_that_lost_seeds_is_not_judged_by_the_rest(tmp_path):
+    """The lucky seed that halving left of one setting does not beat another setting's three."""
+    every = [row(1, "x"), row(2, "x", "halved at step 4"), row(3, "x", "dropped at step 2: loss is nan")]
+    every += [row(n, "y") for n in (4, 5, 6)]
+    for trial, _ in every:
+        right = 10 if trial.number == 1 else 8
+        lines = [{"record": n, "label": "l", "prediction": "l" if n <= right else "m"} for n in range(1, 11)]
+        folder = tmp_path / "trials" / f"{trial.number:03d}"
+        folder.mkdir(parents=True)
+        text = "".join(json.dumps({"split": "validation", **line}) + "\n" for line in lines)
+        (folder / "predictions.jsonl").write_text(text)
+    rows = {trial.number: own for trial, own in every}
+    (whole,) = scored(tmp_path, rows, [trial for trial, _ in every])
+    assert whole.trials == (4, 5, 6) and whole.validation.mean == pytest.approx(0.8)
+    (left,) = scored(tmp_path, rows, [trial for trial, _ in every[:3]])  # where no setting is whole
+    assert left.trials == (1,) and left.validation.mean == 1.0
+
+
+def test_dollars_and_switches_and_lists_can_be_swept(files, tmp_path):
+    over = ("--over", r"data.prompt=<soft>{text} $5\n,<soft>{text}\n$ or $", "data.packing=True,False")
+    assert sweep(files, tmp_path / "run", *over, "--seeds", "0", "--train.steps", "2") == 0
+    assert {(r["data.prompt"], r["data.packing"]) for r in table(tmp_path / "run")} == {
+        (prompt, packing) for prompt in ("<soft>{text} $5\n", "<soft>{text}\n$ or $") for packing in ("true", "false")
+    }
 
 
 @pytest.mark.parametrize(

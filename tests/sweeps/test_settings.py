@@ -6,7 +6,7 @@ import pytest
 
 from spt_jax.command_line import load_config_file
 from spt_jax.errors import ConfigError
-from spt_jax.sweeps.settings import Range, parse_field, settings
+from spt_jax.sweeps.settings import Range, flag_words, parse_field, settings
 from tests.jobs import ROOT
 
 CONFIG = load_config_file(ROOT / "configs" / "local_files.py")
@@ -79,3 +79,14 @@ def test_draws_lie_in_their_ranges_and_follow_from_their_seed():
 def test_searches_that_cannot_be(fields, trials, message: str):
     with pytest.raises(ConfigError, match=message):
         settings(fields, trials, 0)
+
+
+def test_values_become_the_words_of_their_flags():
+    assert flag_words("train.batch_size", "8", CONFIG) == ["--train.batch-size", "8"]
+    assert flag_words("data.packing", "False", CONFIG) == ["--data.no-packing"]
+    assert flag_words("data.chat", "True", CONFIG) == ["--data.chat"]
+    assert flag_words("data.verbalizers", "good=H bad=L", CONFIG) == ["--data.verbalizers", "good=H", "bad=L"]
+    assert flag_words("loss.class_weights", "1 2", CONFIG) == ["--loss.class-weights", "1", "2"]
+    assert flag_words("data.prompt", "<soft>{text} is", CONFIG) == ["--data.prompt", "<soft>{text} is"]
+    with pytest.raises(ConfigError, match="it is True or False"):
+        flag_words("data.packing", "no", CONFIG)

@@ -40,6 +40,17 @@ def test_it_stops_where_the_loss_blows_up(monkeypatch, end: float):
     assert found.suggested == pytest.approx(found.rates[found.smoothed.argmin()] / 10)
 
 
+def test_a_loss_that_never_falls_suggests_nothing(monkeypatch):
+    losses = iter(np.linspace(1.0, 2.0, 20))
+
+    def step(states, rates, batch):
+        return states, {"loss": np.asarray([next(losses)], np.float32)}
+
+    monkeypatch.setattr(rate_finder, "make_population_step", lambda *arguments: step)
+    with pytest.raises(TrainingError, match="lowered the loss"):
+        range_test(base_of(), member(), ADAM, Objective(), batch_size=BATCH, steps=20)
+
+
 def test_tests_that_cannot_be(monkeypatch):
     base = base_of()
     for wrong in ({"low": 0.0}, {"low": 1.0, "high": 0.1}, {"steps": 5}):
