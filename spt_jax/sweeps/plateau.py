@@ -1,8 +1,9 @@
 """When a prompt is long enough: means over seeds, their standard errors, and two rules that read them.
 
-An improvement is a mean that lies more than one standard error above the last improvement's. A sweep stops after some
-lengths in a row without one, and takes the shortest length whose mean lies within one standard error of the highest
-(the one-standard-error rule of Breiman et al. 1984, section 3.4.3).
+An improvement is a mean that lies above the last improvement's by more than the standard error of their difference,
+sqrt(a^2 + b^2) for standard errors a and b. A sweep stops after some lengths in a row without one, and takes the
+shortest length whose mean lies within one standard error of the highest (the one-standard-error rule of Breiman et al.
+1984, section 3.4.3).
 """
 
 import dataclasses
@@ -51,7 +52,7 @@ def has_plateaued(ascending: Sequence[Estimate], patience: int) -> bool:
     """Whether the last `patience` lengths brought no improvement."""
     last, since = ascending[0], 0
     for estimate in ascending[1:]:
-        if estimate.mean > last.mean + last.standard_error:
+        if estimate.mean - last.mean > math.hypot(estimate.standard_error, last.standard_error):
             last, since = estimate, 0
         else:
             since += 1

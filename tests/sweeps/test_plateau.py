@@ -39,11 +39,14 @@ def test_seeds_are_pooled_over_settings():
 
 
 def test_a_plateau_is_lengths_in_a_row_without_an_improvement():
+    """Of standard errors of 0.02, so that a difference has one of 0.028."""
     assert not has_plateaued(ladder(0.5, 0.6), 2)
     assert not has_plateaued(ladder(0.5, 0.6, 0.61), 2)
     assert has_plateaued(ladder(0.5, 0.6, 0.61, 0.59), 2)
     assert not has_plateaued(ladder(0.5, 0.6, 0.61, 0.65), 2)
-    assert has_plateaued(ladder(0.5, 0.51), 1) and not has_plateaued(ladder(0.5, 0.53), 1)
+    assert has_plateaued(ladder(0.5, 0.527), 1) and not has_plateaued(ladder(0.5, 0.529), 1)
+    assert has_plateaued([Estimate(0.5, 0.03), Estimate(0.549, 0.04)], 1)
+    assert not has_plateaued([Estimate(0.5, 0.03), Estimate(0.551, 0.04)], 1)
 
 
 def test_small_steps_that_add_up_are_an_improvement():
