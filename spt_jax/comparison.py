@@ -92,7 +92,8 @@ def ways(
     asked_by = template.bare(best_text(experiment))
     for count in () if template.is_conversation else shots:
         solved = draw_shots(experiment.train, template, count, shots_seed)
-        found.append(_written(experiment, f"{count} solved examples", bare, asked_by, solved))
+        name = f"{count} solved example{'s' if count > 1 else ''}"
+        found.append(_written(experiment, name, bare, asked_by, solved))
     if probe and template.verbalizers:
         found.append(_probe(experiment))
     return found

@@ -60,7 +60,7 @@ def predictions(compared: Path) -> dict[str, list[dict]]:
 
 def test_every_way_of_asking_has_a_row(files: Path, compared: Path):
     soft = f"soft prompt: {files / 'run' / 'prompt'}"
-    expected = [soft, "no prompt", *HARD, "1 solved examples", "3 solved examples", "linear probe", "Oracle"]
+    expected = [soft, "no prompt", *HARD, "1 solved example", "3 solved examples", "linear probe", "Oracle"]
     assert list(rows(compared)) == expected == list(predictions(compared))
     text = (compared / "compare.md").read_text().splitlines()
     assert len(text) == 2 + len(expected) and len({line.count("|") for line in text}) == 1
@@ -130,7 +130,7 @@ def test_costs_are_those_of_the_files_and_the_tokenizer(files: Path, compared: P
     width = 32
     assert table["linear probe"]["trainable_parameters"] == 2 * (width + 1) == table["linear probe"]["bytes"] / 4
     assert table["Oracle"].items() >= json.loads((files / "outside" / "facts.json").read_text()).items()
-    assert table["3 solved examples"]["extra_tokens"] > 2 * table["1 solved examples"]["extra_tokens"] > 0
+    assert table["3 solved examples"]["extra_tokens"] > 2 * table["1 solved example"]["extra_tokens"] > 0
 
 
 def test_answers_that_are_written(files: Path, tmp_path: Path):

@@ -345,7 +345,11 @@ class Encoder:
         known = dict(record)
         if self.template.verbalizers:
             name = self.template.label_field or ""
-            known[name] = self.template.verbalizers[str(record[name])]
+            label = str(record[name])
+            if label not in self.template.verbalizers:
+                hint = did_you_mean(label, self.template.verbalizers)
+                raise DataError(f"a solved example's label {label!r} has no verbalizer; {hint}")
+            known[name] = self.template.verbalizers[label]
         return [Plain(str(known[p.name])) if isinstance(p, Field) else p for p in parse(side)]
 
     def _with_shots(self, prompt: Sequence[Piece]) -> list[Piece | int]:

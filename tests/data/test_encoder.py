@@ -211,6 +211,11 @@ def test_solved_examples_are_turns_of_a_chat():
     assert e.prompt_ids({"t": "Three", "label": "c"}).tolist() == list(expected)
 
 
+def test_a_solved_example_of_no_class_is_named():
+    with pytest.raises(DataError, match="label 'yess' has no verbalizer; did you mean 'yes'"):
+        encoder("Q: {t}", shots=[{"t": "One", "label": "yess"}], verbalizers={"yes": "H", "no": "L"})
+
+
 def test_solved_examples_go_with_a_written_prompt():
     with pytest.raises(ConfigError, match="in front of a written prompt"):
         encoder("<soft>{t}", shots=SHOTS)
