@@ -39,6 +39,8 @@ from spt_jax.prompts import (
 from spt_jax.prompts import initializers as init
 from spt_jax.prompts.stacking import stack_prompts
 from spt_jax.prompts.storage import SavedPrompt, load_prompt, save_prompt
+from spt_jax.serving.bank import PromptBank
+from spt_jax.serving.engine import Engine, Request
 from spt_jax.sharding import MeshConfig, make_mesh
 from spt_jax.training.halving import Halving, Standing, fit_population
 from spt_jax.training.optimizers import OptimizerConfig, make_optimizer, resolve_optimizer
@@ -56,6 +58,7 @@ __all__ = [
     "DecomposedPromptTuning",
     "DeepPrompts",
     "Encoder",
+    "Engine",
     "Example",
     "FrozenBase",
     "Halving",
@@ -68,7 +71,9 @@ __all__ = [
     "OptimizerConfig",
     "PTuning",
     "PrefixTuning",
+    "PromptBank",
     "PromptTuning",
+    "Request",
     "ResidualPromptTuning",
     "Rows",
     "SamplingConfig",

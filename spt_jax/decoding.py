@@ -42,12 +42,12 @@ class PromptRows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowSampling:
-    """The traced part of a `SamplingConfig`, the E ids that end a row, and each row's number among all prompts."""
+    """The traced part of a `SamplingConfig`, of all rows or of each, the E ids that end a row, each row's number."""
 
-    temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
-    top_p: Float[Array, ""]
-    seed: UInt32[Array, ""]
+    temperature: Float[Array, "*B"]
+    top_k: Int[Array, "*B"]
+    top_p: Float[Array, "*B"]
+    seed: UInt32[Array, "*B"]
     end_ids: Int[Array, " E"]
     numbers: Int[Array, " B"]
 
@@ -170,8 +170,10 @@ def decode(
 
 
 @jax.named_scope("choose")
-def choose(scores: Float[Array, "B V"], step: Int[Array, ""], sampling: RowSampling) -> Int[Array, " B"]:
+def choose(scores: Float[Array, "B V"], step: Int[Array, "*B"], sampling: RowSampling) -> Int[Array, " B"]:
     """The next id of each row. Random numbers are drawn, and scores sorted, only where the sampling needs it."""
+    options = sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed, step
+    temperature, top_k, top_p, seeds, steps = (jnp.broadcast_to(option, scores.shape[:1]) for option in options)
 
     def greedy() -> Int[Array, " B"]:
         return jnp.argmax(scores, axis=-1).astype(jnp.int32)
@@ -180,12 +182,13 @@ def choose(scores: Float[Array, "B V"], step: Int[Array, ""], sampling: RowSampl
         """The maximum of scores and Gumbel noise is a sample of their softmax."""
         # The highest score is taken off first: a tiny temperature then gives -inf, and no inf.
         below = scores - jnp.max(scores, axis=-1, keepdims=True)
-        scaled = below / jnp.maximum(sampling.temperature, jnp.finfo(jnp.float32).tiny)
-        noise = jax.vmap(gumbel)(sampling.numbers)
-        return jax.lax.cond((sampling.top_k > 0) | (sampling.top_p < 1), among_likeliest, among_all, scaled, noise)
+        scaled = below / jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)[:, None]
+        noise = jax.vmap(gumbel)(seeds, sampling.numbers, steps)
+        chosen = jax.lax.cond(jnp.any((top_k > 0) | (top_p < 1)), among_likeliest, among_all, scaled, noise)
+        return jnp.where(temperature > 0, chosen, greedy())
 
-    def gumbel(number: Int[Array, ""]) -> Float[Array, " V"]:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), number), step)
+    def gumbel(seed: UInt32[Array, ""], number: Int[Array, ""], step: Int[Array, ""]) -> Float[Array, " V"]:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), step)
         return jax.random.gumbel(key, scores.shape[1:], jnp.float32)
 
     def among_all(scaled: Float[Array, "B V"], noise: Float[Array, "B V"]) -> Int[Array, " B"]:
@@ -195,12 +198,13 @@ def choose(scores: Float[Array, "B V"], step: Int[Array, ""], sampling: RowSampl
         order = jnp.argsort(-scaled, axis=-1)
         ranked = jnp.take_along_axis(scaled, order, axis=-1)
         ranks = jnp.arange(scaled.shape[1])[None]
-        ranked = jnp.where((sampling.top_k == 0) | (ranks < sampling.top_k), ranked, -jnp.inf)
+        count, share = top_k[:, None], top_p[:, None]
+        ranked = jnp.where((count == 0) | (ranks < count), ranked, -jnp.inf)
         probabilities = jax.nn.softmax(ranked, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         # Rounding of the sum must drop no token where top_p drops none.
-        ranked = jnp.where((sampling.top_p == 1) | (before < sampling.top_p), ranked, -jnp.inf)
+        ranked = jnp.where((share == 1) | (before < share), ranked, -jnp.inf)
         rank = jnp.argmax(ranked + jnp.take_along_axis(noise, order, axis=-1), axis=-1)
         return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
-    return jax.lax.cond(sampling.temperature > 0, sampled, greedy)
+    return jax.lax.cond(jnp.any(temperature > 0), sampled, greedy)

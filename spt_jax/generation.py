@@ -154,7 +154,7 @@ def generate(
     first = 0 if virtual is None else virtual.first_position
     firsts = [first if isinstance(first, int) else int(first[own]) for own in index]
     for number, prompt in enumerate(prompts):
-        _check_prompt(base, prompt, number, virtual, firsts[number], sampling)
+        check_prompt(base, prompt, number, virtual, firsts[number], sampling)
     leads = _shared_leads(prompts, index, lead)
     requests = [_Request(*one) for one in zip(prompts, range(len(prompts)), index, leads, firsts, strict=True)]
     if virtual is not None:
@@ -232,11 +232,7 @@ def _generate_batch(
     sampling: SamplingConfig,
 ) -> list[Generated]:
     """At most `size` prompts, in rows of their own; the rows left over have ended from the start."""
-    eos_id = base.tokenizer.eos_token_id
-    control = {token.content: id_ for id_, token in base.tokenizer.added_tokens_decoder.items() if token.special}
-    stop_ids = {control[text] for text in sampling.stop if text in control}
-    stop_texts = [text for text in sampling.stop if text not in control]
-    end_ids = stop_ids | ({eos_id} if eos_id is not None else set())
+    ends = endings(base.tokenizer, sampling.stop)
     place = functools.partial(jax.device_put, device=row_sharding(base.mesh))
     prompts = [request.ids for request in requests]
     cached = [request.ids[request.lead : -1] for request in requests]
@@ -253,41 +249,67 @@ def _generate_batch(
         top_k=jnp.int32(min(sampling.top_k, base.config.vocab_size)),
         top_p=jnp.float32(sampling.top_p),
         seed=jnp.uint32(sampling.seed),
-        end_ids=jnp.asarray(_padded(sorted(end_ids), round_up(len(end_ids), 8), NO_ID)),
+        end_ids=jnp.asarray(_padded(sorted(ends.ids), round_up(len(ends.ids), 8), NO_ID)),
         numbers=place(_padded([request.number for request in requests], size)),
     )
     limit = sampling.max_new_tokens
     state = programs(base.mesh).prefill(base.module, round_up(limit, BUCKET), base.params, virtual, prefix, rows)
 
-    texts_of = [functools.partial(continuation_text, base.tokenizer, opens=_is_opening(base, p)) for p in prompts]
-    chunk = CHUNK if stop_texts else limit
+    texts_of = [functools.partial(continuation_text, base.tokenizer, opens=is_opening(base, p)) for p in prompts]
+    chunk = CHUNK if ends.texts else limit
     stopped = np.arange(size) >= len(prompts)
-    ends: list[int | None] = [None] * len(prompts)
+    stops: list[int | None] = [None] * len(prompts)
     chosen: list[list[int]] = []
     for until in [*range(chunk, limit, chunk), limit]:
         inputs = virtual, prefix, jnp.int32(until), place(stopped.copy()), traced, rows.prompt_index
         state = programs(base.mesh).decode(base.module, base.params, *inputs, state)
         step, ended = int(state.step), to_host(state.ended)
         new_ids = to_host(state.ids)[: len(prompts), 1 : step + 1].tolist()
-        chosen = [_until_end(row, end_ids) for row in new_ids]
+        chosen = [until_end(row, ends.ids) for row in new_ids]
         for i, row in enumerate(chosen):
-            if ends[i] is None:
-                ends[i] = _stop_end(texts_of[i], row, max(0, until - chunk), stop_texts)
-                stopped[i] = ends[i] is not None
+            if stops[i] is None:
+                stops[i] = stop_end(texts_of[i], row, max(0, until - chunk), ends.texts)
+                stopped[i] = stops[i] is not None
         if np.all(ended | stopped):
             break
 
     all_log_probabilities = to_host(state.log_probabilities)[: len(prompts)].tolist()
-    results = []
-    for row, end, text_of, log_probabilities in zip(chosen, ends, texts_of, all_log_probabilities, strict=True):
-        row = row[:end]
-        text, finished = text_of(row), "length"
-        if end is not None:
-            text, finished = text[: min(at for at in map(text.find, stop_texts) if at >= 0)], "stop"
-        elif row[-1] in end_ids:
-            finished = "eos" if row[-1] == eos_id else "stop"
-        results.append(Generated(text, row, log_probabilities[: len(row)], finished))
-    return results
+    return [answer(*one[:3], ends, one[3]) for one in zip(texts_of, chosen, stops, all_log_probabilities, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Endings:
+    """What ends an answer: EOS, its id or those of control tokens that were named, and texts."""
+
+    eos_id: int | None
+    ids: frozenset[int]
+    texts: tuple[str, ...]
+
+
+@functools.lru_cache
+def endings(tokenizer: Any, stop: tuple[str, ...]) -> Endings:
+    """What ends an answer with these stop strings, of which some may be control tokens."""
+    eos_id = tokenizer.eos_token_id
+    control = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = {control[text] for text in stop if text in control} | ({eos_id} if eos_id is not None else set())
+    return Endings(eos_id, frozenset(ids), tuple(text for text in stop if text not in control))
+
+
+def answer(
+    text_of: Callable[[list[int]], str],
+    row: list[int],
+    end: int | None,
+    ends: Endings,
+    log_probabilities: Sequence[float],
+) -> Generated:
+    """What was generated, from ids up to the first that ended it, or up to `end`, where a stop string stands."""
+    row = row[:end]
+    text, finished = text_of(row), "length"
+    if end is not None:
+        text, finished = text[: min(at for at in map(text.find, ends.texts) if at >= 0)], "stop"
+    elif row[-1] in ends.ids:
+        finished = "eos" if row[-1] == ends.eos_id else "stop"
+    return Generated(text, row, list(log_probabilities[: len(row)]), finished)
 
 
 def continuation_text(tokenizer: Any, ids: Sequence[int], *, opens: bool = False) -> str:
@@ -307,18 +329,18 @@ def continuation_text(tokenizer: Any, ids: Sequence[int], *, opens: bool = False
     return whole[len(before) :]
 
 
-def _is_opening(base: FrozenBase, prompt: np.ndarray) -> bool:
+def is_opening(base: FrozenBase, prompt: np.ndarray) -> bool:
     """Nothing but BOS stands before the new text."""
     return bool(np.all(prompt == base.tokenizer.bos_token_id))
 
 
-def _until_end(ids: list[int], end_ids: set[int]) -> list[int]:
+def until_end(ids: list[int], end_ids: frozenset[int]) -> list[int]:
     """The ids up to the first that ends a row, that one included."""
     end = next((i + 1 for i, token in enumerate(ids) if token in end_ids), None)
     return ids[:end]
 
 
-def _stop_end(text_of: Callable[[list[int]], str], ids: list[int], checked: int, stop: list[str]) -> int | None:
+def stop_end(text_of: Callable[[list[int]], str], ids: list[int], checked: int, stop: Sequence[str]) -> int | None:
     """The least number of ids whose text contains a stop string, where the first `checked` ids' does not."""
 
     def stops(count: int) -> bool:
@@ -330,7 +352,7 @@ def _stop_end(text_of: Callable[[list[int]], str], ids: list[int], checked: int,
     return next(count for count in range(checked + 1, len(ids) + 1) if stops(count))
 
 
-def _check_prompt(
+def check_prompt(
     base: FrozenBase,
     prompt: np.ndarray,
     number: int,

@@ -183,6 +183,20 @@ class Encoder:
         pieces = parse(self.template.target)
         return "".join(str(record[p.name]) if isinstance(p, Field) else getattr(p, "text", "") for p in pieces).strip()
 
+    def fixed_lead(self) -> np.ndarray:
+        """Leading ids that every prompt of this template begins with, whatever its fields hold; never all of them.
+
+        Text that touches a field may merge with it, and is not among them.
+        """
+        if self.template.is_conversation:
+            return np.zeros(0, np.int32)
+        pieces = list(self._split_specials(self._prompt))
+        first = next((i for i, piece in enumerate(pieces) if isinstance(piece, Field)), len(pieces))
+        while 0 < first < len(pieces) and isinstance(pieces[first - 1], (Text, Plain)):
+            first -= 1
+        ids = np.asarray(self._ids(pieces[:first], {}, opens=True), np.int32)
+        return ids[:-1] if first == len(pieces) else ids
+
     def head_length(self, examples: Sequence[Example]) -> int:
         """How many leading ids are the same for all examples and independent of their fields.
 

@@ -1,0 +1,1 @@
+"""Serving: many prompts on one base, any mixture of them in one batch."""

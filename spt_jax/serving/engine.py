@@ -1,0 +1,212 @@
+"""Continuous batching: requests come and go while others are being answered, each under a prompt of its own."""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from spt_jax.data.batches import round_up
+from spt_jax.errors import ConfigError
+from spt_jax.generation import (
+    BUCKET,
+    Generated,
+    SamplingConfig,
+    answer,
+    check_prompt,
+    continuation_text,
+    endings,
+    is_opening,
+    stop_end,
+)
+from spt_jax.models.attention import Cache
+from spt_jax.serving.bank import PromptBank
+from spt_jax.serving.slots import RequestIds, Slots, SlotSampling, admit, decode, empty_slots
+from spt_jax.sharding import replicated, row_sharding, row_shards
+
+# Tokens between two looks of the host: at new requests, and at what has ended.
+CHUNK = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to answer.
+
+    ids: real and virtual, as from `PromptBank.request_ids`.
+    prompt: whose virtual ids they are; None for the bare base.
+    sampling: how, and when to end.
+    """
+
+    ids: np.ndarray
+    prompt: str | None = None
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+
+
+@dataclasses.dataclass
+class Ticket:
+    """A request under way: the ids that it has got, and in the end what came of it; None if it was cancelled."""
+
+    request: Request
+    ids: list[int] = dataclasses.field(default_factory=list)
+    log_probabilities: list[float] = dataclasses.field(default_factory=list)
+    done: bool = False
+    result: Generated | None = None
+
+
+class Engine:
+    """Answers requests in a fixed number of slots. Not for several threads at once.
+
+    One program decodes whatever mixture of prompts, lengths and sampling the slots hold; a request's own ids run once,
+    in a program per length rounded up to a multiple of 32. Its prompt's keys and values are copied, and computed once.
+    """
+
+    def __init__(self, bank: PromptBank, *, slots: int = 16, capacity: int | None = None):
+        """Makes room on the device.
+
+        Args:
+          bank: the prompts; they may come and go meanwhile.
+          slots: requests under way at once.
+          capacity: positions of each, with what rounding takes; default the base's, and room for the rounding.
+
+        Raises:
+          ConfigError: not one slot for each part of the mesh's rows.
+        """
+        self.bank, base = bank, bank.base
+        if slots < 1 or slots % row_shards(base.mesh):
+            shards = row_shards(base.mesh)
+            raise ConfigError(
+                f"{slots} slots; a multiple of {shards}, the parts that the mesh splits rows in, is needed"
+            )
+        self._capacity = capacity or round_up(base.config.max_positions, BUCKET) + 2 * BUCKET
+        self._programs = _programs(base.mesh)
+        self._slots = self._programs.empty(base.module, base.dtype, slots, self._capacity)
+        self._busy: list[Ticket | None] = [None] * slots
+        self._waiting: collections.deque[Ticket] = collections.deque()
+
+    def submit(self, request: Request) -> Ticket:
+        """Takes a request in; `step` answers it.
+
+        Raises:
+          ConfigError: no such prompt, or more tokens than the base or a slot has positions.
+          DataError: no ids, or ids that the base and the prompt do not have.
+        """
+        base, held = self.bank.base, self.bank.held(request.prompt)
+        ids = np.asarray(request.ids, np.int32)
+        behind = held.start - len(held.lead)
+        check_prompt(base, ids, 0, held.virtual, behind, request.sampling)
+        if not np.array_equal(ids[: len(held.lead)], held.lead) or len(ids) == len(held.lead):
+            raise ConfigError(f"these ids do not begin as the template of prompt {request.prompt!r} does, or end there")
+        taken = 0 if held.prefix is None else held.prefix.positions.shape[0]
+        needed = taken + round_up(len(ids) - len(held.lead), BUCKET) + request.sampling.max_new_tokens + CHUNK
+        if needed > self._capacity:
+            raise ConfigError(f"the request takes {needed} positions, rounding included; a slot has {self._capacity}")
+        ticket = Ticket(dataclasses.replace(request, ids=ids))
+        self._waiting.append(ticket)
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Ends a request without an answer; its slot is free at once."""
+        if ticket in self._waiting:
+            self._waiting.remove(ticket)
+        if ticket in self._busy:
+            self._busy[self._busy.index(ticket)] = None
+        ticket.done = True
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._waiting and not any(self._busy)
+
+    def step(self) -> list[Ticket]:
+        """Lets waiting requests into free slots, chooses a few tokens for all, and returns what has ended."""
+        base = self.bank.base
+        admitted = {}
+        for slot, ticket in enumerate(self._busy):
+            if ticket is None and self._waiting:
+                self._busy[slot] = self._waiting.popleft()
+                admitted[slot] = self._admit(slot)
+        ended = []
+        for slot, (id_, log_probability) in admitted.items():
+            ended += self._take(slot, np.asarray(id_)[None], np.asarray(log_probability)[None])
+        busy = np.asarray([ticket is not None for ticket in self._busy])
+        if busy.any():
+            self._slots, *new = self._programs.decode(base.module, CHUNK, base.params, busy, self._slots)
+            ids, log_probabilities = map(np.asarray, new)
+            for slot in np.flatnonzero(busy):
+                ended += self._take(int(slot), ids[:, slot], log_probabilities[:, slot])
+        return ended
+
+    def generate(self, requests: Sequence[Request]) -> list[Generated]:
+        """Answers requests, in their order; others that were submitted are answered with them."""
+        tickets = [self.submit(request) for request in requests]
+        while not all(ticket.done for ticket in tickets):
+            self.step()
+        return [ticket.result for ticket in tickets if ticket.result is not None]
+
+    def _admit(self, slot: int) -> tuple[jax.Array, jax.Array]:
+        """Puts the ticket of a slot there; its first token and log-probability."""
+        ticket, base = self._ticket(slot), self.bank.base
+        held, how = self.bank.held(ticket.request.prompt), ticket.request.sampling
+        own = ticket.request.ids[len(held.lead) :]
+        padded = np.zeros(round_up(len(own), BUCKET), np.int32)
+        padded[: len(own)] = own
+        request = RequestIds(*map(jnp.asarray, (padded, np.int32(len(own)), np.int32(held.start))))
+        top_k = min(how.top_k, base.config.vocab_size)
+        options = (how.temperature, np.float32), (top_k, np.int32), (how.top_p, np.float32), (how.seed, np.uint32)
+        sampling = SlotSampling(*(jnp.asarray(value, kind) for value, kind in (*options, (0, np.int32))))
+        inputs = held.virtual, held.prefix, request, sampling, jnp.int32(slot), self._slots
+        self._slots, *first = self._programs.admit(base.module, base.params, *inputs)
+        return first[0], first[1]
+
+    def _ticket(self, slot: int) -> Ticket:
+        ticket = self._busy[slot]
+        assert ticket is not None
+        return ticket
+
+    def _take(self, slot: int, ids: np.ndarray, log_probabilities: np.ndarray) -> list[Ticket]:
+        """Adds new tokens to a slot's request, up to its end; the request if it has ended, whose slot is then free."""
+        ticket, base = self._ticket(slot), self.bank.base
+        request, checked = ticket.request, len(ticket.ids)
+        ends, last = endings(base.tokenizer, request.sampling.stop), False
+        for id_, log_probability in zip(ids.tolist(), log_probabilities.tolist(), strict=True):
+            ticket.ids.append(id_)
+            ticket.log_probabilities.append(log_probability)
+            last = id_ in ends.ids or len(ticket.ids) == request.sampling.max_new_tokens
+            if last:
+                break
+        text_of = functools.partial(continuation_text, base.tokenizer, opens=is_opening(base, request.ids))
+        end = stop_end(text_of, ticket.ids, checked, ends.texts)
+        if not last and end is None:
+            return []
+        ticket.result = answer(text_of, ticket.ids, end, ends, ticket.log_probabilities)
+        ticket.ids, ticket.log_probabilities = ticket.result.ids, ticket.result.log_probabilities
+        ticket.done = True
+        self._busy[slot] = None
+        return [ticket]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Programs:
+    empty: Callable[..., Slots]
+    admit: Callable[..., tuple[Slots, jax.Array, jax.Array]]
+    decode: Callable[..., tuple[Slots, jax.Array, jax.Array]]
+
+
+@functools.cache
+def _programs(mesh: Mesh) -> _Programs:
+    """The compiled functions of `slots`, each of which takes the slots over."""
+    rows: Any = row_sharding(mesh)
+    everywhere: Any = replicated(mesh)
+    heads: Any = NamedSharding(mesh, PartitionSpec(None, *rows.spec, None, "tensor"))
+    sampling: Any = SlotSampling(rows, rows, rows, rows, rows)
+    slots: Any = Slots(Cache(heads, heads, rows, rows), rows, rows, rows, rows, sampling)
+    return _Programs(
+        empty=jax.jit(empty_slots, static_argnums=(0, 1, 2, 3), out_shardings=slots),
+        admit=jax.jit(admit, static_argnums=0, donate_argnums=7, out_shardings=(slots, everywhere, everywhere)),
+        decode=jax.jit(decode, static_argnums=(0, 1), donate_argnums=4, out_shardings=(slots, everywhere, everywhere)),
+    )

@@ -1,0 +1,174 @@
+"""The engine answers any mixture of requests as `generate` answers each alone, and prompts come and go meanwhile."""
+
+import jax
+import numpy as np
+import pytest
+
+import spt_jax
+from spt_jax.errors import CheckpointError, ConfigError, DataError
+from spt_jax.generation import SamplingConfig, generate
+from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning
+from spt_jax.serving.bank import PromptBank
+from spt_jax.serving.engine import Engine, Request
+from spt_jax.testing import tiny_base
+
+METHODS = {
+    "front": (PromptTuning(length=3), "<soft>{text}\n"),
+    "end": (PromptTuning(length=5), "Say {text}\n<soft>"),
+    "keys": (PrefixTuning(length=4), "A word: {text}\n"),
+}
+GREEDY = SamplingConfig(max_new_tokens=7)
+SAMPLED = SamplingConfig(max_new_tokens=9, temperature=1.3, seed=5)
+NARROW = SamplingConfig(max_new_tokens=5, temperature=0.7, top_k=20, top_p=0.9, seed=11)
+
+
+def saved(tmp_path, base, name: str, seed: int = 0):
+    method, prompt = METHODS[name]
+    params = jax.tree.map(lambda a: a + 0.2, method.init_params(jax.random.key(seed), base))
+    virtual = method.materialize(base.module, base.params, params)
+    template = spt_jax.Template(prompt=prompt, target="{label}", virtual_tokens=method.token_count)
+    spt_jax.save_prompt(tmp_path / f"{name}{seed}", base, method, virtual, template)
+    return spt_jax.load_prompt(tmp_path / f"{name}{seed}", base)
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory) -> PromptBank:
+    base, folder = tiny_base(), tmp_path_factory.mktemp("prompts")
+    bank = PromptBank(base)
+    for name in METHODS:
+        bank.add(name, saved(folder, base, name))
+    return bank
+
+
+def requests_of(bank: PromptBank) -> list[Request]:
+    requests = []
+    for number, text in enumerate(["a question", "the", "word " * 9, "and another"]):
+        for place, name in enumerate([*METHODS, None]):
+            ids = bank.request_ids(name, {"text": text}) if name else np.asarray([1, 40, 41 + number], np.int32)
+            requests.append(Request(ids, name, (GREEDY, SAMPLED, NARROW)[(number + place) % 3]))
+    return requests
+
+
+def alone(bank: PromptBank, request: Request):
+    virtual = None if request.prompt is None else bank._saved[request.prompt][0].virtual
+    (found,) = generate(bank.base, [request.ids], virtual, request.sampling)
+    return found
+
+
+def same(ours, theirs) -> None:
+    assert (ours.ids, ours.text, ours.finished) == (theirs.ids, theirs.text, theirs.finished)
+    np.testing.assert_allclose(ours.log_probabilities, theirs.log_probabilities, atol=1e-4)
+
+
+def test_a_mixture_is_answered_as_each_alone(bank: PromptBank):
+    """Sixteen requests of four kinds through three slots: each starts where another has just ended."""
+    requests = requests_of(bank)
+    for ours, request in zip(Engine(bank, slots=3).generate(requests), requests, strict=True):
+        same(ours, alone(bank, request))
+
+
+def test_stop_strings_and_control_tokens(bank: PromptBank):
+    request = Request(bank.request_ids("front", {"text": "a question"}), "front", SamplingConfig(max_new_tokens=12))
+    whole = alone(bank, request)
+    stop = whole.text[3:5]
+    stopping = Request(request.ids, "front", SamplingConfig(max_new_tokens=12, stop=(stop,)))
+    (ours,) = Engine(bank, slots=2).generate([stopping])
+    same(ours, alone(bank, stopping))
+    assert ours.finished == "stop" and stop not in ours.text
+
+
+def test_prompts_come_and_go_without_a_new_program(bank: PromptBank, tmp_path):
+    """Also while another request is under way, which goes on as if nothing had happened."""
+    engine = Engine(bank, slots=2)
+    ids = bank.request_ids("front", {"text": "a question"})
+    engine.generate([Request(ids, "front", GREEDY)])
+    before = {name: getattr(engine._programs, name)._cache_size() for name in ("admit", "decode")}
+    slow = engine.submit(Request(ids, "front", SamplingConfig(max_new_tokens=20)))
+    engine.step()
+    bank.add("other", saved(tmp_path, bank.base, "front", seed=3))
+    quick = Request(bank.request_ids("other", {"text": "a question"}), "other", GREEDY)
+    (answer,) = engine.generate([quick])
+    same(answer, alone(bank, quick))
+    bank.remove("other")
+    while not slow.done:
+        engine.step()
+    assert slow.result is not None
+    same(slow.result, alone(bank, slow.request))
+    assert before == {name: getattr(engine._programs, name)._cache_size() for name in before}
+    assert engine.idle
+    with pytest.raises(ConfigError, match="no prompt 'other'"):
+        engine.submit(quick)
+
+
+def test_a_cancelled_request_leaves_its_slot(bank: PromptBank):
+    engine = Engine(bank, slots=1)
+    request = Request(bank.request_ids("keys", {"text": "the"}), "keys", SamplingConfig(max_new_tokens=30))
+    first, second, third = (engine.submit(request) for _ in range(3))
+    engine.step()
+    engine.cancel(first)
+    engine.cancel(second)
+    while not third.done:
+        engine.step()
+    assert first.result is second.result is None and first.done and second.done
+    assert third.result is not None
+    same(third.result, alone(bank, request))
+
+
+def test_the_least_recently_used_leaves_the_device(bank: PromptBank, tmp_path):
+    one = bank.held("front").bytes
+    small = PromptBank(bank.base, budget_bytes=2 * one)
+    for seed in range(3):
+        small.add(f"p{seed}", saved(tmp_path, bank.base, "front", seed=seed))
+    for name in ("p0", "p1", "p0", "p2"):
+        small.held(name)
+    assert list(small._held) == ["p0", "p2"] and small.device_bytes <= 2 * one and small.names == ["p0", "p1", "p2"]
+    request = Request(small.request_ids("p1", {"text": "the"}), "p1", GREEDY)
+    same(Engine(small, slots=1).generate([request])[0], alone(small, request))
+
+
+def test_on_a_mesh(tmp_path):
+    from spt_jax.sharding import MeshConfig, make_mesh
+
+    base = tiny_base(mesh=make_mesh(MeshConfig(data=2, tensor=2)))
+    bank = PromptBank(base)
+    for name in METHODS:
+        bank.add(name, saved(tmp_path, base, name))
+    requests = [request for request in requests_of(bank) if request.sampling is GREEDY]
+    plain = tiny_base()
+    for ours, request in zip(Engine(bank, slots=4).generate(requests), requests, strict=True):
+        virtual = None if request.prompt is None else bank._saved[request.prompt][0].virtual
+        (theirs,) = generate(plain, [request.ids], jax.tree.map(np.asarray, virtual), request.sampling)
+        same(ours, theirs)
+    with pytest.raises(ConfigError, match="a multiple of 2"):
+        Engine(bank, slots=3)
+
+
+def test_what_is_refused(bank: PromptBank, tmp_path):
+    engine = Engine(bank, slots=1, capacity=160)
+    ids = bank.request_ids("front", {"text": "the"})
+    with pytest.raises(ConfigError, match="did you mean 'front'"):
+        engine.submit(Request(ids, "frond"))
+    with pytest.raises(ConfigError, match="do not begin as the template"):
+        engine.submit(Request(ids[2:], "front"))
+    with pytest.raises(DataError, match="empty"):
+        engine.submit(Request(np.zeros(0, np.int32)))
+    with pytest.raises(ConfigError, match="positions"):
+        engine.submit(Request(ids, "front", SamplingConfig(max_new_tokens=1000)))
+    with pytest.raises(ConfigError, match="a slot has 160"):
+        engine.submit(Request(ids, "front", SamplingConfig(max_new_tokens=100)))
+    with pytest.raises(ConfigError, match="did you mean 'keys'"):
+        bank.remove("key")
+    base, gated = bank.base, LlamaAdapter(length=2, layers=1)
+    virtual = gated.materialize(base.module, base.params, gated.init_params(jax.random.key(0), base))
+    template = spt_jax.Template(prompt="{text}", target="{label}")
+    spt_jax.save_prompt(tmp_path / "gated", base, gated, virtual, template)
+    with pytest.raises(ConfigError, match="has shifts, gates or a head"):
+        bank.add("gated", spt_jax.load_prompt(tmp_path / "gated", base))
+    other = tiny_base("llama", seed=9)
+    with pytest.raises(CheckpointError, match="for another base"):
+        PromptBank(other).add("front", spt_jax.load_prompt(saved_folder(tmp_path, base), base))
+
+
+def saved_folder(tmp_path, base):
+    saved(tmp_path, base, "front")
+    return tmp_path / "front0"
