@@ -62,7 +62,7 @@ class SamplingConfig:
             raise ConfigError(f"top_p is {self.top_p}; it lies in (0, 1]")
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
             raise ConfigError("top_k and top_p need temperature > 0; temperature 0 always takes the likeliest token")
-        if isinstance(self.stop, str) or not all(self.stop):
+        if not isinstance(self.stop, tuple) or not all(self.stop):
             raise ConfigError(f"stop is {self.stop!r}; it is a tuple of texts, none of them empty")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed is {self.seed}; it lies in [0, 2**32)")
@@ -86,9 +86,10 @@ class Generated:
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The compiled functions of `spt_jax.decoding`; `decode` takes its state over."""
+    """The compiled functions of `spt_jax.decoding`: `encode_leads` for several prompts; `decode` takes its state."""
 
     encode_lead: Callable[..., Prefix]
+    encode_leads: Callable[..., Prefix]
     prefill: Callable[..., DecodeState]
     decode: Callable[..., DecodeState]
 
@@ -103,8 +104,11 @@ def programs(mesh: Mesh) -> Programs:
     cache: Any = Cache(row_heads, row_heads, rows, rows)
     state: Any = DecodeState(step=everywhere, ids=rows, log_probabilities=rows, ended=rows, cache=cache)
     prefix: Any = Prefix(prefix_heads, prefix_heads, everywhere)
+    stacked_heads: Any = NamedSharding(mesh, PartitionSpec(None, None, None, "tensor"))
+    prefixes: Any = Prefix(stacked_heads, stacked_heads, everywhere)
     return Programs(
         encode_lead=jax.jit(encode_lead, static_argnums=0, out_shardings=prefix),
+        encode_leads=jax.jit(encode_lead, static_argnums=0, out_shardings=prefixes),
         prefill=jax.jit(prefill, static_argnums=(0, 1), out_shardings=state),
         decode=jax.jit(decode, static_argnums=0, donate_argnums=8, out_shardings=state),
     )
@@ -153,8 +157,9 @@ def generate(
     index = _checked_index(prompt_index, len(prompts), virtual)
     first = 0 if virtual is None else virtual.first_position
     firsts = [first if isinstance(first, int) else int(first[own]) for own in index]
+    rows = None if virtual is None else 0 if virtual.tokens is None else virtual.tokens.shape[-2]
     for number, prompt in enumerate(prompts):
-        check_prompt(base, prompt, number, virtual, firsts[number], sampling)
+        check_prompt(base, prompt, number, rows, firsts[number], sampling)
     leads = _shared_leads(prompts, index, lead)
     requests = [_Request(*one) for one in zip(prompts, range(len(prompts)), index, leads, firsts, strict=True)]
     if virtual is not None:
@@ -218,8 +223,10 @@ def _encoded_leads(
     for prompt, request in firsts.items():
         ids[prompt, : request.lead] = request.ids[: request.lead]
         lengths[prompt] = request.lead
-    leads = (ids, lengths) if mixed else (ids[0], lengths[0])
-    return programs(base.mesh).encode_lead(base.module, base.params, virtual, *leads)
+    encode = programs(base.mesh)
+    if mixed:
+        return encode.encode_leads(base.module, base.params, virtual, ids, lengths)
+    return encode.encode_lead(base.module, base.params, virtual, ids[0], lengths[0])
 
 
 def _generate_batch(
@@ -356,16 +363,21 @@ def check_prompt(
     base: FrozenBase,
     prompt: np.ndarray,
     number: int,
-    virtual: VirtualPrompt | None,
+    rows: int | None,
     prefix: int,
     sampling: SamplingConfig,
 ) -> None:
+    """Whether the base can continue a prompt, with so many rows for virtual ids, None without a soft prompt.
+
+    Raises:
+      ConfigError, DataError: as `generate`.
+    """
     if not len(prompt):
         raise DataError(f"prompt {number} is empty, and nothing can predict its first token; begin it with BOS or text")
     vocab_size, highest, length = base.config.vocab_size, int(prompt.max()), len(prompt)
-    if virtual is None and highest >= vocab_size:
+    if rows is None and highest >= vocab_size:
         raise ConfigError(f"prompt {number} has virtual token {highest - vocab_size}, but no soft prompt was given")
-    count = 0 if virtual is None or virtual.tokens is None else virtual.tokens.shape[-2]
+    count = rows or 0
     if int(prompt.min()) < 0 or highest >= vocab_size + count:
         wrong = int(prompt.min()) if int(prompt.min()) < 0 else highest
         raise DataError(f"prompt {number} has id {wrong}; the base has {vocab_size} tokens, the soft prompt {count}")

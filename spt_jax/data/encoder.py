@@ -195,7 +195,8 @@ class Encoder:
         while 0 < first < len(pieces) and isinstance(pieces[first - 1], (Text, Plain)):
             first -= 1
         ids = np.asarray(self._ids(pieces[:first], {}, opens=True), np.int32)
-        return ids[:-1] if first == len(pieces) else ids
+        # Where fields may be empty, or are none, the last id is left to the request.
+        return ids[:-1] if all(isinstance(piece, Field) for piece in pieces[first:]) else ids
 
     def head_length(self, examples: Sequence[Example]) -> int:
         """How many leading ids are the same for all examples and independent of their fields.

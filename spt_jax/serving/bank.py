@@ -27,12 +27,14 @@ class Held:
 
     prefix: keys and values of the prompt and of the leading ids of its template; padding stands at NEVER.
     virtual: rows for virtual ids further on.
+    rows: how many of those are real.
     lead: the leading ids.
     start: the position behind them.
     """
 
     prefix: Prefix | None
     virtual: VirtualPrompt | None
+    rows: int
     lead: np.ndarray
     start: int
 
@@ -42,7 +44,7 @@ class Held:
         return sum(leaf.nbytes for leaf in jax.tree.leaves((self.prefix, self.virtual)))
 
 
-NOTHING = Held(None, None, np.zeros(0, np.int32), 0)
+NOTHING = Held(None, None, 0, np.zeros(0, np.int32), 0)
 
 
 class PromptBank:
@@ -83,7 +85,8 @@ class PromptBank:
         base = self.base
         encoder = Encoder(saved.template, base.tokenizer, base.config.vocab_size, base.config.max_positions - taken)
         self._held.pop(name, None)
-        self._saved[name] = saved, encoder
+        # On the host: what requests need of it is made on the device when they come.
+        self._saved[name] = dataclasses.replace(saved, virtual=jax.tree.map(np.asarray, virtual)), encoder
 
     def remove(self, name: str) -> None:
         """Forgets a prompt. Requests under way keep what they have of it.
@@ -135,10 +138,11 @@ def hold(base: FrozenBase, virtual: VirtualPrompt, lead: np.ndarray) -> Held:
     if len(lead) or first:
         ids = np.zeros((1, round_up(len(lead), BUCKET)), np.int32)
         ids[0, : len(lead)] = lead
-        encode = programs(base.mesh).encode_lead
+        encode = programs(base.mesh).encode_leads
         prefix = encode(base.module, base.params, padded, ids, np.asarray([len(lead)], np.int32))
         prefix = jax.tree.map(lambda array: array[0], prefix)
-    return Held(prefix, rows, lead, first + len(lead))
+    count = 0 if virtual.tokens is None else virtual.tokens.shape[0]
+    return Held(prefix, rows, count, lead, first + len(lead))
 
 
 def _padded(virtual: VirtualPrompt) -> VirtualPrompt:

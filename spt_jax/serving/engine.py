@@ -25,7 +25,7 @@ from spt_jax.generation import (
     stop_end,
 )
 from spt_jax.models.attention import Cache
-from spt_jax.serving.bank import PromptBank
+from spt_jax.serving.bank import Held, PromptBank
 from spt_jax.serving.slots import RequestIds, Slots, SlotSampling, admit, decode, empty_slots
 from spt_jax.sharding import replicated, row_sharding, row_shards
 
@@ -33,7 +33,7 @@ from spt_jax.sharding import replicated, row_sharding, row_shards
 CHUNK = 4
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Request:
     """What to answer.
 
@@ -47,11 +47,15 @@ class Request:
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Ticket:
-    """A request under way: the ids that it has got, and in the end what came of it; None if it was cancelled."""
+    """A request under way: the ids that it has got, and in the end what came of it; None if it was cancelled.
+
+    held: what its prompt was when it came, whatever becomes of the prompt.
+    """
 
     request: Request
+    held: Held
     ids: list[int] = dataclasses.field(default_factory=list)
     log_probabilities: list[float] = dataclasses.field(default_factory=list)
     done: bool = False
@@ -82,7 +86,7 @@ class Engine:
             raise ConfigError(
                 f"{slots} slots; a multiple of {shards}, the parts that the mesh splits rows in, is needed"
             )
-        self._capacity = capacity or round_up(base.config.max_positions, BUCKET) + 2 * BUCKET
+        self._capacity = capacity or round_up(base.config.max_positions, BUCKET) + 3 * BUCKET + CHUNK
         self._programs = _programs(base.mesh)
         self._slots = self._programs.empty(base.module, base.dtype, slots, self._capacity)
         self._busy: list[Ticket | None] = [None] * slots
@@ -97,15 +101,16 @@ class Engine:
         """
         base, held = self.bank.base, self.bank.held(request.prompt)
         ids = np.asarray(request.ids, np.int32)
-        behind = held.start - len(held.lead)
-        check_prompt(base, ids, 0, held.virtual, behind, request.sampling)
+        check_prompt(
+            base, ids, 0, None if request.prompt is None else held.rows, held.start - len(held.lead), request.sampling
+        )
         if not np.array_equal(ids[: len(held.lead)], held.lead) or len(ids) == len(held.lead):
             raise ConfigError(f"these ids do not begin as the template of prompt {request.prompt!r} does, or end there")
         taken = 0 if held.prefix is None else held.prefix.positions.shape[0]
         needed = taken + round_up(len(ids) - len(held.lead), BUCKET) + request.sampling.max_new_tokens + CHUNK
         if needed > self._capacity:
             raise ConfigError(f"the request takes {needed} positions, rounding included; a slot has {self._capacity}")
-        ticket = Ticket(dataclasses.replace(request, ids=ids))
+        ticket = Ticket(dataclasses.replace(request, ids=ids), held)
         self._waiting.append(ticket)
         return ticket
 
@@ -128,8 +133,8 @@ class Engine:
         admitted = {}
         for slot, ticket in enumerate(self._busy):
             if ticket is None and self._waiting:
+                admitted[slot] = self._admit(slot, self._waiting[0])
                 self._busy[slot] = self._waiting.popleft()
-                admitted[slot] = self._admit(slot)
         ended = []
         for slot, (id_, log_probability) in admitted.items():
             ended += self._take(slot, np.asarray(id_)[None], np.asarray(log_probability)[None])
@@ -148,10 +153,9 @@ class Engine:
             self.step()
         return [ticket.result for ticket in tickets if ticket.result is not None]
 
-    def _admit(self, slot: int) -> tuple[jax.Array, jax.Array]:
-        """Puts the ticket of a slot there; its first token and log-probability."""
-        ticket, base = self._ticket(slot), self.bank.base
-        held, how = self.bank.held(ticket.request.prompt), ticket.request.sampling
+    def _admit(self, slot: int, ticket: Ticket) -> tuple[jax.Array, jax.Array]:
+        """Puts a request into a slot; its first token and log-probability."""
+        base, held, how = self.bank.base, ticket.held, ticket.request.sampling
         own = ticket.request.ids[len(held.lead) :]
         padded = np.zeros(round_up(len(own), BUCKET), np.int32)
         padded[: len(own)] = own

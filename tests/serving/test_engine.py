@@ -114,6 +114,63 @@ def test_a_cancelled_request_leaves_its_slot(bank: PromptBank):
     same(third.result, alone(bank, request))
 
 
+def test_twins_and_others_are_told_apart(bank: PromptBank):
+    """Of two tickets for one request, and one for another, the second twin is cancelled."""
+    engine = Engine(bank, slots=1)
+    request = Request(bank.request_ids("keys", {"text": "the"}), "keys", GREEDY)
+    longer = Request(bank.request_ids("front", {"text": "another"}), "front", GREEDY)
+    first, other, twin = engine.submit(request), engine.submit(longer), engine.submit(request)
+    engine.cancel(twin)
+    while not (first.done and other.done):
+        engine.step()
+    assert first.result is not None and other.result is not None and twin.result is None
+    same(first.result, alone(bank, request))
+    same(other.result, alone(bank, longer))
+
+
+def test_a_prompt_may_change_while_its_request_waits(bank: PromptBank, tmp_path):
+    """The request is answered by the prompt that it was sent to, and the one before it as ever."""
+    bank.add("passing", saved(tmp_path, bank.base, "front", seed=4))
+    request = Request(bank.request_ids("passing", {"text": "a question"}), "passing", GREEDY)
+    expected, base_alone = alone(bank, request), Request(np.asarray([1, 40, 41], np.int32), None, GREEDY)
+    for change in (
+        lambda: bank.add("passing", saved(tmp_path, bank.base, "end", seed=1)),
+        lambda: bank.remove("passing"),
+    ):
+        engine = Engine(bank, slots=1)
+        before, waiting = engine.submit(base_alone), engine.submit(request)
+        change()
+        while not waiting.done:
+            engine.step()
+        assert before.result is not None and waiting.result is not None
+        same(before.result, alone(bank, base_alone))
+        same(waiting.result, expected)
+        bank.add("passing", saved(tmp_path, bank.base, "front", seed=4))
+    bank.remove("passing")
+
+
+def test_empty_fields_and_whole_contexts(bank: PromptBank, tmp_path):
+    """A template that ends in a field which is empty, and a request that fills the base's positions."""
+    base, method = bank.base, PrefixTuning(length=4)
+    virtual = method.materialize(base.module, base.params, method.init_params(jax.random.key(0), base))
+    for name, prompt in (("bare", "{text}"), ("lead", "A <bos>{text}")):
+        template = spt_jax.Template(prompt=prompt, target="{label}")
+        spt_jax.save_prompt(tmp_path / name, base, method, virtual, template)
+        bank.add(name, spt_jax.load_prompt(tmp_path / name, base))
+    empty = Request(bank.request_ids("lead", {"text": ""}), "lead", GREEDY)
+    ids = bank.request_ids("bare", {"text": "hi"})
+    full = Request(ids, "bare", SamplingConfig(max_new_tokens=base.config.max_positions - 4 - len(ids)))
+    for ours, request in zip(Engine(bank, slots=2).generate([empty, full]), [empty, full], strict=True):
+        same(ours, alone(bank, request))
+    bank.remove("bare")
+    bank.remove("lead")
+
+
+def test_prompts_wait_on_the_host(bank: PromptBank):
+    for name in bank.names:
+        assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(bank._saved[name][0].virtual))
+
+
 def test_the_least_recently_used_leaves_the_device(bank: PromptBank, tmp_path):
     one = bank.held("front").bytes
     small = PromptBank(bank.base, budget_bytes=2 * one)
@@ -150,6 +207,9 @@ def test_what_is_refused(bank: PromptBank, tmp_path):
         engine.submit(Request(ids, "frond"))
     with pytest.raises(ConfigError, match="do not begin as the template"):
         engine.submit(Request(ids[2:], "front"))
+    stray = np.append(ids, bank.base.config.vocab_size + 20).astype(np.int32)
+    with pytest.raises(DataError, match="the soft prompt 3"):
+        engine.submit(Request(stray, "front"))
     with pytest.raises(DataError, match="empty"):
         engine.submit(Request(np.zeros(0, np.int32)))
     with pytest.raises(ConfigError, match="positions"):
