@@ -30,7 +30,7 @@ def position_count(virtual: VirtualPrompt) -> int:
       ConfigError: it has neither.
     """
     if virtual.prefix is not None:
-        return virtual.prefix.keys.shape[-3]
+        return virtual.prefix_length
     if virtual.gated is not None:
         return virtual.gated.keys.shape[-3]
     if virtual.tokens is None:

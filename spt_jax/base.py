@@ -172,6 +172,11 @@ def _leaf_sharding(mesh: Mesh, shapes: Params, path: tuple[str, ...]) -> Any:
 
 
 def local_directory(path_or_hub_id: str, revision: str | None) -> Path:
+    """Where a base's files are: a directory, what the hub gives for an id, or the starter's.
+
+    Raises:
+      CheckpointError: there is no such directory, or the hub does not give it.
+    """
     if path_or_hub_id == "starter":
         return STARTER
     path = Path(path_or_hub_id).expanduser()

@@ -144,7 +144,7 @@ def _set(experiment: Experiment, encoder: Encoder, records: Records | None) -> E
 
 def _soft(experiment: Experiment, path: Path, bare: float) -> Way:
     saved = load_prompt(path, experiment.base)
-    taken = 0 if saved.virtual.prefix is None else saved.virtual.prefix.keys.shape[-3]
+    taken = saved.virtual.prefix_length
     data = _set(experiment, _encoder(experiment, saved.template, taken=taken), experiment.test)
     run = path.parent / "results.json"
     facts = Facts(

@@ -42,14 +42,13 @@ class PromptRows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowSampling:
-    """The traced part of a `SamplingConfig`, of all rows or of each, the E ids that end a row, each row's number."""
+    """The traced part of a `SamplingConfig`, of all rows or of each, and each row's number among all prompts."""
 
     temperature: Float[Array, "*B"]
     top_k: Int[Array, "*B"]
     top_p: Float[Array, "*B"]
     seed: UInt32[Array, "*B"]
-    end_ids: Int[Array, " E"]
-    numbers: Int[Array, " B"]
+    numbers: Int[Array, "*B"]
 
 
 @jax.tree_util.register_dataclass
@@ -131,10 +130,11 @@ def decode(
     until: Int[Array, ""],
     stopped: Bool[Array, " B"],
     sampling: RowSampling,
+    end_ids: Int[Array, " E"],
     prompt_index: Int[Array, " B"] | None,
     state: DecodeState,
 ) -> DecodeState:
-    """Chooses tokens until there are `until` per row, or until every row has ended or is `stopped`."""
+    """Chooses tokens until there are `until` per row, or every row has ended, with one of E ids, or is `stopped`."""
     put = jax.lax.dynamic_update_slice_in_dim
 
     def goes_on(state: DecodeState) -> Bool[Array, ""]:
@@ -150,14 +150,12 @@ def decode(
         hidden, (keys, values) = run_stream(
             module, frozen, virtual, ids, stream, prefix, cache, return_keys_values=True
         )
-        scores = logits(module, frozen, hidden[:, 0])
-        chosen = choose(scores, state.step, sampling)[:, None]
-        log_probabilities = jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), chosen, axis=1)
+        chosen, found = next_tokens(logits(module, frozen, hidden[:, 0]), state.step, sampling)
         return DecodeState(
             step=state.step + 1,
-            ids=put(state.ids, chosen, state.step + 1, axis=1),
-            log_probabilities=put(state.log_probabilities, log_probabilities, state.step, axis=1),
-            ended=state.ended | jnp.any(chosen == sampling.end_ids[None], axis=1),
+            ids=put(state.ids, chosen[:, None], state.step + 1, axis=1),
+            log_probabilities=put(state.log_probabilities, found[:, None], state.step, axis=1),
+            ended=state.ended | jnp.any(chosen[:, None] == end_ids[None], axis=1),
             cache=Cache(
                 put(cache.keys, keys, slot, axis=2),
                 put(cache.values, values, slot, axis=2),
@@ -169,11 +167,19 @@ def decode(
     return jax.lax.while_loop(goes_on, advance, state)
 
 
+def next_tokens(
+    scores: Float[Array, "B V"], step: Int[Array, "*B"], sampling: RowSampling
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """The next id of each row, and its log-probability under the model's own distribution."""
+    chosen = choose(scores, step, sampling)
+    return chosen, jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), chosen[:, None], axis=1)[:, 0]
+
+
 @jax.named_scope("choose")
 def choose(scores: Float[Array, "B V"], step: Int[Array, "*B"], sampling: RowSampling) -> Int[Array, " B"]:
     """The next id of each row. Random numbers are drawn, and scores sorted, only where the sampling needs it."""
-    options = sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed, step
-    temperature, top_k, top_p, seeds, steps = (jnp.broadcast_to(option, scores.shape[:1]) for option in options)
+    options = sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed, sampling.numbers, step
+    temperature, top_k, top_p, seeds, numbers, steps = (jnp.broadcast_to(o, scores.shape[:1]) for o in options)
 
     def greedy() -> Int[Array, " B"]:
         return jnp.argmax(scores, axis=-1).astype(jnp.int32)
@@ -183,7 +189,7 @@ def choose(scores: Float[Array, "B V"], step: Int[Array, "*B"], sampling: RowSam
         # The highest score is taken off first: a tiny temperature then gives -inf, and no inf.
         below = scores - jnp.max(scores, axis=-1, keepdims=True)
         scaled = below / jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)[:, None]
-        noise = jax.vmap(gumbel)(seeds, sampling.numbers, steps)
+        noise = jax.vmap(gumbel)(seeds, numbers, steps)
         chosen = jax.lax.cond(jnp.any((top_k > 0) | (top_p < 1)), among_likeliest, among_all, scaled, noise)
         return jnp.where(temperature > 0, chosen, greedy())
 

@@ -272,7 +272,7 @@ def _with_answers(
     records = data.records[: data.config.generate]
     prompts = [data.encoder.prompt_ids(record) for record in records]
     references = [data.encoder.reference(record) for record in records]
-    taken = 0 if virtual is None or virtual.prefix is None else virtual.prefix.keys.shape[-3]
+    taken = 0 if virtual is None else virtual.prefix_length
     room = base.config.max_positions - taken - max(map(len, prompts))
     stop = (SEPARATOR,) if data.encoder.shots and not data.encoder.template.chat else ()
     sampling = SamplingConfig(max_new_tokens=max(1, min(data.config.max_new_tokens, room)), stop=stop)

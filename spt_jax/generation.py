@@ -110,7 +110,7 @@ def programs(mesh: Mesh) -> Programs:
         encode_lead=jax.jit(encode_lead, static_argnums=0, out_shardings=prefix),
         encode_leads=jax.jit(encode_lead, static_argnums=0, out_shardings=prefixes),
         prefill=jax.jit(prefill, static_argnums=(0, 1), out_shardings=state),
-        decode=jax.jit(decode, static_argnums=0, donate_argnums=8, out_shardings=state),
+        decode=jax.jit(decode, static_argnums=0, donate_argnums=9, out_shardings=state),
     )
 
 
@@ -256,9 +256,9 @@ def _generate_batch(
         top_k=jnp.int32(min(sampling.top_k, base.config.vocab_size)),
         top_p=jnp.float32(sampling.top_p),
         seed=jnp.uint32(sampling.seed),
-        end_ids=jnp.asarray(_padded(sorted(ends.ids), round_up(len(ends.ids), 8), NO_ID)),
         numbers=place(_padded([request.number for request in requests], size)),
     )
+    end_ids = jnp.asarray(_padded(sorted(ends.ids), round_up(len(ends.ids), 8), NO_ID))
     limit = sampling.max_new_tokens
     state = programs(base.mesh).prefill(base.module, round_up(limit, BUCKET), base.params, virtual, prefix, rows)
 
@@ -268,7 +268,7 @@ def _generate_batch(
     stops: list[int | None] = [None] * len(prompts)
     chosen: list[list[int]] = []
     for until in [*range(chunk, limit, chunk), limit]:
-        inputs = virtual, prefix, jnp.int32(until), place(stopped.copy()), traced, rows.prompt_index
+        inputs = virtual, prefix, jnp.int32(until), place(stopped.copy()), traced, end_ids, rows.prompt_index
         state = programs(base.mesh).decode(base.module, base.params, *inputs, state)
         step, ended = int(state.step), to_host(state.ended)
         new_ids = to_host(state.ids)[: len(prompts), 1 : step + 1].tolist()

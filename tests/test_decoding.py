@@ -24,7 +24,6 @@ def draws(scores, *, temperature=1.0, top_k=0, top_p=1.0, seed=0, rows=500, step
         top_k=jnp.int32(top_k),
         top_p=jnp.float32(top_p),
         seed=jnp.uint32(seed),
-        end_ids=jnp.zeros(0, jnp.int32),
         numbers=jnp.arange(rows),
     )
     return np.asarray(_draws(jnp.asarray(scores, jnp.float32), sampling, steps))

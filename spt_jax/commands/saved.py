@@ -61,5 +61,6 @@ def bank_of(folder: Path) -> dict[str, Path]:
 
 
 def encoder_for(template: Template, base: FrozenBase, virtual: VirtualPrompt | None) -> Encoder:
-    taken = 0 if virtual is None or virtual.prefix is None else virtual.prefix.keys.shape[-3]
+    """An encoder for as many positions as the soft prompt leaves of the base's."""
+    taken = 0 if virtual is None else virtual.prefix_length
     return Encoder(template, base.tokenizer, base.config.vocab_size, base.config.max_positions - taken)

@@ -51,8 +51,13 @@ class VirtualPrompt:
     head: Head | None = None
 
     @property
+    def prefix_length(self) -> int:
+        """Positions of the keys and values, padding of stacked prompts included; 0 without any."""
+        return 0 if self.prefix is None else self.prefix.keys.shape[-3]
+
+    @property
     def first_position(self) -> int | Int[Array, "*S"]:
         """The position of the first token after the prefix."""
-        if self.prefix is None:
-            return 0
-        return self.prefix.keys.shape[-3] if self.prefix.length is None else self.prefix.length
+        if self.prefix is None or self.prefix.length is None:
+            return self.prefix_length
+        return self.prefix.length

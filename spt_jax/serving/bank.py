@@ -81,9 +81,9 @@ class PromptBank:
             raise ConfigError(
                 f"prompt {name!r} has shifts, gates or a head; requests share tokens, keys and values alone"
             )
-        taken = 0 if virtual.prefix is None else virtual.prefix.keys.shape[-3]
         base = self.base
-        encoder = Encoder(saved.template, base.tokenizer, base.config.vocab_size, base.config.max_positions - taken)
+        positions = base.config.max_positions - virtual.prefix_length
+        encoder = Encoder(saved.template, base.tokenizer, base.config.vocab_size, positions)
         self._held.pop(name, None)
         # On the host: what requests need of it is made on the device when they come.
         self._saved[name] = dataclasses.replace(saved, virtual=jax.tree.map(np.asarray, virtual)), encoder
@@ -132,7 +132,7 @@ class PromptBank:
 def hold(base: FrozenBase, virtual: VirtualPrompt, lead: np.ndarray) -> Held:
     """Runs a prompt and the leading ids of its template through the base."""
     padded = jax.device_put(_padded(stack_prompts([virtual])), replicated(base.mesh))
-    first = 0 if virtual.prefix is None else virtual.prefix.keys.shape[-3]
+    first = virtual.prefix_length
     rows = None if padded.tokens is None else VirtualPrompt(tokens=padded.tokens[0])
     prefix = None
     if len(lead) or first:

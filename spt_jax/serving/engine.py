@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spt_jax.data.batches import round_up
+from spt_jax.decoding import RowSampling
 from spt_jax.errors import ConfigError
 from spt_jax.generation import (
     BUCKET,
@@ -26,7 +27,7 @@ from spt_jax.generation import (
 )
 from spt_jax.models.attention import Cache
 from spt_jax.serving.bank import Held, PromptBank
-from spt_jax.serving.slots import RequestIds, Slots, SlotSampling, admit, decode, empty_slots
+from spt_jax.serving.slots import RequestIds, Slots, admit, decode, empty_slots
 from spt_jax.sharding import replicated, row_sharding, row_shards
 
 # Tokens between two looks of the host: at new requests, and at what has ended.
@@ -162,7 +163,7 @@ class Engine:
         request = RequestIds(*map(jnp.asarray, (padded, np.int32(len(own)), np.int32(held.start))))
         top_k = min(how.top_k, base.config.vocab_size)
         options = (how.temperature, np.float32), (top_k, np.int32), (how.top_p, np.float32), (how.seed, np.uint32)
-        sampling = SlotSampling(*(jnp.asarray(value, kind) for value, kind in (*options, (0, np.int32))))
+        sampling = RowSampling(*(jnp.asarray(value, kind) for value, kind in (*options, (0, np.int32))))
         inputs = held.virtual, held.prefix, request, sampling, jnp.int32(slot), self._slots
         self._slots, *first = self._programs.admit(base.module, base.params, *inputs)
         return first[0], first[1]
@@ -207,7 +208,7 @@ def _programs(mesh: Mesh) -> _Programs:
     rows: Any = row_sharding(mesh)
     everywhere: Any = replicated(mesh)
     heads: Any = NamedSharding(mesh, PartitionSpec(None, *rows.spec, None, "tensor"))
-    sampling: Any = SlotSampling(rows, rows, rows, rows, rows)
+    sampling: Any = RowSampling(rows, rows, rows, rows, rows)
     slots: Any = Slots(Cache(heads, heads, rows, rows), rows, rows, rows, rows, sampling)
     return _Programs(
         empty=jax.jit(empty_slots, static_argnums=(0, 1, 2, 3), out_shardings=slots),

@@ -11,27 +11,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
 from spt_jax.base import logits
-from spt_jax.decoding import RowSampling, choose
+from spt_jax.decoding import RowSampling, next_tokens
 from spt_jax.forward import run_stream
 from spt_jax.models.attention import NEVER, Cache, Prefix, Stream
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.hf import Params
 from spt_jax.prompts.virtual import VirtualPrompt
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SlotSampling:
-    """How a request's tokens are chosen; its random numbers depend on seed and number alone, and on the step."""
-
-    temperature: Float[Array, "*B"]
-    top_k: Int[Array, "*B"]
-    top_p: Float[Array, "*B"]
-    seed: UInt32[Array, "*B"]
-    number: Int[Array, "*B"]
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +39,7 @@ class Slots:
     ids: Int[Array, " B"]
     positions: Int[Array, " B"]
     steps: Int[Array, " B"]
-    sampling: SlotSampling
+    sampling: RowSampling
 
 
 @jax.tree_util.register_dataclass
@@ -75,7 +63,7 @@ def empty_slots(module: Decoder, dtype: jnp.dtype, count: int, capacity: int) ->
     places = jnp.zeros((count, capacity), jnp.int32)
     cache = Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), places, places)
     none = jnp.zeros(count, jnp.int32)
-    sampling = SlotSampling(jnp.zeros(count), none, jnp.ones(count), none.astype(jnp.uint32), none)
+    sampling = RowSampling(jnp.zeros(count), none, jnp.ones(count), none.astype(jnp.uint32), none)
     return Slots(cache, none, none, none, none, sampling)
 
 
@@ -85,7 +73,7 @@ def admit(
     virtual: VirtualPrompt | None,
     prefix: Prefix | None,
     request: RequestIds,
-    sampling: SlotSampling,
+    sampling: RowSampling,
     slot: Int[Array, ""],
     slots: Slots,
 ) -> tuple[Slots, Int[Array, ""], Float[Array, ""]]:
@@ -109,9 +97,7 @@ def admit(
         module, frozen, virtual, request.ids[None], stream, prefix, return_keys_values=True
     )
     last = jax.lax.dynamic_index_in_dim(hidden[0], request.length - 1, keepdims=True)
-    first, found = _chosen(
-        logits(module, frozen, last), jnp.zeros(1, jnp.int32), jax.tree.map(jnp.atleast_1d, sampling)
-    )
+    first, found = next_tokens(logits(module, frozen, last), jnp.int32(0), sampling)
     capacity = slots.cache.positions.shape[1]
     parts = [(keys, values, positions, real)]
     if prefix is not None:
@@ -144,15 +130,6 @@ def admit(
     return slots, first[0], found[0]
 
 
-def _chosen(
-    scores: Float[Array, "B V"], steps: Int[Array, " B"], how: SlotSampling
-) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """The next token of each slot, and its log-probability."""
-    sampling = RowSampling(how.temperature, how.top_k, how.top_p, how.seed, jnp.zeros(0, jnp.int32), how.number)
-    chosen = choose(scores, steps, sampling)
-    return chosen, jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), chosen[:, None], axis=1)[:, 0]
-
-
 def decode(
     module: Decoder, count: int, frozen: Params, busy: Bool[Array, " B"], slots: Slots
 ) -> tuple[Slots, Int[Array, "N B"], Float[Array, "N B"]]:
@@ -170,7 +147,7 @@ def decode(
         hidden, (keys, values) = run_stream(
             module, frozen, None, slots.ids[:, None], stream, None, slots.cache, return_keys_values=True
         )
-        chosen, found = _chosen(logits(module, frozen, hidden[:, 0]), slots.steps, slots.sampling)
+        chosen, found = next_tokens(logits(module, frozen, hidden[:, 0]), slots.steps, slots.sampling)
         at = jnp.minimum(slots.filled, last)
         cache = Cache(
             slots.cache.keys.at[:, numbers, at].set(keys[:, :, 0]),
