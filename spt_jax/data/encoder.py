@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from spt_jax.data.chats import ChatTemplate, messages_of
 from spt_jax.data.reading import answer_text, span_reads, tag_reads, words_of
 from spt_jax.data.templates import MESSAGES, Bos, Field, Piece, Plain, Template, Text, Virtual, parse
 from spt_jax.data.tokenization import Tokenization
@@ -94,10 +95,10 @@ class Encoder:
         self._tokenization = Tokenization(tokenizer)
         specials = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, specials))) if specials else None
+        self._chat = ChatTemplate(tokenizer, self._special)
         bos = tokenizer.bos_token_id
         self._adds_bos = bos is not None and tokenizer.encode("a")[:1] == [bos]
         self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        self._chats: dict[tuple[str, ...], list[Piece | int]] = {}
         if template.chat and template.is_conversation:
             raise ConfigError("data.chat renders a prompt and a target as a chat; {messages} is one already")
         if (template.chat or template.is_conversation) and not tokenizer.chat_template:
@@ -168,7 +169,7 @@ class Encoder:
     def prompt_ids(self, record: Mapping[str, Any]) -> np.ndarray:
         """The prompt alone, to generate from. A chat's last assistant turn is left for the model to say."""
         if self.template.is_conversation:
-            messages = _messages(record, 0)
+            messages = messages_of(record, 0)
             messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
             return np.asarray(self._conversation(messages, add_generation_prompt=True)[0], np.int32)
         names = [piece.name for piece in self._prompt if isinstance(piece, Field)]
@@ -177,7 +178,7 @@ class Encoder:
     def reference(self, record: Mapping[str, Any]) -> str:
         """What the model should say after `prompt_ids`, as text."""
         if self.template.is_conversation:
-            return str(_messages(record, 0)[-1]["content"])
+            return str(messages_of(record, 0)[-1]["content"])
         if self.template.head == "span":
             return answer_text(record[self.template.label_field or ""])
         pieces = parse(self.template.target)
@@ -221,7 +222,7 @@ class Encoder:
 
     def _encode(self, record: Mapping[str, Any], index: int) -> Example:
         if self.template.is_conversation:
-            ids, predicted = self._conversation(_messages(record, index), add_generation_prompt=False)
+            ids, predicted = self._conversation(messages_of(record, index), add_generation_prompt=False)
             if not any(predicted):
                 raise DataError(f"record {index + 1}: no assistant turn to learn from")
             return Example(np.asarray(ids, np.int32), np.asarray(predicted), (), 0, index)
@@ -395,36 +396,6 @@ class Encoder:
                 last = match.end()
             yield from [Text(piece.text[last:])] if piece.text[last:] else []
 
-    # Chats. The chat template is rendered once per pattern of roles with marks in place of the contents; what stands
-    # between the marks is literal text, so that contents can be pieces of our own.
-
-    def _rendered(self, roles: Sequence[str], add_generation_prompt: bool) -> list[str]:
-        """Literal texts around the contents of the turns: len(roles) + 1 of them."""
-        messages = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # jinja raises what the template says
-            raise ConfigError(f"the tokenizer's chat template refuses the roles {list(roles)}: {error}") from error
-        parts = re.split("\ue000(\\d+)\ue001", text)
-        if parts[1::2] != [str(i) for i in range(len(roles))]:
-            raise ConfigError(
-                f"the tokenizer's chat template does not show the turns {list(roles)} once each, in order"
-            )
-        return parts[::2]
-
-    def _without_bos(self, text: str) -> tuple[list[Piece | int], str]:
-        bos = self._tokenizer.bos_token
-        return ([Bos()], text[len(bos) :]) if bos and text.startswith(bos) else ([], text)
-
-    def _turn_end(self, text: str) -> tuple[list[int], str]:
-        """Splits what follows an assistant's words into the control token that ends the turn and the rest."""
-        match = self._special.match(text.lstrip()) if self._special else None
-        if match is None:
-            return [], text
-        return [self._tokenizer.convert_tokens_to_ids(match[0])], text.lstrip()[match.end() :]
-
     def _chat_pieces(self, template: Template) -> tuple[list[Piece | int], list[int]]:
         roles = ["system"] if template.system is not None else []
         contents: list[list[Piece]] = [[Text(template.system)]] if template.system is not None else []
@@ -433,12 +404,12 @@ class Encoder:
             contents += [self._solved(record, template.prompt), self._solved(record, template.target)]
         roles.append("user")
         contents.append(parse(template.prompt))
-        texts = self._rendered(roles, add_generation_prompt=True)
-        front, texts[0] = self._without_bos(texts[0])
+        texts = self._chat.rendered(roles, add_generation_prompt=True)
+        front, texts[0] = self._chat.without_bos(texts[0])
         pieces: list[Piece | int] = [*front]
         for text, content in zip(texts, [*contents, []], strict=True):
             pieces += [Text(text), *content] if text else content
-        end, _ = self._turn_end(self._rendered([*roles, "assistant"], add_generation_prompt=False)[-1])
+        end, _ = self._chat.turn_end(self._chat.rendered([*roles, "assistant"], add_generation_prompt=False)[-1])
         return pieces, end or self._eos
 
     def _conversation(
@@ -446,15 +417,15 @@ class Encoder:
     ) -> tuple[list[int], list[bool]]:
         """Ids of a chat, and which of them an assistant says (the end of its turn included)."""
         roles = tuple(str(message["role"]) for message in messages)
-        texts = self._rendered(roles, add_generation_prompt)
+        texts = self._chat.rendered(roles, add_generation_prompt)
         before, after = self._around_messages()
-        front, texts[0] = self._without_bos(texts[0])
+        front, texts[0] = self._chat.without_bos(texts[0])
         ids = self._ids([*front, *before, Text(texts[0])], {}, opens=True)
         predicted = [False] * len(ids)
         for message, text in zip(messages, texts[1:], strict=True):
             spoken = self._tokenization.continuation(str(message["content"]))
             is_target = message["role"] == "assistant"
-            end, rest = self._turn_end(text) if is_target else ([], text)
+            end, rest = self._chat.turn_end(text) if is_target else ([], text)
             following = self._ids([Text(rest)], {}, opens=False)
             ids += [*spoken, *end, *following]
             predicted += [is_target] * len([*spoken, *end]) + [False] * len(following)
@@ -471,15 +442,3 @@ def _within(spans: Sequence[tuple[int, int]], begin: int, length: int) -> list[t
     """What of a part of a text, `length` characters from `begin` on, each span covers; (0, 0) for nothing."""
     clipped = [(max(first - begin, 0), min(last - begin, length)) for first, last in spans]
     return [(first, last) if last > first else (0, 0) for first, last in clipped]
-
-
-def _messages(record: Mapping[str, Any], index: int) -> list[Mapping[str, Any]]:
-    messages = record.get(MESSAGES)
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise DataError(f"record {index + 1}: {MESSAGES!r} must be a list of turns with 'role' and 'content'")
-    for turn in messages:
-        if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
-            raise DataError(
-                f"record {index + 1}: every turn of {MESSAGES!r} needs 'role' and 'content'; this one is {turn!r}"
-            )
-    return list(messages)
