@@ -24,7 +24,7 @@ from benchmarks import common
 from benchmarks.family import TASKS
 from spt_jax.plots import plot_sweep
 from spt_jax.predictions import read_predictions, record_values
-from spt_jax.sweeps.plateau import Estimate, estimates, has_plateaued, shortest_of_the_best
+from spt_jax.sweeps.plateau import estimates, has_plateaued, shortest_of_the_best
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = (5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
@@ -57,10 +57,6 @@ def values_of(workdir: Path, length_number: int, split: str) -> np.ndarray:
     return np.stack([record_values(read_predictions(file, by="split")[split], "accuracy") for file in files])
 
 
-def shown(estimate: Estimate) -> dict[str, Any]:
-    return {"mean": estimate.mean, "standard_error": estimate.standard_error, "interval": estimate.interval}
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains, reads, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "steps": options.steps,
         "seeds": SEEDS,
         "lengths": [
-            {"length": length, "validation": shown(own), "test": shown(test)}
+            {"length": length, "validation": own.as_json(), "test": test.as_json()}
             for length, own, test in zip(LENGTHS, estimates(validation), tests, strict=True)
         ],
         "patience": PATIENCE,

@@ -16,7 +16,7 @@ from spt_jax.data.templates import Template
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation import EvaluationSet, evaluate, make_evaluation_set, selection_score
 from spt_jax.experiment import Experiment, Records
-from spt_jax.predictions import Prediction, measures, read_predictions, record_values
+from spt_jax.predictions import SHOWN_BY, Prediction, measures, read_predictions, record_values
 from spt_jax.probe import PENALTIES, features, fit_probe
 from spt_jax.prompts import VirtualPrompt
 from spt_jax.prompts.storage import load_prompt
@@ -246,6 +246,8 @@ def read_outside(name: str, folder: Path) -> Entry:
 def make_table(entries: Sequence[Entry], classes: Sequence[str]) -> list[dict[str, Any]]:
     """A row per way of asking, computed from its predictions alone, each against the first.
 
+    Ways are compared by accuracy, else by exact matches, else by log-probability.
+
     Raises:
       DataError: the ways were not asked the same records.
     """
@@ -259,7 +261,7 @@ def make_table(entries: Sequence[Entry], classes: Sequence[str]) -> list[dict[st
     table = []
     for entry in entries:
         theirs = record_values(entry.predictions, kind)
-        row: dict[str, Any] = {"name": entry.name, "records": len(theirs)}
+        row: dict[str, Any] = {"name": entry.name, "records": len(theirs), "measure": kind}
         row |= _interval(kind, metrics.bootstrap_interval(theirs))
         if kind == "accuracy" and isinstance(first[0]["label"], str):
             pair = [p["prediction"] for p in entry.predictions], [p["label"] for p in entry.predictions]
@@ -278,8 +280,7 @@ def make_table(entries: Sequence[Entry], classes: Sequence[str]) -> list[dict[st
 
 def _answers(predictions: Sequence[Prediction], kind: str) -> list[Any]:
     """What was right, by which two sets of predictions show that they are about the same records."""
-    field = {"accuracy": "label", "exact_match": "reference", "log_probability": "tokens"}[kind]
-    return [prediction.get(field) for prediction in predictions]
+    return [prediction.get(SHOWN_BY[kind]) for prediction in predictions]
 
 
 def _interval(name: str, interval: metrics.Interval) -> dict[str, Any]:
@@ -288,7 +289,7 @@ def _interval(name: str, interval: metrics.Interval) -> dict[str, Any]:
 
 def markdown(table: Sequence[Mapping[str, Any]]) -> str:
     """The table as a person reads it."""
-    kind = next(name for name in ("accuracy", "exact_match", "log_probability") if name in table[0])
+    kind = table[0]["measure"]
     second = next((name for name in ("macro_f1", "token_f1") if name in table[0]), None)
     columns = [
         *(kind.replace("_", " "), second.replace("_", "-") if second else ""),

@@ -58,13 +58,12 @@ class Row:
     nearest: list[tuple[str, float]]
 
 
-def compared_rows(saved: SavedPrompt, base: FrozenBase, nearest: int) -> list[Row]:
-    """Every virtual token of a prompt that has some."""
+def compared_rows(saved: SavedPrompt, start: VirtualPrompt | None, base: FrozenBase, nearest: int) -> list[Row]:
+    """Every virtual token of a prompt that has some, beside what it started from, where that is known."""
     if saved.virtual.tokens is None:
         return []
     rows, table = np.asarray(saved.virtual.tokens), embedding_table(base)
     unit = float(np.median(np.linalg.norm(table, axis=1)))
-    start = started_from(saved, base)
     near = nearest_tokens(rows, table[: len(base.tokenizer)], nearest)
     found = []
     for number, row in enumerate(rows):
@@ -78,12 +77,11 @@ def compared_rows(saved: SavedPrompt, base: FrozenBase, nearest: int) -> list[Ro
     return found
 
 
-def layer_drift(saved: SavedPrompt, base: FrozenBase) -> list[tuple[float, float]]:
+def layer_drift(saved: SavedPrompt, start: VirtualPrompt | None) -> list[tuple[float, float]]:
     """Of a prompt of keys and values, how far each layer's moved from their start, as a share of the start's norm.
 
     Nothing where the start is not known, or is 0.
     """
-    start = started_from(saved, base) if saved.virtual.prefix is not None else None
     if start is None or start.prefix is None or saved.virtual.prefix is None:
         return []
     pairs = [
@@ -135,8 +133,8 @@ def similarity_map(prompts: Sequence[VirtualPrompt]) -> Float[np.ndarray, "S S"]
     return units @ units.T
 
 
-def describe_prompt(saved: SavedPrompt, base: FrozenBase | None, nearest: int) -> str:
-    """Method, base, template and training facts; with the base, each row's norm and nearest vocabulary."""
+def describe_prompt(saved: SavedPrompt) -> str:
+    """Method, base, template and training facts: what the files say."""
     info = saved.info
     lines = [
         f"method        {info['method']['name']}: {_parts(saved.virtual)}",
@@ -155,20 +153,28 @@ def describe_prompt(saved: SavedPrompt, base: FrozenBase | None, nearest: int) -
             lines.append(f"validation    {name} {validation[name]:.4f}")
             break
     lines.append("versions      " + ", ".join(f"{name} {version}" for name, version in info["versions"].items()))
-    if base is None:
-        return "\n".join(lines)
-    rows = compared_rows(saved, base, nearest)
-    if rows:
-        unit = float(np.median(np.linalg.norm(embedding_table(base), axis=1)))
-        lines.append(f"norm and drift in units of the vocabulary's median norm, {unit:.3f}; cosines behind the tokens:")
-        lines.append("       norm  drift  nearest tokens")
+    return "\n".join(lines)
+
+
+def row_lines(rows: Sequence[Row]) -> str:
+    """Each virtual token's norm, drift and nearest vocabulary."""
+    lines = [
+        "norm and drift in units of the vocabulary's median norm; cosines behind the tokens:",
+        "       norm  drift  nearest tokens",
+    ]
     for number, row in enumerate(rows):
         words = "  ".join(f"{token!r} {cosine:.2f}" for token, cosine in row.nearest)
         drift = "-" if row.drift is None else f"{row.drift:.2f}"
         lines.append(f"  {number:3d}  {row.norm:6.2f} {drift:>6}  {words}")
-    for number, (keys, values) in enumerate(layer_drift(saved, base)):
-        lines.append(f"  layer {number:3d}: keys moved by {keys:.2f} of their norm, values by {values:.2f}")
     return "\n".join(lines)
+
+
+def drift_lines(drifts: Sequence[tuple[float, float]]) -> str:
+    """How far the keys and values of each layer moved."""
+    return "\n".join(
+        f"  layer {number:3d}: keys moved by {keys:.2f} of their norm, values by {values:.2f}"
+        for number, (keys, values) in enumerate(drifts)
+    )
 
 
 def ablation_lines(measure: str, lost: Sequence[Difference]) -> str:

@@ -101,7 +101,7 @@ def plot_comparison(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
     """
     figure, (pane,) = _panes(1)
     figure.set_size_inches(8, 1.2 + 0.35 * len(table))
-    kind = next(name for name in ("accuracy", "exact_match", "log_probability") if name in table[0])
+    kind = table[0]["measure"]
     values = np.asarray([row[kind] for row in table])
     spread = np.abs(np.asarray([row[f"{kind}_interval"] for row in table]).T - values)
     places = np.arange(len(table))

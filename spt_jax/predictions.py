@@ -13,6 +13,9 @@ from spt_jax.errors import DataError
 
 Prediction = Mapping[str, Any]
 
+# Every measure of predictions, and the field whose presence says that it can be computed.
+SHOWN_BY = {"accuracy": "label", "log_probability": "tokens", "exact_match": "reference"}
+
 
 def predictions_jsonl(results: Mapping[str, Sequence[Prediction]], by: str = "prompt") -> str:
     """A line per record and result, which says in the field `by` which result it belongs to."""
@@ -45,8 +48,7 @@ def read_predictions(path: Path, by: str = "prompt") -> dict[str, list[dict[str,
 
 def measures(predictions: Sequence[Prediction]) -> tuple[str, ...]:
     """What `record_values` can say of them: of classes, of targets, of answers."""
-    fields = {"accuracy": "label", "log_probability": "tokens", "exact_match": "reference"}
-    return tuple(name for name, field in fields.items() if predictions and field in predictions[0])
+    return tuple(name for name, field in SHOWN_BY.items() if predictions and field in predictions[0])
 
 
 def record_values(predictions: Sequence[Prediction], measure: str) -> Float[np.ndarray, " N"]:

@@ -11,7 +11,7 @@ import spt_jax
 from spt_jax.__main__ import main
 from spt_jax.base import embedding_table
 from spt_jax.errors import ConfigError
-from spt_jax.inspection import compared_rows, layer_drift, similarity_map
+from spt_jax.inspection import compared_rows, layer_drift, similarity_map, started_from
 from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning, VirtualPrompt
 from spt_jax.prompts.transfer import similarity
 from spt_jax.testing import tiny_base, write_tiny_checkpoint
@@ -32,7 +32,7 @@ def saved(folder, base, method, *, moved=0.0, extra=None):
 def test_drift_is_the_distance_from_the_start(tmp_path):
     base = tiny_base()
     prompt = saved(tmp_path / "moved", base, PromptTuning(length=3), moved=0.5, extra={"seed": 7})
-    rows = compared_rows(prompt, base, 2)
+    rows = compared_rows(prompt, started_from(prompt, base), base, 2)
     unit = np.median(np.linalg.norm(embedding_table(base), axis=1))
     start = np.asarray(prompt.virtual.tokens) - 0.5
     for row, now, then in zip(rows, np.asarray(prompt.virtual.tokens), start, strict=True):
@@ -48,7 +48,9 @@ def test_a_start_that_is_not_known(tmp_path):
     method = PromptTuning(length=2)
     virtual = VirtualPrompt(tokens=jnp.ones((2, base.config.width)))
     spt_jax.save_prompt(tmp_path / "x", base, method, virtual, template)
-    rows = compared_rows(spt_jax.load_prompt(tmp_path / "x", base), base, 1)
+    prompt = spt_jax.load_prompt(tmp_path / "x", base)
+    assert started_from(prompt, base) is None
+    rows = compared_rows(prompt, None, base, 1)
     assert [row.drift for row in rows] == [None, None]
 
 
@@ -56,11 +58,11 @@ def test_keys_and_values_drift_by_layer(tmp_path):
     base = tiny_base()
     method = PrefixTuning(length=3)
     still = saved(tmp_path / "still", base, method)
-    assert layer_drift(still, base) == []  # no seed is known
+    assert layer_drift(still, started_from(still, base)) == []  # no seed is known
     still = saved(tmp_path / "known", base, method, extra={"seed": 7})
-    assert layer_drift(still, base) == [(0.0, 0.0)] * base.config.layers
+    assert layer_drift(still, started_from(still, base)) == [(0.0, 0.0)] * base.config.layers
     zero = saved(tmp_path / "zero", base, PrefixTuning(length=3, start="zero"), moved=0.1, extra={"seed": 7})
-    assert layer_drift(zero, base) == []  # nothing is a share of 0
+    assert layer_drift(zero, started_from(zero, base)) == []  # nothing is a share of 0
 
 
 def test_similarities_are_cosines_of_means():

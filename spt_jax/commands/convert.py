@@ -63,7 +63,7 @@ class Import:
             reads=self.reads,
         )
         save_prompt(self.output, base, method, virtual, template, extra={"imported_from": str(self.source)})
-        print(describe_prompt(read_prompt(self.output), None, 0))
+        print(describe_prompt(read_prompt(self.output)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import dataclasses
 import shlex
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from spt_jax import measure
 from spt_jax.command_line import Job, config_json, parse_job
@@ -14,7 +14,7 @@ from spt_jax.plots import plot_range_test
 from spt_jax.training.loop import progress_bar
 from spt_jax.training.optimizers import resolve_optimizer
 from spt_jax.training.population import Member
-from spt_jax.training.rate_finder import RangeTest, range_test
+from spt_jax.training.rate_finder import range_test
 
 PROGRAM = "python -m spt_jax find-rate"
 
@@ -64,17 +64,17 @@ def main(argv: Sequence[str]) -> None:
         )
     prepare_workdir(command.workdir, resume=False, overwrite=command.overwrite)
     write_json(command.workdir / CONFIG_FILE, config_json(command))
-    write_json(command.workdir / "rates.json", {**as_json(found), "command": shlex.join([*PROGRAM.split(), *argv])})
+    write_json(
+        command.workdir / "rates.json",
+        {
+            "suggested": found.suggested,
+            "rates": found.rates.tolist(),
+            "losses": found.losses.tolist(),
+            "smoothed": found.smoothed.tolist(),
+            "command": shlex.join([*PROGRAM.split(), *argv]),
+        },
+    )
     plot_range_test(command.workdir / "rates.png", found.rates, found.losses, found.smoothed, found.suggested)
     now = f"{optimizer.name} has {optimizer.learning_rate} in this config"
     print(f"suggested: --optimizer.learning-rate {found.suggested:.2g}; {now}")
     print(f"{command.workdir}: rates.json, rates.png")
-
-
-def as_json(found: RangeTest) -> dict[str, Any]:
-    return {
-        "suggested": found.suggested,
-        "rates": found.rates.tolist(),
-        "losses": found.losses.tolist(),
-        "smoothed": found.smoothed.tolist(),
-    }

@@ -16,9 +16,12 @@ from spt_jax.inspection import (
     attention_lines,
     compared_rows,
     describe_prompt,
+    drift_lines,
     layer_drift,
+    row_lines,
     similarity_lines,
     similarity_map,
+    started_from,
 )
 from spt_jax.plots import plot_inspection
 from spt_jax.prompts.storage import SavedPrompt, load_prompt, read_prompt
@@ -51,14 +54,17 @@ class Inspect(Saved):
         if self.offline:
             if self.data is not None or self.others or self.output is not None:
                 raise ConfigError("--offline shows what the files say; --data, --others and --output need the base")
-            print(describe_prompt(read_prompt(self.prompt), None, self.nearest))
+            print(describe_prompt(read_prompt(self.prompt)))
             return
         base, saved = self.load()
-        print(describe_prompt(saved, base, self.nearest))
-        report: dict[str, Any] = {
-            "rows": [dataclasses.asdict(row) for row in compared_rows(saved, base, self.nearest)],
-            "layer_drift": layer_drift(saved, base),
-        }
+        start = started_from(saved, base)
+        rows, drifts = compared_rows(saved, start, base, self.nearest), layer_drift(saved, start)
+        print(describe_prompt(saved))
+        if rows:
+            print(row_lines(rows))
+        if drifts:
+            print(drift_lines(drifts))
+        report: dict[str, Any] = {"rows": [dataclasses.asdict(row) for row in rows], "layer_drift": drifts}
         if self.data is not None:
             report |= self.worth(base, saved)
         if self.others:

@@ -13,10 +13,9 @@ from spt_jax import measure
 from spt_jax.command_line import Job, config_json, parse_job
 from spt_jax.config import AnyMethod, resolve
 from spt_jax.errors import ConfigError, TrainingError
-from spt_jax.experiment import open_workdir
+from spt_jax.experiment import check_workdir, open_workdir
 from spt_jax.files import write_json
 from spt_jax.plots import plot_sweep
-from spt_jax.predictions import measures, read_predictions
 from spt_jax.sweeps.plateau import Estimate, check_records, has_plateaued, shortest_of_the_best
 from spt_jax.sweeps.results import (
     LENGTH,
@@ -25,9 +24,7 @@ from spt_jax.sweeps.results import (
     by_length,
     check_ensemble,
     copy_prompt,
-    predictions_file,
     scored,
-    scores_by_seed,
     trial_score,
 )
 from spt_jax.sweeps.settings import Settings, flag_words, parse_field, settings
@@ -106,7 +103,9 @@ def main(argv: Sequence[str]) -> None:
     command = parse_job(Sweep, argv, PROGRAM)
     command.validate()
     measure.keep_compiled_programs(command.compilation_cache)
-    stages, prepare, workdir = plan_stages(command, argv), Preparation(), command.workdir
+    workdir, words = command.workdir, shlex.join([*PROGRAM.split(), *argv])
+    check_workdir(workdir, resume=command.resume, overwrite=command.overwrite)
+    stages, prepare = plan_stages(command, argv), Preparation()
     planned = {trial.number: trial for stage in stages for trial in stage}
     if command.ensemble > len(planned):
         raise ConfigError(f"--ensemble is {command.ensemble}; there are {len(planned)} trials")
@@ -117,8 +116,8 @@ def main(argv: Sequence[str]) -> None:
     for prepared in every:
         if command.lengths and prepared.experiment.template.verbalizers:
             check_records(len(prepared.asked["validation"].examples), command.resolution)
-    kept = ("config", "workdir", "resume", "overwrite", "compilation_cache")
-    options = {name: value for name, value in config_json(command).items() if name not in kept}
+    elsewhere = ("config", "workdir", "resume", "overwrite", "compilation_cache")
+    options = {name: value for name, value in config_json(command).items() if name not in elsewhere}
     open_workdir(
         workdir,
         {**config_json(command.config), "sweep": options},
@@ -127,13 +126,13 @@ def main(argv: Sequence[str]) -> None:
     )
     rows = read_rows(workdir, planned)
     print(f"{len(planned)} trials, {len(rows)} of them done; seeds {', '.join(map(str, command.seeds))}")
-    facts = {"command": shlex.join(["sweep", *argv])}
     halving = Halving() if command.halving else None
     ran: list[Trial] = []
+    scores: list[Score] = []
     for stage in stages:
         for population in populations(stage, prepare):
             if any(trial.number not in rows for trial in population):
-                for row in train_population(population, prepare, workdir, halving=halving, facts=facts):
+                for row in train_population(population, prepare, workdir, halving=halving, facts={"command": words}):
                     rows[row["trial"]] = row
                 write_rows(workdir, planned, rows)
         ran += stage
@@ -145,7 +144,7 @@ def main(argv: Sequence[str]) -> None:
         walked = [score.validation for score in by_length(scores)] if command.lengths else []
         if command.patience and walked and has_plateaued(walked, command.patience):
             break
-    results = finish(command, prepare, ran, rows)
+    results = finish(command, prepare, ran, rows, scores)
     write_json(
         workdir / "results.json",
         {
@@ -153,7 +152,7 @@ def main(argv: Sequence[str]) -> None:
             "steps_of_all": sum(trial.config.train.steps for trial in planned.values()),
             "device": measure.device_name(),
             "versions": measure.versions(),
-            "command": shlex.join([*PROGRAM.split(), *argv]),
+            "command": words,
         },
     )
     print(f"{workdir}: trials.csv, trials.parquet, results.json, sweep.png, and every trial's prompt under trials/")
@@ -185,8 +184,14 @@ def plan_stages(command: Sweep[Any], argv: Sequence[str]) -> list[list[Trial]]:
     return stages
 
 
-def finish(command: Sweep[Any], prepare: Preparation, ran: Sequence[Trial], rows: dict[int, Row]) -> dict[str, Any]:
-    """Chooses, saves the best prompt as `prompt/`, and draws `sweep.png`.
+def finish(
+    command: Sweep[Any],
+    prepare: Preparation,
+    ran: Sequence[Trial],
+    rows: dict[int, Row],
+    scores: Sequence[Score],
+) -> dict[str, Any]:
+    """Chooses, saves the best prompt as `prompt/`, draws `sweep.png`, and asks the best together.
 
     Returns:
       What `results.json` says of it.
@@ -195,7 +200,6 @@ def finish(command: Sweep[Any], prepare: Preparation, ran: Sequence[Trial], rows
       TrainingError: no trial came to its end.
     """
     workdir = command.workdir
-    scores = scored(workdir, rows, ran)
     if not scores:
         raise TrainingError(f"no trial came to its end; {workdir}/trials.csv says why")
     best = max(scores, key=lambda score: score.validation.mean)
@@ -208,20 +212,24 @@ def finish(command: Sweep[Any], prepare: Preparation, ran: Sequence[Trial], rows
         reason = f"the shortest within one standard error of the best, {_named(best.settings)}"
     number = max(chosen.trials, key=lambda own: trial_score(rows[own]))
     copy_prompt(trial_folder(workdir, number) / "prompt", workdir / "prompt")
-    predictions = read_predictions(predictions_file(workdir, number), by="split")
-    measured = measures(predictions["validation"])[0]
     print(f"chosen: {_named(chosen.settings)}, {reason}; {workdir}/prompt is its trial {number}")
     plot_sweep(
         workdir / "sweep.png",
-        [(score.settings, score.validation, scores_by_seed(workdir, score, measured)) for score in scores],
+        [(score.settings, score.validation, score.by_seed) for score in scores],
         chosen.settings,
-        measured.replace("_", " "),
+        chosen.measure.replace("_", " "),
     )
+    together = ask_together(command.ensemble, prepare, ran, rows, workdir) if command.ensemble else None
+    if together is not None:
+        print(
+            f"the best {len(together['trials'])} together: {together['split']} accuracy {together['accuracy']:.3f}, one"
+            f" by one {together['mean_accuracy']:.3f} in the mean"
+        )
     return {
-        "measure": measured,
-        "settings": [_json(score) for score in scores],
-        "chosen": {**_json(chosen), "trial": number, "reason": reason},
-        "ensemble": ask_together(command.ensemble, prepare, ran, rows, workdir) if command.ensemble else None,
+        "measure": chosen.measure,
+        "settings": [score.as_json() for score in scores],
+        "chosen": {**chosen.as_json(), "trial": number, "reason": reason},
+        "ensemble": together,
         "trials": len(ran),
         "steps": sum(rows[trial.number]["steps"] for trial in ran),
     }
@@ -234,15 +242,3 @@ def _named(chosen: Settings) -> str:
 def _shown(estimate: Estimate) -> str:
     low, high = estimate.interval
     return f"{estimate.mean:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def _json(score: Score) -> dict[str, Any]:
-    def of(estimate: Estimate) -> dict[str, Any]:
-        return {"mean": estimate.mean, "standard_error": estimate.standard_error, "interval": estimate.interval}
-
-    return {
-        "settings": score.settings,
-        "trials": score.trials,
-        "validation": of(score.validation),
-        "test": None if score.test is None else of(score.test),
-    }

@@ -30,6 +30,10 @@ class Estimate:
         """In which the true mean lies with 95 %, were it normal."""
         return self.mean - Z95 * self.standard_error, self.mean + Z95 * self.standard_error
 
+    def as_json(self) -> dict[str, float | tuple[float, float]]:
+        """Mean, standard error and interval."""
+        return {"mean": self.mean, "standard_error": self.standard_error, "interval": self.interval}
+
 
 def estimates(settings: Sequence[Float[np.ndarray, "R N"]]) -> list[Estimate]:
     """The mean of each setting's values, R seeds at the same N records.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from spt_jax.ensemble import evaluate_ensemble
 from spt_jax.errors import ConfigError
@@ -23,12 +24,27 @@ LENGTH = "method.length"
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A setting, its trials that came to their end, and the mean of their scores on validation and test."""
+    """A setting, its trials that came to their end, and their scores on validation and test.
+
+    measure: what is scored, a name of `predictions.measures`.
+    by_seed: each trial's score on validation.
+    """
 
     settings: Settings
     trials: tuple[int, ...]
+    measure: str
+    by_seed: tuple[float, ...]
     validation: Estimate
     test: Estimate | None
+
+    def as_json(self) -> dict[str, Any]:
+        """As `results.json` has it."""
+        return {
+            "settings": self.settings,
+            "trials": self.trials,
+            "validation": self.validation.as_json(),
+            "test": None if self.test is None else self.test.as_json(),
+        }
 
 
 def scored(workdir: Path, rows: dict[int, Row], trials: Sequence[Trial]) -> list[Score]:
@@ -39,18 +55,29 @@ def scored(workdir: Path, rows: dict[int, Row], trials: Sequence[Trial]) -> list
     ended = [[trial for trial in own if came_to_its_end(rows[trial.number])] for own in by_setting.values()]
     whole = [own for own, planned in zip(ended, by_setting.values(), strict=True) if len(own) == len(planned)]
     every = whole or [own for own in ended if own]
+    if not every:
+        return []
+    read = [
+        [read_predictions(trial_folder(workdir, trial.number) / PREDICTIONS_FILE, by="split") for trial in own]
+        for own in every
+    ]
+    measure = measures(read[0][0]["validation"])[0]
 
-    def of(split: str) -> list[Estimate] | None:
-        read = [[read_predictions(predictions_file(workdir, t.number), by="split") for t in own] for own in every]
-        if not read or split not in read[0][0]:
-            return None
-        measure = measures(read[0][0][split])[0]
-        return estimates([np.stack([record_values(one[split], measure) for one in own]) for own in read])
+    def values(split: str) -> list[Float[np.ndarray, "R N"]]:
+        return [np.stack([record_values(one[split], measure) for one in own]) for own in read]
 
-    validation, test = of("validation") or [], of("test") or [None] * len(every)
+    validation = values("validation")
+    tests = estimates(values("test")) if "test" in read[0][0] else [None] * len(every)
     return [
-        Score(own[0].settings, tuple(trial.number for trial in own), on_validation, on_test)
-        for own, on_validation, on_test in zip(every, validation, test, strict=True)
+        Score(
+            settings=own[0].settings,
+            trials=tuple(trial.number for trial in own),
+            measure=measure,
+            by_seed=tuple(scores.mean(axis=1).tolist()),
+            validation=estimate,
+            test=test,
+        )
+        for own, scores, estimate, test in zip(every, validation, estimates(validation), tests, strict=True)
     ]
 
 
@@ -75,10 +102,6 @@ def came_to_its_end(row: Row) -> bool:
     return not row["status"].startswith(("halved", "dropped"))
 
 
-def predictions_file(workdir: Path, number: int) -> Path:
-    return trial_folder(workdir, number) / PREDICTIONS_FILE
-
-
 def by_length(scores: Sequence[Score]) -> list[Score]:
     """The best setting of every length, shortest first."""
     best: dict[str, Score] = {}
@@ -87,12 +110,6 @@ def by_length(scores: Sequence[Score]) -> list[Score]:
         if length not in best or score.validation.mean > best[length].validation.mean:
             best[length] = score
     return list(best.values())
-
-
-def scores_by_seed(workdir: Path, score: Score, measured: str) -> list[float]:
-    """The validation scores of a setting's trials."""
-    read = [read_predictions(predictions_file(workdir, number), by="split") for number in score.trials]
-    return [float(record_values(own["validation"], measured).mean()) for own in read]
 
 
 def trial_score(row: Row) -> float:
@@ -121,14 +138,10 @@ def ask_together(
     prompts = [load_prompt(trial_folder(workdir, trial.number) / "prompt", base).virtual for trial in chosen]
     together = evaluate_ensemble(base, [own.asked[split] for own in every], prompts)
     alone = [rows[trial.number][f"{split}.accuracy"] for trial in chosen]
-    accuracy = together.metrics["accuracy"]
-    print(
-        f"the best {len(chosen)} together: {split} accuracy {accuracy:.3f}, one by one {np.mean(alone):.3f} in the mean"
-    )
     return {
         "trials": [trial.number for trial in chosen],
         "split": split,
-        "accuracy": accuracy,
+        "accuracy": together.metrics["accuracy"],
         "accuracy_interval": together.metrics["accuracy_interval"],
         "mean_accuracy": float(np.mean(alone)),
     }
