@@ -2,7 +2,9 @@
 
 import collections
 import dataclasses
+import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,11 +14,14 @@ import numpy as np
 from spt_jax.base import FrozenBase
 from spt_jax.data.batches import round_up
 from spt_jax.data.encoder import Encoder
+from spt_jax.data.templates import MESSAGES, Template
 from spt_jax.errors import CheckpointError, ConfigError, did_you_mean
 from spt_jax.generation import BUCKET, programs
+from spt_jax.interop.peft import CONFIG_FILE as PEFT_CONFIG
+from spt_jax.interop.peft import default_template, import_peft
 from spt_jax.models.attention import Prefix
 from spt_jax.prompts.stacking import stack_prompts
-from spt_jax.prompts.storage import SavedPrompt
+from spt_jax.prompts.storage import SavedPrompt, load_prompt
 from spt_jax.prompts.virtual import VirtualPrompt
 from spt_jax.sharding import replicated
 
@@ -26,8 +31,8 @@ class Held:
     """What a prompt's requests share, on the device. Lengths are rounded up, so that few programs serve all prompts.
 
     prefix: keys and values of the prompt and of the leading ids of its template; padding stands at NEVER.
-    virtual: rows for virtual ids further on.
-    rows: how many of those are real.
+    virtual: what is left of it: rows for virtual ids further on, shifts, gates, a head.
+    rows: how many virtual ids there are, those among the leading ids included.
     lead: the leading ids.
     start: the position behind them.
     """
@@ -39,6 +44,12 @@ class Held:
     start: int
 
     @property
+    def generates(self) -> bool:
+        """Whether requests can share a decode step: they need neither shifts nor gates nor a head."""
+        own = self.virtual
+        return own is None or (own.shift is None and own.gated is None and own.head is None)
+
+    @property
     def bytes(self) -> int:
         """On the device."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves((self.prefix, self.virtual)))
@@ -47,46 +58,82 @@ class Held:
 NOTHING = Held(None, None, 0, np.zeros(0, np.int32), 0)
 
 
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A prompt of the bank: its parts on the host, and how requests are read."""
+
+    virtual: VirtualPrompt | None
+    template: Template
+    encoder: Encoder
+
+    @property
+    def bytes(self) -> int:
+        """Of the numbers that were trained."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.virtual))
+
+
 class PromptBank:
-    """The prompts of one base. The least recently used leave the device where all together would not fit a budget."""
+    """The prompts of one base. The least recently used leave the device where all together would not fit a budget.
+
+    Any thread may use it.
+    """
 
     def __init__(self, base: FrozenBase, *, budget_bytes: int | None = None):
         """budget_bytes: for keys, values and rows on the device; None for no limit."""
         self.base = base
         self._budget = budget_bytes
-        self._saved: dict[str, tuple[SavedPrompt, Encoder]] = {}
+        self._entries: dict[str | None, Entry] = {}
         self._held: collections.OrderedDict[str, Held] = collections.OrderedDict()
+        self._lock = threading.Lock()
+        self._entries[None] = self._entry(Template(prompt="{text}", target="{target}"), None)
+        self._chat = self._entry(Template(prompt=f"{{{MESSAGES}}}"), None) if base.tokenizer.chat_template else None
 
     @property
     def names(self) -> list[str]:
-        return sorted(self._saved)
+        with self._lock:
+            return sorted(name for name in self._entries if name is not None)
 
     @property
     def device_bytes(self) -> int:
         """Of the prompts that are on the device now."""
-        return sum(held.bytes for held in self._held.values())
+        with self._lock:
+            return sum(held.bytes for held in self._held.values())
+
+    def load(self, name: str, folder: Path) -> None:
+        """Takes in a prompt directory, ours or PEFT's, whose text stands behind the virtual tokens.
+
+        Raises:
+          CheckpointError: it is damaged, or for another base.
+        """
+        if (folder / PEFT_CONFIG).exists():
+            method, virtual = import_peft(folder, self.base)
+            prompt = default_template(self.base, method)
+            self._put(name, virtual, Template(prompt=prompt, target="{target}", virtual_tokens=method.token_count))
+        else:
+            self.add(name, load_prompt(folder, self.base))
 
     def add(self, name: str, saved: SavedPrompt) -> None:
         """Takes a prompt in, or another one under a name that there is. Nothing is computed yet.
 
         Raises:
           CheckpointError: it is for another base.
-          ConfigError: it is more than virtual tokens, or keys and values.
         """
         differences = saved.fingerprint.differences(self.base.fingerprint)
         if differences:
             raise CheckpointError(f"prompt {name!r} is for another base: {'; '.join(differences)}")
-        virtual = saved.virtual
-        if any(part is not None for part in (virtual.shift, virtual.gated, virtual.head)):
-            raise ConfigError(
-                f"prompt {name!r} has shifts, gates or a head; requests share tokens, keys and values alone"
-            )
-        base = self.base
-        positions = base.config.max_positions - virtual.prefix_length
-        encoder = Encoder(saved.template, base.tokenizer, base.config.vocab_size, positions)
-        self._held.pop(name, None)
+        self._put(name, saved.virtual, saved.template)
+
+    def _put(self, name: str, virtual: VirtualPrompt, template: Template) -> None:
         # On the host: what requests need of it is made on the device when they come.
-        self._saved[name] = dataclasses.replace(saved, virtual=jax.tree.map(np.asarray, virtual)), encoder
+        entry = self._entry(template, jax.tree.map(np.asarray, virtual))
+        with self._lock:
+            self._entries[name] = entry
+            self._held.pop(name, None)
+
+    def _entry(self, template: Template, virtual: VirtualPrompt | None) -> Entry:
+        base = self.base
+        positions = base.config.max_positions - (0 if virtual is None else virtual.prefix_length)
+        return Entry(virtual, template, Encoder(template, base.tokenizer, base.config.vocab_size, positions))
 
     def remove(self, name: str) -> None:
         """Forgets a prompt. Requests under way keep what they have of it.
@@ -94,18 +141,23 @@ class PromptBank:
         Raises:
           ConfigError: there is none of this name.
         """
-        self._known(name)
-        self._held.pop(name, None)
-        del self._saved[name]
+        self.entry(name)
+        with self._lock:
+            self._entries.pop(name, None)
+            self._held.pop(name, None)
 
-    def request_ids(self, name: str, record: Mapping[str, Any]) -> np.ndarray:
-        """A record's ids, as the prompt's template reads it.
+    def request_ids(self, name: str | None, record: Mapping[str, Any]) -> np.ndarray:
+        """A record's ids, as the prompt's template reads it; the bare base reads {text}, or {messages} as a chat.
 
         Raises:
-          ConfigError: there is no prompt of this name.
+          ConfigError: there is no prompt of this name, or a chat for a base without a chat template.
           DataError: the record lacks a field.
         """
-        return self._known(name)[1].prompt_ids(record)
+        if name is None and MESSAGES in record:
+            if self._chat is None:
+                raise ConfigError(f"the tokenizer of {self.base.name} has no chat template")
+            return self._chat.encoder.prompt_ids(record)
+        return self.entry(name).encoder.prompt_ids(record)
 
     def held(self, name: str | None) -> Held:
         """What requests under this prompt share, made if it is not on the device; None names the bare base.
@@ -115,25 +167,38 @@ class PromptBank:
         """
         if name is None:
             return NOTHING
-        if name not in self._held:
-            saved, encoder = self._known(name)
-            self._held[name] = hold(self.base, saved.virtual, encoder.fixed_lead())
-        self._held.move_to_end(name)
-        while self._budget is not None and len(self._held) > 1 and self.device_bytes > self._budget:
-            self._held.popitem(last=False)
-        return self._held[name]
+        entry = self.entry(name)
+        with self._lock:
+            held = self._held.get(name)
+        if held is None:
+            assert entry.virtual is not None
+            held = hold(self.base, entry.virtual, entry.encoder.fixed_lead())
+        with self._lock:
+            if self._entries.get(name) is not entry:
+                return held  # it was replaced meanwhile; this request still has it
+            self._held[name] = held
+            self._held.move_to_end(name)
+            total = sum(own.bytes for own in self._held.values())
+            while self._budget is not None and len(self._held) > 1 and total > self._budget:
+                total -= self._held.popitem(last=False)[1].bytes
+        return held
 
-    def _known(self, name: str) -> tuple[SavedPrompt, Encoder]:
-        if name not in self._saved:
-            raise ConfigError(f"there is no prompt {name!r}; {did_you_mean(name, self._saved)}")
-        return self._saved[name]
+    def entry(self, name: str | None) -> Entry:
+        """The prompt of this name; None names the bare base.
+
+        Raises:
+          ConfigError: there is none.
+        """
+        with self._lock:
+            if name in self._entries:
+                return self._entries[name]
+        raise ConfigError(f"there is no prompt {name!r}; {did_you_mean(str(name), self.names)}")
 
 
 def hold(base: FrozenBase, virtual: VirtualPrompt, lead: np.ndarray) -> Held:
     """Runs a prompt and the leading ids of its template through the base."""
     padded = jax.device_put(_padded(stack_prompts([virtual])), replicated(base.mesh))
     first = virtual.prefix_length
-    rows = None if padded.tokens is None else VirtualPrompt(tokens=padded.tokens[0])
     prefix = None
     if len(lead) or first:
         ids = np.zeros((1, round_up(len(lead), BUCKET)), np.int32)
@@ -142,7 +207,10 @@ def hold(base: FrozenBase, virtual: VirtualPrompt, lead: np.ndarray) -> Held:
         prefix = encode(base.module, base.params, padded, ids, np.asarray([len(lead)], np.int32))
         prefix = jax.tree.map(lambda array: array[0], prefix)
     count = 0 if virtual.tokens is None else virtual.tokens.shape[0]
-    return Held(prefix, rows, count, lead, first + len(lead))
+    done = count == int((lead >= base.config.vocab_size).sum())
+    left = dataclasses.replace(padded, prefix=None, tokens=None if done else padded.tokens)
+    left = jax.tree.map(lambda array: array[0], left) if jax.tree.leaves(left) else None
+    return Held(prefix, left, count, lead, first + len(lead))
 
 
 def _padded(virtual: VirtualPrompt) -> VirtualPrompt:
@@ -156,4 +224,4 @@ def _padded(virtual: VirtualPrompt) -> VirtualPrompt:
     if prefix is not None:
         prefix = dataclasses.replace(prefix, keys=up(prefix.keys, 2), values=up(prefix.values, 2))
     tokens = None if virtual.tokens is None else up(virtual.tokens, 1)
-    return VirtualPrompt(tokens=tokens, prefix=prefix)
+    return dataclasses.replace(virtual, tokens=tokens, prefix=prefix)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spt_jax.data.batches import round_up
 from spt_jax.decoding import RowSampling
-from spt_jax.errors import ConfigError
+from spt_jax.errors import ConfigError, DataError
 from spt_jax.generation import (
     BUCKET,
     Generated,
@@ -64,10 +64,10 @@ class Ticket:
 
 
 class Engine:
-    """Answers requests in a fixed number of slots. Not for several threads at once.
+    """Answers requests in a fixed number of slots. Any thread may `submit`; one thread steps and cancels.
 
     One program decodes whatever mixture of prompts, lengths and sampling the slots hold; a request's own ids run once,
-    in a program per length rounded up to a multiple of 32. Its prompt's keys and values are copied, and computed once.
+    in a program per length rounded up to 32, 64, 128, ... Its prompt's keys and values are copied, and computed once.
     """
 
     def __init__(self, bank: PromptBank, *, slots: int = 16, capacity: int | None = None):
@@ -76,7 +76,7 @@ class Engine:
         Args:
           bank: the prompts; they may come and go meanwhile.
           slots: requests under way at once.
-          capacity: positions of each, with what rounding takes; default the base's, and room for the rounding.
+          capacity: positions of each, the padding of prompts included; default the base's and room for the padding.
 
         Raises:
           ConfigError: not one slot for each part of the mesh's rows.
@@ -87,30 +87,46 @@ class Engine:
             raise ConfigError(
                 f"{slots} slots; a multiple of {shards}, the parts that the mesh splits rows in, is needed"
             )
-        self._capacity = capacity or round_up(base.config.max_positions, BUCKET) + 3 * BUCKET + CHUNK
+        self._capacity = capacity or round_up(base.config.max_positions, BUCKET) + 3 * BUCKET
         self._programs = _programs(base.mesh)
         self._slots = self._programs.empty(base.module, base.dtype, slots, self._capacity)
         self._busy: list[Ticket | None] = [None] * slots
         self._waiting: collections.deque[Ticket] = collections.deque()
+        self._shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self._slots)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no slot yet."""
+        return len(self._waiting)
+
+    @property
+    def under_way(self) -> int:
+        """Requests that have a slot."""
+        return sum(ticket is not None for ticket in self._busy)
 
     def submit(self, request: Request) -> Ticket:
         """Takes a request in; `step` answers it.
 
         Raises:
-          ConfigError: no such prompt, or more tokens than the base or a slot has positions.
+          ConfigError: no such prompt, one that cannot share a decode step (shifts, gates, a head), or more tokens than
+            the base or a slot has positions.
           DataError: no ids, or ids that the base and the prompt do not have.
         """
         base, held = self.bank.base, self.bank.held(request.prompt)
         ids = np.asarray(request.ids, np.int32)
+        if not held.generates:
+            raise ConfigError(f"prompt {request.prompt!r} has shifts, gates or a head: it only classifies")
         check_prompt(
             base, ids, 0, None if request.prompt is None else held.rows, held.start - len(held.lead), request.sampling
         )
         if not np.array_equal(ids[: len(held.lead)], held.lead) or len(ids) == len(held.lead):
             raise ConfigError(f"these ids do not begin as the template of prompt {request.prompt!r} does, or end there")
-        taken = 0 if held.prefix is None else held.prefix.positions.shape[0]
-        needed = taken + round_up(len(ids) - len(held.lead), BUCKET) + request.sampling.max_new_tokens + CHUNK
+        own = ids[len(held.lead) :]
+        if held.virtual is None and own.max() >= base.config.vocab_size:
+            raise DataError(f"id {own.max()}: no virtual ids stand behind the leading ones of {request.prompt!r}")
+        needed = _taken(held) + round_up(len(own) + request.sampling.max_new_tokens, BUCKET)
         if needed > self._capacity:
-            raise ConfigError(f"the request takes {needed} positions, rounding included; a slot has {self._capacity}")
+            raise ConfigError(f"the request takes {needed} positions, padding included; a slot has {self._capacity}")
         ticket = Ticket(dataclasses.replace(request, ids=ids), held)
         self._waiting.append(ticket)
         return ticket
@@ -154,19 +170,34 @@ class Engine:
             self.step()
         return [ticket.result for ticket in tickets if ticket.result is not None]
 
+    def warm(self, held: Held, lengths: Sequence[int]) -> None:
+        """Compiles what requests of so many own ids under such a prompt need. Any thread may do so."""
+        base = self.bank.base
+        for length in sorted({self._bucket(held, length) for length in lengths}):
+            inputs = *self._inputs(held, np.zeros(length, np.int32), SamplingConfig()), jnp.int32(0), self._shapes
+            self._programs.admit.lower(base.module, base.params, *inputs).compile()
+
     def _admit(self, slot: int, ticket: Ticket) -> tuple[jax.Array, jax.Array]:
         """Puts a request into a slot; its first token and log-probability."""
-        base, held, how = self.bank.base, ticket.held, ticket.request.sampling
+        base, held = self.bank.base, ticket.held
         own = ticket.request.ids[len(held.lead) :]
-        padded = np.zeros(round_up(len(own), BUCKET), np.int32)
-        padded[: len(own)] = own
-        request = RequestIds(*map(jnp.asarray, (padded, np.int32(len(own)), np.int32(held.start))))
-        top_k = min(how.top_k, base.config.vocab_size)
-        options = (how.temperature, np.float32), (top_k, np.int32), (how.top_p, np.float32), (how.seed, np.uint32)
-        sampling = RowSampling(*(jnp.asarray(value, kind) for value, kind in (*options, (0, np.int32))))
-        inputs = held.virtual, held.prefix, request, sampling, jnp.int32(slot), self._slots
+        inputs = *self._inputs(held, own, ticket.request.sampling), jnp.int32(slot), self._slots
         self._slots, *first = self._programs.admit(base.module, base.params, *inputs)
         return first[0], first[1]
+
+    def _bucket(self, held: Held, length: int) -> int:
+        """The length of the program for so many own ids."""
+        return min(BUCKET * 2 ** ((length - 1) // BUCKET).bit_length(), self._capacity - _taken(held))
+
+    def _inputs(self, held: Held, own: np.ndarray, how: SamplingConfig) -> tuple[Any, ...]:
+        """What `slots.admit` takes of a request."""
+        padded = np.zeros(self._bucket(held, len(own)), np.int32)
+        padded[: len(own)] = own
+        request = RequestIds(*map(jnp.asarray, (padded, np.int32(len(own)), np.int32(held.start))))
+        top_k = min(how.top_k, self.bank.base.config.vocab_size)
+        options = (how.temperature, np.float32), (top_k, np.int32), (how.top_p, np.float32), (how.seed, np.uint32)
+        sampling = RowSampling(*(jnp.asarray(value, kind) for value, kind in (*options, (0, np.int32))))
+        return held.virtual, held.prefix, request, sampling
 
     def _ticket(self, slot: int) -> Ticket:
         ticket = self._busy[slot]
@@ -193,6 +224,11 @@ class Engine:
         ticket.done = True
         self._busy[slot] = None
         return [ticket]
+
+
+def _taken(held: Held) -> int:
+    """Places of a slot that a prompt takes, padding included."""
+    return 0 if held.prefix is None else held.prefix.positions.shape[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -121,7 +121,7 @@ def admit(
     )
     slots = Slots(
         cache,
-        slots.filled.at[slot].set(taken),
+        slots.filled.at[slot].set(taken - length + request.length),  # new tokens take the padding's place
         slots.ids.at[slot].set(first[0]),
         slots.positions.at[slot].set(request.start + request.length),
         slots.steps.at[slot].set(1),

@@ -50,7 +50,7 @@ def requests_of(bank: PromptBank) -> list[Request]:
 
 
 def alone(bank: PromptBank, request: Request):
-    virtual = None if request.prompt is None else bank._saved[request.prompt][0].virtual
+    virtual = None if request.prompt is None else bank.entry(request.prompt).virtual
     (found,) = generate(bank.base, [request.ids], virtual, request.sampling)
     return found
 
@@ -168,7 +168,7 @@ def test_empty_fields_and_whole_contexts(bank: PromptBank, tmp_path):
 
 def test_prompts_wait_on_the_host(bank: PromptBank):
     for name in bank.names:
-        assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(bank._saved[name][0].virtual))
+        assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(bank.entry(name).virtual))
 
 
 def test_the_least_recently_used_leaves_the_device(bank: PromptBank, tmp_path):
@@ -193,7 +193,7 @@ def test_on_a_mesh(tmp_path):
     requests = [request for request in requests_of(bank) if request.sampling is GREEDY]
     plain = tiny_base()
     for ours, request in zip(Engine(bank, slots=4).generate(requests), requests, strict=True):
-        virtual = None if request.prompt is None else bank._saved[request.prompt][0].virtual
+        virtual = None if request.prompt is None else bank.entry(request.prompt).virtual
         (theirs,) = generate(plain, [request.ids], jax.tree.map(np.asarray, virtual), request.sampling)
         same(ours, theirs)
     with pytest.raises(ConfigError, match="a multiple of 2"):
@@ -201,7 +201,7 @@ def test_on_a_mesh(tmp_path):
 
 
 def test_what_is_refused(bank: PromptBank, tmp_path):
-    engine = Engine(bank, slots=1, capacity=160)
+    engine = Engine(bank, slots=1, capacity=128)
     ids = bank.request_ids("front", {"text": "the"})
     with pytest.raises(ConfigError, match="did you mean 'front'"):
         engine.submit(Request(ids, "frond"))
@@ -214,7 +214,7 @@ def test_what_is_refused(bank: PromptBank, tmp_path):
         engine.submit(Request(np.zeros(0, np.int32)))
     with pytest.raises(ConfigError, match="positions"):
         engine.submit(Request(ids, "front", SamplingConfig(max_new_tokens=1000)))
-    with pytest.raises(ConfigError, match="a slot has 160"):
+    with pytest.raises(ConfigError, match="a slot has 128"):
         engine.submit(Request(ids, "front", SamplingConfig(max_new_tokens=100)))
     with pytest.raises(ConfigError, match="did you mean 'keys'"):
         bank.remove("key")
@@ -222,8 +222,10 @@ def test_what_is_refused(bank: PromptBank, tmp_path):
     virtual = gated.materialize(base.module, base.params, gated.init_params(jax.random.key(0), base))
     template = spt_jax.Template(prompt="{text}", target="{label}")
     spt_jax.save_prompt(tmp_path / "gated", base, gated, virtual, template)
+    bank.add("gated", spt_jax.load_prompt(tmp_path / "gated", base))
     with pytest.raises(ConfigError, match="has shifts, gates or a head"):
-        bank.add("gated", spt_jax.load_prompt(tmp_path / "gated", base))
+        engine.submit(Request(bank.request_ids("gated", {"text": "the"}), "gated"))
+    bank.remove("gated")
     other = tiny_base("llama", seed=9)
     with pytest.raises(CheckpointError, match="for another base"):
         PromptBank(other).add("front", spt_jax.load_prompt(saved_folder(tmp_path, base), base))
