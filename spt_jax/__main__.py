@@ -10,6 +10,7 @@ from spt_jax.commands import compare, find_rate, sweep
 from spt_jax.commands.ask import Evaluate, Generate
 from spt_jax.commands.convert import Export, Import
 from spt_jax.commands.inspect import Inspect, Similar
+from spt_jax.commands.serve import Serve
 from spt_jax.errors import SptError, did_you_mean
 from spt_jax.training.loop import Stopped
 
@@ -20,6 +21,7 @@ COMMANDS: dict[str, Any] = {
     "import": Import,
     "export": Export,
     "similar": Similar,
+    "serve": Serve,
 }
 
 

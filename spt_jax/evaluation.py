@@ -20,6 +20,7 @@ from spt_jax.data.encoder import SEPARATOR, Encoder, Example
 from spt_jax.data.reading import END, START
 from spt_jax.forward import encode_prefix, group_scores, output_readings
 from spt_jax.generation import SamplingConfig, generate
+from spt_jax.models.attention import Prefix
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.hf import Params
 from spt_jax.prompts import VirtualPrompt
@@ -77,8 +78,15 @@ def _batch_scores(
 ) -> Float[Array, "B E C"] | Float[Array, "B M C"]:
     """Log-probabilities of every example's choices; with a head, its logits at every place that it reads."""
     prefix = encode_prefix(module, frozen, virtual, batch.lead_ids, batch.lead_length)
-    readings = output_readings(module, frozen, virtual, prefix, batch.rows)
-    return group_scores(readings, batch.rows, choices) if readings.logits is None else readings.logits
+    return row_scores(module, choices, frozen, virtual, prefix, batch.rows)
+
+
+def row_scores(
+    module: Decoder, choices: int, frozen: Params, virtual: VirtualPrompt | None, prefix: Prefix | None, rows: Rows
+) -> Float[Array, "B E C"] | Float[Array, "B M C"]:
+    """`_batch_scores` behind a prefix that is there already."""
+    readings = output_readings(module, frozen, virtual, prefix, rows)
+    return group_scores(readings, rows, choices) if readings.logits is None else readings.logits
 
 
 def score(base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt | None) -> Float[np.ndarray, "N C"]:
@@ -87,7 +95,7 @@ def score(base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt | None) 
     With a classification head, the log-probability of every class.
     """
     if virtual is not None and virtual.head is not None:
-        return _log_softmax(np.concatenate(head_logits(base, data, virtual)))
+        return log_softmax(np.concatenate(head_logits(base, data, virtual)))
     scores = np.zeros((len(data.examples), data.plan.choices), np.float32)
     for rows, values in _scored(base, data, virtual):
         real = rows.examples >= 0
@@ -116,7 +124,8 @@ def _scored(
     return ((rows, to_host(values)) for rows, values in pending)
 
 
-def _log_softmax(logits: Float[np.ndarray, "N C"]) -> Float[np.ndarray, "N C"]:
+def log_softmax(logits: Float[np.ndarray, "N C"]) -> Float[np.ndarray, "N C"]:
+    """On the host, along the classes."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
@@ -206,7 +215,7 @@ def _tagging(data: EvaluationSet, logits: Sequence[Float[np.ndarray, "_ C"]]) ->
     labels = [np.asarray(example.classes) for example in data.examples]
     guesses = [own.argmax(axis=-1) for own in logits]
     flat_labels, flat_guesses = np.concatenate(labels), np.concatenate(guesses)
-    losses = -_log_softmax(np.concatenate(logits))[np.arange(len(flat_labels)), flat_labels]
+    losses = -log_softmax(np.concatenate(logits))[np.arange(len(flat_labels)), flat_labels]
     accuracy = metrics.bootstrap_interval((flat_labels == flat_guesses).astype(np.float64))
     tags = [[[names[c] for c in own] for own in side] for side in (guesses, labels)]
     result: dict[str, Any] = {
@@ -225,7 +234,7 @@ def _spans(data: EvaluationSet, logits: Sequence[Float[np.ndarray, "_ 2"]]) -> E
     """The likeliest span of every example, at most `max_new_tokens` long, against the answer."""
     losses, predictions = [], []
     for own, example, record in zip(logits, data.examples, data.records, strict=True):
-        start, end = _log_softmax(own.T)
+        start, end = log_softmax(own.T)
         classes = np.asarray(example.classes)
         losses.append(-(start[(classes & START) > 0][0] + end[(classes & END) > 0][0]) / 2)
         places = np.arange(len(start))

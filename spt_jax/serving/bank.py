@@ -71,6 +71,13 @@ class Entry:
         """Of the numbers that were trained."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.virtual))
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Prompts of one kind need the same programs."""
+        leaves, structure = jax.tree.flatten(self.virtual)
+        sizes = (len(self.encoder.fixed_lead()), *(size for leaf in leaves for size in leaf.shape))
+        return structure, tuple(round_up(size, BUCKET) for size in sizes)
+
 
 class PromptBank:
     """The prompts of one base. The least recently used leave the device where all together would not fit a budget.

@@ -92,6 +92,7 @@ class Engine:
         self._slots = self._programs.empty(base.module, base.dtype, slots, self._capacity)
         self._busy: list[Ticket | None] = [None] * slots
         self._waiting: collections.deque[Ticket] = collections.deque()
+        self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self._slots)
 
     @property
@@ -170,20 +171,27 @@ class Engine:
             self.step()
         return [ticket.result for ticket in tickets if ticket.result is not None]
 
-    def warm(self, held: Held, lengths: Sequence[int]) -> None:
-        """Compiles what requests of so many own ids under such a prompt need. Any thread may do so."""
-        base = self.bank.base
-        for length in sorted({self._bucket(held, length) for length in lengths}):
-            inputs = *self._inputs(held, np.zeros(length, np.int32), SamplingConfig()), jnp.int32(0), self._shapes
-            self._programs.admit.lower(base.module, base.params, *inputs).compile()
+    def warm(self, held: Held, length: int) -> None:
+        """Compiles what a request of so many ids under this prompt needs, if nothing has yet. Any thread may do so."""
+        base, own = self.bank.base, np.zeros(max(1, length - len(held.lead)), np.int32)
+        key = self._key(held, len(own))
+        if key not in self._compiled:
+            inputs = *self._inputs(held, own, SamplingConfig()), jnp.int32(0), self._shapes
+            self._compiled[key] = self._programs.admit.lower(base.module, base.params, *inputs).compile()
 
     def _admit(self, slot: int, ticket: Ticket) -> tuple[jax.Array, jax.Array]:
         """Puts a request into a slot; its first token and log-probability."""
         base, held = self.bank.base, ticket.held
         own = ticket.request.ids[len(held.lead) :]
         inputs = *self._inputs(held, own, ticket.request.sampling), jnp.int32(slot), self._slots
-        self._slots, *first = self._programs.admit(base.module, base.params, *inputs)
+        compiled = self._compiled.get(self._key(held, len(own))) or functools.partial(self._programs.admit, base.module)
+        self._slots, *first = compiled(base.params, *inputs)
         return first[0], first[1]
+
+    def _key(self, held: Held, length: int) -> tuple[Any, ...]:
+        """What tells the programs apart that let requests in."""
+        leaves, structure = jax.tree.flatten((held.prefix, held.virtual))
+        return structure, tuple(leaf.shape for leaf in leaves), self._bucket(held, length)
 
     def _bucket(self, held: Held, length: int) -> int:
         """The length of the program for so many own ids."""

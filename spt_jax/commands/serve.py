@@ -1,0 +1,111 @@
+"""`python -m spt_jax serve`: one base and a directory of prompts behind HTTP."""
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from spt_jax import measure
+from spt_jax.base import load_base
+from spt_jax.errors import ConfigError
+from spt_jax.generation import SamplingConfig
+from spt_jax.serving.bank import PromptBank
+from spt_jax.serving.engine import Engine, Request
+from spt_jax.sharding import MeshConfig, make_mesh
+
+if TYPE_CHECKING:
+    from spt_jax.serving.service import Service
+
+ADMIN_KEY = "SPT_JAX_ADMIN_KEY"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Serves a base and any number of saved prompts, through OpenAI's endpoints and a page at /.
+
+    The environment's SPT_JAX_ADMIN_KEY, if set, is the key that adds and removes prompts while serving.
+
+    Attributes:
+      base: a directory in Hugging Face format, a hub id, or starter.
+      prompts: a directory of prompt directories, ours or PEFT's; nothing else is read for requests.
+      name: of the bare base among the models; default the last part of `base`.
+      revision: of the base on the hub.
+      host: address to listen on.
+      port: and its port; 0 takes a free one.
+      slots: requests answered at once.
+      queue: requests that may wait; more get 429.
+      dtype: precision of the base; default by device.
+      mesh: devices, and what is split over them.
+      prompt_memory: MiB of prompts on the device, of which the least recently used leave; default no limit.
+      max_body: KiB of a request's body.
+      body_seconds: in which it must have come.
+      drain_seconds: for requests under way after SIGTERM.
+      compilation_cache: a directory where compiled programs are kept, for a quicker start.
+    """
+
+    base: str
+    prompts: Path | None = None
+    name: str | None = None
+    revision: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    slots: int = 16
+    queue: int = 256
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    prompt_memory: int | None = None
+    max_body: int = 1024
+    body_seconds: float = 30.0
+    drain_seconds: int = 60
+    compilation_cache: Path | None = None
+
+    def run(self) -> None:
+        try:
+            from spt_jax.serving.server import make_app, run
+        except ImportError as error:
+            raise ConfigError(f"serving needs the extra: pip install 'spt_jax[serve]' ({error})") from error
+        if self.prompts is not None and not self.prompts.is_dir():
+            raise ConfigError(f"--prompts {self.prompts} is no directory")
+        if min(self.slots, self.queue, self.max_body, self.body_seconds, self.drain_seconds) <= 0:
+            raise ConfigError("--slots, --queue, --max-body, --body-seconds and --drain-seconds are more than 0")
+        measure.keep_compiled_programs(self.compilation_cache)
+        service = start(self)
+        app = make_app(service, max_body_bytes=self.max_body * 1024, body_seconds=self.body_seconds)
+        run(app, host=self.host, port=self.port, drain_seconds=self.drain_seconds)
+
+
+def start(command: Serve) -> "Service":
+    """Loads base and prompts, compiles what the shortest requests need, and starts the engine.
+
+    Raises:
+      ConfigError, CheckpointError: the base or the mesh is wrong.
+      RefusedError: a prompt is.
+    """
+    from spt_jax.serving.service import Service
+    from spt_jax.serving.worker import Worker
+
+    began = time.perf_counter()
+    mesh = make_mesh(command.mesh)
+    base = load_base(command.base, revision=command.revision, dtype=command.dtype, mesh=mesh)
+    budget = None if command.prompt_memory is None else command.prompt_memory * 2**20
+    engine = Engine(PromptBank(base, budget_bytes=budget), slots=command.slots)
+    engine.generate([Request(np.zeros(1, np.int32), None, SamplingConfig(max_new_tokens=2))])
+    name = command.name or Path(command.base).name
+    service = Service(Worker(engine, queue=command.queue), name, command.prompts, os.environ.get(ADMIN_KEY) or None)
+    kinds: set[Any] = set()
+    for folder in sorted(command.prompts.iterdir()) if command.prompts is not None else ():
+        if folder.is_dir():
+            service.load(folder.name)
+            kind = engine.bank.entry(folder.name).kind
+            if kind not in kinds:
+                service.warm(folder.name)
+            kinds.add(kind)
+    service.worker.start()
+    print(
+        f"{name} and {len(engine.bank.names)} prompts in {command.slots} slots, ready in"
+        f" {time.perf_counter() - began:.1f} s"
+    )
+    return service

@@ -1,0 +1,166 @@
+"""An answer as it grows: texts that can be shown already, and what tokens they are made of."""
+
+import asyncio
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Literal
+
+from spt_jax.generation import Generated, continuation_text, endings, is_opening
+from spt_jax.serving import protocol as api
+from spt_jax.serving.engine import Request, Ticket
+from spt_jax.serving.metrics import Metrics
+from spt_jax.serving.worker import EngineFailedError, News, Worker
+
+Finished = Literal["stop", "length"]
+
+
+@dataclasses.dataclass
+class Choice:
+    """One of the texts that answer a request.
+
+    text: what of it can be shown, since neither more tokens nor a stop string would change it.
+    finished: why it ended, in OpenAI's words; None before the end.
+    """
+
+    text_of: Callable[[list[int]], str]
+    stop: tuple[str, ...]
+    ids: list[int] = dataclasses.field(default_factory=list)
+    log_probabilities: list[float] = dataclasses.field(default_factory=list)
+    text: str = ""
+    finished: Finished | None = None
+
+    @property
+    def ended(self) -> Finished:
+        assert self.finished is not None
+        return self.finished
+
+    def add(self, news: News) -> str:
+        """Takes in new tokens, and returns what can be shown of them."""
+        before = len(self.text)
+        if news.result is None:
+            self.ids += news.ids
+            self.log_probabilities += news.log_probabilities
+            self.text = self.text + shown(self.text_of(self.ids), self.stop)[before:]
+        else:
+            self._end(news.result)
+        return self.text[before:]
+
+    def _end(self, result: Generated) -> None:
+        self.ids, self.log_probabilities, self.text = result.ids, result.log_probabilities, result.text
+        self.finished = "length" if result.finished == "length" else "stop"
+
+    def pieces(self, since: int = 0) -> list[str]:
+        """The text of every token from one on; together they are the text, up to a stop string."""
+        texts = [self.text_of(self.ids[:count]) for count in range(since, len(self.ids) + 1)]
+        return [after[len(before) :] for before, after in itertools.pairwise(texts)]
+
+
+def shown(text: str, stop: Sequence[str]) -> str:
+    """What of a text more tokens will not change: without half characters, and no beginning of a stop string."""
+    text = text.rstrip("\ufffd")
+    held = max((n for own in stop for n in range(len(own)) if text.endswith(own[:n])), default=0)
+    return text[: len(text) - held]
+
+
+class Answer:
+    """The choices of one HTTP request, each a request of the engine's."""
+
+    def __init__(self, worker: Worker, requests: Sequence[Request], metrics: Metrics):
+        base = worker.engine.bank.base
+        self._worker, self._requests, self._metrics = worker, requests, metrics
+        self._news: asyncio.Queue[tuple[int, News]] = asyncio.Queue()
+        self._tickets: list[Ticket] = []
+        self._began = time.perf_counter()
+        self.choices = [
+            Choice(
+                functools.partial(continuation_text, base.tokenizer, opens=is_opening(base, request.ids)),
+                endings(base.tokenizer, request.sampling.stop).texts,
+            )
+            for request in requests
+        ]
+
+    @classmethod
+    async def begin(cls, worker: Worker, requests: Sequence[Request], metrics: Metrics) -> "Answer":
+        """Hands all of them to the engine, or none.
+
+        Raises:
+          QueueFullError, EngineFailedError, ConfigError, DataError: as `Worker.submit`.
+        """
+        answer, loop = cls(worker, requests, metrics), asyncio.get_running_loop()
+
+        def listener(index: int) -> Callable[[News], None]:
+            def tell(news: News) -> None:
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(answer._news.put_nowait, (index, news))
+
+            return tell
+
+        try:
+            for index, request in enumerate(requests):
+                answer._tickets.append(await asyncio.to_thread(worker.submit, request, listener(index)))
+        except BaseException:
+            answer.cancel()
+            raise
+        return answer
+
+    def cancel(self) -> None:
+        """Ends what has no answer yet."""
+        for ticket, choice in zip(self._tickets, self.choices, strict=False):
+            if choice.finished is None:
+                self._worker.cancel(ticket)
+
+    async def changes(self) -> AsyncGenerator[tuple[int, str, int, Finished | None]]:
+        """Choices as they grow: which, the text that is new, its first new token, and why it ended if it has.
+
+        Raises:
+          EngineFailedError: there will be no more.
+        """
+        first = True
+        while any(choice.finished is None for choice in self.choices):
+            index, news = await self._news.get()
+            if news.error is not None:
+                raise EngineFailedError(f"the engine has failed: {news.error}")
+            choice = self.choices[index]
+            since, text = len(choice.ids), choice.add(news)
+            if first:
+                self._metrics.first_token.observe(time.perf_counter() - self._began)
+                first = False
+            if text or choice.finished or since < len(choice.ids):
+                yield index, text, since, choice.finished
+        self._metrics.answered(
+            [(len(own.ids), len(request.ids)) for own, request in zip(self.choices, self._requests, strict=True)],
+            time.perf_counter() - self._began,
+        )
+
+    async def finish(self) -> None:
+        """Waits for all."""
+        async for _ in self.changes():
+            pass
+
+    def usage(self) -> api.Usage:
+        """Tokens that came in, virtual ones too, and that went out."""
+        prompts = sum(len(request.ids) for request in self._requests)
+        new = sum(len(choice.ids) for choice in self.choices)
+        return api.Usage(prompt_tokens=prompts, completion_tokens=new, total_tokens=prompts + new)
+
+
+def completion_logprobs(choice: Choice, since: int) -> api.CompletionLogprobs:
+    """Of the tokens from one on, as completions have it."""
+    offset, offsets, pieces = len(choice.text_of(choice.ids[:since])), [], choice.pieces(since)
+    for piece in pieces:
+        offsets.append(offset)
+        offset += len(piece)
+    return api.CompletionLogprobs(tokens=pieces, token_logprobs=choice.log_probabilities[since:], text_offset=offsets)
+
+
+def chat_logprobs(choice: Choice, since: int) -> api.ChatLogprobs:
+    """Of the tokens from one on, as chat completions have it."""
+    return api.ChatLogprobs(
+        content=[
+            api.TokenLogprob(token=piece, logprob=value, bytes=list(piece.encode()))
+            for piece, value in zip(choice.pieces(since), choice.log_probabilities[since:], strict=True)
+        ]
+    )

@@ -1,0 +1,241 @@
+"""What the server reads and writes: OpenAI's completions and chat completions, and what a bank of prompts adds.
+
+A field that the server would not act on is refused, unless its value asks for nothing.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+MAX_TEXTS = 64
+
+# As file names everywhere, none of them hidden or a path.
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+
+Zero = Annotated[float, Field(ge=0, le=0)]
+Fields = dict[str, str]
+
+
+class Strict(BaseModel):
+    """A body without fields that are not known."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+
+
+class Sampled(Strict):
+    """How an answer is chosen. `top_k` is an addition to OpenAI's.
+
+    seed: the same one gives the same answer again; without it, answers differ.
+    """
+
+    model: str
+    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, lt=2**31)
+    n: int = Field(1, ge=1, le=16)
+    stop: str | list[Annotated[str, StringConstraints(min_length=1, max_length=200)]] | None = Field(
+        None, max_length=200
+    )
+    seed: int | None = Field(None, ge=0, lt=2**32)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    presence_penalty: Zero | None = None
+    frequency_penalty: Zero | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    user: str | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class CompletionRequest(Sampled):
+    """A body of /v1/completions. `fields` is an addition: the record of a template with several fields."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS)] | None = None
+    fields: Fields | None = None
+    max_tokens: int = Field(16, ge=1, lt=2**31)
+    logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
+    suffix: Literal[""] | None = None
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(Sampled):
+    """A body of /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1, max_length=1000)
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+    logprobs: bool | None = None
+    top_logprobs: Literal[0] | None = None
+
+
+class ClassifyRequest(Strict):
+    """A body of /v1/classify: texts for a template with one field, or records."""
+
+    model: str
+    input: str | Annotated[list[str | Fields], Field(min_length=1, max_length=MAX_TEXTS)]
+
+
+class AddPrompt(Strict):
+    """A body of /v1/prompts: the name of a directory in the server's directory of prompts."""
+
+    name: str = Field(pattern=NAME)
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(BaseModel):
+    error: ErrorBody
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float]
+    text_offset: list[int]
+    top_logprobs: None = None
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class TokenLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[Any] = []
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TokenLogprob]
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Delta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChunkChoice(BaseModel):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class ChatChunk(BaseModel):
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+
+
+class Classified(BaseModel):
+    index: int
+    label: str
+    log_probabilities: dict[str, float]
+
+
+class Classification(BaseModel):
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Classified]
+
+
+class Model(BaseModel):
+    """The base or a prompt, as /v1/models lists it.
+
+    fields: what its template reads; classes: what it tells apart.
+    bytes: of the numbers that were trained.
+    """
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["spt_jax"] = "spt_jax"
+    kind: Literal["base", "prompt"]
+    fields: list[str]
+    classes: list[str]
+    virtual_tokens: int
+    bytes: int
+    generates: bool
+
+
+class Models(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Deleted(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    deleted: Literal[True] = True
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"
