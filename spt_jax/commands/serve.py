@@ -64,7 +64,7 @@ class Serve:
 
     def run(self) -> None:
         try:
-            from spt_jax.serving.server import make_app, run
+            from spt_jax.serving.server import bound, make_app, run
         except ImportError as error:
             raise ConfigError(f"serving needs the extra: pip install 'spt_jax[serve]' ({error})") from error
         if self.prompts is not None and not self.prompts.is_dir():
@@ -72,9 +72,12 @@ class Serve:
         if min(self.slots, self.queue, self.max_body, self.body_seconds, self.drain_seconds) <= 0:
             raise ConfigError("--slots, --queue, --max-body, --body-seconds and --drain-seconds are more than 0")
         measure.keep_compiled_programs(self.compilation_cache)
-        service = start(self)
-        app = make_app(service, max_body_bytes=self.max_body * 1024, body_seconds=self.body_seconds)
-        run(app, host=self.host, port=self.port, drain_seconds=self.drain_seconds)
+        with bound(self.host, self.port) as listening:
+            service = start(self)
+            app = make_app(service, max_body_bytes=self.max_body * 1024, body_seconds=self.body_seconds)
+            host, port, *_ = listening.getsockname()
+            print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+            run(app, listening, drain_seconds=self.drain_seconds)
 
 
 def start(command: Serve) -> "Service":

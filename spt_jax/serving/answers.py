@@ -53,9 +53,14 @@ class Choice:
         self.finished = "length" if result.finished == "length" else "stop"
 
     def pieces(self, since: int = 0) -> list[str]:
-        """The text of every token from one on; together they are the text, up to a stop string."""
-        texts = [self.text_of(self.ids[:count]) for count in range(since, len(self.ids) + 1)]
+        """The text of every token from one on, a character with the last of its bytes."""
+        texts = [self.text_up_to(count) for count in range(since, len(self.ids) + 1)]
         return [after[len(before) :] for before, after in itertools.pairwise(texts)]
+
+    def text_up_to(self, count: int) -> str:
+        """Of the first tokens, without half characters unless these are all tokens there will be."""
+        text = self.text_of(self.ids[:count])
+        return text if self.finished and count == len(self.ids) else text.rstrip("\ufffd")
 
 
 def shown(text: str, stop: Sequence[str]) -> str:
@@ -149,7 +154,7 @@ class Answer:
 
 def completion_logprobs(choice: Choice, since: int) -> api.CompletionLogprobs:
     """Of the tokens from one on, as completions have it."""
-    offset, offsets, pieces = len(choice.text_of(choice.ids[:since])), [], choice.pieces(since)
+    offset, offsets, pieces = len(choice.text_up_to(since)), [], choice.pieces(since)
     for piece in pieces:
         offsets.append(offset)
         offset += len(piece)

@@ -5,7 +5,7 @@ A field that the server would not act on is refused, unless its value asks for n
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 MAX_TEXTS = 64
 
@@ -13,7 +13,19 @@ MAX_TEXTS = 64
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 Zero = Annotated[float, Field(ge=0, le=0)]
-Fields = dict[str, str]
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("half a surrogate pair is no character") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Fields = dict[Text, Text]
+Stop = Annotated[Text, StringConstraints(min_length=1, max_length=200)]
 
 
 class Strict(BaseModel):
@@ -32,21 +44,19 @@ class Sampled(Strict):
     seed: the same one gives the same answer again; without it, answers differ.
     """
 
-    model: str
+    model: Text
     temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, lt=2**31)
     n: int = Field(1, ge=1, le=16)
-    stop: str | list[Annotated[str, StringConstraints(min_length=1, max_length=200)]] | None = Field(
-        None, max_length=200
-    )
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     seed: int | None = Field(None, ge=0, lt=2**32)
     stream: bool = False
     stream_options: StreamOptions | None = None
     presence_penalty: Zero | None = None
     frequency_penalty: Zero | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    user: str | None = None
+    user: Text | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -56,7 +66,7 @@ class Sampled(Strict):
 class CompletionRequest(Sampled):
     """A body of /v1/completions. `fields` is an addition: the record of a template with several fields."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS)] | None = None
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)] | None = None
     fields: Fields | None = None
     max_tokens: int = Field(16, ge=1, lt=2**31)
     logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
@@ -67,12 +77,12 @@ class CompletionRequest(Sampled):
 
 class TextPart(Strict):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
 
     @property
     def text(self) -> str:
@@ -92,8 +102,8 @@ class ChatRequest(Sampled):
 class ClassifyRequest(Strict):
     """A body of /v1/classify: texts for a template with one field, or records."""
 
-    model: str
-    input: str | Annotated[list[str | Fields], Field(min_length=1, max_length=MAX_TEXTS)]
+    model: Text
+    input: Text | Annotated[list[Text | Fields], Field(min_length=1, max_length=MAX_TEXTS)]
 
 
 class AddPrompt(Strict):

@@ -316,26 +316,26 @@ def make_app(service: Service, *, max_body_bytes: int = 2**20, body_seconds: flo
     return app
 
 
-class _Server(uvicorn.Server):
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        for server in self.servers if self.started else ():
-            for own in server.sockets:
-                host, port, *_ = own.getsockname()
-                print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that `run` will listen on; port 0 takes a free one.
+
+    Raises:
+      ConfigError: the address is not to be had.
+    """
+    own = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        own.bind((host, port))
+    except (OSError, OverflowError) as error:
+        own.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
+    return own
 
 
-def run(app: FastAPI, *, host: str, port: int, drain_seconds: int) -> None:
+def run(app: FastAPI, listening: socket.socket, *, drain_seconds: int) -> None:
     """Serves until SIGTERM or SIGINT, then answers what is under way."""
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        log_level="warning",
-        timeout_graceful_shutdown=drain_seconds,
-        server_header=False,
-    )
-    _Server(config).run()
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=drain_seconds, server_header=False)
+    uvicorn.Server(config).run(sockets=[listening])
 
 
 def _said(problem: Mapping[str, Any]) -> str:

@@ -120,6 +120,8 @@ class Service:
     def chat_record(self, model: str, messages: Sequence[api.Message]) -> dict[str, Any]:
         """What a template reads of a chat: all of it, or the one user's turn."""
         name = self.known(model)
+        if messages[-1].role == "assistant":
+            raise RefusedError(422, "the last turn is the assistant's: nothing is left to say", param="messages")
         template = self.bank.entry(name).template
         if name is None or template.is_conversation:
             turns = [{"role": turn.role, "content": turn.text} for turn in messages]

@@ -1,0 +1,84 @@
+"""`python -m spt_jax serve` as its users run it."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import jax
+import pytest
+
+import spt_jax
+from spt_jax.__main__ import main
+from spt_jax.base import STARTER
+from spt_jax.commands.serve import ADMIN_KEY
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    base, method = spt_jax.load_base("starter"), spt_jax.PromptTuning(length=4)
+    virtual = method.materialize(base.module, base.params, method.init_params(jax.random.key(0), base))
+    template = spt_jax.Template(prompt="<soft>{text}", target="{label}", virtual_tokens=4)
+    spt_jax.save_prompt(folder / "story", base, method, virtual, template)
+    return folder
+
+
+def start(*words: str) -> tuple[subprocess.Popen[str], str]:
+    """A server, and where it listens."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", ADMIN_KEY: "key"}
+    environment["XLA_FLAGS"] = ""
+    command = [sys.executable, "-m", "spt_jax", "serve", "--port", "0", *words]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if found := re.match(r"http://127\.0\.0\.1:\d+", line):
+            return process, found[0]
+    raise AssertionError(f"the server ended with {process.wait()}")
+
+
+def test_it_serves_and_drains(folder):
+    """After SIGTERM, what is under way comes to its end."""
+    process, url = start("--base", str(STARTER), "--prompts", str(folder), "--slots", "2", "--name", "starter")
+    try:
+        assert httpx.get(f"{url}/readyz").json() == {"status": "ok"}
+        assert [own["id"] for own in httpx.get(f"{url}/v1/models").json()["data"]] == ["starter", "story"]
+        body = {"model": "story", "prompt": "Once", "max_tokens": 240, "temperature": 0, "stream": True}
+        parts = []
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+            for line in response.iter_lines():
+                parts += [line.removeprefix("data: ")] if line else []
+                if len(parts) == 1:
+                    process.send_signal(signal.SIGTERM)
+        assert parts.pop() == "[DONE]"
+        choices = [json.loads(part)["choices"][0] for part in parts]
+        assert choices[-1]["finish_reason"] in ("stop", "length") and len(choices) > 3
+        process.wait(timeout=30)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/healthz")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_what_it_will_not_start_with(folder, tmp_path, capsys):
+    def said(*words: str) -> str:
+        assert main(["serve", "--base", str(STARTER), *words]) in (1, 2)
+        return capsys.readouterr().err
+
+    assert "no directory" in said("--prompts", str(tmp_path / "none"))
+    assert "more than 0" in said("--slots", "0")
+    assert "more than 0" in said("--queue", "-1")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "prompt.json").write_text("{")
+    assert "'broken'" in said("--prompts", str(tmp_path), "--slots", "1", "--port", "0")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"127.0.0.1:{port}" in said("--port", port)
