@@ -72,6 +72,11 @@ class Entry:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.virtual))
 
     @property
+    def classifies(self) -> bool:
+        """Whether its template tells classes of whole records apart."""
+        return bool(self.template.verbalizers) and self.template.reads is None
+
+    @property
     def kind(self) -> tuple[Any, ...]:
         """Prompts of one kind need the same programs."""
         leaves, structure = jax.tree.flatten(self.virtual)
@@ -91,6 +96,7 @@ class PromptBank:
         self._budget = budget_bytes
         self._entries: dict[str | None, Entry] = {}
         self._held: collections.OrderedDict[str, Held] = collections.OrderedDict()
+        self._bytes = 0
         self._lock = threading.Lock()
         self._entries[None] = self._entry(Template(prompt="{text}", target="{target}"), None)
         self._chat = self._entry(Template(prompt=f"{{{MESSAGES}}}"), None) if base.tokenizer.chat_template else None
@@ -103,8 +109,7 @@ class PromptBank:
     @property
     def device_bytes(self) -> int:
         """Of the prompts that are on the device now."""
-        with self._lock:
-            return sum(held.bytes for held in self._held.values())
+        return self._bytes
 
     def load(self, name: str, folder: Path) -> None:
         """Takes in a prompt directory, ours or PEFT's, whose text stands behind the virtual tokens.
@@ -135,7 +140,11 @@ class PromptBank:
         entry = self._entry(template, jax.tree.map(np.asarray, virtual))
         with self._lock:
             self._entries[name] = entry
-            self._held.pop(name, None)
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        held = self._held.pop(name, None)
+        self._bytes -= 0 if held is None else held.bytes
 
     def _entry(self, template: Template, virtual: VirtualPrompt | None) -> Entry:
         base = self.base
@@ -151,7 +160,7 @@ class PromptBank:
         self.entry(name)
         with self._lock:
             self._entries.pop(name, None)
-            self._held.pop(name, None)
+            self._forget(name)
 
     def request_ids(self, name: str | None, record: Mapping[str, Any]) -> np.ndarray:
         """A record's ids, as the prompt's template reads it; the bare base reads {text}, or {messages} as a chat.
@@ -183,11 +192,12 @@ class PromptBank:
         with self._lock:
             if self._entries.get(name) is not entry:
                 return held  # it was replaced meanwhile; this request still has it
-            self._held[name] = held
+            if name not in self._held:
+                self._held[name] = held
+                self._bytes += held.bytes
             self._held.move_to_end(name)
-            total = sum(own.bytes for own in self._held.values())
-            while self._budget is not None and len(self._held) > 1 and total > self._budget:
-                total -= self._held.popitem(last=False)[1].bytes
+            while self._budget is not None and len(self._held) > 1 and self._bytes > self._budget:
+                self._bytes -= self._held.popitem(last=False)[1].bytes
         return held
 
     def entry(self, name: str | None) -> Entry:

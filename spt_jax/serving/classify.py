@@ -13,7 +13,7 @@ from spt_jax.data.batches import multiples, pack, place_batch, plan_batches, rou
 from spt_jax.errors import ConfigError
 from spt_jax.evaluation import log_softmax, row_scores
 from spt_jax.generation import BUCKET
-from spt_jax.serving.bank import PromptBank
+from spt_jax.serving.bank import Held, PromptBank
 from spt_jax.sharding import to_host
 
 _row_scores = functools.partial(jax.jit, static_argnums=(0, 1))(row_scores)
@@ -32,15 +32,17 @@ class Classifier:
         Each record's own ids run once, behind the keys and values that its prompt's requests share.
 
         Raises:
-          ConfigError: no such prompt, or its template has no classes for whole records.
-          DataError: a record lacks a field, or is too long.
+          ConfigError: no such prompt, its template has no classes for whole records, or a record is too long.
+          DataError: a record lacks a field.
         """
         bank, base = self._bank, self._bank.base
         entry, held = bank.entry(name), bank.held(name)
         template = entry.template
-        if not template.verbalizers or template.reads is not None:
+        if not entry.classifies:
             raise ConfigError(f"prompt {name!r} tells no classes of whole texts apart")
         asked = [entry.encoder.with_any_label(record) for record in records]
+        if template.truncate is None:
+            self._check_lengths(held, [entry.encoder.prompt_ids(record) for record in records])
         examples = entry.encoder.encode_all(asked)
         shapes = multiples(base.mesh)
         plan = plan_batches(examples, lead=len(held.lead), batch_size=len(examples), packing=False, **shapes)
@@ -58,6 +60,13 @@ class Classifier:
         if template.head == "classification":
             scores = log_softmax(scores)
         return [dict(zip(template.verbalizers, map(float, row), strict=True)) for row in scores]
+
+    def _check_lengths(self, held: Held, prompts: Sequence[np.ndarray]) -> None:
+        limit = self._bank.base.config.max_positions
+        for ids in prompts:
+            total = held.start - len(held.lead) + len(ids)
+            if total > limit:
+                raise ConfigError(f"{total} tokens of the prompt; {self._bank.base.name!r} has {limit} positions")
 
 
 def _bucket(number: int, least: int) -> int:

@@ -206,9 +206,16 @@ class ChatChunk(BaseModel):
 
 
 class Classified(BaseModel):
+    """The likeliest class of a text.
+
+    log_probabilities: of each class's verbalizer as a continuation, or of a head's class, as in evaluation.
+    probabilities: their shares among the classes.
+    """
+
     index: int
     label: str
     log_probabilities: dict[str, float]
+    probabilities: dict[str, float]
 
 
 class Classification(BaseModel):
@@ -222,6 +229,7 @@ class Model(BaseModel):
 
     fields: what its template reads; classes: what it tells apart.
     bytes: of the numbers that were trained.
+    generates, classifies: what it can be asked for.
     """
 
     id: str
@@ -234,6 +242,7 @@ class Model(BaseModel):
     virtual_tokens: int
     bytes: int
     generates: bool
+    classifies: bool
 
 
 class Models(BaseModel):

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from importlib import resources
 from typing import Any
 
+import numpy as np
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -19,6 +20,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Str
 from starlette.exceptions import HTTPException
 
 from spt_jax.errors import CheckpointError, ConfigError, DataError, SptError
+from spt_jax.evaluation import log_softmax
 from spt_jax.serving import protocol as api
 from spt_jax.serving.answers import Answer, Choice, chat_logprobs, completion_logprobs
 from spt_jax.serving.limits import BodyLimits, error_body
@@ -176,10 +178,20 @@ async def classify(body: api.ClassifyRequest, request: Request) -> Any:
     with service.metrics.classifying(len(given)):
         found = await asyncio.to_thread(run)
     data = [
-        api.Classified(index=i, label=max(scores, key=lambda own: scores[own]), log_probabilities=scores)
+        api.Classified(
+            index=i,
+            label=max(scores, key=lambda own: scores[own]),
+            log_probabilities=scores,
+            probabilities=_shares(scores),
+        )
         for i, scores in enumerate(found)
     ]
     return api.Classification(model=body.model, data=data)
+
+
+def _shares(scores: Mapping[str, float]) -> dict[str, float]:
+    values = np.exp(log_softmax(np.asarray([list(scores.values())])))[0]
+    return dict(zip(scores, values.tolist(), strict=True))
 
 
 @router.get("/v1/models", response_model=api.Models)
@@ -256,7 +268,7 @@ def _page() -> str:
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)
 async def playground() -> Any:
     """A page on which models answer side by side."""
-    return HTMLResponse(_page())
+    return HTMLResponse(_page(), headers={"cache-control": "no-cache"})
 
 
 def make_app(service: Service, *, max_body_bytes: int = 2**20, body_seconds: float = 30.0) -> FastAPI:

@@ -180,4 +180,5 @@ class Service:
             virtual_tokens=template.virtual_tokens or (0 if virtual is None else virtual.prefix_length),
             bytes=entry.bytes,
             generates=all(part is None for part in parts),
+            classifies=entry.classifies,
         )

@@ -50,7 +50,8 @@ def test_models_are_the_base_and_the_prompts(client, server):
     assert client.models.retrieve("front").to_dict() == found["front"].to_dict()
     assert found["front"].virtual_tokens == 3 and found["front"].bytes == 3 * server.service.bank.base.config.width * 4
     assert found["pair"].fields == ["question", "answer"] and found["verdict"].classes == list(CLASSES)
-    assert not found["head"].generates and found["keys"].generates
+    assert [found["head"].generates, found["head"].classifies] == [False, True]
+    assert [found["keys"].generates, found["keys"].classifies] == [True, False]
 
 
 @pytest.mark.parametrize("name", ["tiny", "front", "end", "keys"])
@@ -180,6 +181,8 @@ def test_classes_are_those_of_the_evaluation(server, name):
     for own, row in zip(body["data"], expected, strict=True):
         np.testing.assert_allclose([own["log_probabilities"][label] for label in CLASSES], row, atol=1e-4)
         assert own["label"] == list(CLASSES)[int(row.argmax())]
+        shares = np.exp(row) / np.exp(row).sum()
+        np.testing.assert_allclose([own["probabilities"][label] for label in CLASSES], shares, atol=1e-5)
     one = server.post("/v1/classify", {"model": name, "input": {"text": TEXTS[1]}})
     assert one.status_code == 422
     (own,) = server.post("/v1/classify", {"model": name, "input": [{"text": TEXTS[1]}]}).json()["data"]

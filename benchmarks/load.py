@@ -1,0 +1,193 @@
+"""10,000 requests over HTTP: who is answered, and how, when clients of all kinds come at once. See `serve.py`."""
+
+import asyncio
+import collections
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+ROOT = Path(__file__).resolve().parents[1]
+CLIENTS = 64
+KEY = "benchmark"
+TEXTS = ("Where is my parcel?", "play some jazz", "what will it be like outside tomorrow", "book a table " * 12)
+
+
+def start(prompts: Path, *words: str) -> tuple[subprocess.Popen[str], str, float]:
+    """A server, where it listens, and the seconds until it does."""
+    environment = {**os.environ, "SPT_JAX_ADMIN_KEY": KEY}
+    command = [sys.executable, "-m", "spt_jax", "serve", "--base", "starter", "--prompts", str(prompts), "--port", "0"]
+    began = time.perf_counter()
+    process = subprocess.Popen([*command, *words], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if found := re.match(r"http://\S+", line):
+            httpx.get(f"{found[0]}/readyz").raise_for_status()
+            return process, found[0], time.perf_counter() - began
+    raise RuntimeError(f"the server ended with {process.wait()}")
+
+
+def resident_mib(process: subprocess.Popen[str]) -> float:
+    """Of the server, now."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(re.findall(r"^VmRSS:\s*(\d+) kB$", status, re.MULTILINE)[0]) / 1024
+
+
+class Load:
+    """Requests of a few kinds from many clients, and what came of them."""
+
+    def __init__(self, url: str, names: list[str], requests: int):
+        self.url, self.names = url, names
+        self.left = requests
+        self.outcomes: collections.Counter[str] = collections.Counter()
+        self.expected: dict[tuple[str, str, int], str] = {}
+        self.seconds: list[float] = []
+        self.dice = random.Random(0)
+
+    def drawn(self) -> dict[str, Any]:
+        """A body; some names are of no prompt, and some texts too long."""
+        body: dict[str, Any] = {"model": self.dice.choice(self.names), "prompt": self.dice.choice(TEXTS)}
+        body |= {"max_tokens": self.dice.choice((1, 4, 8, 16, 32)), "temperature": 0}
+        if self.dice.random() < 0.01:
+            body["model"] = "nobody"
+        if self.dice.random() < 0.01:
+            body["max_tokens"] = 1000
+        return body
+
+    async def client(self, http: httpx.AsyncClient) -> None:
+        """Asks again and again."""
+        while self.left > 0:
+            self.left -= 1
+            body, kind = self.drawn(), self.dice.choices(("whole", "stream", "leaves", "vanishes"), (60, 30, 5, 5))[0]
+            try:
+                self.outcomes[await self.ask(http, body, kind)] += 1
+            except httpx.HTTPError as error:
+                self.outcomes[f"failed: {type(error).__name__}"] += 1
+
+    async def ask(self, http: httpx.AsyncClient, body: dict[str, Any], kind: str) -> str:
+        """One request, and what came of it."""
+        began = time.perf_counter()
+        if kind == "vanishes":
+            try:
+                await http.post("/v1/completions", json=body, timeout=self.dice.choice((0.005, 0.02, 0.1)))
+            except httpx.TimeoutException:
+                return "left before its answer"
+            return "answered before it left"
+        if kind in ("stream", "leaves"):
+            pieces = []
+            async with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+                if response.status_code != 200:
+                    return self.refused(response.status_code, body)
+                async for line in response.aiter_lines():
+                    pieces += [line.removeprefix("data: ")] if line else []
+                    if kind == "leaves":
+                        return "left before its answer"
+            if pieces[-1] != "[DONE]":
+                return "wrong: an unfinished stream"
+            import json
+
+            text = "".join(json.loads(piece)["choices"][0]["text"] for piece in pieces[:-1])
+        else:
+            response = await http.post("/v1/completions", json=body)
+            if response.status_code != 200:
+                return self.refused(response.status_code, body)
+            text = response.json()["choices"][0]["text"]
+        self.seconds.append(time.perf_counter() - began)
+        key = body["model"], body["prompt"], body["max_tokens"]
+        return "answered" if text == self.expected.setdefault(key, text) else "wrong: another text"
+
+    @staticmethod
+    def refused(status: int, body: dict[str, Any]) -> str:
+        right = {404: body["model"] == "nobody", 400: body["max_tokens"] == 1000, 429: True}
+        return f"refused: {status}" if right.get(status) else f"wrong: {status}"
+
+
+def load(prompts: Path, requests: int) -> dict[str, Any]:
+    """Starts a server of all prompts, asks it, adds a prompt meanwhile, ends it."""
+    return asyncio.run(_load(prompts, requests))
+
+
+async def _load(prompts: Path, requests: int) -> dict[str, Any]:
+    process, url, ready = start(prompts)
+    names = sorted(path.name for path in prompts.iterdir())
+    memory, added = [], []
+    try:
+        limits = httpx.Limits(max_connections=CLIENTS + 2)
+        async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
+            own = Load(url, ["starter", *names], requests)
+            for text in TEXTS:  # what every kind of request compiles
+                await http.post("/v1/completions", json={"model": names[0], "prompt": text, "max_tokens": 4})
+                await http.post("/v1/completions", json={"model": "starter", "prompt": text, "max_tokens": 4})
+            began = time.perf_counter()
+            clients = [asyncio.create_task(own.client(http)) for _ in range(CLIENTS)]
+            while not all(client.done() for client in clients):
+                await asyncio.wait(clients, timeout=5)
+                memory.append(resident_mib(process))
+                at = time.perf_counter()
+                headers = {"authorization": f"Bearer {KEY}"}
+                response = await http.post("/v1/prompts", json={"name": names[len(memory) % 1000]}, headers=headers)
+                response.raise_for_status()
+                added.append(time.perf_counter() - at)
+            seconds = time.perf_counter() - began
+            metrics = (await http.get("/metrics")).text
+            alone = await _again(http, own)
+        process.terminate()
+        process.wait(timeout=90)
+    finally:
+        process.kill()
+        process.communicate()
+    half = len(memory) // 2
+    tokens = float(re.findall(r"^spt_jax_generated_tokens_total (\S+)$", metrics, re.MULTILINE)[0])
+    return {
+        "requests": requests,
+        "clients": CLIENTS,
+        "outcomes": dict(sorted(own.outcomes.items())),
+        "answers_checked_alone_afterwards": alone,
+        "seconds": seconds,
+        "requests_per_second": requests / seconds,
+        "tokens_per_second": tokens / seconds,
+        "answer_seconds": {
+            "median": statistics.median(own.seconds),
+            "99 %": statistics.quantiles(own.seconds, n=100)[98],
+        },
+        "ready_seconds_with_1000_prompts": ready,
+        "ready_seconds_with_1_prompt": _ready_with_one(prompts),
+        "prompt_added_seconds": {"median": statistics.median(added), "max": max(added), "times": len(added)},
+        "resident_mib": {
+            "start": memory[0],
+            "middle": memory[half],
+            "end": memory[-1],
+            "growth_of_the_second_half": memory[-1] / memory[half] - 1,
+        },
+    }
+
+
+async def _again(http: httpx.AsyncClient, own: Load, count: int = 300) -> dict[str, int]:
+    """Some of the answers once more, each alone."""
+    found: collections.Counter[str] = collections.Counter()
+    for name, text, tokens in random.Random(1).sample(sorted(own.expected), min(count, len(own.expected))):
+        body = {"model": name, "prompt": text, "max_tokens": tokens, "temperature": 0}
+        response = await http.post("/v1/completions", json=body)
+        same = response.json()["choices"][0]["text"] == own.expected[name, text, tokens]
+        found["same" if same else "another text"] += 1
+    return dict(found)
+
+
+def _ready_with_one(prompts: Path) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        own = Path(folder) / "p0000"
+        own.mkdir()
+        for file in (prompts / "p0000").iterdir():
+            (own / file.name).write_bytes(file.read_bytes())
+        process, _, ready = start(Path(folder))
+        process.terminate()
+        process.communicate(timeout=60)
+    return ready

@@ -1,0 +1,274 @@
+"""Serving: any number of prompts against one and against the bare base, many requests against one after another, PEFT.
+
+    python benchmarks/serve.py                 # everything, about 20 minutes on two idle cores; needs torch and peft
+    python benchmarks/serve.py --only load     # or a part: curve, batching, peft, load
+
+All of it on the starter, greedily, with prompts of 20 virtual tokens that nobody trained, which cost what trained ones
+do.
+
+curve: the engine's tokens per second with 1, 10, 100 and 1,000 prompts and with none, interleaved; what it compiled
+  meanwhile (nothing); the time to the first token with a prompt and without one.
+batching: 16 requests at once against one after another, in turn.
+peft: the same 16 requests against PEFT's `generate` for one prompt in one batch, its best case.
+load: 10,000 requests over HTTP from 64 clients with mixed prompts and lengths, of which some leave before their answer;
+  a prompt added meanwhile; the start of a server of 1,000 prompts, its memory.
+
+Writes JSON, and the curve as a plot.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import common
+
+THREADS = 2
+LENGTH = 20
+SLOTS = 16
+COUNTS = (1, 10, 100, 1000)
+TEXTS = ("Where is my parcel?", "play some jazz", "what will it be like outside tomorrow", "book a table for two")
+PARTS = ("curve", "batching", "peft", "load")
+
+
+def write_prompts(folder: Path, count: int) -> None:
+    """Prompts of one length, each a noisy copy of rows of the vocabulary."""
+    import jax
+    import numpy as np
+
+    import spt_jax
+
+    base, method = spt_jax.load_base("starter"), spt_jax.PromptTuning(length=LENGTH)
+    rows = method.init_params(jax.random.key(0), base)
+    template = spt_jax.Template(prompt="<soft>{text}", target="{label}", virtual_tokens=LENGTH)
+    noise = np.random.default_rng(0)
+    for number in range(count):
+        moved = jax.tree.map(lambda a: a + 0.02 * noise.standard_normal(a.shape).astype(np.float32), rows)
+        virtual = method.materialize(base.module, base.params, moved)
+        spt_jax.save_prompt(folder / f"p{number:04d}", base, method, virtual, template)
+
+
+def bank_of(folder: Path) -> Any:
+    """A bank of all of them, each encoded already. Nothing ends before its limit: all have the same work."""
+    import spt_jax
+
+    base = spt_jax.load_base("starter")
+    base.tokenizer.eos_token = None
+    bank = spt_jax.PromptBank(base)
+    for own in sorted(folder.iterdir()):
+        bank.load(own.name, own)
+        bank.held(own.name)
+    return bank
+
+
+def requests_of(bank: Any, names: Sequence[str | None], count: int, new_tokens: int) -> list[Any]:
+    """Requests that go round the prompts and the texts, and end after so many tokens."""
+    import spt_jax
+
+    sampling = spt_jax.SamplingConfig(max_new_tokens=new_tokens)
+    return [
+        spt_jax.Request(bank.request_ids(names[i % len(names)], {"text": TEXTS[i % len(TEXTS)]}), name, sampling)
+        for i in range(count)
+        for name in [names[i % len(names)]]
+    ]
+
+
+def rate(engine: Any, requests: Sequence[Any]) -> float:
+    """New tokens per second."""
+    began = time.perf_counter()
+    answers = engine.generate(requests)
+    return sum(len(answer.ids) for answer in answers) / (time.perf_counter() - began)
+
+
+def interleaved(runs: int, ways: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """What each way measures, one after the other, again and again, after a first round that counts for nothing."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for run in range(runs + 1):
+        for name, way in ways.items():
+            value = way()
+            if run:
+                found[name].append(value)
+    return found
+
+
+def first_token(engine: Any, request: Any) -> float:
+    """Milliseconds until a request that comes alone has its first token."""
+    began = time.perf_counter()
+    ticket = engine.submit(request)
+    while not ticket.ids:
+        engine.step()
+    seconds = time.perf_counter() - began
+    engine.cancel(ticket)
+    return 1000 * seconds
+
+
+def curve(bank: Any, runs: int) -> dict[str, Any]:
+    """Tokens per second over the number of prompts, and times to the first token."""
+    import jax
+
+    import spt_jax
+
+    engine, compiled = spt_jax.Engine(bank, slots=SLOTS), []
+    names = bank.names
+    ways: dict[str, Callable[[], float]] = {
+        "0": lambda: rate(engine, requests_of(bank, [None], 1024, 16)),
+        **{str(n): lambda n=n: rate(engine, requests_of(bank, names[:n], 1024, 16)) for n in COUNTS},
+    }
+    for way in ways.values():
+        way()
+
+    def listen(name: str, _: float, **details: Any) -> None:
+        if name == "/jax/core/compile/backend_compile_duration":
+            compiled.append(details.get("fun_name"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        rates = interleaved(runs, ways)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    bare, soft = (requests_of(bank, [name], 1, 8)[0] for name in (None, names[0]))
+    firsts = interleaved(50, {"base": lambda: first_token(engine, bare), "prompt": lambda: first_token(engine, soft)})
+    middle = {name: statistics.median(values) for name, values in rates.items()}
+    milliseconds = {name: statistics.median(values) for name, values in firsts.items()}
+    return {
+        "tokens_per_second": middle,
+        "tokens_per_second_of_runs": rates,
+        "share_of_one_prompt": {name: middle[name] / middle["1"] for name in middle},
+        "share_of_the_base": {name: middle[name] / middle["0"] for name in middle},
+        "programs_compiled_meanwhile": compiled,
+        "first_token_milliseconds": milliseconds,
+        "first_token_ratio": milliseconds["prompt"] / milliseconds["base"],
+        "prompt_bytes_on_the_device": bank.device_bytes,
+    }
+
+
+def batching(bank: Any, runs: int) -> dict[str, Any]:
+    """16 requests at once against one after another."""
+    import spt_jax
+
+    many, one = spt_jax.Engine(bank, slots=SLOTS), spt_jax.Engine(bank, slots=1)
+    requests = requests_of(bank, bank.names[:SLOTS], SLOTS, 64)
+    found = interleaved(runs, {"together": lambda: rate(many, requests), "in turn": lambda: rate(one, requests)})
+    middle = {name: statistics.median(values) for name, values in found.items()}
+    return {"tokens_per_second": middle, "ratio": middle["together"] / middle["in turn"]}
+
+
+def peft_rate(folder: Path, runs: int) -> dict[str, Any]:
+    """PEFT's tokens per second for the same prompt and texts as a batch, and the texts that it gives."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from spt_jax.base import STARTER
+
+    torch.set_num_threads(THREADS)
+    tokenizer = AutoTokenizer.from_pretrained(STARTER)
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(STARTER), folder).eval()
+    texts = [TEXTS[i % len(TEXTS)] for i in range(SLOTS)]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
+
+    def run() -> float:
+        began = time.perf_counter()
+        with torch.inference_mode():
+            model.generate(**inputs, max_new_tokens=64, min_new_tokens=64, do_sample=False)
+        return SLOTS * 64 / (time.perf_counter() - began)
+
+    run()
+    return {"tokens_per_second": statistics.median(run() for _ in range(runs))}
+
+
+def against_peft(bank: Any, prompts: Path, runs: int) -> dict[str, Any]:
+    """Ours and PEFT's, in processes of their own, in turn."""
+    import spt_jax
+
+    engine = spt_jax.Engine(bank, slots=SLOTS)
+    requests = requests_of(bank, bank.names[:1], SLOTS, 64)
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--prompt", str(prompts / "p0000"), "--output", folder]
+        export = [sys.executable, "-m", "spt_jax", "export", *words]
+        subprocess.run(export, check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[1])
+        engine.generate(requests)
+        ours = statistics.median(rate(engine, requests) for _ in range(runs))
+        own = [sys.executable, __file__, "--peft-of", folder, "--runs", str(runs)]
+        said = subprocess.run(own, check=True, capture_output=True, text=True).stdout
+    theirs = json.loads(said.splitlines()[-1])["tokens_per_second"]
+    return {"tokens_per_second": {"spt_jax": ours, "peft": theirs}, "ratio": ours / theirs}
+
+
+def plot(path: Path, found: dict[str, Any]) -> None:
+    """Tokens per second over the number of prompts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, pane = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
+    rates = found["tokens_per_second_of_runs"]
+    middle = [found["tokens_per_second"][str(n)] for n in COUNTS]
+    spread = [[abs(m - end(rates[str(n)])) for n, m in zip(COUNTS, middle, strict=True)] for end in (min, max)]
+    pane.errorbar(COUNTS, middle, yerr=spread, marker="o", capsize=3, color="#1f5fa8", label="distinct prompts, P = 20")
+    bare = found["tokens_per_second"]["0"]
+    pane.axhline(bare, color="#555555", linestyle=":", label="the bare base")
+    pane.set(xscale="log", xlabel="prompts in the mixture", ylabel="tokens per second")
+    pane.set_ylim(0, 1.15 * max(*middle, bare))
+    pane.set_xticks(COUNTS, [f"{n:,}" for n in COUNTS])
+    pane.legend(loc="lower left")
+    pane.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--peft-of", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    common.use_cores(THREADS)
+    if options.peft_of is not None:
+        print(json.dumps(peft_rate(options.peft_of, options.runs)))
+        return
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    path = common.RESULTS / f"serve_{common.machine_name(THREADS)}.json"
+    report = json.loads(path.read_text()) if path.exists() else {}
+    report |= {
+        "benchmark": "serve",
+        "machine": common.machine(THREADS),
+        "versions": common.versions(("spt_jax", "jax", "fastapi", "uvicorn", "peft", "torch", "transformers")),
+        "commit": common.commit(),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = Path(folder) / "prompts"
+        write_prompts(prompts, max(COUNTS))
+        bank = bank_of(prompts) if set(options.only) - {"load"} else None
+        for part in options.only:
+            if part == "curve":
+                report[part] = curve(bank, options.runs)
+                plot(path.with_suffix(".png"), report[part])
+            elif part == "batching":
+                report[part] = batching(bank, options.runs)
+            elif part == "peft":
+                report[part] = against_peft(bank, prompts, options.runs)
+            else:
+                from benchmarks.load import load
+
+                report[part] = load(prompts, options.requests)
+            print(part, json.dumps({k: v for k, v in report[part].items() if not k.endswith("_of_runs")}, indent=1))
+            common.write_json(path, report)
+
+
+if __name__ == "__main__":
+    main()
