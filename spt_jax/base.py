@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +124,7 @@ def load_base(
     max_length: int | None = None,
     remat: Remat = "dots",
     attention: Kernel = "xla",
+    quantize: Literal["int8"] | None = None,
 ) -> FrozenBase:
     """Loads a decoder, its tokenizer and its identity; needs no torch.
 
@@ -136,6 +137,8 @@ def load_base(
       remat: what the backward pass computes again: "none", "dots" (all but the results of linear maps) or "full" (whole
         layers: the least memory, about a third more work).
       attention: "xla" anywhere, "cudnn" on NVIDIA GPUs, "splash" on TPUs.
+      quantize: "int8" keeps the layers' matrices as whole numbers with a scale per output channel; embeddings, the
+        output matrix and all sums stay in `dtype`.
 
     Raises:
       ConfigError: unsupported architecture, option, dtype or mesh.
@@ -152,7 +155,11 @@ def load_base(
     check_divides(mesh, {"heads": config.heads, "key/value heads": config.kv_heads, "MLP columns": config.mlp_width})
     check_kernel(attention, config, DTYPES[dtype], mesh)
     shapes = parameter_shapes(config)
-    params, digest = read_params(directory, config, DTYPES[dtype], partial(_leaf_sharding, mesh, shapes))
+    if quantize not in (None, "int8"):
+        raise ConfigError(f"quantize {quantize!r} is not supported; supported is int8")
+    params, digest = read_params(
+        directory, config, DTYPES[dtype], partial(_leaf_sharding, mesh, shapes), quantize=quantize is not None
+    )
     return FrozenBase(
         name=str(path_or_hub_id),
         revision=revision,

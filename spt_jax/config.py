@@ -28,6 +28,7 @@ class BaseConfig:
         which costs little; full, whole layers, for about a third more work and the least memory. auto: the first of
         them whose estimate fits the device, or dots where its memory is not known, as on CPU.
       attention: xla, everywhere; cudnn, fused, on NVIDIA GPUs with 16 bits; splash, fused, on TPUs.
+      quantize: int8 keeps the layers' matrices in a byte per weight.
     """
 
     path: str
@@ -35,6 +36,7 @@ class BaseConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     remat: Literal["auto", "none", "dots", "full"] = "auto"
     attention: Kernel = "xla"
+    quantize: Literal["int8"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -259,6 +259,7 @@ def load_experiment(config: ExperimentConfig[Any], base: FrozenBase | None = Non
         mesh=make_mesh(config.mesh),
         max_length=data.max_length,
         attention=config.base.attention,
+        quantize=config.base.quantize,
     )
     positions = base.config.max_positions
     if data.max_length is not None and data.max_length > positions:

@@ -232,6 +232,7 @@ def tiny_base(
     remat: Remat = "dots",
     tokenizer: TokenizerKind = "byte",
     add_bos: bool = True,
+    quantize: Literal["int8"] | None = None,
     **overrides: Any,
 ) -> FrozenBase:
     """A tiny frozen base, written to a temporary directory and read back with `load_base`.
@@ -240,6 +241,6 @@ def tiny_base(
     """
     with tempfile.TemporaryDirectory() as directory:
         write_tiny_checkpoint(directory, family, seed=seed, tokenizer=tokenizer, add_bos=add_bos, **overrides)
-        base = load_base(directory, dtype=dtype, mesh=mesh, max_length=max_length, remat=remat)
+        base = load_base(directory, dtype=dtype, mesh=mesh, max_length=max_length, remat=remat, quantize=quantize)
         jax.block_until_ready(base.params)
     return dataclasses.replace(base, name=f"tiny-{family}")

@@ -21,12 +21,14 @@ class Saved:
       prompt: the directory of the saved prompt.
       base: where its base is now; default where it was when the prompt was trained.
       dtype: precision of the base; default by device.
+      quantize: int8 keeps the base's matrices in a byte per weight.
       force: use the prompt on another base than its own, if only the sizes fit.
     """
 
     prompt: Path
     base: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    quantize: Literal["int8"] | None = None
     force: bool = False
 
     def load(self) -> tuple[FrozenBase, SavedPrompt]:
@@ -36,7 +38,8 @@ class Saved:
     def load_all(self, folders: Sequence[Path]) -> tuple[FrozenBase, list[SavedPrompt]]:
         """The base of the first of these prompts, and all of them."""
         info = read_prompt(folders[0]).info["base"]
-        base = load_base(self.base or info["id"], revision=None if self.base else info["revision"], dtype=self.dtype)
+        revision = None if self.base else info["revision"]
+        base = load_base(self.base or info["id"], revision=revision, dtype=self.dtype, quantize=self.quantize)
         return base, [load_prompt(folder, base, force=self.force) for folder in folders]
 
     def named(self, names: Sequence[str]) -> list[Path]:

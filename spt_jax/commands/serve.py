@@ -38,6 +38,7 @@ class Serve:
       slots: requests answered at once.
       queue: requests that may wait; more get 429.
       dtype: precision of the base; default by device.
+      quantize: int8 keeps the base's matrices in a byte per weight.
       mesh: devices, and what is split over them.
       prompt_memory: MiB of prompts on the device, of which the least recently used leave; default no limit.
       max_body: KiB of a request's body.
@@ -55,6 +56,7 @@ class Serve:
     slots: int = 16
     queue: int = 256
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    quantize: Literal["int8"] | None = None
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     prompt_memory: int | None = None
     max_body: int = 1024
@@ -92,7 +94,7 @@ def start(command: Serve) -> "Service":
 
     began = time.perf_counter()
     mesh = make_mesh(command.mesh)
-    base = load_base(command.base, revision=command.revision, dtype=command.dtype, mesh=mesh)
+    base = load_base(command.base, revision=command.revision, dtype=command.dtype, mesh=mesh, quantize=command.quantize)
     budget = None if command.prompt_memory is None else command.prompt_memory * 2**20
     engine = Engine(PromptBank(base, budget_bytes=budget), slots=command.slots)
     engine.generate([Request(np.zeros(1, np.int32), None, SamplingConfig(max_new_tokens=2))])

@@ -22,11 +22,13 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import traverse_util
+from jax.sharding import NamedSharding, PartitionSpec
 
 from spt_jax.errors import CheckpointError
 from spt_jax.models.attention import Stream
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.decoder import Decoder
+from spt_jax.models.layers import Quantized
 
 Params = Mapping[str, Any]
 LeafPath = tuple[str, ...]
@@ -205,7 +207,12 @@ def _open(file: Path) -> Any:
 
 
 def read_params(
-    directory: Path, config: DecoderConfig, dtype: Any, sharding_of: Callable[[LeafPath], Any]
+    directory: Path,
+    config: DecoderConfig,
+    dtype: Any,
+    sharding_of: Callable[[LeafPath], Any],
+    *,
+    quantize: bool = False,
 ) -> tuple[Params, str]:
     """Reads a checkpoint onto the devices.
 
@@ -217,6 +224,7 @@ def read_params(
       config: the decoder that the checkpoint is for.
       dtype: what every leaf is cast to.
       sharding_of: the sharding of each leaf, by its path.
+      quantize: kernels become `Quantized`, of the tensors as stored.
 
     Returns:
       The parameters of `Decoder(config)` and the hexadecimal SHA-256 digest of the tensors as stored.
@@ -227,12 +235,13 @@ def read_params(
     expected = places(config)
     shapes = _flat(parameter_shapes(config))
     found = _scan_keys(checkpoint_files(directory), config)
-    leaves: dict[LeafPath, jax.Array] = {}
+    leaves: dict[LeafPath, jax.Array | Quantized] = {}
     digests: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         files = {file: stack.enter_context(_open(file)) for file in {file for file, _ in found.values()}}
         for paths, keys in _groups(expected, shapes):
-            buffers = {path: _aligned_empty(shapes[path].shape, dtype) for path in paths}
+            exact = {path: quantize and path[-1] == "kernel" for path in paths}
+            buffers = {path: _aligned_empty(shapes[path].shape, np.float32 if exact[path] else dtype) for path in paths}
             for key in keys:
                 tensor = _get(files, *found[key])
                 _check_shape(tensor, *found[key], expected[key], shapes)
@@ -243,12 +252,30 @@ def read_params(
                     target[...] = part.T if place.origin.transpose else part
                 del tensor, part
             for path, buffer in buffers.items():
-                leaves[path] = jax.make_array_from_callback(buffer.shape, sharding_of(path), buffer.__getitem__)
+                place_leaf = _quantized if exact[path] else _placed
+                leaves[path] = place_leaf(buffer, sharding_of(path))
             del buffers, buffer
         if config.tied and OUTPUT_KEY in found:
             _check_tied(_digest(_get(files, *found[OUTPUT_KEY])), digests, directory, config)
     lines = "\n".join(f"{key} {digest}" for key, digest in sorted(digests.items()))
     return traverse_util.unflatten_dict(leaves), hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _placed(buffer: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(buffer.shape, sharding, buffer.__getitem__)
+
+
+def _quantized(kernel: np.ndarray, sharding: NamedSharding) -> Quantized:
+    """Layer by layer, so that the host holds little more than the kernels; the largest of a channel becomes 127."""
+    values = _aligned_empty(kernel.shape, np.int8)
+    scale = _aligned_empty((kernel.shape[0], kernel.shape[2]), np.float32)
+    for own, rounded, largest in zip(kernel, values, scale, strict=True):
+        largest[...] = np.maximum(np.abs(own).max(axis=0) / 127, np.finfo(np.float32).tiny)
+        rounded[...] = np.rint(own / largest)
+    layers, _, columns = (*sharding.spec, None, None, None)[:3]
+    return Quantized(
+        _placed(values, sharding), _placed(scale, NamedSharding(sharding.mesh, PartitionSpec(layers, columns)))
+    )
 
 
 def _groups(

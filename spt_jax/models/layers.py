@@ -1,11 +1,12 @@
 """The small parts of a decoder: the one matrix product, norms, rotary embedding, MLP."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from spt_jax.models.config import DecoderConfig
 
@@ -16,11 +17,31 @@ ACTIVATIONS = {
 }
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A kernel as whole numbers, int8, times a float32 scale per output channel."""
+
+    values: Num[Array, "*L D F"]
+    scale: Float[Array, "*L F"]
+
+
+def dense(kernel: Float[Array, "*L D F"] | Quantized) -> Float[Array, "*L D F"]:
+    """A kernel's numbers, float32."""
+    if isinstance(kernel, Quantized):
+        return kernel.values.astype(jnp.float32) * kernel.scale[..., None, :]
+    return kernel.astype(jnp.float32)
+
+
 def linear(
-    x: Float[Array, "*B D"], kernel: Float[Array, "D F"], bias: Float[Array, " F"] | None = None
+    x: Float[Array, "*B D"], kernel: Float[Array, "D F"] | Quantized, bias: Float[Array, " F"] | None = None
 ) -> Float[Array, "*B F"]:
     """Every matrix product of the models: x @ kernel + bias, in x's dtype."""
-    y = jnp.dot(x, kernel.astype(x.dtype))
+    if isinstance(kernel, Quantized):
+        y = jnp.dot(x, kernel.values.astype(x.dtype))
+        y = y * kernel.scale.astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+    else:
+        y = jnp.dot(x, kernel.astype(x.dtype))
     if bias is None:
         return y
     return y + bias.astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))

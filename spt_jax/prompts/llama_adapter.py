@@ -13,7 +13,7 @@ from spt_jax.errors import ConfigError
 from spt_jax.models.attention import GatedPrefix
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.hf import Params
-from spt_jax.models.layers import Norm
+from spt_jax.models.layers import Norm, dense
 from spt_jax.prompts.method import DEFAULT_LENGTH, Method
 from spt_jax.prompts.virtual import VirtualPrompt
 
@@ -61,7 +61,7 @@ class LlamaAdapter(Method):
         attention = jax.tree.map(lambda a: a[-rows.shape[0] :].astype(jnp.float32), frozen["layers"]["attention"])
 
         def project(layer: Mapping[str, Any]) -> Float[Array, "G P K H"]:
-            y = jnp.einsum("gpd,gdf->gpf", rows, layer["kernel"])
+            y = jnp.einsum("gpd,gdf->gpf", rows, dense(layer["kernel"]))
             if "bias" in layer:
                 y = y + layer["bias"][:, None]
             return y.reshape(*y.shape[:2], config.kv_heads, config.head_size)

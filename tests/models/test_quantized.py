@@ -1,0 +1,126 @@
+"""int8 kernels: what they are, that the model computes with them, and that everything else goes on as before."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import spt_jax
+import train
+from spt_jax.base import load_base, logits, run_layers
+from spt_jax.generation import SamplingConfig, generate
+from spt_jax.models.attention import Stream
+from spt_jax.models.layers import Quantized, dense
+from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning
+from spt_jax.serving.bank import PromptBank
+from spt_jax.serving.engine import Engine, Request
+from spt_jax.sharding import MeshConfig, make_mesh
+from spt_jax.testing import tiny_base
+from tests.jobs import losses, words, write_task
+
+IDS = jnp.asarray([[1, 40, 41, 42, 60, 9]])
+
+
+def kernels(tree):
+    leaves = jax.tree.leaves(tree, is_leaf=lambda a: isinstance(a, Quantized))
+    return [leaf for leaf in leaves if isinstance(leaf, Quantized)]
+
+
+def all_logits(base, params=None):
+    params = base.params if params is None else params
+    places = jnp.arange(IDS.shape[1])[None]
+    stream = Stream(places, jnp.ones_like(places), jnp.zeros_like(places))
+    x = jnp.take(params["embedding"], IDS, axis=0)
+    hidden, _ = jax.jit(run_layers, static_argnums=0)(base.module, params, x, stream)
+    return logits(base.module, params, hidden[0])
+
+
+def exactly(base):
+    """The same numbers as plain kernels."""
+    return jax.tree.map(
+        lambda a: dense(a) if isinstance(a, Quantized) else a, base.params, is_leaf=lambda a: isinstance(a, Quantized)
+    )
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny_base(quantize="int8")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+def test_kernels_are_the_checkpoint_s_to_half_a_step(family):
+    plain, own = tiny_base(family), tiny_base(family, quantize="int8")
+    found = kernels(own.params)
+    assert len(found) == sum("kernel" in str(path) for path, _ in jax.tree_util.tree_leaves_with_path(plain.params))
+    for theirs, ours in zip(
+        [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(plain.params) if "kernel" in str(path)],
+        found,
+        strict=True,
+    ):
+        assert ours.values.dtype == jnp.int8 and ours.values.shape == theirs.shape
+        assert np.all(np.abs(dense(ours) - theirs) <= ours.scale[:, None] * 0.5001)
+        np.testing.assert_array_equal(np.abs(ours.values).max(axis=1), 127)
+    assert own.fingerprint == plain.fingerprint
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_the_model_computes_with_their_numbers(family):
+    base = tiny_base(family, quantize="int8")
+    np.testing.assert_allclose(all_logits(base), all_logits(base, exactly(base)), atol=1e-4)
+    off = np.abs(all_logits(base) - all_logits(tiny_base(family))).max()
+    assert 0 < off < 0.1 * np.abs(all_logits(base)).max()
+
+
+def test_layers_are_a_quarter_as_large():
+    plain, own = (load_base("starter", quantize=quantize).params["layers"] for quantize in (None, "int8"))
+    sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (plain, own)]
+    assert sizes[1] < 0.27 * sizes[0]
+
+
+def test_on_a_mesh(base):
+    split = tiny_base(quantize="int8", mesh=make_mesh(MeshConfig(fsdp=2, tensor=2)))
+    np.testing.assert_allclose(all_logits(split), all_logits(base), atol=1e-4)
+    sharded = [own for own in kernels(split.params) if not own.values.sharding.is_fully_replicated]
+    assert sharded and all(own.scale.sharding.mesh == split.mesh for own in sharded)
+
+
+@pytest.mark.parametrize("method", [PromptTuning(length=3), PrefixTuning(length=3), LlamaAdapter(length=2, layers=2)])
+def test_prompts_see_their_numbers(base, method):
+    """As a prompt of the same numbers in plain kernels."""
+    params = method.init_params(jax.random.key(0), base)
+    ours = method.materialize(base.module, base.params, params)
+    theirs = method.materialize(base.module, exactly(base), params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
+
+
+def test_training_goes_on_with_them(tmp_path):
+    """Through the command line: the loss begins where the plain base's does, and falls."""
+    write_task(tmp_path)
+    found = {}
+    for name, more in (("plain", ()), ("int8", ("--base.quantize", "int8"))):
+        assert train.main(words(tmp_path, tmp_path / name, *more)) == 0
+        found[name] = losses(tmp_path / name)
+    ours, theirs = ([loss for _, loss in found[name]] for name in ("int8", "plain"))
+    assert np.mean(ours[-10:]) < 0.8 * np.mean(ours[:10])
+    assert ours[0] == pytest.approx(theirs[0], rel=0.05)
+
+
+def test_the_engine_serves_it(base, tmp_path):
+    method = PromptTuning(length=3)
+    virtual = method.materialize(base.module, base.params, method.init_params(jax.random.key(0), base))
+    template = spt_jax.Template(prompt="<soft>{text}\n", target="{label}", virtual_tokens=3)
+    spt_jax.save_prompt(tmp_path / "p", base, method, virtual, template)
+    bank = PromptBank(base)
+    bank.load("p", tmp_path / "p")
+    sampling = SamplingConfig(max_new_tokens=8)
+    ids = bank.request_ids("p", {"text": "the"})
+    (ours,) = Engine(bank, slots=2).generate([Request(ids, "p", sampling)])
+    (theirs,) = generate(base, [ids], virtual, sampling)
+    assert ours.ids == theirs.ids
+
+
+def test_other_precisions_are_refused(tmp_path, capsys):
+    write_task(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        train.main(words(tmp_path, tmp_path / "run", "--base.quantize", "int4"))
+    assert "int8" in capsys.readouterr().err
