@@ -49,7 +49,7 @@ def write_prompts(folder: Path, count: int) -> None:
 
     base, method = spt_jax.load_base("starter"), spt_jax.PromptTuning(length=LENGTH)
     rows = method.init_params(jax.random.key(0), base)
-    template = spt_jax.Template(prompt="<soft>{text}", target="{label}", virtual_tokens=LENGTH)
+    template = spt_jax.Template(prompt="<soft><bos>{text}", target="{label}", virtual_tokens=LENGTH)
     noise = np.random.default_rng(0)
     for number in range(count):
         moved = jax.tree.map(lambda a: a + 0.02 * noise.standard_normal(a.shape).astype(np.float32), rows)

@@ -102,7 +102,7 @@ def start(command: Serve) -> "Service":
     service = Service(Worker(engine, queue=command.queue), name, command.prompts, os.environ.get(ADMIN_KEY) or None)
     kinds: set[Any] = set()
     for folder in sorted(command.prompts.iterdir()) if command.prompts is not None else ():
-        if folder.is_dir():
+        if folder.is_dir() and not folder.name.startswith("."):  # a save under way
             service.load(folder.name)
             kind = engine.bank.entry(folder.name).kind
             if kind not in kinds:

@@ -67,10 +67,12 @@ class Service:
             raise RefusedError(422, f"{name!r} cannot name a prompt", param="name")
         root = self.folder.resolve()
         folder = root / name
-        files = list(folder.rglob("*")) if folder.is_dir() else []
+        if not folder.resolve().is_relative_to(root):
+            raise RefusedError(403, f"{name!r} leads out of the directory of prompts")
+        files = list(folder.iterdir()) if folder.is_dir() else []
         if not files:
             raise RefusedError(404, f"there is no prompt directory {name!r} on the server", code="model_not_found")
-        if any(not path.resolve().is_relative_to(root) for path in (folder, *files)):
+        if any(not path.resolve().is_relative_to(root) for path in files):
             raise RefusedError(403, f"{name!r} leads out of the directory of prompts")
         size = sum(path.stat().st_size for path in files if path.is_file())
         if size > self.max_prompt_bytes:
