@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,6 +37,7 @@ class Serve:
       host: address to listen on.
       port: and its port; 0 takes a free one.
       slots: requests answered at once.
+      context: positions of each of them, prompt and answer together; default all that the base has.
       queue: requests that may wait; more get 429.
       dtype: precision of the base; default by device.
       quantize: int8 keeps the base's matrices in a byte per weight.
@@ -54,6 +56,7 @@ class Serve:
     host: str = "127.0.0.1"
     port: int = 8000
     slots: int = 16
+    context: int | None = None
     queue: int = 256
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     quantize: Literal["int8"] | None = None
@@ -71,13 +74,16 @@ class Serve:
             raise ConfigError(f"serving needs the extra: pip install 'spt_jax[serve]' ({error})") from error
         if self.prompts is not None and not self.prompts.is_dir():
             raise ConfigError(f"--prompts {self.prompts} is no directory")
-        if min(self.slots, self.queue, self.max_body, self.body_seconds, self.drain_seconds) <= 0:
-            raise ConfigError("--slots, --queue, --max-body, --body-seconds and --drain-seconds are more than 0")
+        for name in ("slots", "context", "queue", "prompt_memory", "max_body", "body_seconds", "drain_seconds"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it is more than 0")
         measure.keep_compiled_programs(self.compilation_cache)
         with bound(self.host, self.port) as listening:
             service = start(self)
             app = make_app(service, max_body_bytes=self.max_body * 1024, body_seconds=self.body_seconds)
             host, port, *_ = listening.getsockname()
+            listening.listen()
             print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
             run(app, listening, drain_seconds=self.drain_seconds)
 
@@ -89,6 +95,7 @@ def start(command: Serve) -> "Service":
       ConfigError, CheckpointError: the base or the mesh is wrong.
       RefusedError: a prompt is.
     """
+    from spt_jax.serving.protocol import NAME
     from spt_jax.serving.service import Service
     from spt_jax.serving.worker import Worker
 
@@ -96,13 +103,16 @@ def start(command: Serve) -> "Service":
     mesh = make_mesh(command.mesh)
     base = load_base(command.base, revision=command.revision, dtype=command.dtype, mesh=mesh, quantize=command.quantize)
     budget = None if command.prompt_memory is None else command.prompt_memory * 2**20
-    engine = Engine(PromptBank(base, budget_bytes=budget), slots=command.slots)
+    engine = Engine(PromptBank(base, budget_bytes=budget), slots=command.slots, context=command.context)
+    engine.warm_decoding()
     engine.generate([Request(np.zeros(1, np.int32), None, SamplingConfig(max_new_tokens=2))])
     name = command.name or Path(command.base).name
     service = Service(Worker(engine, queue=command.queue), name, command.prompts, os.environ.get(ADMIN_KEY) or None)
     kinds: set[Any] = set()
     for folder in sorted(command.prompts.iterdir()) if command.prompts is not None else ():
-        if folder.is_dir() and not folder.name.startswith("."):  # a save under way
+        if not re.fullmatch(NAME, folder.name):  # a save under way, or what a file system keeps for itself
+            print(f"{folder} is no prompt's name, and is left out")
+        elif folder.is_dir():
             service.load(folder.name)
             kind = engine.bank.entry(folder.name).kind
             if kind not in kinds:

@@ -11,7 +11,7 @@ import numpy as np
 from spt_jax.data.chats import ChatTemplate, messages_of
 from spt_jax.data.reading import answer_text, span_reads, tag_reads, words_of
 from spt_jax.data.templates import MESSAGES, Bos, Field, Piece, Plain, Template, Text, Virtual, parse
-from spt_jax.data.tokenization import Tokenization
+from spt_jax.data.tokenization import tokenization_of
 from spt_jax.errors import ConfigError, DataError, did_you_mean
 
 
@@ -92,7 +92,7 @@ class Encoder:
         self.shots = shots
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._tokenization = Tokenization(tokenizer)
+        self._tokenization = tokenization_of(tokenizer)
         specials = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, specials))) if specials else None
         self._chat = ChatTemplate(tokenizer, self._special)

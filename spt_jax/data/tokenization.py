@@ -58,3 +58,9 @@ class Tokenization:
 
     def _encoding(self, text: str) -> tokenizers.Encoding:
         return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+@functools.lru_cache(maxsize=4)
+def tokenization_of(tokenizer: Any) -> Tokenization:
+    """One for all encoders of a base: a large vocabulary takes tens of megabytes."""
+    return Tokenization(tokenizer)

@@ -38,8 +38,9 @@ def linear(
 ) -> Float[Array, "*B F"]:
     """Every matrix product of the models: x @ kernel + bias, in x's dtype."""
     if isinstance(kernel, Quantized):
-        y = jnp.dot(x, kernel.values.astype(x.dtype))
-        y = y * kernel.scale.astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        # In float32 until it is scaled: 127 times the outputs may be beyond float16.
+        y = jnp.dot(x, kernel.values.astype(x.dtype), preferred_element_type=jnp.float32)
+        y = (y * kernel.scale.reshape((1,) * (y.ndim - 1) + (-1,))).astype(x.dtype)
     else:
         y = jnp.dot(x, kernel.astype(x.dtype))
     if bias is None:

@@ -12,7 +12,7 @@ from spt_jax.generation import Generated, continuation_text, endings, is_opening
 from spt_jax.serving import protocol as api
 from spt_jax.serving.engine import Request, Ticket
 from spt_jax.serving.metrics import Metrics
-from spt_jax.serving.worker import EngineFailedError, News, Worker
+from spt_jax.serving.worker import Listener, News, Worker
 
 Finished = Literal["stop", "length"]
 
@@ -73,9 +73,10 @@ def shown(text: str, stop: Sequence[str]) -> str:
 class Answer:
     """The choices of one HTTP request, each a request of the engine's."""
 
-    def __init__(self, worker: Worker, requests: Sequence[Request], metrics: Metrics):
+    def __init__(self, worker: Worker, requests: Sequence[Request], metrics: Metrics, *, each: int, grows: bool):
         base = worker.engine.bank.base
         self._worker, self._requests, self._metrics = worker, requests, metrics
+        self._each, self._grows = each, grows
         self._news: asyncio.Queue[tuple[int, News]] = asyncio.Queue()
         self._tickets: list[Ticket] = []
         self._began = time.perf_counter()
@@ -88,27 +89,30 @@ class Answer:
         ]
 
     @classmethod
-    async def begin(cls, worker: Worker, requests: Sequence[Request], metrics: Metrics) -> "Answer":
+    async def begin(
+        cls, worker: Worker, requests: Sequence[Request], metrics: Metrics, *, each: int = 1, grows: bool = False
+    ) -> "Answer":
         """Hands all of them to the engine, or none.
+
+        Args:
+          worker, requests, metrics: who answers what, and who counts it.
+          each: so many requests in a row ask the same.
+          grows: texts are wanted while they grow.
 
         Raises:
           QueueFullError, EngineFailedError, ConfigError, DataError: as `Worker.submit`.
         """
-        answer, loop = cls(worker, requests, metrics), asyncio.get_running_loop()
+        answer, loop = cls(worker, requests, metrics, each=each, grows=grows), asyncio.get_running_loop()
 
-        def listener(index: int) -> Callable[[News], None]:
+        def listener(index: int) -> Listener:
             def tell(news: News) -> None:
                 if not loop.is_closed():
                     loop.call_soon_threadsafe(answer._news.put_nowait, (index, news))
 
             return tell
 
-        try:
-            for index, request in enumerate(requests):
-                answer._tickets.append(await asyncio.to_thread(worker.submit, request, listener(index)))
-        except BaseException:
-            answer.cancel()
-            raise
+        asked = [(request, listener(index)) for index, request in enumerate(requests)]
+        answer._tickets = await asyncio.to_thread(worker.submit, asked)
         return answer
 
     def cancel(self) -> None:
@@ -127,7 +131,9 @@ class Answer:
         while any(choice.finished is None for choice in self.choices):
             index, news = await self._news.get()
             if news.error is not None:
-                raise EngineFailedError(f"the engine has failed: {news.error}")
+                raise news.error
+            if news.result is None and not self._grows:
+                continue
             choice = self.choices[index]
             since, text = len(choice.ids), choice.add(news)
             if first:
@@ -136,7 +142,8 @@ class Answer:
             if text or choice.finished or since < len(choice.ids):
                 yield index, text, since, choice.finished
         self._metrics.answered(
-            [(len(own.ids), len(request.ids)) for own, request in zip(self.choices, self._requests, strict=True)],
+            len(self.choices),
+            self.usage(),
             time.perf_counter() - self._began,
         )
 
@@ -147,7 +154,7 @@ class Answer:
 
     def usage(self) -> api.Usage:
         """Tokens that came in, virtual ones too, and that went out."""
-        prompts = sum(len(request.ids) for request in self._requests)
+        prompts = sum(len(request.ids) for request in self._requests[:: self._each])
         new = sum(len(choice.ids) for choice in self.choices)
         return api.Usage(prompt_tokens=prompts, completion_tokens=new, total_tokens=prompts + new)
 

@@ -55,6 +55,10 @@ class Held:
         return sum(leaf.nbytes for leaf in jax.tree.leaves((self.prefix, self.virtual)))
 
 
+class UnknownPromptError(ConfigError):
+    """There is no prompt of this name."""
+
+
 NOTHING = Held(None, None, 0, np.zeros(0, np.int32), 0)
 
 
@@ -97,7 +101,7 @@ class PromptBank:
         self._entries: dict[str | None, Entry] = {}
         self._held: collections.OrderedDict[str, Held] = collections.OrderedDict()
         self._bytes = 0
-        self._lock = threading.Lock()
+        self._lock, self._making = threading.Lock(), threading.Lock()
         self._entries[None] = self._entry(Template(prompt="{text}", target="{target}"), None)
         self._chat = self._entry(Template(prompt=f"{{{MESSAGES}}}"), None) if base.tokenizer.chat_template else None
 
@@ -115,10 +119,14 @@ class PromptBank:
         """Takes in a prompt directory, ours or PEFT's, whose text stands behind the virtual tokens.
 
         Raises:
-          CheckpointError: it is damaged, or for another base.
+          CheckpointError: it is damaged, for another base, or has a head whose classes have no names.
         """
         if (folder / PEFT_CONFIG).exists():
             method, virtual = import_peft(folder, self.base)
+            if virtual.head is not None:
+                raise CheckpointError(
+                    f"{folder}: a head of PEFT names no classes; `python -m spt_jax import` takes --verbalizers"
+                )
             prompt = default_template(self.base, method)
             self._put(name, virtual, Template(prompt=prompt, target="{target}", virtual_tokens=method.token_count))
         else:
@@ -179,16 +187,27 @@ class PromptBank:
         """What requests under this prompt share, made if it is not on the device; None names the bare base.
 
         Raises:
-          ConfigError: there is no prompt of this name.
+          UnknownPromptError: there is no prompt of this name.
         """
-        if name is None:
-            return NOTHING
+        return self.take(name)[1]
+
+    def take(self, name: str | None) -> tuple[Entry, Held]:
+        """A prompt and what its requests share, which belong together whatever becomes of the name.
+
+        Raises:
+          UnknownPromptError: there is no prompt of this name.
+        """
         entry = self.entry(name)
-        with self._lock:
-            held = self._held.get(name)
-        if held is None:
-            assert entry.virtual is not None
-            held = hold(self.base, entry.virtual, entry.encoder.fixed_lead())
+        return entry, NOTHING if name is None else self._held_of(name, entry)
+
+    def _held_of(self, name: str, entry: Entry) -> Held:
+        with self._making:
+            with self._lock:
+                current = self._entries.get(name) is entry
+                held = self._held.get(name) if current else None
+            if held is None:
+                assert entry.virtual is not None
+                held = hold(self.base, entry.virtual, entry.encoder.fixed_lead())
         with self._lock:
             if self._entries.get(name) is not entry:
                 return held  # it was replaced meanwhile; this request still has it
@@ -204,12 +223,12 @@ class PromptBank:
         """The prompt of this name; None names the bare base.
 
         Raises:
-          ConfigError: there is none.
+          UnknownPromptError: there is none.
         """
         with self._lock:
             if name in self._entries:
                 return self._entries[name]
-        raise ConfigError(f"there is no prompt {name!r}; {did_you_mean(str(name), self.names)}")
+        raise UnknownPromptError(f"there is no prompt {name!r}; {did_you_mean(str(name), self.names)}")
 
 
 def hold(base: FrozenBase, virtual: VirtualPrompt, lead: np.ndarray) -> Held:

@@ -36,7 +36,7 @@ class Classifier:
           DataError: a record lacks a field.
         """
         bank, base = self._bank, self._bank.base
-        entry, held = bank.entry(name), bank.held(name)
+        entry, held = bank.take(name)
         template = entry.template
         if not entry.classifies:
             raise ConfigError(f"prompt {name!r} tells no classes of whole texts apart")

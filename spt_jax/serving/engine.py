@@ -3,11 +3,11 @@
 import collections
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -41,11 +41,13 @@ class Request:
     ids: real and virtual, as from `PromptBank.request_ids`.
     prompt: whose virtual ids they are; None for the bare base.
     sampling: how, and when to end.
+    held: what the prompt's requests share, from `PromptBank.take`; None looks it up when the request comes.
     """
 
     ids: np.ndarray
     prompt: str | None = None
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    held: Held | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -70,13 +72,13 @@ class Engine:
     in a program per length rounded up to 32, 64, 128, ... Its prompt's keys and values are copied, and computed once.
     """
 
-    def __init__(self, bank: PromptBank, *, slots: int = 16, capacity: int | None = None):
+    def __init__(self, bank: PromptBank, *, slots: int = 16, context: int | None = None):
         """Makes room on the device.
 
         Args:
           bank: the prompts; they may come and go meanwhile.
           slots: requests under way at once.
-          capacity: positions of each, the padding of prompts included; default the base's and room for the padding.
+          context: positions of each, prompts and answers together; default all of the base's.
 
         Raises:
           ConfigError: not one slot for each part of the mesh's rows.
@@ -87,13 +89,21 @@ class Engine:
             raise ConfigError(
                 f"{slots} slots; a multiple of {shards}, the parts that the mesh splits rows in, is needed"
             )
-        self._capacity = capacity or round_up(base.config.max_positions, BUCKET) + 3 * BUCKET
+        self.context = min(context or base.config.max_positions, base.config.max_positions)
+        self._capacity = round_up(self.context, BUCKET) + 3 * BUCKET
+        self._let_in = False
+        self._compiling = threading.Lock()
         self._programs = _programs(base.mesh)
         self._slots = self._programs.empty(base.module, base.dtype, slots, self._capacity)
         self._busy: list[Ticket | None] = [None] * slots
         self._waiting: collections.deque[Ticket] = collections.deque()
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self._slots)
+
+    @property
+    def slots(self) -> int:
+        """Requests that can be under way at once."""
+        return len(self._busy)
 
     @property
     def waiting(self) -> int:
@@ -113,7 +123,7 @@ class Engine:
             the base or a slot has positions.
           DataError: no ids, or ids that the base and the prompt do not have.
         """
-        base, held = self.bank.base, self.bank.held(request.prompt)
+        base, held = self.bank.base, request.held or self.bank.held(request.prompt)
         ids = np.asarray(request.ids, np.int32)
         if not held.generates:
             raise ConfigError(f"prompt {request.prompt!r} has shifts, gates or a head: it only classifies")
@@ -125,9 +135,9 @@ class Engine:
         own = ids[len(held.lead) :]
         if held.virtual is None and own.max() >= base.config.vocab_size:
             raise DataError(f"id {own.max()}: no virtual ids stand behind the leading ones of {request.prompt!r}")
-        needed = _taken(held) + round_up(len(own) + request.sampling.max_new_tokens, BUCKET)
-        if needed > self._capacity:
-            raise ConfigError(f"the request takes {needed} positions, padding included; a slot has {self._capacity}")
+        needed = held.start + len(own) + request.sampling.max_new_tokens
+        if needed > self.context:
+            raise ConfigError(f"the request takes {needed} positions; a slot has {self.context}")
         ticket = Ticket(dataclasses.replace(request, ids=ids), held)
         self._waiting.append(ticket)
         return ticket
@@ -146,44 +156,72 @@ class Engine:
         return not self._waiting and not any(self._busy)
 
     def step(self) -> list[Ticket]:
-        """Lets waiting requests into free slots, chooses a few tokens for all, and returns what has ended."""
+        """Lets waiting requests into free slots, or chooses a few tokens for all, in turn; returns what has ended."""
         base = self.bank.base
+        self._let_in = not self._let_in and bool(self._waiting) and not all(self._busy)
         admitted = {}
         for slot, ticket in enumerate(self._busy):
-            if ticket is None and self._waiting:
+            if self._let_in and ticket is None and self._waiting:
                 admitted[slot] = self._admit(slot, self._waiting[0])
                 self._busy[slot] = self._waiting.popleft()
         ended = []
         for slot, (id_, log_probability) in admitted.items():
             ended += self._take(slot, np.asarray(id_)[None], np.asarray(log_probability)[None])
         busy = np.asarray([ticket is not None for ticket in self._busy])
-        if busy.any():
-            self._slots, *new = self._programs.decode(base.module, CHUNK, base.params, busy, self._slots)
+        if busy.any() and not self._let_in:
+            reach = self._reach(max(_filled(ticket) for ticket in self._busy if ticket is not None) + CHUNK)
+            self._slots, *new = self._programs.decode(base.module, CHUNK, reach, base.params, busy, self._slots)
             ids, log_probabilities = map(np.asarray, new)
             for slot in np.flatnonzero(busy):
                 ended += self._take(int(slot), ids[:, slot], log_probabilities[:, slot])
         return ended
 
     def generate(self, requests: Sequence[Request]) -> list[Generated]:
-        """Answers requests, in their order; others that were submitted are answered with them."""
-        tickets = [self.submit(request) for request in requests]
-        while not all(ticket.done for ticket in tickets):
-            self.step()
-        return [ticket.result for ticket in tickets if ticket.result is not None]
+        """Answers requests, in their order; others that were submitted are answered with them.
+
+        Raises:
+          ConfigError, DataError: as `submit`, and then none is answered.
+        """
+        tickets: list[Ticket] = []
+        try:
+            for request in requests:
+                tickets.append(self.submit(request))
+            while not all(ticket.done for ticket in tickets):
+                self.step()
+        finally:
+            for ticket in tickets:
+                if not ticket.done:
+                    self.cancel(ticket)
+        results = [ticket.result for ticket in tickets]
+        assert all(result is not None for result in results)
+        return [result for result in results if result is not None]
 
     def warm(self, held: Held, length: int) -> None:
         """Compiles what a request of so many ids under this prompt needs, if nothing has yet. Any thread may do so."""
         base, own = self.bank.base, np.zeros(max(1, length - len(held.lead)), np.int32)
         key = self._key(held, len(own))
-        if key not in self._compiled:
-            inputs = *self._inputs(held, own, SamplingConfig()), jnp.int32(0), self._shapes
+        with self._compiling:
+            if key in self._compiled:
+                return
+            inputs = *self._inputs(held, own, SamplingConfig()), np.int32(0), self._shapes
             self._compiled[key] = self._programs.admit.lower(base.module, base.params, *inputs).compile()
+
+    def warm_decoding(self) -> None:
+        """Compiles what requests of any length need besides. Not while there are any."""
+        base, idle, reach = self.bank.base, np.zeros(len(self._busy), bool), 0
+        while reach < self._capacity:
+            reach = self._reach(reach + 1)
+            self._slots, *_ = self._programs.decode(base.module, CHUNK, reach, base.params, idle, self._slots)
+
+    def _reach(self, entries: int) -> int:
+        """How much of the slots the program for so many entries reads."""
+        return min(2 * BUCKET * 2 ** ((entries - 1) // (2 * BUCKET)).bit_length(), self._capacity)
 
     def _admit(self, slot: int, ticket: Ticket) -> tuple[jax.Array, jax.Array]:
         """Puts a request into a slot; its first token and log-probability."""
         base, held = self.bank.base, ticket.held
         own = ticket.request.ids[len(held.lead) :]
-        inputs = *self._inputs(held, own, ticket.request.sampling), jnp.int32(slot), self._slots
+        inputs = *self._inputs(held, own, ticket.request.sampling), np.int32(slot), self._slots
         compiled = self._compiled.get(self._key(held, len(own))) or functools.partial(self._programs.admit, base.module)
         self._slots, *first = compiled(base.params, *inputs)
         return first[0], first[1]
@@ -201,10 +239,11 @@ class Engine:
         """What `slots.admit` takes of a request."""
         padded = np.zeros(self._bucket(held, len(own)), np.int32)
         padded[: len(own)] = own
-        request = RequestIds(*map(jnp.asarray, (padded, np.int32(len(own)), np.int32(held.start))))
         top_k = min(how.top_k, self.bank.base.config.vocab_size)
-        options = (how.temperature, np.float32), (top_k, np.int32), (how.top_p, np.float32), (how.seed, np.uint32)
-        sampling = RowSampling(*(jnp.asarray(value, kind) for value, kind in (*options, (0, np.int32))))
+        # Host numbers, which a compiled program takes faster than device arrays made of them.
+        ids: Any = padded, np.int32(len(own)), np.int32(held.start)
+        options: Any = np.float32(how.temperature), np.int32(top_k), np.float32(how.top_p), np.uint32(how.seed)
+        request, sampling = RequestIds(*ids), RowSampling(*options, numbers=np.int32(0))  # type: ignore[arg-type]
         return held.virtual, held.prefix, request, sampling
 
     def _ticket(self, slot: int) -> Ticket:
@@ -239,6 +278,11 @@ def _taken(held: Held) -> int:
     return 0 if held.prefix is None else held.prefix.positions.shape[0]
 
 
+def _filled(ticket: Ticket) -> int:
+    """Entries of its slot that a request has filled; its newest token comes next."""
+    return _taken(ticket.held) + len(ticket.request.ids) - len(ticket.held.lead) + len(ticket.ids) - 1
+
+
 @dataclasses.dataclass(frozen=True)
 class _Programs:
     empty: Callable[..., Slots]
@@ -257,5 +301,7 @@ def _programs(mesh: Mesh) -> _Programs:
     return _Programs(
         empty=jax.jit(empty_slots, static_argnums=(0, 1, 2, 3), out_shardings=slots),
         admit=jax.jit(admit, static_argnums=0, donate_argnums=7, out_shardings=(slots, everywhere, everywhere)),
-        decode=jax.jit(decode, static_argnums=(0, 1), donate_argnums=4, out_shardings=(slots, everywhere, everywhere)),
+        decode=jax.jit(
+            decode, static_argnums=(0, 1, 2), donate_argnums=5, out_shardings=(slots, everywhere, everywhere)
+        ),
     )

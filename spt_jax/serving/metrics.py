@@ -2,10 +2,11 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from spt_jax.serving.protocol import Usage
 from spt_jax.serving.worker import Worker
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -36,11 +37,11 @@ class Metrics:
         ):
             Gauge(f"spt_jax_{name}", words, registry=own).set_function(read)
 
-    def answered(self, tokens: Sequence[tuple[int, int]], seconds: float) -> None:
-        """Counts an answer: (new, read) tokens of each of its choices."""
-        self._answers.inc(len(tokens))
-        self._new.inc(sum(new for new, _ in tokens))
-        self._read.inc(sum(read for _, read in tokens))
+    def answered(self, choices: int, usage: Usage, seconds: float) -> None:
+        """Counts the choices of an answer and its tokens."""
+        self._answers.inc(choices)
+        self._new.inc(usage.completion_tokens)
+        self._read.inc(usage.prompt_tokens)
         self._seconds.observe(seconds)
 
     @contextlib.contextmanager

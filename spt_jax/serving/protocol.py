@@ -5,7 +5,7 @@ A field that the server would not act on is refused, unless its value asks for n
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 MAX_TEXTS = 64
 
@@ -24,6 +24,7 @@ def _encodable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
+Name = Annotated[Text, StringConstraints(max_length=200)]
 Fields = dict[Text, Text]
 Stop = Annotated[Text, StringConstraints(min_length=1, max_length=200)]
 
@@ -32,6 +33,12 @@ class Strict(BaseModel):
     """A body without fields that are not known."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        """A field that is null is one that was not given."""
+        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
 
 
 class StreamOptions(Strict):
@@ -44,7 +51,7 @@ class Sampled(Strict):
     seed: the same one gives the same answer again; without it, answers differ.
     """
 
-    model: Text
+    model: Name
     temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, lt=2**31)
@@ -80,6 +87,10 @@ class TextPart(Strict):
     text: Text
 
 
+class TextFormat(Strict):
+    type: Literal["text"]
+
+
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
@@ -94,6 +105,7 @@ class ChatRequest(Sampled):
 
     messages: list[Message] = Field(min_length=1, max_length=1000)
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    response_format: TextFormat | None = None
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = None
     top_logprobs: Literal[0] | None = None
@@ -102,7 +114,7 @@ class ChatRequest(Sampled):
 class ClassifyRequest(Strict):
     """A body of /v1/classify: texts for a template with one field, or records."""
 
-    model: Text
+    model: Name
     input: Text | Annotated[list[Text | Fields], Field(min_length=1, max_length=MAX_TEXTS)]
 
 

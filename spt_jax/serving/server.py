@@ -23,6 +23,7 @@ from spt_jax.errors import CheckpointError, ConfigError, DataError, SptError
 from spt_jax.evaluation import log_softmax
 from spt_jax.serving import protocol as api
 from spt_jax.serving.answers import Answer, Choice, chat_logprobs, completion_logprobs
+from spt_jax.serving.bank import UnknownPromptError
 from spt_jax.serving.limits import BodyLimits, error_body
 from spt_jax.serving.service import RefusedError, Service
 from spt_jax.serving.worker import EngineFailedError, QueueFullError
@@ -40,7 +41,7 @@ class Events(StreamingResponse):
             await self.body_iterator.aclose()  # type: ignore[attr-defined]
 
 
-_ERRORS: Any = {status: {"model": api.ErrorResponse} for status in (400, 403, 404, 408, 413, 422, 429, 500, 503)}
+_ERRORS: Any = {status: {"model": api.ErrorResponse} for status in (400, 401, 403, 404, 408, 413, 422, 429, 500, 503)}
 router = APIRouter(responses=_ERRORS)
 
 
@@ -56,7 +57,7 @@ async def completions(body: api.CompletionRequest, request: Request) -> Any:
     requests = await asyncio.to_thread(
         lambda: service.ask(body, service.records(body.model, texts, body.fields), body.max_tokens)
     )
-    answer = await Answer.begin(service.worker, requests, service.metrics)
+    answer = await Answer.begin(service.worker, requests, service.metrics, each=body.n, grows=body.stream)
     shared = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
 
     def logprobs(choice: Choice, since: int = 0) -> api.CompletionLogprobs | None:
@@ -92,7 +93,7 @@ async def chat_completions(body: api.ChatRequest, request: Request) -> Any:
     requests = await asyncio.to_thread(
         lambda: service.ask(body, [service.chat_record(body.model, body.messages)], limit)
     )
-    answer = await Answer.begin(service.worker, requests, service.metrics)
+    answer = await Answer.begin(service.worker, requests, service.metrics, each=body.n, grows=body.stream)
     shared = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
 
     def logprobs(choice: Choice, since: int = 0) -> api.ChatLogprobs | None:
@@ -128,7 +129,10 @@ def _streamed(pieces: AsyncGenerator[Any], answer: Answer) -> Events:
     async def events() -> AsyncIterator[str]:
         try:
             async for piece in pieces:
-                yield f"data: {piece.model_dump_json(exclude_none=True)}\n\n"
+                content = piece.model_dump(exclude_none=True)
+                for choice in content["choices"]:
+                    choice.setdefault("finish_reason", None)
+                yield f"data: {json.dumps(content)}\n\n"
             yield "data: [DONE]\n\n"
         except EngineFailedError as error:  # the status is long sent
             yield f"data: {json.dumps(error_body(str(error), 'server_error'))}\n\n"
@@ -213,7 +217,7 @@ def _check_admin(request: Request) -> None:
     if service.admin_key is None:
         raise RefusedError(403, "the server was started without an admin key, so prompts cannot be changed")
     given = request.headers.get("authorization", "").removeprefix("Bearer ")
-    if not hmac.compare_digest(given.encode(), service.admin_key.encode()):
+    if not hmac.compare_digest(given.encode("latin-1"), service.admin_key.encode()):
         raise RefusedError(401, "give the admin key as Authorization: Bearer KEY", code="invalid_api_key")
 
 
@@ -242,15 +246,13 @@ async def remove_prompt(name: str, request: Request) -> Any:
 async def healthz(request: Request) -> Any:
     """Whether the process can answer at all."""
     if _service(request).worker.failure is not None:
-        raise RefusedError(503, f"the engine has failed: {_service(request).worker.failure}")
+        raise RefusedError(503, str(_service(request).worker.failure))
     return api.Health()
 
 
 @router.get("/readyz", response_model=api.Health)
 async def readyz(request: Request) -> Any:
-    """Whether to send requests here now."""
-    if not _service(request).ready:
-        raise RefusedError(503, "the server is not ready")
+    """Whether to send requests here: base and prompts were loaded before the first connection."""
     return await healthz(request)
 
 
@@ -283,7 +285,6 @@ def make_app(service: Service, *, max_body_bytes: int = 2**20, body_seconds: flo
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        service.ready = False
         await asyncio.to_thread(service.worker.stop)
 
     app = FastAPI(title="spt_jax", lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -306,6 +307,14 @@ def make_app(service: Service, *, max_body_bytes: int = 2**20, body_seconds: flo
     @app.exception_handler(EngineFailedError)
     async def failed(_: Request, error: EngineFailedError) -> JSONResponse:
         return answer(503, str(error))
+
+    @app.exception_handler(UnknownPromptError)
+    async def unknown(_: Request, error: UnknownPromptError) -> JSONResponse:
+        return answer(404, str(error), code="model_not_found", param="model")
+
+    @app.exception_handler(Exception)
+    async def unforeseen(_: Request, error: Exception) -> JSONResponse:
+        return answer(500, "the server has failed at this request; its log says why")
 
     @app.exception_handler(SptError)
     async def wrong(_: Request, error: SptError) -> JSONResponse:

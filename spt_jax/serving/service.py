@@ -53,7 +53,6 @@ class Service:
         self.metrics = Metrics(worker)
         self.max_prompt_bytes = max_prompt_bytes
         self.created = {name: int(time.time())}
-        self.ready = True
 
     def load(self, name: str) -> None:
         """Takes in a prompt of the folder.
@@ -69,12 +68,18 @@ class Service:
         folder = root / name
         if not folder.resolve().is_relative_to(root):
             raise RefusedError(403, f"{name!r} leads out of the directory of prompts")
-        files = list(folder.iterdir()) if folder.is_dir() else []
+        try:
+            files = list(folder.iterdir()) if folder.is_dir() else []
+            regular = [path for path in files if path.is_file()]
+            size = sum(path.stat().st_size for path in regular)
+        except OSError as error:
+            raise RefusedError(400, f"prompt {name!r}: {error}", code="invalid_prompt") from error
         if not files:
             raise RefusedError(404, f"there is no prompt directory {name!r} on the server", code="model_not_found")
         if any(not path.resolve().is_relative_to(root) for path in files):
             raise RefusedError(403, f"{name!r} leads out of the directory of prompts")
-        size = sum(path.stat().st_size for path in files if path.is_file())
+        if any(path.exists() and not (path.is_file() or path.is_dir()) for path in files):
+            raise RefusedError(400, f"prompt {name!r} holds something that is no file", code="invalid_prompt")
         if size > self.max_prompt_bytes:
             raise RefusedError(413, f"prompt {name!r} has {size} bytes; {self.max_prompt_bytes} are allowed")
         try:
@@ -136,15 +141,16 @@ class Service:
 
     def ask(self, body: api.Sampled, records: Sequence[Mapping[str, Any]], max_tokens: int | None) -> list[Request]:
         """The engine's requests: `n` for every record. Without `max_tokens`, as many as there is room for."""
-        name = self.known(body.model)
-        held, limit = self.bank.held(name), self.bank.base.config.max_positions
+        self.worker.check_room(body.n * len(records))
+        name, limit = self.known(body.model), self.worker.engine.context
+        entry, held = self.bank.take(name)
         if not held.generates:
             raise RefusedError(
                 400, f"{body.model!r} has shifts, gates or a head, and only classifies: /v1/classify", param="model"
             )
         seed, found = secrets.randbits(32) if body.seed is None else body.seed, []
         for record in records:
-            ids = self.bank.request_ids(name, record)
+            ids = entry.encoder.prompt_ids(record) if name else self.bank.request_ids(None, record)
             before = held.start - len(held.lead) + len(ids)
             room = limit - before
             if room < (max_tokens or 1):
@@ -164,7 +170,7 @@ class Service:
                     stop=body.stops,
                     seed=(seed + number) % 2**32,
                 )
-                found.append(Request(np.asarray(ids), name, sampling))
+                found.append(Request(np.asarray(ids), name, sampling, held))
         return found
 
     def model(self, name: str | None) -> api.Model:

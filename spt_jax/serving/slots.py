@@ -8,6 +8,7 @@ stands, and segment 0 marks what holds nothing. Pure functions that take the fro
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -131,24 +132,29 @@ def admit(
 
 
 def decode(
-    module: Decoder, count: int, frozen: Params, busy: Bool[Array, " B"], slots: Slots
+    module: Decoder, count: int, reach: int, frozen: Params, busy: Bool[Array, " B"], slots: Slots
 ) -> tuple[Slots, Int[Array, "N B"], Float[Array, "N B"]]:
     """Chooses N = `count` tokens for every slot. What slots that are not busy get means nothing.
+
+    Only the first `reach` entries of the slots are read: those of busy slots are all among them, new ones included.
 
     Returns:
       The slots, the new ids, and their log-probabilities under the model's own distribution.
     """
     numbers = jnp.arange(slots.ids.shape[0])
-    last = slots.cache.positions.shape[1] - 1
+    whole = slots.cache
+    near = Cache(
+        whole.keys[:, :, :reach], whole.values[:, :, :reach], whole.positions[:, :reach], whole.segments[:, :reach]
+    )
 
-    def advance(slots: Slots, _: None) -> tuple[Slots, tuple[Array, Array]]:
+    def advance(slots: Slots, _: None) -> tuple[Slots, tuple[Array, ...]]:
         own = jnp.ones_like(slots.ids)[:, None]
         stream = Stream(slots.positions[:, None], own, jnp.zeros_like(own))
         hidden, (keys, values) = run_stream(
             module, frozen, None, slots.ids[:, None], stream, None, slots.cache, return_keys_values=True
         )
         chosen, found = next_tokens(logits(module, frozen, hidden[:, 0]), slots.steps, slots.sampling)
-        at = jnp.minimum(slots.filled, last)
+        at = jnp.minimum(slots.filled, reach - 1)
         cache = Cache(
             slots.cache.keys.at[:, numbers, at].set(keys[:, :, 0]),
             slots.cache.values.at[:, numbers, at].set(values[:, :, 0]),
@@ -156,7 +162,18 @@ def decode(
             slots.cache.segments.at[numbers, at].set(busy.astype(jnp.int32)),
         )
         moved = Slots(cache, slots.filled + 1, chosen, slots.positions + 1, slots.steps + 1, slots.sampling)
-        return moved, (chosen, found)
+        return moved, (chosen, found, keys[:, :, 0], values[:, :, 0])
 
-    slots, (ids, log_probabilities) = jax.lax.scan(advance, slots, None, length=count)
-    return slots, ids, log_probabilities
+    moved, (ids, log_probabilities, keys, values) = jax.lax.scan(
+        advance, dataclasses.replace(slots, cache=near), None, length=count
+    )
+    # Of keys and values, the new ones alone go back: the rest is as it was, and large.
+    at = jnp.minimum(slots.filled[:, None] + jnp.arange(count)[None], reach - 1)
+    put = functools.partial(jax.lax.dynamic_update_slice, start_indices=(0, 0))
+    cache = Cache(
+        whole.keys.at[:, numbers[:, None], at].set(jnp.moveaxis(keys, 0, 2)),
+        whole.values.at[:, numbers[:, None], at].set(jnp.moveaxis(values, 0, 2)),
+        put(whole.positions, moved.cache.positions),
+        put(whole.segments, moved.cache.segments),
+    )
+    return dataclasses.replace(moved, cache=cache), ids, log_probabilities

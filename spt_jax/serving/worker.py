@@ -1,12 +1,15 @@
 """The thread that runs an engine, and tells those who asked what their requests have got."""
 
 import dataclasses
+import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from spt_jax.errors import SptError
+from spt_jax.errors import ConfigError, SptError
 from spt_jax.generation import Generated
 from spt_jax.serving.engine import Engine, Request, Ticket
+
+logger = logging.getLogger(__name__)
 
 
 class QueueFullError(SptError):
@@ -14,7 +17,7 @@ class QueueFullError(SptError):
 
 
 class EngineFailedError(SptError):
-    """The engine has stopped on an error, and answers nothing any more."""
+    """The engine has stopped, and answers nothing any more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +31,10 @@ class News:
     ids: tuple[int, ...] = ()
     log_probabilities: tuple[float, ...] = ()
     result: Generated | None = None
-    error: Exception | None = None
+    error: EngineFailedError | None = None
+
+
+Listener = Callable[[News], None]
 
 
 class Worker:
@@ -37,9 +43,9 @@ class Worker:
     def __init__(self, engine: Engine, *, queue: int = 256):
         """queue: requests that may wait for a slot."""
         self.engine = engine
-        self.failure: Exception | None = None
+        self.failure: EngineFailedError | None = None
         self._queue = queue
-        self._listeners: dict[Ticket, tuple[Callable[[News], None], int]] = {}
+        self._listeners: dict[Ticket, tuple[Listener, int]] = {}
         self._cancelled: list[Ticket] = []
         self._stopping = False
         self._changed = threading.Condition()
@@ -50,56 +56,87 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """Waits for the step under way; requests without an answer get none."""
+        """Waits for the step under way; requests without an answer are told that there will be none."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
         self._thread.join()
 
-    def submit(self, request: Request, listener: Callable[[News], None]) -> Ticket:
-        """Takes a request in. `listener` is called in the engine's thread, and must not wait.
-
-        What the request needs is compiled here, so that others need not wait for it.
+    def check_room(self, count: int) -> None:
+        """Whether so many requests more can be taken now.
 
         Raises:
-          QueueFullError, EngineFailedError: it cannot be taken.
-          ConfigError, DataError: as `Engine.submit`.
+          QueueFullError, EngineFailedError: not now; not any more.
+          ConfigError: never so many at once.
         """
-        held = self.engine.bank.held(request.prompt)
-        if held.generates:
-            self.engine.warm(held, len(request.ids))
+        most = self._queue + self.engine.slots
+        if self.failure is not None:
+            raise self.failure
+        if count > most:
+            raise ConfigError(f"this asks for {count} answers at once; the server takes at most {most}")
+        if len(self._listeners) + count > most:
+            raise QueueFullError(f"{self.engine.waiting} requests wait already")
+
+    def submit(self, requests: Sequence[tuple[Request, Listener]]) -> list[Ticket]:
+        """Takes requests in, all or none. Listeners are called in the engine's thread, and must not wait.
+
+        What they need is compiled here, so that others need not wait for it.
+
+        Raises:
+          QueueFullError, EngineFailedError, ConfigError, DataError: as `check_room` and `Engine.submit`.
+        """
+        for request, _ in requests:
+            held = request.held or self.engine.bank.held(request.prompt)
+            if held.generates and len(request.ids) <= self.engine.context:
+                self.engine.warm(held, len(request.ids))
+        tickets: list[Ticket] = []
         with self._changed:
-            if self.failure is not None:
-                raise EngineFailedError(f"the engine has failed: {self.failure}")
-            if self.engine.waiting >= self._queue:
-                raise QueueFullError(f"{self._queue} requests wait already")
-            ticket = self.engine.submit(request)
-            self._listeners[ticket] = listener, 0
+            self.check_room(len(requests))
+            try:
+                for request, listener in requests:
+                    tickets.append(self.engine.submit(request))
+                    self._listeners[tickets[-1]] = listener, 0
+            except SptError:
+                for ticket in tickets:
+                    self._forget(ticket)
+                raise
             self._changed.notify()
-        return ticket
+        return tickets
 
     def cancel(self, ticket: Ticket) -> None:
         """Ends a request without an answer, before the next step; one that has its answer stays as it is."""
         with self._changed:
-            if self._listeners.pop(ticket, None) is not None:
-                self._cancelled.append(ticket)
-                self._changed.notify()
+            self._forget(ticket)
+
+    def _forget(self, ticket: Ticket) -> None:
+        if self._listeners.pop(ticket, None) is not None:
+            self._cancelled.append(ticket)
+            self._changed.notify()
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._stopping or self._cancelled or not self.engine.idle)
-                if self._stopping:
-                    return
-                cancelled, self._cancelled = self._cancelled, []
-            for ticket in cancelled:
-                self.engine.cancel(ticket)
-            try:
+        error = EngineFailedError("the server is stopping")
+        try:
+            while self._wait():
                 self.engine.step()
-            except Exception as error:
-                self._fail(error)
-                return
-            self._tell()
+                self._tell()
+        except Exception:
+            logger.exception("the engine has failed")
+            error = EngineFailedError("the engine has failed")
+        with self._changed:
+            self.failure = error
+            listeners, self._listeners = [listener for listener, _ in self._listeners.values()], {}
+        for listener in listeners:
+            listener(News(error=error))
+
+    def _wait(self) -> bool:
+        """Until there is something to do; False if nothing more is to be done."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping or self._cancelled or not self.engine.idle)
+            # Under the lock, for `submit` adds to what the engine's `cancel` searches.
+            for ticket in self._cancelled:
+                self.engine.cancel(ticket)
+            self._cancelled = []
+            return not self._stopping
 
     def _tell(self) -> None:
         with self._changed:
@@ -113,10 +150,3 @@ class Worker:
                     self._listeners.pop(ticket, None)
                 elif ticket in self._listeners:
                     self._listeners[ticket] = listener, len(ticket.ids)
-
-    def _fail(self, error: Exception) -> None:
-        with self._changed:
-            self.failure = error
-            listeners, self._listeners = [listener for listener, _ in self._listeners.values()], {}
-        for listener in listeners:
-            listener(News(error=error))

@@ -201,7 +201,7 @@ def test_on_a_mesh(tmp_path):
 
 
 def test_what_is_refused(bank: PromptBank, tmp_path):
-    engine = Engine(bank, slots=1, capacity=128)
+    engine = Engine(bank, slots=1, context=96)
     ids = bank.request_ids("front", {"text": "the"})
     with pytest.raises(ConfigError, match="did you mean 'front'"):
         engine.submit(Request(ids, "frond"))
@@ -214,7 +214,7 @@ def test_what_is_refused(bank: PromptBank, tmp_path):
         engine.submit(Request(np.zeros(0, np.int32)))
     with pytest.raises(ConfigError, match="positions"):
         engine.submit(Request(ids, "front", SamplingConfig(max_new_tokens=1000)))
-    with pytest.raises(ConfigError, match="a slot has 128"):
+    with pytest.raises(ConfigError, match="a slot has 96"):
         engine.submit(Request(ids, "front", SamplingConfig(max_new_tokens=100)))
     with pytest.raises(ConfigError, match="did you mean 'keys'"):
         bank.remove("key")

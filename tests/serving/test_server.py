@@ -21,7 +21,9 @@ from spt_jax.errors import ConfigError
 from spt_jax.evaluation import EvaluationConfig, EvaluationSet, make_evaluation_set, score
 from spt_jax.generation import SamplingConfig, generate
 from spt_jax.serving.answers import shown
-from spt_jax.serving.worker import Worker
+from spt_jax.serving.engine import Engine, Request
+from spt_jax.serving.protocol import CompletionRequest
+from spt_jax.serving.worker import EngineFailedError, Worker
 from tests.serving.conftest import CLASSES, KEY, PROMPTS, save, serving
 
 ADMIN = {"authorization": f"Bearer {KEY}"}
@@ -292,6 +294,13 @@ def test_prompts_that_are_no_good(server, base, folder):
 # What is refused.
 
 
+def test_null_is_what_was_not_given(server):
+    body = {"model": "front", "prompt": "the", "max_tokens": 4, "seed": 1}
+    nulls = dict.fromkeys(("temperature", "top_p", "n", "stream", "stop", "logprobs", "user", "best_of"))
+    ours, theirs = (server.post("/v1/completions", own).json() for own in (body, {**body, **nulls}))
+    assert ours["choices"] == theirs["choices"]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "said"),
     [
@@ -367,18 +376,21 @@ def test_the_queue_has_an_end(base, tmp_path):
     with serving(base, tmp_path, slots=1, queue=2, start=False) as own:
         body = {"model": "tiny", "prompt": "the", "max_tokens": 4, "seed": 1}
         answers: list[httpx.Response] = []
-        threads = [threading.Thread(target=lambda: answers.append(own.post("/v1/completions", body))) for _ in range(2)]
-        for thread in threads:
+        threads = [threading.Thread(target=lambda: answers.append(own.post("/v1/completions", body))) for _ in range(3)]
+        for number, thread in enumerate(threads, 1):
             thread.start()
-        own.wait(lambda engine: engine.waiting == 2)
+            own.wait(lambda engine, number=number: engine.waiting == number)
+            if number == 2:  # of three: there is no room for two more
+                both = own.post("/v1/completions", {**body, "n": 2})
+                assert both.status_code == 429 and own.service.worker.engine.waiting == 2
         refused = own.post("/v1/completions", {**body, "stream": True})
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
-        both = own.post("/v1/completions", {**body, "n": 2})
-        assert both.status_code == 429 and own.service.worker.engine.waiting == 2
+        never = own.post("/v1/completions", {**body, "n": 4})
+        assert never.status_code == 400 and "at most 3" in never.json()["error"]["message"]
         own.service.worker.start()
         for thread in threads:
             thread.join()
-        assert [answer.status_code for answer in answers] == [200, 200]
+        assert [answer.status_code for answer in answers] == [200, 200, 200]
         own.service.worker.start = lambda: None
 
 
@@ -410,7 +422,7 @@ def test_an_engine_that_fails(base, tmp_path):
         body = {"model": "tiny", "prompt": "the"}
         assert own.get("/readyz").status_code == 200
         response = own.post("/v1/completions", body)
-        assert response.status_code == 503 and "out of memory" in response.json()["error"]["message"]
+        assert response.status_code == 503 and "has failed" in response.json()["error"]["message"]
         assert own.post("/v1/completions", body).status_code == 503
         assert own.get("/healthz").status_code == own.get("/readyz").status_code == 503
 
@@ -431,19 +443,50 @@ def test_metrics(server):
     assert after["spt_jax_prompts"] == len(PROMPTS) and after["spt_jax_prompt_device_bytes"] > 0
 
 
-def test_a_worker_that_was_stopped_leaves_nothing(server):
-    worker = Worker(server.service.worker.engine)
-    worker.start()
-    worker.stop()
-    assert not worker._thread.is_alive()
-    with pytest.raises(ConfigError, match="no prompt"):
-        worker.submit(_request("frond"), lambda news: None)
+def test_a_worker_that_stops_leaves_nobody_waiting(server):
+    """Nor does one whose listener fails."""
+
+    def broken(news):
+        raise RuntimeError("a listener")
+
+    for listener, said in ((None, "stopping"), (broken, "failed")):
+        worker, told = Worker(Engine(server.service.bank, slots=1)), []
+        requests = [Request(np.asarray([1, 10_000], np.int32)), Request(np.asarray([1, 40], np.int32))]
+        with pytest.raises(ConfigError, match="no soft prompt"):  # all or none
+            worker.submit([(own, told.append) for own in reversed(requests)])
+        worker.submit([(requests[1], told.append), (requests[1], listener or told.append)])
+        if listener is None:
+            worker._stopping = True
+        worker.start()
+        worker._thread.join()
+        assert any(news.error is not None and said in str(news.error) for news in told)
+        with pytest.raises(EngineFailedError, match=said):
+            worker.submit([(requests[1], told.append)])
+        assert not worker._listeners
 
 
-def _request(name):
-    from spt_jax.serving.engine import Request
+def test_a_prompt_that_changes_between_reading_and_asking(server, base, folder):
+    """The answer is that of the prompt whose template read the text."""
+    service = server.service
+    save(folder / "moving", base, "front", seed=6)
+    service.load("moving")
+    expected = alone(server, "moving", "the", max_new_tokens=6)[1].text
+    body = CompletionRequest(model="moving", prompt="the", max_tokens=6, temperature=0)
+    (request,) = service.ask(body, [{"text": "the"}], 6)
+    shutil.rmtree(folder / "moving")
+    save(folder / "moving", base, "end", seed=1)
+    service.load("moving")
+    found, ended = [], threading.Event()
 
-    return Request(np.asarray([1, 40], np.int32), name)
+    def listener(news):
+        found.append(news.result)
+        if news.result is not None:
+            ended.set()
+
+    service.worker.submit([(request, listener)])
+    assert ended.wait(20) and found[-1].text == expected
+    service.bank.remove("moving")
+    shutil.rmtree(folder / "moving")
 
 
 def test_a_fuzz_run_finds_no_failure(server, tmp_path):
