@@ -126,7 +126,7 @@ class Worker:
             self.failure = error
             listeners, self._listeners = [listener for listener, _ in self._listeners.values()], {}
         for listener in listeners:
-            listener(News(error=error))
+            self._told(listener, News(error=error))
 
     def _wait(self) -> bool:
         """Until there is something to do; False if nothing more is to be done."""
@@ -144,9 +144,22 @@ class Worker:
         for ticket, (listener, seen) in told:
             if len(ticket.ids) == seen and not ticket.done:
                 continue
-            listener(News(tuple(ticket.ids[seen:]), tuple(ticket.log_probabilities[seen:]), ticket.result))
+            news = News(tuple(ticket.ids[seen:]), tuple(ticket.log_probabilities[seen:]), ticket.result)
+            heard = self._told(listener, news)
             with self._changed:
                 if ticket.done:
                     self._listeners.pop(ticket, None)
+                elif not heard:
+                    self._forget(ticket)
                 elif ticket in self._listeners:
                     self._listeners[ticket] = listener, len(ticket.ids)
+
+    @staticmethod
+    def _told(listener: Listener, news: News) -> bool:
+        """Whether a listener could be told: one that fails ends its own request alone."""
+        try:
+            listener(news)
+        except Exception:
+            logger.exception("a request's listener has failed")
+            return False
+        return True

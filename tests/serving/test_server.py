@@ -444,25 +444,35 @@ def test_metrics(server):
 
 
 def test_a_worker_that_stops_leaves_nobody_waiting(server):
-    """Nor does one whose listener fails."""
+    worker, told = Worker(Engine(server.service.bank, slots=1)), []
+    good, bad = (Request(np.asarray(ids, np.int32)) for ids in ([1, 40], [1, 10_000]))
+    with pytest.raises(ConfigError, match="no soft prompt"):  # all or none
+        worker.submit([(good, told.append), (bad, told.append)])
+    worker.submit([(good, told.append), (good, told.append)])
+    worker._stopping = True
+    worker.start()
+    worker._thread.join()
+    assert [str(news.error) for news in told] == ["the server is stopping"] * 2
+    with pytest.raises(EngineFailedError, match="stopping"):
+        worker.submit([(good, told.append)])
+    assert not worker._listeners
+
+
+def test_a_listener_that_fails_ends_its_own_request_alone(server):
+    ended, worker = threading.Event(), server.service.worker
 
     def broken(news):
         raise RuntimeError("a listener")
 
-    for listener, said in ((None, "stopping"), (broken, "failed")):
-        worker, told = Worker(Engine(server.service.bank, slots=1)), []
-        requests = [Request(np.asarray([1, 10_000], np.int32)), Request(np.asarray([1, 40], np.int32))]
-        with pytest.raises(ConfigError, match="no soft prompt"):  # all or none
-            worker.submit([(own, told.append) for own in reversed(requests)])
-        worker.submit([(requests[1], told.append), (requests[1], listener or told.append)])
-        if listener is None:
-            worker._stopping = True
-        worker.start()
-        worker._thread.join()
-        assert any(news.error is not None and said in str(news.error) for news in told)
-        with pytest.raises(EngineFailedError, match=said):
-            worker.submit([(requests[1], told.append)])
-        assert not worker._listeners
+    def listener(news):
+        if news.result is not None:
+            ended.set()
+
+    request = Request(np.asarray([1, 40], np.int32), None, SamplingConfig(max_new_tokens=20))
+    worker.submit([(request, broken), (request, listener)])
+    assert ended.wait(20)
+    server.wait(lambda engine: engine.idle)
+    assert worker.failure is None
 
 
 def test_a_prompt_that_changes_between_reading_and_asking(server, base, folder):
