@@ -77,9 +77,11 @@ class Load:
         began = time.perf_counter()
         if kind == "vanishes":
             try:
-                await http.post("/v1/completions", json=body, timeout=self.dice.choice((0.005, 0.02, 0.1)))
+                response = await http.post("/v1/completions", json=body, timeout=self.dice.choice((0.005, 0.02, 0.1)))
             except httpx.TimeoutException:
                 return "left before its answer"
+            if response.status_code != 200:
+                return self.refused(response.status_code, body)
             return "answered before it left"
         if kind in ("stream", "leaves"):
             pieces = []
@@ -139,8 +141,8 @@ async def _load(prompts: Path, requests: int) -> dict[str, Any]:
             seconds = time.perf_counter() - began
             metrics = (await http.get("/metrics")).text
             alone = await _again(http, own)
-        process.terminate()
-        process.wait(timeout=90)
+        flood = await _flood(url, names)
+        drained = await _drain(process, url, names)
     finally:
         process.kill()
         process.communicate()
@@ -151,6 +153,8 @@ async def _load(prompts: Path, requests: int) -> dict[str, Any]:
         "clients": CLIENTS,
         "outcomes": dict(sorted(own.outcomes.items())),
         "answers_checked_alone_afterwards": alone,
+        "flood": flood,
+        "streams_that_ended_after_sigterm": drained,
         "seconds": seconds,
         "requests_per_second": requests / seconds,
         "tokens_per_second": tokens / seconds,
@@ -168,6 +172,45 @@ async def _load(prompts: Path, requests: int) -> dict[str, Any]:
             "growth_of_the_second_half": memory[-1] / memory[half] - 1,
         },
     }
+
+
+async def _flood(url: str, names: list[str], clients: int = 600) -> dict[str, int]:
+    """More requests at one moment than slots and queue hold."""
+    found: collections.Counter[str] = collections.Counter()
+
+    async def ask(http: httpx.AsyncClient, number: int) -> None:
+        body = {"model": names[number % len(names)], "prompt": TEXTS[0], "max_tokens": 32, "temperature": 0}
+        response = await http.post("/v1/completions", json=body)
+        retry = "retry-after" in response.headers
+        found[f"{response.status_code}{' with Retry-After' if retry else ''}"] += 1
+
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=clients)) as http:
+        await asyncio.gather(*(ask(http, number) for number in range(clients)))
+    return dict(found)
+
+
+async def _drain(process: subprocess.Popen[str], url: str, names: list[str], count: int = 32) -> dict[str, int]:
+    """SIGTERM while streams are open; the server ends by itself."""
+    found: collections.Counter[str] = collections.Counter()
+    begun = asyncio.Event()
+
+    async def ask(http: httpx.AsyncClient, name: str) -> None:
+        body = {"model": name, "prompt": TEXTS[0], "max_tokens": 150, "temperature": 0, "stream": True}
+        last = ""
+        async with http.stream("POST", "/v1/completions", json=body) as response:
+            async for line in response.aiter_lines():
+                last = line or last
+                begun.set()
+        found["whole" if last == "data: [DONE]" else "cut off"] += 1
+
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=count)) as http:
+        asked = [asyncio.create_task(ask(http, name)) for name in names[:count]]
+        await begun.wait()
+        await asyncio.sleep(0.2)  # in which the last of them have come in
+        process.terminate()
+        await asyncio.gather(*asked)
+    await asyncio.to_thread(process.wait, 90)
+    return dict(found)
 
 
 async def _again(http: httpx.AsyncClient, own: Load, count: int = 300) -> dict[str, int]:

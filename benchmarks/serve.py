@@ -163,7 +163,7 @@ def batching(bank: Any, runs: int) -> dict[str, Any]:
 
 
 def peft_rate(folder: Path, runs: int) -> dict[str, Any]:
-    """PEFT's tokens per second for the same prompt and texts as a batch, and the texts that it gives."""
+    """PEFT's tokens per second for the same prompt and texts as a batch."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -189,7 +189,7 @@ def peft_rate(folder: Path, runs: int) -> dict[str, Any]:
 
 
 def against_peft(bank: Any, prompts: Path, runs: int) -> dict[str, Any]:
-    """Ours and PEFT's, in processes of their own, in turn."""
+    """Ours and PEFT's, one after the other, in processes of their own."""
     import spt_jax
 
     engine = spt_jax.Engine(bank, slots=SLOTS)
@@ -266,6 +266,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 from benchmarks.load import load
 
                 report[part] = load(prompts, options.requests)
+            if part == "load" and any(name.startswith(("wrong", "failed")) for name in report[part]["outcomes"]):
+                raise SystemExit(
+                    f"not every request was answered rightly or refused clearly: {report[part]['outcomes']}"
+                )
             print(part, json.dumps({k: v for k, v in report[part].items() if not k.endswith("_of_runs")}, indent=1))
             common.write_json(path, report)
 

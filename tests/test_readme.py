@@ -45,7 +45,7 @@ def test_every_such_command_is_shown():
     assert {name for name, _ in COMMANDS} == set(JOBS)
 
 
-FILES = sorted(set(re.findall(r"(?:configs|colab|docs|benchmarks|spt_jax)/[\w/.-]+\w", README)))
+FILES = sorted(set(re.findall(r"(?:configs|colab|deploy|docs|benchmarks|spt_jax)/[\w/.-]+\w", README)))
 
 
 @pytest.mark.parametrize("path", FILES)

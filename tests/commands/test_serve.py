@@ -68,6 +68,18 @@ def test_it_serves_and_drains(folder):
         process.communicate()
 
 
+def test_readme_s_client(folder, capsys):
+    """As it stands there, against a server."""
+    (block,) = re.findall(r"```\n(import openai\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    process, url = start("--base", str(STARTER), "--prompts", str(folder), "--slots", "1", "--name", "starter")
+    try:
+        exec(compile(block.replace("http://127.0.0.1:8000", url), "README.md", "exec"), {})
+    finally:
+        process.terminate()
+        process.communicate()
+    assert len(capsys.readouterr().out.split()) > 5
+
+
 def test_what_it_will_not_start_with(folder, tmp_path, capsys):
     def said(*words: str) -> str:
         assert main(["serve", "--base", str(STARTER), *words]) in (1, 2)
