@@ -71,10 +71,13 @@ class GatedPrefix:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of earlier tokens of each row. Slots that hold nothing yet have segment 0."""
+    """Keys and values of earlier tokens of each row. Slots that hold nothing yet have segment 0.
 
-    keys: Float[Array, "L B S K H"]
-    values: Float[Array, "L B S K H"]
+    There may be more of them than positions, C > S: what lies beyond is not read.
+    """
+
+    keys: Float[Array, "L B C K H"]
+    values: Float[Array, "L B C K H"]
     positions: Int[Array, "B S"]
     segments: Int[Array, "B S"]
 

@@ -122,6 +122,9 @@ class Attention(nn.Module):
                 out = ring_attend(self.mesh, queries, keys, values, *places, **options)
             else:
                 masks = shared.masks
+                if cache is not None:
+                    held = masks[-2].shape[-1]  # the row's own mask is the last
+                    cache = jax.tree.map(lambda a: a[:, :held], cache)
                 if shared.window_masks is not None:
                     masks = _choose(layer.windowed, shared.window_masks, masks)
                 pairs = [pair for pair in (prefix, cache, (keys, values)) if pair is not None]

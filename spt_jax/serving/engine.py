@@ -69,7 +69,7 @@ class Engine:
     """Answers requests in a fixed number of slots. Any thread may `submit`; one thread steps and cancels.
 
     One program decodes whatever mixture of prompts, lengths and sampling the slots hold; a request's own ids run once,
-    in a program per length rounded up to 32, 64, 128, ... Its prompt's keys and values are copied, and computed once.
+    in a program per length rounded up to 16, 32, 64, ... Its prompt's keys and values are copied, and computed once.
     """
 
     def __init__(self, bank: PromptBank, *, slots: int = 16, context: int | None = None):
@@ -233,7 +233,8 @@ class Engine:
 
     def _bucket(self, held: Held, length: int) -> int:
         """The length of the program for so many own ids."""
-        return min(BUCKET * 2 ** ((length - 1) // BUCKET).bit_length(), self._capacity - _taken(held))
+        least = BUCKET // 2
+        return min(least * 2 ** ((length - 1) // least).bit_length(), self._capacity - _taken(held))
 
     def _inputs(self, held: Held, own: np.ndarray, how: SamplingConfig) -> tuple[Any, ...]:
         """What `slots.admit` takes of a request."""

@@ -87,7 +87,7 @@ class FolderWatch:
         gone, self._missing = sorted(missing & self._missing), missing
         for name in gone:
             with contextlib.suppress(ConfigError):  # someone else has removed it
-                self._service.bank.remove(name)
+                self._service.remove(name)
             del self._seen[name]
         return tuple(gone)
 

@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
@@ -16,14 +17,19 @@ class BodyLimits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+
+        async def refuse(status: int, message: str) -> None:
+            content = error_body(message, "invalid_request_error")
+            await JSONResponse(content, status, headers={"connection": "close"})(scope, receive, send)
+
         try:
             async with asyncio.timeout(self._seconds):
                 messages = await self._read(receive)
         except TimeoutError:
-            await _refuse(send, 408, f"the body did not come within {self._seconds:g} seconds")
+            await refuse(408, f"the body did not come within {self._seconds:g} seconds")
             return
         if messages is None:
-            await _refuse(send, 413, f"the body has more than {self._max_bytes} bytes")
+            await refuse(413, f"the body has more than {self._max_bytes} bytes")
             return
 
         async def replay() -> Message:
@@ -47,11 +53,3 @@ class BodyLimits:
 def error_body(message: str, kind: str, **more: Any) -> dict[str, Any]:
     """An error as OpenAI's API has it."""
     return {"error": {"message": message, "type": kind, "param": None, "code": None, **more}}
-
-
-async def _refuse(send: Send, status: int, message: str) -> None:
-    from starlette.responses import JSONResponse
-
-    response = JSONResponse(error_body(message, "invalid_request_error"), status, headers={"connection": "close"})
-    await send({"type": "http.response.start", "status": status, "headers": response.raw_headers})
-    await send({"type": "http.response.body", "body": response.body})

@@ -238,7 +238,7 @@ async def remove_prompt(name: str, request: Request) -> Any:
     _check_admin(request)
     if service.known(name) is None:
         raise RefusedError(422, f"{name!r} is the base", param="name")
-    service.bank.remove(name)
+    service.remove(name)
     return api.Deleted(id=name, deleted=True)
 
 

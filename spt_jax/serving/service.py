@@ -88,6 +88,15 @@ class Service:
             raise RefusedError(400, f"prompt {name!r}: {error}", code="invalid_prompt") from error
         self.created[name] = int(time.time())
 
+    def remove(self, name: str) -> None:
+        """Forgets a prompt.
+
+        Raises:
+          UnknownPromptError: there is none of this name.
+        """
+        self.bank.remove(name)
+        self.created.pop(name, None)
+
     def warm(self, name: str) -> None:
         """Computes what a prompt's requests share, and compiles what the shortest of them need."""
         held = self.bank.held(name)

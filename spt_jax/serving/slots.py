@@ -8,7 +8,6 @@ stands, and segment 0 marks what holds nothing. Pure functions that take the fro
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -142,38 +141,25 @@ def decode(
       The slots, the new ids, and their log-probabilities under the model's own distribution.
     """
     numbers = jnp.arange(slots.ids.shape[0])
-    whole = slots.cache
-    near = Cache(
-        whole.keys[:, :, :reach], whole.values[:, :, :reach], whole.positions[:, :reach], whole.segments[:, :reach]
-    )
 
-    def advance(slots: Slots, _: None) -> tuple[Slots, tuple[Array, ...]]:
+    def advance(slots: Slots, _: None) -> tuple[Slots, tuple[Array, Array]]:
         own = jnp.ones_like(slots.ids)[:, None]
         stream = Stream(slots.positions[:, None], own, jnp.zeros_like(own))
+        cache = slots.cache
+        near = dataclasses.replace(cache, positions=cache.positions[:, :reach], segments=cache.segments[:, :reach])
         hidden, (keys, values) = run_stream(
-            module, frozen, None, slots.ids[:, None], stream, None, slots.cache, return_keys_values=True
+            module, frozen, None, slots.ids[:, None], stream, None, near, return_keys_values=True
         )
         chosen, found = next_tokens(logits(module, frozen, hidden[:, 0]), slots.steps, slots.sampling)
         at = jnp.minimum(slots.filled, reach - 1)
         cache = Cache(
-            slots.cache.keys.at[:, numbers, at].set(keys[:, :, 0]),
-            slots.cache.values.at[:, numbers, at].set(values[:, :, 0]),
-            slots.cache.positions.at[numbers, at].set(slots.positions),
-            slots.cache.segments.at[numbers, at].set(busy.astype(jnp.int32)),
+            cache.keys.at[:, numbers, at].set(keys[:, :, 0]),
+            cache.values.at[:, numbers, at].set(values[:, :, 0]),
+            cache.positions.at[numbers, at].set(slots.positions),
+            cache.segments.at[numbers, at].set(busy.astype(jnp.int32)),
         )
         moved = Slots(cache, slots.filled + 1, chosen, slots.positions + 1, slots.steps + 1, slots.sampling)
-        return moved, (chosen, found, keys[:, :, 0], values[:, :, 0])
+        return moved, (chosen, found)
 
-    moved, (ids, log_probabilities, keys, values) = jax.lax.scan(
-        advance, dataclasses.replace(slots, cache=near), None, length=count
-    )
-    # Of keys and values, the new ones alone go back: the rest is as it was, and large.
-    at = jnp.minimum(slots.filled[:, None] + jnp.arange(count)[None], reach - 1)
-    put = functools.partial(jax.lax.dynamic_update_slice, start_indices=(0, 0))
-    cache = Cache(
-        whole.keys.at[:, numbers[:, None], at].set(jnp.moveaxis(keys, 0, 2)),
-        whole.values.at[:, numbers[:, None], at].set(jnp.moveaxis(values, 0, 2)),
-        put(whole.positions, moved.cache.positions),
-        put(whole.segments, moved.cache.segments),
-    )
-    return dataclasses.replace(moved, cache=cache), ids, log_probabilities
+    slots, (ids, log_probabilities) = jax.lax.scan(advance, slots, None, length=count)
+    return slots, ids, log_probabilities
