@@ -22,7 +22,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import traverse_util
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from spt_jax.errors import CheckpointError
 from spt_jax.models.attention import Stream
@@ -261,7 +261,7 @@ def read_params(
     return traverse_util.unflatten_dict(leaves), hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _placed(buffer: np.ndarray, sharding: NamedSharding) -> jax.Array:
+def _placed(buffer: np.ndarray, sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback(buffer.shape, sharding, buffer.__getitem__)
 
 
