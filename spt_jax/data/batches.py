@@ -210,6 +210,11 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+def bucket(number: int, least: int) -> int:
+    """The smallest of `least`, twice, four times, ... of it that is not below the number."""
+    return least * 2 ** ((number - 1) // least).bit_length()
+
+
 def assign_rows(needs: Sequence[Slots], plan: BatchPlan) -> list[list[int]]:
     """First-fit decreasing: which examples go into which row. Each must fit a row of its own.
 

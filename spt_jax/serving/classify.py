@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spt_jax.data.batches import multiples, pack, place_batch, plan_batches, round_up
+from spt_jax.data.batches import bucket, multiples, pack, place_batch, plan_batches, round_up
 from spt_jax.errors import ConfigError
 from spt_jax.evaluation import log_softmax, row_scores
 from spt_jax.generation import BUCKET
@@ -48,8 +48,8 @@ class Classifier:
         plan = plan_batches(examples, lead=len(held.lead), batch_size=len(examples), packing=False, **shapes)
         plan = dataclasses.replace(
             plan,
-            length=_bucket(plan.length, round_up(BUCKET, shapes["length_multiple"])),
-            row_buckets=(_bucket(len(examples), shapes["multiple"]),),
+            length=bucket(plan.length, round_up(BUCKET, shapes["length_multiple"])),
+            row_buckets=(bucket(len(examples), shapes["multiple"]),),
         )
         batch = pack(examples, plan)
         rows = place_batch(batch, base.mesh).rows
@@ -67,8 +67,3 @@ class Classifier:
             total = held.start - len(held.lead) + len(ids)
             if total > limit:
                 raise ConfigError(f"{total} tokens of the prompt; {self._bank.base.name!r} has {limit} positions")
-
-
-def _bucket(number: int, least: int) -> int:
-    """A multiple of `least` that is a power of two times it."""
-    return least * 2 ** (-(-number // least) - 1).bit_length()

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from spt_jax.data.batches import round_up
+from spt_jax.data.batches import bucket, round_up
 from spt_jax.decoding import RowSampling
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.generation import (
@@ -68,8 +68,8 @@ class Ticket:
 class Engine:
     """Answers requests in a fixed number of slots. Any thread may `submit`; one thread steps and cancels.
 
-    One program decodes whatever mixture of prompts, lengths and sampling the slots hold; a request's own ids run once,
-    in a program per length rounded up to 16, 32, 64, ... Its prompt's keys and values are copied, and computed once.
+    The program that decodes takes any mixture of prompts, lengths and sampling; there is one for every doubling of what
+    the fullest slot holds. A request's own ids run once, in a program per length rounded up to 16, 32, 64, ... Its prompt's keys and values are copied, and computed once.
     """
 
     def __init__(self, bank: PromptBank, *, slots: int = 16, context: int | None = None):
@@ -215,7 +215,7 @@ class Engine:
 
     def _reach(self, entries: int) -> int:
         """How much of the slots the program for so many entries reads."""
-        return min(2 * BUCKET * 2 ** ((entries - 1) // (2 * BUCKET)).bit_length(), self._capacity)
+        return min(bucket(entries, 2 * BUCKET), self._capacity)
 
     def _admit(self, slot: int, ticket: Ticket) -> tuple[jax.Array, jax.Array]:
         """Puts a request into a slot; its first token and log-probability."""
@@ -233,8 +233,7 @@ class Engine:
 
     def _bucket(self, held: Held, length: int) -> int:
         """The length of the program for so many own ids."""
-        least = BUCKET // 2
-        return min(least * 2 ** ((length - 1) // least).bit_length(), self._capacity - _taken(held))
+        return min(bucket(length, BUCKET // 2), self._capacity - _taken(held))
 
     def _inputs(self, held: Held, own: np.ndarray, how: SamplingConfig) -> tuple[Any, ...]:
         """What `slots.admit` takes of a request."""
