@@ -69,7 +69,8 @@ class Engine:
     """Answers requests in a fixed number of slots. Any thread may `submit`; one thread steps and cancels.
 
     The program that decodes takes any mixture of prompts, lengths and sampling; there is one for every doubling of what
-    the fullest slot holds. A request's own ids run once, in a program per length rounded up to 16, 32, 64, ... Its prompt's keys and values are copied, and computed once.
+    the fullest slot holds. A request's own ids run once, in a program per length rounded up to 16, 32, 64, ... Its
+    prompt's keys and values are copied, and computed once.
     """
 
     def __init__(self, bank: PromptBank, *, slots: int = 16, context: int | None = None):
