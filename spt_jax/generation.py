@@ -99,7 +99,7 @@ def programs(mesh: Mesh) -> Programs:
     """One set per mesh. Where a state lies is said, for a compiler left to itself may move it from call to call."""
     rows: Any = row_sharding(mesh)
     everywhere: Any = replicated(mesh)
-    row_heads: Any = NamedSharding(mesh, PartitionSpec(None, *rows.spec, None, "tensor"))
+    row_heads: Any = NamedSharding(mesh, PartitionSpec(None, *rows.spec, "tensor"))
     prefix_heads: Any = NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
     cache: Any = Cache(row_heads, row_heads, rows, rows)
     state: Any = DecodeState(step=everywhere, ids=rows, log_probabilities=rows, ended=rows, cache=cache)

@@ -73,13 +73,28 @@ class GatedPrefix:
 class Cache:
     """Keys and values of earlier tokens of each row. Slots that hold nothing yet have segment 0.
 
-    There may be more of them than positions, C > S: what lies beyond is not read.
+    There may be more of them than positions, C > S: what lies beyond is not read. They lie in the order in which the
+    products of attention read them, which saves every step of decoding a copy of them all.
     """
 
-    keys: Float[Array, "L B C K H"]
-    values: Float[Array, "L B C K H"]
+    keys: Float[Array, "L B K H C"]
+    values: Float[Array, "L B K C H"]
     positions: Int[Array, "B S"]
     segments: Int[Array, "B S"]
+
+
+def to_cache(
+    keys: Float[Array, "*N C K H"], values: Float[Array, "*N C K H"]
+) -> tuple[Float[Array, "*N K H C"], Float[Array, "*N K C H"]]:
+    """Keys and values in the order of a `Cache`."""
+    return jnp.moveaxis(keys, -3, -1), jnp.swapaxes(values, -3, -2)
+
+
+def from_cache(
+    keys: Float[Array, "*N K H C"], values: Float[Array, "*N K C H"]
+) -> tuple[Float[Array, "*N C K H"], Float[Array, "*N C K H"]]:
+    """The inverse of `to_cache`."""
+    return jnp.moveaxis(keys, -1, -3), jnp.swapaxes(values, -3, -2)
 
 
 def visible(

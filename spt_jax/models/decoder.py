@@ -19,6 +19,7 @@ from spt_jax.models.attention import (
     Stream,
     attend,
     attention_weights,
+    from_cache,
     soft_capped,
     visible,
     within_window,
@@ -124,7 +125,7 @@ class Attention(nn.Module):
                 masks = shared.masks
                 if cache is not None:
                     held = masks[-2].shape[-1]  # the row's own mask is the last
-                    cache = jax.tree.map(lambda a: a[:, :held], cache)
+                    cache = from_cache(cache[0][..., :held], cache[1][:, :, :held])
                 if shared.window_masks is not None:
                     masks = _choose(layer.windowed, shared.window_masks, masks)
                 pairs = [pair for pair in (prefix, cache, (keys, values)) if pair is not None]

@@ -296,7 +296,7 @@ def _programs(mesh: Mesh) -> _Programs:
     """The compiled functions of `slots`, each of which takes the slots over."""
     rows: Any = row_sharding(mesh)
     everywhere: Any = replicated(mesh)
-    heads: Any = NamedSharding(mesh, PartitionSpec(None, *rows.spec, None, "tensor"))
+    heads: Any = NamedSharding(mesh, PartitionSpec(None, *rows.spec, "tensor"))
     sampling: Any = RowSampling(rows, rows, rows, rows, rows)
     slots: Any = Slots(Cache(heads, heads, rows, rows), rows, rows, rows, rows, sampling)
     return _Programs(

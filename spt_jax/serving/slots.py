@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from spt_jax.base import logits
 from spt_jax.decoding import RowSampling, next_tokens
 from spt_jax.forward import run_stream
-from spt_jax.models.attention import NEVER, Cache, Prefix, Stream
+from spt_jax.models.attention import NEVER, Cache, Prefix, Stream, to_cache
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.hf import Params
 from spt_jax.prompts.virtual import VirtualPrompt
@@ -59,9 +59,9 @@ class RequestIds:
 def empty_slots(module: Decoder, dtype: jnp.dtype, count: int, capacity: int) -> Slots:
     """Slots of which none holds a request, with room for so many positions in each."""
     config = module.config
-    shape = (config.layers, count, capacity, config.kv_heads, config.head_size)
+    empty = jnp.zeros((config.layers, count, capacity, config.kv_heads, config.head_size), dtype)
     places = jnp.zeros((count, capacity), jnp.int32)
-    cache = Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), places, places)
+    cache = Cache(*to_cache(empty, empty), places, places)
     none = jnp.zeros(count, jnp.int32)
     sampling = RowSampling(jnp.zeros(count), none, jnp.ones(count), none.astype(jnp.uint32), none)
     return Slots(cache, none, none, none, none, sampling)
@@ -104,7 +104,7 @@ def admit(
         held = (prefix.positions != NEVER).astype(jnp.int32)
         at = jnp.where(held > 0, prefix.positions, 0)
         parts.insert(0, (prefix.keys[:, None].astype(keys.dtype), prefix.values[:, None].astype(keys.dtype), at, held))
-    keys, values = (jnp.concatenate([part[i] for part in parts], axis=2) for i in (0, 1))
+    keys, values = to_cache(*(jnp.concatenate([part[i] for part in parts], axis=2) for i in (0, 1)))
     positions, segments = (jnp.concatenate([part[i] for part in parts]) for i in (2, 3))
     taken = positions.shape[0]
     put = jax.lax.dynamic_update_slice
@@ -153,8 +153,8 @@ def decode(
         chosen, found = next_tokens(logits(module, frozen, hidden[:, 0]), slots.steps, slots.sampling)
         at = jnp.minimum(slots.filled, reach - 1)
         cache = Cache(
-            cache.keys.at[:, numbers, at].set(keys[:, :, 0]),
-            cache.values.at[:, numbers, at].set(values[:, :, 0]),
+            cache.keys.at[:, numbers, :, :, at].set(jnp.swapaxes(keys[:, :, 0], 0, 1)),
+            cache.values.at[:, numbers, :, at].set(jnp.swapaxes(values[:, :, 0], 0, 1)),
             cache.positions.at[numbers, at].set(slots.positions),
             cache.segments.at[numbers, at].set(busy.astype(jnp.int32)),
         )

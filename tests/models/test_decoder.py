@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from spt_jax.base import embed, logits, run_layers
-from spt_jax.models.attention import Cache, Prefix
+from spt_jax.models.attention import Cache, Prefix, to_cache
 from spt_jax.testing import FAMILIES, tiny_base
 from tests.golden.cases import CASES, GOLDEN, KEPT, LENGTH, token_ids
 from tests.layouts import Run, every_layout, forward, lay_out
@@ -140,7 +140,7 @@ def test_a_cache_with_empty_slots_equals_the_whole_row():
     for i, n in enumerate(cached):
         held[0][:, i, :n], held[1][:, i, :n] = keys[:, i, :n], values[:, i, :n]
         positions[i, :n], segments[i, :n] = np.arange(n), 1
-    cache = Cache(*map(jnp.asarray, (*held, positions, segments)))
+    cache = Cache(*to_cache(*map(jnp.asarray, held)), jnp.asarray(positions), jnp.asarray(segments))
     runs = [Run(i, 0, e[n:], e[:n]) for i, (e, n) in enumerate(zip(examples, cached, strict=True))]
     ours, _ = forward(base, *lay_out(runs, 10), None, cache)
     for run, n in zip(runs, cached, strict=True):

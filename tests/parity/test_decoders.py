@@ -9,7 +9,7 @@ import safetensors.numpy
 torch = pytest.importorskip("torch")
 
 from spt_jax.base import embed, load_base, logits, run_layers
-from spt_jax.models.attention import Cache, Prefix
+from spt_jax.models.attention import Cache, Prefix, to_cache
 from spt_jax.testing import write_tiny_checkpoint
 from tests.golden.cases import CASES, LENGTH, token_ids
 from tests.layouts import Run, every_layout, forward, lay_out, row_logits
@@ -160,15 +160,16 @@ def test_decoding_from_a_cache(name, tmp_path):
     ids = token_ids(case)[:24]
     config, slots = base.config, 32
     empty = jnp.full((config.layers, 1, slots, config.kv_heads, config.head_size), 1e3)
-    cache = Cache(empty, empty, jnp.zeros((1, slots), jnp.int32), jnp.zeros((1, slots), jnp.int32))
+    cache = Cache(*to_cache(empty, empty), *(jnp.zeros((1, slots), jnp.int32) for _ in range(2)))
     steps = []
     for i, token in enumerate(ids):
         row, stream = lay_out([Run(0, 0, np.asarray([token]), ids[:i])], 1)
-        scores, (keys, values) = forward(base, row, stream, None, cache)
+        scores, new = forward(base, row, stream, None, cache)
+        keys, values = to_cache(*new)
         steps.append(np.asarray(scores[0, 0]))
         cache = Cache(
-            cache.keys.at[:, :, i].set(keys[:, :, 0]),
-            cache.values.at[:, :, i].set(values[:, :, 0]),
+            cache.keys.at[..., i].set(keys[..., 0]),
+            cache.values.at[..., i, :].set(values[..., 0, :]),
             cache.positions.at[:, i].set(i),
             cache.segments.at[:, i].set(1),
         )

@@ -109,7 +109,8 @@ def folder(base, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def server(base, folder):
+    """Of one module: between two, compiled programs may be forgotten."""
     with serving(base, folder) as found:
         yield found
