@@ -2,13 +2,12 @@
 
 import asyncio
 import dataclasses
-import functools
 import itertools
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Literal
 
-from spt_jax.generation import Generated, continuation_text, endings, is_opening
+from spt_jax.generation import Generated
 from spt_jax.serving import protocol as api
 from spt_jax.serving.engine import Request, Ticket
 from spt_jax.serving.metrics import Metrics
@@ -74,19 +73,12 @@ class Answer:
     """The choices of one HTTP request, each a request of the engine's."""
 
     def __init__(self, worker: Worker, requests: Sequence[Request], metrics: Metrics, *, each: int, grows: bool):
-        base = worker.engine.bank.base
         self._worker, self._requests, self._metrics = worker, requests, metrics
         self._each, self._grows = each, grows
         self._news: asyncio.Queue[tuple[int, News]] = asyncio.Queue()
         self._tickets: list[Ticket] = []
         self._began = time.perf_counter()
-        self.choices = [
-            Choice(
-                functools.partial(continuation_text, base.tokenizer, opens=is_opening(base, request.ids)),
-                endings(base.tokenizer, request.sampling.stop).texts,
-            )
-            for request in requests
-        ]
+        self.choices: list[Choice] = []
 
     @classmethod
     async def begin(
@@ -113,11 +105,12 @@ class Answer:
 
         asked = [(request, listener(index)) for index, request in enumerate(requests)]
         answer._tickets = await asyncio.to_thread(worker.submit, asked)
+        answer.choices = [Choice(ticket.text_of, ticket.ends.texts) for ticket in answer._tickets]
         return answer
 
     def cancel(self) -> None:
         """Ends what has no answer yet."""
-        for ticket, choice in zip(self._tickets, self.choices, strict=False):
+        for ticket, choice in zip(self._tickets, self.choices, strict=True):
             if choice.finished is None:
                 self._worker.cancel(ticket)
 

@@ -16,6 +16,7 @@ from spt_jax.decoding import RowSampling
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.generation import (
     BUCKET,
+    Endings,
     Generated,
     SamplingConfig,
     answer,
@@ -32,6 +33,9 @@ from spt_jax.sharding import replicated, row_sharding, row_shards
 
 # Tokens between two looks of the host: at new requests, and at what has ended.
 CHUNK = 4
+
+# How many requests at a time one program lets in.
+SIZES = (1, 4, 16)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,10 +59,14 @@ class Ticket:
     """A request under way: the ids that it has got, and in the end what came of it; None if it was cancelled.
 
     held: what its prompt was when it came, whatever becomes of the prompt.
+    ends: what ends the answer.
+    text_of: the text of its ids.
     """
 
     request: Request
     held: Held
+    ends: Endings
+    text_of: Callable[[list[int]], str]
     ids: list[int] = dataclasses.field(default_factory=list)
     log_probabilities: list[float] = dataclasses.field(default_factory=list)
     done: bool = False
@@ -68,9 +76,10 @@ class Ticket:
 class Engine:
     """Answers requests in a fixed number of slots. Any thread may `submit`; one thread steps and cancels.
 
-    The program that decodes takes any mixture of prompts, lengths and sampling; there is one for every doubling of what
-    the fullest slot holds. A request's own ids run once, in a program per length rounded up to 16, 32, 64, ... Its
-    prompt's keys and values are copied, and computed once.
+    The program that decodes takes any mixture of prompts, lengths and sampling; there is one for the fullest slot's
+    entries rounded up to 48, 64, 96, 128, ... A request's own ids run once, in a program per length rounded up to 16,
+    32, 64, ... and per number of such requests that come at once. Its prompt's keys and values are copied, and
+    computed once.
     """
 
     def __init__(self, bank: PromptBank, *, slots: int = 16, context: int | None = None):
@@ -93,6 +102,7 @@ class Engine:
         self.context = min(context or base.config.max_positions, base.config.max_positions)
         self._capacity = round_up(self.context, BUCKET) + 3 * BUCKET
         self._let_in = False
+        self._sizes = [size for size in SIZES if size <= slots]
         self._compiling = threading.Lock()
         self._programs = _programs(base.mesh)
         self._slots = self._programs.empty(base.module, base.dtype, slots, self._capacity)
@@ -139,7 +149,7 @@ class Engine:
         needed = held.start + len(own) + request.sampling.max_new_tokens
         if needed > self.context:
             raise ConfigError(f"the request takes {needed} positions; a slot has {self.context}")
-        ticket = Ticket(dataclasses.replace(request, ids=ids), held)
+        ticket = self._ticket(dataclasses.replace(request, ids=ids), held)
         self._waiting.append(ticket)
         return ticket
 
@@ -160,14 +170,12 @@ class Engine:
         """Lets waiting requests into free slots, or chooses a few tokens for all, in turn; returns what has ended."""
         base = self.bank.base
         self._let_in = not self._let_in and bool(self._waiting) and not all(self._busy)
-        admitted = {}
-        for slot, ticket in enumerate(self._busy):
-            if self._let_in and ticket is None and self._waiting:
-                admitted[slot] = self._admit(slot, self._waiting[0])
-                self._busy[slot] = self._waiting.popleft()
+        admitted = [self._admit(*group) for group in self._groups()] if self._let_in else []
         ended = []
-        for slot, (id_, log_probability) in admitted.items():
-            ended += self._take(slot, np.asarray(id_)[None], np.asarray(log_probability)[None])
+        for slots, *new in admitted:
+            ids, log_probabilities = map(np.asarray, new)
+            for number, slot in enumerate(slots):
+                ended += self._take(slot, ids[number : number + 1], log_probabilities[number : number + 1])
         busy = np.asarray([ticket is not None for ticket in self._busy])
         if busy.any() and not self._let_in:
             reach = self._reach(max(_filled(ticket) for ticket in self._busy if ticket is not None) + CHUNK)
@@ -199,13 +207,14 @@ class Engine:
 
     def warm(self, held: Held, length: int) -> None:
         """Compiles what a request of so many ids under this prompt needs, if nothing has yet. Any thread may do so."""
-        base, own = self.bank.base, np.zeros(max(1, length - len(held.lead)), np.int32)
-        key = self._key(held, len(own))
+        base, request = self.bank.base, Request(np.zeros(max(length, len(held.lead) + 1), np.int32))
+        key = self._key(held, len(request.ids))
         with self._compiling:
-            if key in self._compiled:
-                return
-            inputs = *self._inputs(held, own, SamplingConfig()), np.int32(0), self._shapes
-            self._compiled[key] = self._programs.admit.lower(base.module, base.params, *inputs).compile()
+            for size in self._sizes:
+                if (size, key) not in self._compiled:
+                    inputs = *self._inputs([self._ticket(request, held)] * size), np.zeros(size, np.int32), self._shapes
+                    program = self._programs.admit.lower(base.module, base.params, *inputs)
+                    self._compiled[size, key] = program.compile()
 
     def warm_decoding(self) -> None:
         """Compiles what requests of any length need besides. Not while there are any."""
@@ -216,58 +225,85 @@ class Engine:
 
     def _reach(self, entries: int) -> int:
         """How much of the slots the program for so many entries reads."""
-        return min(bucket(entries, 2 * BUCKET), self._capacity)
+        whole = bucket(entries, 2 * BUCKET)
+        return min(whole if 4 * entries > 3 * whole else 3 * whole // 4, self._capacity)
 
-    def _admit(self, slot: int, ticket: Ticket) -> tuple[jax.Array, jax.Array]:
-        """Puts a request into a slot; its first token and log-probability."""
-        base, held = self.bank.base, ticket.held
-        own = ticket.request.ids[len(held.lead) :]
-        inputs = *self._inputs(held, own, ticket.request.sampling), np.int32(slot), self._slots
-        compiled = self._compiled.get(self._key(held, len(own))) or functools.partial(self._programs.admit, base.module)
-        self._slots, *first = compiled(base.params, *inputs)
-        return first[0], first[1]
+    def _groups(self) -> list[tuple[list[int], list[Ticket]]]:
+        """Takes waiting requests for the free slots: which slots, and the requests that one program lets into them."""
+        free = [slot for slot, ticket in enumerate(self._busy) if ticket is None]
+        alike: dict[Any, list[Ticket]] = {}
+        for _ in range(min(len(free), len(self._waiting))):
+            ticket = self._waiting.popleft()
+            alike.setdefault(self._key(ticket.held, len(ticket.request.ids)), []).append(ticket)
+        groups = []
+        for tickets in alike.values():
+            while tickets:
+                size = max(size for size in self._sizes if size <= len(tickets))
+                groups.append((free[:size], tickets[:size]))
+                free, tickets = free[size:], tickets[size:]
+        return groups
+
+    def _admit(self, slots: list[int], tickets: list[Ticket]) -> tuple[list[int], jax.Array, jax.Array]:
+        """Puts requests into slots; these, the first tokens and their log-probabilities."""
+        base, first = self.bank.base, tickets[0]
+        program = self._compiled.get((len(tickets), self._key(first.held, len(first.request.ids))))
+        program = program or functools.partial(self._programs.admit, base.module)
+        inputs = *self._inputs(tickets), np.asarray(slots, np.int32), self._slots
+        self._slots, ids, log_probabilities = program(base.params, *inputs)
+        for slot, ticket in zip(slots, tickets, strict=True):
+            self._busy[slot] = ticket
+        return slots, ids, log_probabilities
 
     def _key(self, held: Held, length: int) -> tuple[Any, ...]:
-        """What tells the programs apart that let requests in."""
-        leaves, structure = jax.tree.flatten((held.prefix, held.virtual))
+        """What tells the programs apart that let requests of so many ids in, besides how many requests."""
+        leaves, structure = jax.tree.flatten((held.virtual, held.prefix))
         return structure, tuple(leaf.shape for leaf in leaves), self._bucket(held, length)
 
     def _bucket(self, held: Held, length: int) -> int:
-        """The length of the program for so many own ids."""
-        return min(bucket(length, BUCKET // 2), self._capacity - _taken(held))
+        """The own ids of requests of so many ids, rounded up."""
+        return min(bucket(length - len(held.lead), BUCKET // 2), self._capacity - _taken(held))
 
-    def _inputs(self, held: Held, own: np.ndarray, how: SamplingConfig) -> tuple[Any, ...]:
-        """What `slots.admit` takes of a request."""
-        padded = np.zeros(self._bucket(held, len(own)), np.int32)
-        padded[: len(own)] = own
-        top_k = min(how.top_k, self.bank.base.config.vocab_size)
+    def _inputs(self, tickets: Sequence[Ticket]) -> tuple[Any, ...]:
+        """What `slots.admit` takes of requests."""
+        owns = [ticket.request.ids[len(ticket.held.lead) :] for ticket in tickets]
+        how = [ticket.request.sampling for ticket in tickets]
+        padded = np.zeros((len(tickets), self._bucket(tickets[0].held, len(tickets[0].request.ids))), np.int32)
+        for row, own in zip(padded, owns, strict=True):
+            row[: len(own)] = own
         # Host numbers, which a compiled program takes faster than device arrays made of them.
-        ids: Any = padded, np.int32(len(own)), np.int32(held.start)
-        options: Any = np.float32(how.temperature), np.int32(top_k), np.float32(how.top_p), np.uint32(how.seed)
-        request, sampling = RequestIds(*ids), RowSampling(*options, numbers=np.int32(0))  # type: ignore[arg-type]
-        return held.virtual, held.prefix, request, sampling
+        lengths = np.asarray([len(own) for own in owns], np.int32)
+        starts = np.asarray([ticket.held.start for ticket in tickets], np.int32)
+        sampling: Any = (
+            np.asarray([own.temperature for own in how], np.float32),
+            np.asarray([min(own.top_k, self.bank.base.config.vocab_size) for own in how], np.int32),
+            np.asarray([own.top_p for own in how], np.float32),
+            np.asarray([own.seed for own in how], np.uint32),
+            np.zeros(len(how), np.int32),
+        )
+        prompts = [(ticket.held.virtual, ticket.held.prefix) for ticket in tickets]
+        requests: Any = padded, lengths, starts
+        return prompts, RequestIds(*requests), RowSampling(*sampling)
 
-    def _ticket(self, slot: int) -> Ticket:
-        ticket = self._busy[slot]
-        assert ticket is not None
-        return ticket
+    def _ticket(self, request: Request, held: Held) -> Ticket:
+        base = self.bank.base
+        text_of = functools.partial(continuation_text, base.tokenizer, opens=is_opening(base, request.ids))
+        return Ticket(request, held, endings(base.tokenizer, request.sampling.stop), text_of)
 
     def _take(self, slot: int, ids: np.ndarray, log_probabilities: np.ndarray) -> list[Ticket]:
         """Adds new tokens to a slot's request, up to its end; the request if it has ended, whose slot is then free."""
-        ticket, base = self._ticket(slot), self.bank.base
-        request, checked = ticket.request, len(ticket.ids)
-        ends, last = endings(base.tokenizer, request.sampling.stop), False
+        ticket = self._busy[slot]
+        assert ticket is not None
+        ends, checked, last = ticket.ends, len(ticket.ids), False
         for id_, log_probability in zip(ids.tolist(), log_probabilities.tolist(), strict=True):
             ticket.ids.append(id_)
             ticket.log_probabilities.append(log_probability)
-            last = id_ in ends.ids or len(ticket.ids) == request.sampling.max_new_tokens
+            last = id_ in ends.ids or len(ticket.ids) == ticket.request.sampling.max_new_tokens
             if last:
                 break
-        text_of = functools.partial(continuation_text, base.tokenizer, opens=is_opening(base, request.ids))
-        end = stop_end(text_of, ticket.ids, checked, ends.texts)
+        end = stop_end(ticket.text_of, ticket.ids, checked, ends.texts)
         if not last and end is None:
             return []
-        ticket.result = answer(text_of, ticket.ids, end, ends, ticket.log_probabilities)
+        ticket.result = answer(ticket.text_of, ticket.ids, end, ends, ticket.log_probabilities)
         ticket.ids, ticket.log_probabilities = ticket.result.ids, ticket.result.log_probabilities
         ticket.done = True
         self._busy[slot] = None
@@ -301,7 +337,7 @@ def _programs(mesh: Mesh) -> _Programs:
     slots: Any = Slots(Cache(heads, heads, rows, rows), rows, rows, rows, rows, sampling)
     return _Programs(
         empty=jax.jit(empty_slots, static_argnums=(0, 1, 2, 3), out_shardings=slots),
-        admit=jax.jit(admit, static_argnums=0, donate_argnums=7, out_shardings=(slots, everywhere, everywhere)),
+        admit=jax.jit(admit, static_argnums=0, donate_argnums=6, out_shardings=(slots, everywhere, everywhere)),
         decode=jax.jit(
             decode, static_argnums=(0, 1, 2), donate_argnums=5, out_shardings=(slots, everywhere, everywhere)
         ),

@@ -8,6 +8,7 @@ stands, and segment 0 marks what holds nothing. Pure functions that take the fro
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -45,15 +46,15 @@ class Slots:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RequestIds:
-    """A request's ids behind what its prompt's prefix holds.
+    """Requests' ids behind what their prompts' prefixes hold.
 
-    ids: right-padded; length: how many of them are real, at least 1.
-    start: the position of the first.
+    ids: right-padded; lengths: how many of them are real, at least 1.
+    starts: the position of the first.
     """
 
-    ids: Int[Array, " T"]
-    length: Int[Array, ""]
-    start: Int[Array, ""]
+    ids: Int[Array, "N T"]
+    lengths: Int[Array, " N"]
+    starts: Int[Array, " N"]
 
 
 def empty_slots(module: Decoder, dtype: jnp.dtype, count: int, capacity: int) -> Slots:
@@ -70,64 +71,56 @@ def empty_slots(module: Decoder, dtype: jnp.dtype, count: int, capacity: int) ->
 def admit(
     module: Decoder,
     frozen: Params,
-    virtual: VirtualPrompt | None,
-    prefix: Prefix | None,
-    request: RequestIds,
+    prompts: Sequence[tuple[VirtualPrompt | None, Prefix | None]],
+    requests: RequestIds,
     sampling: RowSampling,
-    slot: Int[Array, ""],
+    at: Int[Array, " N"],
     slots: Slots,
-) -> tuple[Slots, Int[Array, ""], Float[Array, ""]]:
-    """Runs a request's own ids behind its prompt's prefix, puts both into a slot, and chooses the first token.
+) -> tuple[Slots, Int[Array, " N"], Float[Array, " N"]]:
+    """Runs N requests' own ids behind their prompts' prefixes, puts both into slots, and chooses their first tokens.
 
     Args:
-      virtual: rows for virtual ids among the request's.
-      prefix: the prompt's keys and values, of which those at NEVER are padding.
-      sampling: the request's, scalars.
-      slot: which.
+      prompts: of each request, in shapes that are alike: rows for virtual ids among the request's; the prompt's keys
+        and values, of which those at NEVER are padding.
+      sampling: the requests'.
+      at: their slots.
 
     Returns:
-      The slots, the first token and its log-probability.
+      The slots, the first tokens and their log-probabilities.
     """
-    length = request.ids.shape[0]
-    places = jnp.arange(length, dtype=jnp.int32)
-    real = (places < request.length).astype(jnp.int32)
-    positions = request.start + places
-    stream = Stream(positions[None], real[None], jnp.zeros_like(positions)[None])
-    hidden, (keys, values) = run_stream(
-        module, frozen, virtual, request.ids[None], stream, prefix, return_keys_values=True
-    )
-    last = jax.lax.dynamic_index_in_dim(hidden[0], request.length - 1, keepdims=True)
-    first, found = next_tokens(logits(module, frozen, last), jnp.int32(0), sampling)
-    capacity = slots.cache.positions.shape[1]
+    count, length = requests.ids.shape
+    places = jnp.arange(length, dtype=jnp.int32)[None]
+    real = (places < requests.lengths[:, None]).astype(jnp.int32)
+    positions = requests.starts[:, None] + places
+    numbers = jnp.arange(count)
+    virtual, prefix = jax.tree.map(lambda *own: jnp.stack(own), *prompts)
+    stream = Stream(positions, real, jnp.zeros_like(positions), numbers)
+    hidden, (keys, values) = run_stream(module, frozen, virtual, requests.ids, stream, prefix, return_keys_values=True)
+    firsts, found = next_tokens(logits(module, frozen, hidden[numbers, requests.lengths - 1]), jnp.int32(0), sampling)
     parts = [(keys, values, positions, real)]
     if prefix is not None:
         held = (prefix.positions != NEVER).astype(jnp.int32)
-        at = jnp.where(held > 0, prefix.positions, 0)
-        parts.insert(0, (prefix.keys[:, None].astype(keys.dtype), prefix.values[:, None].astype(keys.dtype), at, held))
+        lead_keys, lead_values = (jnp.swapaxes(a, 0, 1).astype(keys.dtype) for a in (prefix.keys, prefix.values))
+        parts.insert(0, (lead_keys, lead_values, jnp.where(held > 0, prefix.positions, 0), held))
     keys, values = to_cache(*(jnp.concatenate([part[i] for part in parts], axis=2) for i in (0, 1)))
-    positions, segments = (jnp.concatenate([part[i] for part in parts]) for i in (2, 3))
-    taken = positions.shape[0]
-    put = jax.lax.dynamic_update_slice
-    cache = slots.cache
-
-    def row(values: Int[Array, " P"]) -> Int[Array, "1 C"]:
-        return jnp.pad(values, (0, capacity - taken))[None]
-
+    positions, segments = (jnp.concatenate([part[i] for part in parts], axis=1) for i in (2, 3))
+    taken, cache = positions.shape[1], slots.cache
+    rest = ((0, 0), (0, cache.positions.shape[1] - taken))
     cache = Cache(
-        put(cache.keys, keys, (0, slot, 0, 0, 0)),
-        put(cache.values, values, (0, slot, 0, 0, 0)),
-        put(cache.positions, row(positions), (slot, 0)),
-        put(cache.segments, row(segments), (slot, 0)),
+        cache.keys.at[:, at, ..., :taken].set(keys),
+        cache.values.at[:, at, :, :taken].set(values),
+        cache.positions.at[at].set(jnp.pad(positions, rest)),
+        cache.segments.at[at].set(jnp.pad(segments, rest)),
     )
     slots = Slots(
         cache,
-        slots.filled.at[slot].set(taken - length + request.length),  # new tokens take the padding's place
-        slots.ids.at[slot].set(first[0]),
-        slots.positions.at[slot].set(request.start + request.length),
-        slots.steps.at[slot].set(1),
-        jax.tree.map(lambda all_slots, own: all_slots.at[slot].set(own), slots.sampling, sampling),
+        slots.filled.at[at].set(taken - length + requests.lengths),  # new tokens take the padding's place
+        slots.ids.at[at].set(firsts),
+        slots.positions.at[at].set(requests.starts + requests.lengths),
+        slots.steps.at[at].set(1),
+        jax.tree.map(lambda all_slots, own: all_slots.at[at].set(own), slots.sampling, sampling),
     )
-    return slots, first[0], found[0]
+    return slots, firsts, found
 
 
 def decode(

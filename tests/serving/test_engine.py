@@ -1,5 +1,7 @@
 """The engine answers any mixture of requests as `generate` answers each alone, and prompts come and go meanwhile."""
 
+from unittest import mock
+
 import jax
 import numpy as np
 import pytest
@@ -60,11 +62,33 @@ def same(ours, theirs) -> None:
     np.testing.assert_allclose(ours.log_probabilities, theirs.log_probabilities, atol=1e-4)
 
 
-def test_a_mixture_is_answered_as_each_alone(bank: PromptBank):
-    """Sixteen requests of four kinds through three slots: each starts where another has just ended."""
+@pytest.mark.parametrize("slots", [3, 16])
+def test_a_mixture_is_answered_as_each_alone(bank: PromptBank, slots: int):
+    """Sixteen requests of four kinds: through three slots, where each starts where another has just ended; through
+    sixteen, where those of a kind and length come in together."""
     requests = requests_of(bank)
-    for ours, request in zip(Engine(bank, slots=3).generate(requests), requests, strict=True):
+    for ours, request in zip(Engine(bank, slots=slots).generate(requests), requests, strict=True):
         same(ours, alone(bank, request))
+
+
+def test_requests_of_one_kind_come_in_by_one_program(bank: PromptBank, tmp_path):
+    """Sixteen of five prompts, then seven, four of which come in together."""
+    others = [f"like{seed}" for seed in range(4)]
+    for seed, name in enumerate(others):
+        bank.add(name, saved(tmp_path, bank.base, "front", seed=seed + 5))
+    engine = Engine(bank, slots=16)
+    requests = [
+        Request(bank.request_ids(name, {"text": "a question"}), name, (GREEDY, SAMPLED)[number % 2])
+        for number, name in enumerate([*others, "front"] * 4)
+    ]
+    for group, programs in ((requests[:16], 1), (requests[:7], 4)):
+        with mock.patch.object(engine, "_admit", wraps=engine._admit) as admit:
+            answers = engine.generate(group)
+        assert admit.call_count == programs
+        for ours, request in zip(answers, group, strict=True):
+            same(ours, alone(bank, request))
+    for name in others:
+        bank.remove(name)
 
 
 def test_stop_strings_and_control_tokens(bank: PromptBank):
@@ -82,6 +106,7 @@ def test_prompts_come_and_go_without_a_new_program(bank: PromptBank, tmp_path):
     engine = Engine(bank, slots=2)
     ids = bank.request_ids("front", {"text": "a question"})
     engine.generate([Request(ids, "front", GREEDY)])
+    engine.warm_decoding()
     before = {name: getattr(engine._programs, name)._cache_size() for name in ("admit", "decode")}
     slow = engine.submit(Request(ids, "front", SamplingConfig(max_new_tokens=20)))
     engine.step()
