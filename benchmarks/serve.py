@@ -162,8 +162,8 @@ def batching(bank: Any, runs: int) -> dict[str, Any]:
     return {"tokens_per_second": middle, "ratio": middle["together"] / middle["in turn"]}
 
 
-def peft_rate(folder: Path, runs: int) -> dict[str, Any]:
-    """PEFT's tokens per second for the same prompt and texts as a batch."""
+def peft_rates(folder: Path) -> None:
+    """Prints PEFT's tokens per second for the same prompt and texts as a batch, once for every line that comes in."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -178,18 +178,15 @@ def peft_rate(folder: Path, runs: int) -> dict[str, Any]:
     texts = [TEXTS[i % len(TEXTS)] for i in range(SLOTS)]
     inputs = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
 
-    def run() -> float:
+    for _ in sys.stdin:
         began = time.perf_counter()
         with torch.inference_mode():
             model.generate(**inputs, max_new_tokens=64, min_new_tokens=64, do_sample=False)
-        return SLOTS * 64 / (time.perf_counter() - began)
-
-    run()
-    return {"tokens_per_second": statistics.median(run() for _ in range(runs))}
+        print(SLOTS * 64 / (time.perf_counter() - began), flush=True)
 
 
 def against_peft(bank: Any, prompts: Path, runs: int) -> dict[str, Any]:
-    """Ours and PEFT's, one after the other, in processes of their own."""
+    """Ours and PEFT's, interleaved, in processes of their own."""
     import spt_jax
 
     engine = spt_jax.Engine(bank, slots=SLOTS)
@@ -198,12 +195,19 @@ def against_peft(bank: Any, prompts: Path, runs: int) -> dict[str, Any]:
         words = ["--prompt", str(prompts / "p0000"), "--output", folder]
         export = [sys.executable, "-m", "spt_jax", "export", *words]
         subprocess.run(export, check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[1])
-        engine.generate(requests)
-        ours = statistics.median(rate(engine, requests) for _ in range(runs))
-        own = [sys.executable, __file__, "--peft-of", folder, "--runs", str(runs)]
-        said = subprocess.run(own, check=True, capture_output=True, text=True).stdout
-    theirs = json.loads(said.splitlines()[-1])["tokens_per_second"]
-    return {"tokens_per_second": {"spt_jax": ours, "peft": theirs}, "ratio": ours / theirs}
+        own = [sys.executable, __file__, "--peft-of", folder]
+        with subprocess.Popen(own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdin is not None and other.stdout is not None
+            asked, said = other.stdin, other.stdout
+
+            def theirs() -> float:
+                print(file=asked, flush=True)
+                return float(said.readline())
+
+            found = interleaved(runs, {"spt_jax": lambda: rate(engine, requests), "peft": theirs})
+            asked.close()
+    middle = {name: statistics.median(values) for name, values in found.items()}
+    return {"tokens_per_second": middle, "ratio": middle["spt_jax"] / middle["peft"]}
 
 
 def plot(path: Path, found: dict[str, Any]) -> None:
@@ -239,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     common.use_cores(THREADS)
     if options.peft_of is not None:
-        print(json.dumps(peft_rate(options.peft_of, options.runs)))
+        peft_rates(options.peft_of)
         return
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     path = common.RESULTS / f"serve_{common.machine_name(THREADS)}.json"
@@ -248,7 +252,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "benchmark": "serve",
         "machine": common.machine(THREADS),
         "versions": common.versions(("spt_jax", "jax", "fastapi", "uvicorn", "peft", "torch", "transformers")),
-        "commit": common.commit(),
     }
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts"
@@ -266,6 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 from benchmarks.load import load
 
                 report[part] = load(prompts, options.requests)
+            report[part]["commit"] = common.commit()
             if part == "load" and any(name.startswith(("wrong", "failed")) for name in report[part]["outcomes"]):
                 raise SystemExit(
                     f"not every request was answered rightly or refused clearly: {report[part]['outcomes']}"

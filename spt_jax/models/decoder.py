@@ -131,7 +131,7 @@ class Attention(nn.Module):
                 pairs = [pair for pair in (prefix, cache, (keys, values)) if pair is not None]
                 sources = [Source(k, v, mask) for (k, v), mask in zip(pairs, masks, strict=True)]
                 # A step of decoding has few scores.
-                kernel = self.kernel if cache is None else "xla"
+                kernel = self.kernel if length > 1 else "xla"
                 out = attend(queries, sources, scoring, kernel=kernel, mesh=self.mesh)
                 if self.is_mutable_collection(ATTENTION):
                     self.sow(ATTENTION, "weights", attention_weights(queries, sources, scoring))

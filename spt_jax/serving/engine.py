@@ -77,7 +77,7 @@ class Engine:
     """Answers requests in a fixed number of slots. Any thread may `submit`; one thread steps and cancels.
 
     The program that decodes takes any mixture of prompts, lengths and sampling; there is one for the fullest slot's
-    entries rounded up to 48, 64, 96, 128, ... A request's own ids run once, in a program per length rounded up to 16,
+    entries rounded up to 64, 96, 128, 192, ... A request's own ids run once, in a program per length rounded up to 16,
     32, 64, ... and per number of such requests that come at once. Its prompt's keys and values are copied, and
     computed once.
     """
@@ -225,8 +225,9 @@ class Engine:
 
     def _reach(self, entries: int) -> int:
         """How much of the slots the program for so many entries reads."""
-        whole = bucket(entries, 2 * BUCKET)
-        return min(whole if 4 * entries > 3 * whole else 3 * whole // 4, self._capacity)
+        most = bucket(entries, 2 * BUCKET)
+        fewer = 3 * most // 4
+        return min(fewer if 2 * BUCKET < entries <= fewer else most, self._capacity)
 
     def _groups(self) -> list[tuple[list[int], list[Ticket]]]:
         """Takes waiting requests for the free slots: which slots, and the requests that one program lets into them."""

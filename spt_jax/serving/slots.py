@@ -93,25 +93,20 @@ def admit(
     real = (places < requests.lengths[:, None]).astype(jnp.int32)
     positions = requests.starts[:, None] + places
     numbers = jnp.arange(count)
-    virtual, prefix = jax.tree.map(lambda *own: jnp.stack(own), *prompts)
+    virtual = jax.tree.map(lambda *own: jnp.stack(own), *(virtual for virtual, _ in prompts))
+    lead = _side_by_side([prefix for _, prefix in prompts if prefix is not None])
     stream = Stream(positions, real, jnp.zeros_like(positions), numbers)
-    hidden, (keys, values) = run_stream(module, frozen, virtual, requests.ids, stream, prefix, return_keys_values=True)
+    hidden, keys_values = run_stream(module, frozen, virtual, requests.ids, stream, None, lead, return_keys_values=True)
     firsts, found = next_tokens(logits(module, frozen, hidden[numbers, requests.lengths - 1]), jnp.int32(0), sampling)
-    parts = [(keys, values, positions, real)]
-    if prefix is not None:
-        held = (prefix.positions != NEVER).astype(jnp.int32)
-        lead_keys, lead_values = (jnp.swapaxes(a, 0, 1).astype(keys.dtype) for a in (prefix.keys, prefix.values))
-        parts.insert(0, (lead_keys, lead_values, jnp.where(held > 0, prefix.positions, 0), held))
-    keys, values = to_cache(*(jnp.concatenate([part[i] for part in parts], axis=2) for i in (0, 1)))
-    positions, segments = (jnp.concatenate([part[i] for part in parts], axis=1) for i in (2, 3))
-    taken, cache = positions.shape[1], slots.cache
-    rest = ((0, 0), (0, cache.positions.shape[1] - taken))
-    cache = Cache(
-        cache.keys.at[:, at, ..., :taken].set(keys),
-        cache.values.at[:, at, :, :taken].set(values),
-        cache.positions.at[at].set(jnp.pad(positions, rest)),
-        cache.segments.at[at].set(jnp.pad(segments, rest)),
-    )
+    cache, taken = dataclasses.replace(slots.cache, segments=slots.cache.segments.at[at].set(0)), 0
+    for part in filter(None, (lead, Cache(*to_cache(*keys_values), positions, real))):
+        own = slice(taken, taken := taken + part.positions.shape[1])
+        cache = Cache(
+            cache.keys.at[:, at, ..., own].set(part.keys.astype(cache.keys.dtype)),
+            cache.values.at[:, at, :, own].set(part.values.astype(cache.values.dtype)),
+            cache.positions.at[at, own].set(part.positions),
+            cache.segments.at[at, own].set(part.segments),
+        )
     slots = Slots(
         cache,
         slots.filled.at[at].set(taken - length + requests.lengths),  # new tokens take the padding's place
@@ -121,6 +116,16 @@ def admit(
         jax.tree.map(lambda all_slots, own: all_slots.at[at].set(own), slots.sampling, sampling),
     )
     return slots, firsts, found
+
+
+def _side_by_side(prefixes: Sequence[Prefix]) -> Cache | None:
+    """Prefixes of as many rows; None where there are none."""
+    if not prefixes:
+        return None
+    keys, values = (jnp.stack([getattr(prefix, name) for prefix in prefixes], axis=1) for name in ("keys", "values"))
+    positions = jnp.stack([prefix.positions for prefix in prefixes])
+    held = positions != NEVER
+    return Cache(*to_cache(keys, values), jnp.where(held, positions, 0), held.astype(jnp.int32))
 
 
 def decode(
