@@ -90,14 +90,24 @@ def rate(engine: Any, requests: Sequence[Any]) -> float:
 
 
 def interleaved(runs: int, ways: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
-    """What each way measures, one after the other, again and again, after a first round that counts for nothing."""
+    """What each way measures, in rounds that begin with another way each, after one that counts for nothing."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     for run in range(runs + 1):
-        for name, way in ways.items():
-            value = way()
+        first = run % len(ways)
+        for name in [*ways][first:] + [*ways][:first]:
+            value = ways[name]()
             if run:
                 found[name].append(value)
     return found
+
+
+def medians(found: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def share(found: dict[str, list[float]], name: str, of: str) -> float:
+    """One way's measure by another's: the median of their shares in each round, so that a slow moment meets both."""
+    return statistics.median(own / other for own, other in zip(found[name], found[of], strict=True))
 
 
 def first_token(engine: Any, request: Any) -> float:
@@ -137,16 +147,14 @@ def curve(bank: Any, runs: int) -> dict[str, Any]:
         jax.monitoring.unregister_event_duration_listener(listen)
     bare, soft = (requests_of(bank, [name], 1, 8)[0] for name in (None, names[0]))
     firsts = interleaved(50, {"base": lambda: first_token(engine, bare), "prompt": lambda: first_token(engine, soft)})
-    middle = {name: statistics.median(values) for name, values in rates.items()}
-    milliseconds = {name: statistics.median(values) for name, values in firsts.items()}
     return {
-        "tokens_per_second": middle,
+        "tokens_per_second": medians(rates),
         "tokens_per_second_of_runs": rates,
-        "share_of_one_prompt": {name: middle[name] / middle["1"] for name in middle},
-        "share_of_the_base": {name: middle[name] / middle["0"] for name in middle},
+        "share_of_one_prompt": {name: share(rates, name, "1") for name in rates},
+        "share_of_the_base": {name: share(rates, name, "0") for name in rates},
         "programs_compiled_meanwhile": compiled,
-        "first_token_milliseconds": milliseconds,
-        "first_token_ratio": milliseconds["prompt"] / milliseconds["base"],
+        "first_token_milliseconds": medians(firsts),
+        "first_token_ratio": share(firsts, "prompt", "base"),
         "prompt_bytes_on_the_device": bank.device_bytes,
     }
 
@@ -158,8 +166,7 @@ def batching(bank: Any, runs: int) -> dict[str, Any]:
     many, one = spt_jax.Engine(bank, slots=SLOTS), spt_jax.Engine(bank, slots=1)
     requests = requests_of(bank, bank.names[:SLOTS], SLOTS, 64)
     found = interleaved(runs, {"together": lambda: rate(many, requests), "in turn": lambda: rate(one, requests)})
-    middle = {name: statistics.median(values) for name, values in found.items()}
-    return {"tokens_per_second": middle, "ratio": middle["together"] / middle["in turn"]}
+    return {"tokens_per_second": medians(found), "ratio": share(found, "together", "in turn")}
 
 
 def peft_rates(folder: Path) -> None:
@@ -206,8 +213,7 @@ def against_peft(bank: Any, prompts: Path, runs: int) -> dict[str, Any]:
 
             found = interleaved(runs, {"spt_jax": lambda: rate(engine, requests), "peft": theirs})
             asked.close()
-    middle = {name: statistics.median(values) for name, values in found.items()}
-    return {"tokens_per_second": middle, "ratio": middle["spt_jax"] / middle["peft"]}
+    return {"tokens_per_second": medians(found), "ratio": share(found, "spt_jax", "peft")}
 
 
 def plot(path: Path, found: dict[str, Any]) -> None:
@@ -237,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--runs", type=int, default=21)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--peft-of", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
