@@ -174,6 +174,25 @@ def next_tokens(
     return chosen, jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), chosen[:, None], axis=1)[:, 0]
 
 
+# How many of a step's likeliest tokens can be asked for.
+ALTERNATIVES = 20
+
+
+def likeliest(scores: Float[Array, "B V"], wanted: Bool[Array, ""]) -> tuple[Int[Array, "B A"], Float[Array, "B A"]]:
+    """The ALTERNATIVES likeliest ids of each row and their log-probabilities, in order; zeros unless wanted."""
+    count = min(ALTERNATIVES, scores.shape[1])
+
+    def found() -> tuple[Array, Array]:
+        values, ids = jax.lax.top_k(jax.nn.log_softmax(scores, axis=-1), count)
+        return ids.astype(jnp.int32), values
+
+    def nothing() -> tuple[Array, Array]:
+        shape = scores.shape[0], count
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, scores.dtype)
+
+    return jax.lax.cond(wanted, found, nothing)
+
+
 @jax.named_scope("choose")
 def choose(scores: Float[Array, "B V"], step: Int[Array, "*B"], sampling: RowSampling) -> Int[Array, " B"]:
     """The next id of each row. Random numbers are drawn, and scores sorted, only where the sampling needs it."""

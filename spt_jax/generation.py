@@ -76,12 +76,14 @@ class Generated:
     ids: every new token, the one that ended the row (EOS, or the end of a stop string) included.
     log_probabilities: of each of them under the model's own distribution, whatever the sampling.
     finished: what ended the row: EOS, a stop string, or `max_new_tokens`.
+    alternatives: the likeliest ids of each step and their log-probabilities, where a server's request asks for them.
     """
 
     text: str
     ids: list[int]
     log_probabilities: list[float]
     finished: Literal["eos", "stop", "length"]
+    alternatives: list[dict[int, float]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,6 +336,13 @@ def continuation_text(tokenizer: Any, ids: Sequence[int], *, opens: bool = False
         for part in (front, [*front, *ids])
     )
     return whole[len(before) :]
+
+
+@functools.lru_cache(2**16)
+def token_text(tokenizer: Any, id_: int) -> str:
+    """The text of one token behind others; of a control token or a part of a character, its name in the vocabulary."""
+    text = continuation_text(tokenizer, [id_])
+    return text if text.strip("\ufffd") else tokenizer.convert_ids_to_tokens(id_)
 
 
 def is_opening(base: FrozenBase, prompt: np.ndarray) -> bool:

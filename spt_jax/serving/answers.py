@@ -2,12 +2,13 @@
 
 import asyncio
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Literal
 
-from spt_jax.generation import Generated
+from spt_jax.generation import Generated, token_text
 from spt_jax.serving import protocol as api
 from spt_jax.serving.engine import Request, Ticket
 from spt_jax.serving.metrics import Metrics
@@ -20,14 +21,19 @@ Finished = Literal["stop", "length"]
 class Choice:
     """One of the texts that answer a request.
 
+    text_of, token_text: of its ids, and of one that it might have had.
+    stop: texts that end it.
+    alternatives: by the likeliest ids of each step, their log-probabilities, where they were asked for.
     text: what of it can be shown, since neither more tokens nor a stop string would change it.
     finished: why it ended, in OpenAI's words; None before the end.
     """
 
     text_of: Callable[[list[int]], str]
+    token_text: Callable[[int], str]
     stop: tuple[str, ...]
     ids: list[int] = dataclasses.field(default_factory=list)
     log_probabilities: list[float] = dataclasses.field(default_factory=list)
+    alternatives: list[dict[int, float]] = dataclasses.field(default_factory=list)
     text: str = ""
     finished: Finished | None = None
 
@@ -42,6 +48,7 @@ class Choice:
         if news.result is None:
             self.ids += news.ids
             self.log_probabilities += news.log_probabilities
+            self.alternatives += news.alternatives
             self.text = self.text + shown(self.text_of(self.ids), self.stop)[before:]
         else:
             self._end(news.result)
@@ -49,6 +56,7 @@ class Choice:
 
     def _end(self, result: Generated) -> None:
         self.ids, self.log_probabilities, self.text = result.ids, result.log_probabilities, result.text
+        self.alternatives = result.alternatives
         self.finished = "length" if result.finished == "length" else "stop"
 
     def pieces(self, since: int = 0) -> list[str]:
@@ -105,7 +113,8 @@ class Answer:
 
         asked = [(request, listener(index)) for index, request in enumerate(requests)]
         answer._tickets = await asyncio.to_thread(worker.submit, asked)
-        answer.choices = [Choice(ticket.text_of, ticket.ends.texts) for ticket in answer._tickets]
+        named = functools.partial(token_text, worker.engine.bank.base.tokenizer)
+        answer.choices = [Choice(ticket.text_of, named, ticket.ends.texts) for ticket in answer._tickets]
         return answer
 
     def cancel(self) -> None:
@@ -158,14 +167,32 @@ def completion_logprobs(choice: Choice, since: int) -> api.CompletionLogprobs:
     for piece in pieces:
         offsets.append(offset)
         offset += len(piece)
-    return api.CompletionLogprobs(tokens=pieces, token_logprobs=choice.log_probabilities[since:], text_offset=offsets)
+    chosen = choice.log_probabilities[since:]
+    top = None
+    if choice.alternatives:
+        top = [
+            {choice.token_text(id_): value for id_, value in others.items() if id_ != own} | {piece: log_probability}
+            for others, own, piece, log_probability in zip(
+                choice.alternatives[since:], choice.ids[since:], pieces, chosen, strict=True
+            )
+        ]
+    return api.CompletionLogprobs(tokens=pieces, token_logprobs=chosen, text_offset=offsets, top_logprobs=top)
 
 
 def chat_logprobs(choice: Choice, since: int) -> api.ChatLogprobs:
     """Of the tokens from one on, as chat completions have it."""
+    pieces, values = choice.pieces(since), choice.log_probabilities[since:]
+    alternatives = choice.alternatives[since:] or [{}] * len(pieces)
     return api.ChatLogprobs(
         content=[
-            api.TokenLogprob(token=piece, logprob=value, bytes=list(piece.encode()))
-            for piece, value in zip(choice.pieces(since), choice.log_probabilities[since:], strict=True)
+            api.TokenLogprob(
+                token=piece,
+                logprob=value,
+                bytes=list(piece.encode()),
+                top_logprobs=[
+                    api.Alternative(token=choice.token_text(id_), logprob=other) for id_, other in others.items()
+                ],
+            )
+            for piece, value, others in zip(pieces, values, alternatives, strict=True)
         ]
     )

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spt_jax.data.batches import bucket, round_up
-from spt_jax.decoding import RowSampling
+from spt_jax.decoding import ALTERNATIVES, RowSampling
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.generation import (
     BUCKET,
@@ -28,7 +28,7 @@ from spt_jax.generation import (
 )
 from spt_jax.models.attention import Cache
 from spt_jax.serving.bank import Held, PromptBank
-from spt_jax.serving.slots import RequestIds, Slots, admit, decode, empty_slots
+from spt_jax.serving.slots import NewTokens, RequestIds, Slots, admit, decode, empty_slots
 from spt_jax.sharding import replicated, row_sharding, row_shards
 
 # Tokens between two looks of the host: at new requests, and at what has ended.
@@ -46,12 +46,14 @@ class Request:
     prompt: whose virtual ids they are; None for the bare base.
     sampling: how, and when to end.
     held: what the prompt's requests share, from `PromptBank.take`; None looks it up when the request comes.
+    alternatives: how many of each step's likeliest tokens to tell besides, at most `decoding.ALTERNATIVES`.
     """
 
     ids: np.ndarray
     prompt: str | None = None
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     held: Held | None = None
+    alternatives: int = 0
 
 
 @dataclasses.dataclass(eq=False)
@@ -69,6 +71,7 @@ class Ticket:
     text_of: Callable[[list[int]], str]
     ids: list[int] = dataclasses.field(default_factory=list)
     log_probabilities: list[float] = dataclasses.field(default_factory=list)
+    alternatives: list[dict[int, float]] = dataclasses.field(default_factory=list)
     done: bool = False
     result: Generated | None = None
 
@@ -130,12 +133,14 @@ class Engine:
         """Takes a request in; `step` answers it.
 
         Raises:
-          ConfigError: no such prompt, one that cannot share a decode step (shifts, gates, a head), or more tokens than
-            the base or a slot has positions.
+          ConfigError: no such prompt, one that cannot share a decode step (shifts, gates, a head), more tokens than
+            the base or a slot has positions, or more alternatives than are found.
           DataError: no ids, or ids that the base and the prompt do not have.
         """
         base, held = self.bank.base, request.held or self.bank.held(request.prompt)
         ids = np.asarray(request.ids, np.int32)
+        if not 0 <= request.alternatives <= ALTERNATIVES:
+            raise ConfigError(f"alternatives is {request.alternatives}; it must lie between 0 and {ALTERNATIVES}")
         if not held.generates:
             raise ConfigError(f"prompt {request.prompt!r} has shifts, gates or a head: it only classifies")
         check_prompt(
@@ -172,17 +177,18 @@ class Engine:
         self._let_in = not self._let_in and bool(self._waiting) and not all(self._busy)
         admitted = [self._admit(*group) for group in self._groups()] if self._let_in else []
         ended = []
-        for slots, *new in admitted:
-            ids, log_probabilities = map(np.asarray, new)
+        for slots, new in admitted:
+            firsts = jax.tree.map(lambda a: np.asarray(a)[None], new)
             for number, slot in enumerate(slots):
-                ended += self._take(slot, ids[number : number + 1], log_probabilities[number : number + 1])
+                ended += self._take(slot, firsts, number)
         busy = np.asarray([ticket is not None for ticket in self._busy])
         if busy.any() and not self._let_in:
             reach = self._reach(max(_filled(ticket) for ticket in self._busy if ticket is not None) + CHUNK)
-            self._slots, *new = self._programs.decode(base.module, CHUNK, reach, base.params, busy, self._slots)
-            ids, log_probabilities = map(np.asarray, new)
-            for slot in np.flatnonzero(busy):
-                ended += self._take(int(slot), ids[:, slot], log_probabilities[:, slot])
+            inputs = busy, _wanted(ticket for ticket in self._busy if ticket is not None), self._slots
+            self._slots, new = self._programs.decode(base.module, CHUNK, reach, base.params, *inputs)
+            new = jax.tree.map(np.asarray, new)
+            for slot in np.flatnonzero(busy).tolist():
+                ended += self._take(slot, new, slot)
         return ended
 
     def generate(self, requests: Sequence[Request]) -> list[Generated]:
@@ -212,7 +218,7 @@ class Engine:
         with self._compiling:
             for size in self._sizes:
                 if (size, key) not in self._compiled:
-                    inputs = *self._inputs([self._ticket(request, held)] * size), np.zeros(size, np.int32), self._shapes
+                    inputs = *self._inputs([self._ticket(request, held)] * size, [0] * size), self._shapes
                     program = self._programs.admit.lower(base.module, base.params, *inputs)
                     self._compiled[size, key] = program.compile()
 
@@ -221,7 +227,8 @@ class Engine:
         base, idle, reach = self.bank.base, np.zeros(len(self._busy), bool), 0
         while reach < self._capacity:
             reach = self._reach(reach + 1)
-            self._slots, *_ = self._programs.decode(base.module, CHUNK, reach, base.params, idle, self._slots)
+            inputs = idle, _wanted([]), self._slots
+            self._slots, _ = self._programs.decode(base.module, CHUNK, reach, base.params, *inputs)
 
     def _reach(self, entries: int) -> int:
         """How much of the slots the program for so many entries reads."""
@@ -244,16 +251,15 @@ class Engine:
                 free, tickets = free[size:], tickets[size:]
         return groups
 
-    def _admit(self, slots: list[int], tickets: list[Ticket]) -> tuple[list[int], jax.Array, jax.Array]:
-        """Puts requests into slots; these, the first tokens and their log-probabilities."""
+    def _admit(self, slots: list[int], tickets: list[Ticket]) -> tuple[list[int], NewTokens]:
+        """Puts requests into slots; these, and the first tokens."""
         base, first = self.bank.base, tickets[0]
         program = self._compiled.get((len(tickets), self._key(first.held, len(first.request.ids))))
         program = program or functools.partial(self._programs.admit, base.module)
-        inputs = *self._inputs(tickets), np.asarray(slots, np.int32), self._slots
-        self._slots, ids, log_probabilities = program(base.params, *inputs)
+        self._slots, firsts = program(base.params, *self._inputs(tickets, slots), self._slots)
         for slot, ticket in zip(slots, tickets, strict=True):
             self._busy[slot] = ticket
-        return slots, ids, log_probabilities
+        return slots, firsts
 
     def _key(self, held: Held, length: int) -> tuple[Any, ...]:
         """What tells the programs apart that let requests of so many ids in, besides how many requests."""
@@ -264,8 +270,8 @@ class Engine:
         """The own ids of requests of so many ids, rounded up."""
         return min(bucket(length - len(held.lead), BUCKET // 2), self._capacity - _taken(held))
 
-    def _inputs(self, tickets: Sequence[Ticket]) -> tuple[Any, ...]:
-        """What `slots.admit` takes of requests."""
+    def _inputs(self, tickets: Sequence[Ticket], slots: Sequence[int]) -> tuple[Any, ...]:
+        """What `slots.admit` takes of requests for some slots."""
         owns = [ticket.request.ids[len(ticket.held.lead) :] for ticket in tickets]
         how = [ticket.request.sampling for ticket in tickets]
         padded = np.zeros((len(tickets), self._bucket(tickets[0].held, len(tickets[0].request.ids))), np.int32)
@@ -283,32 +289,43 @@ class Engine:
         )
         prompts = [(ticket.held.virtual, ticket.held.prefix) for ticket in tickets]
         requests: Any = padded, lengths, starts
-        return prompts, RequestIds(*requests), RowSampling(*sampling)
+        at = np.asarray(slots, np.int32)
+        return prompts, RequestIds(*requests), RowSampling(*sampling), at, _wanted(tickets)
 
     def _ticket(self, request: Request, held: Held) -> Ticket:
         base = self.bank.base
         text_of = functools.partial(continuation_text, base.tokenizer, opens=is_opening(base, request.ids))
         return Ticket(request, held, endings(base.tokenizer, request.sampling.stop), text_of)
 
-    def _take(self, slot: int, ids: np.ndarray, log_probabilities: np.ndarray) -> list[Ticket]:
-        """Adds new tokens to a slot's request, up to its end; the request if it has ended, whose slot is then free."""
+    def _take(self, slot: int, new: NewTokens, column: int) -> list[Ticket]:
+        """Adds a column's new tokens to a slot's request up to its end; if that has come, returns it, the slot free."""
         ticket = self._busy[slot]
         assert ticket is not None
         ends, checked, last = ticket.ends, len(ticket.ids), False
-        for id_, log_probability in zip(ids.tolist(), log_probabilities.tolist(), strict=True):
+        ids, log_probabilities = (values[:, column].tolist() for values in (new.ids, new.log_probabilities))
+        for step, (id_, log_probability) in enumerate(zip(ids, log_probabilities, strict=True)):
             ticket.ids.append(id_)
             ticket.log_probabilities.append(log_probability)
+            if count := ticket.request.alternatives:
+                likeliest = (values[step, column, :count].tolist() for values in new.likeliest)
+                ticket.alternatives.append(dict(zip(*likeliest, strict=True)))
             last = id_ in ends.ids or len(ticket.ids) == ticket.request.sampling.max_new_tokens
             if last:
                 break
         end = stop_end(ticket.text_of, ticket.ids, checked, ends.texts)
         if not last and end is None:
             return []
-        ticket.result = answer(ticket.text_of, ticket.ids, end, ends, ticket.log_probabilities)
-        ticket.ids, ticket.log_probabilities = ticket.result.ids, ticket.result.log_probabilities
+        result = answer(ticket.text_of, ticket.ids, end, ends, ticket.log_probabilities)
+        ticket.result = dataclasses.replace(result, alternatives=ticket.alternatives[: len(result.ids)])
+        ticket.ids, ticket.log_probabilities = result.ids, result.log_probabilities
         ticket.done = True
         self._busy[slot] = None
         return [ticket]
+
+
+def _wanted(tickets: Iterable[Ticket]) -> np.ndarray:
+    """Whether one of them asks for the likeliest tokens."""
+    return np.asarray(any(ticket.request.alternatives for ticket in tickets))
 
 
 def _taken(held: Held) -> int:
@@ -324,8 +341,8 @@ def _filled(ticket: Ticket) -> int:
 @dataclasses.dataclass(frozen=True)
 class _Programs:
     empty: Callable[..., Slots]
-    admit: Callable[..., tuple[Slots, jax.Array, jax.Array]]
-    decode: Callable[..., tuple[Slots, jax.Array, jax.Array]]
+    admit: Callable[..., tuple[Slots, NewTokens]]
+    decode: Callable[..., tuple[Slots, NewTokens]]
 
 
 @functools.cache
@@ -338,8 +355,6 @@ def _programs(mesh: Mesh) -> _Programs:
     slots: Any = Slots(Cache(heads, heads, rows, rows), rows, rows, rows, rows, sampling)
     return _Programs(
         empty=jax.jit(empty_slots, static_argnums=(0, 1, 2, 3), out_shardings=slots),
-        admit=jax.jit(admit, static_argnums=0, donate_argnums=6, out_shardings=(slots, everywhere, everywhere)),
-        decode=jax.jit(
-            decode, static_argnums=(0, 1, 2), donate_argnums=5, out_shardings=(slots, everywhere, everywhere)
-        ),
+        admit=jax.jit(admit, static_argnums=0, donate_argnums=7, out_shardings=(slots, everywhere)),
+        decode=jax.jit(decode, static_argnums=(0, 1, 2), donate_argnums=6, out_shardings=(slots, everywhere)),
     )

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from spt_jax.decoding import ALTERNATIVES
+
 MAX_TEXTS = 64
 
 # As file names everywhere, none of them hidden or a path.
@@ -76,7 +78,7 @@ class CompletionRequest(Sampled):
     prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)] | None = None
     fields: Fields | None = None
     max_tokens: int = Field(16, ge=1, lt=2**31)
-    logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=ALTERNATIVES)] | None = None
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
     suffix: Literal[""] | None = None
@@ -108,7 +110,7 @@ class ChatRequest(Sampled):
     response_format: TextFormat | None = None
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = None
-    top_logprobs: Literal[0] | None = None
+    top_logprobs: int = Field(0, ge=0, le=ALTERNATIVES)
 
 
 class ClassifyRequest(Strict):
@@ -145,7 +147,7 @@ class CompletionLogprobs(BaseModel):
     tokens: list[str]
     token_logprobs: list[float]
     text_offset: list[int]
-    top_logprobs: None = None
+    top_logprobs: list[dict[str, float]] | None = None
 
 
 class CompletionChoice(BaseModel):
@@ -164,11 +166,14 @@ class Completion(BaseModel):
     usage: Usage | None = None
 
 
-class TokenLogprob(BaseModel):
+class Alternative(BaseModel):
     token: str
     logprob: float
-    bytes: list[int]
-    top_logprobs: list[Any] = []
+    bytes: list[int] | None = None
+
+
+class TokenLogprob(Alternative):
+    top_logprobs: list[Alternative] = []
 
 
 class ChatLogprobs(BaseModel):

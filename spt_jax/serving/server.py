@@ -55,7 +55,7 @@ async def completions(body: api.CompletionRequest, request: Request) -> Any:
     service = _service(request)
     texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     requests = await asyncio.to_thread(
-        lambda: service.ask(body, service.records(body.model, texts, body.fields), body.max_tokens)
+        lambda: service.ask(body, service.records(body.model, texts, body.fields), body.max_tokens, body.logprobs or 0)
     )
     answer = await Answer.begin(service.worker, requests, service.metrics, each=body.n, grows=body.stream)
     shared = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
@@ -89,9 +89,11 @@ async def chat_completions(body: api.ChatRequest, request: Request) -> Any:
     service = _service(request)
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise RefusedError(422, "give max_completion_tokens or max_tokens, not both", param="max_tokens")
+    if body.top_logprobs and not body.logprobs:
+        raise RefusedError(422, "top_logprobs goes with logprobs: true", param="top_logprobs")
     limit = body.max_completion_tokens or body.max_tokens
     requests = await asyncio.to_thread(
-        lambda: service.ask(body, [service.chat_record(body.model, body.messages)], limit)
+        lambda: service.ask(body, [service.chat_record(body.model, body.messages)], limit, body.top_logprobs)
     )
     answer = await Answer.begin(service.worker, requests, service.metrics, each=body.n, grows=body.stream)
     shared = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}

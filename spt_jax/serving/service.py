@@ -148,7 +148,9 @@ class Service:
             )
         return self.records(model, [messages[0].text], None)[0]
 
-    def ask(self, body: api.Sampled, records: Sequence[Mapping[str, Any]], max_tokens: int | None) -> list[Request]:
+    def ask(
+        self, body: api.Sampled, records: Sequence[Mapping[str, Any]], max_tokens: int | None, alternatives: int = 0
+    ) -> list[Request]:
         """The engine's requests: `n` for every record. Without `max_tokens`, as many as there is room for."""
         self.worker.check_room(body.n * len(records))
         name, limit = self.known(body.model), self.worker.engine.context
@@ -179,7 +181,7 @@ class Service:
                     stop=body.stops,
                     seed=(seed + number) % 2**32,
                 )
-                found.append(Request(np.asarray(ids), name, sampling, held))
+                found.append(Request(np.asarray(ids), name, sampling, held, alternatives))
         return found
 
     def model(self, name: str | None) -> api.Model:

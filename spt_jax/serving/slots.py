@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from spt_jax.base import logits
-from spt_jax.decoding import RowSampling, next_tokens
+from spt_jax.decoding import RowSampling, likeliest, next_tokens
 from spt_jax.forward import run_stream
 from spt_jax.models.attention import NEVER, Cache, Prefix, Stream, to_cache
 from spt_jax.models.decoder import Decoder
@@ -41,6 +41,20 @@ class Slots:
     positions: Int[Array, " B"]
     steps: Int[Array, " B"]
     sampling: RowSampling
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NewTokens:
+    """What a step has chosen for some requests.
+
+    log_probabilities: under the model's own distribution.
+    likeliest: ids, most likely first, and their log-probabilities, where a request wants them.
+    """
+
+    ids: Int[Array, "*N B"]
+    log_probabilities: Float[Array, "*N B"]
+    likeliest: tuple[Int[Array, "*N B A"], Float[Array, "*N B A"]]
 
 
 @jax.tree_util.register_dataclass
@@ -75,8 +89,9 @@ def admit(
     requests: RequestIds,
     sampling: RowSampling,
     at: Int[Array, " N"],
+    wanted: Bool[Array, ""],
     slots: Slots,
-) -> tuple[Slots, Int[Array, " N"], Float[Array, " N"]]:
+) -> tuple[Slots, NewTokens]:
     """Runs N requests' own ids behind their prompts' prefixes, puts both into slots, and chooses their first tokens.
 
     Args:
@@ -84,9 +99,10 @@ def admit(
         and values, of which those at NEVER are padding.
       sampling: the requests'.
       at: their slots.
+      wanted: whether to find the likeliest tokens.
 
     Returns:
-      The slots, the first tokens and their log-probabilities.
+      The slots and the first tokens.
     """
     count, length = requests.ids.shape
     places = jnp.arange(length, dtype=jnp.int32)[None]
@@ -97,7 +113,8 @@ def admit(
     lead = _side_by_side([prefix for _, prefix in prompts if prefix is not None])
     stream = Stream(positions, real, jnp.zeros_like(positions), numbers)
     hidden, keys_values = run_stream(module, frozen, virtual, requests.ids, stream, None, lead, return_keys_values=True)
-    firsts, found = next_tokens(logits(module, frozen, hidden[numbers, requests.lengths - 1]), jnp.int32(0), sampling)
+    scores = logits(module, frozen, hidden[numbers, requests.lengths - 1])
+    firsts = NewTokens(*next_tokens(scores, jnp.int32(0), sampling), likeliest(scores, wanted))
     cache, taken = dataclasses.replace(slots.cache, segments=slots.cache.segments.at[at].set(0)), 0
     for part in filter(None, (lead, Cache(*to_cache(*keys_values), positions, real))):
         own = slice(taken, taken := taken + part.positions.shape[1])
@@ -110,12 +127,12 @@ def admit(
     slots = Slots(
         cache,
         slots.filled.at[at].set(taken - length + requests.lengths),  # new tokens take the padding's place
-        slots.ids.at[at].set(firsts),
+        slots.ids.at[at].set(firsts.ids),
         slots.positions.at[at].set(requests.starts + requests.lengths),
         slots.steps.at[at].set(1),
         jax.tree.map(lambda all_slots, own: all_slots.at[at].set(own), slots.sampling, sampling),
     )
-    return slots, firsts, found
+    return slots, firsts
 
 
 def _side_by_side(prefixes: Sequence[Prefix]) -> Cache | None:
@@ -129,18 +146,25 @@ def _side_by_side(prefixes: Sequence[Prefix]) -> Cache | None:
 
 
 def decode(
-    module: Decoder, count: int, reach: int, frozen: Params, busy: Bool[Array, " B"], slots: Slots
-) -> tuple[Slots, Int[Array, "N B"], Float[Array, "N B"]]:
+    module: Decoder,
+    count: int,
+    reach: int,
+    frozen: Params,
+    busy: Bool[Array, " B"],
+    wanted: Bool[Array, ""],
+    slots: Slots,
+) -> tuple[Slots, NewTokens]:
     """Chooses N = `count` tokens for every slot. What slots that are not busy get means nothing.
 
     Only the first `reach` entries of the slots are read: those of busy slots are all among them, new ones included.
 
-    Returns:
-      The slots, the new ids, and their log-probabilities under the model's own distribution.
+    Args:
+      busy: slots that hold a request.
+      wanted: whether to find the likeliest tokens.
     """
     numbers = jnp.arange(slots.ids.shape[0])
 
-    def advance(slots: Slots, _: None) -> tuple[Slots, tuple[Array, Array]]:
+    def advance(slots: Slots, _: None) -> tuple[Slots, NewTokens]:
         own = jnp.ones_like(slots.ids)[:, None]
         stream = Stream(slots.positions[:, None], own, jnp.zeros_like(own))
         cache = slots.cache
@@ -148,7 +172,8 @@ def decode(
         hidden, (keys, values) = run_stream(
             module, frozen, None, slots.ids[:, None], stream, None, near, return_keys_values=True
         )
-        chosen, found = next_tokens(logits(module, frozen, hidden[:, 0]), slots.steps, slots.sampling)
+        scores = logits(module, frozen, hidden[:, 0])
+        new = NewTokens(*next_tokens(scores, slots.steps, slots.sampling), likeliest(scores, wanted))
         at = jnp.minimum(slots.filled, reach - 1)
         cache = Cache(
             cache.keys.at[:, numbers, :, :, at].set(jnp.swapaxes(keys[:, :, 0], 0, 1)),
@@ -156,8 +181,7 @@ def decode(
             cache.positions.at[numbers, at].set(slots.positions),
             cache.segments.at[numbers, at].set(busy.astype(jnp.int32)),
         )
-        moved = Slots(cache, slots.filled + 1, chosen, slots.positions + 1, slots.steps + 1, slots.sampling)
-        return moved, (chosen, found)
+        moved = Slots(cache, slots.filled + 1, new.ids, slots.positions + 1, slots.steps + 1, slots.sampling)
+        return moved, new
 
-    slots, (ids, log_probabilities) = jax.lax.scan(advance, slots, None, length=count)
-    return slots, ids, log_probabilities
+    return jax.lax.scan(advance, slots, None, length=count)

@@ -30,6 +30,7 @@ class News:
 
     ids: tuple[int, ...] = ()
     log_probabilities: tuple[float, ...] = ()
+    alternatives: tuple[dict[int, float], ...] = ()
     result: Generated | None = None
     error: EngineFailedError | None = None
 
@@ -144,7 +145,8 @@ class Worker:
         for ticket, (listener, seen) in told:
             if len(ticket.ids) == seen and not ticket.done:
                 continue
-            news = News(tuple(ticket.ids[seen:]), tuple(ticket.log_probabilities[seen:]), ticket.result)
+            ids, log_probabilities = tuple(ticket.ids[seen:]), tuple(ticket.log_probabilities[seen:])
+            news = News(ids, log_probabilities, tuple(ticket.alternatives[seen:]), ticket.result)
             heard = self._told(listener, news)
             with self._changed:
                 if ticket.done:

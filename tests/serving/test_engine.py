@@ -13,6 +13,7 @@ from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning
 from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.engine import Engine, Request
 from spt_jax.testing import tiny_base
+from tests.layouts import Run, forward, lay_out
 
 METHODS = {
     "front": (PromptTuning(length=3), "<soft>{text}\n"),
@@ -99,6 +100,21 @@ def test_stop_strings_and_control_tokens(bank: PromptBank):
     (ours,) = Engine(bank, slots=2).generate([stopping])
     same(ours, alone(bank, stopping))
     assert ours.finished == "stop" and stop not in ours.text
+
+
+def test_the_likeliest_tokens_of_each_step(bank: PromptBank):
+    """Those of the whole row's logits; a request beside it that asks for none gets none."""
+    ids = np.asarray([1, 40, 41], np.int32)
+    ours, other = Engine(bank, slots=2).generate([Request(ids, None, SAMPLED, alternatives=4), Request(ids)])
+    whole = np.concatenate([ids, np.asarray(ours.ids, np.int32)])
+    row, stream = lay_out([Run(0, 0, whole)], len(whole))
+    scores = np.asarray(jax.nn.log_softmax(forward(bank.base, row, stream)[0][0]))[len(ids) - 1 : -1]
+    assert len(ours.alternatives) == len(ours.ids) and other.alternatives == []
+    for found, expected in zip(ours.alternatives, scores, strict=True):
+        assert list(found) == np.argsort(-expected)[:4].tolist()
+        np.testing.assert_allclose(list(found.values()), np.sort(expected)[::-1][:4], atol=1e-4)
+    with pytest.raises(ConfigError, match="alternatives is 21; it must lie between 0 and 20"):
+        Engine(bank, slots=1).submit(Request(ids, alternatives=21))
 
 
 def test_prompts_come_and_go_without_a_new_program(bank: PromptBank, tmp_path):

@@ -86,6 +86,25 @@ def test_log_probabilities_are_the_trainer_s_loss(client, server):
         assert sum(ours.choices[0].logprobs.token_logprobs) == pytest.approx(trained, abs=1e-4)
 
 
+def test_the_likeliest_tokens_are_told(client):
+    """A greedy answer takes the first of them; a sampled one stands beside them with its own."""
+    for options in ({"temperature": 0}, {"seed": 4}):
+        common = {"model": "end", "max_tokens": 6, **options}
+        (choice,) = client.completions.create(**common, prompt="the", logprobs=3).choices
+        own = choice.logprobs
+        for token, value, top in zip(own.tokens, own.token_logprobs, own.top_logprobs, strict=True):
+            assert top[token] == value and 3 <= len(top) <= 4
+            assert max(top.values()) == value or options != {"temperature": 0}
+        turn = [{"role": "user", "content": "the"}]
+        (chat,) = client.chat.completions.create(**common, messages=turn, logprobs=True, top_logprobs=3).choices
+        for ours, theirs in zip(chat.logprobs.content, own.top_logprobs, strict=True):
+            told = [(one.token, one.logprob) for one in ours.top_logprobs]
+            assert len(told) == 3 and [value for _, value in told] == sorted(theirs.values(), reverse=True)[:3]
+            assert all(value in (theirs.get(token), ours.logprob) for token, value in told)
+        parts = client.completions.create(**common, prompt="the", logprobs=3, stream=True)
+        assert [top for part in parts for top in part.choices[0].logprobs.top_logprobs] == own.top_logprobs
+
+
 def test_requests_of_all_kinds_at_once(server):
     """A mixture in three slots; each is answered as it is alone."""
     cases = [(name, text) for text in TEXTS for name in ("front", "end", "keys", "tiny")]
@@ -319,6 +338,13 @@ def test_null_is_what_was_not_given(server):
         ("/v1/completions", {"model": "front", "prompt": "a", "stop": ""}, 422, "stop"),
         ("/v1/completions", {"model": "front", "prompt": "a", "presence_penalty": 1}, 422, "presence_penalty"),
         ("/v1/completions", {"model": "front", "prompt": "a", "tools": []}, 422, "tools"),
+        ("/v1/completions", {"model": "front", "prompt": "a", "logprobs": 21}, 422, "logprobs"),
+        (
+            "/v1/chat/completions",
+            {"model": "front", "messages": [{"role": "user", "content": "a"}], "top_logprobs": 2},
+            422,
+            "goes with logprobs",
+        ),
         ("/v1/completions", {"model": "front", "prompt": []}, 422, "prompt"),
         ("/v1/completions", {"model": "front", "prompt": [1, 2]}, 422, "prompt"),
         ("/v1/completions", {"model": "front", "prompt": "\ud800"}, 422, "prompt"),
