@@ -253,7 +253,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     path = common.RESULTS / f"serve_{common.machine_name(THREADS)}.json"
-    report = json.loads(path.read_text()) if path.exists() else {}
+    commit, others = common.commit(), set(PARTS) - set(options.only)
+    report = json.loads(path.read_text()) if others and path.exists() else {}
     report |= {
         "benchmark": "serve",
         "machine": common.machine(THREADS),
@@ -275,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 from benchmarks.load import load
 
                 report[part] = load(prompts, options.requests)
-            report[part]["commit"] = common.commit()
+            report[part]["commit"] = commit
             if part == "load" and any(name.startswith(("wrong", "failed")) for name in report[part]["outcomes"]):
                 raise SystemExit(
                     f"not every request was answered rightly or refused clearly: {report[part]['outcomes']}"
