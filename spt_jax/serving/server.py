@@ -25,6 +25,7 @@ from spt_jax.serving import protocol as api
 from spt_jax.serving.answers import Answer, Choice, chat_logprobs, completion_logprobs
 from spt_jax.serving.bank import UnknownPromptError
 from spt_jax.serving.limits import BodyLimits, error_body
+from spt_jax.serving.metrics import CountedResponses
 from spt_jax.serving.service import RefusedError, Service
 from spt_jax.serving.worker import EngineFailedError, QueueFullError
 
@@ -293,6 +294,7 @@ def make_app(service: Service, *, max_body_bytes: int = 2**20, body_seconds: flo
     app.state.service = service
     app.include_router(router)
     app.add_middleware(BodyLimits, max_bytes=max_body_bytes, seconds=body_seconds)
+    app.add_middleware(CountedResponses, counter=service.metrics.responses)
 
     def answer(status: int, message: str, headers: Mapping[str, str] | None = None, **more: Any) -> JSONResponse:
         kind = "server_error" if status >= 500 else "invalid_request_error"

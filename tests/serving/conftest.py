@@ -7,10 +7,12 @@ from pathlib import Path
 
 import httpx
 import jax
+import openai
 import pytest
 import uvicorn
 
 import spt_jax
+from spt_jax.generation import SamplingConfig, generate
 from spt_jax.prompts import DecomposedPromptTuning, DeepPrompts, LlamaAdapter, PrefixTuning, PromptTuning
 from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.engine import Engine
@@ -24,6 +26,8 @@ CHAT = (
     "{% if add_generation_prompt %}[assistant]\n{% endif %}"
 )
 KEY = "open sesame"
+ADMIN = {"authorization": f"Bearer {KEY}"}
+TEXTS = ("a question", "the", "and another")
 CLASSES = {"good": " yes", "bad": " no way", "ugly": " maybe"}
 PROMPTS = {
     "front": (PromptTuning(length=3), "<soft>{text}\n", {}),
@@ -114,3 +118,16 @@ def server(base, folder):
     """Of one module: between two, compiled programs may be forgotten."""
     with serving(base, folder) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def alone(server, name, text, **options):
+    """What the library answers without a server."""
+    bank, prompt = server.service.bank, None if name == "tiny" else name
+    ids = bank.request_ids(prompt, {"text": text})
+    (found,) = generate(bank.base, [ids], bank.entry(prompt).virtual, SamplingConfig(**options))
+    return ids, found

@@ -1,0 +1,272 @@
+"""What is wrong is refused, in words that help; nobody who vanishes or fails harms another."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+
+import httpx
+import numpy as np
+import pytest
+
+from spt_jax.errors import ConfigError
+from spt_jax.generation import SamplingConfig
+from spt_jax.serving.engine import Engine, Request
+from spt_jax.serving.protocol import CompletionRequest
+from spt_jax.serving.worker import EngineFailedError, Worker
+from tests.serving.conftest import KEY, PROMPTS, TEXTS, alone, save, serving
+
+
+def test_null_is_what_was_not_given(server):
+    body = {"model": "front", "prompt": "the", "max_tokens": 4, "seed": 1}
+    nulls = dict.fromkeys(("temperature", "top_p", "n", "stream", "stop", "logprobs", "user", "best_of"))
+    ours, theirs = (server.post("/v1/completions", own).json() for own in (body, {**body, **nulls}))
+    assert ours["choices"] == theirs["choices"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "said"),
+    [
+        ("/v1/completions", {"model": "frond", "prompt": "a"}, 404, "did you mean 'front'"),
+        ("/v1/completions", {"model": "front", "prompt": "a", "max_tokens": 999}, 400, "'tiny' has 128 positions"),
+        ("/v1/completions", {"model": "front", "prompt": "a " * 300}, 400, "has 128 positions"),
+        ("/v1/completions", {"model": "front"}, 422, "either a prompt or fields"),
+        ("/v1/completions", {"model": "front", "prompt": "a", "fields": {"text": "a"}}, 422, "either"),
+        ("/v1/completions", {"model": "pair", "prompt": "a"}, 422, "question, answer"),
+        ("/v1/completions", {"model": "pair", "fields": {"question": "a", "anser": "b"}}, 422, "did you mean 'answer'"),
+        ("/v1/completions", {"model": "pair", "fields": {"question": "a"}}, 400, "no field 'answer'"),
+        ("/v1/completions", {"model": "gated", "prompt": "a"}, 400, "/v1/classify"),
+        ("/v1/completions", {"model": "front", "prompt": "a", "temperature": -1}, 422, "temperature"),
+        ("/v1/completions", {"model": "front", "prompt": "a", "max_tokens": 0}, 422, "max_tokens"),
+        ("/v1/completions", {"model": "front", "prompt": "a", "stop": [""]}, 422, "stop"),
+        ("/v1/completions", {"model": "front", "prompt": "a", "stop": ""}, 422, "stop"),
+        ("/v1/completions", {"model": "front", "prompt": "a", "presence_penalty": 1}, 422, "presence_penalty"),
+        ("/v1/completions", {"model": "front", "prompt": "a", "tools": []}, 422, "tools"),
+        ("/v1/completions", {"model": "front", "prompt": "a", "logprobs": 21}, 422, "logprobs"),
+        (
+            "/v1/chat/completions",
+            {"model": "front", "messages": [{"role": "user", "content": "a"}], "top_logprobs": 2},
+            422,
+            "goes with logprobs",
+        ),
+        ("/v1/completions", {"model": "front", "prompt": []}, 422, "prompt"),
+        ("/v1/completions", {"model": "front", "prompt": [1, 2]}, 422, "prompt"),
+        ("/v1/completions", {"model": "front", "prompt": "\ud800"}, 422, "prompt"),
+        ("/v1/chat/completions", {"model": "tiny", "messages": []}, 422, "messages"),
+        ("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "x", "content": "a"}]}, 422, "role"),
+        (
+            "/v1/chat/completions",
+            {"model": "front", "messages": [{"role": "system", "content": "a"}]},
+            422,
+            "one user's turn",
+        ),
+        (
+            "/v1/chat/completions",
+            {"model": "tiny", "messages": [{"role": "assistant", "content": "a"}]},
+            422,
+            "nothing is left",
+        ),
+        ("/v1/classify", {"model": "tiny", "input": "a"}, 400, "bare base"),
+        ("/v1/classify", {"model": "front", "input": "a"}, 400, "no classes"),
+        ("/v1/classify", {"model": "verdict", "input": "a " * 300}, 400, "128"),
+        ("/v1/classify", {"model": "verdict", "input": []}, 422, "input"),
+    ],
+)
+def test_bad_requests(server, path, body, status, said):
+    response = httpx.post(server.url + path, content=json.dumps(body), headers={"content-type": "application/json"})
+    error = response.json()["error"]
+    assert (response.status_code, said in error["message"]) == (status, True), error
+
+
+def test_bad_bodies(server):
+    json_type = {"content-type": "application/json"}
+    for content, status in ((b"{nope", 400), (b"\xff\xfe", 400), (b"[1]", 422), (b"", 422), (b"x" * (2**20 + 1), 413)):
+        response = httpx.post(f"{server.url}/v1/completions", content=content, headers=json_type)
+        assert response.status_code == status and response.json()["error"]["message"], content[:10]
+
+    def chunks():
+        for _ in range(40):
+            yield b"x" * 2**15
+
+    assert httpx.post(f"{server.url}/v1/completions", content=chunks()).status_code == 413
+    assert server.get("/v1/nothing").status_code == 404
+    assert server.get("/v1/completions").status_code == 405
+
+
+def test_a_body_that_does_not_come(base, tmp_path):
+    with serving(base, tmp_path, body_seconds=0.2) as own:
+        port = int(own.url.rsplit(":", 1)[1])
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            assert b" 408 " in connection.recv(1000)
+
+
+def test_the_queue_has_an_end(base, tmp_path):
+    """Nothing is answered here, so that what waits can be counted."""
+    with serving(base, tmp_path, slots=1, queue=2, start=False) as own:
+        body = {"model": "tiny", "prompt": "the", "max_tokens": 4, "seed": 1}
+        answers: list[httpx.Response] = []
+        threads = [threading.Thread(target=lambda: answers.append(own.post("/v1/completions", body))) for _ in range(3)]
+        for number, thread in enumerate(threads, 1):
+            thread.start()
+            own.wait(lambda engine, number=number: engine.waiting == number)
+            if number == 2:  # of three: there is no room for two more
+                both = own.post("/v1/completions", {**body, "n": 2})
+                assert both.status_code == 429 and own.service.worker.engine.waiting == 2
+        refused = own.post("/v1/completions", {**body, "stream": True})
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+        never = own.post("/v1/completions", {**body, "n": 4})
+        assert never.status_code == 400 and "at most 3" in never.json()["error"]["message"]
+        own.service.worker.start()
+        for thread in threads:
+            thread.join()
+        assert [answer.status_code for answer in answers] == [200, 200, 200]
+        own.service.worker.start = lambda: None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_has_gone(server, stream):
+    """Its slot is free before its answer would have been whole."""
+    body = {"model": "tiny", "prompt": "the", "max_tokens": 100, "temperature": 0, "stream": stream}
+    ended = server.service.metrics.text()
+    with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as connection:
+        content = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
+        connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
+        server.wait(lambda engine: engine.under_way == 1)
+    server.wait(lambda engine: engine.idle)
+
+    def answers(text):
+        return [line for line in text.splitlines() if line.startswith("spt_jax_answers_total")]
+
+    assert answers(server.service.metrics.text()) == answers(ended)
+
+
+def test_an_engine_that_fails(base, tmp_path):
+    with serving(base, tmp_path) as own:
+
+        def broken():
+            raise RuntimeError("out of memory")
+
+        own.service.worker.engine.step = broken
+        body = {"model": "tiny", "prompt": "the"}
+        assert own.get("/readyz").status_code == 200
+        response = own.post("/v1/completions", body)
+        assert response.status_code == 503 and "has failed" in response.json()["error"]["message"]
+        assert own.post("/v1/completions", body).status_code == 503
+        assert own.get("/healthz").status_code == own.get("/readyz").status_code == 503
+
+
+def test_metrics(server):
+    def values():
+        lines = [line.split() for line in server.get("/metrics").text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in lines}
+
+    before = values()
+    server.post("/v1/completions", {"model": "front", "prompt": "the", "max_tokens": 5, "temperature": 0, "n": 2})
+    server.post("/v1/classify", {"model": "verdict", "input": list(TEXTS)})
+    server.post("/v1/classify", {"model": "nobody", "input": "a"})
+    after = values()
+    grown = {name: after[name] - before.get(name, 0) for name in after}
+    assert grown['spt_jax_responses_total{status="200"}'] == 3  # the metrics before among them
+    assert grown['spt_jax_responses_total{status="404"}'] == 1
+    assert grown["spt_jax_answers_total"] == 2 and grown["spt_jax_classified_total"] == 3
+    assert 2 <= grown["spt_jax_generated_tokens_total"] <= 10
+    assert grown["spt_jax_first_token_seconds_count"] == 1
+    assert after["spt_jax_prompts"] == len(PROMPTS) and after["spt_jax_prompt_device_bytes"] > 0
+
+
+def test_a_worker_that_stops_leaves_nobody_waiting(server):
+    worker, told = Worker(Engine(server.service.bank, slots=1)), []
+    good, bad = (Request(np.asarray(ids, np.int32)) for ids in ([1, 40], [1, 10_000]))
+    with pytest.raises(ConfigError, match="no soft prompt"):  # all or none
+        worker.submit([(good, told.append), (bad, told.append)])
+    worker.submit([(good, told.append), (good, told.append)])
+    worker._stopping = True
+    worker.start()
+    worker._thread.join()
+    assert [str(news.error) for news in told] == ["the server is stopping"] * 2
+    with pytest.raises(EngineFailedError, match="stopping"):
+        worker.submit([(good, told.append)])
+    assert not worker._listeners
+
+
+def test_a_listener_that_fails_ends_its_own_request_alone(server):
+    ended, worker = threading.Event(), server.service.worker
+
+    def broken(news):
+        raise RuntimeError("a listener")
+
+    def listener(news):
+        if news.result is not None:
+            ended.set()
+
+    request = Request(np.asarray([1, 40], np.int32), None, SamplingConfig(max_new_tokens=20))
+    worker.submit([(request, broken), (request, listener)])
+    assert ended.wait(20)
+    server.wait(lambda engine: engine.idle)
+    assert worker.failure is None
+
+
+def test_a_prompt_that_changes_between_reading_and_asking(server, base, folder):
+    """The answer is that of the prompt whose template read the text."""
+    service = server.service
+    save(folder / "moving", base, "front", seed=6)
+    service.load("moving")
+    expected = alone(server, "moving", "the", max_new_tokens=6)[1].text
+    body = CompletionRequest(model="moving", prompt="the", max_tokens=6, temperature=0)
+    (request,) = service.ask(body, [{"text": "the"}], 6)
+    shutil.rmtree(folder / "moving")
+    save(folder / "moving", base, "end", seed=1)
+    service.load("moving")
+    found, ended = [], threading.Event()
+
+    def listener(news):
+        found.append(news.result)
+        if news.result is not None:
+            ended.set()
+
+    service.worker.submit([(request, listener)])
+    assert ended.wait(20) and found[-1].text == expected
+    service.bank.remove("moving")
+    shutil.rmtree(folder / "moving")
+
+
+def test_a_fuzz_run_finds_no_failure(server, tmp_path):
+    """Schemathesis, against the server's own OpenAPI document: no 5xx, and no answer that the document does not know.
+
+    The models that there are stand in the document that it reads, so that it gets beyond their names.
+    """
+    pytest.importorskip("schemathesis")
+    document = server.get("/openapi.json").json()
+    for schema in document["components"]["schemas"].values():
+        if "model" in schema.get("properties", {}):
+            schema["properties"]["model"]["enum"] = ["tiny", *PROMPTS, "nobody"]
+    (tmp_path / "openapi.json").write_text(json.dumps(document))
+    checks = [
+        "not_a_server_error",
+        "status_code_conformance",
+        "content_type_conformance",
+        "response_schema_conformance",
+    ]
+    command = [
+        *(sys.executable, "-W", "ignore", "-m", "schemathesis.cli", "run", "openapi.json", "--url", server.url),
+        *(
+            "--checks",
+            ",".join(checks),
+            "--max-examples",
+            "20",
+            "--seed",
+            "1",
+            "--header",
+            f"Authorization: Bearer {KEY}",
+        ),
+        *("--phases", "examples,coverage,fuzzing", "--generation-database", "none"),
+    ]
+    answered = server.service.metrics.text()
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert "10 selected / 10 total" in run.stdout, run.stdout
+    assert server.service.metrics.text() != answered
