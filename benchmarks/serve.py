@@ -1,6 +1,6 @@
 """Serving: any number of prompts against one and against the bare base, many requests against one after another, PEFT.
 
-    python benchmarks/serve.py                 # everything, about 20 minutes on two idle cores; needs torch and peft
+    python benchmarks/serve.py                 # everything, about 7 minutes on two idle cores; needs torch and peft
     python benchmarks/serve.py --only load     # or a part: curve, batching, peft, load
 
 All of it on the starter, greedily, with prompts of 20 virtual tokens that nobody trained, which cost what trained ones
