@@ -201,9 +201,9 @@ def choose(scores: Float[Array, "B V"], step: Int[Array, "*B"], sampling: RowSam
 
     def greedy() -> Int[Array, " B"]:
         """The first of the highest scores. Two reductions: `jnp.argmax`, one over pairs, takes twice as long on CPU."""
-        numbers = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        ids = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         highest = jnp.max(scores, axis=-1, keepdims=True)
-        return jnp.min(jnp.where(scores == highest, numbers, scores.shape[1] - 1), axis=-1)
+        return jnp.min(jnp.where(scores == highest, ids, scores.shape[1] - 1), axis=-1)
 
     def sampled() -> Int[Array, " B"]:
         """The maximum of scores and Gumbel noise is a sample of their softmax."""

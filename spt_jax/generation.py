@@ -340,9 +340,12 @@ def continuation_text(tokenizer: Any, ids: Sequence[int], *, opens: bool = False
 
 @functools.lru_cache(2**16)
 def token_text(tokenizer: Any, id_: int) -> str:
-    """The text of one token behind others; of a control token or a part of a character, its name in the vocabulary."""
+    """The text of one token behind others; of a control token or a part of a character, its name in the vocabulary.
+
+    Models may have more ids than the tokenizer: these are called <ID>.
+    """
     text = continuation_text(tokenizer, [id_])
-    return text if text.strip("\ufffd") else tokenizer.convert_ids_to_tokens(id_)
+    return text if text.strip("\ufffd") else tokenizer.convert_ids_to_tokens(id_) or f"<{id_}>"
 
 
 def is_opening(base: FrozenBase, prompt: np.ndarray) -> bool:

@@ -7,14 +7,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from spt_jax import measure
 from spt_jax.base import load_base
 from spt_jax.errors import ConfigError
-from spt_jax.generation import SamplingConfig
 from spt_jax.serving.bank import PromptBank
-from spt_jax.serving.engine import Engine, Request
+from spt_jax.serving.engine import Engine
 from spt_jax.sharding import MeshConfig, make_mesh
 
 if TYPE_CHECKING:
@@ -105,7 +102,7 @@ def start(command: Serve) -> "Service":
     budget = None if command.prompt_memory is None else command.prompt_memory * 2**20
     engine = Engine(PromptBank(base, budget_bytes=budget), slots=command.slots, context=command.context)
     engine.warm_decoding()
-    engine.generate([Request(np.zeros(1, np.int32), None, SamplingConfig(max_new_tokens=2))])
+    engine.warm(engine.bank.held(None), 1)
     name = command.name or Path(command.base).name
     service = Service(Worker(engine, queue=command.queue), name, command.prompts, os.environ.get(ADMIN_KEY) or None)
     kinds: set[Any] = set()

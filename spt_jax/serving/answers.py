@@ -134,13 +134,13 @@ class Answer:
             index, news = await self._news.get()
             if news.error is not None:
                 raise news.error
+            if first:
+                self._metrics.first_token.observe(time.perf_counter() - self._began)
+                first = False
             if news.result is None and not self._grows:
                 continue
             choice = self.choices[index]
             since, text = len(choice.ids), choice.add(news)
-            if first:
-                self._metrics.first_token.observe(time.perf_counter() - self._began)
-                first = False
             if text or choice.finished or since < len(choice.ids):
                 yield index, text, since, choice.finished
         self._metrics.answered(
@@ -171,7 +171,9 @@ def completion_logprobs(choice: Choice, since: int) -> api.CompletionLogprobs:
     top = None
     if choice.alternatives:
         top = [
-            {choice.token_text(id_): value for id_, value in others.items() if id_ != own} | {piece: log_probability}
+            # Of ids with one text, the likeliest counts.
+            {choice.token_text(id_): value for id_, value in reversed(others.items()) if id_ != own}
+            | {piece: log_probability}
             for others, own, piece, log_probability in zip(
                 choice.alternatives[since:], choice.ids[since:], pieces, chosen, strict=True
             )
@@ -190,9 +192,10 @@ def chat_logprobs(choice: Choice, since: int) -> api.ChatLogprobs:
                 logprob=value,
                 bytes=list(piece.encode()),
                 top_logprobs=[
-                    api.Alternative(token=choice.token_text(id_), logprob=other) for id_, other in others.items()
+                    api.Alternative(token=piece if id_ == own else choice.token_text(id_), logprob=other)
+                    for id_, other in others.items()
                 ],
             )
-            for piece, value, others in zip(pieces, values, alternatives, strict=True)
+            for own, piece, value, others in zip(choice.ids[since:], pieces, values, alternatives, strict=True)
         ]
     )

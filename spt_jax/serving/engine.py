@@ -34,8 +34,9 @@ from spt_jax.sharding import replicated, row_sharding, row_shards
 # Tokens between two looks of the host: at new requests, and at what has ended.
 CHUNK = 4
 
-# How many requests at a time one program lets in.
+# How many requests at a time one program lets in, and how many ids these may then have together.
 SIZES = (1, 4, 16)
+TOGETHER = 2048
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,8 +82,7 @@ class Engine:
 
     The program that decodes takes any mixture of prompts, lengths and sampling; there is one for the fullest slot's
     entries rounded up to 64, 96, 128, 192, ... A request's own ids run once, in a program per length rounded up to 16,
-    32, 64, ... and per number of such requests that come at once. Its prompt's keys and values are copied, and
-    computed once.
+    32, 64, ... for 1, 4 or 16 of them at once. Its prompt's keys and values are copied, and computed once.
     """
 
     def __init__(self, bank: PromptBank, *, slots: int = 16, context: int | None = None):
@@ -105,7 +105,6 @@ class Engine:
         self.context = min(context or base.config.max_positions, base.config.max_positions)
         self._capacity = round_up(self.context, BUCKET) + 3 * BUCKET
         self._let_in = False
-        self._sizes = [size for size in SIZES if size <= slots]
         self._compiling = threading.Lock()
         self._programs = _programs(base.mesh)
         self._slots = self._programs.empty(base.module, base.dtype, slots, self._capacity)
@@ -215,8 +214,10 @@ class Engine:
         """Compiles what a request of so many ids under this prompt needs, if nothing has yet. Any thread may do so."""
         base, request = self.bank.base, Request(np.zeros(max(length, len(held.lead) + 1), np.int32))
         key = self._key(held, len(request.ids))
+        if all((size, key) in self._compiled for size in self._sizes(key)):
+            return
         with self._compiling:
-            for size in self._sizes:
+            for size in self._sizes(key):
                 if (size, key) not in self._compiled:
                     inputs = *self._inputs([self._ticket(request, held)] * size, [0] * size), self._shapes
                     program = self._programs.admit.lower(base.module, base.params, *inputs)
@@ -237,16 +238,16 @@ class Engine:
         return min(fewer if 2 * BUCKET < entries <= fewer else most, self._capacity)
 
     def _groups(self) -> list[tuple[list[int], list[Ticket]]]:
-        """Takes waiting requests for the free slots: which slots, and the requests that one program lets into them."""
+        """Free slots, and the waiting requests that one program lets into them."""
         free = [slot for slot, ticket in enumerate(self._busy) if ticket is None]
         alike: dict[Any, list[Ticket]] = {}
-        for _ in range(min(len(free), len(self._waiting))):
-            ticket = self._waiting.popleft()
+        for number in range(min(len(free), len(self._waiting))):
+            ticket = self._waiting[number]
             alike.setdefault(self._key(ticket.held, len(ticket.request.ids)), []).append(ticket)
         groups = []
-        for tickets in alike.values():
+        for key, tickets in alike.items():
             while tickets:
-                size = max(size for size in self._sizes if size <= len(tickets))
+                size = max(size for size in self._sizes(key) if size <= len(tickets))
                 groups.append((free[:size], tickets[:size]))
                 free, tickets = free[size:], tickets[size:]
         return groups
@@ -259,12 +260,17 @@ class Engine:
         self._slots, firsts = program(base.params, *self._inputs(tickets, slots), self._slots)
         for slot, ticket in zip(slots, tickets, strict=True):
             self._busy[slot] = ticket
+            self._waiting.remove(ticket)
         return slots, firsts
 
     def _key(self, held: Held, length: int) -> tuple[Any, ...]:
         """What tells the programs apart that let requests of so many ids in, besides how many requests."""
         leaves, structure = jax.tree.flatten((held.virtual, held.prefix))
         return structure, tuple(leaf.shape for leaf in leaves), self._bucket(held, length)
+
+    def _sizes(self, key: tuple[Any, ...]) -> list[int]:
+        """How many requests at a time these programs let in."""
+        return [size for size in SIZES if size == 1 or (size <= self.slots and size * key[-1] <= TOGETHER)]
 
     def _bucket(self, held: Held, length: int) -> int:
         """The own ids of requests of so many ids, rounded up."""
@@ -318,6 +324,7 @@ class Engine:
         result = answer(ticket.text_of, ticket.ids, end, ends, ticket.log_probabilities)
         ticket.result = dataclasses.replace(result, alternatives=ticket.alternatives[: len(result.ids)])
         ticket.ids, ticket.log_probabilities = result.ids, result.log_probabilities
+        ticket.alternatives = ticket.result.alternatives
         ticket.done = True
         self._busy[slot] = None
         return [ticket]

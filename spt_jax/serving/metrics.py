@@ -20,15 +20,20 @@ class CountedResponses:
         self._app, self._counter = app, counter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
         async def counted(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 self._counter.labels(message["status"]).inc()
             await send(message)
 
         try:
             await self._app(scope, receive, counted)
-        except Exception:  # answered further out
-            self._counter.labels(500).inc()
+        except Exception:
+            if not started:  # it is answered further out
+                self._counter.labels(500).inc()
             raise
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import spt_jax
 from spt_jax.errors import CheckpointError, ConfigError, DataError
-from spt_jax.generation import SamplingConfig, generate
+from spt_jax.generation import SamplingConfig, generate, token_text
 from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning
 from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.engine import Engine, Request
@@ -113,6 +113,7 @@ def test_the_likeliest_tokens_of_each_step(bank: PromptBank):
     for found, expected in zip(ours.alternatives, scores, strict=True):
         assert list(found) == np.argsort(-expected)[:4].tolist()
         np.testing.assert_allclose(list(found.values()), np.sort(expected)[::-1][:4], atol=1e-4)
+    assert token_text(bank.base.tokenizer, 10**6) == "<1000000>"  # a base's vocabulary may be padded
     with pytest.raises(ConfigError, match="alternatives is 21; it must lie between 0 and 20"):
         Engine(bank, slots=1).submit(Request(ids, alternatives=21))
 
