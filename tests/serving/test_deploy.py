@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -270,9 +271,20 @@ def test_streams_pass_the_proxy_as_they_grow(cluster):
 
 def test_errors_pass_the_proxy(cluster):
     client = cluster.client.with_options(max_retries=0)
-    with pytest.raises(openai.RateLimitError) as full:
-        client.completions.create(model="tiny", prompt="a question", max_tokens=60, n=16)
-    assert full.value.response.headers["retry-after"] == "1" and full.value.code == "queue_full"
+
+    def ask(_: int) -> openai.RateLimitError | None:
+        try:
+            client.completions.create(model="tiny", prompt="a question", max_tokens=60, n=3)
+        except openai.RateLimitError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(16) as pool:
+        full = [error for error in pool.map(ask, range(16)) if error is not None]
+    assert 0 < len(full) < 16
+    assert all(error.response.headers["retry-after"] == "1" and error.code == "queue_full" for error in full)
+    with pytest.raises(openai.BadRequestError, match="asks for 16 answers at once"):
+        client.completions.create(model="tiny", prompt="a question", n=16)
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="nobody", prompt="a question")
     assert httpx.post(f"{cluster.url}/v1/prompts", json={"name": "front"}).status_code == 403
