@@ -143,11 +143,7 @@ class Answer:
             since, text = len(choice.ids), choice.add(news)
             if text or choice.finished or since < len(choice.ids):
                 yield index, text, since, choice.finished
-        self._metrics.answered(
-            len(self.choices),
-            self.usage(),
-            time.perf_counter() - self._began,
-        )
+        self._metrics.answered(len(self.choices), self.usage(), time.perf_counter() - self._began)
 
     async def finish(self) -> None:
         """Waits for all."""

@@ -161,6 +161,9 @@ def decode(
     Args:
       busy: slots that hold a request.
       wanted: whether to find the likeliest tokens.
+
+    Returns:
+      The slots and the new tokens.
     """
     numbers = jnp.arange(slots.ids.shape[0])
 
