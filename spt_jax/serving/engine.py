@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -28,11 +29,14 @@ from spt_jax.generation import (
 )
 from spt_jax.models.attention import Cache
 from spt_jax.serving.bank import Held, PromptBank
-from spt_jax.serving.slots import NewTokens, RequestIds, Slots, admit, decode, empty_slots
+from spt_jax.serving.slots import MOST, NewTokens, RequestIds, Slots, Until, admit, decode, empty_slots
 from spt_jax.sharding import replicated, row_sharding, row_shards
 
-# Tokens between two looks of the host: at new requests, and at what has ended.
-CHUNK = 4
+# Seconds between two looks of the host: at new requests, and at what has ended.
+LOOK = 0.02
+
+# Steps between two looks where an answer may end at a text, which the device does not see.
+UNSEEN = 4
 
 # How many requests at a time one program lets in, and how many ids these may then have together.
 SIZES = (1, 4, 16)
@@ -105,6 +109,7 @@ class Engine:
         self.context = min(context or base.config.max_positions, base.config.max_positions)
         self._capacity = round_up(self.context, BUCKET) + 3 * BUCKET
         self._let_in = False
+        self._steps = MOST  # that take LOOK seconds, as the newest did
         self._compiling = threading.Lock()
         self._programs = _programs(base.mesh)
         self._slots = self._programs.empty(base.module, base.dtype, slots, self._capacity)
@@ -182,10 +187,13 @@ class Engine:
                 ended += self._take(slot, firsts, number)
         busy = np.asarray([ticket is not None for ticket in self._busy])
         if busy.any() and not self._let_in:
-            reach = self._reach(max(_filled(ticket) for ticket in self._busy if ticket is not None) + CHUNK)
-            inputs = busy, _wanted(ticket for ticket in self._busy if ticket is not None), self._slots
-            self._slots, new = self._programs.decode(base.module, CHUNK, reach, base.params, *inputs)
-            new = jax.tree.map(np.asarray, new)
+            began, tickets = time.perf_counter(), [ticket for ticket in self._busy if ticket is not None]
+            filled = max(map(_filled, tickets))
+            reach = self._reach(filled + 1)
+            inputs = busy, _wanted(tickets), self._until(tickets, reach - filled), self._slots
+            self._slots, new, steps = self._programs.decode(base.module, reach, base.params, *inputs)
+            new = jax.tree.map(lambda a: np.asarray(a)[: int(steps)], new)
+            self._steps = min(max(int(LOOK * int(steps) / (time.perf_counter() - began)), 1), MOST)
             for slot in np.flatnonzero(busy).tolist():
                 ended += self._take(slot, new, slot)
         return ended
@@ -228,8 +236,22 @@ class Engine:
         base, idle, reach = self.bank.base, np.zeros(len(self._busy), bool), 0
         while reach < self._capacity:
             reach = self._reach(reach + 1)
-            inputs = idle, _wanted([]), self._slots
-            self._slots, _ = self._programs.decode(base.module, CHUNK, reach, base.params, *inputs)
+            inputs = idle, _wanted([]), self._until([], 0), self._slots
+            self._slots, *_ = self._programs.decode(base.module, reach, base.params, *inputs)
+
+    def _until(self, tickets: Sequence[Ticket], room: int) -> Until:
+        """When the host looks again at these requests, behind whose entries there is so much room."""
+        ends = [ticket.ends for ticket in tickets]
+        left = [ticket.request.sampling.max_new_tokens - len(ticket.ids) for ticket in tickets]
+        steps = [room, self._steps]
+        if any(end.texts or end.ids - {end.eos_id} for end in ends):
+            steps.append(UNSEEN)
+        # A slot that comes free is worth a look only to those who wait.
+        steps.append(min(left) if self._waiting else max(left, default=0))
+        eos = self.bank.base.tokenizer.eos_token_id
+        numbers = min(steps), 1 if self._waiting else len(tickets), -1 if eos is None else eos
+        until: Any = [np.int32(number) for number in numbers]
+        return Until(*until)
 
     def _reach(self, entries: int) -> int:
         """How much of the slots the program for so many entries reads."""
@@ -349,7 +371,7 @@ def _filled(ticket: Ticket) -> int:
 class _Programs:
     empty: Callable[..., Slots]
     admit: Callable[..., tuple[Slots, NewTokens]]
-    decode: Callable[..., tuple[Slots, NewTokens]]
+    decode: Callable[..., tuple[Slots, NewTokens, jax.Array]]
 
 
 @functools.cache
@@ -363,5 +385,5 @@ def _programs(mesh: Mesh) -> _Programs:
     return _Programs(
         empty=jax.jit(empty_slots, static_argnums=(0, 1, 2, 3), out_shardings=slots),
         admit=jax.jit(admit, static_argnums=0, donate_argnums=7, out_shardings=(slots, everywhere)),
-        decode=jax.jit(decode, static_argnums=(0, 1, 2), donate_argnums=6, out_shardings=(slots, everywhere)),
+        decode=jax.jit(decode, static_argnums=(0, 1), donate_argnums=6, out_shardings=(slots, everywhere, everywhere)),
     )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from spt_jax.base import logits
-from spt_jax.decoding import RowSampling, likeliest, next_tokens
+from spt_jax.decoding import ALTERNATIVES, RowSampling, likeliest, next_tokens
 from spt_jax.forward import run_stream
 from spt_jax.models.attention import NEVER, Cache, Prefix, Stream, to_cache
 from spt_jax.models.decoder import Decoder
@@ -55,6 +55,24 @@ class NewTokens:
     ids: Int[Array, "*N B"]
     log_probabilities: Float[Array, "*N B"]
     likeliest: tuple[Int[Array, "*N B A"], Float[Array, "*N B A"]]
+
+
+# The most tokens that one call of `decode` chooses for a slot.
+MOST = 16
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Until:
+    """When a call of `decode` returns: whatever comes first.
+
+    steps: after so many, at most MOST.
+    ends: once so many busy slots have got `end_id`.
+    """
+
+    steps: Int[Array, ""]
+    ends: Int[Array, ""]
+    end_id: Int[Array, ""]
 
 
 @jax.tree_util.register_dataclass
@@ -147,27 +165,40 @@ def _side_by_side(prefixes: Sequence[Prefix]) -> Cache | None:
 
 def decode(
     module: Decoder,
-    count: int,
     reach: int,
     frozen: Params,
     busy: Bool[Array, " B"],
     wanted: Bool[Array, ""],
+    until: Until,
     slots: Slots,
-) -> tuple[Slots, NewTokens]:
-    """Chooses N = `count` tokens for every slot. What slots that are not busy get means nothing.
+) -> tuple[Slots, NewTokens, Int[Array, ""]]:
+    """Chooses tokens for every slot, step after step. What slots that are not busy get means nothing.
 
     Only the first `reach` entries of the slots are read: those of busy slots are all among them, new ones included.
 
     Args:
       busy: slots that hold a request.
       wanted: whether to find the likeliest tokens.
+      until: how many steps.
 
     Returns:
-      The slots and the new tokens.
+      The slots; the new tokens, N = MOST of each; how many of them there are.
     """
-    numbers = jnp.arange(slots.ids.shape[0])
+    batch = slots.ids.shape[0]
+    numbers = jnp.arange(batch)
+    found = min(ALTERNATIVES, module.config.vocab_size)
+    room = NewTokens(
+        jnp.zeros((MOST, batch), jnp.int32),
+        jnp.zeros((MOST, batch)),
+        (jnp.zeros((MOST, batch, found), jnp.int32), jnp.zeros((MOST, batch, found))),
+    )
 
-    def advance(slots: Slots, _: None) -> tuple[Slots, NewTokens]:
+    def goes_on(state: tuple[Slots, NewTokens, Array, Array]) -> Bool[Array, ""]:
+        _, _, step, ended = state
+        return (step < until.steps) & (jnp.sum(ended) < until.ends)
+
+    def advance(state: tuple[Slots, NewTokens, Array, Array]) -> tuple[Slots, NewTokens, Array, Array]:
+        slots, chosen, step, ended = state
         own = jnp.ones_like(slots.ids)[:, None]
         stream = Stream(slots.positions[:, None], own, jnp.zeros_like(own))
         cache = slots.cache
@@ -185,6 +216,9 @@ def decode(
             cache.segments.at[numbers, at].set(busy.astype(jnp.int32)),
         )
         moved = Slots(cache, slots.filled + 1, new.ids, slots.positions + 1, slots.steps + 1, slots.sampling)
-        return moved, new
+        chosen = jax.tree.map(lambda all_steps, own: all_steps.at[step].set(own), chosen, new)
+        return moved, chosen, step + 1, ended | (busy & (new.ids == until.end_id))
 
-    return jax.lax.scan(advance, slots, None, length=count)
+    state = slots, room, jnp.int32(0), jnp.zeros(batch, bool)
+    slots, chosen, steps, _ = jax.lax.while_loop(goes_on, advance, state)
+    return slots, chosen, steps

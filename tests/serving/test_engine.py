@@ -1,8 +1,10 @@
 """The engine answers any mixture of requests as `generate` answers each alone, and prompts come and go meanwhile."""
 
+import dataclasses
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from spt_jax.generation import SamplingConfig, generate, token_text
 from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning
 from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.engine import Engine, Request
+from spt_jax.serving.slots import Until
 from spt_jax.testing import tiny_base
 from tests.layouts import Run, forward, lay_out
 
@@ -70,6 +73,42 @@ def test_a_mixture_is_answered_as_each_alone(bank: PromptBank, slots: int):
     requests = requests_of(bank)
     for ours, request in zip(Engine(bank, slots=slots).generate(requests), requests, strict=True):
         same(ours, alone(bank, request))
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+def test_how_often_the_host_looks_changes_no_answer(bank: PromptBank, monkeypatch, seconds: float):
+    monkeypatch.setattr("spt_jax.serving.engine.LOOK", seconds)
+    engine, requests = Engine(bank, slots=2), requests_of(bank)
+    for request, found in zip(requests, engine.generate(requests), strict=True):
+        same(found, alone(bank, request))
+    engine.submit(Request(requests[-1].ids, None, SamplingConfig(max_new_tokens=13)))
+    looks = 0
+    while not engine.idle:
+        engine.step()
+        looks += 1
+    assert looks == (1 + 12 if seconds == 0 else 1 + 1)
+    engine.submit(Request(requests[-1].ids, None, SamplingConfig(max_new_tokens=13, stop=("nothing says this",))))
+    for _ in range(1 + (12 if seconds == 0 else 3)):
+        assert not engine.idle
+        engine.step()
+    assert engine.idle
+
+
+def test_decoding_returns_at_an_end_that_others_wait_for(bank: PromptBank):
+    engine, requests = Engine(bank, slots=2), requests_of(bank)[:2]
+    long = SamplingConfig(max_new_tokens=20, temperature=1.0)
+    expected = [alone(bank, dataclasses.replace(request, sampling=long)).ids for request in requests]
+    for request in requests:
+        engine.submit(dataclasses.replace(request, sampling=long))
+    engine.step()
+    programs, base = engine._programs, bank.base
+    end = next(id_ for id_ in expected[0][1:] if id_ not in expected[1])
+    steps = expected[0][1:].index(end) + 1
+    until = Until(jnp.int32(16), jnp.int32(1), jnp.int32(end))
+    inputs = np.ones(2, bool), np.asarray(False), until, engine._slots
+    _, new, count = programs.decode(base.module, 64, base.params, *inputs)
+    assert int(count) == steps < 16
+    np.testing.assert_array_equal(new.ids[:steps].T, [ids[1 : steps + 1] for ids in expected])
 
 
 def test_requests_of_one_kind_come_in_by_one_program(bank: PromptBank, tmp_path):
