@@ -29,14 +29,11 @@ from spt_jax.generation import (
 )
 from spt_jax.models.attention import Cache
 from spt_jax.serving.bank import Held, PromptBank
-from spt_jax.serving.slots import MOST, NewTokens, RequestIds, Slots, Until, admit, decode, empty_slots
+from spt_jax.serving.slots import LEAST, MOST, NewTokens, RequestIds, Slots, Until, admit, decode, empty_slots
 from spt_jax.sharding import replicated, row_sharding, row_shards
 
 # Seconds between two looks of the host: at new requests, and at what has ended.
 LOOK = 0.02
-
-# Steps between two looks where an answer may end at a text, which the device does not see.
-UNSEEN = 4
 
 # How many requests at a time one program lets in, and how many ids these may then have together.
 SIZES = (1, 4, 16)
@@ -245,9 +242,9 @@ class Engine:
         left = [ticket.request.sampling.max_new_tokens - len(ticket.ids) for ticket in tickets]
         steps = [room, self._steps]
         if any(end.texts or end.ids - {end.eos_id} for end in ends):
-            steps.append(UNSEEN)
+            steps.append(LEAST)  # the device does not see these ends
         # A slot that comes free is worth a look only to those who wait.
-        steps.append(min(left) if self._waiting else max(left, default=0))
+        steps.append(max(min(left), LEAST) if self._waiting else max(left, default=0))
         eos = self.bank.base.tokenizer.eos_token_id
         numbers = min(steps), 1 if self._waiting else len(tickets), -1 if eos is None else eos
         until: Any = [np.int32(number) for number in numbers]

@@ -57,8 +57,8 @@ class NewTokens:
     likeliest: tuple[Int[Array, "*N B A"], Float[Array, "*N B A"]]
 
 
-# The most tokens that one call of `decode` chooses for a slot.
-MOST = 16
+# The most steps of one call of `decode`, and how many it takes before it returns for those that have ended.
+MOST, LEAST = 16, 4
 
 
 @jax.tree_util.register_dataclass
@@ -67,7 +67,7 @@ class Until:
     """When a call of `decode` returns: whatever comes first.
 
     steps: after so many, at most MOST.
-    ends: once so many busy slots have got `end_id`.
+    ends: once so many busy slots have got `end_id`, but not before LEAST steps.
     """
 
     steps: Int[Array, ""]
@@ -195,7 +195,7 @@ def decode(
 
     def goes_on(state: tuple[Slots, NewTokens, Array, Array]) -> Bool[Array, ""]:
         _, _, step, ended = state
-        return (step < until.steps) & (jnp.sum(ended) < until.ends)
+        return (step < until.steps) & ((step < LEAST) | (jnp.sum(ended) < until.ends))
 
     def advance(state: tuple[Slots, NewTokens, Array, Array]) -> tuple[Slots, NewTokens, Array, Array]:
         slots, chosen, step, ended = state
