@@ -14,7 +14,7 @@ from spt_jax.generation import SamplingConfig, generate, token_text
 from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning
 from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.engine import Engine, Request
-from spt_jax.serving.slots import Until
+from spt_jax.serving.slots import LEAST, MOST, Until
 from spt_jax.testing import tiny_base
 from tests.layouts import Run, forward, lay_out
 
@@ -94,7 +94,8 @@ def test_how_often_the_host_looks_changes_no_answer(bank: PromptBank, monkeypatc
     assert engine.idle
 
 
-def test_decoding_returns_at_an_end_that_others_wait_for(bank: PromptBank):
+@pytest.mark.parametrize("end_at", [2, 9])
+def test_decoding_returns_at_an_end_that_others_wait_for(bank: PromptBank, end_at: int):
     engine, requests = Engine(bank, slots=2), requests_of(bank)[:2]
     long = SamplingConfig(max_new_tokens=20, temperature=1.0)
     expected = [alone(bank, dataclasses.replace(request, sampling=long)).ids for request in requests]
@@ -102,12 +103,12 @@ def test_decoding_returns_at_an_end_that_others_wait_for(bank: PromptBank):
         engine.submit(dataclasses.replace(request, sampling=long))
     engine.step()
     programs, base = engine._programs, bank.base
-    end = next(id_ for id_ in expected[0][1:] if id_ not in expected[1])
-    steps = expected[0][1:].index(end) + 1
-    until = Until(jnp.int32(16), jnp.int32(1), jnp.int32(end))
+    end, steps = expected[0][end_at], max(end_at, LEAST)
+    assert end not in expected[0][1:end_at] + expected[1][1:end_at]
+    until = Until(jnp.int32(MOST), jnp.int32(1), jnp.int32(end))
     inputs = np.ones(2, bool), np.asarray(False), until, engine._slots
     _, new, count = programs.decode(base.module, 64, base.params, *inputs)
-    assert int(count) == steps < 16
+    assert int(count) == steps < MOST
     np.testing.assert_array_equal(new.ids[:steps].T, [ids[1 : steps + 1] for ids in expected])
 
 
