@@ -253,12 +253,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     path = common.RESULTS / f"serve_{common.machine_name(THREADS)}.json"
-    commit, others = common.commit(), set(PARTS) - set(options.only)
-    report = json.loads(path.read_text()) if others and path.exists() else {}
-    report |= {
-        "benchmark": "serve",
+    others = set(PARTS) - set(options.only)
+    report = json.loads(path.read_text()) if others and path.exists() else {"benchmark": "serve"}
+    origin = {  # of each part, since they may be measured apart
         "machine": common.machine(THREADS),
         "versions": common.versions(("spt_jax", "jax", "fastapi", "uvicorn", "peft", "torch", "transformers")),
+        "commit": common.commit(),
     }
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts"
@@ -276,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 from benchmarks.load import load
 
                 report[part] = load(prompts, options.requests)
-            report[part]["commit"] = commit
+            report[part] |= origin
             if part == "load" and any(name.startswith(("wrong", "failed")) for name in report[part]["outcomes"]):
                 raise SystemExit(
                     f"not every request was answered rightly or refused clearly: {report[part]['outcomes']}"
