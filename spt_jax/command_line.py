@@ -136,12 +136,14 @@ def parse_job(kind: type[AnyJob], argv: Sequence[str], program: str) -> AnyJob:
 
 
 def _method_name(words: Sequence[str]) -> str | None:
+    """The last that is named."""
+    name = None
     for i, word in enumerate(words):
         if word == "--method.name" and i + 1 < len(words):
-            return words[i + 1]
+            name = words[i + 1]
         if word.startswith("--method.name="):
-            return word.partition("=")[2]
-    return None
+            name = word.partition("=")[2]
+    return name
 
 
 def config_json(config: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -237,10 +238,10 @@ def read_outside(name: str, folder: Path) -> Entry:
     for field, value in facts.items():
         if field not in known:
             raise ConfigError(f"{folder / FACTS_FILE}: no fact {field!r}; it holds {', '.join(known)}")
-        if not isinstance(value, (int, float, type(None))):
+        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
             raise ConfigError(f"{folder / FACTS_FILE}: {field} is {value!r}, and no number")
     predictions = [own for every in read_predictions(folder / PREDICTIONS_FILE).values() for own in every]
-    return Entry(name, predictions, Facts(**facts))
+    return Entry(name, predictions, Facts(**(dict.fromkeys(known) | facts)))
 
 
 def make_table(entries: Sequence[Entry], classes: Sequence[str]) -> list[dict[str, Any]]:

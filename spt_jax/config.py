@@ -117,8 +117,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"train.{name} is {value}; it must be at least 1")
-        if self.patience < 0:
-            raise ConfigError(f"train.patience is {self.patience}; it must be at least 0")
+        for name in ("patience", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}; it must be at least 0")
 
     def resolved(self) -> "TrainConfig":
         """With the defaults that follow from the length of the run."""

@@ -5,6 +5,7 @@ The same functions run with a soft prompt, with a hand-written prompt and with n
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -170,7 +171,12 @@ def _by_task(data: EvaluationSet, result: Evaluation) -> Evaluation:
 
 
 def selection_score(result: Mapping[str, Any]) -> float:
-    """What is better on validation: higher accuracy, ties by lower loss; lower loss where there are no classes."""
+    """What is better on validation: higher accuracy, ties by lower loss; lower loss where there are no classes.
+
+    A loss that is not finite is worse than anything.
+    """
+    if not math.isfinite(result["loss"]):
+        return -math.inf
     if "accuracy" not in result:
         return -result["loss"]
     tie_break = 1 / (1 + result["loss"]) / (2 * result["examples"])  # less than half an example

@@ -30,8 +30,8 @@ Records = Sequence[Mapping[str, Any]]
 CONFIG_FILE = "config.json"
 
 
-def check_workdir(path: Path, *, resume: bool, overwrite: bool) -> None:
-    """Whether a run may use the work directory.
+def check_workdir(path: Path, *, resume: bool | None = None, overwrite: bool) -> None:
+    """Whether a run may use the work directory. `resume` is None for what cannot go on.
 
     Raises:
       ConfigError: it exists and neither resume nor overwrite is asked; or there is nothing to resume; or overwrite
@@ -43,7 +43,8 @@ def check_workdir(path: Path, *, resume: bool, overwrite: bool) -> None:
     if path.exists() and not path.is_dir():
         raise ConfigError(f"work directory {path} is a file")
     if exists and not (resume or overwrite):
-        raise ConfigError(f"work directory {path} already exists. Use --resume to go on or --overwrite to start anew")
+        ways = "--overwrite to start anew" if resume is None else "--resume to go on or --overwrite to start anew"
+        raise ConfigError(f"work directory {path} already exists. Use {ways}")
     ours = (path / CONFIG_FILE).exists()
     if resume and not ours:
         raise ConfigError(f"work directory {path} holds no run to resume")
@@ -51,7 +52,7 @@ def check_workdir(path: Path, *, resume: bool, overwrite: bool) -> None:
         raise ConfigError(f"{path} has no {CONFIG_FILE}, so no run of ours made it; delete it yourself if you mean it")
 
 
-def prepare_workdir(path: Path, *, resume: bool, overwrite: bool) -> None:
+def prepare_workdir(path: Path, *, resume: bool | None = None, overwrite: bool) -> None:
     """Makes the work directory, empty unless a run is resumed.
 
     Raises:

@@ -178,8 +178,11 @@ def drift_lines(drifts: Sequence[tuple[float, float]]) -> str:
 
 
 def ablation_lines(measure: str, lost: Sequence[Difference]) -> str:
-    """What is lost without each position, and which losses chance alone would not explain."""
-    lines = [f"{measure.replace('_', ' ')} lost without each position, with its 95 % interval:"]
+    """What is lost without each position, and whose interval leaves out 0."""
+    lines = [
+        f"{measure.replace('_', ' ')} lost without each position, with its 95 % interval; * where that leaves out 0, as"
+        " chance alone does for one position in 20:"
+    ]
     for number, own in enumerate(lost):
         low, high = own.interval.low, own.interval.high
         mark = "" if low <= 0 <= high else "  *"

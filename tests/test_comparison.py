@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 import train
 from spt_jax.__main__ import main
 from spt_jax.base import read_tokenizer
-from spt_jax.comparison import draw_shots
+from spt_jax.comparison import Facts, draw_shots, read_outside
 from spt_jax.data.templates import Template
 from spt_jax.errors import ConfigError
 from tests.jobs import words, write_task
@@ -153,7 +153,7 @@ def test_answers_that_are_written(files: Path, tmp_path: Path):
 def test_a_work_directory_that_exists_is_left_alone(files: Path, compared: Path, capsys):
     before = (compared / "compare.json").read_bytes()
     assert compare(files, compared) == 2
-    assert "already exists" in capsys.readouterr().err
+    assert "already exists. Use --overwrite" in capsys.readouterr().err
     assert compare(files, compared, "--shots", "30", "--overwrite") == 1  # what fails deletes nothing
     assert (compared / "compare.json").read_bytes() == before
 
@@ -204,6 +204,12 @@ def test_others_must_have_been_asked_the_same(files: Path, compared: Path, tmp_p
     (tmp_path / "other" / "facts.json").write_text('{"bytes": "many"}')
     assert compare(files, tmp_path / "out", "--others", f"X={tmp_path / 'other'}", "--no-probe") == 2
     assert "bytes is 'many', and no number" in capsys.readouterr().err
+    (tmp_path / "other" / "facts.json").write_text('{"bytes": true}')
+    assert compare(files, tmp_path / "out", "--others", f"X={tmp_path / 'other'}", "--no-probe") == 2
+    assert "bytes is True, and no number" in capsys.readouterr().err
+    (tmp_path / "other" / "facts.json").write_text("{}")
+    shutil.copy(files / "outside" / "predictions.jsonl", tmp_path / "other")
+    assert read_outside("X", tmp_path / "other").facts == Facts(None, None, None, None, None)  # unknown, and not 0
     (tmp_path / "other" / "facts.json").write_text('{"size": 3}')
     assert compare(files, tmp_path / "out", "--others", f"X={tmp_path / 'other'}") == 2
     assert "it holds trainable_parameters" in capsys.readouterr().err

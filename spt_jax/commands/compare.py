@@ -65,14 +65,14 @@ def main(argv: Sequence[str]) -> None:
     command = parse_job(Compare, argv, PROGRAM)
     command.validate()
     measure.keep_compiled_programs(command.compilation_cache)
-    check_workdir(command.workdir, resume=False, overwrite=command.overwrite)
+    check_workdir(command.workdir, overwrite=command.overwrite)
     experiment = load_experiment(resolve(command.config))
     outside = [read_outside(name, Path(folder)) for name, folder in command.others.items()]
     options = {"shots": command.shots, "shots_seed": command.shots_seed, "probe": command.probe}
     entries = [ask(experiment.base, way) for way in ways(experiment, command.prompts, **options)]
     entries += outside
     table = make_table(entries, list(experiment.template.verbalizers))
-    prepare_workdir(command.workdir, resume=False, overwrite=command.overwrite)
+    prepare_workdir(command.workdir, overwrite=command.overwrite)
     write_results(command.workdir, entries, table, config_json(command), argv)
     print(markdown(table))
     print(f"{command.workdir}: compare.md, compare.json, compare.png, predictions.jsonl")

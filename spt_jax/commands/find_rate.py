@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     """
     command = parse_job(FindRate, argv, PROGRAM)
     measure.keep_compiled_programs(command.compilation_cache)
-    check_workdir(command.workdir, resume=False, overwrite=command.overwrite)
+    check_workdir(command.workdir, overwrite=command.overwrite)
     experiment = load_experiment(resolve(command.config))
     examples, plan = experiment.training_set()
     experiment, _ = experiment.fitted(plan)
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
             steps=command.rates,
             progress=lambda step: bar.update(1),
         )
-    prepare_workdir(command.workdir, resume=False, overwrite=command.overwrite)
+    prepare_workdir(command.workdir, overwrite=command.overwrite)
     write_json(command.workdir / CONFIG_FILE, config_json(command))
     write_json(
         command.workdir / "rates.json",

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from spt_jax import measure
 from spt_jax.command_line import Job, config_json, parse_job
 from spt_jax.config import AnyMethod, resolve
+from spt_jax.data.encoder import digest
 from spt_jax.errors import ConfigError, TrainingError
 from spt_jax.experiment import check_workdir, open_workdir
 from spt_jax.files import write_json
@@ -22,6 +23,7 @@ from spt_jax.sweeps.results import (
     Score,
     ask_together,
     by_length,
+    came_to_its_end,
     check_ensemble,
     copy_prompt,
     scored,
@@ -30,6 +32,7 @@ from spt_jax.sweeps.results import (
 from spt_jax.sweeps.settings import Settings, flag_words, parse_field, settings
 from spt_jax.sweeps.trials import (
     Preparation,
+    Prepared,
     Row,
     Trial,
     populations,
@@ -85,8 +88,9 @@ class Sweep(Job[AnyMethod]):
             raise ConfigError(f"--seeds are {self.seeds or 'none'}; a sweep trains with at least one, and each once")
         if list(self.lengths) != sorted(set(self.lengths)) or any(length < 1 for length in self.lengths):
             raise ConfigError(f"--lengths are {self.lengths}; they go up, from 1 or more")
-        if self.patience < 0 or self.ensemble < 0:
-            raise ConfigError(f"--patience is {self.patience} and --ensemble {self.ensemble}; they are 0 or more")
+        for name in ("patience", "ensemble", "draws_seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it is 0 or more")
         if self.halving and self.lengths:
             raise ConfigError("--halving ends trials early, and --lengths compares trials at their end; give one")
         if self.config.data.validation is None:
@@ -116,11 +120,16 @@ def main(argv: Sequence[str]) -> None:
     for prepared in every:
         if command.lengths and prepared.experiment.template.verbalizers:
             check_records(len(prepared.asked["validation"].examples), command.resolution)
+        elif command.lengths and len(prepared.asked["validation"].examples) < 2:
+            raise ConfigError("a sweep over lengths sees no noise in 1 validation record; 2 are the least")
+    validated = [list(prepared.asked["validation"].records) for prepared in every]
+    if any(records != validated[0] for records in validated):
+        print("trials have validation sets of their own, by which they are compared all the same")
     elsewhere = ("config", "workdir", "resume", "overwrite", "compilation_cache")
     options = {name: value for name, value in config_json(command).items() if name not in elsewhere}
     open_workdir(
         workdir,
-        {**config_json(command.config), "sweep": options},
+        {**config_json(command.config), "sweep": options, "examples": digests(every)},
         resume=command.resume,
         overwrite=command.overwrite,
     )
@@ -156,6 +165,12 @@ def main(argv: Sequence[str]) -> None:
         },
     )
     print(f"{workdir}: trials.csv, trials.parquet, results.json, sweep.png, and every trial's prompt under trials/")
+
+
+def digests(every: Sequence[Prepared]) -> list[str]:
+    """Of all examples that trials train on and are asked, each once: a sweep goes on with the same."""
+    sets = [own.examples for prepared in every for own in (prepared, *prepared.asked.values())]
+    return sorted({digest(examples) for examples in sets})
 
 
 def plan_stages(command: Sweep[Any], argv: Sequence[str]) -> list[list[Trial]]:
@@ -219,6 +234,9 @@ def finish(
         chosen.settings,
         chosen.measure.replace("_", " "),
     )
+    out = {number: rows[number]["status"] for number in (t.number for t in ran) if not came_to_its_end(rows[number])}
+    if out:
+        print("not to their end: " + "; ".join(f"trial {number}, {status}" for number, status in out.items()))
     together = ask_together(command.ensemble, prepare, ran, rows, workdir) if command.ensemble else None
     if together is not None:
         print(
@@ -230,6 +248,7 @@ def finish(
         "settings": [score.as_json() for score in scores],
         "chosen": {**chosen.as_json(), "trial": number, "reason": reason},
         "ensemble": together,
+        "not_to_their_end": out,
         "trials": len(ran),
         "steps": sum(rows[trial.number]["steps"] for trial in ran),
     }

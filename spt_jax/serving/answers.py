@@ -111,6 +111,9 @@ class Answer:
 
             return tell
 
+        for request in requests:
+            if not worker.is_prepared(request):
+                await loop.run_in_executor(worker.compiling, worker.prepare, request)
         asked = [(request, listener(index)) for index, request in enumerate(requests)]
         answer._tickets = await asyncio.to_thread(worker.submit, asked)
         named = functools.partial(token_text, worker.engine.bank.base.tokenizer)
@@ -128,6 +131,7 @@ class Answer:
 
         Raises:
           EngineFailedError: there will be no more.
+          ConfigError: numbers overflow.
         """
         first = True
         while any(choice.finished is None for choice in self.choices):

@@ -179,7 +179,7 @@ class PromptBank:
         """
         if name is None and MESSAGES in record:
             if self._chat is None:
-                raise ConfigError(f"the tokenizer of {self.base.name} has no chat template")
+                raise ConfigError("the base's tokenizer has no chat template")
             return self._chat.encoder.prompt_ids(record)
         return self.entry(name).encoder.prompt_ids(record)
 
@@ -201,13 +201,13 @@ class PromptBank:
         return entry, NOTHING if name is None else self._held_of(name, entry)
 
     def _held_of(self, name: str, entry: Entry) -> Held:
-        with self._making:
-            with self._lock:
-                current = self._entries.get(name) is entry
-                held = self._held.get(name) if current else None
-            if held is None:
-                assert entry.virtual is not None
-                held = hold(self.base, entry.virtual, entry.encoder.fixed_lead())
+        held = self._found(name, entry)
+        if held is None:
+            with self._making:
+                held = self._found(name, entry)
+                if held is None:
+                    assert entry.virtual is not None
+                    held = hold(self.base, entry.virtual, entry.encoder.fixed_lead())
         with self._lock:
             if self._entries.get(name) is not entry:
                 return held  # it was replaced meanwhile; this request still has it
@@ -219,6 +219,10 @@ class PromptBank:
                 self._bytes -= self._held.popitem(last=False)[1].bytes
         return held
 
+    def _found(self, name: str, entry: Entry) -> Held | None:
+        with self._lock:
+            return self._held.get(name) if self._entries.get(name) is entry else None
+
     def entry(self, name: str | None) -> Entry:
         """The prompt of this name; None names the bare base.
 
@@ -229,6 +233,12 @@ class PromptBank:
             if name in self._entries:
                 return self._entries[name]
         raise UnknownPromptError(f"there is no prompt {name!r}; {did_you_mean(str(name), self.names)}")
+
+
+def overflow(base: FrozenBase, name: str | None) -> ConfigError:
+    """What to say of numbers that are not finite."""
+    whose = "the base alone" if name is None else f"prompt {name!r}"
+    return ConfigError(f"{whose} gives numbers beyond what {jnp.dtype(base.dtype).name} holds; take another dtype")
 
 
 def hold(base: FrozenBase, virtual: VirtualPrompt, lead: np.ndarray) -> Held:

@@ -13,7 +13,7 @@ from spt_jax.data.batches import bucket, multiples, pack, place_batch, plan_batc
 from spt_jax.errors import ConfigError
 from spt_jax.evaluation import log_softmax, row_scores
 from spt_jax.generation import BUCKET
-from spt_jax.serving.bank import Held, PromptBank
+from spt_jax.serving.bank import Held, PromptBank, overflow
 from spt_jax.sharding import to_host
 
 _row_scores = functools.partial(jax.jit, static_argnums=(0, 1))(row_scores)
@@ -32,7 +32,8 @@ class Classifier:
         Each record's own ids run once, behind the keys and values that its prompt's requests share.
 
         Raises:
-          ConfigError: no such prompt, its template has no classes for whole records, or a record is too long.
+          ConfigError: no such prompt, its template has no classes for whole records, a record is too long, or its
+            numbers overflow.
           DataError: a record lacks a field.
         """
         bank, base = self._bank, self._bank.base
@@ -57,6 +58,8 @@ class Classifier:
             values = to_host(_row_scores(base.module, plan.choices, base.params, held.virtual, held.prefix, rows))
         order = np.argsort([int(number) for number in batch.rows.examples[:, 0] if number >= 0])
         scores = values[: len(examples), 0][order]
+        if not np.isfinite(scores).all():
+            raise overflow(base, name)
         if template.head == "classification":
             scores = log_softmax(scores)
         return [dict(zip(template.verbalizers, map(float, row), strict=True)) for row in scores]
@@ -66,4 +69,4 @@ class Classifier:
         for ids in prompts:
             total = held.start - len(held.lead) + len(ids)
             if total > limit:
-                raise ConfigError(f"{total} tokens of the prompt; {self._bank.base.name!r} has {limit} positions")
+                raise ConfigError(f"{total} tokens of the prompt; the base has {limit} positions")

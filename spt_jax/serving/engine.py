@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +29,7 @@ from spt_jax.generation import (
     stop_end,
 )
 from spt_jax.models.attention import Cache
-from spt_jax.serving.bank import Held, PromptBank
+from spt_jax.serving.bank import Held, PromptBank, overflow
 from spt_jax.serving.slots import LEAST, MOST, NewTokens, RequestIds, Slots, Until, admit, decode, empty_slots
 from spt_jax.sharding import replicated, row_sharding, row_shards
 
@@ -62,6 +63,7 @@ class Request:
 class Ticket:
     """A request under way: the ids that it has got, and in the end what came of it; None if it was cancelled.
 
+    error: why nothing came of it.
     held: what its prompt was when it came, whatever becomes of the prompt.
     ends: what ends the answer.
     text_of: the text of its ids.
@@ -76,6 +78,7 @@ class Ticket:
     alternatives: list[dict[int, float]] = dataclasses.field(default_factory=list)
     done: bool = False
     result: Generated | None = None
+    error: ConfigError | None = None
 
 
 class Engine:
@@ -199,7 +202,7 @@ class Engine:
         """Answers requests, in their order; others that were submitted are answered with them.
 
         Raises:
-          ConfigError, DataError: as `submit`, and then none is answered.
+          ConfigError, DataError: as `submit`, and then none is answered; or one whose numbers overflow.
         """
         tickets: list[Ticket] = []
         try:
@@ -211,16 +214,24 @@ class Engine:
             for ticket in tickets:
                 if not ticket.done:
                     self.cancel(ticket)
+        for ticket in tickets:
+            if ticket.error is not None:
+                raise ticket.error
         results = [ticket.result for ticket in tickets]
         assert all(result is not None for result in results)
         return [result for result in results if result is not None]
 
+    def is_warm(self, held: Held, length: int) -> bool:
+        """Whether what `warm` compiles is there."""
+        key = self._key(held, max(length, len(held.lead) + 1))
+        return all((size, key) in self._compiled for size in self._sizes(key))
+
     def warm(self, held: Held, length: int) -> None:
         """Compiles what a request of so many ids under this prompt needs, if nothing has yet. Any thread may do so."""
+        if self.is_warm(held, length):
+            return
         base, request = self.bank.base, Request(np.zeros(max(length, len(held.lead) + 1), np.int32))
         key = self._key(held, len(request.ids))
-        if all((size, key) in self._compiled for size in self._sizes(key)):
-            return
         with self._compiling:
             for size in self._sizes(key):
                 if (size, key) not in self._compiled:
@@ -329,6 +340,13 @@ class Engine:
         ends, checked, last = ticket.ends, len(ticket.ids), False
         ids, log_probabilities = (values[:, column].tolist() for values in (new.ids, new.log_probabilities))
         for step, (id_, log_probability) in enumerate(zip(ids, log_probabilities, strict=True)):
+            if not math.isfinite(log_probability):
+                ticket.error, ticket.done, self._busy[slot] = (
+                    overflow(self.bank.base, ticket.request.prompt),
+                    True,
+                    None,
+                )
+                return [ticket]
             ticket.ids.append(id_)
             ticket.log_probabilities.append(log_probability)
             if count := ticket.request.alternatives:

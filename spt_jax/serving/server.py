@@ -8,7 +8,7 @@ import json
 import socket
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -33,13 +33,18 @@ RETRY_SECONDS = 1
 
 
 class Events(StreamingResponse):
-    """A stream of events whose source is closed whatever ends it, a client that is gone too."""
+    """A stream of events whose answer is cancelled whatever ends it, a client that left before it began too."""
+
+    def __init__(self, pieces: AsyncGenerator[str], answer: Answer):
+        super().__init__(pieces, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        self._pieces, self._answer = pieces, answer
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self.body_iterator.aclose()  # type: ignore[attr-defined]
+            await self._pieces.aclose()
+            self._answer.cancel()
 
 
 _ERRORS: Any = {status: {"model": api.ErrorResponse} for status in (400, 401, 403, 404, 408, 413, 422, 429, 500, 503)}
@@ -129,7 +134,7 @@ async def chat_completions(body: api.ChatRequest, request: Request) -> Any:
 
 
 def _streamed(pieces: AsyncGenerator[Any], answer: Answer) -> Events:
-    async def events() -> AsyncIterator[str]:
+    async def events() -> AsyncGenerator[str]:
         try:
             async for piece in pieces:
                 content = piece.model_dump(exclude_none=True)
@@ -137,13 +142,12 @@ def _streamed(pieces: AsyncGenerator[Any], answer: Answer) -> Events:
                     choice.setdefault("finish_reason", None)
                 yield f"data: {json.dumps(content)}\n\n"
             yield "data: [DONE]\n\n"
-        except EngineFailedError as error:  # the status is long sent
+        except SptError as error:  # the status is long sent
             yield f"data: {json.dumps(error_body(str(error), 'server_error'))}\n\n"
         finally:
             await pieces.aclose()
-            answer.cancel()
 
-    return Events(events(), media_type="text/event-stream", headers={"cache-control": "no-store"})
+    return Events(events(), answer)
 
 
 async def _whole(answer: Answer, request: Request) -> None:
@@ -182,8 +186,8 @@ async def classify(body: api.ClassifyRequest, request: Request) -> Any:
         ]
         return service.classifier.classify(name, records)
 
-    with service.metrics.classifying(len(given)):
-        found = await asyncio.to_thread(run)
+    with service.place_to_classify(), service.metrics.classifying(len(given)):
+        found = await asyncio.get_running_loop().run_in_executor(service.classifying, run)
     data = [
         api.Classified(
             index=i,
@@ -330,13 +334,17 @@ def make_app(service: Service, *, max_body_bytes: int = 2**20, body_seconds: flo
         return answer(error.status_code, str(error.detail), error.headers)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         problems = error.errors()
         if any(problem["type"] == "json_invalid" for problem in problems):
             return answer(400, "the body is no JSON: " + "; ".join(_said(problem) for problem in problems))
-        named = [".".join(map(str, problem["loc"][1:])) or "body" for problem in problems]
-        texts = [f"{name}: {problem['msg']}" for name, problem in zip(named, problems, strict=True)]
-        return answer(422, "; ".join(texts), param=named[0])
+        if "json" not in request.headers.get("content-type", "json"):
+            return answer(422, "body: send it as JSON, with the header Content-Type: application/json")
+        by_name: dict[str, list[str]] = {}
+        for problem in problems:
+            by_name.setdefault(_field(problem["loc"]), []).append(problem["msg"])
+        texts = [f"{name}: {', or '.join(dict.fromkeys(messages))}" for name, messages in by_name.items()]
+        return answer(422, "; ".join(texts), param=next(iter(by_name)))
 
     return app
 
@@ -361,6 +369,13 @@ def run(app: FastAPI, listening: socket.socket, *, drain_seconds: int) -> None:
     """Serves until SIGTERM or SIGINT, then answers what is under way."""
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=drain_seconds, server_header=False)
     uvicorn.Server(config).run(sockets=[listening])
+
+
+def _field(place: Sequence[str | int]) -> str:
+    """The name of a field from where pydantic found it wrong, without the types that it tried."""
+    types = ("str", "int", "float", "bool")
+    parts = [part for part in place[1:] if isinstance(part, int) or (part.isidentifier() and part not in types)]
+    return ".".join(map(str, parts)) or "body"
 
 
 def _said(problem: Mapping[str, Any]) -> str:

@@ -1,9 +1,11 @@
 """What a server serves: a bank of prompts, read from one directory, and how requests are read for them."""
 
+import contextlib
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.classify import Classifier
 from spt_jax.serving.engine import Request
 from spt_jax.serving.metrics import Metrics
-from spt_jax.serving.worker import Worker
+from spt_jax.serving.worker import QueueFullError, Worker
 
 
 class RefusedError(SptError):
@@ -37,6 +39,7 @@ class Service:
       folder: of prompt directories, the only place that prompts are read from.
       admin_key: what adds and removes prompts; None lets nobody.
       max_prompt_bytes: the largest prompt directory that is read.
+      classifying: the thread of the classifier, which does one request after another.
     """
 
     def __init__(
@@ -50,6 +53,8 @@ class Service:
         self.worker, self.name, self.folder, self.admin_key = worker, name, folder, admin_key
         self.bank: PromptBank = worker.engine.bank
         self.classifier = Classifier(self.bank)
+        self.classifying = ThreadPoolExecutor(1, "classifying")
+        self._to_classify = 0
         self.metrics = Metrics(worker)
         self.max_prompt_bytes = max_prompt_bytes
         self.created = {name: int(time.time())}
@@ -183,6 +188,21 @@ class Service:
                 )
                 found.append(Request(np.asarray(ids), name, sampling, held, alternatives))
         return found
+
+    @contextlib.contextmanager
+    def place_to_classify(self) -> Iterator[None]:
+        """Counts a request to classify among those that wait. In the thread of the event loop.
+
+        Raises:
+          QueueFullError: as many wait as may wait for a slot.
+        """
+        if self._to_classify >= self.worker.queue:
+            raise QueueFullError(f"{self._to_classify} requests to classify wait already")
+        self._to_classify += 1
+        try:
+            yield
+        finally:
+            self._to_classify -= 1
 
     def model(self, name: str | None) -> api.Model:
         """As /v1/models lists it."""

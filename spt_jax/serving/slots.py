@@ -138,7 +138,7 @@ def admit(
         own = slice(taken, taken := taken + part.positions.shape[1])
         cache = Cache(
             cache.keys.at[:, at, ..., own].set(part.keys.astype(cache.keys.dtype)),
-            cache.values.at[:, at, :, own].set(part.values.astype(cache.values.dtype)),
+            cache.values.at[:, at, :, own].set(_finite(part.values.astype(cache.values.dtype))),
             cache.positions.at[at, own].set(part.positions),
             cache.segments.at[at, own].set(part.segments),
         )
@@ -151,6 +151,11 @@ def admit(
         jax.tree.map(lambda all_slots, own: all_slots.at[at].set(own), slots.sampling, sampling),
     )
     return slots, firsts
+
+
+def _finite(values: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Values that the next request in a slot, which weighs them with 0, can stand: 0 times inf is NaN."""
+    return jnp.where(jnp.isfinite(values), values, 0)
 
 
 def _side_by_side(prefixes: Sequence[Prefix]) -> Cache | None:
@@ -211,7 +216,7 @@ def decode(
         at = jnp.minimum(slots.filled, reach - 1)
         cache = Cache(
             cache.keys.at[:, numbers, :, :, at].set(jnp.swapaxes(keys[:, :, 0], 0, 1)),
-            cache.values.at[:, numbers, :, at].set(jnp.swapaxes(values[:, :, 0], 0, 1)),
+            cache.values.at[:, numbers, :, at].set(_finite(jnp.swapaxes(values[:, :, 0], 0, 1))),
             cache.positions.at[numbers, at].set(slots.positions),
             cache.segments.at[numbers, at].set(busy.astype(jnp.int32)),
         )

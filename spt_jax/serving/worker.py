@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from spt_jax.errors import ConfigError, SptError
 from spt_jax.generation import Generated
@@ -32,25 +33,32 @@ class News:
     log_probabilities: tuple[float, ...] = ()
     alternatives: tuple[dict[int, float], ...] = ()
     result: Generated | None = None
-    error: EngineFailedError | None = None
+    error: SptError | None = None
 
 
 Listener = Callable[[News], None]
 
 
 class Worker:
-    """Steps an engine in a thread of its own. Everything here may be called from any thread."""
+    """Steps an engine in a thread of its own. Everything here may be called from any thread.
+
+    Attributes:
+      failure: why it has stopped, if it has.
+      queue: how many requests may wait for a slot.
+      compiling: a thread for `prepare`, which many requests may wait for without taking up others' threads.
+    """
 
     def __init__(self, engine: Engine, *, queue: int = 256):
         """queue: requests that may wait for a slot."""
         self.engine = engine
         self.failure: EngineFailedError | None = None
-        self._queue = queue
+        self.queue = queue
         self._listeners: dict[Ticket, tuple[Listener, int]] = {}
         self._cancelled: list[Ticket] = []
         self._stopping = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.compiling = ThreadPoolExecutor(1, "compiling")
 
     def start(self) -> None:
         """Begins to answer."""
@@ -62,6 +70,7 @@ class Worker:
             self._stopping = True
             self._changed.notify()
         self._thread.join()
+        self.compiling.shutdown(wait=False, cancel_futures=True)
 
     def check_room(self, count: int) -> None:
         """Whether so many requests more can be taken now.
@@ -70,7 +79,7 @@ class Worker:
           QueueFullError, EngineFailedError: not now; not any more.
           ConfigError: never so many at once.
         """
-        most = self._queue + self.engine.slots
+        most = self.queue + self.engine.slots
         if self.failure is not None:
             raise self.failure
         if count > most:
@@ -78,18 +87,27 @@ class Worker:
         if len(self._listeners) + count > most:
             raise QueueFullError(f"{self.engine.waiting} requests wait already")
 
+    def is_prepared(self, request: Request) -> bool:
+        """Whether what a request needs is compiled; so it counts if the engine would refuse it."""
+        held = request.held or self.engine.bank.held(request.prompt)
+        unfit = not held.generates or len(request.ids) > self.engine.context
+        return unfit or self.engine.is_warm(held, len(request.ids))
+
+    def prepare(self, request: Request) -> None:
+        """Compiles what a request needs."""
+        if not self.is_prepared(request):
+            self.engine.warm(request.held or self.engine.bank.held(request.prompt), len(request.ids))
+
     def submit(self, requests: Sequence[tuple[Request, Listener]]) -> list[Ticket]:
         """Takes requests in, all or none. Listeners are called in the engine's thread, and must not wait.
 
-        What they need is compiled here, so that others need not wait for it.
+        What they need is compiled here, if `prepare` has not, so that others need not wait for it.
 
         Raises:
           QueueFullError, EngineFailedError, ConfigError, DataError: as `check_room` and `Engine.submit`.
         """
         for request, _ in requests:
-            held = request.held or self.engine.bank.held(request.prompt)
-            if held.generates and len(request.ids) <= self.engine.context:
-                self.engine.warm(held, len(request.ids))
+            self.prepare(request)
         tickets: list[Ticket] = []
         with self._changed:
             self.check_room(len(requests))
@@ -133,7 +151,6 @@ class Worker:
         """Until there is something to do; False if nothing more is to be done."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopping or self._cancelled or not self.engine.idle)
-            # Under the lock, for `submit` adds to what the engine's `cancel` searches.
             for ticket in self._cancelled:
                 self.engine.cancel(ticket)
             self._cancelled = []
@@ -146,7 +163,7 @@ class Worker:
             if len(ticket.ids) == seen and not ticket.done:
                 continue
             ids, log_probabilities = tuple(ticket.ids[seen:]), tuple(ticket.log_probabilities[seen:])
-            news = News(ids, log_probabilities, tuple(ticket.alternatives[seen:]), ticket.result)
+            news = News(ids, log_probabilities, tuple(ticket.alternatives[seen:]), ticket.result, ticket.error)
             heard = self._told(listener, news)
             with self._changed:
                 if ticket.done:

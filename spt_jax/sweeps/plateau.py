@@ -1,7 +1,8 @@
 """When a prompt is long enough: means over seeds, their standard errors, and two rules that read them.
 
 An improvement is a mean that lies above the last improvement's by more than the standard error of their difference,
-sqrt(a^2 + b^2) for standard errors a and b. A sweep stops after some lengths in a row without one, and takes the
+sqrt(a^2 + b^2) for standard errors a and b. Lengths that answer the same records differ by less than this, so the rule
+errs towards stopping, and towards short prompts. A sweep stops after some lengths in a row without one, and takes the
 shortest length whose mean lies within one standard error of the highest (the one-standard-error rule of Breiman et al.
 1984, section 3.4.3).
 """

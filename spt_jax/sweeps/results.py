@@ -85,21 +85,29 @@ def check_ensemble(every: Sequence[Prepared]) -> None:
     """Whether the prompts of any of these can be asked together.
 
     Raises:
-      ConfigError: their answers are no classes, several tasks have prompts of their own, or there are several bases.
+      ConfigError: their answers are no classes, several tasks have prompts of their own, or there are several bases,
+        sets of records, classes or kinds of prompts.
     """
+    first = every[0]
     for prepared in every:
         template, base = prepared.experiment.template, prepared.experiment.base
         if not template.verbalizers or template.reads:
             raise ConfigError("--ensemble combines answers that are classes, and this task has none")
         if template.task is not None:
             raise ConfigError("--ensemble combines prompts of one task; here every task has its own")
-        if base.fingerprint != every[0].experiment.base.fingerprint:
+        if base.fingerprint != first.experiment.base.fingerprint:
             raise ConfigError("--ensemble asks one base, and these trials have several")
+        if any(list(own.records) != list(first.asked[split].records) for split, own in prepared.asked.items()):
+            raise ConfigError("--ensemble asks the same records, and these trials have different ones")
+        if tuple(template.verbalizers) != tuple(first.experiment.template.verbalizers):
+            raise ConfigError("--ensemble combines answers in the same classes, and these trials have different ones")
+        if template.head != first.experiment.template.head:
+            raise ConfigError("--ensemble combines prompts with a head, or prompts without, and not both")
 
 
 def came_to_its_end(row: Row) -> bool:
-    """Neither halved nor dropped."""
-    return not row["status"].startswith(("halved", "dropped"))
+    """Neither halved nor dropped, and with a prompt to show for it."""
+    return not row["status"].startswith(("halved", "dropped")) and trial_score(row) > -math.inf
 
 
 def by_length(scores: Sequence[Score]) -> list[Score]:
@@ -129,9 +137,17 @@ def copy_prompt(source: Path, target: Path) -> None:
 def ask_together(
     count: int, prepare: Preparation, ran: Sequence[Trial], rows: dict[int, Row], workdir: Path
 ) -> dict[str, Any]:
-    """So many of the best trials by validation that have a prompt, asked together, on test records if there are any."""
-    having = [trial for trial in ran if trial_score(rows[trial.number]) > -math.inf]
-    chosen = sorted(having, key=lambda trial: -trial_score(rows[trial.number]))[:count]
+    """So many of the best trials by validation, asked together, on test records if there are any.
+
+    Those that came to their end are before those that were stopped with a prompt.
+    """
+    order = {
+        trial.number: (came_to_its_end(rows[trial.number]), trial_score(rows[trial.number]))
+        for trial in ran
+        if trial_score(rows[trial.number]) > -math.inf
+    }
+    having = [trial for trial in ran if trial.number in order]
+    chosen = sorted(having, key=lambda trial: order[trial.number], reverse=True)[:count]
     every = [prepare(trial) for trial in chosen]
     base = every[0].experiment.base
     split = "test" if "test" in every[0].asked else "validation"

@@ -153,11 +153,16 @@ def train_population(
         halving=halving,
         log=lambda step: MetricsLog(folder, config.log, from_step=step, run_config=config_json(config)),
         resume=True,
+        names=[f"trial {trial.number}{_said(trial.settings)}" for trial in trials],
     )
     return [
         _ended(trial, own, standing, trial_folder(workdir, trial.number), facts or {})
         for trial, own, standing in zip(trials, every, standings, strict=True)
     ]
+
+
+def _said(chosen: Settings) -> str:
+    return f" ({', '.join(f'{name} {value}' for name, value in chosen.items())})" if chosen else ""
 
 
 def trial_folder(workdir: Path, number: int) -> Path:
@@ -222,14 +227,17 @@ def read_rows(workdir: Path, planned: dict[int, Trial]) -> dict[int, Row]:
     """The rows of the trials that have ended.
 
     Raises:
-      CheckpointError: the table is that of another sweep.
+      CheckpointError: the table is damaged, or that of another sweep.
     """
     path = workdir / ROWS_FILE
     found: dict[int, Row] = {}
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    for line in filter(None, lines):
-        saved = json.loads(line)
-        row = saved.pop("row")
+    for number, line in enumerate(filter(None, lines), start=1):
+        try:
+            saved = json.loads(line)
+            row = saved.pop("row")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{path}, line {number}, is damaged ({error}); --overwrite starts anew") from error
         here = _identity(planned[row["trial"]]) if row["trial"] in planned else None
         if saved != here:
             raise CheckpointError(

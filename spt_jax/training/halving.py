@@ -91,6 +91,7 @@ def fit_population(
     log: Callable[[int], MetricsLog] | None = None,
     metadata: Mapping[str, Any] | None = None,
     resume: bool = False,
+    names: Sequence[str] | None = None,
 ) -> list[Standing]:
     """Trains every member until the last step, or until it is out of the race.
 
@@ -104,6 +105,7 @@ def fit_population(
       log: opens the metrics log at the step that the run starts or goes on from; default none.
       metadata: plain JSON that goes into every checkpoint.
       resume: go on from the latest checkpoint in workdir, bit for bit.
+      names: of the members, for what is said of them; default their numbers from 0.
 
     Returns:
       Where each member stands in the end. One whose loss is not finite is dropped, and keeps its best prompt.
@@ -150,10 +152,12 @@ def fit_population(
                     broken = [
                         f"{name} is {value[place]}" for name, value in values.items() if not np.isfinite(value[place])
                     ]
+                    if standings[number].ended is not None:
+                        continue  # it was in the step that was under way when it broke
                     if broken:
                         ended = f"dropped at step {standings[number].steps}: {', '.join(broken)}"
                         standings[number] = dataclasses.replace(standings[number], ended=ended)
-                        tqdm.write(f"member {number} is {ended}")
+                        tqdm.write(f"{names[number] if names else f'member {number}'} is {ended}")
                     else:
                         losses[str(number)] = float(values["loss"][place])
             if pending:

@@ -14,6 +14,7 @@ import pytest
 import train
 from spt_jax.__main__ import main
 from spt_jax.command_line import load_config_file
+from spt_jax.evaluation import selection_score
 from spt_jax.sweeps.results import scored
 from spt_jax.sweeps.trials import Trial
 from spt_jax.training import halving
@@ -132,6 +133,37 @@ def test_a_table_from_another_sweep_is_refused(files, lengths, tmp_path, capsys)
     (workdir / "trials.jsonl").write_text(lines)
     assert sweep(files, workdir, *LENGTHS, "--resume") == 1
     assert "a table from another sweep: trial 2" in capsys.readouterr().err
+    (workdir / "trials.jsonl").write_text(lines[:500])
+    assert sweep(files, workdir, *LENGTHS, "--resume") == 1
+    assert "trials.jsonl, line 1, is damaged" in capsys.readouterr().err
+
+
+def test_a_sweep_goes_on_with_the_data_that_it_began_with(files, lengths, tmp_path, capsys):
+    shutil.copytree(lengths, tmp_path / "run")
+    shutil.copytree(files, tmp_path / "files")
+    shown = json.loads((lengths / "config.json").read_text())["data"]
+    lines = (files / "validation.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "files" / "validation.jsonl").write_text("".join(lines[:-1]))
+    saved = tmp_path / "run" / "config.json"
+    saved.write_text(saved.read_text().replace(str(files), str(tmp_path / "files")))
+    assert shown["validation"] == str(files / "validation.jsonl")
+    assert sweep(tmp_path / "files", tmp_path / "run", *LENGTHS, "--resume") == 2
+    assert "not the config of the run to resume: examples" in capsys.readouterr().err
+
+
+def test_a_trial_whose_validation_is_no_number_is_not_the_best():
+    assert selection_score({"accuracy": 0.9, "loss": float("nan"), "examples": 10}) == -np.inf
+    assert selection_score({"loss": float("inf")}) == -np.inf
+
+
+def test_an_ensemble_takes_trials_that_came_to_their_end_first(files, tmp_path):
+    """Of two that race, halving stops one; the other rate breaks."""
+    over = ("--over", "optimizer.learning_rate=0.1,0.2,1e30", "--seeds", "0", "1", "--halving", "--ensemble", "2")
+    assert sweep(files, tmp_path / "run", *over) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    ends = {int(row["trial"]): row["status"] for row in table(tmp_path / "run")}
+    assert ends[results["ensemble"]["trials"][0]] == "finished"
+    assert results["not_to_their_end"] == {str(n): end for n, end in ends.items() if end != "finished"}
 
 
 def test_a_broken_trial_is_named_and_the_others_stand(files, lengths, tmp_path, capsys):
@@ -139,6 +171,9 @@ def test_a_broken_trial_is_named_and_the_others_stand(files, lengths, tmp_path, 
     assert sweep(files, tmp_path / "run", *over, "--method.length", "4") == 0
     sound, broken = table(tmp_path / "run")
     assert broken["status"].startswith("dropped at step") and broken["test.accuracy"] == ""
+    said = capsys.readouterr().out
+    assert said.count("trial 2 (optimizer.learning_rate 1e30) is dropped at step") == 1
+    assert "not to their end: trial 2, dropped at step" in said
     assert sound["test.loss"] == table(lengths)[3]["test.loss"]  # the default rate is 0.1
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["chosen"]["settings"] == {"optimizer.learning_rate": "0.1"}
@@ -161,7 +196,7 @@ def test_any_field_can_be_swept_and_losers_stop(files, tmp_path):
 
 def row(number: int, setting: str, status: str = "finished") -> tuple[Trial, dict]:
     config = load_config_file(ROOT / "configs" / "local_files.py")
-    return Trial(number, {"a": setting}, config), {"trial": number, "status": status}
+    return Trial(number, {"a": setting}, config), {"trial": number, "status": status, "validation.loss": 1.0}
 
 
 def test_a_setting_that_lost_seeds_is_not_judged_by_the_rest(tmp_path):
@@ -202,6 +237,13 @@ def test_dollars_and_switches_and_lists_can_be_swept(files, tmp_path):
         (("--over", "train.seed=1,2"), "--seeds says that"),
         (("--lengths", "2", "--halving"), "give one"),
         (("--ensemble", "9"), "there are 3 trials"),
+        (("--seeds", "-1", "--overwrite"), "train.seed is -1"),
+        (("--draws-seed", "-1"), "--draws-seed is -1"),
+        (("--ensemble", "2", "--over", "data.limit=20,30"), "asks the same records"),
+        (
+            ("--ensemble", "2", "--over", "data.verbalizers=good=H bad=L,bad=L good=H"),
+            "different ones",
+        ),
         (("--trials", "2", "--over", "method.length=3"), "no 2 different settings"),
     ],
 )

@@ -112,6 +112,23 @@ def test_decoding_returns_at_an_end_that_others_wait_for(bank: PromptBank, end_a
     np.testing.assert_array_equal(new.ids[:steps].T, [ids[1 : steps + 1] for ids in expected])
 
 
+def test_a_prompt_that_overflows_ends_its_own_requests_alone(bank: PromptBank, tmp_path):
+    """What it leaves in a slot is weighed with 0 by the next request, and 0 times infinity would be no number."""
+    base, method = bank.base, PrefixTuning(length=4)
+    virtual = method.materialize(base.module, base.params, method.init_params(jax.random.key(0), base))
+    huge = jax.tree.map(lambda a: jnp.full_like(a, 3e38), virtual)
+    template = spt_jax.Template(prompt="{text}\n", target="{label}", virtual_tokens=0)
+    spt_jax.save_prompt(tmp_path / "huge", base, method, huge, template)
+    bank.add("huge", spt_jax.load_prompt(tmp_path / "huge", base))
+    engine, bare = Engine(bank, slots=1), Request(np.asarray([1, 40, 41], np.int32), None, GREEDY)
+    with pytest.raises(ConfigError, match="'huge' gives numbers beyond what float32 holds"):
+        engine.generate([Request(bank.request_ids("huge", {"text": "a question"}), "huge", GREEDY)])
+    assert engine.idle
+    (found,) = engine.generate([bare])
+    same(found, alone(bank, bare))
+    bank.remove("huge")
+
+
 def test_requests_of_one_kind_come_in_by_one_program(bank: PromptBank, tmp_path):
     """Sixteen of five prompts, then seven, four of which come in together."""
     others = [f"like{seed}" for seed in range(4)]

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import httpx
 import numpy as np
@@ -41,7 +42,7 @@ def test_null_is_what_was_not_given(server):
         ("/v1/completions", {"model": "front", "prompt": "a", "temperature": -1}, 422, "temperature"),
         ("/v1/completions", {"model": "front", "prompt": "a", "max_tokens": 0}, 422, "max_tokens"),
         ("/v1/completions", {"model": "front", "prompt": "a", "stop": [""]}, 422, "stop"),
-        ("/v1/completions", {"model": "front", "prompt": "a", "stop": ""}, 422, "stop"),
+        ("/v1/completions", {"model": "front", "prompt": "a", "stop": ""}, 422, "stop: Value should have at least 1"),
         ("/v1/completions", {"model": "front", "prompt": "a", "presence_penalty": 1}, 422, "presence_penalty"),
         ("/v1/completions", {"model": "front", "prompt": "a", "tools": []}, 422, "tools"),
         ("/v1/completions", {"model": "front", "prompt": "a", "logprobs": 21}, 422, "logprobs"),
@@ -52,7 +53,7 @@ def test_null_is_what_was_not_given(server):
             "goes with logprobs",
         ),
         ("/v1/completions", {"model": "front", "prompt": []}, 422, "prompt"),
-        ("/v1/completions", {"model": "front", "prompt": [1, 2]}, 422, "prompt"),
+        ("/v1/completions", {"model": "front", "prompt": [1, 2]}, 422, "prompt.0: Input should be a valid string"),
         ("/v1/completions", {"model": "front", "prompt": "\ud800"}, 422, "prompt"),
         ("/v1/chat/completions", {"model": "tiny", "messages": []}, 422, "messages"),
         ("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "x", "content": "a"}]}, 422, "role"),
@@ -78,6 +79,7 @@ def test_bad_requests(server, path, body, status, said):
     response = httpx.post(server.url + path, content=json.dumps(body), headers={"content-type": "application/json"})
     error = response.json()["error"]
     assert (response.status_code, said in error["message"]) == (status, True), error
+    assert "[" not in (error.get("param") or "") and " at 0x" not in error["message"]
 
 
 def test_bad_bodies(server):
@@ -101,6 +103,57 @@ def test_a_body_that_does_not_come(base, tmp_path):
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
             assert b" 408 " in connection.recv(1000)
+
+
+def test_a_body_that_is_not_said_to_be_json(server):
+    response = httpx.post(
+        server.url + "/v1/classify",
+        content='{"model": "verdict", "input": "a"}',
+        headers={"content-type": "text/plain"},
+    )
+    assert response.status_code == 422 and "Content-Type: application/json" in response.json()["error"]["message"]
+
+
+def test_classification_has_a_queue_with_an_end(base, tmp_path, monkeypatch):
+    save(tmp_path / "verdict", base, "verdict")
+    with serving(base, tmp_path, slots=1, queue=2) as own:
+        held, classify = threading.Event(), own.service.classifier.classify
+        monkeypatch.setattr(own.service.classifier, "classify", lambda *asked: held.wait() and classify(*asked))
+        body, answers = {"model": "verdict", "input": "the"}, []
+        threads = [threading.Thread(target=lambda: answers.append(own.post("/v1/classify", body))) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        own.wait(lambda _: own.service._to_classify == 2)
+        refused = own.post("/v1/classify", body)
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+        completed = own.post("/v1/completions", {"model": "tiny", "prompt": "the", "max_tokens": 1})
+        assert completed.status_code == 200  # meanwhile
+        held.set()
+        for thread in threads:
+            thread.join()
+        assert [answer.status_code for answer in answers] == [200, 200]
+
+
+def test_what_is_compiled_waits_for_nothing_that_is_not(base, tmp_path, monkeypatch):
+    """Many requests of a length that no program is for yet do not take up the threads of others."""
+    with serving(base, tmp_path, slots=1, queue=99) as own:
+        engine, held = own.service.worker.engine, threading.Event()
+        short = {"model": "tiny", "prompt": "the", "max_tokens": 1}
+        assert own.post("/v1/completions", short).status_code == 200
+        warm, answers = engine.warm, []
+        monkeypatch.setattr(engine, "warm", lambda *asked: held.wait() and warm(*asked))
+        long = {**short, "prompt": "the " * 20}
+        threads = [
+            threading.Thread(target=lambda: answers.append(own.post("/v1/completions", long))) for _ in range(40)
+        ]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.5)  # all of them wait
+        assert own.post("/v1/completions", short).status_code == 200 and not answers
+        held.set()
+        for thread in threads:
+            thread.join()
+        assert [answer.status_code for answer in answers] == [200] * 40
 
 
 def test_the_queue_has_an_end(base, tmp_path):

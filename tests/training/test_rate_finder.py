@@ -70,4 +70,4 @@ def test_the_command_suggests_and_writes(tmp_path, capsys):
     assert len(found["rates"]) == len(found["losses"]) <= 12
     assert (tmp_path / "out" / "rates.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert main(["find-rate", *line]) == 2
-    assert "already exists" in capsys.readouterr().err
+    assert "already exists. Use --overwrite" in capsys.readouterr().err
