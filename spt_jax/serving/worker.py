@@ -70,7 +70,6 @@ class Worker:
             self._stopping = True
             self._changed.notify()
         self._thread.join()
-        self.compiling.shutdown(wait=False, cancel_futures=True)
 
     def check_room(self, count: int) -> None:
         """Whether so many requests more can be taken now.
