@@ -184,8 +184,9 @@ class Cluster:
         self.ray, self.serve, self.url, self.prompts, self.base = ray, serve, url, prompts, base
         self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=5)
 
-    def text(self, model: str) -> str:
-        return self.client.completions.create(model=model, prompt="a question", max_tokens=24, seed=1).choices[0].text
+    def text(self, model: str, length: int = 24) -> str:
+        asked = {"model": model, "prompt": "a question", "max_tokens": length, "seed": 1}
+        return self.client.completions.create(**asked).choices[0].text
 
     def names(self) -> tuple[str, ...]:
         return tuple(model.id for model in self.client.models.list())
@@ -264,9 +265,9 @@ def test_replicas_answer_alike(cluster):
 
 
 def test_streams_pass_the_proxy_as_they_grow(cluster):
-    asked = {"model": "front", "prompt": "a question", "max_tokens": 24, "seed": 1}
+    asked = {"model": "front", "prompt": "a question", "max_tokens": 80, "seed": 1}
     pieces = [event.choices[0] for event in cluster.client.completions.create(**asked, stream=True)]
-    assert len(pieces) > 3 and "".join(piece.text for piece in pieces) == cluster.text("front")
+    assert len(pieces) > 5 and "".join(piece.text for piece in pieces) == cluster.text("front", 80)
 
 
 def test_errors_pass_the_proxy(cluster):
