@@ -29,7 +29,7 @@ from spt_jax.sweeps.results import (
     scored,
     trial_score,
 )
-from spt_jax.sweeps.settings import Settings, flag_words, parse_field, settings
+from spt_jax.sweeps.settings import flag_words, named, parse_field, settings
 from spt_jax.sweeps.trials import (
     Preparation,
     Prepared,
@@ -149,7 +149,7 @@ def main(argv: Sequence[str]) -> None:
         for score in scores:
             if score.trials[0] >= stage[0].number:
                 test = "" if score.test is None else f"   test {_shown(score.test)}"
-                print(f"{_named(score.settings):40} validation {_shown(score.validation)}{test}")
+                print(f"{named(score.settings):40} validation {_shown(score.validation)}{test}")
         walked = [score.validation for score in by_length(scores)] if command.lengths else []
         if command.patience and walked and has_plateaued(walked, command.patience):
             break
@@ -224,17 +224,17 @@ def finish(
     if command.lengths:
         lengths = by_length(scores)
         chosen = lengths[shortest_of_the_best([score.validation for score in lengths])]
-        reason = f"the shortest within one standard error of the best, {_named(best.settings)}"
+        reason = f"the shortest within one standard error of the best, {named(best.settings)}"
     number = max(chosen.trials, key=lambda own: trial_score(rows[own]))
     copy_prompt(trial_folder(workdir, number) / "prompt", workdir / "prompt")
-    print(f"chosen: {_named(chosen.settings)}, {reason}; {workdir}/prompt is its trial {number}")
+    print(f"chosen: {named(chosen.settings)}, {reason}; {workdir}/prompt is its trial {number}")
     plot_sweep(
         workdir / "sweep.png",
         [(score.settings, score.validation, score.by_seed) for score in scores],
         chosen.settings,
         chosen.measure.replace("_", " "),
     )
-    out = {number: rows[number]["status"] for number in (t.number for t in ran) if not came_to_its_end(rows[number])}
+    out = {trial.number: rows[trial.number]["status"] for trial in ran if not came_to_its_end(rows[trial.number])}
     if out:
         print("not to their end: " + "; ".join(f"trial {number}, {status}" for number, status in out.items()))
     together = ask_together(command.ensemble, prepare, ran, rows, workdir) if command.ensemble else None
@@ -252,10 +252,6 @@ def finish(
         "trials": len(ran),
         "steps": sum(rows[trial.number]["steps"] for trial in ran),
     }
-
-
-def _named(chosen: Settings) -> str:
-    return ", ".join(f"{name} {value}" for name, value in chosen.items()) or "the config as it is"
 
 
 def _shown(estimate: Estimate) -> str:

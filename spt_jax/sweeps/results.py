@@ -141,13 +141,13 @@ def ask_together(
 
     Those that came to their end are before those that were stopped with a prompt.
     """
-    order = {
-        trial.number: (came_to_its_end(rows[trial.number]), trial_score(rows[trial.number]))
-        for trial in ran
-        if trial_score(rows[trial.number]) > -math.inf
-    }
-    having = [trial for trial in ran if trial.number in order]
-    chosen = sorted(having, key=lambda trial: order[trial.number], reverse=True)[:count]
+
+    def rank(trial: Trial) -> tuple[bool, float]:
+        row = rows[trial.number]
+        return came_to_its_end(row), trial_score(row)
+
+    having = [trial for trial in ran if trial_score(rows[trial.number]) > -math.inf]
+    chosen = sorted(having, key=rank, reverse=True)[:count]
     every = [prepare(trial) for trial in chosen]
     base = every[0].experiment.base
     split = "test" if "test" in every[0].asked else "validation"

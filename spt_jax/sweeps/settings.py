@@ -123,3 +123,8 @@ def settings(fields: Sequence[tuple[str, list[str] | Range]], trials: int | None
         if len(drawn) == trials:
             return drawn
     raise ConfigError(f"--over has no {trials} different settings to draw; it gave {len(drawn)}")
+
+
+def named(chosen: Settings) -> str:
+    """A setting in words."""
+    return ", ".join(f"{name} {value}" for name, value in chosen.items()) or "the config as it is"

@@ -16,7 +16,7 @@ from spt_jax.evaluation import EvaluationSet, evaluate
 from spt_jax.experiment import Experiment, load_experiment
 from spt_jax.files import write_text
 from spt_jax.predictions import predictions_jsonl
-from spt_jax.sweeps.settings import Settings
+from spt_jax.sweeps.settings import Settings, named
 from spt_jax.sweeps.table import flat, write_table
 from spt_jax.training.halving import Halving, Standing, fit_population
 from spt_jax.training.logs import MetricsLog
@@ -153,16 +153,12 @@ def train_population(
         halving=halving,
         log=lambda step: MetricsLog(folder, config.log, from_step=step, run_config=config_json(config)),
         resume=True,
-        names=[f"trial {trial.number}{_said(trial.settings)}" for trial in trials],
+        names=[f"trial {trial.number} ({named(trial.settings)})" for trial in trials],
     )
     return [
         _ended(trial, own, standing, trial_folder(workdir, trial.number), facts or {})
         for trial, own, standing in zip(trials, every, standings, strict=True)
     ]
-
-
-def _said(chosen: Settings) -> str:
-    return f" ({', '.join(f'{name} {value}' for name, value in chosen.items())})" if chosen else ""
 
 
 def trial_folder(workdir: Path, number: int) -> Path:

@@ -9,6 +9,7 @@ import threading
 import time
 
 import httpx
+import jax
 import numpy as np
 import pytest
 
@@ -154,6 +155,20 @@ def test_what_is_compiled_waits_for_nothing_that_is_not(base, tmp_path, monkeypa
         for thread in threads:
             thread.join()
         assert [answer.status_code for answer in answers] == [200] * 40
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/classify"])
+def test_a_prompt_whose_numbers_overflow_is_named(base, tmp_path, path):
+    save(tmp_path / "verdict", base, "verdict")
+    with serving(base, tmp_path) as own:
+        entry = own.service.bank.entry("verdict")
+        own.service.bank._put("huge", jax.tree.map(lambda a: np.full_like(a, np.inf), entry.virtual), entry.template)
+        refused = own.post(path, {"model": "huge", "prompt" if path.endswith("completions") else "input": "the"})
+        assert refused.status_code == 400 and "'huge' gives numbers beyond" in refused.json()["error"]["message"]
+        if path == "/v1/completions":
+            streamed = own.post(path, {"model": "huge", "prompt": "the", "stream": True})
+            assert "'huge' gives numbers beyond" in streamed.text and "NaN" not in streamed.text
+        assert own.post("/v1/classify", {"model": "verdict", "input": "the"}).status_code == 200
 
 
 def test_the_queue_has_an_end(base, tmp_path):
