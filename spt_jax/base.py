@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from spt_jax.errors import CheckpointError, ConfigError, differing_fields
 from spt_jax.models.attention import Prefix, Stream
-from spt_jax.models.config import DecoderConfig, check_family, decoder_config
+from spt_jax.models.config import DecoderConfig, RopeConfig, check_family, decoder_config
 from spt_jax.models.decoder import ATTENTION, Decoder, Remat
 from spt_jax.models.hf import Params, parameter_shapes, read_params
 from spt_jax.models.kernels import Kernel, check_kernel
@@ -26,20 +26,43 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 STARTER = Path(__file__).parent / "assets" / "starter"
 
 
+# How a fingerprint names its facts. A reader translates lower numbers and refuses higher ones.
+FINGERPRINT_VERSION = 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
-    """What makes two bases the same function: sizes and options, stored tensors, tokenizer. Not dtype or path."""
+    """What makes two bases the same function. Neither precision nor path is part of it.
+
+    Attributes:
+      config: sizes and options by their names in `DecoderConfig`. An option that is absent has its default, so that an
+        option added to the library leaves earlier fingerprints valid; the default of an option therefore never changes.
+      weights: SHA-256 of the tensors as stored, hexadecimal.
+      tokenizer: SHA-256 of the tokenizer, hexadecimal.
+      version: of the names in `config`.
+    """
 
     config: Mapping[str, Any]
     weights: str
     tokenizer: str
+    version: int = FINGERPRINT_VERSION
 
     def differences(self, other: "Fingerprint") -> list[str]:
-        """Sentences naming each field that differs."""
+        """Sentences that name each field that differs."""
         there, here = (
-            {**one.config, "weights": one.weights[:16], "tokenizer": one.tokenizer[:16]} for one in (self, other)
+            {**_facts(DecoderConfig, one.config), "weights": one.weights[:16], "tokenizer": one.tokenizer[:16]}
+            for one in (self, other)
         )
         return [f"{name} is {value!r} here, {old!r} there" for name, old, value in differing_fields(there, here)]
+
+
+def _facts(kind: type, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config as JSON values, those that are absent at their defaults."""
+    defaults = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
+    facts = json.loads(json.dumps({**defaults, **fields}))
+    if isinstance(facts.get("rope"), dict):
+        facts["rope"] = _facts(RopeConfig, facts["rope"])
+    return facts
 
 
 @dataclasses.dataclass(frozen=True)

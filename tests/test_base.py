@@ -65,6 +65,27 @@ def test_fingerprint_survives_json(tmp_path):
     assert again == fingerprint
 
 
+@pytest.mark.parametrize(
+    ("family", "option", "value"),
+    [
+        ("llama", "qk_norm", None),
+        ("qwen3", "qk_norm", True),
+        ("gemma2", "logit_cap", 4.0),
+        ("llama", "rope.factor", None),
+    ],
+)
+def test_an_option_that_a_fingerprint_lacks_has_its_default(family, option, value):
+    """As in a fingerprint that was saved before the library had the option."""
+    fingerprint = tiny_base(family).fingerprint
+    *parts, name = option.split(".")
+    config = json.loads(json.dumps(fingerprint.config))
+    place = config[parts[0]] if parts else config
+    del place[name]
+    older = dataclasses.replace(fingerprint, config=config)
+    named = [sentence.split(",")[0] for sentence in older.differences(fingerprint)]
+    assert named == ([] if value is None else [f"{option} is {value!r} here"])
+
+
 def test_fingerprint_of_one_value(tmp_path):
     directory = write_tiny_checkpoint(tmp_path)
     before = load_base(directory, dtype="float32").fingerprint

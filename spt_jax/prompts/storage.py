@@ -25,7 +25,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from spt_jax.base import Fingerprint, FrozenBase
+from spt_jax.base import FINGERPRINT_VERSION, Fingerprint, FrozenBase
 from spt_jax.data.templates import Template
 from spt_jax.errors import CheckpointError, ConfigError, did_you_mean
 from spt_jax.models.attention import GatedPrefix
@@ -255,7 +255,14 @@ def _read_info(directory: Path) -> dict[str, Any]:
     base = {"id": str, "revision": str | None, "dtype": str, "fingerprint": dict}
     _check_keys(info["base"], base, f"{path}: base")
     fingerprint = info["base"]["fingerprint"]
-    _check_keys(fingerprint, {"config": dict, "weights": str, "tokenizer": str}, f"{path}: base.fingerprint")
+    # Version 0.1 of the library wrote no version of the fingerprint.
+    known = {"config": dict, "weights": str, "tokenizer": str, "version": int}
+    _check_keys({"version": FINGERPRINT_VERSION, **fingerprint}, known, f"{path}: base.fingerprint")
+    if fingerprint.get("version", FINGERPRINT_VERSION) != FINGERPRINT_VERSION:
+        raise CheckpointError(
+            f"{path}: base.fingerprint.version is {fingerprint['version']}; this library knows {FINGERPRINT_VERSION}:"
+            " a newer spt_jax wrote it"
+        )
     for name in ("width", "vocab_size", "layers", "kv_heads", "head_size"):
         _converted(int, fingerprint["config"].get(name), f"{path}: base.fingerprint.config.{name}")
     return info
