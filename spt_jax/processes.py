@@ -16,15 +16,20 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
+from jax._src import xla_bridge
 from jax.experimental import multihost_utils
 
 from spt_jax.errors import ConfigError, SptError, differing_fields
+from spt_jax.rendezvous import meet
 
 T = TypeVar("T")
 
 _FAILURE = "spt_jax/failure"
+_ALIVE = "spt_jax/alive/"
 _PATIENCE_MS = 24 * 3600 * 1000  # Of a wait for another process, which ends earlier if that one fails.
 _HEARD_SECONDS = 3.0  # The store ends with the first process: others get this long to hear why.
+_BEAT_SECONDS = 2.0
+_LOST_SECONDS = 45.0  # without a sign of life; JAX itself ends a run, with a native stack trace, after 100
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +83,11 @@ def joined(config: ProcessesConfig) -> Iterator[None]:
         return
     where = "the others" if config.coordinator is None else f"{config.coordinator}, process {config.index}"
     print(f"waiting for {config.count or 'all'} processes: {where}", file=sys.stderr)
+    if xla_bridge.backends_are_initialized():
+        raise ConfigError("this process cannot join the others: JAX was used before")
+    if config.coordinator is not None:
+        assert config.count is not None and config.index is not None
+        meet(config.coordinator, config.count, config.index)
     try:
         jax.distributed.initialize(config.coordinator, config.count, config.index)
     except ValueError as error:
@@ -91,17 +101,83 @@ def joined(config: ProcessesConfig) -> Iterator[None]:
     index = jax.process_index()
     listener = threading.Thread(target=_end_with_the_first_failure, args=(index,), daemon=True)
     listener.start()
+    signs = SignsOfLife(index, jax.process_count())
+    signs.start()
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if index else sys.stdout):
             yield
     except BaseException as error:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            signs.wait_for_loss()  # A collective breaks before the loss of the process that broke it is certain.
         if not getattr(error, "all_processes", False):
             _tell(error, index)
             listener.join()
         raise
     finally:
+        signs.stop()
         jax.distributed.shutdown()
         listener.join()
+
+
+class SignsOfLife:
+    """Each process gives a sign every few seconds in the store; one that gives none for long ends the others.
+
+    So does one that was killed, one that is frozen and one that cannot be reached: the others say which it is, and end
+    with exit code 1.
+    """
+
+    def __init__(self, index: int, count: int):
+        self._index, self._signs = index, dict.fromkeys(range(count), "")
+        self._heard = dict.fromkeys(range(count), time.monotonic())
+        self._answered = time.monotonic()  # by the store, which is in the first process
+        self._over = threading.Event()
+
+    def start(self) -> None:
+        """Begins to give signs and to look for those of the others, in two threads: an unreachable store hangs one."""
+        for target in (self._beat, self._look):
+            threading.Thread(target=target, daemon=True).start()
+
+    def stop(self) -> None:
+        """The run is over: nothing is looked for."""
+        self._over.set()
+
+    def wait_for_loss(self) -> None:
+        """Gives a process that may be lost the time to be found out, in which case this does not return."""
+        time.sleep(3 * _BEAT_SECONDS)
+        if time.monotonic() - min(self._heard.values()) > 2 * _BEAT_SECONDS:
+            time.sleep(_LOST_SECONDS)
+
+    def lost(self, now: float) -> int | None:
+        """The process that has given no sign for too long; the first where the store itself is silent."""
+        if now - self._answered > _LOST_SECONDS:
+            return 0
+        return next((i for i, heard in self._heard.items() if now - heard > _LOST_SECONDS), None)
+
+    def _beat(self) -> None:
+        number = 0
+        while not self._over.wait(_BEAT_SECONDS):
+            number += 1
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                _client().key_value_set(f"{_ALIVE}{self._index}", str(number), allow_overwrite=True)
+                signs = dict(_client().key_value_dir_get(_ALIVE))
+                self._answered = time.monotonic()
+                for key, sign in signs.items():
+                    index = int(key.rpartition("/")[2])
+                    if self._signs[index] != sign:
+                        self._signs[index], self._heard[index] = sign, self._answered
+
+    def _look(self) -> None:
+        while not self._over.wait(1.0):
+            lost = self.lost(time.monotonic())
+            if lost is None or lost == self._index:
+                continue
+            print(
+                f"error: process {lost} has given no sign of life for {_LOST_SECONDS:.0f} s: it was killed, hangs, or"
+                " cannot be reached. Start all again with --resume",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)
 
 
 def _client() -> Any:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 import train
+from spt_jax import rendezvous
 from spt_jax.errors import ConfigError
 from spt_jax.processes import ProcessesConfig, from_first
 from tests.jobs import ROOT, losses, words, write_task
@@ -20,7 +23,9 @@ from tests.jobs import ROOT, losses, words, write_task
 PROGRAM = """
 import os, signal, sys
 import train
+from spt_jax import processes, rendezvous
 from spt_jax.training import loop
+processes._BEAT_SECONDS, processes._LOST_SECONDS, rendezvous.WAIT_SECONDS = 0.5, 5.0, 30.0
 place, left = loop.place_batch, [{batches}]
 def place_and_act(batch, mesh):
     left[0] -= 1
@@ -54,7 +59,9 @@ def launch(*programs: str) -> list[tuple[int, str, str]]:
         for program in programs
     ]
     try:
-        said = [process.communicate(timeout=240) for process in running]
+        said = [process.communicate(timeout=240) for process in running[:1]]
+        running[-1].send_signal(signal.SIGCONT)
+        said += [process.communicate(timeout=240) for process in running[1:]]
     finally:
         for process in running:
             process.kill()
@@ -116,6 +123,41 @@ def test_one_failure_ends_all_with_its_reason(files: Path, tmp_path: Path):
     assert code == code_of_second == 1
     assert "error: process 1 failed: ValueError: the second has had enough" in error
     assert "Traceback" in own and "place_and_act" in own
+
+
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGSTOP"])
+def test_a_process_that_vanishes_is_named(files: Path, tmp_path: Path, number: str):
+    action = f"os.kill(os.getpid(), signal.{number})"
+    (code, _, error), _ = two(files, tmp_path / "run", "--mesh.data", "8", action=action, batches=3)
+    assert code == 1
+    assert "error: process 1 has given no sign of life for 5 s" in error and "--resume" in error
+    assert "Traceback" not in error and "stack trace" not in error
+
+
+def test_a_process_that_does_not_come_is_named(monkeypatch):
+    monkeypatch.setattr(rendezvous, "WAIT_SECONDS", 1.0)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    messages = {}
+
+    def come(index: int) -> None:
+        try:
+            rendezvous.meet(address, 4, index)
+        except ConfigError as error:
+            messages[index] = str(error)
+
+    threads = [threading.Thread(target=come, args=(index,)) for index in (2, 0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(messages.values()) == {"of 4 processes, these did not come: 1, 3"} and set(messages) == {0, 2}
+    come(1)
+    assert messages[1].startswith(f"process 0 did not answer at {address}")
+    for wrong in ("localhost", "localhost:port"):
+        with pytest.raises(ConfigError, match="it is HOST:PORT"):
+            rendezvous.meet(wrong, 2, 0)
 
 
 def test_processes_that_disagree(files: Path, tmp_path: Path):
