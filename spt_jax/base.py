@@ -16,10 +16,12 @@ from jaxtyping import Array, Float, Int
 
 from spt_jax.errors import CheckpointError, ConfigError, differing_fields
 from spt_jax.models.attention import Prefix, Stream
-from spt_jax.models.config import DecoderConfig, check_family, decoder_config
+from spt_jax.models.config import DecoderConfig, decoder_config, hf_config
 from spt_jax.models.decoder import ATTENTION, Decoder, Remat
+from spt_jax.models.files import CONFIG_BYTES, config_file, model_directory, read_json
 from spt_jax.models.hf import Params, parameter_shapes, read_params
 from spt_jax.models.kernels import Kernel, check_kernel
+from spt_jax.models.tokenizer import read_tokenizer as tokenizer_of
 from spt_jax.sharding import check_divides, make_mesh, parameter_sharding, to_host
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -142,16 +144,14 @@ def load_base(
 
     Raises:
       ConfigError: unsupported architecture, option, dtype or mesh.
-      CheckpointError: files missing or damaged, tensors missing, unknown, duplicate or misshapen.
+      CheckpointError: files missing or damaged; tensors missing, unknown, duplicate, misshapen or not finite.
     """
     dtype = dtype or default_dtype()
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
     mesh = mesh or make_mesh()
     directory = local_directory(str(path_or_hub_id), revision)
-    config, tokenizer = read_config(directory, max_length), _read_tokenizer(directory)
-    if len(tokenizer) > config.vocab_size:
-        raise CheckpointError(f"{directory}: the tokenizer has {len(tokenizer)} entries, the model {config.vocab_size}")
+    config, tokenizer = read_config(directory, max_length), tokenizer_of(directory)
     check_divides(mesh, {"heads": config.heads, "key/value heads": config.kv_heads, "MLP columns": config.mlp_width})
     check_kernel(attention, config, DTYPES[dtype], mesh)
     shapes = parameter_shapes(config)
@@ -182,15 +182,13 @@ def local_directory(path_or_hub_id: str, revision: str | None) -> Path:
     """Where a base's files are: a directory, what the hub gives for an id, or the starter's.
 
     Raises:
-      CheckpointError: there is no such directory, or the hub does not give it.
+      CheckpointError: there is no such directory, it is a file, or the hub does not give it.
     """
     if path_or_hub_id == "starter":
         return STARTER
     path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
-        return path
-    if path_or_hub_id.count("/") > 1 or path_or_hub_id.startswith((".", "/", "~")):
-        raise CheckpointError(f"{path}: no such directory")
+    if path.exists() or path_or_hub_id.count("/") > 1 or path_or_hub_id.startswith((".", "/", "~")):
+        return model_directory(path)
     import huggingface_hub
 
     patterns = [
@@ -218,45 +216,25 @@ def read_config(directory: Path, max_length: int | None = None) -> DecoderConfig
 
     Raises:
       CheckpointError: the file is missing or unreadable.
-      ConfigError: the architecture is not supported.
+      ConfigError: the architecture, or an option or size of it, is not supported.
     """
-    import transformers
-    from huggingface_hub.errors import StrictDataclassError
-
-    file = directory / "config.json"
-    if not file.exists():
-        raise CheckpointError(f"{directory}: no config.json")
+    file = config_file(directory)
+    fields = read_json(file, CONFIG_BYTES)
     try:
-        family = json.loads(file.read_text()).get("model_type")
-    except (ValueError, OSError, AttributeError) as error:
-        raise CheckpointError(f"{file}: {error}") from error
-    check_family(family)
-    try:
-        hf = transformers.AutoConfig.from_pretrained(directory)
-    except (ValueError, OSError, TypeError, StrictDataclassError) as error:
-        raise CheckpointError(f"{file}: {error}") from error
-    return decoder_config(hf, max_length=max_length)
+        return decoder_config(hf_config(fields), max_length=max_length)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    except Exception as error:  # transformers raises anything for fields of another type
+        raise CheckpointError(f"{file}: {type(error).__name__}: {str(error)[:500]}") from error
 
 
 def read_tokenizer(path_or_hub_id: str | Path, revision: str | None = None) -> Any:
-    """The tokenizer of a base alone.
+    """The tokenizer of a base, without its weights.
 
     Raises:
       CheckpointError: it is missing, damaged or not a fast one.
     """
-    return _read_tokenizer(local_directory(str(path_or_hub_id), revision))
-
-
-def _read_tokenizer(directory: Path) -> Any:
-    import transformers
-
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    except (ValueError, OSError, TypeError) as error:
-        raise CheckpointError(f"{directory}: the tokenizer cannot be read ({error})") from error
-    if not tokenizer.is_fast:
-        raise CheckpointError(f"{directory}: a fast tokenizer (tokenizer.json) is needed")
-    return tokenizer
+    return tokenizer_of(local_directory(str(path_or_hub_id), revision))
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -264,8 +242,3 @@ def tokenizer_hash(tokenizer: Any) -> str:
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content["truncation"] = content["padding"] = None
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def special_ids(base: FrozenBase) -> np.ndarray:
-    """Ids that stand for control tokens, sorted."""
-    return np.unique(np.asarray(base.tokenizer.all_special_ids, np.int32))
