@@ -168,7 +168,7 @@ def test_tokens_without_an_embedding_are_refused_where_they_occur(padded):
     with pytest.raises(DataError, match="<tool>"):
         encoder("<soft>{text}").prompt_ids({"text": "a <tool>"})
     with pytest.raises(DataError, match="<tool>"):
-        encoder("{text}", label_field="answer", verbalizers={"yes": "<tool>", "no": "no"})
+        encoder("{text}", verbalizers={"yes": "<tool>", "no": "no"})
 
 
 def test_tokens_without_an_embedding_start_no_prompt(padded):

@@ -7,6 +7,7 @@ not know, or that is missing, twice there, of another shape or not finite raises
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -356,6 +357,7 @@ def _digest(tensor: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+@functools.lru_cache(maxsize=8)
 def parameter_shapes(config: DecoderConfig) -> Params:
     """The tree of `Decoder(config)`'s parameters as `jax.ShapeDtypeStruct`s; computes nothing."""
 
