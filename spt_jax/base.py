@@ -1,9 +1,10 @@
 """The frozen base: module, weights on their devices, tokenizer and identity."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -151,7 +152,7 @@ def load_base(
         raise ConfigError(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
     mesh = mesh or make_mesh()
     directory = local_directory(str(path_or_hub_id), revision)
-    config, tokenizer = read_config(directory, max_length), tokenizer_of(directory)
+    config, tokenizer = read_config(directory, max_length), _read_tokenizer(directory)
     check_divides(mesh, {"heads": config.heads, "key/value heads": config.kv_heads, "MLP columns": config.mlp_width})
     check_kernel(attention, config, DTYPES[dtype], mesh)
     shapes = parameter_shapes(config)
@@ -219,13 +220,8 @@ def read_config(directory: Path, max_length: int | None = None) -> DecoderConfig
       ConfigError: the architecture, or an option or size of it, is not supported.
     """
     file = config_file(directory)
-    fields = read_json(file, CONFIG_BYTES)
-    try:
-        return decoder_config(hf_config(fields), max_length=max_length)
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from error
-    except Exception as error:  # transformers raises anything for fields of another type
-        raise CheckpointError(f"{file}: {type(error).__name__}: {str(error)[:500]}") from error
+    with _naming(file):
+        return decoder_config(hf_config(read_json(file, CONFIG_BYTES)), max_length=max_length)
 
 
 def read_tokenizer(path_or_hub_id: str | Path, revision: str | None = None) -> Any:
@@ -233,8 +229,29 @@ def read_tokenizer(path_or_hub_id: str | Path, revision: str | None = None) -> A
 
     Raises:
       CheckpointError: it is missing, damaged or not a fast one.
+      ConfigError: the architecture is not supported.
     """
-    return tokenizer_of(local_directory(str(path_or_hub_id), revision))
+    return _read_tokenizer(local_directory(str(path_or_hub_id), revision))
+
+
+def _read_tokenizer(directory: Path) -> Any:
+    file = config_file(directory)
+    with _naming(file):
+        hf = hf_config(read_json(file, CONFIG_BYTES))
+    return tokenizer_of(directory, hf)
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Puts the file's name before what is wrong in it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers raises anything for fields of another type
+        raise CheckpointError(f"{file}: {type(error).__name__}: {str(error)[:500]}") from error
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

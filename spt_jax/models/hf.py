@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +235,7 @@ def read_params(
             buffers = {path: _aligned_empty(shapes[path].shape, np.float32 if exact[path] else dtype) for path in paths}
             for key in keys:
                 tensor = _get(files, found[key])
-                digests[key] = _digest(tensor)
+                digests[key] = _digest(tensor, found[key])
                 for place in expected[key]:
                     part = tensor[..., slice(*place.origin.columns)] if place.origin.columns else tensor
                     target = buffers[place.path] if place.layer is None else buffers[place.path][place.layer]
@@ -246,7 +246,8 @@ def read_params(
                 leaves[path] = place_leaf(buffer, sharding_of(path))
             del buffers, buffer
         if config.tied and OUTPUT_KEY in found:
-            _check_tied(_digest(_get(files, found[OUTPUT_KEY])), digests, directory, config)
+            at = found[OUTPUT_KEY]
+            _check_tied(_digest(_get(files, at), at), digests, directory, config)
     lines = "\n".join(f"{key} {digest}" for key, digest in sorted(digests.items()))
     return traverse_util.unflatten_dict(leaves), hashlib.sha256(lines.encode()).hexdigest()
 
@@ -297,24 +298,20 @@ def _get(files: Mapping[Path, Any], at: Stored) -> np.ndarray:
         raise CheckpointError(f"{at.file}: tensor {at.name!r} cannot be read ({error})") from error
     if tensor.dtype.name not in _FLOATS:
         raise CheckpointError(f"{at.file}: tensor {at.name!r} holds {tensor.dtype}; weights are {', '.join(_FLOATS)}")
-    if not _finite(tensor):
-        raise CheckpointError(
-            f"{at.file}: tensor {at.name!r} holds NaN or infinity; the file is damaged, or the model was saved after"
-            " its training diverged"
-        )
     return tensor
 
 
-def _finite(tensor: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite, by the largest bit pattern of either sign.
+def _chunks(tensor: np.ndarray) -> Iterator[np.ndarray]:
+    """The values in order, in parts that stay in a processor's cache."""
+    flat, step = np.ascontiguousarray(tensor).reshape(-1), (128 << 10) // tensor.dtype.itemsize
+    return (flat[start : start + step] for start in range(0, flat.size, step))
 
-    Integer maxima over parts that stay in the cache: four times as fast as `np.isfinite` for bfloat16.
-    """
-    size = tensor.dtype.itemsize
-    infinity = int(np.asarray(np.inf, tensor.dtype).view(f"u{size}"))
-    bits, step = np.ascontiguousarray(tensor).reshape(-1).view(f"u{size}"), (256 << 10) // size
-    parts = (bits[start : start + step] for start in range(0, bits.size, step))
-    return all(p.max() < infinity + (1 << 8 * size - 1) and p.view(f"i{size}").max() < infinity for p in parts)
+
+def _finite(chunk: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite, by the largest bit pattern of either sign: faster than `np.isfinite`."""
+    size = chunk.dtype.itemsize
+    bits, infinity = chunk.view(f"u{size}"), int(np.asarray(np.inf, chunk.dtype).view(f"u{size}"))
+    return bits.max() < infinity + (1 << 8 * size - 1) and bits.view(f"i{size}").max() < infinity
 
 
 def _cast(values: np.ndarray, target: np.ndarray, at: Stored) -> None:
@@ -325,7 +322,7 @@ def _cast(values: np.ndarray, target: np.ndarray, at: Stored) -> None:
     """
     with np.errstate(over="ignore"):
         target[...] = values
-    if jnp.finfo(target.dtype).max < jnp.finfo(values.dtype).max and not _finite(target):
+    if jnp.finfo(target.dtype).max < jnp.finfo(values.dtype).max and not all(map(_finite, _chunks(target))):
         raise CheckpointError(
             f"{at.file}: tensor {at.name!r} holds values beyond the range of {target.dtype}; set another base.dtype"
         )
@@ -351,9 +348,17 @@ def _check_shape(stored: tuple[int, ...], at: Stored, fills: list[Place], shapes
         raise CheckpointError(f"tensor {at.name!r} in {at.file.name} has shape {stored}; the config asks for {shape}")
 
 
-def _digest(tensor: np.ndarray) -> str:
-    digest = hashlib.sha256(f"{tensor.dtype} {tensor.shape} ".encode())
-    digest.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+def _digest(tensor: np.ndarray, at: Stored) -> str:
+    """SHA-256 of a tensor, whose values are checked on the way."""
+    digest, finite = hashlib.sha256(f"{tensor.dtype} {tensor.shape} ".encode()), True
+    for chunk in _chunks(tensor):
+        digest.update(chunk.view(np.uint8).data)
+        finite = finite and _finite(chunk)
+    if not finite:
+        raise CheckpointError(
+            f"{at.file}: tensor {at.name!r} holds NaN or infinity; the file is damaged, or the model was saved after"
+            " its training diverged"
+        )
     return digest.hexdigest()
 
 

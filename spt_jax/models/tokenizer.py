@@ -9,19 +9,23 @@ from spt_jax.errors import CheckpointError, DataError
 from spt_jax.models.files import CONFIG_BYTES, TOKENIZER_BYTES, listed, read_json
 
 # What patterns with nested repetitions take exponential time for: runs of one kind of character and a different end.
-_PROBES = ["a", *(character * 200 + "\u20ac" for character in "a1 .\n")]
+_PROBES = [character * 200 + "\u20ac" for character in "a1 .\n"]
 _GROWTH = 256  # times that the rules of a normalizer may lengthen a text
 
 
-def read_tokenizer(directory: Path) -> Any:
+def read_tokenizer(directory: Path, hf: Any) -> Any:
     """The fast tokenizer of a model directory. Reads local files only, runs none of their code and asks nothing.
+
+    Args:
+      directory: holds the tokenizer's files.
+      hf: the transformers config of the model, which can decide the tokenizer's class.
 
     Raises:
       CheckpointError: it is missing, damaged or not a fast one, or cannot encode a short text.
     """
     import transformers
 
-    file = directory / "tokenizer.json"
+    hf.name_or_path, file = str(directory), directory / "tokenizer.json"
     if file.is_file():
         _check_growth(file, read_json(file, TOKENIZER_BYTES).get("normalizer"))
     if (directory / "tokenizer_config.json").is_file():
@@ -29,8 +33,9 @@ def read_tokenizer(directory: Path) -> Any:
     try:
         with tokenizer_panics():
             tokenizer = transformers.AutoTokenizer.from_pretrained(
-                directory, trust_remote_code=False, local_files_only=True
+                directory, config=hf, trust_remote_code=False, local_files_only=True
             )
+            tokenizer.encode("a")
             for text in _PROBES:
                 tokenizer.backend_tokenizer.encode(text)
     except Exception as error:  # transformers and tokenizers raise anything for files that are wrong
