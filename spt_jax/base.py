@@ -1,9 +1,10 @@
 """The frozen base: module, weights on their devices, tokenizer and identity."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +17,12 @@ from jaxtyping import Array, Float, Int
 
 from spt_jax.errors import CheckpointError, ConfigError, differing_fields
 from spt_jax.models.attention import Prefix, Stream
-from spt_jax.models.config import DecoderConfig, RopeConfig, check_family, decoder_config
+from spt_jax.models.config import DecoderConfig, RopeConfig, decoder_config, hf_config
 from spt_jax.models.decoder import ATTENTION, Decoder, Remat
+from spt_jax.models.files import CONFIG_BYTES, config_file, model_directory, read_json
 from spt_jax.models.hf import Params, parameter_shapes, read_params
 from spt_jax.models.kernels import Kernel, check_kernel
+from spt_jax.models.tokenizer import read_tokenizer as tokenizer_of
 from spt_jax.sharding import check_divides, make_mesh, parameter_sharding, to_host
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -165,7 +168,7 @@ def load_base(
 
     Raises:
       ConfigError: unsupported architecture, option, dtype or mesh.
-      CheckpointError: files missing or damaged, tensors missing, unknown, duplicate or misshapen.
+      CheckpointError: files missing or damaged; tensors missing, unknown, duplicate, misshapen or not finite.
     """
     dtype = dtype or default_dtype()
     if dtype not in DTYPES:
@@ -173,8 +176,6 @@ def load_base(
     mesh = mesh or make_mesh()
     directory = local_directory(str(path_or_hub_id), revision)
     config, tokenizer = read_config(directory, max_length), _read_tokenizer(directory)
-    if len(tokenizer) > config.vocab_size:
-        raise CheckpointError(f"{directory}: the tokenizer has {len(tokenizer)} entries, the model {config.vocab_size}")
     check_divides(mesh, {"heads": config.heads, "key/value heads": config.kv_heads, "MLP columns": config.mlp_width})
     check_kernel(attention, config, DTYPES[dtype], mesh)
     shapes = parameter_shapes(config)
@@ -205,15 +206,13 @@ def local_directory(path_or_hub_id: str, revision: str | None) -> Path:
     """Where a base's files are: a directory, what the hub gives for an id, or the starter's.
 
     Raises:
-      CheckpointError: there is no such directory, or the hub does not give it.
+      CheckpointError: there is no such directory, it is a file, or the hub does not give it.
     """
     if path_or_hub_id == "starter":
         return STARTER
     path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
-        return path
-    if path_or_hub_id.count("/") > 1 or path_or_hub_id.startswith((".", "/", "~")):
-        raise CheckpointError(f"{path}: no such directory")
+    if path.exists() or path_or_hub_id.count("/") > 1 or path_or_hub_id.startswith((".", "/", "~")):
+        return model_directory(path)
     import huggingface_hub
 
     patterns = [
@@ -241,45 +240,41 @@ def read_config(directory: Path, max_length: int | None = None) -> DecoderConfig
 
     Raises:
       CheckpointError: the file is missing or unreadable.
-      ConfigError: the architecture is not supported.
+      ConfigError: the architecture, or an option or size of it, is not supported.
     """
-    import transformers
-    from huggingface_hub.errors import StrictDataclassError
-
-    file = directory / "config.json"
-    if not file.exists():
-        raise CheckpointError(f"{directory}: no config.json")
-    try:
-        family = json.loads(file.read_text()).get("model_type")
-    except (ValueError, OSError, AttributeError) as error:
-        raise CheckpointError(f"{file}: {error}") from error
-    check_family(family)
-    try:
-        hf = transformers.AutoConfig.from_pretrained(directory)
-    except (ValueError, OSError, TypeError, StrictDataclassError) as error:
-        raise CheckpointError(f"{file}: {error}") from error
-    return decoder_config(hf, max_length=max_length)
+    file = config_file(directory)
+    with _naming(file):
+        return decoder_config(hf_config(read_json(file, CONFIG_BYTES)), max_length=max_length)
 
 
 def read_tokenizer(path_or_hub_id: str | Path, revision: str | None = None) -> Any:
-    """The tokenizer of a base alone.
+    """The tokenizer of a base, without its weights.
 
     Raises:
       CheckpointError: it is missing, damaged or not a fast one.
+      ConfigError: the architecture is not supported.
     """
     return _read_tokenizer(local_directory(str(path_or_hub_id), revision))
 
 
 def _read_tokenizer(directory: Path) -> Any:
-    import transformers
+    file = config_file(directory)
+    with _naming(file):
+        hf = hf_config(read_json(file, CONFIG_BYTES))
+    return tokenizer_of(directory, hf)
 
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Puts the file's name before what is wrong in it."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    except (ValueError, OSError, TypeError) as error:
-        raise CheckpointError(f"{directory}: the tokenizer cannot be read ({error})") from error
-    if not tokenizer.is_fast:
-        raise CheckpointError(f"{directory}: a fast tokenizer (tokenizer.json) is needed")
-    return tokenizer
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers raises anything for fields of another type
+        raise CheckpointError(f"{file}: {type(error).__name__}: {str(error)[:500]}") from error
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -287,8 +282,3 @@ def tokenizer_hash(tokenizer: Any) -> str:
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content["truncation"] = content["padding"] = None
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def special_ids(base: FrozenBase) -> np.ndarray:
-    """Ids that stand for control tokens, sorted."""
-    return np.unique(np.asarray(base.tokenizer.all_special_ids, np.int32))

@@ -2,13 +2,18 @@
 
 import dataclasses
 import json
+import re
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from spt_jax.base import load_base, special_ids, tokenizer_hash
-from spt_jax.errors import CheckpointError, ConfigError
+from spt_jax.base import load_base, tokenizer_hash
+from spt_jax.data.encoder import Encoder
+from spt_jax.data.templates import Template
+from spt_jax.errors import CheckpointError, ConfigError, DataError
+from spt_jax.prompts.initializers import initialize, labels, text, vocabulary
 from spt_jax.testing import tiny_base, tiny_tokenizer, write_tiny_checkpoint
 from tests.layouts import Run, forward, lay_out
 
@@ -114,10 +119,6 @@ def test_dtype_and_length_of_the_run():
     assert tiny_base(max_length=200).config.max_positions == 128
 
 
-def test_special_ids():
-    np.testing.assert_array_equal(special_ids(tiny_base()), [0, 1, 2])
-
-
 def test_missing_directory(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere: no such directory"):
         load_base(tmp_path / "nowhere")
@@ -135,7 +136,7 @@ def test_missing_and_damaged_config(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json: "):
         load_base(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
-    with pytest.raises(CheckpointError, match=r"config\.json: .*'hidden_size'"):
+    with pytest.raises(ConfigError, match=r"config\.json: 'hidden_size' is 'wide'"):
         load_base(tmp_path)
 
 
@@ -159,15 +160,109 @@ def test_dtype_typo(tmp_path):
         load_base(write_tiny_checkpoint(tmp_path), dtype="bfloat61")
 
 
-def test_tokenizer_larger_than_the_model(tmp_path):
-    directory = write_tiny_checkpoint(tmp_path, vocab_size=300)
-    with pytest.raises(CheckpointError, match="the tokenizer has 320 entries, the model 300"):
-        load_base(directory)
-
-
-def test_missing_tokenizer(tmp_path):
+@pytest.fixture
+def padded(tmp_path):
+    """A base whose tokenizer has two tokens more than its embedding has rows: a control token and a plain one."""
     directory = write_tiny_checkpoint(tmp_path)
-    for file in directory.glob("tokenizer*"):
-        file.unlink()
-    with pytest.raises(CheckpointError, match="tokenizer"):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(directory)
+    return load_base(directory)
+
+
+def test_tokens_without_an_embedding_are_refused_where_they_occur(padded):
+    def encoder(prompt, **options):
+        template = Template(prompt=prompt, target="{answer}", virtual_tokens=2 if "<soft>" in prompt else 0, **options)
+        return Encoder(template, padded.tokenizer, padded.config.vocab_size, 64)
+
+    record = {"text": "a good text", "answer": "yes"}
+    assert encoder("<soft>{text}").encode(record, 0).ids.max() == 321  # the second virtual token
+    for prompt, fields, token, id_ in (
+        ("{text}", {"text": "a <tool> here"}, "<tool>", 321),
+        ("<soft>{text}", {"answer": "<tool>"}, "<tool>", 321),
+        ("<soft>{text}", {"text": "<tool>"}, "<tool>", 321),
+        ("[PAD]{text}<soft>", {}, "[PAD]", 320),
+    ):
+        with pytest.raises(DataError, match=rf"record 3: the token '{re.escape(token)}' has id {id_}.* 320 embeddings"):
+            encoder(prompt).encode(record | fields, 2)
+    with pytest.raises(DataError, match="<tool>"):
+        encoder("<soft>{text}").prompt_ids({"text": "a <tool>"})
+    with pytest.raises(DataError, match="<tool>"):
+        encoder("{text}", verbalizers={"yes": "<tool>", "no": "no"})
+
+
+def test_tokens_without_an_embedding_start_no_prompt(padded):
+    key = jax.random.key(0)
+    assert initialize(vocabulary(), key, padded, 300).shape == (300, 32)
+    for init in (text("a <tool>"), labels(["<tool>", "no"])):
+        with pytest.raises(DataError, match="<tool>"):
+            initialize(init, key, padded, 4)
+
+
+def remove(directory, *patterns):
+    for pattern in patterns:
+        for file in directory.glob(pattern):
+            file.unlink()
+
+
+def put(directory, name, content=b""):
+    (directory / name).write_bytes(content)
+
+
+def adapter(directory):
+    remove(directory, "*.safetensors", "config.json")
+    put(
+        directory, "adapter_config.json", b'{"peft_type": "LORA", "base_model_name_or_path": "meta-llama/Llama-3.2-1B"}'
+    )
+    put(directory, "adapter_model.safetensors")
+
+
+def other_weights(*names):
+    def change(directory):
+        remove(directory, "*.safetensors")
+        for name in names:
+            put(directory, name)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            adapter,
+            r"no config\.json; it is a PEFT adapter of 'meta-llama/Llama-3\.2-1B'\. Set base\.path to that model",
+        ),
+        (
+            other_weights("pytorch_model.bin"),
+            r"no model\.safetensors.*; pytorch_model\.bin holds pickle weights.*Convert",
+        ),
+        (other_weights("model.Q4_K_M.gguf"), r"; model\.Q4_K_M\.gguf holds GGUF weights.*convert"),
+        (
+            other_weights("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+            r"model-00002-of-00002\.safetensors \(shards without their index\)\. Copy model\.safetensors\.index\.json",
+        ),
+        (other_weights("weights.safetensors"), r"weights\.safetensors \(another name\).*rename"),
+        (other_weights(), r"no model\.safetensors and no .*index\.json; it holds config\.json, tokenizer\.json"),
+        (
+            lambda directory: remove(directory, "tokenizer*"),
+            r"no tokenizer\.json\. Copy it from the model's repository",
+        ),
+        (
+            lambda directory: (remove(directory, "tokenizer*"), put(directory, "tokenizer.model")),
+            r"no tokenizer\.json; tokenizer\.model cannot be read without it",
+        ),
+    ],
+)
+def test_what_a_directory_holds_instead(change, message, tmp_path):
+    directory = write_tiny_checkpoint(tmp_path)
+    change(directory)
+    with pytest.raises(CheckpointError, match=message):
         load_base(directory)
+
+
+def test_a_file_of_the_model_instead_of_its_directory(tmp_path):
+    directory = write_tiny_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"is a file; set base\.path to the model's directory, {directory}"):
+        load_base(directory / "model.safetensors")

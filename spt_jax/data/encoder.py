@@ -11,7 +11,7 @@ import numpy as np
 from spt_jax.data.chats import ChatTemplate, messages_of
 from spt_jax.data.reading import answer_text, span_reads, tag_reads, words_of
 from spt_jax.data.templates import MESSAGES, Bos, Field, Piece, Plain, Template, Text, Virtual, parse
-from spt_jax.data.tokenization import tokenization_of
+from spt_jax.data.tokenization import check_ids, tokenization_of
 from spt_jax.errors import ConfigError, DataError, did_you_mean
 
 
@@ -114,6 +114,8 @@ class Encoder:
             if template.verbalizers
             else []
         )
+        for choice in self._choices:
+            check_ids(tokenizer, choice, vocab_size)
         self._classes = list(template.verbalizers)
         if any(len(choice) == 0 for choice in self._choices):
             raise ConfigError("a verbalizer without tokens: every class needs some text")
@@ -127,6 +129,10 @@ class Encoder:
           DataError: a field is absent, the label has no verbalizer, or the example cannot fit.
         """
         example = self._encode(record, index)
+        try:
+            check_ids(self._tokenizer, example.ids, self._vocab_size, self.template.virtual_tokens)
+        except DataError as error:
+            raise DataError(f"record {index + 1}: {error}") from error
         if example.length <= self.max_length:
             return example
         field = self.template.truncate
@@ -171,9 +177,12 @@ class Encoder:
         if self.template.is_conversation:
             messages = messages_of(record, 0)
             messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-            return np.asarray(self._conversation(messages, add_generation_prompt=True)[0], np.int32)
-        names = [piece.name for piece in self._prompt if isinstance(piece, Field)]
-        return np.asarray(self._ids(self._prompt, self._fields(record, names, 0), opens=True), np.int32)
+            ids = self._conversation(messages, add_generation_prompt=True)[0]
+        else:
+            names = [piece.name for piece in self._prompt if isinstance(piece, Field)]
+            ids = self._ids(self._prompt, self._fields(record, names, 0), opens=True)
+        check_ids(self._tokenizer, ids, self._vocab_size, self.template.virtual_tokens)
+        return np.asarray(ids, np.int32)
 
     def reference(self, record: Mapping[str, Any]) -> str:
         """What the model should say after `prompt_ids`, as text."""

@@ -1,11 +1,14 @@
 """Text to ids, for text that opens a sequence and for text that continues one."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from spt_jax.errors import DataError
+from spt_jax.models.tokenizer import tokenizer_panics
 
 # Text that is encoded in front of a continuation and cut off again. The first that does not merge with it is used.
 _ANCHORS = ("\n", "a", ".", "0", "\x00")
@@ -57,10 +60,32 @@ class Tokenization:
         raise DataError(f"the tokenizer cannot encode {text[:40]!r} as the continuation of a text")
 
     def _encoding(self, text: str) -> tokenizers.Encoding:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        with tokenizer_panics():
+            return self._tokenizer.encode(text, add_special_tokens=False)
 
 
 @functools.lru_cache(maxsize=4)
 def tokenization_of(tokenizer: Any) -> Tokenization:
     """One for all encoders of a base: a large vocabulary takes tens of megabytes."""
     return Tokenization(tokenizer)
+
+
+def check_ids(tokenizer: Any, ids: Sequence[int] | np.ndarray, vocab_size: int, virtual_tokens: int = 0) -> None:
+    """Refuses tokens that a tokenizer has and its model does not, such as a padding token that was added later.
+
+    Args:
+      tokenizer: the base's.
+      ids: of a text or an example.
+      vocab_size: rows of the embedding table; virtual token i has the id `vocab_size + i`.
+      virtual_tokens: how many virtual tokens are among the ids, in order.
+
+    Raises:
+      DataError: there is another id of `vocab_size` or above.
+    """
+    beyond = [int(id_) for id_ in ids if id_ >= vocab_size]
+    for number, id_ in enumerate(beyond):
+        if number >= virtual_tokens or id_ != vocab_size + number:
+            raise DataError(
+                f"the token {tokenizer.convert_ids_to_tokens(id_)!r} has id {id_}, but the model has {vocab_size}"
+                " embeddings; leave it out of the text, or resize the model's embedding"
+            )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +29,19 @@ class RopeConfig:
     truncate: bool = True
     attention_factor: float = 1.0
     dynamic_length: int = 0
+
+    def __post_init__(self) -> None:
+        positive = ["theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"]
+        for name in [*positive, "attention_factor"]:
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"RoPE: {name} is {value}; it must be a finite number above 0")
+        if self.kind == "yarn" and self.theta == 1:
+            raise ConfigError("RoPE scaling 'yarn' needs a theta other than 1")
+        if self.kind == "llama3" and self.low_freq_factor == self.high_freq_factor:
+            raise ConfigError("RoPE scaling 'llama3' needs a high_freq_factor above low_freq_factor")
+        if self.kind in ("dynamic", "yarn", "llama3") and self.original_max_positions < 1:
+            raise ConfigError(f"RoPE scaling {self.kind!r} needs a positive number of original positions")
 
     def inverse_frequencies(self, head_size: int) -> np.ndarray:
         """Angular step per position of each rotated pair, float32 [head_size / 2]."""
@@ -107,6 +121,16 @@ class DecoderConfig:
             raise ConfigError(f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly")
         if self.window_layers and self.window < 1:
             raise ConfigError("layers with a sliding window need window >= 1")
+        if any(not 0 <= layer < self.layers for layer in (*self.window_layers, *self.no_rope_layers)):
+            raise ConfigError(f"the lists of layers name more than the {self.layers} layers of the model")
+        if self.head_size < 1:
+            raise ConfigError(f"a width of {self.width} cannot be shared by {self.heads} heads")
+        if self.rope and (self.head_size % 2 or (self.rope.kind == "dynamic" and self.head_size < 4)):
+            raise ConfigError(f"heads of size {self.head_size} cannot be rotated (RoPE {self.rope.kind!r})")
+        for name in ("norm_epsilon", "embedding_scale", "score_scale", "score_cap", "logit_cap"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name} is {value}; it must be a finite number above 0")
 
     @property
     def matmul_parameters(self) -> int:
@@ -118,6 +142,41 @@ class DecoderConfig:
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 FAMILIES = ("gemma2", "gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3")
+
+
+# Fields of config.json that sizes are made of, and the least and largest values that any decoder has. transformers and
+# this library make lists as long as the model has layers, so that these are checked before either reads the rest.
+_SIZES = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer"), (1, 10_000)),
+    **dict.fromkeys(("hidden_size", "n_embd"), (1, 1 << 20)),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads"), (1, 1 << 16)),
+    **dict.fromkeys(("head_dim", "query_pre_attn_scalar"), (1, 1 << 16)),
+    **dict.fromkeys(("intermediate_size", "n_inner"), (1, 1 << 24)),
+    "vocab_size": (1, 1 << 28),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "original_max_position_embeddings"), (1, 1 << 30)),
+    **dict.fromkeys(("sliding_window", "max_window_layers"), (0, 1 << 30)),
+    "no_rope_layer_interval": (1, 10_000),
+}
+# What transformers builds for classifiers (a name for each of `num_labels`), and code that it would ask to run.
+_UNREAD = ("num_labels", "id2label", "label2id", "auto_map")
+
+
+def hf_config(fields: Mapping[str, Any]) -> Any:
+    """The transformers config object of a `config.json`, whose sizes are checked first.
+
+    Raises:
+      ConfigError: the architecture is not supported, or a size is not an integer in its range.
+      Exception: whatever transformers raises for other fields that are wrong.
+    """
+    import transformers
+
+    family = fields.get("model_type")
+    check_family(family)
+    for name, (least, most) in _SIZES.items():
+        value = fields.get(name)
+        if value is not None and (type(value) is not int or not least <= value <= most):
+            raise ConfigError(f"{name!r} is {value!r:.40}; it must be an integer from {least} to {most:,}")
+    return transformers.CONFIG_MAPPING[family].from_dict({k: v for k, v in fields.items() if k not in _UNREAD})
 
 
 def check_family(family: str | None) -> None:

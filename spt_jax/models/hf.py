@@ -2,17 +2,18 @@
 
 One table per family says where each of our leaves lies in the checkpoint. Every tensor is read once, hashed as stored
 and cast into its leaf, which goes to its place on the devices before the next leaf is begun; a key that the table does
-not know, or that is missing, twice there or of another shape raises with its name.
+not know, or that is missing, twice there, of another shape or not finite raises with its name.
 """
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from spt_jax.errors import CheckpointError
 from spt_jax.models.attention import Stream
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.decoder import Decoder
+from spt_jax.models.files import checkpoint_files, listed, open_safetensors
 from spt_jax.models.layers import Quantized
 
 Params = Mapping[str, Any]
@@ -120,10 +122,9 @@ _FLOATS = ("float64", "float32", "bfloat16", "float16")
 
 
 def _canonical(key: str, config: DecoderConfig) -> str:
-    """GPT-2 checkpoints exist with and without the `transformer.` in front."""
-    if config.family == "gpt2" and not key.startswith(("transformer.", "lm_head.")):
-        return "transformer." + key
-    return key
+    """The key with its `model.` or `transformer.`, which models that `AutoModel` saved are without."""
+    prefix = "transformer." if config.family == "gpt2" else "model."
+    return key if key.startswith((prefix, "lm_head.")) else prefix + key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,65 +146,54 @@ def places(config: DecoderConfig) -> dict[str, list[Place]]:
     return table
 
 
-def checkpoint_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint directory.
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor of a checkpoint: its file, and its name there."""
 
-    Raises:
-      CheckpointError: no safetensors file, a damaged index, or a file named by it that is absent.
-    """
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: not the index of a checkpoint ({error!r})") from error
-    elif (directory / "model.safetensors").exists():
-        names = ["model.safetensors"]
-    else:
-        raise CheckpointError(f"{directory}: no model.safetensors and no model.safetensors.index.json")
-    for name in names:
-        if Path(name).name != name or not (directory / name).exists():
-            raise CheckpointError(f"{directory}: {index.name} names {name!r}, which is not there")
-    return [directory / name for name in names]
+    file: Path
+    name: str
 
 
-def _scan_keys(files: list[Path], config: DecoderConfig) -> dict[str, tuple[Path, str]]:
-    """Canonical key -> (file, stored key), checked against the family's table before any tensor is read.
+def _find_tensors(
+    files: list[Path], config: DecoderConfig, expected: Mapping[str, list[Place]], shapes: Mapping[LeafPath, Any]
+) -> dict[str, Stored]:
+    """Where each key of the family's table is stored; names and shapes are checked before any tensor is read.
 
     The output matrix of a tied checkpoint is among them, if it is stored.
     """
-    expected = places(config)
-    found: dict[str, tuple[Path, str]] = {}
+    found: dict[str, Stored] = {}
     unknown = []
     for file in files:
-        with _open(file) as tensors:
-            for stored in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                key = _canonical(stored, config)
+        with open_safetensors(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+                key = _canonical(name, config)
                 if key in found:
-                    raise CheckpointError(f"tensor {stored!r} is in both {found[key][0].name} and {file.name}")
+                    raise CheckpointError(f"tensor {name!r} is in both {found[key].file.name} and {file.name}")
                 if key in expected or key == OUTPUT_KEY:
-                    found[key] = (file, stored)
+                    found[key] = Stored(file, name)
                 elif not _BUFFERS.search(key):
-                    unknown.append(f"{stored!r} in {file.name}")
-    missing = sorted(set(expected) - set(found))
-    if missing:
-        raise CheckpointError(f"checkpoint lacks {len(missing)} tensors of a {config.family} model: {_some(missing)}")
+                    unknown.append(f"{name!r} in {file.name}")
+                if key in expected:
+                    _check_shape(tuple(tensors.get_slice(name).get_shape()), found[key], expected[key], shapes)
+    _check_complete(config, sorted(set(expected) - set(found)), files[0].parent)
     if unknown:
         raise CheckpointError(
-            f"checkpoint holds {len(unknown)} tensors that a {config.family} model has no place for: {_some(unknown)}"
+            f"checkpoint holds {len(unknown)} tensors that a {config.family} model has no place for: {listed(unknown)}"
         )
     return found
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safetensors.safe_open(file, framework="numpy")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: truncated or damaged safetensors file ({error})") from error
+def _check_complete(config: DecoderConfig, missing: list[str], directory: Path) -> None:
+    if missing == [OUTPUT_KEY]:
+        raise CheckpointError(
+            f"{directory}: no output matrix ({OUTPUT_KEY!r}), and config.json does not tie it to the embedding. Save"
+            " the model with its head (AutoModelForCausalLM), or set tie_word_embeddings true in config.json"
+        )
+    if missing:
+        raise CheckpointError(
+            f"{directory}: the checkpoint lacks {len(missing)} tensors of a {config.family} model with {config.layers}"
+            f" layers: {listed(missing)}"
+        )
 
 
 def read_params(
@@ -230,33 +220,34 @@ def read_params(
       The parameters of `Decoder(config)` and the hexadecimal SHA-256 digest of the tensors as stored.
 
     Raises:
-      CheckpointError: for a damaged file and for missing, unknown, duplicate or misshapen tensors.
+      CheckpointError: for a damaged file and for missing, unknown, duplicate or misshapen tensors, and for values
+        that are not finite.
     """
     expected = places(config)
     shapes = _flat(parameter_shapes(config))
-    found = _scan_keys(checkpoint_files(directory), config)
+    found = _find_tensors(checkpoint_files(directory), config, expected, shapes)
     leaves: dict[LeafPath, jax.Array | Quantized] = {}
     digests: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
-        files = {file: stack.enter_context(_open(file)) for file in {file for file, _ in found.values()}}
+        files = {file: stack.enter_context(open_safetensors(file)) for file in {at.file for at in found.values()}}
         for paths, keys in _groups(expected, shapes):
             exact = {path: quantize and path[-1] == "kernel" for path in paths}
             buffers = {path: _aligned_empty(shapes[path].shape, np.float32 if exact[path] else dtype) for path in paths}
             for key in keys:
-                tensor = _get(files, *found[key])
-                _check_shape(tensor, *found[key], expected[key], shapes)
-                digests[key] = _digest(tensor)
+                tensor = _get(files, found[key])
+                digests[key] = _digest(tensor, found[key])
                 for place in expected[key]:
                     part = tensor[..., slice(*place.origin.columns)] if place.origin.columns else tensor
                     target = buffers[place.path] if place.layer is None else buffers[place.path][place.layer]
-                    target[...] = part.T if place.origin.transpose else part
+                    _cast(part.T if place.origin.transpose else part, target, found[key])
                 del tensor, part
             for path, buffer in buffers.items():
                 place_leaf = _quantized if exact[path] else _placed
                 leaves[path] = place_leaf(buffer, sharding_of(path))
             del buffers, buffer
         if config.tied and OUTPUT_KEY in found:
-            _check_tied(_digest(_get(files, *found[OUTPUT_KEY])), digests, directory, config)
+            at = found[OUTPUT_KEY]
+            _check_tied(_digest(_get(files, at), at), digests, directory, config)
     lines = "\n".join(f"{key} {digest}" for key, digest in sorted(digests.items()))
     return traverse_util.unflatten_dict(leaves), hashlib.sha256(lines.encode()).hexdigest()
 
@@ -300,14 +291,41 @@ def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _get(files: Mapping[Path, Any], file: Path, stored: str) -> np.ndarray:
+def _get(files: Mapping[Path, Any], at: Stored) -> np.ndarray:
     try:
-        tensor = files[file].get_tensor(stored)
+        tensor = files[at.file].get_tensor(at.name)
     except (safetensors.SafetensorError, OSError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: tensor {stored!r} cannot be read ({error})") from error
+        raise CheckpointError(f"{at.file}: tensor {at.name!r} cannot be read ({error})") from error
     if tensor.dtype.name not in _FLOATS:
-        raise CheckpointError(f"{file}: tensor {stored!r} holds {tensor.dtype}; weights are {', '.join(_FLOATS)}")
+        raise CheckpointError(f"{at.file}: tensor {at.name!r} holds {tensor.dtype}; weights are {', '.join(_FLOATS)}")
     return tensor
+
+
+def _chunks(tensor: np.ndarray) -> Iterator[np.ndarray]:
+    """The values in order, in parts that stay in a processor's cache."""
+    flat, step = np.ascontiguousarray(tensor).reshape(-1), (128 << 10) // tensor.dtype.itemsize
+    return (flat[start : start + step] for start in range(0, flat.size, step))
+
+
+def _finite(chunk: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite, by the largest bit pattern of either sign: faster than `np.isfinite`."""
+    size = chunk.dtype.itemsize
+    bits, infinity = chunk.view(f"u{size}"), int(np.asarray(np.inf, chunk.dtype).view(f"u{size}"))
+    return bits.max() < infinity + (1 << 8 * size - 1) and bits.view(f"i{size}").max() < infinity
+
+
+def _cast(values: np.ndarray, target: np.ndarray, at: Stored) -> None:
+    """Fills `target`, whose precision may be lower.
+
+    Raises:
+      CheckpointError: a value is beyond the range of that precision.
+    """
+    with np.errstate(over="ignore"):
+        target[...] = values
+    if jnp.finfo(target.dtype).max < jnp.finfo(values.dtype).max and not all(map(_finite, _chunks(target))):
+        raise CheckpointError(
+            f"{at.file}: tensor {at.name!r} holds values beyond the range of {target.dtype}; set another base.dtype"
+        )
 
 
 def _check_tied(output: str, digests: Mapping[str, str], directory: Path, config: DecoderConfig) -> None:
@@ -319,25 +337,32 @@ def _check_tied(output: str, digests: Mapping[str, str], directory: Path, config
         )
 
 
-def _check_shape(
-    tensor: np.ndarray, file: Path, stored: str, fills: list[Place], shapes: Mapping[LeafPath, Any]
-) -> None:
+def _check_shape(stored: tuple[int, ...], at: Stored, fills: list[Place], shapes: Mapping[LeafPath, Any]) -> None:
     """The parts that a tensor fills must cover it exactly."""
     place = fills[0]
     shape = shapes[place.path].shape[0 if place.layer is None else 1 :]
     shape = shape[::-1] if place.origin.transpose else shape
     if place.origin.columns:
         shape = (*shape[:-1], max(p.origin.columns[1] for p in fills if p.origin.columns))
-    if tensor.shape != shape:
-        raise CheckpointError(f"tensor {stored!r} in {file.name} has shape {tensor.shape}; the config asks for {shape}")
+    if stored != shape:
+        raise CheckpointError(f"tensor {at.name!r} in {at.file.name} has shape {stored}; the config asks for {shape}")
 
 
-def _digest(tensor: np.ndarray) -> str:
-    digest = hashlib.sha256(f"{tensor.dtype} {tensor.shape} ".encode())
-    digest.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+def _digest(tensor: np.ndarray, at: Stored) -> str:
+    """SHA-256 of a tensor, whose values are checked on the way."""
+    digest, finite = hashlib.sha256(f"{tensor.dtype} {tensor.shape} ".encode()), True
+    for chunk in _chunks(tensor):
+        digest.update(chunk.view(np.uint8).data)
+        finite = finite and _finite(chunk)
+    if not finite:
+        raise CheckpointError(
+            f"{at.file}: tensor {at.name!r} holds NaN or infinity; the file is damaged, or the model was saved after"
+            " its training diverged"
+        )
     return digest.hexdigest()
 
 
+@functools.lru_cache(maxsize=8)
 def parameter_shapes(config: DecoderConfig) -> Params:
     """The tree of `Decoder(config)`'s parameters as `jax.ShapeDtypeStruct`s; computes nothing."""
 

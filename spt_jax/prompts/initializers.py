@@ -15,7 +15,7 @@ import tyro
 from jaxtyping import Array, Float, Key
 
 from spt_jax.base import FrozenBase, embedding_table
-from spt_jax.data.tokenization import Tokenization
+from spt_jax.data.tokenization import check_ids, tokenization_of
 from spt_jax.errors import CheckpointError, ConfigError
 
 
@@ -111,8 +111,7 @@ def initialize(init: Initializer, key: Key[Array, ""], base: FrozenBase, length:
         case "vocabulary":
             return jnp.asarray(table[_sample_ids(key, base, init.top_k, length)])
         case "text":
-            ids = Tokenization(base.tokenizer).continuation(init.text)
-            return jnp.asarray(table[np.resize(np.asarray(ids), length)])
+            return jnp.asarray(table[np.resize(_text_ids(base, init.text), length)])
         case "labels":
             return jnp.asarray(_label_rows(init, key, base, table, length))
         case "array":
@@ -128,8 +127,16 @@ def initialize(init: Initializer, key: Key[Array, ""], base: FrozenBase, length:
             return _checked(np.asarray(rows), shape, init.path)
 
 
+def _text_ids(base: FrozenBase, string: str) -> np.ndarray:
+    ids = tokenization_of(base.tokenizer).continuation(string)
+    check_ids(base.tokenizer, ids, base.config.vocab_size)
+    return np.asarray(ids)
+
+
 def _sample_ids(key: Key[Array, ""], base: FrozenBase, top_k: int, count: int) -> np.ndarray:
-    candidates = np.setdiff1d(np.arange(min(top_k, len(base.tokenizer))), base.tokenizer.all_special_ids)
+    candidates = np.setdiff1d(
+        np.arange(min(top_k, len(base.tokenizer), base.config.vocab_size)), base.tokenizer.all_special_ids
+    )
     if len(candidates) < count:
         raise ConfigError(f"init.top_k={top_k} leaves {len(candidates)} tokens to sample {count} distinct ones from")
     return np.asarray(jax.random.choice(key, candidates, (count,), replace=False))
@@ -138,8 +145,7 @@ def _sample_ids(key: Key[Array, ""], base: FrozenBase, top_k: int, count: int) -
 def _label_rows(init: Initializer, key: Key[Array, ""], base: FrozenBase, table: np.ndarray, length: int) -> np.ndarray:
     if not init.labels:
         raise ConfigError("init.name=labels needs init.labels, or data.verbalizers to take them from")
-    tokenization = Tokenization(base.tokenizer)
-    means = [table[tokenization.continuation(label)].mean(0) for label in init.labels[:length]]
+    means = [table[_text_ids(base, label)].mean(0) for label in init.labels[:length]]
     rest = length - len(means)
     return np.concatenate([np.stack(means), table[_sample_ids(key, base, init.top_k, rest)]])
 

@@ -79,9 +79,12 @@ def recycle(virtual: VirtualPrompt, source: FrozenBase, target: FrozenBase, *, t
       ConfigError: they share fewer tokens than the source's width, which would not determine the matrix.
     """
     rows = np.asarray(token_rows(virtual), np.float32)
-    theirs, control = target.tokenizer.get_vocab(), set(source.tokenizer.all_special_tokens)
-    ours = sorted(source.tokenizer.get_vocab().items(), key=lambda pair: pair[1])
-    shared = [(id_, theirs[token]) for token, id_ in ours if token in theirs and token not in control][:top_k]
+    ours, theirs = (
+        {token: id_ for token, id_ in base.tokenizer.get_vocab().items() if id_ < base.config.vocab_size}
+        for base in (source, target)
+    )
+    common, control = sorted(ours.items(), key=lambda pair: pair[1]), set(source.tokenizer.all_special_tokens)
+    shared = [(id_, theirs[token]) for token, id_ in common if token in theirs and token not in control][:top_k]
     if len(shared) < source.config.width:
         raise ConfigError(
             f"{source.name} and {target.name} share {len(shared)} tokens; a map of width {source.config.width} needs at"

@@ -56,7 +56,7 @@ def range_test(
 
     Raises:
       ConfigError: the range is empty, or has fewer than 10 steps.
-      TrainingError: the loss blew up within 10 steps, or never fell.
+      TrainingError: the loss blew up within 10 steps, or never fell by more than its noise.
     """
     if not 0 < low < high or steps < 10:
         raise ConfigError(
@@ -88,4 +88,22 @@ def range_test(
     seen, lowest = rates[: len(losses)], int(np.argmin(smoothed))
     if lowest == 0:
         raise TrainingError(f"no rate from {low} to {seen[-1]:.2g} lowered the loss; begin lower, or take more steps")
+    fall, needed = _fall(np.asarray(losses), smoothed[lowest])
+    if fall <= needed:
+        raise TrainingError(
+            f"the curve is too flat to choose from: from {low:g} to {seen[-1]:.2g} the loss fell by {fall:.3g}, and its"
+            f" noise is {needed:.3g}. Go to higher rates (--high), or take more steps (--rates) or larger batches"
+        )
     return RangeTest(seen, np.asarray(losses), np.asarray(smoothed), float(seen[lowest]) / 10)
+
+
+def _fall(losses: Float[np.ndarray, " N"], lowest: float) -> tuple[float, float]:
+    """How far the loss fell from its first tenth to its lowest exponential mean, and three standard errors of that.
+
+    The deviation of one loss is taken from the differences between neighbours, by their median, so that neither a trend
+    nor the end of the curve counts as noise.
+    """
+    first = max(3, len(losses) // 10)
+    deviation = np.median(np.abs(np.diff(losses))) / (0.6745 * math.sqrt(2))
+    error = deviation * math.sqrt(1 / first + (1 - SMOOTHING) / (1 + SMOOTHING))
+    return float(losses[:first].mean() - lowest), float(3 * error)

@@ -68,7 +68,7 @@ def test_linear_kernels_are_transposed_and_gpt2s_are_not(tmp_path):
 
 def test_each_tensor_is_read_once(tmp_path, monkeypatch):
     directory, reads = write_tiny_checkpoint(tmp_path, "gpt2", shards=2), []
-    monkeypatch.setattr(hf, "_get", lambda files, file, key: reads.append(key) or files[file].get_tensor(key))
+    monkeypatch.setattr(hf, "_get", lambda files, at: reads.append(at.name) or files[at.file].get_tensor(at.name))
     read(directory)
     stored = [key for file in directory.glob("*.safetensors") for key in safetensors.numpy.load_file(file)]
     assert sorted(reads) == sorted(stored)
@@ -178,6 +178,56 @@ def test_tied_checkpoint_may_hold_the_output_matrix(tmp_path):
     edit(directory, lambda t: t | {"lm_head.weight": 2 * t["model.embed_tokens.weight"]})
     with pytest.raises(CheckpointError, match=r"'lm_head.weight' and 'model.embed_tokens.weight' differ"):
         read(directory)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_a_model_saved_without_its_prefix_is_the_same(family, tmp_path):
+    """As transformers' `AutoModel(...).save_pretrained` writes it: without the prefix and the output matrix."""
+    directory = write_tiny_checkpoint(tmp_path, family, tie_word_embeddings=True)
+    params, digest = read(directory)
+    prefix = "transformer." if family == "gpt2" else "model."
+    edit(directory, lambda t: {key.removeprefix(prefix): value for key, value in t.items()})
+    again, digest_again = read(directory)
+    assert digest_again == digest
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_an_untied_model_without_its_output_matrix(checkpoint):
+    edit(checkpoint, lambda t: {key: value for key, value in t.items() if key != "lm_head.weight"})
+    with pytest.raises(CheckpointError, match=r"no output matrix.*or set tie_word_embeddings true in config\.json"):
+        read(checkpoint)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_named(dtype, value, checkpoint):
+    key = "model.layers.1.mlp.down_proj.weight"
+
+    def damage(tensors):
+        tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
+        tensors[key][3, 5] = value
+        return tensors
+
+    edit(checkpoint, lambda t: {name: tensor.astype(dtype) for name, tensor in t.items()})
+    read(checkpoint)
+    edit(checkpoint, damage)
+    with pytest.raises(CheckpointError, match=rf"{WEIGHTS}: tensor '{re.escape(key)}' holds NaN or infinity"):
+        read(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("stored", "value", "dtype"),
+    [(np.float32, 7e4, jnp.float16), (np.float64, 1e300, jnp.float32), (np.float32, 3.4e38, jnp.bfloat16)],
+)
+def test_values_beyond_the_precision_of_the_run_are_named(stored, value, dtype, checkpoint):
+    def enlarge(tensors):
+        tensors = {name: tensor.astype(stored) for name, tensor in tensors.items()}
+        tensors["model.norm.weight"][7] = value
+        return tensors
+
+    edit(checkpoint, enlarge)
+    with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' holds values beyond the range of .*base\.dtype"):
+        read(checkpoint, dtype)
 
 
 def test_integers_are_no_weights(checkpoint):
