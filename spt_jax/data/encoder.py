@@ -11,7 +11,7 @@ import numpy as np
 from spt_jax.data.chats import ChatTemplate, messages_of
 from spt_jax.data.reading import answer_text, span_reads, tag_reads, words_of
 from spt_jax.data.templates import MESSAGES, Bos, Field, Piece, Plain, Template, Text, Virtual, parse
-from spt_jax.data.tokenization import check_ids, tokenization_of
+from spt_jax.data.tokenization import adds_bos, check_ids, tokenization_of
 from spt_jax.errors import ConfigError, DataError, did_you_mean
 
 
@@ -96,8 +96,7 @@ class Encoder:
         specials = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, specials))) if specials else None
         self._chat = ChatTemplate(tokenizer, self._special)
-        bos = tokenizer.bos_token_id
-        self._adds_bos = bos is not None and tokenizer.encode("a")[:1] == [bos]
+        self._adds_bos = adds_bos(tokenizer)
         self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         if template.chat and template.is_conversation:
             raise ConfigError("data.chat renders a prompt and a target as a chat; {messages} is one already")
@@ -330,6 +329,9 @@ class Encoder:
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of pieces. Text and fields that touch are encoded as one text.
 
+        Text opens the sequence when it is first or follows the BOS, also a BOS that follows virtual tokens: this is how
+        PEFT tokenizes, which puts its virtual tokens before the ids of `tokenizer(text)`.
+
         opens: the pieces start the sequence, so that BOS goes first unless a piece says where.
         field: one of the fields, for which the second result says which of its characters each id covers.
         """
@@ -355,6 +357,7 @@ class Encoder:
                     at_start, run, begin = False, "", None
                 if isinstance(piece, Bos):
                     ids.append(self._bos())
+                    at_start = at_start or next_virtual > 0
                 elif isinstance(piece, int):
                     ids.append(piece)
                     at_start = False

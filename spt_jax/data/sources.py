@@ -3,7 +3,10 @@
 import csv
 import io
 import json
+import re
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,22 @@ from spt_jax.errors import ConfigError, DataError, did_you_mean
 
 Record = dict[str, Any]
 
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_STRING_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity')
+# What else may separate columns, and what to do then.
+_SEPARATORS = {
+    ",": "commas here; let the file's name end in .csv",
+    "\t": "tabs here; let the file's name end in .tsv",
+    ";": "';' here; put a line 'sep=;' before the header, or save the file with commas",
+    "|": "'|' here; put a line 'sep=|' before the header, or save the file with commas",
+}
+_SEPARATOR_LINE = re.compile(r'"?sep=([^\w\s"]|\t)"?\r?')
+# Parquet files may expand by orders of magnitude: no further than this, or 100 times the file's own size.
+_MAX_EXPANDED_BYTES = 512 << 20
+_MAX_EXPANSION = 100
+_RECORD_BYTES, _VALUE_BYTES = 256, 8  # that a dict and a reference to a value take
+_BATCH_ROWS = 1024
+
 
 def read_records(
     source: str, *, split: str = "train", revision: str | None = None, limit: int | None = None
@@ -19,7 +38,8 @@ def read_records(
     """Reads a local file, by its ending, or a data set of the Hugging Face hub.
 
     CSV and TSV have a header row and their values stay strings; values of the other formats stay as they are stored
-    (a hub data set's class labels are integers). Blank lines of JSONL and CSV are passed over.
+    (a hub data set's class labels are integers). Blank lines of JSONL and CSV are skipped, as are CSV columns without
+    a name. A first line `sep=;`, as Excel writes it, says what separates a CSV file's columns.
 
     Args:
       source: a .jsonl, .json (a list of objects), .csv, .tsv or .parquet file, or a hub id such as "gsm8k" or
@@ -100,15 +120,58 @@ def _read_text(path: Path) -> str:
 def _object(pairs: list[tuple[str, Any]]) -> Record:
     record = dict(pairs)
     if len(record) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r} comes twice")
+        raise ValueError(f"the field {_repeated([name for name, _ in pairs])!r} comes twice")
     return record
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    """The first name that is there for the second time."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def _parse_json(text: str) -> Any:
+    """Strict JSON.
+
+    Raises:
+      ValueError: it is not JSON, holds NaN or Infinity, a field twice in one object, or is nested too deeply.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=partial(_refuse_constant, text))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _refuse_constant(text: str, name: str) -> Any:
+    at = next(match.start() for match in _STRING_OR_CONSTANT.finditer(text) if match[0] == name)
+    raise json.JSONDecodeError(f"{name} is not a JSON value; write null for a missing one:", text, at)
 
 
 def _checked_object(value: Any, where: str) -> Record:
     if not isinstance(value, dict):
-        raise DataError(f"{where}: an object with named fields is needed, not {json.dumps(value)[:40]}")
+        raise DataError(f"{where}: an object with named fields is needed, not {reprlib.repr(value)}")
+    for name, part in value.items():
+        if _has_lone_surrogate(name) or _has_lone_surrogate(part):
+            raise DataError(f"{where}, field {name!r}: half of a surrogate pair is not a character")
     return value
+
+
+def _has_lone_surrogate(value: Any) -> bool:
+    """Whether a string in a JSON value does. Such escapes cannot be written as UTF-8, so no tokenizer takes them."""
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            waiting += [*part, *part.values()]
+        elif isinstance(part, list):
+            waiting += part
+        elif isinstance(part, str) and _LONE_SURROGATE.search(part):
+            return True
+    return False
 
 
 def _jsonl(path: Path) -> Iterator[Record]:
@@ -118,8 +181,8 @@ def _jsonl(path: Path) -> Iterator[Record]:
             continue
         where = f"{path}, line {number}"
         try:
-            value = json.loads(line, object_pairs_hook=_object)
-        except (ValueError, RecursionError) as error:
+            value = _parse_json(line)
+        except ValueError as error:
             at = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
             raise DataError(f"{where}: not JSON ({at})") from error
         yield _checked_object(value, where)
@@ -128,11 +191,11 @@ def _jsonl(path: Path) -> Iterator[Record]:
 def _json(path: Path) -> Iterator[Record]:
     text = _read_text(path)
     try:
-        values = json.loads(text, object_pairs_hook=_object)
+        values = _parse_json(text)
     except json.JSONDecodeError as error:
         hint = "; a file with one object a line ends in .jsonl" if error.msg == "Extra data" else ""
         raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg} at column {error.colno}){hint}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{path}: not JSON ({error})") from error
     if not isinstance(values, list):
         raise DataError(f"{path}: a list of objects is needed, and this is {type(values).__name__}")
@@ -140,25 +203,49 @@ def _json(path: Path) -> Iterator[Record]:
         yield _checked_object(value, f"{path}, record {number}")
 
 
-def _csv(path: Path, delimiter: str = ",") -> Iterator[Record]:
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
+def _csv(path: Path, separator: str = ",") -> Iterator[Record]:
+    text, skipped = _read_text(path), 0
+    first, _, rest = text.partition("\n")
+    if named := _SEPARATOR_LINE.fullmatch(first):
+        separator, text, skipped = named[1], rest, 1
+    csv.field_size_limit(2**31 - 1)  # of the process: a reader has none of its own
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     header: list[str] = []
-    line = 1
+    line = 1 + skipped
     try:
         for row in reader:
-            where, line = f"{path}, line {line}", reader.line_num + 1
+            where, line = f"{path}, line {line}", reader.line_num + 1 + skipped
             if not row:
                 continue
             if not header:
-                header = row
-                if "" in header or len(set(header)) < len(header):
-                    raise DataError(f"{where}: the header needs one distinct name a column, not {header}")
+                header = _checked_header(row, separator, where)
             elif len(row) != len(header):
                 raise DataError(f"{where}: {len(row)} columns, and the header has {len(header)}")
             else:
-                yield dict(zip(header, row, strict=True))
+                yield {name: value for name, value in zip(header, row, strict=True) if name}
     except csv.Error as error:
+        if not header:
+            _check_separator(text.partition("\n")[0], separator, f"{path}, line {line}")
         raise DataError(f"{path}, line {line}: {error}; a quote mark in a quoted value is written twice") from error
+
+
+def _checked_header(row: Sequence[str], separator: str, where: str) -> list[str]:
+    """The columns' names, "" for those that have none: pandas' index, or what Excel keeps of cleared columns."""
+    if len(row) == 1:
+        _check_separator(row[0], separator, where)
+    names = [name if name.strip() else "" for name in row]
+    named = [name for name in names if name]
+    if not named:
+        raise DataError(f"{where}: the header names no column")
+    if repeated := _repeated(named):
+        raise DataError(f"{where}: the header names two columns {repeated!r}; give each a name of its own")
+    return names
+
+
+def _check_separator(header: str, separator: str, where: str) -> None:
+    for other, advice in _SEPARATORS.items():
+        if other in header and separator not in header:
+            raise DataError(f"{where}: the columns are separated by {advice}")
 
 
 def _tsv(path: Path) -> Iterator[Record]:
@@ -169,11 +256,53 @@ def _parquet(path: Path) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
+    limit = max(_MAX_EXPANDED_BYTES, _MAX_EXPANSION * path.stat().st_size)
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
+        file = pyarrow.parquet.ParquetFile(path)
+        schema, columns = file.schema_arrow, [file.schema.column(i) for i in range(len(file.schema))]
+        # A text that many rows share stays one text until its rows are counted.
+        texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+        file, expanded = pyarrow.parquet.ParquetFile(path, read_dictionary=texts), 0
+        for group in range(file.num_row_groups):
+            declared = file.metadata.row_group(group)
+            chunks = [declared.column(i) for i in range(declared.num_columns)]
+            values = sum(chunk.total_uncompressed_size + chunk.num_values * _VALUE_BYTES for chunk in chunks)
+            _check_expansion(expanded + values + declared.num_rows * _RECORD_BYTES, limit, path)
+            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group]):
+                expanded += sum(map(_expanded_bytes, batch.columns)) + batch.num_rows * _RECORD_BYTES
+                _check_expansion(expanded, limit, path)
+                yield from pyarrow.Table.from_batches([batch]).cast(schema).to_pylist()
+    except (pyarrow.ArrowException, ValueError, OverflowError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{path}: not readable as parquet ({error})") from error
+
+
+def _expanded_bytes(array: Any) -> int:
+    """Bytes of an Arrow array's values, each counted wherever a dictionary is referred to."""
+    import pyarrow.compute
+
+    kinds = pyarrow.types
+    if kinds.is_dictionary(array.type):
+        if not (kinds.is_string(array.type.value_type) or kinds.is_binary(array.type.value_type)):
+            return len(array) * _VALUE_BYTES
+        lengths = pyarrow.compute.binary_length(array.dictionary)
+        return pyarrow.compute.sum(lengths.take(array.indices)).as_py() or 0
+    if kinds.is_struct(array.type):
+        return sum(map(_expanded_bytes, array.flatten()))
+    if kinds.is_map(array.type):
+        return _expanded_bytes(array.keys) + _expanded_bytes(array.items)
+    if kinds.is_list(array.type) or kinds.is_large_list(array.type) or kinds.is_fixed_size_list(array.type):
+        return len(array) * _VALUE_BYTES + _expanded_bytes(array.flatten())
+    return array.nbytes
+
+
+def _check_expansion(size: int, limit: int, path: Path) -> None:
+    if size > limit:
+        raise DataError(
+            f"{path}: expands to more than {limit >> 20:,} MiB of records; split the file, or read the first records"
+            " (data.limit)"
+        )
 
 
 def _hub_records(source: str, split: str, revision: str | None, limit: int | None) -> list[Record]:

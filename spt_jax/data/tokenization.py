@@ -60,8 +60,17 @@ class Tokenization:
         raise DataError(f"the tokenizer cannot encode {text[:40]!r} as the continuation of a text")
 
     def _encoding(self, text: str) -> tokenizers.Encoding:
-        with tokenizer_panics():
-            return self._tokenizer.encode(text, add_special_tokens=False)
+        try:
+            with tokenizer_panics():
+                return self._tokenizer.encode(text, add_special_tokens=False)
+        except TypeError as error:  # the binding's way to refuse what is not valid Unicode
+            raise DataError(f"{text[:40]!r} holds half of a surrogate pair, which is not a character") from error
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether `tokenizer(text)` puts the BOS token first. GPT-2 has a BOS token and does not."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
 @functools.lru_cache(maxsize=4)

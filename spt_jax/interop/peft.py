@@ -22,7 +22,9 @@ import safetensors.numpy
 from jaxtyping import Array, Float
 
 from spt_jax.base import FrozenBase
-from spt_jax.data.templates import Bos, HeadKind, Template, Virtual, parse
+from spt_jax.data.encoder import Encoder
+from spt_jax.data.templates import MESSAGES, Field, HeadKind, parse
+from spt_jax.data.tokenization import adds_bos, tokenization_of
 from spt_jax.errors import CheckpointError, ConfigError
 from spt_jax.models.config import DecoderConfig
 from spt_jax.prompts import DeepPrompts, LlamaAdapter, Method, PrefixTuning, PromptTuning, VirtualPrompt
@@ -148,16 +150,16 @@ def export_peft(directory: str | Path, saved: SavedPrompt, base: FrozenBase) -> 
     """Writes a directory that `peft.PeftModel.from_pretrained` loads.
 
     Raises:
-      ConfigError: PEFT cannot say what the prompt does: it puts virtual tokens before everything, BOS included, and has
-        no prompts of several parts.
+      ConfigError: PEFT cannot express the prompt: it puts virtual tokens before everything, BOS included, and has no
+        prompts of several parts.
       CheckpointError: the directory holds other things, or cannot be written.
     """
+    _check_tokens(saved, base)
     virtual, sizes = saved.virtual, base.config
     parts = [name for name in ("tokens", "shift", "prefix", "gated", "head") if getattr(virtual, name) is not None]
     prompt_learning = _common(saved, base)
     if parts == ["tokens"]:
         assert virtual.tokens is not None
-        _check_order(saved.template, base)
         length, width = virtual.tokens.shape
         heads = {"token_dim": width, "num_attention_heads": sizes.heads}
         config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": length, **heads, **prompt_learning}
@@ -193,7 +195,7 @@ def export_peft_tasks(directory: str | Path, prompts: Sequence[SavedPrompt], bas
     for saved in prompts:
         if saved.virtual.tokens is None or len(jax.tree.leaves(saved.virtual)) > 1:
             raise ConfigError(f"a {saved.method.name} prompt is not token rows alone, so it is no task of PEFT's")
-        _check_order(saved.template, base)
+        _check_tokens(saved, base)
         rows.append(np.asarray(saved.virtual.tokens))
     if len({own.shape for own in rows}) > 1:
         raise ConfigError(f"tasks of PEFT's have prompts of one length; these have {[len(own) for own in rows]}")
@@ -260,20 +262,46 @@ def _adapter_files(
     return {**config, **common}, tensors
 
 
-def _check_order(template: Template, base: FrozenBase) -> None:
-    """All virtual tokens first, then BOS where the tokenizer has it: the only order that PEFT has."""
-    pieces = parse(template.prompt)
-    virtual = [i for i, piece in enumerate(pieces) if isinstance(piece, Virtual)]
-    adds_bos = base.tokenizer.bos_token_id is not None and base.tokenizer("a")["input_ids"][:1] == [
-        base.tokenizer.bos_token_id
-    ]
-    in_front = virtual == list(range(len(virtual)))
-    if not in_front or (adds_bos and pieces[len(virtual) : len(virtual) + 1] != [Bos()]):
-        form = "<soft><bos>" if adds_bos else "<soft>"
+def _check_tokens(saved: SavedPrompt, base: FrozenBase) -> None:
+    """Refuses a template whose ids PEFT does not have: all virtual tokens, then `tokenizer(text)`.
+
+    Around a chat only the order is compared: the ids of its turns come from the chat template on both sides.
+    """
+    template, tokenizer, vocab_size = saved.template, base.tokenizer, base.config.vocab_size
+    chat = template.chat or template.is_conversation
+    record: dict[str, Any] = dict.fromkeys(template.prompt_fields, "a")
+    if template.is_conversation:
+        record[MESSAGES] = [{"role": "user", "content": "a"}]
+    encoder = Encoder(template, tokenizer, vocab_size, base.config.max_positions)
+    ids = encoder.prompt_ids(record).tolist()
+    virtual = list(range(vocab_size, vocab_size + template.virtual_tokens))
+    front, ours = ids[: len(virtual)], ids[len(virtual) :]
+    text = "".join("a" if isinstance(piece, Field) else getattr(piece, "text", "") for piece in parse(template.prompt))
+    theirs = [tokenizer(words)["input_ids"] for words in (text, text.removeprefix(" "))]
+    cause = f"the template {template.prompt!r} cannot be exported: PEFT puts"
+    if front != virtual or any(id_ in ours for id_ in virtual):
+        where = " inside the chat template" if chat else ""
         raise ConfigError(
-            f"the template {template.prompt!r} cannot be exported: PEFT puts all virtual tokens before everything, so"
-            f" it must begin with {form!r} (train it so)"
+            f"{cause} all virtual tokens before everything, and here they stand elsewhere{where}; train with a prompt"
+            f" that begins with {_front(tokenizer)!r}"
         )
+    if not chat and ours not in theirs:
+        raise ConfigError(
+            f"{cause} the virtual tokens before the tokens of the whole text, {_tokens(tokenizer, theirs[0])}, and this"
+            f" template has {_tokens(tokenizer, ours)} there; train with a prompt that begins with"
+            f" {_front(tokenizer) if virtual else '{text}'!r}"
+        )
+
+
+def _tokens(tokenizer: Any, ids: Sequence[int]) -> str:
+    return f"{' '.join(tokenizer.convert_ids_to_tokens(list(ids[:8])))}{' ...' if len(ids) > 8 else ''}"
+
+
+def _front(tokenizer: Any) -> str:
+    """How a template begins that has PEFT's ids. Without a BOS, a literal space stands for the dummy space."""
+    if adds_bos(tokenizer):
+        return "<soft><bos>"
+    return "<soft> " if tokenization_of(tokenizer).adds_dummy_space else "<soft>"
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -323,6 +351,5 @@ def _count(config: Mapping[str, Any], name: str, where: Path, most: int, default
 
 
 def default_template(base: FrozenBase, method: Method) -> str:
-    """The prompt side of a template as PEFT has it: virtual tokens, BOS, text."""
-    bos = "<bos>" if base.tokenizer.bos_token_id is not None else ""
-    return f"<soft>{bos}{{text}}" if method.token_count else "{text}"
+    """The prompt side of a template with the ids that PEFT has: virtual tokens, then `tokenizer(text)`."""
+    return f"{_front(base.tokenizer) if method.token_count else ''}{{text}}"

@@ -57,6 +57,50 @@ def test_byte_order_mark_windows_line_ends_and_blank_lines(tmp_path):
     assert read_records(str(tmp_path / "a.jsonl")) == [{"text": "one"}, {"text": "two"}]
 
 
+def test_columns_without_a_name_are_left_out(tmp_path):
+    """As pandas writes its index, and Excel columns that were cleared."""
+    (tmp_path / "a.csv").write_text(",text, ,label,\n0,one,,a,\n1,two,,b,\n")
+    assert read_records(str(tmp_path / "a.csv")) == [{"text": "one", "label": "a"}, {"text": "two", "label": "b"}]
+
+
+@pytest.mark.parametrize("first", ["sep=;\r\n", "\ufeffsep=;\n", '"sep=;"\n'])
+def test_a_file_may_name_its_separator(tmp_path, first):
+    (tmp_path / "a.csv").write_text(first + 'text;label\n"one; two";a\n', newline="")
+    assert read_records(str(tmp_path / "a.csv")) == [{"text": "one; two", "label": "a"}]
+
+
+def test_long_values(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\n" + "x" * 300_000 + ",a\n")
+    assert [len(record["text"]) for record in read_records(str(tmp_path / "a.csv"))] == [300_000]
+
+
+def expanding(path, kind: str) -> None:
+    """Small files of gigabytes: a long text in every row or often in one, empty rows, and one row of many numbers."""
+    if kind in ("texts", "nested"):
+        text = pyarrow.array(["x" * (1 << 20)])
+        column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 6144, pyarrow.int32()), text)
+        if kind == "nested":
+            column = pyarrow.ListArray.from_arrays(pyarrow.array([0, 6144], pyarrow.int32()), column)
+    elif kind == "rows":
+        column = pyarrow.nulls(25_000_000, pyarrow.int32())
+    else:
+        numbers = pyarrow.nulls(80_000_000, pyarrow.int32())
+        column = pyarrow.ListArray.from_arrays(pyarrow.array([0, len(numbers)], pyarrow.int32()), numbers)
+    table = pyarrow.table({"text": column})
+    pyarrow.parquet.write_table(table, path, compression="zstd", store_schema=False)
+
+
+@pytest.mark.parametrize("kind", ["texts", "nested", "rows", "numbers"])
+def test_a_parquet_file_that_expands_too_far(tmp_path, kind):
+    path = tmp_path / "a.parquet"
+    expanding(path, kind)
+    assert path.stat().st_size < 500_000
+    before = pyarrow.default_memory_pool().max_memory()
+    with pytest.raises(DataError, match=r"a\.parquet: expands to more than 512 MiB of records; split"):
+        read_records(str(path))
+    assert pyarrow.default_memory_pool().max_memory() - before < 600 << 20
+
+
 BAD = {
     "a.jsonl": [
         (b"", "the file is empty"),
@@ -67,15 +111,25 @@ BAD = {
         (b'{"a": 1}\n{"b": 1, "a": 1, "b": 2}\n', "line 2: .*field 'b' comes twice"),
         (b'{"a": 1}\n{"a": "\xff"}\n', r"line 2: not UTF-8 \(byte 16 of the file\)"),
         (b'\xef\xbb\xbf{"a": "\xff"}\n', r"line 1: not UTF-8 \(byte 10 of the file\)"),
-        (b"[" * 200_000, "line 1: not JSON"),
+        (b'{"a": ' * 200_000, r"line 1: not JSON \(nested too deeply\)"),
+        (b'{"a": 1}\n' + b"[" * 900 + b"]" * 900, "line 2: an object .* not "),
+        (b'{"a": "NaN"}\n{"a": NaN}\n', r"line 2: not JSON \(NaN is not a JSON value; write null .* column 7\)"),
+        (b'{"a": [-Infinity]}\n', "line 1: not JSON .-Infinity is not"),
+        (b'{"a": 1}\n{"a": 1, "b": "x\\ud83d y"}\n', "line 2, field 'b': half of a surrogate pair"),
+        (b'{"b": [{"c": "\\uDC00"}]}\n', "line 1, field 'b': half of a surrogate pair"),
+        (b'{"\\ud83d": 1}\n', "line 1, field .*: half of a surrogate pair"),
+        (b'{"a": "\xed\xa0\xbd"}\n', "line 1: not UTF-8"),
     ],
     "a.json": [
         (b"[]", "no records"),
         (b'{"a": 1}', "list of objects is needed, and this is dict"),
         (b'[{"a": 1},\n {"a": }]', "line 2: not JSON .* column 8"),
         (b'{"a": 1}\n{"a": 2}\n', r"line 2: not JSON .*ends in \.jsonl"),
-        (b'[{"a": 1}, "b"]', 'record 2: an object .* not "b"'),
+        (b'[{"a": 1}, "b"]', "record 2: an object .* not 'b'"),
         (b'[{"a": 1, "a": 2}]', "field 'a' comes twice"),
+        (b'[{"a": "NaN"},\n {"a": NaN}]', "line 2: not JSON .NaN is not a JSON value; .* column 8"),
+        (b'[{"a": 1}, {"a": "\\ud800"}]', "record 2, field 'a': half of a surrogate pair"),
+        (b"[" * 200_000, "nested too deeply"),
     ],
     "a.csv": [
         (b"text,label\n", "no records"),
@@ -83,11 +137,15 @@ BAD = {
         (b"text,label\none\n", "line 2: 1 columns"),
         (b'text,label\nfine,a\n"never closed,b\nmore,c\n', "line 3: unexpected end of data"),
         (b'text,label\nfine,a\n"in"side,b\n', "line 3: .*expected after"),
-        (b"text,text\na,b\n", "line 1: the header needs one distinct name"),
-        (b"text,\na,b\n", "line 1: the header needs one distinct name"),
+        (b"text,,text,\na,b,c,d\n", "line 1: the header names two columns 'text'"),
+        (b",\na,b\n", "line 1: the header names no column"),
+        (b"text;label\na, b;c\n", "line 1: the columns are separated by ';' here; put a line 'sep=;'"),
+        (b'"text";"label"\n"a";"b"\n', "line 1: the columns are separated by ';' here"),
+        (b"text\tlabel\na\tb\n", r"line 1: the columns are separated by tabs here; .*\.tsv"),
+        (b"sep=;\ntext;label\na;b;c\n", "line 3: 3 columns, and the header has 2"),
         (b"text,label\n\xff,a\n", r"line 2: not UTF-8 \(byte 11"),
     ],
-    "a.tsv": [(b"text\tlabel\na\tb\tc\n", "line 2: 3 columns")],
+    "a.tsv": [(b"text\tlabel\na\tb\tc\n", "line 2: 3 columns"), (b"text,label\n", r"by commas here; .*\.csv")],
     "a.parquet": [(b"", "the file is empty"), (b"PAR1 and no more", r"a\.parquet: not readable as parquet")],
     "a.txt": [(b"text", r"unknown ending '\.txt'.*\.jsonl, \.json, \.csv, \.tsv, \.parquet")],
     "a": [(b"text", "unknown ending ''")],
@@ -95,7 +153,9 @@ BAD = {
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"), [(name, *case) for name, cases in BAD.items() for case in cases], ids=str
+    ("name", "content", "message"),
+    [(name, *case) for name, cases in BAD.items() for case in cases],
+    ids=lambda value: str(value)[:40],
 )
 def test_bad_files_say_where(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)

@@ -11,14 +11,17 @@ import pytest
 import safetensors.numpy
 
 from spt_jax.__main__ import main
+from spt_jax.base import read_tokenizer
+from spt_jax.data.encoder import Encoder
 from spt_jax.data.templates import Template
 from spt_jax.errors import CheckpointError, ConfigError
 from spt_jax.interop import export_embeddings, export_npy, export_peft, export_peft_tasks, import_npy, import_peft
 from spt_jax.interop.arrays import torch_file
+from spt_jax.interop.peft import default_template
 from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning, VirtualPrompt
 from spt_jax.prompts.storage import load_prompt, save_prompt
 from spt_jax.prompts.virtual import KeysValues
-from spt_jax.testing import tiny_base, write_tiny_checkpoint
+from spt_jax.testing import tiny_base, tiny_tokenizer, write_tiny_checkpoint
 
 P, D, L, K, H = 4, 32, 3, 2, 8
 
@@ -99,9 +102,41 @@ def test_what_goes_out_to_peft_comes_back(tmp_path, base, name):
 @pytest.mark.parametrize("prompt", ["{text}<soft>", "<bos><soft>{text}", "<soft>{text}", "<soft:2>{text}<soft:2>"])
 def test_an_order_that_peft_does_not_have_is_refused(tmp_path, base, prompt):
     saved = saved_prompt(tmp_path / "ours", base, "prompt_tuning", prompt)
-    with pytest.raises(ConfigError, match="must begin with '<soft><bos>'"):
+    with pytest.raises(ConfigError, match="train with a prompt that begins with '<soft><bos>'"):
         export_peft(tmp_path / "peft", saved, base)
     assert not (tmp_path / "peft").exists()
+
+
+WORDS = ("Who wrote Hamlet?", "two  spaces", "H", "\nline")
+
+
+def real_ids(prompt: str, text: str, tokenizer) -> list[int]:
+    template = Template(prompt=prompt, target="{target}", virtual_tokens=2 if "<soft>" in prompt else 0)
+    ids = Encoder(template, tokenizer, 100_000, 512).prompt_ids({"text": text})
+    return [id_ for id_ in ids.tolist() if id_ < 100_000]
+
+
+@pytest.mark.parametrize("kind", ["byte", "sentencepiece"])
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_an_imported_prompt_reads_the_ids_of_the_tokenizer(kind, add_bos):
+    base = tiny_base(tokenizer=kind, add_bos=add_bos)
+    prompt = default_template(base, PromptTuning(length=2))
+    for text in WORDS:
+        assert real_ids(prompt, text, base.tokenizer) == base.tokenizer(text)["input_ids"]
+
+
+def test_real_tokenizers_agree(shared):
+    for folder in ("tokenizers/llama2", "stories260K"):
+        tokenizer = read_tokenizer(shared / "models" / folder)
+        for text in WORDS:
+            assert real_ids("<soft><bos>{text}", text, tokenizer) == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize("prompt", ["<bos><soft>{text}", "<soft>{text}"])
+def test_text_after_virtual_tokens_continues(prompt):
+    """Only a BOS after the virtual tokens opens the sequence again."""
+    tokenizer = tiny_tokenizer("sentencepiece")
+    assert tokenizer.convert_ids_to_tokens(real_ids(prompt, "H", tokenizer)) == ["<s>", "H"]
 
 
 BAD = [
