@@ -19,6 +19,7 @@ from spt_jax.errors import CheckpointError, ConfigError, differing_fields
 from spt_jax.models.attention import Prefix, Stream
 from spt_jax.models.config import DecoderConfig, RopeConfig, decoder_config, hf_config
 from spt_jax.models.decoder import ATTENTION, Decoder, Remat
+from spt_jax.models.ends import declared_ends
 from spt_jax.models.files import CONFIG_BYTES, config_file, model_directory, read_json
 from spt_jax.models.hf import Params, parameter_shapes, read_params
 from spt_jax.models.kernels import Kernel, check_kernel
@@ -70,7 +71,10 @@ def _facts(kind: type, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class FrozenBase:
-    """What `load_base` returns. `params` are the only arrays; pass them on as an argument, never close over them."""
+    """What `load_base` returns. `params` are the only arrays; pass them on as an argument, never close over them.
+
+    end_ids: every id that the model's files declare to end an answer.
+    """
 
     name: str
     revision: str | None
@@ -78,6 +82,7 @@ class FrozenBase:
     module: Decoder
     params: Params
     tokenizer: Any
+    end_ids: tuple[int, ...]
     fingerprint: Fingerprint
 
     @property
@@ -191,6 +196,7 @@ def load_base(
         module=Decoder(config, remat=remat, mesh=mesh, attention=attention),
         params=params,
         tokenizer=tokenizer,
+        end_ids=declared_ends(directory, tokenizer, config.vocab_size),
         fingerprint=Fingerprint(json.loads(json.dumps(dataclasses.asdict(config))), digest, tokenizer_hash(tokenizer)),
     )
 
@@ -219,6 +225,7 @@ def local_directory(path_or_hub_id: str, revision: str | None) -> Path:
         "*.safetensors",
         "*.safetensors.index.json",
         "config.json",
+        "generation_config.json",
         "tokenizer*",
         "*.model",
         "vocab.json",

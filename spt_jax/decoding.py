@@ -42,7 +42,7 @@ class PromptRows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowSampling:
-    """The traced part of a `SamplingConfig`, of all rows or of each, and each row's number among all prompts."""
+    """The traced part of every row's `SamplingConfig`, and each row's number among all prompts."""
 
     temperature: Float[Array, "*B"]
     top_k: Int[Array, "*B"]
@@ -130,11 +130,15 @@ def decode(
     until: Int[Array, ""],
     stopped: Bool[Array, " B"],
     sampling: RowSampling,
-    end_ids: Int[Array, " E"],
+    end_ids: Int[Array, "B E"],
+    limits: Int[Array, " B"],
     prompt_index: Int[Array, " B"] | None,
     state: DecodeState,
 ) -> DecodeState:
-    """Chooses tokens until there are `until` per row, or every row has ended, with one of E ids, or is `stopped`."""
+    """Chooses tokens until there are `until` per row, or every row has ended or is `stopped`.
+
+    A row ends with one of its E `end_ids`, or when it has as many tokens as its limit.
+    """
     put = jax.lax.dynamic_update_slice_in_dim
 
     def goes_on(state: DecodeState) -> Bool[Array, ""]:
@@ -154,7 +158,7 @@ def decode(
             step=state.step + 1,
             ids=put(state.ids, chosen[:, None], state.step + 1, axis=1),
             log_probabilities=put(state.log_probabilities, found[:, None], state.step, axis=1),
-            ended=state.ended | jnp.any(chosen[:, None] == end_ids[None], axis=1),
+            ended=state.ended | jnp.any(chosen[:, None] == end_ids, axis=1) | (state.step + 1 >= limits),
             cache=Cache(
                 put(cache.keys, keys, slot, axis=4),
                 put(cache.values, values, slot, axis=3),

@@ -16,6 +16,7 @@ from spt_jax.data.encoder import Encoder, Example
 from spt_jax.data.reading import words_of
 from spt_jax.data.sources import check_fields, read_records
 from spt_jax.data.templates import Template
+from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError, DataError, differing_fields
 from spt_jax.evaluation import Evaluation, EvaluationSet, evaluate, make_evaluation_set, selection_score
 from spt_jax.files import write_json
@@ -275,11 +276,15 @@ def _with_names(config: ExperimentConfig[Any], train: Records) -> ExperimentConf
     """Names that the config leaves to the training data: of the tasks, and of a tagging head's tags."""
     data, method = config.data, config.method
     if data.task is not None and not method.tasks:
-        tasks = tuple(sorted({str(record[data.task]) for record in train}))
+        with _located(data.train):
+            tasks = tuple(sorted({field_text(record, data.task, number) for number, record in enumerate(train)}))
         return dataclasses.replace(config, method=dataclasses.replace(method, tasks=tasks))
     template = make_template(config)
     if template.head == "tagging" and not data.verbalizers:
-        tags = sorted({tag for record in train for tag in words_of(record[template.label_field or ""])})
+        label = template.label_field or ""
+        with _located(data.train):
+            where = ((record, f"record {number}: the field {label!r}") for number, record in enumerate(train, 1))
+            tags = sorted({tag for record, what in where for tag in words_of(record[label], what)})
         data = dataclasses.replace(data, verbalizers={tag: tag for tag in tags})
         return resolve(dataclasses.replace(config, data=data))
     return config

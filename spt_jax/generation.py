@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spt_jax.base import FrozenBase
 from spt_jax.data.batches import round_up
+from spt_jax.data.tokenization import control_tokens
 from spt_jax.decoding import DecodeState, PromptRows, RowSampling, decode, encode_lead, prefill
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.models.attention import Cache, Prefix
@@ -41,6 +42,7 @@ class SamplingConfig:
     top_p: sample among the fewest likeliest tokens that hold this share of the probability left by top_k (nucleus
       sampling, Holtzman et al. 2020, arXiv 1904.09751); 1 for all.
     stop: texts that end a row as soon as it contains one. The tokenizer's control tokens may be named too.
+    end_ids: ids that end a row besides those that the base declares, as `Encoder.end_ids`.
     seed: of the random numbers. Those of a prompt depend on the seed, the prompt's number and the step alone.
     """
 
@@ -49,6 +51,7 @@ class SamplingConfig:
     top_k: int = 0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
+    end_ids: tuple[int, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,9 +76,9 @@ class Generated:
     """What was generated after one prompt.
 
     text: the new text, without control tokens, cut before a stop string.
-    ids: every new token, the one that ended the row (EOS, or the end of a stop string) included.
+    ids: every new token, the one that ended the row (EOS, the end of a turn or of a stop string) included.
     log_probabilities: of each of them under the model's own distribution, whatever the sampling.
-    finished: what ended the row: EOS, a stop string, or `max_new_tokens`.
+    finished: what ended the row: EOS or the end of a turn, a stop string, or `max_new_tokens`.
     alternatives: the likeliest ids of each step and their log-probabilities, where a server's request asks for them.
     """
 
@@ -112,7 +115,7 @@ def programs(mesh: Mesh) -> Programs:
         encode_lead=jax.jit(encode_lead, static_argnums=0, out_shardings=prefix),
         encode_leads=jax.jit(encode_lead, static_argnums=0, out_shardings=prefixes),
         prefill=jax.jit(prefill, static_argnums=(0, 1), out_shardings=state),
-        decode=jax.jit(decode, static_argnums=0, donate_argnums=9, out_shardings=state),
+        decode=jax.jit(decode, static_argnums=0, donate_argnums=10, out_shardings=state),
     )
 
 
@@ -120,7 +123,7 @@ def generate(
     base: FrozenBase,
     prompts: Sequence[np.ndarray],
     virtual: VirtualPrompt | None = None,
-    sampling: SamplingConfig | None = None,
+    sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
     *,
     prompt_index: Sequence[int] | None = None,
     lead: int | None = None,
@@ -135,7 +138,7 @@ def generate(
       base: the frozen base.
       prompts: ids, virtual ones (`vocab_size + i`) among them, as from `Encoder.prompt_ids`.
       virtual: the soft prompt that those stand for.
-      sampling: how tokens are chosen, and when to end; default `SamplingConfig()`, greedy.
+      sampling: how tokens are chosen, and when to end, for all prompts or for each; default `SamplingConfig()`, greedy.
       prompt_index: which soft prompt each has, where `virtual` is several (`stack_prompts`).
       lead: how many leading ids are encoded once for all prompts of one soft prompt; None takes all that they share.
       batch_size: rows at a time. Results do not depend on it, beyond rounding.
@@ -145,10 +148,13 @@ def generate(
 
     Raises:
       ConfigError: more tokens than the model has positions, a `lead` that is not shared, virtual ids without a soft
-        prompt, or `batch_size` below 1.
+        prompt, `batch_size` below 1, or not one `sampling` for each prompt.
       DataError: an empty prompt, or an id that the base and the soft prompt do not have.
     """
     sampling = sampling or SamplingConfig()
+    samplings = [sampling] * len(prompts) if isinstance(sampling, SamplingConfig) else list(sampling)
+    if len(samplings) != len(prompts):
+        raise ConfigError(f"{len(samplings)} samplings for {len(prompts)} prompts; give one for all or one for each")
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; it is at least 1")
     if not len(prompts):
@@ -161,9 +167,10 @@ def generate(
     firsts = [first if isinstance(first, int) else int(first[own]) for own in index]
     rows = None if virtual is None else 0 if virtual.tokens is None else virtual.tokens.shape[-2]
     for number, prompt in enumerate(prompts):
-        check_prompt(base, prompt, number, rows, firsts[number], sampling)
+        check_prompt(base, prompt, number, rows, firsts[number], samplings[number])
     leads = _shared_leads(prompts, index, lead)
-    requests = [_Request(*one) for one in zip(prompts, range(len(prompts)), index, leads, firsts, strict=True)]
+    numbers = range(len(prompts))
+    requests = [_Request(*one) for one in zip(prompts, numbers, samplings, index, leads, firsts, strict=True)]
     if virtual is not None:
         virtual = jax.device_put(virtual, replicated(base.mesh))
     prefix = _encoded_leads(base, requests, virtual, mixed=prompt_index is not None)
@@ -172,22 +179,23 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     results: dict[int, Generated] = {}
     for start in range(0, len(order), size):
-        numbers = order[start : start + size]
-        rows = [requests[number] for number in numbers]
-        answers = _generate_batch(base, rows, size, virtual, prefix, prompt_index is not None, sampling)
-        results |= zip(numbers, answers, strict=True)
+        batch = order[start : start + size]
+        rows = [requests[number] for number in batch]
+        answers = _generate_batch(base, rows, size, virtual, prefix, prompt_index is not None)
+        results |= zip(batch, answers, strict=True)
     return [results[number] for number in range(len(prompts))]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Request:
-    """One prompt: its ids and number, its soft prompt, how many leading ids the prefix holds.
+    """One prompt: its ids and number, its sampling and soft prompt, how many leading ids the prefix holds.
 
     first_position: of the first id, behind the soft prompt's own prefix.
     """
 
     ids: np.ndarray
     number: int
+    sampling: SamplingConfig
     prompt: int
     lead: int
     first_position: int
@@ -238,10 +246,8 @@ def _generate_batch(
     virtual: VirtualPrompt | None,
     prefix: Prefix | None,
     mixed: bool,
-    sampling: SamplingConfig,
 ) -> list[Generated]:
     """At most `size` prompts, in rows of their own; the rows left over have ended from the start."""
-    ends = endings(base.tokenizer, sampling.stop)
     place = functools.partial(jax.device_put, device=row_sharding(base.mesh))
     prompts = [request.ids for request in requests]
     cached = [request.ids[request.lead : -1] for request in requests]
@@ -253,55 +259,63 @@ def _generate_batch(
         starts=place(_padded([request.first_position + request.lead for request in requests], size)),
         prompt_index=place(_padded([request.prompt for request in requests], size)) if mixed else None,
     )
+    how = [request.sampling for request in requests]
+    filler = [SamplingConfig()] * (size - len(how))
     traced = RowSampling(
-        temperature=jnp.float32(sampling.temperature),
-        top_k=jnp.int32(min(sampling.top_k, base.config.vocab_size)),
-        top_p=jnp.float32(sampling.top_p),
-        seed=jnp.uint32(sampling.seed),
+        temperature=place(np.asarray([own.temperature for own in how + filler], np.float32)),
+        top_k=place(np.asarray([min(own.top_k, base.config.vocab_size) for own in how + filler], np.int32)),
+        top_p=place(np.asarray([own.top_p for own in how + filler], np.float32)),
+        seed=place(np.asarray([own.seed for own in how + filler], np.uint32)),
         numbers=place(_padded([request.number for request in requests], size)),
     )
-    end_ids = jnp.asarray(_padded(sorted(ends.ids), round_up(len(ends.ids), 8), NO_ID))
-    limit = sampling.max_new_tokens
+    ends = [endings(base.tokenizer, base.end_ids + own.end_ids, own.stop) for own in how]
+    width = round_up(max(len(own.ids) for own in ends), 8)
+    end_ids = np.full((size, width), NO_ID, np.int32)
+    for row, own in zip(end_ids, ends, strict=False):
+        row[: len(own.ids)] = sorted(own.ids)
+    limits = [own.max_new_tokens for own in how]
+    limit = max(limits)
+    places = place(end_ids), place(_padded(limits, size)), rows.prompt_index
     state = programs(base.mesh).prefill(base.module, round_up(limit, BUCKET), base.params, virtual, prefix, rows)
 
     texts_of = [functools.partial(continuation_text, base.tokenizer, opens=is_opening(base, p)) for p in prompts]
-    chunk = CHUNK if ends.texts else limit
+    chunk = CHUNK if any(own.texts for own in ends) else limit
     stopped = np.arange(size) >= len(prompts)
     stops: list[int | None] = [None] * len(prompts)
     chosen: list[list[int]] = []
     for until in [*range(chunk, limit, chunk), limit]:
-        inputs = virtual, prefix, jnp.int32(until), place(stopped.copy()), traced, end_ids, rows.prompt_index
+        inputs = virtual, prefix, jnp.int32(until), place(stopped.copy()), traced, *places
         state = programs(base.mesh).decode(base.module, base.params, *inputs, state)
         step, ended = int(state.step), to_host(state.ended)
         new_ids = to_host(state.ids)[: len(prompts), 1 : step + 1].tolist()
-        chosen = [until_end(row, ends.ids) for row in new_ids]
+        chosen = [until_end(row[:most], own.ids) for row, most, own in zip(new_ids, limits, ends, strict=True)]
         for i, row in enumerate(chosen):
             if stops[i] is None:
-                stops[i] = stop_end(texts_of[i], row, max(0, until - chunk), ends.texts)
+                stops[i] = stop_end(texts_of[i], row, min(len(row), max(0, until - chunk)), ends[i].texts)
                 stopped[i] = stops[i] is not None
         if np.all(ended | stopped):
             break
 
     all_log_probabilities = to_host(state.log_probabilities)[: len(prompts)].tolist()
-    return [answer(*one[:3], ends, one[3]) for one in zip(texts_of, chosen, stops, all_log_probabilities, strict=True)]
+    return [answer(*one) for one in zip(texts_of, chosen, stops, ends, all_log_probabilities, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Endings:
-    """What ends an answer: EOS, its id or those of control tokens that were named, and texts."""
+    """What ends an answer: ids, of which `stop_ids` are control tokens that were named as stop strings, and texts."""
 
-    eos_id: int | None
     ids: frozenset[int]
+    stop_ids: frozenset[int]
     texts: tuple[str, ...]
 
 
 @functools.lru_cache
-def endings(tokenizer: Any, stop: tuple[str, ...]) -> Endings:
-    """What ends an answer with these stop strings, of which some may be control tokens."""
-    eos_id = tokenizer.eos_token_id
-    control = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ids = {control[text] for text in stop if text in control} | ({eos_id} if eos_id is not None else set())
-    return Endings(eos_id, frozenset(ids), tuple(text for text in stop if text not in control))
+def endings(tokenizer: Any, end_ids: tuple[int, ...], stop: tuple[str, ...]) -> Endings:
+    """What ends an answer with these ids and stop strings, of which some may be control tokens."""
+    control = control_tokens(tokenizer)
+    named = frozenset(control[text] for text in stop if text in control)
+    texts = tuple(text for text in stop if text not in control)
+    return Endings(named | set(end_ids), named - set(end_ids), texts)
 
 
 def answer(
@@ -317,7 +331,7 @@ def answer(
     if end is not None:
         text, finished = text[: min(at for at in map(text.find, ends.texts) if at >= 0)], "stop"
     elif row[-1] in ends.ids:
-        finished = "eos" if row[-1] == ends.eos_id else "stop"
+        finished = "stop" if row[-1] in ends.stop_ids else "eos"
     return Generated(text, row, list(log_probabilities[: len(row)]), finished)
 
 

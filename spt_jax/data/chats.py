@@ -1,68 +1,286 @@
-"""What a tokenizer's chat template puts around the turns of a chat."""
+"""Chats as a tokenizer's chat template renders them, cut into pieces.
 
+The template renders the real contents, so that its filters and conditions see them. What must not be text is marked in
+the contents by noncharacters: virtual tokens, the ends of a content, and control tokens that are a content's own text.
+"""
+
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spt_jax.data.templates import MESSAGES, Bos
+from spt_jax.data.rendering import render_chat
+from spt_jax.data.templates import MESSAGES, Control, Piece, Plain, Text
+from spt_jax.data.tokenization import ControlTokens
+from spt_jax.data.values import is_list, text_of
 from spt_jax.errors import ConfigError, DataError
+
+_BREAK = "\ufdd0"  # inside a control token's name that is a content's own text
+_SLOT = re.compile("\ufdd1(\\d+)\ufdd2")
+_MARKS = re.compile("[\ufdd0-\ufdd2]")
+
+# What a message may hold besides text that this library would have to render: it is refused.
+_CALLS = ("tool_calls", "function_call", "tools", "documents")
+
+Spans = Sequence[tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """A turn of a chat.
+
+    Attributes:
+      role: as the template knows it.
+      content: pieces; those that are neither `Text` nor `Plain` are seen by the template as one character each.
+      more: other texts that a template may read, such as `reasoning_content`.
+      opened, closed: whether the first and the last character that is not blank can be found in the rendering.
+    """
+
+    role: str
+    content: Sequence[Piece]
+    more: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    opened: bool = False
+    closed: bool = False
+
+    @property
+    def is_answer(self) -> bool:
+        return self.role == "assistant"
+
+    @property
+    def is_blank(self) -> bool:
+        return all(isinstance(piece, Text | Plain) and not piece.text.strip() for piece in self.content)
+
+
+@dataclasses.dataclass(frozen=True)
+class Edge:
+    """Where the content of turn number `turn` begins or ends in the rendering, blanks aside."""
+
+    turn: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendering:
+    """A chat's text with slots, what stands in each of them, and the `{% generation %}` blocks."""
+
+    text: str
+    slots: Sequence[Piece | Edge]
+    spans: Spans
+
+    def edges(self, turn: int) -> list[tuple[int, int]]:
+        """The characters (from, to) of the slots at the edges of a turn's content."""
+        numbers = [str(i) for i, slot in enumerate(self.slots) if slot == Edge(turn)]
+        return [match.span() for match in _SLOT.finditer(self.text) if match[1] in numbers]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What follows a generation prompt: the words, and what ends them (nothing if the template has no token there)."""
+
+    words: list[Piece]
+    end: list[Piece]
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A part of a chat, and whether the model shall predict it."""
+
+    pieces: list[Piece]
+    predicted: bool
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, rendered with marks in place of the contents.
+    """A tokenizer's chat template."""
 
-    What stands between the marks is literal text, so that contents can be pieces of our own.
-    """
-
-    def __init__(self, tokenizer: Any, special: re.Pattern[str] | None):
+    def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        self._special = special
+        self._controls = ControlTokens(tokenizer)
 
-    def rendered(self, roles: Sequence[str], add_generation_prompt: bool) -> list[str]:
-        """Literal texts around the contents of the turns: len(roles) + 1 of them.
+    def prompt(self, turns: Sequence[Turn]) -> list[Piece]:
+        """A chat up to where the next answer begins.
 
         Raises:
-          ConfigError: the template refuses the roles, or does not show every turn once and in order.
+          ConfigError: the template refuses the turns, or does not show each of them once and in order.
+          DataError: a content has one of the noncharacters that are used as marks.
         """
-        messages = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # jinja raises what the template says
-            raise ConfigError(f"the tokenizer's chat template refuses the roles {list(roles)}: {error}") from error
-        parts = re.split("\ue000(\\d+)\ue001", text)
-        if parts[1::2] != [str(i) for i in range(len(roles))]:
+        rendering = self._rendered(turns, True)
+        return self._pieces(rendering, 0, len(rendering.text))
+
+    def answer(self, turns: Sequence[Turn], content: Sequence[Piece]) -> Answer:
+        """What the template makes of an assistant's content after the generation prompt of these turns.
+
+        Blanks between the two belong to the answer, for a template may end the prompt in `[/INST]` and write ` yes`.
+        Other text that the template puts there is left out: an answer follows the generation prompt directly.
+
+        Raises:
+          ConfigError, DataError: as `prompt`.
+        """
+        rendering = self._rendered([*turns, Turn("assistant", content, opened=True, closed=True)], False)
+        front = self._rendered(turns, True).text
+        (opening, begin), (close, closed) = rendering.edges(len(turns))
+        before, words = rendering.text[:opening], self._marked(content, [])
+        lead = before[len(front) :] if before.startswith(front) else None
+        if lead is None or lead.strip():
+            own = words[: len(words) - len(words.lstrip())]
+            lead = own if before.endswith(own) else ""
+        lead = lead[self._controls.swallowed(front + lead, len(front)) :]
+        stop = self._controls.after(rendering.text, closed)
+        end = [] if stop is None else self._pieces(rendering, closed, stop)
+        return Answer([*([Plain(lead)] if lead else []), *self._pieces(rendering, begin, close)], end)
+
+    def conversation(self, turns: Sequence[Turn], eos: Sequence[int]) -> list[Segment]:
+        """A whole chat, of which the assistant's turns are predicted: all that follows their generation prompts.
+
+        Where the template has `{% generation %}` blocks, only what is in these is predicted. Where no control token
+        ends the last answer, EOS does.
+
+        Raises:
+          ConfigError: as `prompt`; or what stands before an answer is not what the template writes to ask for it.
+          DataError: as `prompt`.
+        """
+        marked = [dataclasses.replace(turn, closed=turn.is_answer or not turn.is_blank) for turn in turns]
+        rendering, plain = self._rendered(marked, False), self._rendered(turns, False).text
+        if _SLOT.sub("", rendering.text) != plain:
             raise ConfigError(
-                f"the tokenizer's chat template does not show the turns {list(roles)} once each, in order"
+                f"the chat template reads the last characters of a turn: {_parting(rendering.text, plain)}"
             )
-        return parts[::2]
+        text, targets, ended = rendering.text, [], True
+        for number, turn in enumerate(marked):
+            if not turn.is_answer:
+                continue
+            front = self._rendered(marked[:number], True).text
+            if not text.startswith(front):
+                raise ConfigError(
+                    f"before the answer of turn {number + 1}, the chat template writes another text in the whole chat"
+                    f" than when it asks for that answer: {_parting(text, front)}"
+                )
+            ((_, closed),) = rendering.edges(number)
+            stop = self._controls.after(text, closed)
+            ended = stop is not None
+            targets.append((len(front) + self._controls.swallowed(text, len(front)), closed if stop is None else stop))
+        segments, last = [], 0
+        for begin, stop in _within_blocks(targets, rendering.spans) if rendering.spans else targets:
+            segments.append(Segment(self._pieces(rendering, last, begin), predicted=False))
+            segments.append(Segment(self._pieces(rendering, begin, stop), predicted=True))
+            last = stop
+        if turns[-1].is_answer and not ended and not rendering.spans:
+            return [*segments, Segment([Control(id_) for id_ in eos], predicted=True)]
+        return [*segments, Segment(self._pieces(rendering, last, len(text)), predicted=False)]
 
-    def without_bos(self, text: str) -> tuple[list[Bos], str]:
-        """Splits the BOS, if the template writes it, from the rest."""
-        bos = self._tokenizer.bos_token
-        return ([Bos()], text[len(bos) :]) if bos and text.startswith(bos) else ([], text)
+    def turn_ends(self, before: Sequence[Turn]) -> list[int]:
+        """Control tokens that end an assistant's turn: the last of a chat, or one that a user's turn follows.
 
-    def turn_end(self, text: str) -> tuple[list[int], str]:
-        """Splits what follows an assistant's words into the control token that ends the turn and the rest."""
-        match = self._special.match(text.lstrip()) if self._special else None
-        if match is None:
-            return [], text
-        return [self._tokenizer.convert_tokens_to_ids(match[0])], text.lstrip()[match.end() :]
+        before: the turns that the assistant answers; any where there are none.
+        """
+        front = list(before) or [Turn("user", [Plain("a")])]
+        turns = [*front, Turn("assistant", [Plain("b")], closed=True), Turn("user", [Plain("c")])]
+        found: list[int] = []
+        for some in (turns[:-1], turns):
+            try:
+                rendering = self._rendered(some, False)
+            except ConfigError:  # a template for other chats, such as those that begin with a system turn
+                continue
+            ((_, closed),) = rendering.edges(len(front))
+            stop = self._controls.after(rendering.text, closed) or closed
+            found += [piece.id for piece in self._pieces(rendering, closed, stop) if isinstance(piece, Control)]
+        return found
+
+    def _rendered(self, turns: Sequence[Turn], generation_prompt: bool) -> Rendering:
+        slots: list[Piece | Edge] = []
+        messages = []
+        for number, turn in enumerate(turns):
+            more = {name: self._marked([Plain(text)], slots) for name, text in turn.more.items()}
+            slots += [Edge(number)] if turn.opened else []
+            opening = _slot(len(slots) - 1) if turn.opened else ""
+            content = self._marked(turn.content, slots)
+            slots += [Edge(number)] if turn.closed else []
+            closing = _slot(len(slots) - 1) if turn.closed else ""
+            words = content.strip()
+            at = content.find(words)
+            content = content[:at] + opening + words + closing + content[at + len(words) :]
+            role = self._marked([Plain(turn.role)], slots)
+            messages.append({**more, "role": role, "content": content})
+        roles = [turn.role for turn in turns]
+        try:
+            text, spans = render_chat(self._tokenizer, messages, add_generation_prompt=generation_prompt)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (a chat of the roles {', '.join(roles)})") from error
+        if [int(match[1]) for match in _SLOT.finditer(text)] != list(range(len(slots))):
+            raise ConfigError(f"the tokenizer's chat template does not show the turns {roles} once each, in order")
+        return Rendering(text, slots, spans)
+
+    def _marked(self, content: Sequence[Piece], slots: list[Piece | Edge]) -> str:
+        """A content as the template gets it. What is not text is appended to `slots`."""
+        text = ""
+        for piece in content:
+            if isinstance(piece, Text | Plain) and _MARKS.search(piece.text):
+                raise DataError("a chat cannot contain the noncharacters U+FDD0 to U+FDD2")
+            if isinstance(piece, Text):
+                text += piece.text
+            elif isinstance(piece, Plain):
+                text += self._controls.pattern.sub(lambda match: match[0][0] + _BREAK + match[0][1:], piece.text)
+            else:
+                text += _slot(len(slots))
+                slots.append(piece)
+        return text
+
+    def _pieces(self, rendering: Rendering, begin: int, stop: int) -> list[Piece]:
+        """A part of a rendering."""
+        pieces: list[Piece] = []
+        for number, part in enumerate(_SLOT.split(rendering.text[begin:stop])):
+            if number % 2:
+                slot = rendering.slots[int(part)]
+                pieces += [] if isinstance(slot, Edge) else [slot]
+                continue
+            for own in self._controls.split(part):
+                pieces.append(Plain(own.replace(_BREAK, "")) if isinstance(own, str) else Control(own))
+        return pieces
 
 
-def messages_of(record: Mapping[str, Any], index: int) -> list[Mapping[str, Any]]:
+def _slot(number: int) -> str:
+    return f"\ufdd1{number}\ufdd2"
+
+
+def _within_blocks(targets: Sequence[tuple[int, int]], blocks: Spans) -> list[tuple[int, int]]:
+    """The parts of blocks that stand after the newest generation prompt."""
+    newest = [max((begin for begin, _ in targets if begin < last), default=last) for _, last in blocks]
+    parts = [(max(first, begin), last) for (first, last), begin in zip(blocks, newest, strict=True)]
+    return [(first, last) for first, last in parts if first < last]
+
+
+def _parting(one: str, other: str) -> str:
+    """The places where two renderings part."""
+    one, other = (_MARKS.sub("", _SLOT.sub("", text)) for text in (one, other))
+    at = next(
+        (i for i, pair in enumerate(zip(one, other, strict=False)) if len(set(pair)) > 1), min(map(len, (one, other)))
+    )
+    return f"{one[max(at - 30, 0) : at + 30]!r} there and {other[max(at - 30, 0) : at + 30]!r} here"
+
+
+def turns_of(record: Mapping[str, Any], index: int) -> list[Turn]:
     """The turns of a record.
 
     Raises:
-      DataError: they are no list of mappings with "role" and "content".
+      DataError: they are not a list of mappings with "role" and "content", a content is not text, or a turn calls
+        tools.
     """
     messages = record.get(MESSAGES)
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+    if not is_list(messages) or not len(messages or ()):
         raise DataError(f"record {index + 1}: {MESSAGES!r} must be a list of turns with 'role' and 'content'")
-    for turn in messages:
-        if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
+    turns = []
+    for number, message in enumerate(messages or (), 1):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
             raise DataError(
-                f"record {index + 1}: every turn of {MESSAGES!r} needs 'role' and 'content'; this one is {turn!r}"
+                f"record {index + 1}: every turn of {MESSAGES!r} needs 'role' and 'content'; this one is {message!r}"
             )
-    return list(messages)
+        where = f"turn {number}"
+        calls = next((name for name in _CALLS if message.get(name)), None)
+        if message["content"] is None:
+            raise DataError(f"record {index + 1}: the content of {where} is null (tool calls are not supported)")
+        if calls is not None:
+            raise DataError(f"record {index + 1}: {where} has {calls!r}, and tool calls are not supported")
+        role, content = (
+            text_of(message[name], f"record {index + 1}: the {name} of {where}") for name in ("role", "content")
+        )
+        more = {k: v for k, v in message.items() if isinstance(v, str) and k not in ("role", "content", "type")}
+        turns.append(Turn(role, [Plain(content)], more))
+    return turns

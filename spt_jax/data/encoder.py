@@ -2,16 +2,29 @@
 
 import dataclasses
 import hashlib
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from spt_jax.data.chats import ChatTemplate, messages_of
+from spt_jax.data.chats import ChatTemplate, Turn, turns_of
+from spt_jax.data.pieces import PieceEncoder
 from spt_jax.data.reading import answer_text, span_reads, tag_reads, words_of
-from spt_jax.data.templates import MESSAGES, Bos, Field, Piece, Plain, Template, Text, Virtual, parse
-from spt_jax.data.tokenization import adds_bos, check_ids, tokenization_of
+from spt_jax.data.templates import (
+    MESSAGES,
+    Bos,
+    Control,
+    Cut,
+    Field,
+    Piece,
+    Plain,
+    Read,
+    Template,
+    Text,
+    parse,
+)
+from spt_jax.data.tokenization import check_ids
+from spt_jax.data.values import field_of, field_text
 from spt_jax.errors import ConfigError, DataError, did_you_mean
 
 
@@ -77,6 +90,9 @@ class Encoder:
     """Turns records into examples for one tokenizer, vocabulary and template.
 
     shots: solved records that stand in front of every prompt, as turns of their own in a chat.
+
+    Attributes:
+      end_ids: the ids that end a target: EOS, and in a chat what ends an assistant's turn.
     """
 
     def __init__(
@@ -92,11 +108,9 @@ class Encoder:
         self.shots = shots
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._tokenization = tokenization_of(tokenizer)
-        specials = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, specials))) if specials else None
-        self._chat = ChatTemplate(tokenizer, self._special)
-        self._adds_bos = adds_bos(tokenizer)
+        is_chat = template.chat or template.is_conversation
+        self._chat = ChatTemplate(tokenizer)
+        self._pieces = PieceEncoder(tokenizer, vocab_size, template.virtual_tokens, adds_bos=not is_chat)
         self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         if template.chat and template.is_conversation:
             raise ConfigError("data.chat renders a prompt and a target as a chat; {messages} is one already")
@@ -104,15 +118,17 @@ class Encoder:
             raise ConfigError("this base's tokenizer has no chat template")
         if shots and (template.is_conversation or template.virtual_tokens or template.head != "language_model"):
             raise ConfigError("solved examples stand in front of a written prompt, with neither {messages} nor a head")
-        if template.chat:
-            self._prompt, self._end = self._chat_pieces(template)
-        else:
-            self._prompt, self._end = self._with_shots(parse(template.prompt)), self._eos
-        self._choices = (
-            [np.asarray(self._target({template.label_field: text}), np.int32) for text in template.verbalizers.values()]
-            if template.verbalizers
-            else []
+        if template.is_conversation and parse(template.prompt)[-1] != Field(MESSAGES):
+            raise ConfigError("{messages} must come last in a prompt: the answer follows the chat directly")
+        self._prompt: list[Piece | int] = (
+            [*self._chat.prompt(self._turns(None))] if template.chat else self._with_shots(parse(template.prompt))
         )
+        own_ends = self._chat.turn_ends(self._turns(None)) if is_chat else []
+        self.end_ids = tuple(sorted({*self._eos, *own_ends}))
+        self._choices = [
+            np.asarray(self._target({template.label_field: text}, ends=False), np.int32)
+            for text in template.verbalizers.values()
+        ]
         for choice in self._choices:
             check_ids(tokenizer, choice, vocab_size)
         self._classes = list(template.verbalizers)
@@ -140,13 +156,8 @@ class Encoder:
                 f"record {index + 1}: {example.length} tokens, at most {self.max_length} fit; name a field that may be"
                 " shortened (data.truncate), or raise data.max_length"
             )
-        value = str(record[field])
-        low, high = 0, len(value)  # the most characters that fit, by bisection
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = self._encode({**record, field: self._shortened(value, middle)}, index).length <= self.max_length
-            low, high = (middle, high) if fits else (low, middle - 1)
-        example = self._encode({**record, field: self._shortened(value, low)}, index)
+        fits = self._shortened(record, index, lambda own: self._encode(own, index).length <= self.max_length)
+        example = self._encode(fits, index)
         if example.length > self.max_length:
             raise DataError(
                 f"record {index + 1}: {example.length} tokens even without its field {field!r}; at most"
@@ -171,26 +182,51 @@ class Encoder:
             by_task[example.prompt].append(example)
         return [self.head_length(own) for own in by_task]
 
-    def prompt_ids(self, record: Mapping[str, Any]) -> np.ndarray:
-        """The prompt alone, to generate from. A chat's last assistant turn is left for the model to say."""
+    def prompt_ids(self, record: Mapping[str, Any], room: int = 0) -> np.ndarray:
+        """The prompt, to generate from. A chat's last assistant turn is left for the model to say.
+
+        Args:
+          record: its fields.
+          room: for so many new tokens. Where the template names a field that may be shortened, it is shortened until
+            the prompt and these fit in `max_length`, or nothing is left of it; else the prompt stays as it is.
+
+        Raises:
+          DataError: a field is absent or not text.
+        """
+        ids, most = self._prompt_ids(record), self.max_length - room
+        if len(ids) <= most or self.template.truncate is None:
+            return ids
+        return self._prompt_ids(self._shortened(record, 0, lambda own: len(self._prompt_ids(own)) <= most))
+
+    def _prompt_ids(self, record: Mapping[str, Any]) -> np.ndarray:
         if self.template.is_conversation:
-            messages = messages_of(record, 0)
-            messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-            ids = self._conversation(messages, add_generation_prompt=True)[0]
+            turns = turns_of(record, 0)
+            turns = turns[:-1] if turns[-1].is_answer else turns
+            ids = self._ids(self._around(self._chat.prompt(turns)), {}, opens=True)
         else:
             names = [piece.name for piece in self._prompt if isinstance(piece, Field)]
-            ids = self._ids(self._prompt, self._fields(record, names, 0), opens=True)
+            ids = self._ids(*self._filled(self._fields(record, names, 0)), opens=True)
         check_ids(self._tokenizer, ids, self._vocab_size, self.template.virtual_tokens)
         return np.asarray(ids, np.int32)
 
+    def up_to_answer(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The record, a chat without what follows its last assistant turn."""
+        if not self.template.is_conversation:
+            return record
+        answers = [number for number, turn in enumerate(turns_of(record, 0), 1) if turn.is_answer]
+        return {**record, MESSAGES: record[MESSAGES][: max(answers, default=0)]}
+
     def reference(self, record: Mapping[str, Any]) -> str:
-        """What the model should say after `prompt_ids`, as text."""
+        """What the model should say after `prompt_ids`, as text without control tokens."""
         if self.template.is_conversation:
-            return str(messages_of(record, 0)[-1]["content"])
+            segments = self._chat.conversation(turns_of(record, 0), self._eos)
+            pieces = [segment.pieces for segment in segments if segment.predicted][-1]
+            return "".join(piece.text for piece in pieces if isinstance(piece, Plain)).strip()
         if self.template.head == "span":
             return answer_text(record[self.template.label_field or ""])
         pieces = parse(self.template.target)
-        return "".join(str(record[p.name]) if isinstance(p, Field) else getattr(p, "text", "") for p in pieces).strip()
+        texts = (field_text(record, p.name, 0) if isinstance(p, Field) else getattr(p, "text", "") for p in pieces)
+        return "".join(texts).strip()
 
     def fixed_lead(self) -> np.ndarray:
         """Leading ids that every prompt of this template begins with, whatever its fields hold; never all of them.
@@ -199,7 +235,7 @@ class Encoder:
         """
         if self.template.is_conversation:
             return np.zeros(0, np.int32)
-        pieces = list(self._split_specials(self._prompt))
+        pieces = list(self._pieces.split_controls(self._prompt))
         first = next((i for i, piece in enumerate(pieces) if isinstance(piece, Field)), len(pieces))
         while 0 < first < len(pieces) and isinstance(pieces[first - 1], (Text, Plain)):
             first -= 1
@@ -225,19 +261,30 @@ class Encoder:
             length = int(differs[0]) if len(differs) else shared
         return max(length, 0)
 
-    def _shortened(self, value: str, characters: int) -> str:
-        return value[:characters] if self.template.keep == "start" else value[len(value) - characters :]
+    def _shortened(
+        self, record: Mapping[str, Any], index: int, fits: Callable[[Mapping[str, Any]], bool]
+    ) -> Mapping[str, Any]:
+        """The record with the most characters of the template's `truncate` field that fit; none if none do."""
+        field = self.template.truncate or ""
+        value = field_text(record, field, index)
+
+        def kept(characters: int) -> Mapping[str, Any]:
+            text = value[:characters] if self.template.keep == "start" else value[len(value) - characters :]
+            return {**record, field: text}
+
+        low, high = 0, len(value)  # by bisection
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(kept(middle)) else (low, middle - 1)
+        return kept(low)
 
     def _encode(self, record: Mapping[str, Any], index: int) -> Example:
         if self.template.is_conversation:
-            ids, predicted = self._conversation(messages_of(record, index), add_generation_prompt=False)
-            if not any(predicted):
-                raise DataError(f"record {index + 1}: no assistant turn to learn from")
-            return Example(np.asarray(ids, np.int32), np.asarray(predicted), (), 0, index)
-        fields = self._fields(record, self.template.fields, index)
+            return self._conversation(record, index)
         if self.template.reads is not None:
-            return self._read(record, fields, index)
-        prompt = self._ids(self._prompt, fields, opens=True)
+            return self._read(record, index)
+        fields = self._fields(record, self.template.fields, index)
+        prompt = self._ids(*self._filled(fields), opens=True)
         if self.template.verbalizers:
             label = self._label(record, index)
             if self.template.head == "classification":
@@ -249,31 +296,38 @@ class Encoder:
             return Example(
                 np.asarray(prompt, np.int32), np.zeros(len(prompt), bool), tuple(self._choices), label, index
             )
-        target = self._target(fields) + self._end
+        target = self._target(fields)
         predicted = np.arange(len(prompt) + len(target)) >= len(prompt)
         if not len(prompt):
             predicted[0] = False  # nothing stands before the first id to predict it from
         return Example(np.asarray(prompt + target, np.int32), predicted, (), 0, index)
 
     def _fields(self, record: Mapping[str, Any], names: Sequence[str], index: int) -> dict[str, str]:
-        for name in names:
-            if record.get(name) is None:
-                raise DataError(f"record {index + 1}: no field {name!r}; {did_you_mean(name, record)}")
-        words = {name: " ".join(words_of(record[name])) for name in names if self._has_words(name)}
-        return {name: words.get(name, str(record[name])) for name in names}
+        return {
+            name: " ".join(self._words(record, name, index))
+            if self._has_words(name)
+            else field_text(record, name, index)
+            for name in names
+        }
+
+    def _words(self, record: Mapping[str, Any], name: str, index: int) -> list[str]:
+        return words_of(field_of(record, name, index), f"record {index + 1}: the field {name!r}")
 
     def _has_words(self, name: str) -> bool:
         return self.template.head == "tagging" and name == self.template.reads
 
-    def _read(self, record: Mapping[str, Any], fields: Mapping[str, str], index: int) -> Example:
+    def _read(self, record: Mapping[str, Any], index: int) -> Example:
         """An example for a head that reads a field."""
-        name, label = self.template.reads or "", record[self.template.label_field or ""]
-        ids, spans = self._aligned(self._prompt, fields, opens=True, field=name)
+        name, label = self.template.reads or "", self.template.label_field or ""
+        fields = self._fields(record, self.template.prompt_fields, index)
+        ids, spans, _ = self._pieces.aligned(*self._filled(fields), opens=True, field=name)
+        answer = field_of(record, label, index)
         try:
             if self.template.head == "tagging":
-                reads, classes = tag_reads(words_of(record[name]), words_of(label), self._classes, spans)
+                tags = self._words(record, label, index)
+                reads, classes = tag_reads(self._words(record, name, index), tags, self._classes, spans)
             else:
-                reads, classes = span_reads(fields[name], label, spans)
+                reads, classes = span_reads(fields[name], answer, spans)
         except DataError as error:
             raise DataError(f"record {index + 1}: {error}") from error
         return Example(np.asarray(ids, np.int32), np.zeros(len(ids), bool), (), 0, index, reads=reads, classes=classes)
@@ -282,9 +336,8 @@ class Encoder:
         """The part of a span head's field from its token number `first` to `last`."""
         fields = self._fields(record, self.template.prompt_fields, 0)
         text = fields[self.template.reads or ""]
-        spans = [
-            span for span in self._aligned(self._prompt, fields, opens=True, field=self.template.reads)[1] if any(span)
-        ]
+        covered = self._pieces.aligned(*self._filled(fields), opens=True, field=self.template.reads)[1]
+        spans = [span for span in covered if any(span)]
         return text[spans[first][0] : spans[last][1]].strip()
 
     def with_any_label(self, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -302,7 +355,7 @@ class Encoder:
         return {**record, name: words[0] if self.template.head == "span" else [self._classes[0]] * len(words)}
 
     def _task(self, record: Mapping[str, Any], index: int) -> int:
-        name = str(self._fields(record, [self.template.task or ""], index)[self.template.task or ""])
+        name = field_text(record, self.template.task or "", index)
         if name not in self.template.tasks:
             raise DataError(
                 f"record {index + 1}: there is no prompt for the task {name!r};"
@@ -311,74 +364,37 @@ class Encoder:
         return self.template.tasks.index(name)
 
     def _label(self, record: Mapping[str, Any], index: int) -> int:
-        value = str(record[self.template.label_field or ""])
+        value = field_text(record, self.template.label_field or "", index)
         if value not in self._classes:
             raise DataError(
                 f"record {index + 1}: label {value!r} has no verbalizer; {did_you_mean(value, self._classes)}"
             )
         return self._classes.index(value)
 
-    def _target(self, fields: Mapping[Any, str]) -> list[int]:
-        return self._ids(parse(self.template.target), fields, opens=False)
+    def _target(self, fields: Mapping[Any, str], *, ends: bool = True) -> list[int]:
+        """Ids of the target, with those that end it if asked."""
+        pieces = parse(self.template.target)
+        if not self.template.chat:
+            return self._ids(pieces, fields, opens=False) + (self._eos if ends else [])
+        content = [Plain(fields[piece.name]) if isinstance(piece, Field) else piece for piece in pieces]
+        answer = self._chat.answer(self._turns(None), content)
+        end = (answer.end or [Control(id_) for id_ in self._eos]) if ends else []
+        return self._pieces.after(self._prompt, [*answer.words, *end])
 
     def _ids(self, pieces: Sequence[Piece | int], fields: Mapping[Any, str], *, opens: bool) -> list[int]:
-        return self._aligned(pieces, fields, opens=opens)[0]
-
-    def _aligned(
-        self, pieces: Sequence[Piece | int], fields: Mapping[Any, str], *, opens: bool, field: str | None = None
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of pieces. Text and fields that touch are encoded as one text.
-
-        Text opens the sequence when it is first or follows the BOS, also a BOS that follows virtual tokens: this is how
-        PEFT tokenizes, which puts its virtual tokens before the ids of `tokenizer(text)`.
-
-        opens: the pieces start the sequence, so that BOS goes first unless a piece says where.
-        field: one of the fields, for which the second result says which of its characters each id covers.
-        """
-        ids: list[int] = []
-        spans: list[tuple[int, int]] = []
-        run, at_start, next_virtual, begin = "", opens, 0, None
-        if opens and Bos() not in pieces and self._adds_bos:
-            ids.append(self._tokenizer.bos_token_id)
-        for piece in [*self._split_specials(pieces), Text("")]:
-            if isinstance(piece, Field):
-                begin = len(run) if piece.name == field else begin
-                run += str(fields[piece.name])
-            elif isinstance(piece, (Text, Plain)) and piece.text:
-                run += piece.text
-            else:
-                if begin is not None:
-                    more, covered = self._tokenization.aligned(run, opens=at_start)
-                    spans += [(0, 0)] * (len(ids) - len(spans)) + _within(covered, begin, len(fields[field or ""]))
-                    ids += more
-                elif run:
-                    ids += self._tokenization.opening(run) if at_start else self._tokenization.continuation(run)
-                if run:
-                    at_start, run, begin = False, "", None
-                if isinstance(piece, Bos):
-                    ids.append(self._bos())
-                    at_start = at_start or next_virtual > 0
-                elif isinstance(piece, int):
-                    ids.append(piece)
-                    at_start = False
-                elif isinstance(piece, Virtual):
-                    count = self.template.virtual_tokens if piece.count is None else piece.count
-                    ids += range(self._vocab_size + next_virtual, self._vocab_size + next_virtual + count)
-                    next_virtual += count
-                    at_start = False
-        return ids, spans + [(0, 0)] * (len(ids) - len(spans))
+        return self._pieces.aligned(pieces, fields, opens=opens)[0]
 
     def _solved(self, record: Mapping[str, Any], side: str) -> list[Piece]:
         """A side of the template with the record's fields in their places, a class as its verbalizer."""
         known = dict(record)
         if self.template.verbalizers:
             name = self.template.label_field or ""
-            label = str(record[name])
+            label = field_text(record, name, 0)
             if label not in self.template.verbalizers:
                 hint = did_you_mean(label, self.template.verbalizers)
                 raise DataError(f"a solved example's label {label!r} has no verbalizer; {hint}")
             known[name] = self.template.verbalizers[label]
-        return [Plain(str(known[p.name])) if isinstance(p, Field) else p for p in parse(side)]
+        return [Plain(field_text(known, p.name, 0)) if isinstance(p, Field) else p for p in parse(side)]
 
     def _with_shots(self, prompt: Sequence[Piece]) -> list[Piece | int]:
         """The prompt behind the solved examples, whose targets have the ids that they have alone."""
@@ -390,67 +406,52 @@ class Encoder:
         front = 1 if prompt[:1] == [Bos()] else 0
         return [*prompt[:front], *pieces, *prompt[front:]]
 
-    def _bos(self) -> int:
-        if self._tokenizer.bos_token_id is None:
-            raise ConfigError("the template has <bos>, but the tokenizer has no BOS")
-        return self._tokenizer.bos_token_id
-
-    def _split_specials(self, pieces: Sequence[Piece | int]) -> Iterator[Piece | int]:
-        """Cuts literal text at the tokenizer's control tokens, which become ids."""
-        for piece in pieces:
-            if not isinstance(piece, Text) or self._special is None:
-                yield piece
-                continue
-            last = 0
-            for match in self._special.finditer(piece.text):
-                yield from [Text(piece.text[last : match.start()])] if match.start() > last else []
-                yield self._tokenizer.convert_tokens_to_ids(match[0])
-                last = match.end()
-            yield from [Text(piece.text[last:])] if piece.text[last:] else []
-
-    def _chat_pieces(self, template: Template) -> tuple[list[Piece | int], list[int]]:
-        roles = ["system"] if template.system is not None else []
-        contents: list[list[Piece]] = [[Text(template.system)]] if template.system is not None else []
+    def _turns(self, fields: Mapping[str, str] | None) -> list[Turn]:
+        """The turns of a written chat before its answer, with their fields filled in if given; none of {messages}."""
+        template = self.template
+        if template.is_conversation:
+            return []
+        turns = [Turn("system", [Text(template.system)])] if template.system is not None else []
         for record in self.shots:
-            roles += ["user", "assistant"]
-            contents += [self._solved(record, template.prompt), self._solved(record, template.target)]
-        roles.append("user")
-        contents.append(parse(template.prompt))
-        texts = self._chat.rendered(roles, add_generation_prompt=True)
-        front, texts[0] = self._chat.without_bos(texts[0])
-        pieces: list[Piece | int] = [*front]
-        for text, content in zip(texts, [*contents, []], strict=True):
-            pieces += [Text(text), *content] if text else content
-        end, _ = self._chat.turn_end(self._chat.rendered([*roles, "assistant"], add_generation_prompt=False)[-1])
-        return pieces, end or self._eos
+            turns.append(Turn("user", self._solved(record, template.prompt)))
+            turns.append(Turn("assistant", self._solved(record, template.target)))
+        content: list[Piece] = []
+        for piece in parse(template.prompt):
+            if fields is None or not isinstance(piece, Field):
+                content.append(piece)
+            elif piece.name == template.reads:
+                value, words = fields[piece.name], fields[piece.name].strip()
+                skipped = value.find(words)
+                content += [Plain(value[:skipped]), Read(words, skipped), Plain(value[skipped + len(words) :])]
+            else:
+                content.append(Plain(fields[piece.name]))
+        return [*turns, Turn("user", content)]
 
-    def _conversation(
-        self, messages: list[Mapping[str, Any]], add_generation_prompt: bool
-    ) -> tuple[list[int], list[bool]]:
-        """Ids of a chat, and which of them an assistant says (the end of its turn included)."""
-        roles = tuple(str(message["role"]) for message in messages)
-        texts = self._chat.rendered(roles, add_generation_prompt)
-        before, after = self._around_messages()
-        front, texts[0] = self._chat.without_bos(texts[0])
-        ids = self._ids([*front, *before, Text(texts[0])], {}, opens=True)
-        predicted = [False] * len(ids)
-        for message, text in zip(messages, texts[1:], strict=True):
-            spoken = self._tokenization.continuation(str(message["content"]))
-            is_target = message["role"] == "assistant"
-            end, rest = self._chat.turn_end(text) if is_target else ([], text)
-            following = self._ids([Text(rest)], {}, opens=False)
-            ids += [*spoken, *end, *following]
-            predicted += [is_target] * len([*spoken, *end]) + [False] * len(following)
-        tail = self._ids(after, {}, opens=False)
-        return ids + tail, predicted + [False] * len(tail)
+    def _filled(self, fields: Mapping[str, str]) -> tuple[Sequence[Piece | int], Mapping[str, str]]:
+        """The prompt's pieces, and the fields that are to be filled in."""
+        return (self._chat.prompt(self._turns(fields)), {}) if self.template.chat else (self._prompt, fields)
 
-    def _around_messages(self) -> tuple[list[Piece], list[Piece]]:
-        pieces = parse(self.template.prompt)
-        at = pieces.index(Field(MESSAGES))
-        return pieces[:at], pieces[at + 1 :]
+    def _around(self, pieces: list[Piece]) -> list[Piece]:
+        """A chat behind what the prompt has before {messages}; BOS, if the chat begins with it, goes first."""
+        before = parse(self.template.prompt)[:-1]
+        if pieces[:1] != [Control(self._tokenizer.bos_token_id)]:
+            return [*before, *pieces]
+        return [*([] if Bos() in before else pieces[:1]), *before, *pieces[1:]]
 
-
-def _within(spans: Sequence[tuple[int, int]], begin: int, length: int) -> list[tuple[int, int]]:
-    """What of a part of a text, `length` characters from `begin` on, each span covers; (0, 0) for nothing."""
-    clipped = [(max(first - begin, 0), min(last - begin, length)) for first, last in spans]
-    return [(first, last) if last > first else (0, 0) for first, last in clipped]
+    def _conversation(self, record: Mapping[str, Any], index: int) -> Example:
+        """A chat, of which the model shall predict the assistant's turns, with what ends them."""
+        turns = turns_of(record, index)
+        try:
+            first, *others = self._chat.conversation(turns, self._eos)
+        except (ConfigError, DataError) as error:
+            raise DataError(f"record {index + 1}: {error}") from error
+        pieces = self._around(first.pieces)
+        for segment in others:
+            pieces += [Cut(), *segment.pieces]
+        ids, _, cuts = self._pieces.aligned(pieces, {}, opens=True)
+        predicted, edges = np.zeros(len(ids), bool), [*cuts, len(ids)]
+        for segment, begin, end in zip(others, edges[:-1], edges[1:], strict=True):
+            predicted[begin:end] = segment.predicted
+        if not predicted.any():
+            raise DataError(f"record {index + 1}: no assistant turn to learn from")
+        return Example(np.asarray(ids, np.int32), predicted, (), 0, index)

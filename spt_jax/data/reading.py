@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from spt_jax.data.values import is_list, text_of
 from spt_jax.errors import DataError, did_you_mean
 
 # Classes of a span head's reads are sums of these.
@@ -18,10 +19,17 @@ Spans = Sequence[tuple[int, int]]
 Reads = tuple[Int[np.ndarray, " R"], Int[np.ndarray, " R"]]
 
 
-def words_of(value: Any) -> list[str]:
-    """The words of a field that holds a list of them, or text with spaces between them."""
-    is_list = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
-    return [str(word) for word in value] if is_list else str(value).split()
+def words_of(value: Any, what: str) -> list[str]:
+    """The words of a field that holds a list of them, or text with spaces between them.
+
+    Args:
+      value: of the field.
+      what: names it in errors.
+
+    Raises:
+      DataError: it, or one of its words, is not text.
+    """
+    return [text_of(word, f"a word of {what}") for word in value] if is_list(value) else text_of(value, what).split()
 
 
 def tag_reads(words: Sequence[str], tags: Sequence[str], classes: Sequence[str], spans: Spans) -> Reads:

@@ -48,7 +48,27 @@ class Bos:
     """The tokenizer's BOS."""
 
 
-Piece = Text | Plain | Field | Virtual | Bos
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """A control token that a chat template writes. Text after it is encoded as the tokenizer itself does there."""
+
+    id: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """The part of a chat that a head reads: a field without the `skipped` blanks that it begins with."""
+
+    text: str
+    skipped: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """Where text is cut: what stands before is encoded without regard to what follows."""
+
+
+Piece = Text | Plain | Field | Virtual | Bos | Control | Read | Cut
 _MARKUP = re.compile(r"<soft(?::(?P<count>\d+))?>|(?P<bos><bos>)|(?P<brace>\{\{|\}\})|\{(?P<field>\w+)\}|(?P<bad>[{}])")
 
 
@@ -171,6 +191,8 @@ class Template:
                 raise ConfigError(
                     f"data.truncate might cut off what a {self.head} head is asked for; split such records"
                 )
+        if self.truncate == MESSAGES:
+            raise ConfigError("data.truncate cannot shorten a chat: leave turns out of the long records")
         if self.truncate is not None and self.truncate not in self.prompt_fields:
             raise ConfigError(
                 f"truncate={self.truncate!r} is no prompt field; {did_you_mean(self.truncate, self.prompt_fields)}"

@@ -1,6 +1,7 @@
 """Text to ids, for text that opens a sequence and for text that continues one."""
 
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,10 +22,23 @@ class Tokenization:
     """
 
     def __init__(self, tokenizer: Any):
+        self._whole = tokenizer
         self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+
+    @functools.cached_property
+    def opens_after_control(self) -> bool:
+        """True for tokenizers that encode a text after a control token as one that opens a sequence.
+
+        Those of the Llama 2 kind, which normalize each text between control tokens by itself.
+        """
+        names = control_tokens(self._whole)
+        if not names or not self.adds_dummy_space:
+            return False
+        ids = self._whole(next(iter(names)) + "a", add_special_tokens=False)["input_ids"]
+        return ids[1:] == self.opening("a") != self.continuation("a")
 
     @functools.cached_property
     def adds_dummy_space(self) -> bool:
@@ -98,3 +112,52 @@ def check_ids(tokenizer: Any, ids: Sequence[int] | np.ndarray, vocab_size: int, 
                 f"the token {tokenizer.convert_ids_to_tokens(id_)!r} has id {id_}, but the model has {vocab_size}"
                 " embeddings; leave it out of the text, or resize the model's embedding"
             )
+
+
+def control_tokens(tokenizer: Any) -> dict[str, int]:
+    """The tokenizer's special tokens, named ones and all others that were added as special ones, and their ids."""
+    added = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {**added, **{name: tokenizer.convert_tokens_to_ids(name) for name in tokenizer.all_special_tokens}}
+
+
+class ControlTokens:
+    """Finds a tokenizer's control tokens in literal text, as the tokenizer itself does: leftmost, then longest."""
+
+    def __init__(self, tokenizer: Any):
+        self._ids = control_tokens(tokenizer)
+        added = tokenizer.added_tokens_decoder.values()
+        self._lstrip = {token.content for token in added if token.lstrip}
+        self._rstrip = {token.content for token in added if token.rstrip}
+        names = sorted(self._ids, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, names)) if names else "(?!)")
+
+    def split(self, text: str) -> list[str | int]:
+        """The texts between control tokens, none empty, and the ids of these.
+
+        A token that was added with `lstrip` or `rstrip` takes the blanks on that side with it.
+        """
+        parts: list[str | int] = []
+        last = 0
+        for match in self.pattern.finditer(text):
+            before = text[last : match.start()]
+            before = before.rstrip() if match[0] in self._lstrip else before
+            parts += [before] if before else []
+            parts.append(self._ids[match[0]])
+            last = match.end()
+            if match[0] in self._rstrip:
+                last = len(text) - len(text[last:].lstrip())
+        return parts + ([text[last:]] if text[last:] else [])
+
+    def after(self, text: str, at: int) -> int | None:
+        """The position after the control token that follows position `at`, blanks aside; None if another text does."""
+        at = len(text) - len(text[at:].lstrip())
+        match = self.pattern.match(text, at)
+        if match is None:
+            return None
+        rest = text[match.end() :]
+        return len(text) - len(rest.lstrip()) if match[0] in self._rstrip else match.end()
+
+    def swallowed(self, text: str, at: int) -> int:
+        """How many blanks from position `at` on belong to a control token before it, blanks aside."""
+        front, rest = text[:at].rstrip(), text[at:]
+        return len(rest) - len(rest.lstrip()) if front.endswith(tuple(self._rstrip)) else 0

@@ -18,6 +18,7 @@ from spt_jax.decoding import ALTERNATIVES, RowSampling
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.generation import (
     BUCKET,
+    NO_ID,
     Endings,
     Generated,
     SamplingConfig,
@@ -30,7 +31,7 @@ from spt_jax.generation import (
 )
 from spt_jax.models.attention import Cache
 from spt_jax.serving.bank import Held, PromptBank, overflow
-from spt_jax.serving.slots import LEAST, MOST, NewTokens, RequestIds, Slots, Until, admit, decode, empty_slots
+from spt_jax.serving.slots import LEAST, MAX_ENDS, MOST, NewTokens, RequestIds, Slots, Until, admit, decode, empty_slots
 from spt_jax.sharding import replicated, row_sharding, row_shards
 
 # Seconds between two looks of the host: at new requests, and at what has ended.
@@ -251,15 +252,16 @@ class Engine:
         """When the host looks again at these requests, behind whose entries there is so much room."""
         ends = [ticket.ends for ticket in tickets]
         left = [ticket.request.sampling.max_new_tokens - len(ticket.ids) for ticket in tickets]
+        every = sorted(frozenset().union(*(end.ids for end in ends)))
         steps = [room, self._steps]
-        if any(end.texts or end.ids - {end.eos_id} for end in ends):
+        if any(end.texts for end in ends) or len(every) > MAX_ENDS:
             steps.append(LEAST)  # the device does not see these ends
         # A slot that comes free is worth a look only to those who wait.
         steps.append(max(min(left), LEAST) if self._waiting else max(left, default=0))
-        eos = self.bank.base.tokenizer.eos_token_id
-        numbers = min(steps), 1 if self._waiting else len(tickets), -1 if eos is None else eos
-        until: Any = [np.int32(number) for number in numbers]
-        return Until(*until)
+        seen = np.full(MAX_ENDS, NO_ID, np.int32)
+        seen[: len(every)] = every[:MAX_ENDS]
+        numbers: Any = np.int32(min(steps)), np.int32(1 if self._waiting else len(tickets))
+        return Until(*numbers, seen)
 
     def _reach(self, entries: int) -> int:
         """How much of the slots the program for so many entries reads."""
@@ -331,7 +333,8 @@ class Engine:
     def _ticket(self, request: Request, held: Held) -> Ticket:
         base = self.bank.base
         text_of = functools.partial(continuation_text, base.tokenizer, opens=is_opening(base, request.ids))
-        return Ticket(request, held, endings(base.tokenizer, request.sampling.stop), text_of)
+        ends = endings(base.tokenizer, base.end_ids + request.sampling.end_ids, request.sampling.stop)
+        return Ticket(request, held, ends, text_of)
 
     def _take(self, slot: int, new: NewTokens, column: int) -> list[Ticket]:
         """Adds a column's new tokens to a slot's request up to its end; if that has come, returns it, the slot free."""

@@ -59,6 +59,8 @@ class NewTokens:
 
 # The most steps of one call of `decode`, and how many it takes before it returns for those that have ended.
 MOST, LEAST = 16, 4
+# How many different ids that end an answer a call of `decode` looks for.
+MAX_ENDS = 8
 
 
 @jax.tree_util.register_dataclass
@@ -67,12 +69,12 @@ class Until:
     """When a call of `decode` returns: whatever comes first.
 
     steps: after so many, at most MOST.
-    ends: once so many busy slots have got `end_id`, but not before LEAST steps.
+    ends: once so many busy slots have one of `end_ids`, which may be the end of another slot, not before LEAST steps.
     """
 
     steps: Int[Array, ""]
     ends: Int[Array, ""]
-    end_id: Int[Array, ""]
+    end_ids: Int[Array, " E"]
 
 
 @jax.tree_util.register_dataclass
@@ -222,7 +224,7 @@ def decode(
         )
         moved = Slots(cache, slots.filled + 1, new.ids, slots.positions + 1, slots.steps + 1, slots.sampling)
         chosen = jax.tree.map(lambda all_steps, own: all_steps.at[step].set(own), chosen, new)
-        return moved, chosen, step + 1, ended | (busy & (new.ids == until.end_id))
+        return moved, chosen, step + 1, ended | (busy & jnp.any(new.ids[:, None] == until.end_ids[None], axis=1))
 
     state = slots, room, jnp.int32(0), jnp.zeros(batch, bool)
     slots, chosen, steps, _ = jax.lax.while_loop(goes_on, advance, state)

@@ -125,7 +125,7 @@ def test_only_the_named_field_is_shortened():
     [
         ({"tex": "a", "label": "p"}, "no field 't'"),
         ({"t": "a", "label": "positiv"}, "label 'positiv' has no verbalizer; did you mean 'positive'"),
-        ({"t": None, "label": "positive"}, "record 3: no field 't'"),
+        ({"t": None, "label": "positive"}, "record 3: the field 't' is null"),
     ],
 )
 def test_bad_records(record, message):
