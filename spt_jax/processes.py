@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 import jax
 from jax.experimental import multihost_utils
 
+from spt_jax import signals
 from spt_jax.errors import ConfigError, SptError, differing_fields
 
 T = TypeVar("T")
@@ -91,8 +93,19 @@ def joined(config: ProcessesConfig) -> Iterator[None]:
     index = jax.process_index()
     listener = threading.Thread(target=_end_with_the_first_failure, args=(index,), daemon=True)
     listener.start()
+
+    def stopped(number: int) -> None:
+        """The listener of each process, this one's too, ends it."""
+        reason = f"stopped by {signal.Signals(number).name}"
+        failure = {"process": index, "reason": reason, "exit_code": 128 + number}
+        _client().key_value_set(_FAILURE, json.dumps(failure))
+
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if index else sys.stdout):
+        with (
+            signals.telling(stopped),
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stdout(nowhere if index else sys.stdout),
+        ):
             yield
     except BaseException as error:
         if not getattr(error, "all_processes", False):
