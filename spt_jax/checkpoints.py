@@ -198,7 +198,7 @@ class Checkpoints:
         state = TrainState(train["step"], loaded["prompt"], train["optimizer_state"])
         return state, data["state"], record["metadata"]
 
-    def restore_intact(self, step: int | None, restore: Callable[[int], T]) -> T:
+    def restore_intact(self, step: int | None, restore: Callable[[int], T]) -> T | None:
         """Restores the newest checkpoint that is intact, and removes those after it.
 
         Training is deterministic: what goes on from an earlier checkpoint comes to the same later ones.
@@ -208,7 +208,7 @@ class Checkpoints:
           restore: called with a step, until it does not raise `DamagedError`.
 
         Returns:
-          What `restore` gives.
+          What `restore` gives; None where there is nothing to go on from, or only a damaged checkpoint of step 0.
 
         Raises:
           CheckpointError: no checkpoint is intact, or that of `step` is damaged or absent; or what `restore` raises.
@@ -220,16 +220,22 @@ class Checkpoints:
             except DamagedError as error:
                 problem = problem or error
                 continue
-            if problem is not None and jax.process_index() == 0:
-                message = f"{problem}. Going on from step {candidate}, the newest checkpoint that is intact"
-                print(message, file=sys.stderr)
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("restored")
-            self._remove([later for later in self.steps() if later > candidate])
+            self._remove_after(candidate, problem)
             return found
+        if step is None and self.steps() in ([], [0]):
+            self._remove_after(-1, problem)  # nothing was trained before step 0
+            return None
         if step is None:
             raise CheckpointError(f"{problem}; no other is intact. Start anew with --overwrite") from problem
         raise CheckpointError(f"{problem}; there are those of steps {self.steps()}") from problem
+
+    def _remove_after(self, step: int, problem: DamagedError | None) -> None:
+        later = [other for other in self.steps() if other > step]
+        if problem is not None and jax.process_index() == 0:
+            print(f"{problem}. Going on from step {max(step, 0)}, the newest that is intact", file=sys.stderr)
+        if later and jax.process_count() > 1:
+            multihost_utils.sync_global_devices("restored")  # before that, others may still read them
+        self._remove(later)
 
     def close(self) -> None:
         """Waits for the last save and lets go of threads and files.

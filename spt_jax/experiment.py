@@ -24,6 +24,7 @@ from spt_jax.training.cost import StepMemory, choose_remat, plan_shape, step_mem
 from spt_jax.training.step import Objective
 
 Records = Sequence[Mapping[str, Any]]
+MAX_REPEATS = 10  # of a record in one batch: more would be a batch size that nobody means
 
 
 @contextlib.contextmanager
@@ -79,6 +80,11 @@ class Experiment:
                 f"train.batch_size={config.train.batch_size} leaves some of {row_shards(self.base.mesh)} devices along"
                 f" mesh.data and mesh.fsdp without a row in {config.train.microbatches} microbatches;"
                 f" {options['multiple']} works, or a smaller mesh"
+            )
+        if config.train.batch_size > MAX_REPEATS * len(self.train):
+            raise ConfigError(
+                f"train.batch_size is {config.train.batch_size}, and {config.data.train} has {len(self.train)} records,"
+                f" each of which may be in a batch {MAX_REPEATS} times at most; {len(self.train)} takes each once"
             )
         encoder = self.encoder(self.template)
         with _located(config.data.train):

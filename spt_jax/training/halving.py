@@ -133,13 +133,14 @@ def fit_population(
         checkpoints = stack.enter_context(Checkpoints(Path(workdir) / "checkpoints", keep=config.keep))
         asked_to_stop = stack.enter_context(graceful_stop())
         done = 0
-        if resume and checkpoints.latest_step() is not None:
+        if resume:
             like = _stacked(0, states, standings)
             restored = checkpoints.restore_intact(None, lambda step: checkpoints.restore(step, like))
-            stacked, data_states, saved = restored
-            done, states, standings = _unstacked(stacked, saved["standings"])
-            for stream, state in zip(streams, data_states, strict=True):
-                stream.set_state(state)
+            if restored is not None:
+                stacked, data_states, saved = restored
+                done, states, standings = _unstacked(stacked, saved["standings"])
+                for stream, state in zip(streams, data_states, strict=True):
+                    stream.set_state(state)
         checkpoints.remove_cut_off_saves()
         metrics_log = stack.enter_context(contextlib.closing(NoLog() if log is None else log(done)))
         bar = stack.enter_context(progress_bar(config.steps, done))

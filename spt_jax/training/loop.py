@@ -173,12 +173,12 @@ def fit(
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=config.keep))
         asked_to_stop = stack.enter_context(graceful_stop())
         speed = Speed()
-        if resume and (resume_from is not None or checkpoints.latest_step() is not None):
+        if resume:
             start = state
-            state, data_state, best, speed = checkpoints.restore_intact(
-                resume_from, lambda step: _restored(checkpoints, step, start)
-            )
-            stream.set_state(data_state)
+            found = checkpoints.restore_intact(resume_from, lambda step: _restored(checkpoints, step, start))
+            if found is not None:
+                state, data_state, best, speed = found
+                stream.set_state(data_state)
         checkpoints.remove_cut_off_saves()
         first = int(state.step)
         metrics_log = stack.enter_context(contextlib.closing(log(first)))
