@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,7 +84,8 @@ def main() -> int:
             for number in range(count):
                 name = chance.choice(options.signals)
                 stop, moment = signal.Signals[f"SIG{name}"], chance.uniform(0.05, 1.0) * seconds
-                process = start("--overwrite")
+                shutil.rmtree(workdir)
+                process = start()
                 try:
                     error = process.communicate(timeout=moment)[1]
                 except subprocess.TimeoutExpired:
@@ -93,8 +95,7 @@ def main() -> int:
                 said = [text for text in error.splitlines() if text.strip() and "training:" not in text]
                 clean = code in (0, -9) or (code == 128 + stop and len(said) == 1 and "stopped by" in said[0])
                 left = [path.name for path in (workdir / "checkpoints").glob("*tmp*")]
-                # A kill before the old run was emptied or the new one begun leaves the old run, which is the same one.
-                process = start("--resume" if (workdir / "config.json").exists() else "--overwrite")
+                process = start(*(["--resume"] if (workdir / "config.json").exists() else []))
                 error = process.communicate()[1]
                 same = process.returncode == 0 and end(workdir) == whole
                 failures += not (clean and same and len(left) < 2)

@@ -103,7 +103,7 @@ def _check_apart(path: Path, reads: Iterable[Path]) -> None:
         if not source.exists():
             continue  # a hub id, or an error that is reported where it is read
         # Files of a directory may be links to somewhere else.
-        for real in {source.resolve(), *(file.resolve() for file in (source.iterdir() if source.is_dir() else ()))}:
+        for real in (source.resolve(), *(file.resolve() for file in (source.iterdir() if source.is_dir() else ()))):
             if here == real or here in real.parents or (real.is_dir() and real in here.parents):
                 relation = "is" if here == real else "contains" if here in real.parents else "lies in"
                 raise ConfigError(

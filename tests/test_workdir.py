@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+import train
+from spt_jax.__main__ import main
 from spt_jax.errors import ConfigError, WriteError
 from spt_jax.workdir import MARKER, check_workdir, held, open_workdir, prepare_workdir
 from tests.disks import small_disk
-from tests.jobs import ROOT
+from tests.jobs import ROOT, words
 
 SETTINGS = {name: {} for name in ("base", "data", "method", "optimizer", "loss", "evaluation", "mesh", "log")} | {
     "train": {"steps": 40, "seed": 0}
@@ -167,3 +169,24 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path):
         (disk / "filler").write_bytes(bytes(8192 - 4096))
         with pytest.raises(WriteError, match=r"No space left on device\). Free some space"):
             begin(disk / "run")
+
+
+COMMANDS = {
+    "train": lambda line: train.main(line),
+    "sweep": lambda line: main(["sweep", *line]),
+    "compare": lambda line: main(["compare", *line, "--prompts", "prompt"]),
+    "find-rate": lambda line: main(["find-rate", *line]),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_refuses_what_is_in_use_or_read(tmp_path: Path, capsys: pytest.CaptureFixture, command: str):
+    """Before it reads anything: there are no data and no base here."""
+    begin(tmp_path / "run")
+    for more in (["--overwrite"], *([["--resume"]] if command in ("train", "sweep") else [])):
+        with held(tmp_path / "run"):
+            assert COMMANDS[command]([*words(tmp_path, tmp_path / "run"), *more]) == 2
+        assert f"in use by process {os.getpid()} on {socket.gethostname()}" in capsys.readouterr().err
+    begin(tmp_path / "model")
+    assert COMMANDS[command]([*words(tmp_path, tmp_path / "model"), "--overwrite"]) == 2
+    assert f"--overwrite: {tmp_path / 'model'} is {tmp_path / 'model'}" in capsys.readouterr().err
