@@ -6,6 +6,11 @@ Exit codes: 0 done, 1 the run failed, 2 the command line or the config is wrong,
 saving.
 """
 
+# First, because it handles signals that come while the others are imported.
+from spt_jax import signals
+
+# isort: split
+import contextlib
 import dataclasses
 import shlex
 import sys
@@ -16,37 +21,33 @@ from typing import Any
 import jax
 
 from spt_jax import measure, processes
-from spt_jax.command_line import Command, config_json, parse_train
+from spt_jax.command_line import Command, config_json, exit_code, first_command, parse_train
 from spt_jax.config import resolve
 from spt_jax.data.batches import pack, place_batch
-from spt_jax.data.encoder import digest
 from spt_jax.data.preview import describe
-from spt_jax.errors import ConfigError, SptError, TrainingError
+from spt_jax.errors import ConfigError, TrainingError
 from spt_jax.evaluation import evaluate
-from spt_jax.experiment import CONFIG_FILE, Experiment, compare, load_experiment, open_workdir, questions
-from spt_jax.files import write_json
+from spt_jax.experiment import Experiment, compare, input_digests, load_experiment, questions
+from spt_jax.files import write_json, write_text
 from spt_jax.plots import plot_curves
 from spt_jax.predictions import predictions_jsonl
 from spt_jax.report import comparison_table, reference_lines
 from spt_jax.training.logs import MetricsLog, NoLog, read_metrics
-from spt_jax.training.loop import Best, Outcome, Stopped, TrainingData, fit
+from spt_jax.training.loop import Best, Outcome, TrainingData, fit
 from spt_jax.training.optimizers import make_optimizer, resolve_optimizer
 from spt_jax.training.step import init_state, make_train_step
+from spt_jax.workdir import CONFIG_FILE, check_workdir, held, input_paths, open_workdir
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command and turns errors into a line on stderr and an exit code."""
-    try:
+
+    def program() -> None:
         command = parse_train(argv)
         with processes.joined(command.processes):
             run(command, argv)
-    except SptError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except Stopped as stopped:
-        print(f"{stopped}. Go on with --resume", file=sys.stderr)
-        return stopped.exit_code
-    return 0
+
+    return exit_code(program)
 
 
 def run(command: Command[Any], argv: Sequence[str]) -> None:
@@ -56,14 +57,17 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
     processes.check_agreement(
         "command", lambda: {**config_json(command), "processes": None, "versions": measure.versions()}
     )
+    workdir, way = command.workdir, {"resume": command.resumes, "overwrite": command.overwrite}
+    reads = input_paths(command.config, Path(argv[0]))
+    if not command.dry_run and processes.leads():
+        check_workdir(workdir, **way, reads=reads)
     experiment = load_experiment(resolve(command.config))
-    config, base, workdir = experiment.config, experiment.base, command.workdir
+    config, base = experiment.config, experiment.base
     config = dataclasses.replace(
         config, optimizer=resolve_optimizer(config.optimizer, base.config.family, config.method.recipe)
     )
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     examples, plan = experiment.training_set()
-    processes.check_agreement("inputs", lambda: {"data.train": digest(examples), "base": config_json(base.fingerprint)})
     print(
         f"{base.name}: {base.parameter_count:,} frozen parameters in {base.dtype} on"
         f" {base.mesh.size} x {measure.device_name()}"
@@ -78,50 +82,62 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
         dry_run(experiment, examples, plan, optimizer)
         return
     asked = questions(experiment)
-
+    digests = input_digests(
+        [(experiment, {"train": examples, **{name: own.soft.examples for name, own in asked.items()}})]
+    )
+    processes.check_agreement("inputs", lambda: digests)
     settings = config_json(config)
-    choice = {"resume": command.resume, "overwrite": command.overwrite}
-    processes.from_first("workdir", lambda: open_workdir(workdir, settings, **choice))
-    if not (workdir / CONFIG_FILE).exists():
-        raise ConfigError(f"{workdir} is not the same directory in all processes; --workdir must be one that all share")
 
     def validate(params: Any) -> dict[str, Any]:
         return evaluate(base, asked["validation"].soft, experiment.virtual(params), generated=False).metrics
 
     def save_best(best: Best) -> None:
-        extra = {"step": best.step, "validation": best.metrics, "command": shlex.join(argv)}
+        extra = {"step": best.step, "validation": best.metrics, "command": first_command(argv)}
         experiment.save(workdir / "prompt", best.params, extra)
 
     def open_log(step: int) -> MetricsLog:
         return MetricsLog(workdir, config.log, from_step=step, run_config=settings) if processes.leads() else NoLog()
 
-    try:
-        outcome = fit(
-            base,
-            config.method,
-            optimizer,
-            experiment.objective(plan),
-            TrainingData(examples, plan, config.loss.class_weights or None),
-            config.train,
-            workdir=workdir,
-            log=open_log,
-            validate=validate if "validation" in asked else None,
-            save_best=save_best,
-            metadata={"config": settings},
-            resume=command.resume,
-            profile=command.profile if processes.leads() else 0,
-        )
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise TrainingError(
-            f"the device ran out of memory. Estimated: {memory}; rematerialisation {base.module.remat}."
-            " More --train.microbatches, --base.remat full, a smaller --evaluation.batch-size, or --mesh.fsdp over more"
-            " devices would need less"
-        ) from error
-    results = compare(base, asked, experiment.virtual(outcome.best.params))
-    if processes.leads():
-        finish(experiment, outcome, results, workdir, argv, compile_seconds())
+    with contextlib.ExitStack() as stack:
+
+        def claim() -> None:
+            stack.enter_context(held(workdir))
+            open_workdir(workdir, settings, digests, **way, reads=reads)
+
+        processes.from_first("workdir", claim)
+        if not (workdir / CONFIG_FILE).exists():
+            raise ConfigError(
+                f"{workdir} is not the same directory in all processes; --workdir must be one that all share"
+            )
+        stack.enter_context(signals.advising("Go on with --resume"))
+        try:
+            outcome = fit(
+                base,
+                config.method,
+                optimizer,
+                experiment.objective(plan),
+                TrainingData(examples, plan, config.loss.class_weights or None),
+                config.train,
+                workdir=workdir,
+                log=open_log,
+                validate=validate if "validation" in asked else None,
+                save_best=save_best,
+                metadata={"config": settings},
+                resume=command.resumes,
+                resume_from=command.resume_from,
+                profile=command.profile if processes.leads() else 0,
+            )
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise TrainingError(
+                f"the device ran out of memory. Estimated: {memory}; rematerialisation {base.module.remat}."
+                " More --train.microbatches, --base.remat full, a smaller --evaluation.batch-size, or --mesh.fsdp over"
+                " more devices would need less"
+            ) from error
+        results = compare(base, asked, experiment.virtual(outcome.best.params))
+        if processes.leads():
+            finish(experiment, outcome, results, workdir, argv, compile_seconds())
 
 
 def dry_run(experiment: Experiment, examples: Any, plan: Any, optimizer: Any) -> None:
@@ -137,9 +153,13 @@ def dry_run(experiment: Experiment, examples: Any, plan: Any, optimizer: Any) ->
 def finish(
     experiment: Experiment, outcome: Outcome, results: Any, workdir: Path, argv: Sequence[str], compile_seconds: float
 ) -> None:
-    """Prints, and writes results.json, predictions.jsonl and curves.png."""
+    """Prints, and writes predictions.jsonl, curves.png and, last, results.json."""
     metrics = {split: {k: v and v.metrics for k, v in by.items()} for split, by in results.items()}
     prompt_bytes = sum(file.stat().st_size for file in (workdir / "prompt").rglob("prompt.*"))
+    answered = {name: result.predictions for name, result in results.get("test", {}).items() if result is not None}
+    write_text(workdir / "predictions.jsonl", predictions_jsonl(answered))
+    references = reference_lines(metrics.get("validation", {}))
+    plot_curves(workdir / "curves.png", read_metrics(workdir / "metrics.jsonl"), references)
     write_json(
         workdir / "results.json",
         {
@@ -160,10 +180,6 @@ def finish(
             "command": shlex.join(["train.py", *argv]),
         },
     )
-    answered = {name: result.predictions for name, result in results.get("test", {}).items() if result is not None}
-    (workdir / "predictions.jsonl").write_text(predictions_jsonl(answered))
-    references = reference_lines(metrics.get("validation", {}))
-    plot_curves(workdir / "curves.png", read_metrics(workdir / "metrics.jsonl"), references)
     print(comparison_table(metrics))
     print(
         f"{workdir}/prompt: the soft prompt, {prompt_bytes:,} bytes. {workdir}: results.json, curves.png, metrics.jsonl"

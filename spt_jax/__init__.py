@@ -11,6 +11,10 @@ Arrays are named by their dimensions: B rows, T tokens, P virtual tokens, D widt
 heads, H head size, V vocabulary.
 """
 
+# First, because it handles signals that come while the others are imported.
+from spt_jax import signals
+
+# isort: split
 from spt_jax.base import FrozenBase, load_base
 from spt_jax.config import TrainConfig
 from spt_jax.data.batches import Batch, Rows, evaluation_batches, pack, place_batch, plan_batches, training_batches
@@ -110,6 +114,7 @@ __all__ = [
     "resolve_optimizer",
     "save_prompt",
     "score_together",
+    "signals",
     "stack_prompts",
     "train_step",
     "training_batches",

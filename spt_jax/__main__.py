@@ -6,13 +6,13 @@ from typing import Any
 
 import tyro
 
+from spt_jax.command_line import exit_code
 from spt_jax.commands import compare, find_rate, sweep
 from spt_jax.commands.ask import Evaluate, Generate
 from spt_jax.commands.convert import Export, Import
 from spt_jax.commands.inspect import Inspect, Similar
 from spt_jax.commands.serve import Serve
-from spt_jax.errors import SptError, did_you_mean
-from spt_jax.training.loop import Stopped
+from spt_jax.errors import did_you_mean
 
 COMMANDS: dict[str, Any] = {
     "generate": Generate,
@@ -38,18 +38,11 @@ def main(argv: Sequence[str]) -> int:
     if argv[0] not in known:
         print(f"error: no command {argv[0]!r}; {did_you_mean(argv[0], known)}", file=sys.stderr)
         return 2
-    try:
-        if argv[0] in JOBS:
-            JOBS[argv[0]](argv[1:])
-        else:
-            tyro.cli(COMMANDS[argv[0]], args=list(argv[1:]), prog=f"python -m spt_jax {argv[0]}").run()
-    except SptError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except Stopped as stopped:
-        print(f"{stopped}. Go on with --resume", file=sys.stderr)
-        return stopped.exit_code
-    return 0
+    words = argv[1:]
+    if argv[0] in JOBS:
+        return exit_code(lambda: JOBS[argv[0]](words))
+    program = f"python -m spt_jax {argv[0]}"
+    return exit_code(lambda: tyro.cli(COMMANDS[argv[0]], args=list(words), prog=program).run())
 
 
 if __name__ == "__main__":

@@ -6,28 +6,31 @@ its files but not all; a SHA-256 of all that was saved notices the rest.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
+from jax.experimental import multihost_utils
 
 from spt_jax.errors import CheckpointError, ConfigError
+from spt_jax.files import DISK_FULL, sync_tree
 from spt_jax.training.step import TrainState
 
 FORMAT = 1
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+T = TypeVar("T")
+
 _TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax lists nothing with this in its name.
 
 
@@ -38,6 +41,10 @@ def _not_of_orbax(record: logging.LogRecord) -> bool:
 # Of one damaged file or full disk, Orbax logs dozens of tracebacks before it raises the error that is reported here.
 for _name in ("absl", "asyncio"):
     logging.getLogger(_name).addFilter(_not_of_orbax)
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint is not what was saved."""
 
 
 class Checkpoints:
@@ -52,7 +59,7 @@ class Checkpoints:
 
         Args:
           directory: holds one directory per step.
-          keep: how many of the last checkpoints stay. The one with the highest metric stays besides.
+          keep: how many of the last checkpoints stay, and with each the one with the highest metric up to it.
 
         Raises:
           ConfigError: keep is below 1.
@@ -71,7 +78,7 @@ class Checkpoints:
         with _as_checkpoint_error(f"{self.directory}: cannot hold checkpoints"):
             self.directory.mkdir(parents=True, exist_ok=True)
             self._orbax = ocp.training.Checkpointer(str(self.directory), context=context)
-            self._metrics = {checkpoint.step: _metric(checkpoint.metrics) for checkpoint in self._orbax.checkpoints}
+            self._metrics = {checkpoint.step: _metric(checkpoint) for checkpoint in self._orbax.checkpoints}
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -92,8 +99,7 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step with the highest metric, the first of equals; None if none has a metric."""
-        ranked = [(self._metrics[step], -step) for step in self.steps() if self._metrics[step] is not None]
-        return -max(ranked)[1] if ranked else None
+        return _best(self._metrics, self.steps())
 
     def save(
         self, state: TrainState, data_state: Any, metadata: Mapping[str, Any], *, metric: float | None = None
@@ -114,6 +120,7 @@ class Checkpoints:
             there with another state, the metric is NaN, or data state or metadata are no JSON.
         """
         self.wait()
+        self.remove_cut_off_saves()
         items = jax.tree.map(np.array, _items(state))  # Copies: the buffers of the state may be donated.
         step = int(state.step)
         if metric is not None and math.isnan(metric):
@@ -130,7 +137,6 @@ class Checkpoints:
             if self._record(step)["sha256"].get("state") != record["sha256"]["state"]:
                 raise CheckpointError(f"{self.directory / str(step)} is there already, with another state")
             return
-        self._remove_cut_off_saves()
         with self._saving_reported(step):
             response = self._orbax.save_checkpointables_async(
                 step,
@@ -152,6 +158,8 @@ class Checkpoints:
         step, metric, response = self._saving
         with self._saving_reported(step):
             response.result()
+            if jax.process_index() == 0:
+                sync_tree(self.directory / str(step))  # Orbax syncs its arrays only.
         self._saving = None
         self._metrics[step] = metric
         self._remove_old()
@@ -185,10 +193,49 @@ class Checkpoints:
         loaded = {name: self._load(step, name, item) for name, item in items.items()}
         data = self._load(step, "data", None)
         if _digests(loaded, data, record["metadata"]) != record["sha256"]:
-            raise CheckpointError(f"{path}: damaged: its contents are not those that were saved (SHA-256 differs)")
+            raise DamagedError(f"{path}: damaged: its contents are not those that were saved (SHA-256 differs)")
         train = loaded["train"]
         state = TrainState(train["step"], loaded["prompt"], train["optimizer_state"])
         return state, data["state"], record["metadata"]
+
+    def restore_intact(self, step: int | None, restore: Callable[[int], T]) -> T | None:
+        """Restores the newest checkpoint that is intact, and removes those after it.
+
+        Training is deterministic: what goes on from an earlier checkpoint comes to the same later ones.
+
+        Args:
+          step: take the checkpoint of this step instead, even if later ones are intact.
+          restore: called with a step, until it does not raise `DamagedError`.
+
+        Returns:
+          What `restore` gives; None where there is nothing to go on from, or only a damaged checkpoint of step 0.
+
+        Raises:
+          CheckpointError: no checkpoint is intact, or that of `step` is damaged or absent; or what `restore` raises.
+        """
+        problem: DamagedError | None = None
+        for candidate in reversed(self.steps()) if step is None else [step]:
+            try:
+                found = restore(candidate)
+            except DamagedError as error:
+                problem = problem or error
+                continue
+            self._remove_after(candidate, problem)
+            return found
+        if step is None and self.steps() in ([], [0]):
+            self._remove_after(-1, problem)  # nothing was trained before step 0
+            return None
+        if step is None:
+            raise CheckpointError(f"{problem}; no other is intact. Start anew with --overwrite") from problem
+        raise CheckpointError(f"{problem}; there are those of steps {self.steps()}") from problem
+
+    def _remove_after(self, step: int, problem: DamagedError | None) -> None:
+        later = [other for other in self.steps() if other > step]
+        if problem is not None and jax.process_index() == 0:
+            print(f"{problem}. Going on from step {max(step, 0)}, the newest that is intact", file=sys.stderr)
+        if later and jax.process_count() > 1:
+            multihost_utils.sync_global_devices("restored")  # before that, others may still read them
+        self._remove(later)
 
     def close(self) -> None:
         """Waits for the last save and lets go of threads and files.
@@ -205,7 +252,7 @@ class Checkpoints:
         try:
             return self._orbax.load_checkpointables(step, {name: abstract})[name]
         except Exception as error:  # TensorStore and Orbax raise many types, and say little.
-            raise CheckpointError(f"{self.directory / str(step)}: damaged: {name!r} cannot be read") from error
+            raise DamagedError(f"{self.directory / str(step)}: damaged: {name!r} cannot be read") from error
 
     def _record(self, step: int) -> dict[str, Any]:
         """The checkpoint's metadata with its format version and digest."""
@@ -214,14 +261,14 @@ class Checkpoints:
         try:
             record = self._orbax.checkpointables_metadata(step).custom_metadata
         except Exception as error:
-            raise CheckpointError(problem) from error
+            raise DamagedError(problem) from error
         if not isinstance(record, dict) or "format" not in record:
-            raise CheckpointError(problem)
+            raise DamagedError(problem)
         if record["format"] != FORMAT:
             version = record["format"]
             raise CheckpointError(f"{path}: format version {version!r} is unknown; this library knows {FORMAT}")
         if not isinstance(record.get("leaves"), dict) or not isinstance(record.get("sha256"), dict):
-            raise CheckpointError(problem)
+            raise DamagedError(problem)
         return {"metadata": None, **record}
 
     @contextlib.contextmanager
@@ -235,23 +282,29 @@ class Checkpoints:
             with contextlib.suppress(Exception):  # Orbax raises the same error once in every thread that asks.
                 self._orbax.wait()
             self._cleaned = False
-            self._remove_cut_off_saves()
+            self.remove_cut_off_saves()
             self._cleaned = False  # Threads of the failed save may still be writing; the next save looks again.
             left = self.latest_step()
             intact = "there was none before it" if left is None else f"the one of step {left} is intact"
             raise CheckpointError(f"{error}; {intact}") from error.__cause__
 
     def _remove_old(self) -> None:
-        """Removes all but the last few and the best, renaming each first: half a checkpoint is never listed."""
-        kept = {*self.steps()[-self._keep :], self.best_step()}
-        for step in set(self._metrics) - kept:
+        """Removes all but the last few and, for each of these, the best up to it, from which a run would resume."""
+        steps = self.steps()
+        last = steps[-self._keep :]
+        best = {_best(self._metrics, [other for other in steps if other <= step]) for step in last}
+        self._remove(set(steps) - {*last, *best})
+
+    def _remove(self, steps: Iterable[int]) -> None:
+        """Removes checkpoints, renaming each first: half a checkpoint is never listed."""
+        for step in steps:
             del self._metrics[step]
             if jax.process_index() == 0:
                 path = self.directory / str(step)
                 with _as_checkpoint_error(f"{path}: the old checkpoint cannot be removed"):
                     shutil.rmtree(path.rename(f"{path}{_TEMPORARY}-removed"))
 
-    def _remove_cut_off_saves(self) -> None:
+    def remove_cut_off_saves(self) -> None:
         """Removes what killed or failed saves left. Not done on opening: another process may be saving here."""
         if not self._cleaned and jax.process_index() == 0:
             for path in self.directory.glob(f"*{_TEMPORARY}*"):
@@ -259,8 +312,17 @@ class Checkpoints:
         self._cleaned = True
 
 
-def _metric(metrics: Any) -> float | None:
-    return metrics.get("metric") if isinstance(metrics, Mapping) else None
+def _best(metrics: Mapping[int, float | None], steps: Sequence[int]) -> int | None:
+    ranked = [(metric, -step) for step in steps if (metric := metrics[step]) is not None]
+    return -max(ranked)[1] if ranked else None
+
+
+def _metric(checkpoint: Any) -> float | None:
+    """Of a checkpoint as Orbax lists it; None also where its file is damaged."""
+    try:
+        return float(checkpoint.metrics["metric"])
+    except Exception:  # whatever a reader of JSON may raise
+        return None
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -315,7 +377,7 @@ def _as_checkpoint_error(what: str) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     number = getattr(error, "errno", None)
-    if number in _DISK_FULL or any(os.strerror(code) in str(error) for code in _DISK_FULL):
+    if number in DISK_FULL or any(os.strerror(code) in str(error) for code in DISK_FULL):
         return "the disk is full, or a limit on it is reached"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -4,18 +4,21 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 import tyro
 
 from spt_jax.config import AnyMethod, ExperimentConfig
-from spt_jax.errors import ConfigError, did_you_mean
+from spt_jax.errors import ConfigError, SptError, did_you_mean
+from spt_jax.files import DISK_FULL, READ_ONLY, write_error
 from spt_jax.measure import PROFILE_BEHIND
 from spt_jax.processes import ProcessesConfig
 from spt_jax.prompts import METHODS
+from spt_jax.training.loop import Stopped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,16 +45,23 @@ class Command(Job[AnyMethod]):
     """Trains a soft prompt on a frozen language model.
 
     Attributes:
-      resume: go on with the run in workdir.
+      resume: go on with the run in workdir, from its newest checkpoint that is intact.
+      resume_from: go on with the run in workdir from the checkpoint of this step; those after it are removed.
       dry_run: show examples as tokens, the packing and the memory needed, and stop.
       profile: trace so many steps, once compiled, into the work directory's profile/, for TensorBoard's xprof.
       processes: how this process finds the others of its run.
     """
 
     resume: bool = False
+    resume_from: int | None = None
     dry_run: bool = False
     profile: int = 0
     processes: ProcessesConfig = dataclasses.field(default_factory=ProcessesConfig)
+
+    @property
+    def resumes(self) -> bool:
+        """Whether a run goes on, from whichever checkpoint."""
+        return self.resume or self.resume_from is not None
 
     def __post_init__(self) -> None:
         if self.profile < 0:
@@ -100,6 +110,24 @@ def _nearest_field(message: str) -> str:
     return "; " + did_you_mean(message.rsplit("'", 2)[1], fields)
 
 
+def exit_code(program: Callable[[], None]) -> int:
+    """Runs a program; turns errors into a line on stderr, and everything into an exit code."""
+    try:
+        program()
+    except SptError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        if error.errno not in (*DISK_FULL, *READ_ONLY):
+            raise
+        print(f"error: {write_error(error)}", file=sys.stderr)
+        return 1
+    except Stopped as stopped:
+        print(f"{stopped}. Go on with --resume", file=sys.stderr)
+        return stopped.exit_code
+    return 0
+
+
 AnyJob = TypeVar("AnyJob", bound=Job[Any])
 
 
@@ -144,6 +172,19 @@ def _method_name(words: Sequence[str]) -> str | None:
         if word.startswith("--method.name="):
             name = word.partition("=")[2]
     return name
+
+
+def first_command(argv: Sequence[str]) -> str:
+    """The words of a command without --resume, --resume-from and --overwrite: those of the run that it goes on with."""
+    kept: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, equals, _ = word.replace("_", "-").partition("=")
+        if name == "--resume-from" and not equals:
+            next(words, None)
+        elif name not in ("--resume", "--no-resume", "--resume-from", "--overwrite", "--no-overwrite"):
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def config_json(config: Any) -> dict[str, Any]:

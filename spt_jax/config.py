@@ -117,9 +117,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"train.{name} is {value}; it must be at least 1")
-        for name in ("patience", "seed"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"train.{name} is {getattr(self, name)}; it must be at least 0")
+        if self.patience < 0:
+            raise ConfigError(f"train.patience is {self.patience}; it must be at least 0")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"train.seed is {self.seed}; it must be at least 0 and below 2**32")
+        if self.steps >= 2**31:
+            raise ConfigError(f"train.steps is {self.steps}; steps are counted in 32 bits, so it must be below 2**31")
 
     def resolved(self) -> "TrainConfig":
         """With the defaults that follow from the length of the run."""

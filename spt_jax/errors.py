@@ -29,6 +29,10 @@ class TrainingError(SptError, RuntimeError):
     """Training cannot go on, for example because the loss is not finite."""
 
 
+class WriteError(SptError, OSError):
+    """A file cannot be written."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A half-sentence that offers the nearest of the known names, or lists them when none is near."""
     known = sorted(known)

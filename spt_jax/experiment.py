@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +10,13 @@ from spt_jax import measure, processes
 from spt_jax.base import FrozenBase, load_base, read_tokenizer
 from spt_jax.config import ExperimentConfig, make_template, resolve
 from spt_jax.data.batches import BatchPlan, multiples, plan_batches
-from spt_jax.data.encoder import Encoder, Example
+from spt_jax.data.encoder import Encoder, Example, digest
 from spt_jax.data.reading import words_of
 from spt_jax.data.sources import check_fields, read_records
 from spt_jax.data.templates import Template
 from spt_jax.data.values import field_text
-from spt_jax.errors import ConfigError, DataError, differing_fields
+from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation import Evaluation, EvaluationSet, evaluate, make_evaluation_set, selection_score
-from spt_jax.files import write_json
 from spt_jax.models.decoder import Remat
 from spt_jax.prompts import PromptParams, VirtualPrompt
 from spt_jax.prompts.storage import save_prompt
@@ -28,60 +25,7 @@ from spt_jax.training.cost import StepMemory, choose_remat, plan_shape, step_mem
 from spt_jax.training.step import Objective
 
 Records = Sequence[Mapping[str, Any]]
-CONFIG_FILE = "config.json"
-
-
-def check_workdir(path: Path, *, resume: bool | None = None, overwrite: bool) -> None:
-    """Whether a run may use the work directory. `resume` is None for what cannot go on.
-
-    Raises:
-      ConfigError: it exists and neither resume nor overwrite is asked; or there is nothing to resume; or overwrite
-        would delete a directory that no run of ours has made.
-    """
-    exists = path.is_dir() and any(path.iterdir())
-    if resume and overwrite:
-        raise ConfigError("--resume and --overwrite exclude each other")
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"work directory {path} is a file")
-    if exists and not (resume or overwrite):
-        ways = "--overwrite to start anew" if resume is None else "--resume to go on or --overwrite to start anew"
-        raise ConfigError(f"work directory {path} already exists. Use {ways}")
-    ours = (path / CONFIG_FILE).exists()
-    if resume and not ours:
-        raise ConfigError(f"work directory {path} holds no run to resume")
-    if exists and overwrite and not ours:
-        raise ConfigError(f"{path} has no {CONFIG_FILE}, so no run of ours made it; delete it yourself if you mean it")
-
-
-def prepare_workdir(path: Path, *, resume: bool | None = None, overwrite: bool) -> None:
-    """Makes the work directory, empty unless a run is resumed.
-
-    Raises:
-      ConfigError: as `check_workdir`.
-    """
-    check_workdir(path, resume=resume, overwrite=overwrite)
-    if overwrite and path.exists():
-        shutil.rmtree(path)
-    path.mkdir(parents=True, exist_ok=True)
-
-
-def open_workdir(path: Path, settings: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
-    """`prepare_workdir`, with the run's settings in its config.json.
-
-    Raises:
-      ConfigError: also, a resumed run must be the same run; only where it runs and logs may differ.
-    """
-    prepare_workdir(path, resume=resume, overwrite=overwrite)
-    if resume:
-        saved = json.loads((path / CONFIG_FILE).read_text())
-        free = ("mesh", "log")
-        different = differing_fields(
-            {k: v for k, v in settings.items() if k not in free}, {k: v for k, v in saved.items() if k not in free}
-        )
-        if different:
-            fields = [f"{name}: {there!r} in the work directory, {now!r} now" for name, now, there in different]
-            raise ConfigError("this is not the config of the run to resume: " + "; ".join(fields))
-    write_json(path / CONFIG_FILE, settings)
+MAX_REPEATS = 10  # of a record in one batch: more would be a batch size that nobody means
 
 
 @contextlib.contextmanager
@@ -137,6 +81,11 @@ class Experiment:
                 f"train.batch_size={config.train.batch_size} leaves some of {row_shards(self.base.mesh)} devices along"
                 f" mesh.data and mesh.fsdp without a row in {config.train.microbatches} microbatches;"
                 f" {options['multiple']} works, or a smaller mesh"
+            )
+        if config.train.batch_size > MAX_REPEATS * len(self.train):
+            raise ConfigError(
+                f"train.batch_size is {config.train.batch_size}, and {config.data.train} has {len(self.train)} records,"
+                f" each of which may be in a batch {MAX_REPEATS} times at most; {len(self.train)} takes each once"
             )
         encoder = self.encoder(self.template)
         with _located(config.data.train):
@@ -297,6 +246,28 @@ class Questions:
     soft: EvaluationSet
     hard: Mapping[str, EvaluationSet]
     bare: EvaluationSet | None
+
+
+def input_digests(
+    read: Sequence[tuple[Experiment, Mapping[str, Sequence[Example]]]],
+) -> dict[str, dict[str, Any]]:
+    """What tells whether runs read the same data and base.
+
+    Args:
+      read: experiments with the examples that each encodes from "train", "validation" and "test".
+
+    Returns:
+      Under "data", by source, the sorted digests of its encoded examples; under "base", by path, its fingerprint.
+    """
+    data: dict[str, set[str]] = {}
+    bases: dict[str, Any] = {}
+    known: dict[int, str] = {}  # trials of a sweep share their examples
+    for experiment, by_split in read:
+        for split, examples in by_split.items():
+            known[id(examples)] = known.get(id(examples)) or digest(examples)
+            data.setdefault(getattr(experiment.config.data, split), set()).add(known[id(examples)])
+        bases[experiment.config.base.path] = dataclasses.asdict(experiment.base.fingerprint)
+    return {"data": {source: sorted(own) for source, own in data.items()}, "base": bases}
 
 
 def questions(experiment: Experiment) -> dict[str, Questions]:

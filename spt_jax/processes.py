@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ import jax
 from jax._src import xla_bridge
 from jax.experimental import multihost_utils
 
+from spt_jax import signals
 from spt_jax.errors import ConfigError, SptError, differing_fields
 from spt_jax.rendezvous import meet
 
@@ -103,8 +105,19 @@ def joined(config: ProcessesConfig) -> Iterator[None]:
     listener.start()
     signs = SignsOfLife(index, jax.process_count())
     signs.start()
+
+    def stopped(number: int) -> None:
+        """The listener of each process, this one's too, ends it."""
+        reason = f"stopped by {signal.Signals(number).name}"
+        failure = {"process": index, "reason": reason, "exit_code": 128 + number}
+        _client().key_value_set(_FAILURE, json.dumps(failure))
+
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if index else sys.stdout):
+        with (
+            signals.telling(stopped),
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stdout(nowhere if index else sys.stdout),
+        ):
             yield
     except BaseException as error:
         if isinstance(error, jax.errors.JaxRuntimeError):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import spt_jax.__main__
 import train
 from spt_jax.training import loop
+from spt_jax.workdir import MARKER, prepare_workdir
 from tests.jobs import ROOT, arrays, losses, words, write_task
 
 
@@ -150,6 +152,59 @@ def test_signal_saves_and_resume_goes_on(files, finished, tmp_path, monkeypatch,
     assert arrays(workdir).tobytes() == arrays(finished).tobytes()
 
 
+def test_a_signal_during_the_last_validation_is_not_lost(files, finished, tmp_path, monkeypatch, capsys):
+    evaluate, calls = train.evaluate, []
+
+    def evaluate_and_signal(*arguments, **named):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments, **named)
+
+    workdir = tmp_path / "stopped"
+    monkeypatch.setattr(train, "evaluate", evaluate_and_signal)
+    assert train.main(words(files, workdir)) == 143
+    assert "stopped by SIGTERM after step 40; the state is saved. Go on with --resume" in capsys.readouterr().err
+    assert not (workdir / "results.json").exists()
+    monkeypatch.undo()
+    assert train.main(words(files, workdir, "--resume")) == 0
+    assert losses(workdir) == losses(finished)
+
+
+def test_other_data_or_another_base_is_not_resumed(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """At the same paths, where the config says nothing of it."""
+    own, workdir = tmp_path / "task", tmp_path / "run"
+    shutil.copytree(files, own)
+    line = words(own, workdir, "--train.steps", "2")
+    assert train.main(line) == 0
+    for split in ("train", "validation", "test"):
+        path = own / f"{split}.jsonl"
+        content = path.read_text()
+        for other in ("".join(reversed(content.splitlines(True))), "".join(content.splitlines(True)[:-1])):
+            path.write_text(other)
+            assert train.main([*line, "--resume"]) == 2
+            assert (
+                f"the examples of {path} are not those that the run in {workdir} began with" in capsys.readouterr().err
+            )
+        path.write_text(content)
+    weights = own / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"] * np.float32(1.05)}, weights)
+    assert train.main([*line, "--resume"]) == 2
+    assert f"{own / 'model'} is not the base that the run began with: weights: " in capsys.readouterr().err
+
+
+def test_one_record_a_step(files: Path, tmp_path: Path):
+    assert train.main(words(files, tmp_path / "run", "--train.steps", "3", "--train.batch-size", "1")) == 0
+    assert len(losses(tmp_path / "run")) == 3
+
+
+def test_overwriting_leaves_nothing_of_a_run(finished: Path, tmp_path: Path):
+    shutil.copytree(finished, tmp_path / "run")
+    prepare_workdir(tmp_path / "run", overwrite=True)
+    assert os.listdir(tmp_path / "run") == [MARKER]
+
+
 def test_resumes_on_another_mesh(files: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """20 steps on one device, 20 on four: the same to float tolerance."""
     place, calls = loop.place_batch, []
@@ -194,6 +249,11 @@ def test_nan_stops_with_the_step_and_keeps_the_last_good_state(files: Path, tmp_
         (["--mesh.data", "-1", "--train.microbatches", "2", "--resume"], 2, "16 works, or a smaller mesh"),
         (["--data.train", "missing.jsonl", "--resume"], 1, "missing.jsonl"),
         (["--loss.class-weights", "1", "--resume"], 2, "1 numbers for 2 classes"),
+        (["--train.steps", "80", "--resume"], 2, "--method.init.name prompt --method.init.path"),
+        (["--train.steps", "2147483648", "--resume"], 2, "train.steps is 2147483648"),
+        (["--train.seed", "4294967296", "--resume"], 2, "train.seed is 4294967296"),
+        (["--train.batch-size", "1000000", "--resume"], 2, "has 60 records"),
+        (["--resume-from", "7"], 1, "no checkpoint of step 7; there are ["),
     ],
 )
 def test_wrong_words(files: Path, finished: Path, capsys, more, code, message):

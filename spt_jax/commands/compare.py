@@ -11,11 +11,12 @@ from spt_jax.command_line import Job, config_json, parse_job
 from spt_jax.comparison import PREDICTIONS_FILE, Entry, ask, make_table, markdown, read_outside, ways
 from spt_jax.config import AnyMethod, resolve
 from spt_jax.errors import ConfigError
-from spt_jax.experiment import CONFIG_FILE, check_workdir, load_experiment, prepare_workdir
+from spt_jax.experiment import load_experiment
 from spt_jax.files import write_json, write_text
 from spt_jax.options import Pairs
 from spt_jax.plots import plot_comparison
 from spt_jax.predictions import predictions_jsonl
+from spt_jax.workdir import CONFIG_FILE, check_workdir, held, input_paths, prepare_workdir
 
 PROGRAM = "python -m spt_jax compare"
 
@@ -65,15 +66,18 @@ def main(argv: Sequence[str]) -> None:
     command = parse_job(Compare, argv, PROGRAM)
     command.validate()
     measure.keep_compiled_programs(command.compilation_cache)
-    check_workdir(command.workdir, overwrite=command.overwrite)
+    others = {name: Path(folder) for name, folder in command.others.items()}
+    reads = input_paths(command.config, Path(argv[0]), *command.prompts, *others.values())
+    check_workdir(command.workdir, overwrite=command.overwrite, reads=reads)
     experiment = load_experiment(resolve(command.config))
-    outside = [read_outside(name, Path(folder)) for name, folder in command.others.items()]
+    outside = [read_outside(name, folder) for name, folder in others.items()]
     options = {"shots": command.shots, "shots_seed": command.shots_seed, "probe": command.probe}
-    entries = [ask(experiment.base, way) for way in ways(experiment, command.prompts, **options)]
-    entries += outside
-    table = make_table(entries, list(experiment.template.verbalizers))
-    prepare_workdir(command.workdir, overwrite=command.overwrite)
-    write_results(command.workdir, entries, table, config_json(command), argv)
+    every = ways(experiment, command.prompts, **options)
+    with held(command.workdir):
+        entries = [*(ask(experiment.base, way) for way in every), *outside]
+        table = make_table(entries, list(experiment.template.verbalizers))
+        prepare_workdir(command.workdir, overwrite=command.overwrite, reads=reads)
+        write_results(command.workdir, entries, table, config_json(command), argv)
     print(markdown(table))
     print(f"{command.workdir}: compare.md, compare.json, compare.png, predictions.jsonl")
 

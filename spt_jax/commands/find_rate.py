@@ -3,18 +3,20 @@
 import dataclasses
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from spt_jax import measure
 from spt_jax.command_line import Job, config_json, parse_job
 from spt_jax.config import AnyMethod, resolve
-from spt_jax.experiment import CONFIG_FILE, check_workdir, load_experiment, prepare_workdir
+from spt_jax.experiment import load_experiment
 from spt_jax.files import write_json
 from spt_jax.plots import plot_range_test
 from spt_jax.training.loop import progress_bar
 from spt_jax.training.optimizers import resolve_optimizer
 from spt_jax.training.population import Member
 from spt_jax.training.rate_finder import range_test
+from spt_jax.workdir import CONFIG_FILE, check_workdir, held, input_paths, prepare_workdir
 
 PROGRAM = "python -m spt_jax find-rate"
 
@@ -44,13 +46,14 @@ def main(argv: Sequence[str]) -> None:
     """
     command = parse_job(FindRate, argv, PROGRAM)
     measure.keep_compiled_programs(command.compilation_cache)
-    check_workdir(command.workdir, overwrite=command.overwrite)
+    workdir, reads = command.workdir, input_paths(command.config, Path(argv[0]))
+    check_workdir(workdir, overwrite=command.overwrite, reads=reads)
     experiment = load_experiment(resolve(command.config))
     examples, plan = experiment.training_set()
     experiment, _ = experiment.fitted(plan)
     config, base = experiment.config, experiment.base
     optimizer = resolve_optimizer(config.optimizer, base.config.family, config.method.recipe)
-    with progress_bar(command.rates, 0) as bar:
+    with held(workdir), progress_bar(command.rates, 0) as bar:
         found = range_test(
             base,
             Member(config.method, examples, plan, config.train.seed, 0.0, config.loss.class_weights or None),
@@ -62,19 +65,19 @@ def main(argv: Sequence[str]) -> None:
             steps=command.rates,
             progress=lambda step: bar.update(1),
         )
-    prepare_workdir(command.workdir, overwrite=command.overwrite)
-    write_json(command.workdir / CONFIG_FILE, config_json(command))
-    write_json(
-        command.workdir / "rates.json",
-        {
-            "suggested": found.suggested,
-            "rates": found.rates.tolist(),
-            "losses": found.losses.tolist(),
-            "smoothed": found.smoothed.tolist(),
-            "command": shlex.join([*PROGRAM.split(), *argv]),
-        },
-    )
-    plot_range_test(command.workdir / "rates.png", found.rates, found.losses, found.smoothed, found.suggested)
+        prepare_workdir(workdir, overwrite=command.overwrite, reads=reads)
+        write_json(workdir / CONFIG_FILE, config_json(command))
+        write_json(
+            workdir / "rates.json",
+            {
+                "suggested": found.suggested,
+                "rates": found.rates.tolist(),
+                "losses": found.losses.tolist(),
+                "smoothed": found.smoothed.tolist(),
+                "command": shlex.join([*PROGRAM.split(), *argv]),
+            },
+        )
+        plot_range_test(workdir / "rates.png", found.rates, found.losses, found.smoothed, found.suggested)
     now = f"{optimizer.name} has {optimizer.learning_rate} in this config"
     print(f"suggested: --optimizer.learning-rate {found.suggested:.2g}; {now}")
-    print(f"{command.workdir}: rates.json, rates.png")
+    print(f"{workdir}: rates.json, rates.png")

@@ -7,14 +7,14 @@ improving, by the rules of `plateau`.
 import dataclasses
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
-from spt_jax import measure
-from spt_jax.command_line import Job, config_json, parse_job
+from spt_jax import measure, signals
+from spt_jax.command_line import Job, config_json, first_command, parse_job
 from spt_jax.config import AnyMethod, resolve
-from spt_jax.data.encoder import digest
 from spt_jax.errors import ConfigError, TrainingError
-from spt_jax.experiment import check_workdir, open_workdir
+from spt_jax.experiment import input_digests
 from spt_jax.files import write_json
 from spt_jax.plots import plot_sweep
 from spt_jax.sweeps.plateau import Estimate, check_records, has_plateaued, shortest_of_the_best
@@ -32,7 +32,6 @@ from spt_jax.sweeps.results import (
 from spt_jax.sweeps.settings import flag_words, named, parse_field, settings
 from spt_jax.sweeps.trials import (
     Preparation,
-    Prepared,
     Row,
     Trial,
     populations,
@@ -42,6 +41,7 @@ from spt_jax.sweeps.trials import (
     write_rows,
 )
 from spt_jax.training.halving import Halving
+from spt_jax.workdir import check_workdir, held, input_paths, open_workdir
 
 PROGRAM = "python -m spt_jax sweep"
 
@@ -108,7 +108,8 @@ def main(argv: Sequence[str]) -> None:
     command.validate()
     measure.keep_compiled_programs(command.compilation_cache)
     workdir, words = command.workdir, shlex.join([*PROGRAM.split(), *argv])
-    check_workdir(workdir, resume=command.resume, overwrite=command.overwrite)
+    way, config_file = {"resume": command.resume, "overwrite": command.overwrite}, Path(argv[0])
+    check_workdir(workdir, **way, reads=input_paths(command.config, config_file))
     stages, prepare = plan_stages(command, argv), Preparation()
     planned = {trial.number: trial for stage in stages for trial in stage}
     if command.ensemble > len(planned):
@@ -127,50 +128,47 @@ def main(argv: Sequence[str]) -> None:
         print("trials have validation sets of their own, by which they are compared all the same")
     elsewhere = ("config", "workdir", "resume", "overwrite", "compilation_cache")
     options = {name: value for name, value in config_json(command).items() if name not in elsewhere}
-    open_workdir(
-        workdir,
-        {**config_json(command.config), "sweep": options, "examples": digests(every)},
-        resume=command.resume,
-        overwrite=command.overwrite,
-    )
-    rows = read_rows(workdir, planned)
-    print(f"{len(planned)} trials, {len(rows)} of them done; seeds {', '.join(map(str, command.seeds))}")
-    halving = Halving() if command.halving else None
-    ran: list[Trial] = []
-    scores: list[Score] = []
-    for stage in stages:
-        for population in populations(stage, prepare):
-            if any(trial.number not in rows for trial in population):
-                for row in train_population(population, prepare, workdir, halving=halving, facts={"command": words}):
-                    rows[row["trial"]] = row
-                write_rows(workdir, planned, rows)
-        ran += stage
-        scores = scored(workdir, rows, ran)
-        for score in scores:
-            if score.trials[0] >= stage[0].number:
-                test = "" if score.test is None else f"   test {_shown(score.test)}"
-                print(f"{named(score.settings):40} validation {_shown(score.validation)}{test}")
-        walked = [score.validation for score in by_length(scores)] if command.lengths else []
-        if command.patience and walked and has_plateaued(walked, command.patience):
-            break
-    results = finish(command, prepare, ran, rows, scores)
-    write_json(
-        workdir / "results.json",
-        {
-            **results,
-            "steps_of_all": sum(trial.config.train.steps for trial in planned.values()),
-            "device": measure.device_name(),
-            "versions": measure.versions(),
-            "command": words,
-        },
-    )
-    print(f"{workdir}: trials.csv, trials.parquet, results.json, sweep.png, and every trial's prompt under trials/")
-
-
-def digests(every: Sequence[Prepared]) -> list[str]:
-    """Of all examples that trials train on and are asked, each once: a sweep goes on with the same."""
-    sets = [own.examples for prepared in every for own in (prepared, *prepared.asked.values())]
-    return sorted({digest(examples) for examples in sets})
+    examples = [
+        (own.experiment, {"train": own.examples, **{split: asked.examples for split, asked in own.asked.items()}})
+        for own in every
+    ]
+    reads = [path for trial in planned.values() for path in input_paths(trial.config, config_file)]
+    facts = {"command": first_command([*PROGRAM.split(), *argv])}
+    with held(workdir), signals.advising("Go on with --resume"):
+        settings = {**config_json(command.config), "sweep": options}
+        open_workdir(workdir, settings, input_digests(examples), **way, reads=reads)
+        rows = read_rows(workdir, planned)
+        print(f"{len(planned)} trials, {len(rows)} of them done; seeds {', '.join(map(str, command.seeds))}")
+        halving = Halving() if command.halving else None
+        ran: list[Trial] = []
+        scores: list[Score] = []
+        for stage in stages:
+            for population in populations(stage, prepare):
+                if any(trial.number not in rows for trial in population):
+                    for row in train_population(population, prepare, workdir, halving=halving, facts=facts):
+                        rows[row["trial"]] = row
+                    write_rows(workdir, planned, rows)
+            ran += stage
+            scores = scored(workdir, rows, ran)
+            for score in scores:
+                if score.trials[0] >= stage[0].number:
+                    test = "" if score.test is None else f"   test {_shown(score.test)}"
+                    print(f"{named(score.settings):40} validation {_shown(score.validation)}{test}")
+            walked = [score.validation for score in by_length(scores)] if command.lengths else []
+            if command.patience and walked and has_plateaued(walked, command.patience):
+                break
+        results = finish(command, prepare, ran, rows, scores)
+        write_json(
+            workdir / "results.json",
+            {
+                **results,
+                "steps_of_all": sum(trial.config.train.steps for trial in planned.values()),
+                "device": measure.device_name(),
+                "versions": measure.versions(),
+                "command": words,
+            },
+        )
+        print(f"{workdir}: trials.csv, trials.parquet, results.json, sweep.png, and every trial's prompt under trials/")
 
 
 def plan_stages(command: Sweep[Any], argv: Sequence[str]) -> list[list[Trial]]:

@@ -375,7 +375,9 @@ def training_batches(
     its own rows when the batch is placed, so that the result does not depend on the number of processes.
     """
     dataset = grain.MapDataset.source(_Source(examples)).seed(seed).shuffle().repeat()
-    dataset = dataset.batch(batch_size, batch_fn=list).map(lambda chunk: pack(chunk, plan, class_weights))
+    # In chunks of one, the endless stream would be one longer than grain's length can be.
+    chunks = dataset.map(lambda own: [own]) if batch_size == 1 else dataset.batch(batch_size, batch_fn=list)
+    dataset = chunks.map(lambda chunk: pack(chunk, plan, class_weights))
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 

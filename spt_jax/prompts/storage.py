@@ -4,7 +4,6 @@ The JSON names the base and its fingerprint, the method, the template, the versi
 file, so that a prompt is never run on another base, or with another's words, without a word about it.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -28,6 +27,7 @@ from flax import traverse_util
 from spt_jax.base import FINGERPRINT_VERSION, Fingerprint, FrozenBase
 from spt_jax.data.templates import Template
 from spt_jax.errors import CheckpointError, ConfigError, did_you_mean
+from spt_jax.files import sync_directory
 from spt_jax.models.attention import GatedPrefix
 from spt_jax.prompts.initializers import Initializer
 from spt_jax.prompts.method import Method
@@ -158,7 +158,7 @@ def _write_directory(directory: Path, files: Mapping[str, bytes]) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        _sync(new)
+        sync_directory(new)
         if directory.exists():
             # What a cut-off save left under this name is older than the prompt in place.
             shutil.rmtree(old, ignore_errors=True)
@@ -172,16 +172,8 @@ def _write_directory(directory: Path, files: Mapping[str, bytes]) -> None:
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    _sync(directory.parent)
+    sync_directory(directory.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(directory: Path) -> None:
-    """Makes names in a directory last through a loss of power, where the file system can."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    with contextlib.suppress(OSError):
-        os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def read_prompt(directory: str | Path) -> SavedPrompt:

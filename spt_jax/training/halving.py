@@ -104,7 +104,7 @@ def fit_population(
       group_size: members that go through a step together; default by device.
       log: opens the metrics log at the step that the run starts or goes on from; default none.
       metadata: plain JSON that goes into every checkpoint.
-      resume: go on from the latest checkpoint in workdir, bit for bit.
+      resume: go on from the newest checkpoint in workdir that is intact, bit for bit.
       names: of the members, for what is said of them; default their numbers from 0.
 
     Returns:
@@ -133,11 +133,15 @@ def fit_population(
         checkpoints = stack.enter_context(Checkpoints(Path(workdir) / "checkpoints", keep=config.keep))
         asked_to_stop = stack.enter_context(graceful_stop())
         done = 0
-        if resume and checkpoints.latest_step() is not None:
-            stacked, data_states, saved = checkpoints.restore(None, _stacked(0, states, standings))
-            done, states, standings = _unstacked(stacked, saved["standings"])
-            for stream, state in zip(streams, data_states, strict=True):
-                stream.set_state(state)
+        if resume:
+            like = _stacked(0, states, standings)
+            restored = checkpoints.restore_intact(None, lambda step: checkpoints.restore(step, like))
+            if restored is not None:
+                stacked, data_states, saved = restored
+                done, states, standings = _unstacked(stacked, saved["standings"])
+                for stream, state in zip(streams, data_states, strict=True):
+                    stream.set_state(state)
+        checkpoints.remove_cut_off_saves()
         metrics_log = stack.enter_context(contextlib.closing(NoLog() if log is None else log(done)))
         bar = stack.enter_context(progress_bar(config.steps, done))
         step = make_population_step(base, method, optimizer, config.steps, objective)
@@ -167,6 +171,7 @@ def fit_population(
         def save() -> None:
             details = [_described(standing) for standing in standings]
             data_states = [stream.get_state() for stream in streams]
+            metrics_log.sync()
             checkpoints.save(_stacked(done, states, standings), data_states, {**(metadata or {}), "standings": details})
 
         while done < config.steps and (racing := _racing(standings)):
@@ -204,6 +209,9 @@ def fit_population(
                 checkpoints.wait()
                 raise Stopped(stop, done)
         checkpoints.wait()
+        stop = asked_to_stop(done + 1)  # during the last validation or save
+        if stop is not None:
+            raise Stopped(stop, done)
     return [
         dataclasses.replace(
             standing,

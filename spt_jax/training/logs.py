@@ -1,23 +1,36 @@
 """Where the numbers of a run go: `metrics.jsonl` always, TensorBoard and Weights & Biases on request."""
 
 import json
+import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from spt_jax.config import LogConfig
-from spt_jax.errors import ConfigError
-from spt_jax.files import write_text
+from spt_jax.errors import CheckpointError, ConfigError
+from spt_jax.files import write_text, writing
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line cut short by a kill is left out."""
+    """The lines of a `metrics.jsonl`; a last line cut short by a kill is left out.
+
+    Raises:
+      CheckpointError: another line is not a JSON object with a step.
+    """
+    content = path.read_bytes().split(b"\n") if path.exists() else []
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for number, line in enumerate(content, 1):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            values = json.loads(line)
+            lines.append({**values, "step": int(values["step"])})
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(content):
+                break
+            raise CheckpointError(
+                f"{path}, line {number}, is damaged ({error}): delete that line, or the file, which only records what"
+                " was measured"
+            ) from error
     return lines
 
 
@@ -25,20 +38,22 @@ class MetricsLog:
     """Appends a line per event. Opened at a resumed step, it drops what a killed run wrote beyond that step."""
 
     def __init__(self, workdir: Path, config: LogConfig, *, from_step: int, run_config: Mapping[str, Any]):
-        path = workdir / "metrics.jsonl"
-        kept = [line for line in read_metrics(path) if line["step"] <= from_step] if from_step else []
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        self._path = workdir / "metrics.jsonl"
+        kept = [line for line in read_metrics(self._path) if line["step"] <= from_step] if from_step else []
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        with writing(self._path):
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         self._tensorboard = self._wandb = None
         if config.tensorboard:
             self._tensorboard = _tensorboard(workdir, from_step)
         if config.wandb:
-            self._wandb = _wandb(config.wandb, workdir, run_config, resumed=from_step > 0)
+            self._wandb = _wandb(config.wandb, workdir, run_config)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One line {"step": step, ...}; nested mappings become names with a slash outside the file."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
         flat = {name: value for name, value in _flat(values) if isinstance(value, (int, float))}
         if self._tensorboard is not None:
             for name, value in flat.items():
@@ -46,9 +61,15 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.log(flat, step=step)
 
+    def sync(self) -> None:
+        """Makes the lines so far last through a loss of power, as a checkpoint after them does."""
+        with writing(self._path):
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Flushes and closes every destination."""
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -62,6 +83,9 @@ class NoLog(MetricsLog):
         pass
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
         pass
 
     def close(self) -> None:
@@ -83,11 +107,23 @@ def _tensorboard(workdir: Path, from_step: int) -> Any:
     return tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=from_step or None)
 
 
-def _wandb(project: str, workdir: Path, run_config: Mapping[str, Any], resumed: bool) -> Any:
+def _wandb(project: str, workdir: Path, run_config: Mapping[str, Any]) -> Any:
     try:
         import wandb
     except ImportError as error:
         raise ConfigError("log.wandb needs the extra: pip install 'spt_jax[wandb]'") from error
     return wandb.init(
-        project=project, dir=str(workdir), config=dict(run_config), id=workdir.name, resume="allow" if resumed else None
+        project=project,
+        dir=str(workdir),
+        config=dict(run_config),
+        name=workdir.name,
+        id=_run_id(workdir / "wandb-id"),
+        resume="allow",
     )
+
+
+def _run_id(path: Path) -> str:
+    """Unique to the work directory, and the same when its run is resumed."""
+    if not path.exists():
+        write_text(path, uuid.uuid4().hex)
+    return path.read_text()

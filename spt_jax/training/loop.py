@@ -15,9 +15,9 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from spt_jax import measure, processes
+from spt_jax import measure, processes, signals
 from spt_jax.base import FrozenBase
-from spt_jax.checkpoints import Checkpoints
+from spt_jax.checkpoints import Checkpoints, DamagedError
 from spt_jax.config import TrainConfig
 from spt_jax.data.batches import Batch, BatchPlan, place_batch, training_batches
 from spt_jax.data.encoder import Example
@@ -77,6 +77,29 @@ class Rates:
 
 
 @dataclasses.dataclass(frozen=True)
+class Speed:
+    """The time that a run has taken and what it did in it, since its very start, as its checkpoints keep it.
+
+    seconds: in training, without validation and saving.
+    warm_seconds: those of them since the first step of each start came back, which is when the program was compiled.
+    examples, tokens, flops: done in the latter, as of `Rates`.
+    """
+
+    seconds: float = 0.0
+    warm_seconds: float = 0.0
+    examples: float = 0.0
+    tokens: float = 0.0
+    flops: float = 0.0
+
+    def rates(self, peak_flops: float) -> Rates:
+        """Per second; peak_flops: operations per second of all devices at most."""
+        if not self.warm_seconds:
+            return Rates()
+        examples, tokens, flops = (own / self.warm_seconds for own in (self.examples, self.tokens, self.flops))
+        return Rates(examples, tokens, flops / peak_flops)
+
+
+@dataclasses.dataclass(frozen=True)
 class Outcome:
     """What training gave: the best prompt, steps done, seconds in them, and how fast it was."""
 
@@ -88,39 +111,24 @@ class Outcome:
 
 @contextlib.contextmanager
 def graceful_stop() -> Iterator[Callable[[int], int | None]]:
-    """Catches SIGTERM and SIGINT instead of dying from them; a second SIGINT interrupts at once.
+    """Catches SIGTERM and SIGINT instead of ending at once; SIGINT after another signal does end the process at once.
 
     Of several processes, one that gets either stops all, as by SIGTERM.
 
     Yields:
-      Called after every step with its number: the signal that asks to stop, or None.
+      Called after every step with its number, and after the last with the next: the signal that asks to stop, or None.
     """
-    caught: list[int] = []
     several = jax.process_count() > 1
-
-    def note(number: int, frame: Any) -> None:
-        if caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        caught.append(number)
-        if several:
-            signal.raise_signal(signal.SIGTERM)
-
-    def asked(step: int) -> int | None:
-        if several:
-            return signal.SIGTERM if processes.stop_asked(step) else None
-        return caught[0] if caught else None
-
     # JAX has a handler of its own for SIGTERM where there are several processes.
-    numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
-    try:
-        previous = {number: signal.signal(number, note) for number in numbers}
-    except ValueError:  # not the main thread, which alone gets signals
-        previous = {}
-    try:
+    numbers = (signal.SIGINT,) if several else signals.NUMBERS
+    with signals.held(numbers, lambda: signal.raise_signal(signal.SIGTERM) if several else None) as caught:
+
+        def asked(step: int) -> int | None:
+            if several:
+                return signal.SIGTERM if processes.stop_asked(step) else None
+            return caught[0] if caught else None
+
         yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def fit(
@@ -137,6 +145,7 @@ def fit(
     save_best: Callable[[Best], None],
     metadata: Mapping[str, Any],
     resume: bool = False,
+    resume_from: int | None = None,
     profile: int = 0,
 ) -> Outcome:
     """Trains until `config.steps`, an early stop or a signal.
@@ -146,7 +155,8 @@ def fit(
       validate: metrics of a prompt on the validation set; None keeps the last prompt as the best.
       save_best: called with every new best prompt.
       metadata: plain JSON that goes into every checkpoint.
-      resume: go on from the latest checkpoint in workdir.
+      resume: go on from the newest checkpoint in workdir that is intact.
+      resume_from: with resume, go on from the checkpoint of this step instead.
       profile: steps to trace into workdir's profile/.
 
     Raises:
@@ -162,20 +172,30 @@ def fit(
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=config.keep))
         asked_to_stop = stack.enter_context(graceful_stop())
-        if resume and checkpoints.latest_step() is not None:
-            state, data_state, saved = checkpoints.restore(None, state)
-            stream.set_state(data_state)
-            best = _restored_best(checkpoints, saved["best"], state)
+        speed = Speed()
+        if resume:
+            start = state
+            found = checkpoints.restore_intact(resume_from, lambda step: _restored(checkpoints, step, start))
+            if found is not None:
+                state, data_state, best, speed = found
+                stream.set_state(data_state)
+        checkpoints.remove_cut_off_saves()
         first = int(state.step)
         metrics_log = stack.enter_context(contextlib.closing(log(first)))
-        run = _Run(config, metrics_log, first, measure.peak_flops(base.dtype) * base.mesh.size)
+        peak_flops = measure.peak_flops(base.dtype) * base.mesh.size
+        run = _Run(config, metrics_log, first, speed, peak_flops)
         stack.callback(run.bar.close)
         trace = stack.enter_context(contextlib.closing(measure.Profile(workdir / "profile", profile)))
 
-        def save(state: TrainState, best: Best) -> None:
+        def save(state: TrainState, best: Best) -> Speed:
+            speed = run.speed
             details = {"step": best.step, "metrics": best.metrics, "since": best.since}
             score = best.score if best.step == int(state.step) and best.metrics else None
-            checkpoints.save(state, stream.get_state(), {**metadata, "best": details}, metric=score)
+            with run.pause():
+                metrics_log.sync()
+                saved = {**metadata, "best": details, "speed": dataclasses.asdict(speed)}
+                checkpoints.save(state, stream.get_state(), saved, metric=score)
+            return speed
 
         step = make_train_step(base, method, optimizer, objective)
         if first == 0:
@@ -192,22 +212,24 @@ def fit(
                 run.settle()
                 with run.pause():
                     best = _validated(best, _to_host(state.params), done, validate, metrics_log, save_best)
+            ended = last or stop is not None or _out_of_patience(config, best)
             # A new best is always checkpointed: that is where a resumed run finds it.
-            if done % config.checkpoint_every == 0 or last or stop is not None or best.step == done:  # type: ignore[operator]
+            if done % config.checkpoint_every == 0 or ended or best.step == done:  # type: ignore[operator]
                 run.settle()
-                with run.pause():
-                    save(state, best)
+                speed = save(state, best)
             if stop is not None:
                 checkpoints.wait()
                 raise Stopped(stop, done)
-        run.settle()
         if validate is None:
             best = Best(_to_host(state.params), done)
             save_best(best)
         elif best.metrics is not None:
             save_best(best)
         checkpoints.wait()
-    return Outcome(best, done, run.seconds, run.rates)
+        stop = asked_to_stop(done + 1)  # during the last validation or save
+        if stop is not None:
+            raise Stopped(stop, done)
+    return Outcome(best, done, speed.seconds, speed.rates(peak_flops))
 
 
 def _work(base: FrozenBase, method: Method, batch: Batch) -> np.ndarray:
@@ -224,12 +246,19 @@ def _out_of_patience(config: TrainConfig, best: Best) -> bool:
     return 0 < config.patience <= best.since
 
 
-def _restored_best(checkpoints: Checkpoints, saved: Mapping[str, Any], state: TrainState) -> Best:
-    """The best prompt is that of the best checkpoint, which is kept for this."""
-    if saved["metrics"] is None:
-        return Best(_to_host(state.params))
-    params = checkpoints.restore(saved["step"], state)[0].params
-    return Best(_to_host(params), saved["step"], saved["metrics"], saved["since"])
+def _restored(checkpoints: Checkpoints, step: int, like: TrainState) -> tuple[TrainState, Any, Best, Speed]:
+    """State, place in the data, best prompt and speed; the best is that of the best checkpoint, kept for this."""
+    state, data_state, saved = checkpoints.restore(step, like)
+    speed = Speed(**saved.get("speed", {}))  # version 0.1 saved none
+    details = saved["best"]
+    if details["metrics"] is None:
+        return state, data_state, Best(_to_host(state.params)), speed
+    if details["step"] not in checkpoints.steps():
+        raise DamagedError(
+            f"{checkpoints.directory}: the best prompt up to step {step}, of step {details['step']}, is gone"
+        )
+    params = checkpoints.restore(details["step"], like)[0].params
+    return state, data_state, Best(_to_host(params), details["step"], details["metrics"], details["since"]), speed
 
 
 def _validated(
@@ -266,8 +295,8 @@ def progress_bar(steps: int, first: int) -> tqdm:
 class _Run:
     """Progress bar and clock of a run. A step's metrics are read after the next step is dispatched."""
 
-    def __init__(self, config: TrainConfig, log: MetricsLog, first: int, peak_flops: float):
-        self._log, self._peak_flops = log, peak_flops
+    def __init__(self, config: TrainConfig, log: MetricsLog, first: int, before: Speed, peak_flops: float):
+        self._log, self._before, self._peak_flops = log, before, peak_flops
         self._pending: tuple[int, dict[str, Any], np.ndarray] | None = None
         self._work = np.zeros(3)
         self._warm: float | None = None
@@ -277,16 +306,23 @@ class _Run:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the start, without validation and saving."""
+        """Seconds since this start, without validation and saving."""
         return time.perf_counter() - self._begun - self._paused
 
     @property
-    def rates(self) -> Rates:
-        """How fast the steps since the first were."""
+    def speed(self) -> Speed:
+        """Since the run's very start."""
+        seconds, before = self.seconds, self._before
         if self._warm is None or not self._work.any():
-            return Rates()
-        examples, tokens, flops = self._work / (self.seconds - self._warm)
-        return Rates(float(examples), float(tokens), float(flops) / self._peak_flops)
+            return dataclasses.replace(before, seconds=before.seconds + seconds)
+        examples, tokens, flops = map(float, self._work)
+        return Speed(
+            before.seconds + seconds,
+            before.warm_seconds + seconds - self._warm,
+            before.examples + examples,
+            before.tokens + tokens,
+            before.flops + flops,
+        )
 
     def dispatched(self, step: int, metrics: dict[str, Any], work: np.ndarray) -> None:
         """Takes a step's metrics, still being computed, and reads those of the step before."""
@@ -321,7 +357,7 @@ class _Run:
             self._work += work
         self._log.write(step, values)
         self.bar.update(1)
-        rates = self.rates
+        rates = self.speed.rates(self._peak_flops)
         self.bar.set_postfix(
             {
                 "loss": f"{values['loss']:.3f}",

@@ -17,6 +17,7 @@ from spt_jax.training.population import Member, init_members, make_population_st
 from spt_jax.training.step import Objective
 
 SMOOTHING = 0.9
+MAX_STEPS = 100_000
 BLOWN_UP = 4.0  # times the lowest smoothed loss
 
 
@@ -55,12 +56,12 @@ def range_test(
       progress: called after every step.
 
     Raises:
-      ConfigError: the range is empty, or has fewer than 10 steps.
+      ConfigError: the range is empty, or has fewer than 10 steps or more than `MAX_STEPS`.
       TrainingError: the loss blew up within 10 steps, or never fell by more than its noise.
     """
-    if not 0 < low < high or steps < 10:
+    if not 0 < low < high < math.inf or not 10 <= steps <= MAX_STEPS:
         raise ConfigError(
-            f"a range test goes up from a rate above 0, in 10 steps or more; not {low} to {high} in {steps}"
+            f"a range test goes up from a rate above 0, in 10 to {MAX_STEPS:,} steps; not {low} to {high} in {steps}"
         )
     optimizer = dataclasses.replace(optimizer, schedule="constant", warmup_steps=0)
     states = init_members(base, [member], optimizer, steps)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -18,6 +19,7 @@ from spt_jax.evaluation import selection_score
 from spt_jax.sweeps.results import scored
 from spt_jax.sweeps.trials import Trial
 from spt_jax.training import halving
+from spt_jax.workdir import MARKER, prepare_workdir
 from tests.jobs import ROOT, arrays, words, write_task
 
 QUICK = ("--train.steps", "8", "--train.evaluate-every", "4", "--train.checkpoint-every", "4")
@@ -121,7 +123,32 @@ def test_a_stopped_sweep_goes_on_to_the_same_end(files, lengths, tmp_path, monke
     assert "2 of them done" in capsys.readouterr().out
     differing = {k for a, b in zip(table(tmp_path / "run"), table(lengths), strict=True) for k in a if a[k] != b[k]}
     assert differing <= {"prompt_bytes"}  # the work directory's name, in the command that a prompt keeps
+    for trial in ("001", "004"):  # ended before and after the stop
+        info = json.loads((tmp_path / "run" / "trials" / trial / "prompt" / "prompt.json").read_text())
+        assert info["extra"]["command"] == shlex.join(
+            ["python", "-m", "spt_jax", "sweep", *words(files, tmp_path / "run", *QUICK, *LENGTHS)]
+        )
     np.testing.assert_array_equal(arrays(tmp_path / "run"), arrays(lengths))
+
+
+def test_a_sweep_goes_on_with_the_same_data_and_base(files, lengths, tmp_path, capsys):
+    own, workdir = tmp_path / "task", tmp_path / "run"
+    shutil.copytree(files, own)
+    shutil.copytree(lengths, workdir)
+    saved = json.loads((workdir / "config.json").read_text())
+    moved = json.loads(json.dumps(saved).replace(str(files), str(own)))
+    (workdir / "config.json").write_text(json.dumps(moved))
+    lines = (own / "validation.jsonl").read_text().splitlines(True)
+    (own / "validation.jsonl").write_text("".join(reversed(lines)))
+    assert sweep(own, workdir, *LENGTHS, "--resume") == 2
+    assert f"the examples of {own / 'validation.jsonl'} are not those" in capsys.readouterr().err
+    (own / "validation.jsonl").write_text("".join(lines))
+    moved["inputs"]["base"][str(own / "model")]["weights"] = "0" * 64
+    (workdir / "config.json").write_text(json.dumps(moved))
+    assert sweep(own, workdir, *LENGTHS, "--resume") == 2
+    assert f"{own / 'model'} is not the base that the run began with: weights: '0000" in capsys.readouterr().err
+    prepare_workdir(workdir, overwrite=True)
+    assert os.listdir(workdir) == [MARKER]
 
 
 def test_a_table_from_another_sweep_is_refused(files, lengths, tmp_path, capsys):

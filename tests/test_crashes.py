@@ -1,0 +1,122 @@
+"""A run that is cut off at any change to its work directory, and resumed, comes to the same end bit for bit.
+
+SPT_JAX_ALL_CRASHES=1 tries every change; otherwise a few, spread over the run. `benchmarks/kills.py` kills whole
+processes of runs and sweeps.
+"""
+
+import functools
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+import train
+from spt_jax.files import write_bytes
+from tests.crashes import Recorder
+from tests.jobs import arrays, words, write_task
+
+SHORT = ("--train.steps", "4", "--train.evaluate-every", "2", "--train.checkpoint-every", "1", "--train.keep", "1")
+FEW = 12
+MEASURED = ("train_seconds", "compile_seconds", "examples_per_second", "tokens_per_second", "flops_utilization",
+            "peak_memory_bytes", "command")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory):
+    """Runs the short job in a work directory. Its base, data and programs are read and compiled once."""
+    files = tmp_path_factory.mktemp("task")
+    write_task(files)
+    patch, loaded = pytest.MonkeyPatch(), []
+    load, optimizer = train.load_experiment, functools.cache(train.make_optimizer)
+
+    def load_once(config):
+        if not loaded:
+            loaded.append(load(config))
+        return loaded[0]
+
+    patch.setattr(train, "load_experiment", load_once)
+    patch.setattr(train, "make_optimizer", optimizer)
+    patch.setattr(train, "plot_curves", lambda path, lines, references: write_bytes(path, b"PNG"))
+    yield lambda workdir, *more: train.main(words(files, workdir, *SHORT, *more))
+    patch.undo()
+
+
+def end(workdir: Path) -> dict[str, object]:
+    """All that a run has come to, but for how long it took."""
+    results = json.loads((workdir / "results.json").read_text())
+    return {
+        "metrics": (workdir / "metrics.jsonl").read_bytes(),
+        "predictions": (workdir / "predictions.jsonl").read_bytes(),
+        "prompt": arrays(workdir).tobytes(),
+        "results": {name: value for name, value in results.items() if name not in MEASURED},
+        "files": sorted(os.listdir(workdir)),
+        "checkpoints": sorted(os.listdir(workdir / "checkpoints")),
+    }
+
+
+@pytest.fixture(scope="module")
+def crashes(job, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
+    """The copies that a run leaves, and its end."""
+    folder = tmp_path_factory.mktemp("crashes")
+    job(folder / "first")  # compiles
+    recorder = Recorder(folder / "run", folder / "copies")
+    with recorder.recording():
+        assert job(folder / "run") == 0
+    assert recorder.count > 100
+    return folder, end(folder / "run")
+
+
+@pytest.mark.parametrize("kind", ["killed", "without power"])
+def test_every_crash_is_resumed_to_the_same_end(job, crashes, capfd, kind):
+    folder, whole = crashes
+    copies = sorted(path for path in (folder / "copies").iterdir() if ("-" in path.name) == (kind == "without power"))
+    stride = 1 if os.environ.get("SPT_JAX_ALL_CRASHES") else len(copies) // FEW
+    workdir = folder / "run"  # where it was, because the saved prompt's command names it
+    for copy in copies[::stride]:
+        shutil.rmtree(workdir)
+        shutil.copytree(copy, workdir)
+        began = (workdir / "config.json").exists()
+        assert job(workdir, *(["--resume"] if began else [])) == 0, (copy.name, capfd.readouterr().err)
+        assert end(workdir) == whole, copy.name
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(job, crashes):
+    workdir = crashes[0] / "first"
+    before = json.loads((workdir / "results.json").read_text())
+    (workdir / "checkpoints" / "3.orbax-checkpoint-tmp-removed").mkdir()
+    assert job(workdir, "--resume") == 0
+    after = json.loads((workdir / "results.json").read_text())
+    for name in ("train_seconds", "examples_per_second", "tokens_per_second", "flops_utilization", "prompt_bytes"):
+        assert after[name] == before[name]
+    assert before["train_seconds"] > 0 < before["tokens_per_second"]
+    assert "3.orbax-checkpoint-tmp-removed" not in os.listdir(workdir / "checkpoints")
+
+
+def test_a_damaged_newest_checkpoint(job, crashes, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """The run goes on from the one before it and says so, or from the one that is asked for."""
+    folder, whole = crashes
+    workdir = folder / "run"
+    shutil.rmtree(workdir)
+    assert job(workdir, "--train.keep", "3") == 0
+    last, *before = sorted(map(int, os.listdir(workdir / "checkpoints")), reverse=True)
+    assert last == 4 and len(before) >= 2
+    shutil.copytree(workdir, tmp_path / "copy")
+    for file in sorted(path for path in (workdir / "checkpoints" / "4").rglob("*") if path.is_file()):
+        shutil.rmtree(workdir)
+        shutil.copytree(tmp_path / "copy", workdir)
+        file.write_bytes(file.read_bytes()[:-7])
+        capsys.readouterr()
+        assert job(workdir, "--train.keep", "3", "--resume") == 0
+        error = capsys.readouterr().err
+        if file.name in ("_CHECKPOINT_METADATA", "_METADATA", "data.json"):
+            assert "4: damaged" in error and "Going on from step 3, the newest that is intact" in error
+        assert {**end(workdir), "checkpoints": None} == {**whole, "checkpoints": None}, file
+    assert job(workdir, "--train.keep", "3", "--resume-from", "7") == 1
+    assert "no checkpoint of step 7; there are" in capsys.readouterr().err
+    assert job(workdir, "--train.keep", "3", "--resume-from", str(before[1])) == 0
+    assert end(workdir)["prompt"] == whole["prompt"] and end(workdir)["metrics"] == whole["metrics"]
+    shutil.rmtree(workdir / "checkpoints" / "4" / "train")
+    assert job(workdir, "--train.keep", "3", "--resume-from", "4") == 1
+    assert "4: damaged" in capsys.readouterr().err

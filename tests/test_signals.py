@@ -1,0 +1,93 @@
+"""SIGINT and SIGTERM end our programs in one line with 130 or 143, from the first moment and inside of compilations."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from tests.jobs import ROOT
+
+# The module alone, without the imports of the package, in a program that hangs in C as a compilation does.
+PROGRAM = """
+import ctypes, importlib.util, os, sys, time
+spec = importlib.util.spec_from_file_location("signals", {module!r})
+signals = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(signals)
+signals.install()
+hang = lambda: (print("ready", flush=True), ctypes.CDLL(None).sleep(600))
+{body}
+"""
+HELD = """
+with signals.held() as caught, signals.advising("Go on with --resume"):
+    print("ready", flush=True)
+    while not caught: time.sleep(0.01)
+    hang()
+"""
+FORKED = """
+child = os.fork()
+if not child:
+    time.sleep(600)
+os.kill(child, 15)
+assert os.waitpid(child, 0)[1] == 15  # the child has no handlers of ours, and its signal does not end the parent
+hang()
+"""
+
+
+def ended(body: str, *numbers: int) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a program that gets each signal once it has said that it is ready."""
+    program = PROGRAM.format(module=str(ROOT / "spt_jax" / "signals.py"), body=textwrap.dedent(body))
+    line = [sys.executable, "-c", program]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            for number in numbers:
+                assert process.stdout.readline() == "ready\n"
+                process.send_signal(number)
+            said = process.communicate(timeout=60)  # it would sleep for ten minutes
+        finally:
+            process.kill()
+    return process.returncode, *said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_ends_a_program_that_hangs_in_c(number: signal.Signals):
+    assert ended("hang()", number) == (128 + number, "", f"stopped by {number.name}\n")
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_interrupt_does_not_wait_for_the_step(first: signal.Signals):
+    assert ended(HELD, first, signal.SIGINT) == (130, "", "stopped by SIGINT. Go on with --resume\n")
+
+
+def test_what_was_printed_is_written_out():
+    body = "print('ready', flush=True); print('an answer')\nwhile True: time.sleep(1)"
+    assert ended(body, signal.SIGINT) == (130, "an answer\n", "stopped by SIGINT\n")
+
+
+def test_a_forked_child_dies_alone():
+    assert ended(FORKED, signal.SIGTERM)[0] == 143
+
+
+@pytest.mark.parametrize("program", [["train.py"], ["-m", "spt_jax"]])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_imports(program: list[str], number: signal.Signals):
+    """The imports take seconds; the handlers are there after some hundredths."""
+    words = ["configs/quickstart.py", "--dry-run"] if program == ["train.py"] else ["serve", "--base", "starter"]
+    line = [sys.executable, "-X", "importtime", *program, *words]
+    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for said in process.stderr:
+            if said.rstrip().endswith("spt_jax.signals"):
+                break
+        process.send_signal(number)
+        rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number
+    assert rest.endswith(f"stopped by {number.name}\n") and "Traceback" not in rest
+
+
+def test_a_library_keeps_its_users_handlers():
+    """Imported by another program, the package leaves signals alone."""
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
