@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from spt_jax import measure, processes
+from spt_jax.base import describe_base
 from spt_jax.command_line import Command, config_json, parse_train
 from spt_jax.config import resolve
 from spt_jax.data.batches import pack, place_batch
@@ -63,11 +64,16 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
     )
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     examples, plan = experiment.training_set()
-    processes.check_agreement("inputs", lambda: {"data.train": digest(examples), "base": config_json(base.fingerprint)})
-    print(
-        f"{base.name}: {base.parameter_count:,} frozen parameters in {base.dtype} on"
-        f" {base.mesh.size} x {measure.device_name()}"
+    processes.check_agreement(
+        "inputs",
+        lambda: {
+            "data.train": digest(examples),
+            "base": config_json(base.fingerprint),
+            "dtype": str(base.dtype),
+            "attention": base.module.attention,
+        },
     )
+    print(describe_base(base))
     note = experiment.window_note(examples)
     if note is not None:
         print(note)
@@ -148,6 +154,8 @@ def finish(
             "best_step": outcome.best.step,
             "trainable_parameters": experiment.config.method.trainable_count(outcome.best.params),
             "base_parameters": experiment.base.parameter_count,
+            "base_dtype": str(experiment.base.dtype),
+            "attention": experiment.base.module.attention,
             "prompt_bytes": prompt_bytes,
             "train_seconds": round(outcome.train_seconds, 2),
             "compile_seconds": round(compile_seconds, 2),

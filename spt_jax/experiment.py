@@ -68,19 +68,23 @@ def open_workdir(path: Path, settings: Mapping[str, Any], *, resume: bool, overw
     """`prepare_workdir`, with the run's settings in its config.json.
 
     Raises:
-      ConfigError: also, a resumed run must be the same run; only where it runs and logs may differ.
+      ConfigError: also, a resumed run must be the same run; only where it runs, how attention is computed and what it
+        logs may differ.
     """
     prepare_workdir(path, resume=resume, overwrite=overwrite)
     if resume:
         saved = json.loads((path / CONFIG_FILE).read_text())
-        free = ("mesh", "log")
-        different = differing_fields(
-            {k: v for k, v in settings.items() if k not in free}, {k: v for k, v in saved.items() if k not in free}
-        )
+        different = differing_fields(_bound(settings), _bound(saved))
         if different:
             fields = [f"{name}: {there!r} in the work directory, {now!r} now" for name, now, there in different]
             raise ConfigError("this is not the config of the run to resume: " + "; ".join(fields))
     write_json(path / CONFIG_FILE, settings)
+
+
+def _bound(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a resumed run cannot change."""
+    base = {name: value for name, value in settings.get("base", {}).items() if name != "attention"}
+    return {**{name: value for name, value in settings.items() if name not in ("mesh", "log")}, "base": base}
 
 
 @contextlib.contextmanager

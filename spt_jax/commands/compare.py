@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from spt_jax import measure
+from spt_jax.base import describe_base
 from spt_jax.command_line import Job, config_json, parse_job
 from spt_jax.comparison import PREDICTIONS_FILE, Entry, ask, make_table, markdown, read_outside, ways
 from spt_jax.config import AnyMethod, resolve
@@ -67,6 +68,7 @@ def main(argv: Sequence[str]) -> None:
     measure.keep_compiled_programs(command.compilation_cache)
     check_workdir(command.workdir, overwrite=command.overwrite)
     experiment = load_experiment(resolve(command.config))
+    print(describe_base(experiment.base))
     outside = [read_outside(name, Path(folder)) for name, folder in command.others.items()]
     options = {"shots": command.shots, "shots_seed": command.shots_seed, "probe": command.probe}
     entries = [ask(experiment.base, way) for way in ways(experiment, command.prompts, **options)]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from spt_jax import measure
+from spt_jax.base import describe_base
 from spt_jax.command_line import Job, config_json, parse_job
 from spt_jax.config import AnyMethod, resolve
 from spt_jax.data.encoder import digest
@@ -134,6 +135,8 @@ def main(argv: Sequence[str]) -> None:
         overwrite=command.overwrite,
     )
     rows = read_rows(workdir, planned)
+    for described in dict.fromkeys(describe_base(prepared.experiment.base) for prepared in every):
+        print(described)
     print(f"{len(planned)} trials, {len(rows)} of them done; seeds {', '.join(map(str, command.seeds))}")
     halving = Halving() if command.halving else None
     ran: list[Trial] = []
