@@ -89,9 +89,12 @@ def trial(kernel: Kernel, heads: int, kv_heads: int, size: int, dtype: np.dtype,
       What went wrong; None if nothing did.
     """
     random = np.random.default_rng(0)
-    shapes = (2, 5, heads, size), (2, 9, kv_heads, size), (2, 9, kv_heads, size), (2, 5, heads, size)
-    queries, keys, values, cotangent = (jnp.asarray(random.standard_normal(shape), dtype) for shape in shapes)
-    mask = jnp.asarray(random.random((2, 5, 9)) < 0.7).at[:, :, 0].set(True)
+    length, keys_length = 65, 131  # odd, and no multiples of a kernel's blocks
+    rows, seen = (2, length, heads, size), (2, keys_length, kv_heads, size)
+    queries, keys, values, cotangent = (
+        jnp.asarray(random.standard_normal(shape), dtype) for shape in (rows, seen, seen, rows)
+    )
+    mask = jnp.asarray(random.random((2, length, keys_length)) < 0.7).at[:, :, 0].set(True)
     scale = size**-0.5
 
     def both(attention: Callable[[Array, Array, Array], Array]) -> Any:
