@@ -21,6 +21,7 @@ from typing import Any
 import jax
 
 from spt_jax import measure, processes
+from spt_jax.base import describe_base
 from spt_jax.command_line import Command, config_json, exit_code, first_command, parse_train
 from spt_jax.config import resolve
 from spt_jax.data.batches import pack, place_batch
@@ -68,10 +69,7 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
     )
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     examples, plan = experiment.training_set()
-    print(
-        f"{base.name}: {base.parameter_count:,} frozen parameters in {base.dtype} on"
-        f" {base.mesh.size} x {measure.device_name()}"
-    )
+    print(describe_base(base))
     note = experiment.window_note(examples)
     if note is not None:
         print(note)
@@ -85,7 +83,9 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
     digests = input_digests(
         [(experiment, {"train": examples, **{name: own.soft.examples for name, own in asked.items()}})]
     )
-    processes.check_agreement("inputs", lambda: digests)
+    processes.check_agreement(
+        "inputs", lambda: {**digests, "dtype": str(base.dtype), "attention": base.module.attention}
+    )
     settings = config_json(config)
 
     def validate(params: Any) -> dict[str, Any]:
@@ -168,6 +168,8 @@ def finish(
             "best_step": outcome.best.step,
             "trainable_parameters": experiment.config.method.trainable_count(outcome.best.params),
             "base_parameters": experiment.base.parameter_count,
+            "base_dtype": str(experiment.base.dtype),
+            "attention": experiment.base.module.attention,
             "prompt_bytes": prompt_bytes,
             "train_seconds": round(outcome.train_seconds, 2),
             "compile_seconds": round(compile_seconds, 2),

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from spt_jax import measure
 from spt_jax.errors import CheckpointError, ConfigError, differing_fields
 from spt_jax.models.attention import Prefix, Stream
 from spt_jax.models.config import DecoderConfig, RopeConfig, decoder_config, hf_config
@@ -22,7 +23,7 @@ from spt_jax.models.decoder import ATTENTION, Decoder, Remat
 from spt_jax.models.ends import declared_ends
 from spt_jax.models.files import CONFIG_BYTES, config_file, model_directory, read_json
 from spt_jax.models.hf import Params, parameter_shapes, read_params
-from spt_jax.models.kernels import Kernel, check_kernel
+from spt_jax.models.kernels import KernelChoice, check_kernel, choose_kernel
 from spt_jax.models.tokenizer import read_tokenizer as tokenizer_of
 from spt_jax.sharding import check_divides, make_mesh, parameter_sharding, to_host
 
@@ -73,7 +74,9 @@ def _facts(kind: type, fields: Mapping[str, Any]) -> dict[str, Any]:
 class FrozenBase:
     """What `load_base` returns. `params` are the only arrays; pass them on as an argument, never close over them.
 
-    end_ids: every id that the model's files declare to end an answer.
+    Attributes:
+      end_ids: every id that the model's files declare to end an answer.
+      attention_note: the words that say why `load_base` chose `module.attention`; empty if there is nothing to say.
     """
 
     name: str
@@ -84,6 +87,7 @@ class FrozenBase:
     tokenizer: Any
     end_ids: tuple[int, ...]
     fingerprint: Fingerprint
+    attention_note: str = ""
 
     @property
     def mesh(self) -> Mesh:
@@ -141,9 +145,22 @@ def output_rows(module: Decoder, frozen: Params, ids: Int[Array, "*B"]) -> Float
     return jnp.moveaxis(jnp.take(frozen["output"], ids, axis=1), 0, -1)
 
 
-def default_dtype() -> str:
-    """float32 on CPU, bfloat16 on accelerators."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+def default_dtype(device: Any) -> str:
+    """float32 on CPU, bfloat16 on accelerators that compute in it, float16 on those that do not, such as a T4."""
+    if device.platform == "cpu":
+        return "float32"
+    return "bfloat16" if measure.computes_in_bfloat16(device) else "float16"
+
+
+def describe_base(base: FrozenBase) -> str:
+    """Two lines for whoever starts a run: size, precision and devices; which attention, and why."""
+    device = base.mesh.devices.flat[0]
+    lacks = base.dtype == jnp.float16 and device.platform != "cpu" and not measure.computes_in_bfloat16(device)
+    why = f" ({device.device_kind} does not compute in bfloat16)" if lacks else ""
+    return (
+        f"{base.name}: {base.parameter_count:,} frozen parameters in {base.dtype}{why} on {base.mesh.size} x"
+        f" {measure.device_name(device)}\nattention: {base.module.attention}{base.attention_note}"
+    )
 
 
 def load_base(
@@ -154,7 +171,7 @@ def load_base(
     mesh: Mesh | None = None,
     max_length: int | None = None,
     remat: Remat = "dots",
-    attention: Kernel = "xla",
+    attention: KernelChoice = "auto",
     quantize: Literal["int8"] | None = None,
 ) -> FrozenBase:
     """Loads a decoder, its tokenizer and its identity; needs no torch.
@@ -162,27 +179,36 @@ def load_base(
     Args:
       path_or_hub_id: a directory in Hugging Face format, a hub id, or "starter" for the model that ships here.
       revision: branch, tag or commit on the hub.
-      dtype: "float32", "bfloat16" or "float16"; default float32 on CPU and bfloat16 on accelerators.
+      dtype: "float32", "bfloat16" or "float16"; default float32 on CPU, bfloat16 on accelerators that compute in it,
+        and float16 on those that do not, such as a T4.
       mesh: where the weights go; default one device.
       max_length: the longest sequence of the run, which fixes the frequencies of `dynamic` RoPE.
       remat: what the backward pass computes again: "none", "dots" (all but the results of linear maps) or "full" (whole
         layers: the least memory, about a third more work).
-      attention: "xla" anywhere, "cudnn" on NVIDIA GPUs, "splash" on TPUs.
+      attention: "xla" anywhere; fused, "cudnn" on NVIDIA GPUs and "splash" on TPUs; "auto" is the fused one of the
+        device where it can run, and "xla" elsewhere.
       quantize: "int8" keeps the layers' matrices as whole numbers with a scale per output channel; embeddings, the
         output matrix and all sums stay in `dtype`.
+
+    On an accelerator, XLA's persistent compilation cache is turned on, unless a directory for it is set already.
 
     Raises:
       ConfigError: unsupported architecture, option, dtype or mesh.
       CheckpointError: files missing or damaged; tensors missing, unknown, duplicate, misshapen or not finite.
     """
-    dtype = dtype or default_dtype()
+    measure.keep_compiled_programs()
+    mesh = mesh or make_mesh()
+    dtype = dtype or default_dtype(mesh.devices.flat[0])
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
-    mesh = mesh or make_mesh()
     directory = local_directory(str(path_or_hub_id), revision)
     config, tokenizer = read_config(directory, max_length), _read_tokenizer(directory)
     check_divides(mesh, {"heads": config.heads, "key/value heads": config.kv_heads, "MLP columns": config.mlp_width})
-    check_kernel(attention, config, DTYPES[dtype], mesh)
+    if attention == "auto":
+        kernel, note = choose_kernel(config, DTYPES[dtype], mesh)
+    else:
+        check_kernel(attention, config, DTYPES[dtype], mesh)
+        kernel, note = attention, ""
     shapes = parameter_shapes(config)
     if quantize not in (None, "int8"):
         raise ConfigError(f"quantize {quantize!r} is not supported; supported is int8")
@@ -193,11 +219,12 @@ def load_base(
         name=str(path_or_hub_id),
         revision=revision,
         config=config,
-        module=Decoder(config, remat=remat, mesh=mesh, attention=attention),
+        module=Decoder(config, remat=remat, mesh=mesh, attention=kernel),
         params=params,
         tokenizer=tokenizer,
         end_ids=declared_ends(directory, tokenizer, config.vocab_size),
         fingerprint=Fingerprint(json.loads(json.dumps(dataclasses.asdict(config))), digest, tokenizer_hash(tokenizer)),
+        attention_note=note,
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from spt_jax.data.templates import MESSAGES, Template, virtual_length, without_virtual
 from spt_jax.errors import ConfigError
-from spt_jax.models.kernels import Kernel
+from spt_jax.models.kernels import KernelChoice
 from spt_jax.options import Line, Lines, Pairs
 from spt_jax.prompts import Method, MultitaskPromptTuning
 from spt_jax.prompts.initializers import Initializer
@@ -23,11 +23,13 @@ class BaseConfig:
     Attributes:
       path: a directory in Hugging Face format, a hub id, or "starter" for the model that ships with the package.
       revision: branch, tag or commit on the hub.
-      dtype: precision of the base; default float32 on CPU, bfloat16 elsewhere.
+      dtype: precision of the base; default float32 on CPU, bfloat16 on accelerators that compute in it, and float16 on
+        those that do not, such as a T4.
       remat: what the backward pass computes again instead of keeping: none; dots, all but the results of linear maps,
         which costs little; full, whole layers, for about a third more work and the least memory. auto: the first of
         them whose estimate fits the device, or dots where its memory is not known, as on CPU.
-      attention: xla, everywhere; cudnn, fused, on NVIDIA GPUs with 16 bits; splash, fused, on TPUs.
+      attention: xla, everywhere; cudnn, fused, on NVIDIA GPUs with 16 bits; splash, fused, on TPUs. auto: the fused one
+        of the device where it can run, and xla elsewhere.
       quantize: int8 keeps the layers' matrices in a byte per weight.
     """
 
@@ -35,7 +37,7 @@ class BaseConfig:
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     remat: Literal["auto", "none", "dots", "full"] = "auto"
-    attention: Kernel = "xla"
+    attention: KernelChoice = "auto"
     quantize: Literal["int8"] | None = None
 
 

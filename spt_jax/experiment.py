@@ -135,14 +135,11 @@ class Experiment:
                 itemsize=base.dtype.itemsize,
                 mesh=base.mesh,
                 microbatches=config.train.microbatches,
-            )
+            ).of_prompts(together)
 
-        def limit() -> int | None:
-            whole = measure.memory_limit()
-            return None if whole is None else whole // together
-
+        limit = processes.from_first("memory limit", measure.memory_limit)
         remat = config.base.remat
-        chosen = choose_remat(estimate, processes.from_first("memory limit", limit)) if remat == "auto" else remat
+        chosen = choose_remat(estimate, limit) if remat == "auto" else remat
         base = dataclasses.replace(base, module=base.module.clone(remat=chosen))
         return dataclasses.replace(self, base=base), estimate(chosen)
 

@@ -3,8 +3,10 @@
 import functools
 import importlib.metadata
 import platform
+import re
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,10 +31,22 @@ def compile_clock() -> Callable[[], float]:
     return lambda: spent[0]
 
 
-def device_name() -> str:
-    """The kind of the first device, on a CPU with the processor's name."""
-    device = jax.devices()[0]
+def device_name(device: Any = None) -> str:
+    """The kind of a device, by default the first; on a CPU with the processor's name."""
+    device = device or jax.devices()[0]
     return f"cpu ({_processor()})" if device.platform == "cpu" else device.device_kind
+
+
+def compute_capability(device: Any) -> tuple[int, int] | None:
+    """Of an NVIDIA GPU, such as (9, 0); None for other devices, of which AMD's name an architecture in its place."""
+    found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
+def computes_in_bfloat16(device: Any) -> bool:
+    """Whether an accelerator does; NVIDIA's GPUs do from compute capability 8.0 (Ampere) on."""
+    capability = compute_capability(device)
+    return device.platform != "cpu" and (capability is None or capability >= (8, 0))
 
 
 def _processor() -> str:
@@ -52,12 +66,26 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def keep_compiled_programs(directory: Path | None) -> None:
-    """Turns XLA's persistent cache on: in this directory, or where the environment or an accelerator asks for it."""
-    asked = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if directory is None and (asked or jax.default_backend() == "cpu"):
-        return  # A program for one CPU may fail on another that reads the same home.
-    jax.config.update("jax_compilation_cache_dir", str(directory or Path.home() / ".cache" / "spt_jax"))
+def keep_compiled_programs(directory: Path | None = None) -> None:
+    """Turns XLA's persistent compilation cache on.
+
+    Args:
+      directory: for the cache; by default the one that JAX is configured with (JAX_COMPILATION_CACHE_DIR), else, on an
+        accelerator, ~/.cache/spt_jax. On a CPU the default is none: a program for one CPU may fail on another that
+        shares the home directory. Where the directory cannot be written, a line on stderr says so, and nothing is kept.
+    """
+    configured = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if directory is None and (configured is not None or jax.default_backend() == "cpu"):
+        return
+    try:
+        directory = directory or Path.home() / ".cache" / "spt_jax"
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home directory
+        print(f"compiled programs are not kept for the next run: {error}", file=sys.stderr)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
 class Profile:

@@ -32,7 +32,7 @@ RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r"(query|key|value|up|gate)/kernel$", (P(None, "fsdp", "tensor"),)),
     (r"(query|key|value|up|gate)/bias$", (P(None, "tensor"),)),
     (r"(attention/output|down)/kernel$", (P(None, "tensor", "fsdp"),)),
-    (r".*", (P(),)),
+    (r"(norm/scale|norm/bias|(attention/output|down)/bias)$", (P(),)),
 )
 
 
@@ -95,9 +95,15 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
 
 
 def parameter_sharding(mesh: Mesh, path: Sequence[str], shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of the frozen leaf at `path`; an axis that does not divide its dimension is left out."""
+    """The sharding of the frozen leaf at `path`; an axis that does not divide its dimension is left out.
+
+    Raises:
+      ValueError: no rule names the leaf.
+    """
     name = "/".join(path)
-    specs = next(specs for pattern, specs in RULES if re.search(pattern, name))
+    specs = next((specs for pattern, specs in RULES if re.search(pattern, name)), None)
+    if specs is None:
+        raise ValueError(f"no sharding rule names the leaf {name}; RULES needs one")
     ways = [fitting(mesh, spec, shape) for spec in specs]
     return min(ways, key=lambda way: math.prod(way.shard_shape(shape)))
 

@@ -31,7 +31,8 @@ OUTPUTS = (
 )  # fmt: skip
 _LEFT_BY_A_KILL = [name for own in OUTPUTS for name in (f".{own}.tmp", f".{own}.new", f".{own}.old")]
 _CONFIG_KEYS = {"base", "data", "method", "optimizer", "loss", "train", "evaluation", "mesh"}
-# A run may go on elsewhere and log to other places. "examples" is what sweeps of version 0.1 recorded of their data.
+# A run may go on elsewhere, with another attention kernel, and log to other places. "examples" is what sweeps of
+# version 0.1 recorded of their data.
 _MAY_DIFFER = ("mesh", "log", "inputs", "examples")
 
 Inputs = Mapping[str, Mapping[str, Any]]
@@ -220,7 +221,7 @@ def _saved_settings(path: Path) -> dict[str, Any]:
 
 def _check_settings(path: Path, settings: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     ours, theirs = ({k: v for k, v in own.items() if k not in _MAY_DIFFER} for own in (settings, saved))
-    different = differing_fields(ours, theirs)
+    different = [field for field in differing_fields(ours, theirs) if field[0] != "base.attention"]
     if not different:
         return
     fields = [f"{name}: {there!r} in the work directory, {now!r} now" for name, now, there in different]

@@ -4,10 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from spt_jax.base import embed, logits, run_layers
 from spt_jax.errors import ConfigError
-from spt_jax.sharding import MeshConfig, check_divides, make_mesh, replicated, row_sharding, row_shards
+from spt_jax.sharding import (
+    AXES,
+    MeshConfig,
+    check_divides,
+    make_mesh,
+    parameter_sharding,
+    replicated,
+    row_sharding,
+    row_shards,
+)
 from spt_jax.testing import tiny_base
 from tests.layouts import Run, lay_out
 
@@ -100,6 +110,19 @@ def test_an_axis_that_does_not_divide_a_dimension_is_left_out():
     assert shapes["embedding"] == (321, 32)
     assert shapes["layers/mlp/up/kernel"] == (3, 32, 16)
     assert shard_shapes(tiny_base(mesh=make_mesh(MeshConfig(fsdp=4)), vocab_size=321))["embedding"] == (321, 8)
+
+
+def test_a_leaf_that_no_rule_names():
+    with pytest.raises(ValueError, match="no sharding rule names the leaf layers/router/kernel"):
+        parameter_sharding(make_mesh(), ("layers", "router", "kernel"), (3, 32, 4))
+
+
+@pytest.mark.parametrize("axes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_all_axes_are_auto(axes):
+    """An explicit axis would make shardings a part of types, which the models do not write."""
+    mesh = make_mesh(MeshConfig(**axes))
+    assert set(mesh.axis_types) == {AxisType.Auto} and mesh.axis_names == AXES
+    assert tiny_base(mesh=mesh, num_key_value_heads=4).params["embedding"].sharding.mesh.axis_types == mesh.axis_types
 
 
 def test_row_shards_and_shardings():

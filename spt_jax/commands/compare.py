@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from spt_jax import measure
+from spt_jax.base import describe_base
 from spt_jax.command_line import Job, config_json, parse_job
 from spt_jax.comparison import PREDICTIONS_FILE, Entry, ask, make_table, markdown, read_outside, ways
 from spt_jax.config import AnyMethod, resolve
@@ -70,6 +71,7 @@ def main(argv: Sequence[str]) -> None:
     reads = input_paths(command.config, Path(argv[0]), *command.prompts, *others.values())
     check_workdir(command.workdir, overwrite=command.overwrite, reads=reads)
     experiment = load_experiment(resolve(command.config))
+    print(describe_base(experiment.base))
     outside = [read_outside(name, folder) for name, folder in others.items()]
     options = {"shots": command.shots, "shots_seed": command.shots_seed, "probe": command.probe}
     every = ways(experiment, command.prompts, **options)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from spt_jax import measure
+from spt_jax.base import describe_base
 from spt_jax.command_line import Job, config_json, parse_job
 from spt_jax.config import AnyMethod, resolve
 from spt_jax.experiment import load_experiment
@@ -52,6 +53,7 @@ def main(argv: Sequence[str]) -> None:
     examples, plan = experiment.training_set()
     experiment, _ = experiment.fitted(plan)
     config, base = experiment.config, experiment.base
+    print(describe_base(base))
     optimizer = resolve_optimizer(config.optimizer, base.config.family, config.method.recipe)
     with held(workdir), progress_bar(command.rates, 0) as bar:
         found = range_test(

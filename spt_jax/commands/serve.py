@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from spt_jax import measure
-from spt_jax.base import load_base
+from spt_jax.base import describe_base, load_base
 from spt_jax.errors import ConfigError
 from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.engine import Engine
@@ -99,6 +99,7 @@ def start(command: Serve) -> "Service":
     began = time.perf_counter()
     mesh = make_mesh(command.mesh)
     base = load_base(command.base, revision=command.revision, dtype=command.dtype, mesh=mesh, quantize=command.quantize)
+    print(describe_base(base))
     budget = None if command.prompt_memory is None else command.prompt_memory * 2**20
     engine = Engine(PromptBank(base, budget_bytes=budget), slots=command.slots, context=command.context)
     engine.warm_decoding()

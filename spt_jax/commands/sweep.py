@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from spt_jax import measure, signals
+from spt_jax.base import describe_base
 from spt_jax.command_line import Job, config_json, first_command, parse_job
 from spt_jax.config import AnyMethod, resolve
 from spt_jax.errors import ConfigError, TrainingError
@@ -138,6 +139,8 @@ def main(argv: Sequence[str]) -> None:
         settings = {**config_json(command.config), "sweep": options}
         open_workdir(workdir, settings, input_digests(examples), **way, reads=reads)
         rows = read_rows(workdir, planned)
+        for described in dict.fromkeys(describe_base(prepared.experiment.base) for prepared in every):
+            print(described)
         print(f"{len(planned)} trials, {len(rows)} of them done; seeds {', '.join(map(str, command.seeds))}")
         halving = Halving() if command.halving else None
         ran: list[Trial] = []

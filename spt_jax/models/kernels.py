@@ -10,38 +10,117 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
+from spt_jax import measure
 from spt_jax.errors import ConfigError
 from spt_jax.models.config import DecoderConfig
 from spt_jax.sharding import ROWS, fitting
 
 Kernel = Literal["xla", "cudnn", "splash"]
+KernelChoice = Literal["auto", "xla", "cudnn", "splash"]
+FUSED: dict[str, Kernel] = {"gpu": "cudnn", "tpu": "splash"}  # by platform
 _LANES = 128  # What TPU kernels need lengths to be multiples of.
+_TOLERANCE = 0.05  # Relative error of a trial; 16 bits give about 0.01.
+
+
+def why_not(kernel: Kernel, config: DecoderConfig, dtype: Any, mesh: Mesh) -> str | None:
+    """The reason why a kernel cannot run on a mesh's devices, or not for such a model; None where it can.
+
+    cuDNN's conditions are those of JAX's `_src/cudnn/fused_attention_stablehlo.py`, and NVIDIA's for flash attention:
+    compute capability 8.0. What no rule foresees, such as a missing or too old cuDNN, a trial on the device finds.
+    """
+    if kernel == "xla":
+        return None
+    device = mesh.devices.flat[0]
+    if FUSED.get(device.platform) != kernel:
+        needed = {"cudnn": "NVIDIA GPUs", "splash": "TPUs"}[kernel]
+        return f"{kernel} attention runs on {needed}, not on a {device.platform}"
+    if mesh.shape["sequence"] > 1:
+        return f"{kernel} attention does not work with mesh.sequence, which uses ring attention"
+    if kernel == "cudnn":
+        capability = measure.compute_capability(device)
+        if capability is None:
+            return f"cuDNN runs on NVIDIA GPUs, not on {device.device_kind}"
+        if capability < (8, 0):
+            return f"cuDNN attention needs compute capability 8.0; {device.device_kind} has {device.compute_capability}"
+        if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+            return f"cuDNN attention needs base.dtype bfloat16 or float16, not {jnp.dtype(dtype)}"
+        largest = 256 if capability >= (9, 0) else 128
+        if config.head_size % 8 or config.head_size > largest:
+            return (
+                f"cuDNN attention on {device.device_kind} needs a head size that is a multiple of 8 up to {largest},"
+                f" not {config.head_size}"
+            )
+        if config.score_cap is not None:
+            return "cuDNN does not cap attention scores, as this base needs"
+    local = next(device for device in mesh.devices.flat if device.process_index == jax.process_index())
+    return trial(kernel, config.heads, config.kv_heads, config.head_size, jnp.dtype(dtype), local)
 
 
 def check_kernel(kernel: Kernel, config: DecoderConfig, dtype: Any, mesh: Mesh) -> None:
-    """Raises ConfigError where a kernel does not run, or not for such a model."""
-    if kernel == "xla":
-        return
-    device = mesh.devices.flat[0]
-    needed = {"cudnn": "gpu", "splash": "tpu"}[kernel]
-    if device.platform != needed:
-        raise ConfigError(f"attention {kernel!r} runs on {needed.upper()}s; these are {device.platform}s; xla works")
-    if mesh.shape["sequence"] > 1:
-        raise ConfigError(f"attention {kernel!r} does not go with mesh.sequence, which has ring attention; xla works")
-    if kernel == "splash":
-        return
-    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
-        raise ConfigError(f"attention 'cudnn' needs base.dtype bfloat16 or float16, not {jnp.dtype(dtype)}; xla works")
-    if config.head_size % 8 or config.head_size > 256:
-        raise ConfigError(
-            f"attention 'cudnn' needs heads of a multiple of 8 up to 256, not {config.head_size}; xla works"
-        )
-    if config.score_cap is not None:
-        raise ConfigError("attention 'cudnn' does not cap scores, as this base needs; xla works")
+    """Raises ConfigError where a kernel cannot run, or not for such a model."""
+    reason = why_not(kernel, config, dtype, mesh)
+    if reason is not None:
+        raise ConfigError(f"attention {kernel!r} cannot be used: {reason}; 'auto' and 'xla' work here")
+
+
+def choose_kernel(config: DecoderConfig, dtype: Any, mesh: Mesh) -> tuple[Kernel, str]:
+    """What attention "auto" stands for: the fused kernel of these devices where it can run, "xla" elsewhere.
+
+    Returns:
+      The kernel, and the words to add to its name that say why: empty for a fused one.
+    """
+    platform = mesh.devices.flat[0].platform
+    if platform not in FUSED:
+        return "xla", f" ({jnp.dtype(dtype)} on {platform})"
+    reason = why_not(FUSED[platform], config, dtype, mesh)
+    return (FUSED[platform], "") if reason is None else ("xla", f", because {reason}")
+
+
+@functools.cache
+def trial(kernel: Kernel, heads: int, kv_heads: int, size: int, dtype: np.dtype, device: Any) -> str | None:
+    """Runs a kernel on a small input, forward and backward, and compares it with plain attention.
+
+    Returns:
+      What went wrong; None if nothing did.
+    """
+    random = np.random.default_rng(0)
+    length, keys_length = 65, 131  # odd, and no multiples of a kernel's blocks
+    rows, seen = (2, length, heads, size), (2, keys_length, kv_heads, size)
+    queries, keys, values, cotangent = (
+        jnp.asarray(random.standard_normal(shape), dtype) for shape in (rows, seen, seen, rows)
+    )
+    mask = jnp.asarray(random.random((2, length, keys_length)) < 0.7).at[:, :, 0].set(True)
+    scale = size**-0.5
+
+    def both(attention: Callable[[Array, Array, Array], Array]) -> Any:
+        def run(cotangent: Array, *inputs: Array) -> Any:
+            out, pull = jax.vjp(attention, *inputs)
+            return out, pull(cotangent)
+
+        return jax.device_get(jax.jit(run)(*jax.device_put((cotangent, queries, keys, values), device)))
+
+    def plain(*inputs: Array) -> Array:
+        return jax.nn.dot_product_attention(*inputs, mask=mask[:, None], scale=scale, implementation="xla")
+
+    def fused(*inputs: Array) -> Array:
+        return KERNELS[kernel](*inputs, mask, scale=scale, cap=None, interpret=device.platform == "cpu")
+
+    try:
+        ours = both(fused)
+    except Exception as error:  # JAX, cuDNN and the compilers of kernels each raise errors of their own
+        text = (str(error) or "no message").splitlines()[0]
+        return f"{kernel} attention failed in a trial on {device.device_kind} ({type(error).__name__}: {text})"
+    for own, other in zip(jax.tree.leaves(ours), jax.tree.leaves(both(plain)), strict=True):
+        own, other = own.astype(np.float32), other.astype(np.float32)
+        error = np.linalg.norm(own - other) / np.linalg.norm(other)
+        if not error <= _TOLERANCE:
+            return f"{kernel} attention in a trial on {device.device_kind} differed from plain attention by {error:.0%}"
+    return None
 
 
 def attend_fused(
@@ -62,7 +141,7 @@ def attend_fused(
     # A kernel may give NaN where nothing is seen.
     mask = mask.at[:, :, 0].set(mask[:, :, 0] | ~mask.any(axis=-1))
     platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
-    function = functools.partial(KERNELS[kernel], scale=scale, cap=cap, interpret=platform == "cpu")
+    function = _mappable(functools.partial(KERNELS[kernel], scale=scale, cap=cap, interpret=platform == "cpu"))
     if mesh is not None and mesh.size > 1:
         heads = fitting(mesh, P(ROWS, None, "tensor"), keys.shape).spec
         rows = P(*heads[:1])
@@ -70,6 +149,48 @@ def attend_fused(
             function, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
         )
     return function(queries, keys, values, mask)
+
+
+def _mappable(kernel: Callable[..., Array]) -> Callable[..., Array]:
+    """The kernel, for which an axis that `vmap` maps is more rows, forward and backward.
+
+    JAX's own rule for cuDNN's kernel does not take a mask that all heads share, and Pallas would map what splash
+    reads of a mask one by one.
+    """
+
+    def slopes(cotangent: Array, queries: Array, keys: Array, values: Array, mask: Array) -> tuple[Array, ...]:
+        _, pull = jax.vjp(lambda *inputs: kernel(*inputs, mask), queries, keys, values)
+        return pull(cotangent)
+
+    forward, backward = _with_more_rows(kernel), _with_more_rows(slopes)
+
+    @jax.custom_vjp
+    def attention(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
+        return forward(queries, keys, values, mask)
+
+    # The kernel's own residuals could not pass through `custom_vmap`; rematerialisation would drop them anyway.
+    attention.defvjp(
+        lambda *inputs: (forward(*inputs), inputs), lambda inputs, cotangent: (*backward(cotangent, *inputs), None)
+    )
+    return attention
+
+
+def _with_more_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of arrays [B, ...] that folds an axis which `vmap` maps into B."""
+    mappable = jax.custom_batching.custom_vmap(function)
+
+    @mappable.def_vmap
+    def rule(size: int, mapped: list[bool], *arrays: Array) -> tuple[Any, Any]:
+        whole = (
+            array if own else jnp.broadcast_to(array[None], (size, *array.shape))
+            for array, own in zip(arrays, mapped, strict=True)
+        )
+        out = mappable(*(array.reshape(-1, *array.shape[2:]) for array in whole))
+        return jax.tree.map(lambda array: array.reshape(size, -1, *array.shape[1:]), out), jax.tree.map(
+            lambda _: True, out
+        )
+
+    return mappable
 
 
 def _cudnn(

@@ -111,6 +111,11 @@ class StepMemory:
     def total(self) -> int:
         return sum(dataclasses.astuple(self))
 
+    def of_prompts(self, count: int) -> "StepMemory":
+        """Of a step of so many prompts together, which share the weights."""
+        own = {name: count * size for name, size in dataclasses.asdict(self).items() if name != "weights"}
+        return dataclasses.replace(self, **own)
+
     def __str__(self) -> str:
         parts = sorted(dataclasses.asdict(self).items(), key=lambda part: -part[1])
         listed = ", ".join(f"{_PARTS[name]} {size / 2**20:,.0f}" for name, size in parts)

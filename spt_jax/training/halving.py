@@ -25,6 +25,7 @@ from spt_jax.prompts import PromptParams
 from spt_jax.training.logs import MetricsLog, NoLog
 from spt_jax.training.loop import Best, Stopped, graceful_stop, progress_bar
 from spt_jax.training.optimizers import OptimizerConfig
+from spt_jax.training.overflow import explain
 from spt_jax.training.population import (
     Member,
     aligned_plans,
@@ -153,13 +154,13 @@ def fit_population(
             for numbers, metrics in pending:
                 values = {name: np.asarray(value) for name, value in metrics.items()}
                 for place, number in enumerate(numbers):
-                    broken = [
-                        f"{name} is {value[place]}" for name, value in values.items() if not np.isfinite(value[place])
-                    ]
                     if standings[number].ended is not None:
                         continue  # it was in the step that was under way when it broke
-                    if broken:
-                        ended = f"dropped at step {standings[number].steps}: {', '.join(broken)}"
+                    at = standings[number].steps
+                    own = {name: float(value[place]) for name, value in values.items()}
+                    broken = explain(at, own, base.dtype)
+                    if broken is not None:
+                        ended = f"dropped at step {at}: {broken}"
                         standings[number] = dataclasses.replace(standings[number], ended=ended)
                         tqdm.write(f"{names[number] if names else f'member {number}'} is {ended}")
                     else:

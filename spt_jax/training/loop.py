@@ -26,6 +26,7 @@ from spt_jax.evaluation import selection_score
 from spt_jax.prompts import Method, PromptParams
 from spt_jax.training.cost import step_flops, step_shape
 from spt_jax.training.logs import MetricsLog
+from spt_jax.training.overflow import explain
 from spt_jax.training.step import Objective, TrainState, init_state, make_train_step
 
 
@@ -182,8 +183,7 @@ def fit(
         checkpoints.remove_cut_off_saves()
         first = int(state.step)
         metrics_log = stack.enter_context(contextlib.closing(log(first)))
-        peak_flops = measure.peak_flops(base.dtype) * base.mesh.size
-        run = _Run(config, metrics_log, first, speed, peak_flops)
+        run = _Run(config, metrics_log, first, speed, base)
         stack.callback(run.bar.close)
         trace = stack.enter_context(contextlib.closing(measure.Profile(workdir / "profile", profile)))
 
@@ -295,8 +295,9 @@ def progress_bar(steps: int, first: int) -> tqdm:
 class _Run:
     """Progress bar and clock of a run. A step's metrics are read after the next step is dispatched."""
 
-    def __init__(self, config: TrainConfig, log: MetricsLog, first: int, before: Speed, peak_flops: float):
-        self._log, self._before, self._peak_flops = log, before, peak_flops
+    def __init__(self, config: TrainConfig, log: MetricsLog, first: int, before: Speed, base: FrozenBase):
+        self._log, self._before, self._dtype = log, before, base.dtype
+        self._peak_flops = measure.peak_flops(base.dtype) * base.mesh.size
         self._pending: tuple[int, dict[str, Any], np.ndarray] | None = None
         self._work = np.zeros(3)
         self._warm: float | None = None
@@ -345,12 +346,9 @@ class _Run:
 
     def _read(self, step: int, metrics: dict[str, Any], work: np.ndarray) -> None:
         values = {name: float(value) for name, value in metrics.items()}
-        broken = [name for name, value in values.items() if not math.isfinite(value)]
-        if broken:
-            raise TrainingError(
-                f"step {step}: {', '.join(f'{name} is {values[name]}' for name in broken)}. The last checkpoint and the"
-                " best prompt so far are kept. A lower optimizer.learning_rate usually helps"
-            )
+        broken = explain(step, values, self._dtype)
+        if broken is not None:
+            raise TrainingError(f"step {step}: {broken}. The last checkpoint and the best prompt so far are kept")
         if self._warm is None:
             self._warm = self.seconds
         else:

@@ -13,6 +13,7 @@ from spt_jax.base import FrozenBase
 from spt_jax.data.batches import place_batch, training_batches
 from spt_jax.errors import ConfigError, TrainingError
 from spt_jax.training.optimizers import OptimizerConfig
+from spt_jax.training.overflow import explain
 from spt_jax.training.population import Member, init_members, make_population_step, stack_batches
 from spt_jax.training.step import Objective
 
@@ -76,7 +77,10 @@ def range_test(
     for number, rate in enumerate(rates, 1):
         batch = place_batch(stack_batches([next(stream)]), base.mesh, stacked=True)
         states, metrics = step(states, np.asarray([rate], np.float32), batch)
-        loss = float(jax.device_get(metrics["loss"])[0])
+        values = {name: float(value[0]) for name, value in jax.device_get(metrics).items()}
+        loss = values["loss"]
+        if number == 1 and not math.isfinite(loss):
+            raise TrainingError(f"step 1: {explain(1, values, base.dtype)}")
         progress(number)
         mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
         now = mean / (1 - SMOOTHING**number)

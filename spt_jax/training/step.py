@@ -29,6 +29,12 @@ from spt_jax.training.losses import LOSSES, context_loss
 
 Metrics = dict[str, Float[Array, ""]]
 
+# What a float16 base's cotangents are multiplied with. They are those of a sum over targets, of the order of an
+# embedding's entries, which the smallest normal number, 6e-5, would cut off; the largest is 65504.
+LOSS_SCALE = 2.0**8
+SCALE_STEP = 2.0**8
+LEAST_SCALE = 2.0**-16
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +71,43 @@ def loss_and_gradient(
     """Mean loss of a batch, its gradient for the prompt's parameters alone, and the weight that the mean was over.
 
     Pure and unbound, for loops of your own: jit it with `frozen` as an argument.
+
+    In a float16 base, small cotangents would become zero. There the loss is scaled by `LOSS_SCALE` (Micikevicius et al.
+    2018, arXiv 1710.03740), and where the gradient overflows, it is computed again with smaller scales: no update is
+    skipped, and a step depends on nothing but its state and batch.
     """
+
+    def with_scale(scale: Any) -> tuple[Array, PromptParams, Array]:
+        return _scaled_loss_and_gradient(module, method, objective, frozen, params, batch, scale)
+
+    if frozen["embedding"].dtype != jnp.float16:  # type: ignore[union-attr]
+        return with_scale(1.0)
+
+    def overflows(carry: Any) -> Array:
+        scale, (loss, gradient, _) = carry
+        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient)]).all()
+        return ~finite & jnp.isfinite(loss) & (scale > LEAST_SCALE)
+
+    def again(carry: Any) -> Any:
+        scale = carry[0] / SCALE_STEP
+        return scale, with_scale(scale)
+
+    zero = jnp.zeros((), jnp.float32)
+    none_yet = zero, jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params), zero
+    start = jnp.asarray(LOSS_SCALE * SCALE_STEP, jnp.float32), none_yet
+    return jax.lax.while_loop(overflows, again, start)[1]
+
+
+def _scaled_loss_and_gradient(
+    module: Decoder,
+    method: Method,
+    objective: Objective,
+    frozen: Params,
+    params: PromptParams,
+    batch: Batch,
+    scale: float | Float[Array, ""],
+) -> tuple[Float[Array, ""], PromptParams, Float[Array, ""]]:
+    """`loss_and_gradient`, with cotangents that are `scale` times as large on their way through the model."""
 
     def encode(virtual: VirtualPrompt) -> Any:
         prefix = encode_prefix(module, frozen, virtual, batch.lead_ids, batch.lead_length)
@@ -80,10 +122,11 @@ def loss_and_gradient(
         return LOSSES[objective.over](readings, rows, objective.choices, objective.label_smoothing)
 
     def accumulate(carry: Any, rows: Rows) -> tuple[Any, None]:
-        loss, cotangents = jax.value_and_grad(rows_loss, argnums=(0, 1), has_aux=True)(keys_values, virtual, rows)
-        return jax.tree.map(jnp.add, carry, (loss, cotangents)), None
+        of_rows = functools.partial(rows_loss, rows=rows)
+        loss, pull, weight = jax.vjp(of_rows, keys_values, virtual, has_aux=True)
+        return jax.tree.map(jnp.add, carry, ((loss, weight), pull(seed))), None
 
-    zero = jnp.zeros((), jnp.float32)
+    zero, seed = jnp.zeros((), jnp.float32), jnp.asarray(scale, jnp.float32)
     nothing = ((zero, zero), jax.tree.map(jnp.zeros_like, (keys_values, virtual)))
     microbatches = _split(batch.rows, objective.microbatches)
     ((total, weight), (of_prefix, of_virtual)), _ = jax.lax.scan(accumulate, nothing, microbatches)
@@ -95,13 +138,14 @@ def loss_and_gradient(
 
         # Every example has the context before it, and what it costs.
         examples = jnp.sum(batch.rows.example_weights)
-        (loss, count), slope = jax.value_and_grad(of_context, has_aux=True)(virtual)
+        loss, pull, count = jax.vjp(of_context, virtual, has_aux=True)
+        (slope,) = pull(seed)
         total, weight = total + examples * loss, weight + examples * count
         of_virtual = jax.tree.map(lambda a, b: a + examples * b, of_virtual, slope)
     (through_prefix,) = encode_vjp(of_prefix)
     (gradient,) = materialize_vjp(jax.tree.map(jnp.add, of_virtual, through_prefix))
     weight = jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
-    return total / weight, jax.tree.map(lambda g: g / weight, gradient), weight
+    return total / weight, jax.tree.map(lambda g: g / (weight * scale), gradient), weight
 
 
 def _split(rows: Rows, count: int) -> Rows:

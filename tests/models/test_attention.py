@@ -87,6 +87,26 @@ def test_gradients_over_two_sources_equal_those_over_one():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), ours, expected)
 
 
+def test_jax_stops_the_gradient_of_the_log_sum_exp():
+    """Why sources are not merged by log-sum-exp: the forward pass would be right, and the gradient wrong."""
+    queries, first, second, _ = sources_of(np.random.default_rng(1))
+    weights = np.random.default_rng(2).standard_normal(queries.shape).astype(np.float32)
+    shared = [np.broadcast_to(a, (2, *a.shape)) for a in first]
+
+    def joined(queries):
+        keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(shared, second, strict=True))
+        return (jax.nn.dot_product_attention(queries, keys, values) * weights).sum()
+
+    def merged(queries):
+        parts = [jax.nn.dot_product_attention(queries, *kv, return_residual=True) for kv in (shared, second)]
+        shares = jax.nn.softmax(jnp.stack([log_sum for _, log_sum in parts]), axis=0)
+        return sum((share[..., None] * out * weights).sum() for share, (out, _) in zip(shares, parts, strict=True))
+
+    (right, slope), (ours, wrong) = (jax.jit(jax.value_and_grad(f))(queries) for f in (joined, merged))
+    np.testing.assert_allclose(ours, right, rtol=1e-4)
+    assert np.linalg.norm(wrong - slope) > 0.1 * np.linalg.norm(slope)
+
+
 def test_a_query_that_sees_nothing_is_finite_forward_and_backward():
     queries, first, second, masks = sources_of(np.random.default_rng(3))
     nothing = [np.zeros_like(m) for m in masks]

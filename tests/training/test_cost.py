@@ -95,6 +95,13 @@ def test_weights_that_no_axis_divides_count_whole():
     assert split <= ours <= 1.01 * split
 
 
+def test_prompts_together_share_the_weights():
+    config, shape = config_of(), StepShape(rows=16, length=48, outputs=5, lead=20)
+    one = step_memory(config, shape, remat="none", itemsize=4, mesh=make_mesh())
+    eight = one.of_prompts(8)
+    assert eight.weights == one.weights and eight.total - eight.weights == 8 * (one.total - one.weights)
+
+
 def test_rematerialisation_by_what_fits():
     config, shape = config_of(), StepShape(rows=16, length=48, outputs=5, lead=20)
 
