@@ -10,6 +10,9 @@ from spt_jax.errors import DataError
 # Text that is encoded in front of a continuation and cut off again. The first that does not merge with it is used.
 _ANCHORS = ("\n", "a", ".", "0", "\x00")
 
+# From how many characters on a text is encoded as a batch of one: other threads run meanwhile, which `encode` prevents.
+_LONG = 2**12
+
 
 class Tokenization:
     """A tokenizer's plain text encoding, with no BOS, EOS, truncation or padding.
@@ -57,6 +60,8 @@ class Tokenization:
         raise DataError(f"the tokenizer cannot encode {text[:40]!r} as the continuation of a text")
 
     def _encoding(self, text: str) -> tokenizers.Encoding:
+        if len(text) >= _LONG:
+            return self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
         return self._tokenizer.encode(text, add_special_tokens=False)
 
 
