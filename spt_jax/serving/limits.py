@@ -61,9 +61,9 @@ class TimedHeads(H11Protocol):
     """
 
     seconds = 30.0
-    _closing: asyncio.TimerHandle | None = None
+    _closing: Any = None  # a timer of the loop's
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: Any) -> None:  # uvloop's transports are no asyncio.Transport
         super().connection_made(transport)
         self._closing = self.loop.call_later(self.seconds, self._close)
 

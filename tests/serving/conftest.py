@@ -1,6 +1,7 @@
 """A server over a tiny base and a directory of prompts, in a thread of this process."""
 
 import contextlib
+import re
 import threading
 import time
 from pathlib import Path
@@ -132,3 +133,13 @@ def alone(server, name, text, **options):
     ids = bank.request_ids(prompt, {"text": text})
     (found,) = generate(bank.base, [ids], bank.entry(prompt).virtual, SamplingConfig(**options))
     return ids, found
+
+
+def bytes_of(names: list[str]) -> bytes:
+    """The bytes of tokens as completions name them."""
+    escaped = [name.removeprefix("bytes:") if re.fullmatch(r"bytes:(\\x..)+", name) else None for name in names]
+    parts = [
+        name.encode() if own is None else bytes.fromhex(own.replace("\\x", ""))
+        for name, own in zip(names, escaped, strict=True)
+    ]
+    return b"".join(parts)
