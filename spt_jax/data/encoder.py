@@ -340,6 +340,13 @@ class Encoder:
         spans = [span for span in covered if any(span)]
         return text[spans[first][0] : spans[last][1]].strip()
 
+    def prompt_ids_around(self, ids: Sequence[int]) -> tuple[np.ndarray, int]:
+        """The prompt with real token ids in the place of its one field, and where these begin."""
+        at = next(i for i, piece in enumerate(self._prompt) if isinstance(piece, Field))
+        front, rest = [*self._prompt[:at], *ids], self._prompt[at + 1 :]
+        whole = self._ids([*front, *rest], {}, opens=True)
+        return np.asarray(whole, np.int32), len(self._ids(front, {}, opens=True)) - len(ids)
+
     def with_any_label(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """A record to ask about, with some label in the place of the one that is not known.
 

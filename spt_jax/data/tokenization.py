@@ -14,6 +14,9 @@ from spt_jax.models.tokenizer import tokenizer_panics
 # Text that is encoded in front of a continuation and cut off again. The first that does not merge with it is used.
 _ANCHORS = ("\n", "a", ".", "0", "\x00")
 
+# From how many characters on a text is encoded as a batch of one: other threads run meanwhile, which `encode` prevents.
+_LONG = 2**12
+
 
 class Tokenization:
     """A tokenizer's plain text encoding, with no BOS, EOS, truncation or padding.
@@ -76,6 +79,8 @@ class Tokenization:
     def _encoding(self, text: str) -> tokenizers.Encoding:
         try:
             with tokenizer_panics():
+                if len(text) >= _LONG:
+                    return self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
                 return self._tokenizer.encode(text, add_special_tokens=False)
         except TypeError as error:  # the binding's way to refuse what is not valid Unicode
             raise DataError(f"{text[:40]!r} holds half of a surrogate pair, which is not a character") from error

@@ -4,32 +4,52 @@ import asyncio
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Literal
 
-from spt_jax.generation import Generated, token_text
+from spt_jax.generation import Generated
 from spt_jax.serving import protocol as api
 from spt_jax.serving.engine import Request, Ticket
 from spt_jax.serving.metrics import Metrics
+from spt_jax.serving.tokens import TokenName, token_name
 from spt_jax.serving.worker import Listener, News, Worker
 
 Finished = Literal["stop", "length"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A token of an answer.
+
+    Attributes:
+      text: what it adds to the answer's text; a character comes with the last of its bytes.
+      name: this text, or the token's bytes, escaped, where it is a part of a character.
+      bytes: the token's own.
+      is_partial: whether it is a part of a character.
+    """
+
+    text: str
+    name: str
+    bytes: bytes
+    is_partial: bool
 
 
 @dataclasses.dataclass
 class Choice:
     """One of the texts that answer a request.
 
-    text_of, token_text: of its ids, and of one that it might have had.
+    text_of, named: the text of its ids, and the name of one that it might have had.
     stop: texts that end it.
+    log_probabilities: of the ids; NaN for one that nothing precedes.
     alternatives: by the likeliest ids of each step, their log-probabilities, where they were asked for.
     text: what of it can be shown, since neither more tokens nor a stop string would change it.
     finished: why it ended, in OpenAI's words; None before the end.
     """
 
     text_of: Callable[[list[int]], str]
-    token_text: Callable[[int], str]
+    named: Callable[[int], TokenName]
     stop: tuple[str, ...]
     ids: list[int] = dataclasses.field(default_factory=list)
     log_probabilities: list[float] = dataclasses.field(default_factory=list)
@@ -59,10 +79,21 @@ class Choice:
         self.alternatives = result.alternatives
         self.finished = "length" if result.finished == "length" else "stop"
 
-    def pieces(self, since: int = 0) -> list[str]:
-        """The text of every token from one on, a character with the last of its bytes."""
+    def pieces(self, since: int = 0) -> list[Piece]:
+        """The tokens from one on."""
         texts = [self.text_up_to(count) for count in range(since, len(self.ids) + 1)]
-        return [after[len(before) :] for before, after in itertools.pairwise(texts)]
+        names = [self.named(id_) for id_ in self.ids]
+        found = []
+        for place, (before, after) in enumerate(itertools.pairwise(texts), since):
+            text, own = after[len(before) :], names[place]
+            if own.is_partial and own.bytes is not None:
+                found.append(Piece(text, own.text, own.bytes, True))
+                continue
+            # Parts of a character that were never completed are shown with what follows them.
+            follows = place > 0 and names[place - 1].is_partial and not own.text.startswith("\ufffd")
+            whole = text.lstrip("\ufffd") if follows else text
+            found.append(Piece(text, whole, whole.encode(), False))
+        return found
 
     def text_up_to(self, count: int) -> str:
         """Of the first tokens, without half characters unless these are all tokens there will be."""
@@ -116,7 +147,7 @@ class Answer:
                 await loop.run_in_executor(worker.compiling, worker.prepare, request)
         asked = [(request, listener(index)) for index, request in enumerate(requests)]
         answer._tickets = await asyncio.to_thread(worker.submit, asked)
-        named = functools.partial(token_text, worker.engine.bank.base.tokenizer)
+        named = functools.partial(token_name, worker.engine.bank.base.tokenizer)
         answer.choices = [Choice(ticket.text_of, named, ticket.ends.texts) for ticket in answer._tickets]
         return answer
 
@@ -161,38 +192,60 @@ class Answer:
         return api.Usage(prompt_tokens=prompts, completion_tokens=new, total_tokens=prompts + new)
 
 
-def completion_logprobs(choice: Choice, since: int) -> api.CompletionLogprobs:
-    """Of the tokens from one on, as completions have it."""
-    offset, offsets, pieces = len(choice.text_up_to(since)), [], choice.pieces(since)
-    for piece in pieces:
-        offsets.append(offset)
-        offset += len(piece)
-    chosen = choice.log_probabilities[since:]
+def completion_logprobs(choice: Choice, since: int = 0, offset: int = 0) -> api.CompletionLogprobs:
+    """Of the tokens from one on, as completions have it.
+
+    Args:
+      choice: the answer.
+      since: the first token.
+      offset: characters in front of the answer's text.
+    """
+    pieces = choice.pieces(since)
+    values = [None if math.isnan(value) else value for value in choice.log_probabilities[since:]]
+    starts = itertools.accumulate((len(piece.text) for piece in pieces), initial=offset + len(choice.text_up_to(since)))
     top = None
     if choice.alternatives:
         top = [
-            # Of ids with one text, the likeliest counts.
-            {choice.token_text(id_): value for id_, value in reversed(others.items()) if id_ != own}
-            | {piece: log_probability}
-            for others, own, piece, log_probability in zip(
-                choice.alternatives[since:], choice.ids[since:], pieces, chosen, strict=True
+            # Of ids with one name, the likeliest counts.
+            {_legacy(choice.named(id_)): other for id_, other in reversed(others.items()) if id_ != own}
+            | ({} if value is None else {_legacy(piece): value})
+            if others
+            else None
+            for others, own, piece, value in zip(
+                choice.alternatives[since:], choice.ids[since:], pieces, values, strict=True
             )
         ]
-    return api.CompletionLogprobs(tokens=pieces, token_logprobs=chosen, text_offset=offsets, top_logprobs=top)
+    names = [_legacy(piece) for piece in pieces]
+    return api.CompletionLogprobs(
+        tokens=names, token_logprobs=values, text_offset=list(starts)[: len(pieces)], top_logprobs=top
+    )
+
+
+def _legacy(token: Piece | TokenName) -> str:
+    """A token's name in completions, where a part of a character is written bytes:\\xf0\\x9f."""
+    name = token.name if isinstance(token, Piece) else token.text
+    return f"bytes:{name}" if token.is_partial else name
 
 
 def chat_logprobs(choice: Choice, since: int) -> api.ChatLogprobs:
     """Of the tokens from one on, as chat completions have it."""
     pieces, values = choice.pieces(since), choice.log_probabilities[since:]
     alternatives = choice.alternatives[since:] or [{}] * len(pieces)
+
+    def alternative(id_: int, value: float) -> api.Alternative:
+        name = choice.named(id_)
+        return api.Alternative(token=name.text, logprob=value, bytes=None if name.bytes is None else list(name.bytes))
+
     return api.ChatLogprobs(
         content=[
             api.TokenLogprob(
-                token=piece,
+                token=piece.name,
                 logprob=value,
-                bytes=list(piece.encode()),
+                bytes=list(piece.bytes),
                 top_logprobs=[
-                    api.Alternative(token=piece if id_ == own else choice.token_text(id_), logprob=other)
+                    api.Alternative(token=piece.name, logprob=other, bytes=list(piece.bytes))
+                    if id_ == own
+                    else alternative(id_, other)
                     for id_, other in others.items()
                 ],
             )

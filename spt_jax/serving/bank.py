@@ -119,7 +119,8 @@ class PromptBank:
         """Takes in a prompt directory, ours or PEFT's, whose text stands behind the virtual tokens.
 
         Raises:
-          CheckpointError: it is damaged, for another base, or has a head whose classes have no names.
+          CheckpointError: it is damaged, for another base, has a head whose classes have no names, or its template is
+            no text or too long for the base.
         """
         if (folder / PEFT_CONFIG).exists():
             method, virtual = import_peft(folder, self.base)
@@ -136,7 +137,7 @@ class PromptBank:
         """Takes a prompt in, or another one under a name that there is. Nothing is computed yet.
 
         Raises:
-          CheckpointError: it is for another base.
+          CheckpointError: it is for another base, or its template is no text or too long for the base.
         """
         differences = saved.fingerprint.differences(self.base.fingerprint)
         if differences:
@@ -144,11 +145,27 @@ class PromptBank:
         self._put(name, saved.virtual, saved.template)
 
     def _put(self, name: str, virtual: VirtualPrompt, template: Template) -> None:
+        texts = [template.prompt, template.target, template.system or "", *template.verbalizers.values()]
+        if not all(map(_is_text, texts)):
+            raise CheckpointError(f"prompt {name!r}: its template holds half a surrogate pair, which is no character")
         # On the host: what requests need of it is made on the device when they come.
         entry = self._entry(template, jax.tree.map(np.asarray, virtual))
+        self._check_length(name, entry)
         with self._lock:
             self._entries[name] = entry
             self._forget(name)
+
+    def _check_length(self, name: str, entry: Entry) -> None:
+        """Whether a template with empty fields leaves a position for an answer."""
+        template, positions = entry.template, self.base.config.max_positions
+        if template.is_conversation:
+            return  # a chat template may refuse a chat that is empty
+        ids = entry.encoder.prompt_ids(dict.fromkeys(template.prompt_fields, ""))
+        taken = len(ids) + (0 if entry.virtual is None else entry.virtual.prefix_length)
+        if taken >= positions:
+            raise CheckpointError(
+                f"prompt {name!r}: its template takes {taken} positions without any text; the base has {positions}"
+            )
 
     def _forget(self, name: str) -> None:
         held = self._held.pop(name, None)
@@ -233,6 +250,14 @@ class PromptBank:
             if name in self._entries:
                 return self._entries[name]
         raise UnknownPromptError(f"there is no prompt {name!r}; {did_you_mean(str(name), self.names)}")
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def overflow(base: FrozenBase, name: str | None) -> ConfigError:

@@ -10,13 +10,30 @@ import jax
 import numpy as np
 
 from spt_jax.data.batches import bucket, multiples, pack, place_batch, plan_batches, round_up
+from spt_jax.data.encoder import Example
 from spt_jax.errors import ConfigError
 from spt_jax.evaluation import log_softmax, row_scores
 from spt_jax.generation import BUCKET
-from spt_jax.serving.bank import Held, PromptBank, overflow
+from spt_jax.serving.bank import Entry, Held, PromptBank, overflow
 from spt_jax.sharding import to_host
 
 _row_scores = functools.partial(jax.jit, static_argnums=(0, 1))(row_scores)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Records that were read for a prompt.
+
+    Attributes:
+      name: the prompt's.
+      entry, held: what the prompt was when they were read.
+      examples: the records, each with some label.
+    """
+
+    name: str
+    entry: Entry
+    held: Held
+    examples: Sequence[Example]
 
 
 class Classifier:
@@ -26,25 +43,35 @@ class Classifier:
         self._bank = bank
         self._lock = threading.Lock()
 
-    def classify(self, name: str, records: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-        """The log-probability of every class of every record: summed over a verbalizer's tokens, or a head's.
-
-        Each record's own ids run once, behind the keys and values that its prompt's requests share.
+    def read(self, name: str, records: Sequence[Mapping[str, Any]]) -> Asked:
+        """Tokenizes records.
 
         Raises:
-          ConfigError: no such prompt, its template has no classes for whole records, a record is too long, or its
-            numbers overflow.
+          ConfigError: no such prompt, its template has no classes for whole records, or a record is too long.
           DataError: a record lacks a field.
         """
-        bank, base = self._bank, self._bank.base
-        entry, held = bank.take(name)
-        template = entry.template
+        entry, held = self._bank.take(name)
         if not entry.classifies:
             raise ConfigError(f"prompt {name!r} tells no classes of whole texts apart")
         asked = [entry.encoder.with_any_label(record) for record in records]
-        if template.truncate is None:
+        if entry.template.truncate is None:
             self._check_lengths(held, [entry.encoder.prompt_ids(record) for record in records])
-        examples = entry.encoder.encode_all(asked)
+        return Asked(name, entry, held, entry.encoder.encode_all(asked))
+
+    def score(self, asked: Asked, first: int = 0, last: int | None = None) -> list[dict[str, float]]:
+        """The log-probability of every class of some records: summed over a verbalizer's tokens, or a head's.
+
+        Each record's own ids run once, behind the keys and values that its prompt's requests share.
+
+        Args:
+          asked: the records.
+          first, last: from which to before which of them; default all.
+
+        Raises:
+          ConfigError: numbers overflow.
+        """
+        base, held, template = self._bank.base, asked.held, asked.entry.template
+        examples = asked.examples[first:last]
         shapes = multiples(base.mesh)
         plan = plan_batches(examples, lead=len(held.lead), batch_size=len(examples), packing=False, **shapes)
         plan = dataclasses.replace(
@@ -59,7 +86,7 @@ class Classifier:
         order = np.argsort([int(number) for number in batch.rows.examples[:, 0] if number >= 0])
         scores = values[: len(examples), 0][order]
         if not np.isfinite(scores).all():
-            raise overflow(base, name)
+            raise overflow(base, asked.name)
         if template.head == "classification":
             scores = log_softmax(scores)
         return [dict(zip(template.verbalizers, map(float, row), strict=True)) for row in scores]

@@ -31,6 +31,7 @@ from spt_jax.generation import (
 )
 from spt_jax.models.attention import Cache
 from spt_jax.serving.bank import Held, PromptBank, overflow
+from spt_jax.serving.fairness import Sender, Turns
 from spt_jax.serving.slots import LEAST, MAX_ENDS, MOST, NewTokens, RequestIds, Slots, Until, admit, decode, empty_slots
 from spt_jax.sharding import replicated, row_sharding, row_shards
 
@@ -40,6 +41,9 @@ LOOK = 0.02
 # How many requests at a time one program lets in, and how many ids these may then have together.
 SIZES = (1, 4, 16)
 TOGETHER = 2048
+
+# Whose turn it is among requests that name no sender: all take turns in the order in which they came.
+NOBODY = Sender("", -1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,6 +55,7 @@ class Request:
     sampling: how, and when to end.
     held: what the prompt's requests share, from `PromptBank.take`; None looks it up when the request comes.
     alternatives: how many of each step's likeliest tokens to tell besides, at most `decoding.ALTERNATIVES`.
+    sender: whose turn it has to wait for; None for a program's own requests, which may take all slots.
     """
 
     ids: np.ndarray
@@ -58,6 +63,7 @@ class Request:
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     held: Held | None = None
     alternatives: int = 0
+    sender: Sender | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -81,6 +87,10 @@ class Ticket:
     result: Generated | None = None
     error: ConfigError | None = None
 
+    @property
+    def sender(self) -> Sender:
+        return self.request.sender or NOBODY
+
 
 class Engine:
     """Answers requests in a fixed number of slots. Any thread may `submit`; one thread steps and cancels.
@@ -88,6 +98,10 @@ class Engine:
     The program that decodes takes any mixture of prompts, lengths and sampling; there is one for the fullest slot's
     entries rounded up to 64, 96, 128, 192, ... A request's own ids run once, in a program per length rounded up to 16,
     32, 64, ... for 1, 4 or 16 of them at once. Its prompt's keys and values are copied, and computed once.
+
+    Senders take turns. With 16 slots or more, two are not given to a request of many answers that has others already,
+    and one of these only to a client that has none: a short request does not wait for others' long answers. With 8 to
+    15 slots it is one; fewer are all given.
     """
 
     def __init__(self, bank: PromptBank, *, slots: int = 16, context: int | None = None):
@@ -115,7 +129,8 @@ class Engine:
         self._programs = _programs(base.mesh)
         self._slots = self._programs.empty(base.module, base.dtype, slots, self._capacity)
         self._busy: list[Ticket | None] = [None] * slots
-        self._waiting: collections.deque[Ticket] = collections.deque()
+        self._spare = min(slots // 8, 2)
+        self._waiting: Turns[Ticket] = Turns()
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self._slots)
 
@@ -160,13 +175,12 @@ class Engine:
         if needed > self.context:
             raise ConfigError(f"the request takes {needed} positions; a slot has {self.context}")
         ticket = self._ticket(dataclasses.replace(request, ids=ids), held)
-        self._waiting.append(ticket)
+        self._waiting.add(ticket.sender, ticket)
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
         """Ends a request without an answer; its slot is free at once."""
-        if ticket in self._waiting:
-            self._waiting.remove(ticket)
+        self._waiting.remove(ticket.sender, ticket)
         if ticket in self._busy:
             self._busy[self._busy.index(ticket)] = None
         ticket.done = True
@@ -179,8 +193,9 @@ class Engine:
     def step(self) -> list[Ticket]:
         """Lets waiting requests into free slots, or chooses a few tokens for all, in turn; returns what has ended."""
         base = self.bank.base
-        self._let_in = not self._let_in and bool(self._waiting) and not all(self._busy)
-        admitted = [self._admit(*group) for group in self._groups()] if self._let_in else []
+        groups = [] if self._let_in else self._groups()
+        self._let_in = bool(groups)
+        admitted = [self._admit(*group) for group in groups]
         ended = []
         for slots, new in admitted:
             firsts = jax.tree.map(lambda a: np.asarray(a)[None], new)
@@ -273,8 +288,7 @@ class Engine:
         """Free slots, and the waiting requests that one program lets into them."""
         free = [slot for slot, ticket in enumerate(self._busy) if ticket is None]
         alike: dict[Any, list[Ticket]] = {}
-        for number in range(min(len(free), len(self._waiting))):
-            ticket = self._waiting[number]
+        for ticket in self._next(len(free)):
             alike.setdefault(self._key(ticket.held, len(ticket.request.ids)), []).append(ticket)
         groups = []
         for key, tickets in alike.items():
@@ -284,6 +298,24 @@ class Engine:
                 free, tickets = free[size:], tickets[size:]
         return groups
 
+    def _next(self, free: int) -> list[Ticket]:
+        """Takes from the waiting requests those whose turn it is to enter so many free slots."""
+        holders = collections.Counter(ticket.sender for ticket in self._busy if ticket is not None)
+        clients = collections.Counter(ticket.sender.client for ticket in self._busy if ticket is not None)
+        found: list[Ticket] = []
+
+        def may(sender: Sender) -> bool:
+            if sender == NOBODY or not clients[sender.client]:
+                return True
+            spare = self._spare if holders[sender] else (self._spare + 1) // 2
+            return free - len(found) > spare
+
+        while len(found) < free and (ticket := self._waiting.take(may)) is not None:
+            found.append(ticket)
+            holders[ticket.sender] += 1
+            clients[ticket.sender.client] += 1
+        return found
+
     def _admit(self, slots: list[int], tickets: list[Ticket]) -> tuple[list[int], NewTokens]:
         """Puts requests into slots; these, and the first tokens."""
         base, first = self.bank.base, tickets[0]
@@ -292,7 +324,6 @@ class Engine:
         self._slots, firsts = program(base.params, *self._inputs(tickets, slots), self._slots)
         for slot, ticket in zip(slots, tickets, strict=True):
             self._busy[slot] = ticket
-            self._waiting.remove(ticket)
         return slots, firsts
 
     def _key(self, held: Held, length: int) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 class BodyLimits:
@@ -48,6 +49,57 @@ class BodyLimits:
                 return None
             if message["type"] != "http.request" or not message.get("more_body"):
                 return messages
+
+
+class TimedHeads(H11Protocol):
+    """Uvicorn's HTTP connection, closed if a request's head does not come in time.
+
+    Uvicorn itself closes only connections that stay silent after an answer.
+
+    Attributes:
+      seconds: from the connection, or from the first byte of a further request, to the end of a request's head.
+    """
+
+    seconds = 30.0
+    _closing: Any = None  # a timer of the loop's
+
+    def connection_made(self, transport: Any) -> None:  # uvloop's transports are no asyncio.Transport
+        super().connection_made(transport)
+        self._closing = self.loop.call_later(self.seconds, self._close)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self._awaits_head:
+            self._stop()
+        elif self._closing is None:
+            self._closing = self.loop.call_later(self.seconds, self._close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop()
+        super().connection_lost(exc)
+
+    @property
+    def _awaits_head(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _stop(self) -> None:
+        if self._closing is not None:
+            self._closing.cancel()
+            self._closing = None
+
+    def _close(self) -> None:
+        self._closing = None
+        if self._awaits_head:
+            self.transport.close()
+
+
+def timed_heads(within: float) -> type[TimedHeads]:
+    """The connections of a server on which a request's head must come within so many seconds."""
+
+    class Timed(TimedHeads):
+        seconds = within
+
+    return Timed
 
 
 def error_body(message: str, kind: str, **more: Any) -> dict[str, Any]:

@@ -3,13 +3,24 @@
 A field that the server would not act on is refused, unless its value asks for nothing.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StringConstraints,
+    model_validator,
+)
 
 from spt_jax.decoding import ALTERNATIVES
 
 MAX_TEXTS = 64
+MAX_FIELDS = 100
 
 # As file names everywhere, none of them hidden or a path.
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -25,9 +36,21 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _few_keys(given: Any) -> Any:
+    """Refuses what has very many keys, before each of them becomes an error."""
+    if isinstance(given, dict) and len(given) > MAX_FIELDS:
+        raise ValueError(f"{len(given)} keys, of which at most {MAX_FIELDS} may be given")
+    return given
+
+
 Text = Annotated[str, AfterValidator(_encodable)]
 Name = Annotated[Text, StringConstraints(max_length=200)]
-Fields = dict[Text, Text]
+Fields = Annotated[dict[Text, Text], BeforeValidator(_few_keys)]
+# Lists end at their first error: one per item would be as many as a body has room for.
+Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)]
+TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0, lt=2**31)]], Field(min_length=1, fail_fast=True)]
+ManyTokenIds = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)]
+Nothing = Annotated[list[None], Field(max_length=0, fail_fast=True)]
 Stop = Annotated[Text, StringConstraints(min_length=1, max_length=200)]
 
 
@@ -40,6 +63,7 @@ class Strict(BaseModel):
     @classmethod
     def _without_nulls(cls, given: Any) -> Any:
         """A field that is null is one that was not given."""
+        given = _few_keys(given)
         return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
 
 
@@ -58,13 +82,13 @@ class Sampled(Strict):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, lt=2**31)
     n: int = Field(1, ge=1, le=16)
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = None
     seed: int | None = Field(None, ge=0, lt=2**32)
     stream: bool = False
     stream_options: StreamOptions | None = None
     presence_penalty: Zero | None = None
     frequency_penalty: Zero | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logit_bias: Annotated[dict[str, float], BeforeValidator(_few_keys), Field(max_length=0)] | None = None
     user: Text | None = None
 
     @property
@@ -73,15 +97,26 @@ class Sampled(Strict):
 
 
 class CompletionRequest(Sampled):
-    """A body of /v1/completions. `fields` is an addition: the record of a template with several fields."""
+    """A body of /v1/completions.
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)] | None = None
+    prompt: texts, or token ids, which take the place of the text in a template and of everything for the bare base.
+    fields: an addition to OpenAI's: the record of a template with several fields.
+    max_tokens: 0 is for `echo`, which puts the prompt and its log-probabilities in front of the answer.
+    """
+
+    prompt: Text | Texts | TokenIds | ManyTokenIds | None = None
     fields: Fields | None = None
-    max_tokens: int = Field(16, ge=1, lt=2**31)
+    max_tokens: int = Field(16, ge=0, lt=2**31)
     logprobs: Annotated[int, Field(ge=0, le=ALTERNATIVES)] | None = None
     best_of: Literal[1] | None = None
-    echo: Literal[False] | None = None
+    echo: bool = False
     suffix: Literal[""] | None = None
+
+    @property
+    def texts(self) -> Sequence[str | list[int]] | None:
+        """The prompts one by one."""
+        prompt: Any = self.prompt
+        return [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
 
 
 class TextPart(Strict):
@@ -94,8 +129,14 @@ class TextFormat(Strict):
 
 
 class Message(Strict):
+    """A turn. What clients add to it without asking for anything is taken and left."""
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
+    type: Literal["text", "message"] | None = None
+    refusal: Literal[""] | None = None
+    annotations: Nothing | None = None
+    tool_calls: Nothing | None = None
 
     @property
     def text(self) -> str:
@@ -105,9 +146,14 @@ class Message(Strict):
 class ChatRequest(Sampled):
     """A body of /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, max_length=1000)
+    messages: list[Message] = Field(min_length=1, max_length=1000, fail_fast=True)
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     response_format: TextFormat | None = None
+    tools: Nothing | None = None
+    functions: Nothing | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = None
     top_logprobs: int = Field(0, ge=0, le=ALTERNATIVES)
@@ -117,7 +163,7 @@ class ClassifyRequest(Strict):
     """A body of /v1/classify: texts for a template with one field, or records."""
 
     model: Name
-    input: Text | Annotated[list[Text | Fields], Field(min_length=1, max_length=MAX_TEXTS)]
+    input: Text | Annotated[list[Text | Fields], Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)]
 
 
 class AddPrompt(Strict):
@@ -145,9 +191,9 @@ class Usage(BaseModel):
 
 class CompletionLogprobs(BaseModel):
     tokens: list[str]
-    token_logprobs: list[float]
+    token_logprobs: list[float | None]
     text_offset: list[int]
-    top_logprobs: list[dict[str, float]] | None = None
+    top_logprobs: list[dict[str, float] | None] | None = None
 
 
 class CompletionChoice(BaseModel):

@@ -8,28 +8,26 @@ import json
 import socket
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping
 from importlib import resources
 from typing import Any
 
 import numpy as np
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
-from starlette.exceptions import HTTPException
+from fastapi.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
+from pydantic import BaseModel
 
-from spt_jax.errors import CheckpointError, ConfigError, DataError, SptError
+from spt_jax.errors import ConfigError, SptError
 from spt_jax.evaluation import log_softmax
 from spt_jax.serving import protocol as api
 from spt_jax.serving.answers import Answer, Choice, chat_logprobs, completion_logprobs
-from spt_jax.serving.bank import UnknownPromptError
-from spt_jax.serving.limits import BodyLimits, error_body
+from spt_jax.serving.fairness import sender_of
+from spt_jax.serving.hosts import LOOPBACK, BrowserChecks
+from spt_jax.serving.limits import BodyLimits, error_body, timed_heads
 from spt_jax.serving.metrics import CountedResponses
+from spt_jax.serving.refusals import add_handlers
 from spt_jax.serving.service import RefusedError, Service
-from spt_jax.serving.worker import EngineFailedError, QueueFullError
-
-RETRY_SECONDS = 1
 
 
 class Events(StreamingResponse):
@@ -47,7 +45,8 @@ class Events(StreamingResponse):
             self._answer.cancel()
 
 
-_ERRORS: Any = {status: {"model": api.ErrorResponse} for status in (400, 401, 403, 404, 408, 413, 422, 429, 500, 503)}
+_STATUSES = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503)
+_ERRORS: Any = {status: {"model": api.ErrorResponse} for status in _STATUSES}
 router = APIRouter(responses=_ERRORS)
 
 
@@ -58,13 +57,33 @@ def _service(request: Request) -> Service:
 @router.post("/v1/completions", response_model=api.Completion)
 async def completions(body: api.CompletionRequest, request: Request) -> Any:
     """Continues texts under the prompt that `model` names, or under none."""
-    service = _service(request)
-    texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-    requests = await asyncio.to_thread(
-        lambda: service.ask(body, service.records(body.model, texts, body.fields), body.max_tokens, body.logprobs or 0)
+    service, sender = _service(request), sender_of(request.scope)
+    if body.max_tokens == 0 and not body.echo:
+        raise RefusedError(422, "max_tokens is 0, which is only of use with echo: true", param="max_tokens")
+    if body.stream and body.echo:
+        raise RefusedError(422, "echo is not possible with stream: true", param="echo")
+
+    def records() -> list[dict[str, Any]]:
+        service.worker.check_room(body.n * len(body.texts or [0]), sender.client)
+        return service.records(body.model, body.texts, body.fields)
+
+    asked = await asyncio.to_thread(records)
+    alternatives = body.logprobs or 0
+    echoes = await service.echo(body.model, asked, body.logprobs, sender) if body.echo else []
+    shared = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
+    if body.max_tokens == 0:
+        found = [echo for echo in echoes for _ in range(body.n)]
+        tokens = sum(echo.prompt_tokens for echo in echoes)
+        usage = api.Usage(prompt_tokens=tokens, completion_tokens=0, total_tokens=tokens)
+        return await _json(
+            api.Completion(**shared, choices=[], usage=usage),
+            lambda i: _completion_choice(body, i, found[i].choice),
+            len(found),
+        )
+    requests = await service.read(
+        sender, asked, lambda: service.ask(body, asked, body.max_tokens, alternatives, sender)
     )
     answer = await Answer.begin(service.worker, requests, service.metrics, each=body.n, grows=body.stream)
-    shared = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
 
     def logprobs(choice: Choice, since: int = 0) -> api.CompletionLogprobs | None:
         return None if body.logprobs is None else completion_logprobs(choice, since)
@@ -82,25 +101,51 @@ async def completions(body: api.CompletionRequest, request: Request) -> Any:
 
         return _streamed(events(), answer)
     await _whole(answer, request)
-    choices = [
-        api.CompletionChoice(index=i, text=own.text, logprobs=logprobs(own), finish_reason=own.finished)
-        for i, own in enumerate(answer.choices)
-    ]
-    return api.Completion(**shared, choices=choices, usage=answer.usage())
+    fronts = [echo.choice for echo in echoes for _ in range(body.n)] or [None] * len(answer.choices)
+    return await _json(
+        api.Completion(**shared, choices=[], usage=answer.usage()),
+        lambda i: _completion_choice(body, i, fronts[i], answer.choices[i]),
+        len(answer.choices),
+    )
+
+
+def _completion_choice(body: api.CompletionRequest, index: int, *parts: Choice | None) -> api.CompletionChoice:
+    """A choice of an echoed prompt and an answer, or of one of them."""
+    own, text, logprobs = [part for part in parts if part is not None], "", None
+    for part in own:
+        if body.logprobs is not None:
+            more = completion_logprobs(part, offset=len(text))
+            logprobs = more if logprobs is None else _joined(logprobs, more)
+        text += part.text
+    return api.CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=own[-1].finished)
+
+
+def _joined(first: api.CompletionLogprobs, second: api.CompletionLogprobs) -> api.CompletionLogprobs:
+    top = None if second.top_logprobs is None else [*(first.top_logprobs or []), *second.top_logprobs]
+    return api.CompletionLogprobs(
+        tokens=first.tokens + second.tokens,
+        token_logprobs=first.token_logprobs + second.token_logprobs,
+        text_offset=first.text_offset + second.text_offset,
+        top_logprobs=top,
+    )
 
 
 @router.post("/v1/chat/completions", response_model=api.ChatCompletion)
 async def chat_completions(body: api.ChatRequest, request: Request) -> Any:
     """Answers a chat under the prompt that `model` names, or under none."""
-    service = _service(request)
+    service, sender = _service(request), sender_of(request.scope)
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise RefusedError(422, "give max_completion_tokens or max_tokens, not both", param="max_tokens")
     if body.top_logprobs and not body.logprobs:
-        raise RefusedError(422, "top_logprobs goes with logprobs: true", param="top_logprobs")
+        raise RefusedError(422, "top_logprobs needs logprobs: true", param="top_logprobs")
     limit = body.max_completion_tokens or body.max_tokens
-    requests = await asyncio.to_thread(
-        lambda: service.ask(body, [service.chat_record(body.model, body.messages)], limit, body.top_logprobs)
-    )
+
+    def records() -> list[dict[str, Any]]:
+        service.worker.check_room(body.n, sender.client)
+        return [service.chat_record(body.model, body.messages)]
+
+    asked = await asyncio.to_thread(records)
+    requests = await service.read(sender, asked, lambda: service.ask(body, asked, limit, body.top_logprobs, sender))
     answer = await Answer.begin(service.worker, requests, service.metrics, each=body.n, grows=body.stream)
     shared = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
 
@@ -124,13 +169,24 @@ async def chat_completions(body: api.ChatRequest, request: Request) -> Any:
 
         return _streamed(events(), answer)
     await _whole(answer, request)
-    choices = [
-        api.ChatChoice(
-            index=i, message=api.ChatMessage(content=own.text), logprobs=logprobs(own), finish_reason=own.ended
-        )
-        for i, own in enumerate(answer.choices)
-    ]
-    return api.ChatCompletion(**shared, choices=choices, usage=answer.usage())
+
+    def choice(index: int) -> api.ChatChoice:
+        own = answer.choices[index]
+        message = api.ChatMessage(content=own.text)
+        return api.ChatChoice(index=index, message=message, logprobs=logprobs(own), finish_reason=own.ended)
+
+    whole = api.ChatCompletion(**shared, choices=[], usage=answer.usage())
+    return await _json(whole, choice, len(answer.choices))
+
+
+async def _json(whole: BaseModel, choice: Callable[[int], BaseModel], count: int) -> Response:
+    """An answer with choices, which are written one by one in another thread: together they may be many megabytes."""
+
+    def content() -> str:
+        outer = json.dumps(whole.model_dump(exclude={"choices"}))
+        return f'{outer[:-1]}, "choices": [{", ".join(choice(i).model_dump_json() for i in range(count))}]}}'
+
+    return Response(await asyncio.to_thread(content), media_type="application/json")
 
 
 def _streamed(pieces: AsyncGenerator[Any], answer: Answer) -> Events:
@@ -172,22 +228,19 @@ async def _whole(answer: Answer, request: Request) -> None:
 @router.post("/v1/classify", response_model=api.Classification)
 async def classify(body: api.ClassifyRequest, request: Request) -> Any:
     """The class of every text, and the log-probability of each."""
-    service = _service(request)
-    name = service.known(body.model)
-    if name is None:
-        raise RefusedError(400, f"{body.model!r} is the bare base, which has no classes", param="model")
+    service, sender = _service(request), sender_of(request.scope)
     given = [body.input] if isinstance(body.input, str) else body.input
 
-    def run() -> list[dict[str, float]]:
-        records = [
-            own
-            for one in given
-            for own in service.records(body.model, *(([one], None) if isinstance(one, str) else (None, one)))
-        ]
-        return service.classifier.classify(name, records)
+    def records() -> tuple[str, list[dict[str, Any]]]:
+        name = service.known(body.model)
+        if name is None:
+            raise RefusedError(400, f"{body.model!r} is the bare base, which has no classes", param="model")
+        parts = [([one], None) if isinstance(one, str) else (None, one) for one in given]
+        return name, [record for part in parts for record in service.records(name, *part)]
 
-    with service.place_to_classify(), service.metrics.classifying(len(given)):
-        found = await asyncio.get_running_loop().run_in_executor(service.classifying, run)
+    name, asked = await asyncio.to_thread(records)
+    with service.metrics.classifying(len(given)):
+        found = await service.classify(name, asked, sender)
     data = [
         api.Classified(
             index=i,
@@ -223,8 +276,9 @@ def _check_admin(request: Request) -> None:
     service = _service(request)
     if service.admin_key is None:
         raise RefusedError(403, "the server was started without an admin key, so prompts cannot be changed")
-    given = request.headers.get("authorization", "").removeprefix("Bearer ")
-    if not hmac.compare_digest(given.encode("latin-1"), service.admin_key.encode()):
+    kind, _, given = request.headers.get("authorization", "").partition(" ")
+    right = hmac.compare_digest(given.strip().encode("latin-1"), service.admin_key.encode())
+    if kind.lower() != "bearer" or not right:
         raise RefusedError(401, "give the admin key as Authorization: Bearer KEY", code="invalid_api_key")
 
 
@@ -276,17 +330,25 @@ def _page() -> str:
 
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)
 async def playground() -> Any:
-    """A page on which models answer side by side."""
-    return HTMLResponse(_page(), headers={"cache-control": "no-cache"})
+    """A page on which models answer side by side. No other page may show it in a frame."""
+    frames = {"content-security-policy": "frame-ancestors 'none'", "x-frame-options": "DENY"}
+    return HTMLResponse(_page(), headers={"cache-control": "no-cache", **frames})
 
 
-def make_app(service: Service, *, max_body_bytes: int = 2**20, body_seconds: float = 30.0) -> FastAPI:
+def make_app(
+    service: Service,
+    *,
+    max_body_bytes: int = 2**20,
+    body_seconds: float = 30.0,
+    hosts: Collection[str] | None = LOOPBACK,
+) -> FastAPI:
     """The application, for uvicorn or any other ASGI server.
 
     Args:
       service: what it serves; its worker has been started.
       max_body_bytes: of a request.
       body_seconds: in which a request's body must have come.
+      hosts: names and addresses under which browsers may use it, as from `hosts.allowed_hosts`; None for any.
     """
 
     @contextlib.asynccontextmanager
@@ -297,55 +359,11 @@ def make_app(service: Service, *, max_body_bytes: int = 2**20, body_seconds: flo
     app = FastAPI(title="spt_jax", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     app.include_router(router)
+    app.add_middleware(BrowserChecks, hosts=hosts)
     app.add_middleware(BodyLimits, max_bytes=max_body_bytes, seconds=body_seconds)
     app.add_middleware(CountedResponses, counter=service.metrics.responses)
 
-    def answer(status: int, message: str, headers: Mapping[str, str] | None = None, **more: Any) -> JSONResponse:
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        return JSONResponse(error_body(message, kind, **more), status, headers=dict(headers or {}))
-
-    @app.exception_handler(RefusedError)
-    async def refused(_: Request, error: RefusedError) -> JSONResponse:
-        return answer(error.status, str(error), code=error.code, param=error.param)
-
-    @app.exception_handler(QueueFullError)
-    async def full(_: Request, error: QueueFullError) -> JSONResponse:
-        return answer(429, f"{error}; try again later", {"retry-after": str(RETRY_SECONDS)}, code="queue_full")
-
-    @app.exception_handler(EngineFailedError)
-    async def failed(_: Request, error: EngineFailedError) -> JSONResponse:
-        return answer(503, str(error))
-
-    @app.exception_handler(UnknownPromptError)
-    async def unknown(_: Request, error: UnknownPromptError) -> JSONResponse:
-        return answer(404, str(error), code="model_not_found", param="model")
-
-    @app.exception_handler(Exception)
-    async def unforeseen(_: Request, error: Exception) -> JSONResponse:
-        return answer(500, "the server has failed at this request; its log says why")
-
-    @app.exception_handler(SptError)
-    async def wrong(_: Request, error: SptError) -> JSONResponse:
-        known = isinstance(error, (ConfigError, DataError, CheckpointError))
-        return answer(400 if known else 500, str(error))
-
-    @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
-        return answer(error.status_code, str(error.detail), error.headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        problems = error.errors()
-        if any(problem["type"] == "json_invalid" for problem in problems):
-            return answer(400, "the body is no JSON: " + "; ".join(_said(problem) for problem in problems))
-        if "json" not in request.headers.get("content-type", "json"):
-            return answer(422, "body: send it as JSON, with the header Content-Type: application/json")
-        by_name: dict[str, list[str]] = {}
-        for problem in problems:
-            by_name.setdefault(_field(problem["loc"]), []).append(problem["msg"])
-        texts = [f"{name}: {', or '.join(dict.fromkeys(messages))}" for name, messages in by_name.items()]
-        return answer(422, "; ".join(texts), param=next(iter(by_name)))
-
+    add_handlers(app)
     return app
 
 
@@ -365,18 +383,20 @@ def bound(host: str, port: int) -> socket.socket:
     return own
 
 
-def run(app: FastAPI, listening: socket.socket, *, drain_seconds: int) -> None:
-    """Serves until SIGTERM or SIGINT, then answers what is under way."""
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=drain_seconds, server_header=False)
-    uvicorn.Server(config).run(sockets=[listening])
+def server_of(app: FastAPI, *, head_seconds: float = 30.0, drain_seconds: int = 60) -> uvicorn.Server:
+    """What serves an application until SIGTERM or SIGINT, and then answers what is under way.
 
-
-def _field(place: Sequence[str | int]) -> str:
-    """The name of a field from where pydantic found it wrong, without the types that it tried."""
-    types = ("str", "int", "float", "bool")
-    parts = [part for part in place[1:] if isinstance(part, int) or (part.isidentifier() and part not in types)]
-    return ".".join(map(str, parts)) or "body"
-
-
-def _said(problem: Mapping[str, Any]) -> str:
-    return str(problem.get("ctx", {}).get("error", problem["msg"]))
+    Args:
+      app: from `make_app`.
+      head_seconds: in which the head of a request must have come.
+      drain_seconds: for what is under way.
+    """
+    config = uvicorn.Config(
+        app,
+        http=timed_heads(head_seconds),
+        log_level="warning",
+        timeout_graceful_shutdown=drain_seconds,
+        server_header=False,
+        port=0,
+    )
+    return uvicorn.Server(config)

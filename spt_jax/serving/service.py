@@ -1,25 +1,43 @@
 """What a server serves: a bank of prompts, read from one directory, and how requests are read for them."""
 
+import asyncio
+import collections
 import contextlib
+import dataclasses
+import functools
+import logging
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from spt_jax.data.templates import MESSAGES
+from spt_jax.data.templates import MESSAGES, Template
 from spt_jax.errors import SptError, did_you_mean
-from spt_jax.generation import SamplingConfig
+from spt_jax.generation import SamplingConfig, continuation_text, is_opening
 from spt_jax.serving import protocol as api
-from spt_jax.serving.bank import PromptBank
+from spt_jax.serving.answers import Choice
+from spt_jax.serving.bank import Entry, Held, PromptBank
 from spt_jax.serving.classify import Classifier
 from spt_jax.serving.engine import Request
+from spt_jax.serving.fairness import Lane, Sender, has_share
+from spt_jax.serving.lengths import size, text_bound, texts_of
 from spt_jax.serving.metrics import Metrics
+from spt_jax.serving.scoring import score_tokens
+from spt_jax.serving.tokens import token_name
 from spt_jax.serving.worker import QueueFullError, Worker
+
+logger = logging.getLogger(__name__)
+
+# Bytes of text that are tokenized beside others. Longer ones take turns in one thread, which bounds the memory.
+LONG = 2**15
+# Texts that are classified in one turn.
+TOGETHER = 16
+
+T = TypeVar("T")
 
 
 class RefusedError(SptError):
@@ -28,6 +46,30 @@ class RefusedError(SptError):
     def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None):
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
+
+
+@dataclasses.dataclass(frozen=True)
+class Echo:
+    """A prompt that is given back.
+
+    Attributes:
+      choice: the prompt, as if it were an answer.
+      prompt_tokens: of it and of its template.
+    """
+
+    choice: Choice
+    prompt_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Echoed:
+    """The ids of a prompt, of which those from `first` to before `last` are given back."""
+
+    name: str | None
+    entry: Entry
+    ids: np.ndarray
+    first: int
+    last: int
 
 
 class Service:
@@ -39,7 +81,7 @@ class Service:
       folder: of prompt directories, the only place that prompts are read from.
       admin_key: what adds and removes prompts; None lets nobody.
       max_prompt_bytes: the largest prompt directory that is read.
-      classifying: the thread of the classifier, which does one request after another.
+      reading, classifying: threads that tokenize long texts, and classify; senders take turns in each.
     """
 
     def __init__(
@@ -53,8 +95,9 @@ class Service:
         self.worker, self.name, self.folder, self.admin_key = worker, name, folder, admin_key
         self.bank: PromptBank = worker.engine.bank
         self.classifier = Classifier(self.bank)
-        self.classifying = ThreadPoolExecutor(1, "classifying")
-        self._to_classify = 0
+        self.reading, self.classifying = Lane("reading"), Lane("classifying")
+        self._to_classify: collections.Counter[str] = collections.Counter()
+        self._bound = text_bound(self.bank.base.tokenizer)
         self.metrics = Metrics(worker)
         self.max_prompt_bytes = max_prompt_bytes
         self.created = {name: int(time.time())}
@@ -69,29 +112,36 @@ class Service:
             raise RefusedError(403, "the server was started without a directory of prompts", code="no_prompts")
         if not re.fullmatch(api.NAME, name) or name == self.name:
             raise RefusedError(422, f"{name!r} cannot name a prompt", param="name")
+        try:
+            self._check_files(name)
+            self.bank.load(name, self.folder.resolve() / name)
+        except RefusedError:
+            raise
+        except (SptError, OSError) as error:
+            raise RefusedError(400, f"prompt {name!r}: {error}", code="invalid_prompt") from error
+        except Exception as error:  # whatever else its files make of the code that reads them
+            logger.info("prompt %r cannot be read", name, exc_info=error)
+            why = f"{type(error).__name__}: {error}"
+            raise RefusedError(400, f"prompt {name!r} cannot be read ({why})", code="invalid_prompt") from error
+        self.created[name] = int(time.time())
+
+    def _check_files(self, name: str) -> None:
+        """Whether a prompt's directory is one, lies in the directory of prompts and is not too large."""
+        assert self.folder is not None
         root = self.folder.resolve()
         folder = root / name
         if not folder.resolve().is_relative_to(root):
             raise RefusedError(403, f"{name!r} leads out of the directory of prompts")
-        try:
-            files = list(folder.iterdir()) if folder.is_dir() else []
-            regular = [path for path in files if path.is_file()]
-            size = sum(path.stat().st_size for path in regular)
-        except OSError as error:
-            raise RefusedError(400, f"prompt {name!r}: {error}", code="invalid_prompt") from error
+        files = list(folder.iterdir()) if folder.is_dir() else []
         if not files:
             raise RefusedError(404, f"there is no prompt directory {name!r} on the server", code="model_not_found")
         if any(not path.resolve().is_relative_to(root) for path in files):
             raise RefusedError(403, f"{name!r} leads out of the directory of prompts")
         if any(path.exists() and not (path.is_file() or path.is_dir()) for path in files):
             raise RefusedError(400, f"prompt {name!r} holds something that is no file", code="invalid_prompt")
-        if size > self.max_prompt_bytes:
-            raise RefusedError(413, f"prompt {name!r} has {size} bytes; {self.max_prompt_bytes} are allowed")
-        try:
-            self.bank.load(name, folder)
-        except (SptError, OSError) as error:
-            raise RefusedError(400, f"prompt {name!r}: {error}", code="invalid_prompt") from error
-        self.created[name] = int(time.time())
+        total = sum(path.stat().st_size for path in files if path.is_file())
+        if total > self.max_prompt_bytes:
+            raise RefusedError(413, f"prompt {name!r} has {total} bytes; {self.max_prompt_bytes} are allowed")
 
     def remove(self, name: str) -> None:
         """Forgets a prompt.
@@ -117,9 +167,13 @@ class Service:
         return None if model == self.name else model
 
     def records(
-        self, model: str, texts: Sequence[str] | None, fields: Mapping[str, str] | None
+        self, model: str, texts: Sequence[str | Sequence[int]] | None, fields: Mapping[str, str] | None
     ) -> list[dict[str, Any]]:
-        """What a template reads, from texts or from its fields."""
+        """What a template reads, from texts (or their token ids) or from its fields.
+
+        Raises:
+          RefusedError: the template reads something else, or a text cannot fit whatever its tokens are.
+        """
         template = self.bank.entry(self.known(model)).template
         names = template.prompt_fields
         if (texts is None) == (fields is None):
@@ -129,14 +183,17 @@ class Service:
                 if name not in names:
                     hint = did_you_mean(name, names)
                     raise RefusedError(422, f"{model!r} reads no field {name!r}; {hint}", param="fields")
-            return [dict(fields)]
+            return [self._bounded(model, template, dict(fields))]
         assert texts is not None
         if template.is_conversation:
-            return [{MESSAGES: [{"role": "user", "content": text}]} for text in texts]
+            if not all(isinstance(text, str) for text in texts):
+                raise RefusedError(422, f"{model!r} reads a chat, so that it takes no token ids", param="prompt")
+            turns = [{MESSAGES: [{"role": "user", "content": text}]} for text in texts]
+            return [self._bounded(model, template, record) for record in turns]
         if len(names) != 1:
             listed = ", ".join(names) or "none"
             raise RefusedError(422, f"{model!r} reads the fields {listed}; give them as fields", param="prompt")
-        return [{names[0]: text} for text in texts]
+        return [self._bounded(model, template, {names[0]: text}) for text in texts]
 
     def chat_record(self, model: str, messages: Sequence[api.Message]) -> dict[str, Any]:
         """What a template reads of a chat: all of it, or the one user's turn."""
@@ -146,36 +203,52 @@ class Service:
         template = self.bank.entry(name).template
         if name is None or template.is_conversation:
             turns = [{"role": turn.role, "content": turn.text} for turn in messages]
-            return {MESSAGES: turns}
+            return self._bounded(model, template, {MESSAGES: turns})
         if len(messages) > 1 or messages[0].role != "user":
             raise RefusedError(
                 422, f"{model!r} takes one user's turn: its template has a place for one text", param="messages"
             )
         return self.records(model, [messages[0].text], None)[0]
 
+    def _bounded(self, model: str, template: Template, record: dict[str, Any]) -> dict[str, Any]:
+        """The record, if its texts can fit; a field that may be shortened is cut to what can fit at most."""
+        if self._bound is None:
+            return record
+        limit, name = self.bank.base.config.max_positions, template.truncate
+        most = limit * self._bound.longest
+        if name in record and not self._bound.folds_spaces:
+            text = record[name]
+            record = {**record, name: text[:most] if template.keep == "start" else text[-most:]}
+        given = sum(map(self._bound.bytes, texts_of({key: own for key, own in record.items() if key != name})))
+        if given > most:
+            raise RefusedError(
+                400,
+                f"{given} bytes of text are too long: {model!r} has {limit} positions, and no token stands for more"
+                f" than {self._bound.longest} bytes",
+                code="context_length_exceeded",
+            )
+        return record
+
+    async def read(self, sender: Sender, records: Sequence[Mapping[str, Any]], work: Callable[[], T]) -> T:
+        """Does work that tokenizes records, in another thread; for long texts in the sender's turn."""
+        if sum(size(text) for record in records for text in texts_of(record)) > LONG:
+            return await self.reading.run(sender, work)
+        return await asyncio.to_thread(work)
+
     def ask(
-        self, body: api.Sampled, records: Sequence[Mapping[str, Any]], max_tokens: int | None, alternatives: int = 0
+        self,
+        body: api.Sampled,
+        records: Sequence[Mapping[str, Any]],
+        max_tokens: int | None,
+        alternatives: int = 0,
+        sender: Sender | None = None,
     ) -> list[Request]:
         """The engine's requests: `n` for every record. Without `max_tokens`, as many as there is room for."""
-        self.worker.check_room(body.n * len(records))
-        name, limit = self.known(body.model), self.worker.engine.context
-        entry, held = self.bank.take(name)
-        if not held.generates:
-            raise RefusedError(
-                400, f"{body.model!r} has shifts, gates or a head, and only classifies: /v1/classify", param="model"
-            )
+        name, entry, held = self._generator(body.model)
         seed, found = secrets.randbits(32) if body.seed is None else body.seed, []
         for record in records:
-            ids = entry.encoder.prompt_ids(record) if name else self.bank.request_ids(None, record)
-            before = held.start - len(held.lead) + len(ids)
-            room = limit - before
-            if room < (max_tokens or 1):
-                raise RefusedError(
-                    400,
-                    f"{before} tokens of the prompt and max_tokens={max_tokens or 1} make {before + (max_tokens or 1)};"
-                    f" {self.name!r} has {limit} positions",
-                    code="context_length_exceeded",
-                )
+            ids, _ = self._prompt_ids(name, entry, record)
+            room = self._room(held, ids, max_tokens or 1)
             greedy = body.temperature == 0
             for number in range(body.n):
                 sampling = SamplingConfig(
@@ -186,23 +259,112 @@ class Service:
                     stop=body.stops,
                     seed=(seed + number) % 2**32,
                 )
-                found.append(Request(np.asarray(ids), name, sampling, held, alternatives))
+                found.append(Request(np.asarray(ids), name, sampling, held, alternatives, sender))
         return found
 
-    @contextlib.contextmanager
-    def place_to_classify(self) -> Iterator[None]:
-        """Counts a request to classify among those that wait. In the thread of the event loop.
+    def _generator(self, model: str) -> tuple[str | None, Entry, Held]:
+        """A prompt that writes text, or the bare base."""
+        name = self.known(model)
+        entry, held = self.bank.take(name)
+        if not held.generates or entry.template.verbalizers:
+            raise RefusedError(400, f"{model!r} only tells classes apart: ask /v1/classify", param="model")
+        return name, entry, held
+
+    def _room(self, held: Held, ids: np.ndarray, max_tokens: int) -> int:
+        """How many tokens an answer may have after these ids, at least `max_tokens`."""
+        limit, before = self.worker.engine.context, held.start - len(held.lead) + len(ids)
+        if limit - before < max_tokens:
+            raise RefusedError(
+                400,
+                f"{before} tokens of the prompt and max_tokens={max_tokens} make {before + max_tokens};"
+                f" {self.name!r} has {limit} positions",
+                code="context_length_exceeded",
+            )
+        return limit - before
+
+    def _prompt_ids(self, name: str | None, entry: Entry, record: Mapping[str, Any]) -> tuple[np.ndarray, int | None]:
+        """The ids of a record's texts; or those around the token ids that it gives instead, and where these begin."""
+        given = next((value for value in record.values() if not isinstance(value, str)), None)
+        if given is None or MESSAGES in record:
+            return (entry.encoder.prompt_ids(record) if name else self.bank.request_ids(None, record)), None
+        vocab_size = self.bank.base.config.vocab_size
+        unknown = next((id_ for id_ in given if id_ >= vocab_size), None)
+        if unknown is not None:
+            raise RefusedError(400, f"token id {unknown}: the base has {vocab_size} tokens", param="prompt")
+        return entry.encoder.prompt_ids_around(given) if name else (np.asarray(given, np.int32), 0)
+
+    async def echo(
+        self, model: str, records: Sequence[Mapping[str, Any]], alternatives: int | None, sender: Sender
+    ) -> list[Echo]:
+        """The texts or token ids of records, with their log-probabilities unless `alternatives` is None.
+
+        Raises:
+          RefusedError: a template puts words around a text, whose tokens could merge with them; or it is too long.
+          ConfigError: numbers overflow.
+        """
+        found = await self.read(sender, records, lambda: [self._to_echo(model, record) for record in records])
+        return [await self.classifying.run(sender, functools.partial(self._echo, own, alternatives)) for own in found]
+
+    def _to_echo(self, model: str, record: Mapping[str, Any]) -> _Echoed:
+        name, entry, held = self._generator(model)
+        ids, place = self._prompt_ids(name, entry, record)
+        if place is None:
+            if name is not None:
+                raise RefusedError(
+                    422,
+                    f"echo needs the prompt as token ids: the template of {model!r} puts words around a text, with"
+                    " which its tokens could merge",
+                    param="echo",
+                )
+            place = len(entry.encoder.prompt_ids(dict.fromkeys(record, "")))
+        self._room(held, ids, 0)
+        if not len(ids):
+            raise RefusedError(400, "the prompt is empty, so that there is nothing to echo", param="prompt")
+        given = next((len(value) for value in record.values() if not isinstance(value, str)), len(ids) - place)
+        return _Echoed(name, entry, ids, place, place + given)
+
+    def _echo(self, own: _Echoed, alternatives: int | None) -> Echo:
+        base, part = self.bank.base, slice(own.first, own.last)
+        choice = Choice(
+            functools.partial(continuation_text, base.tokenizer, opens=is_opening(base, own.ids[: own.first])),
+            functools.partial(token_name, base.tokenizer),
+            (),
+            own.ids[part].tolist(),
+            finished="length",
+        )
+        choice.text = choice.text_of(choice.ids)
+        if alternatives is not None:
+            scores = score_tokens(base, own.name, own.entry, own.ids, alternatives)
+            choice.log_probabilities = scores.log_probabilities[part]
+            choice.alternatives = scores.alternatives[part] if alternatives else []
+        return Echo(choice, len(own.ids))
+
+    async def classify(self, name: str, records: Sequence[Mapping[str, Any]], sender: Sender) -> list[dict[str, float]]:
+        """The log-probability of every class of every record, a few records in each of the sender's turns.
 
         Raises:
           QueueFullError: as many wait as may wait for a slot.
+          ConfigError, DataError: as `Classifier`.
         """
-        if self._to_classify >= self.worker.queue:
-            raise QueueFullError(f"{self._to_classify} requests to classify wait already")
-        self._to_classify += 1
+        with self._place_to_classify(sender.client):
+            asked = await self.read(sender, records, lambda: self.classifier.read(name, records))
+            found = []
+            for first in range(0, len(records), TOGETHER):
+                work = functools.partial(self.classifier.score, asked, first, first + TOGETHER)
+                found += await self.classifying.run(sender, work)
+            return found
+
+    @contextlib.contextmanager
+    def _place_to_classify(self, client: str) -> Iterator[None]:
+        """Counts a request to classify among those that wait. In the thread of the event loop."""
+        if not has_share(self._to_classify, client, 1, self.worker.queue):
+            raise QueueFullError(f"{self._to_classify.total()} requests to classify wait already")
+        self._to_classify[client] += 1
         try:
             yield
         finally:
-            self._to_classify -= 1
+            self._to_classify[client] -= 1
+            self._to_classify += collections.Counter()  # forgets clients that have none
 
     def model(self, name: str | None) -> api.Model:
         """As /v1/models lists it."""
@@ -218,6 +380,6 @@ class Service:
             classes=list(template.verbalizers),
             virtual_tokens=template.virtual_tokens or (0 if virtual is None else virtual.prefix_length),
             bytes=entry.bytes,
-            generates=all(part is None for part in parts),
+            generates=all(part is None for part in parts) and not template.verbalizers,
             classifies=entry.classifies,
         )

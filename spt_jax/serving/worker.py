@@ -1,5 +1,6 @@
 """The thread that runs an engine, and tells those who asked what their requests have got."""
 
+import collections
 import dataclasses
 import logging
 import threading
@@ -8,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from spt_jax.errors import ConfigError, SptError
 from spt_jax.generation import Generated
-from spt_jax.serving.engine import Engine, Request, Ticket
+from spt_jax.serving.engine import NOBODY, Engine, Request, Ticket
+from spt_jax.serving.fairness import has_share
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ class Worker:
 
     Attributes:
       failure: why it has stopped, if it has.
-      queue: how many requests may wait for a slot.
+      queue: how many requests may wait for a slot, of all clients together; see `fairness.has_share`.
       compiling: a thread for `prepare`, which many requests may wait for without taking up others' threads.
     """
 
@@ -71,8 +73,8 @@ class Worker:
             self._changed.notify()
         self._thread.join()
 
-    def check_room(self, count: int) -> None:
-        """Whether so many requests more can be taken now.
+    def check_room(self, count: int, client: str = NOBODY.client) -> None:
+        """Whether so many requests more of a client can be taken now.
 
         Raises:
           QueueFullError, EngineFailedError: not now; not any more.
@@ -83,7 +85,9 @@ class Worker:
             raise self.failure
         if count > most:
             raise ConfigError(f"this asks for {count} answers at once; the server takes at most {most}")
-        if len(self._listeners) + count > most:
+        with self._changed:
+            taken = collections.Counter(ticket.sender.client for ticket in self._listeners)
+        if not has_share(taken, client, count, most):
             raise QueueFullError(f"{self.engine.waiting} requests wait already")
 
     def is_prepared(self, request: Request) -> bool:
@@ -108,8 +112,9 @@ class Worker:
         for request, _ in requests:
             self.prepare(request)
         tickets: list[Ticket] = []
+        sender = next((request.sender for request, _ in requests), None) or NOBODY
         with self._changed:
-            self.check_room(len(requests))
+            self.check_room(len(requests), sender.client)
             try:
                 for request, listener in requests:
                     tickets.append(self.engine.submit(request))

@@ -229,7 +229,7 @@ def fit(
         stop = asked_to_stop(done + 1)  # during the last validation or save
         if stop is not None:
             raise Stopped(stop, done)
-    return Outcome(best, done, speed.seconds, speed.rates(peak_flops))
+    return Outcome(best, done, speed.seconds, speed.rates(run.peak_flops))
 
 
 def _work(base: FrozenBase, method: Method, batch: Batch) -> np.ndarray:
@@ -297,7 +297,7 @@ class _Run:
 
     def __init__(self, config: TrainConfig, log: MetricsLog, first: int, before: Speed, base: FrozenBase):
         self._log, self._before, self._dtype = log, before, base.dtype
-        self._peak_flops = measure.peak_flops(base.dtype) * base.mesh.size
+        self.peak_flops = measure.peak_flops(base.dtype) * base.mesh.size
         self._pending: tuple[int, dict[str, Any], np.ndarray] | None = None
         self._work = np.zeros(3)
         self._warm: float | None = None
@@ -355,7 +355,7 @@ class _Run:
             self._work += work
         self._log.write(step, values)
         self.bar.update(1)
-        rates = self.speed.rates(self._peak_flops)
+        rates = self.speed.rates(self.peak_flops)
         self.bar.set_postfix(
             {
                 "loss": f"{values['loss']:.3f}",

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +17,8 @@ import pytest
 import spt_jax
 from spt_jax.__main__ import main
 from spt_jax.base import STARTER
-from spt_jax.commands.serve import ADMIN_KEY
+from spt_jax.commands.serve import ADMIN_KEY, Serve
+from spt_jax.commands.serve import start as start_service
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,6 +70,34 @@ def test_it_serves_and_drains(folder):
         process.communicate()
 
 
+def test_prompts_that_cannot_be_read_are_left_out(folder, tmp_path, capsys):
+    """Each with a line that names it; others are served."""
+    shutil.copytree(folder / "story", tmp_path / "story")
+    shutil.copytree(folder / "story", tmp_path / "truncated")
+    file = next((tmp_path / "truncated").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-4])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "prompt.json").write_text('{"weight_map": {}}')
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x"}')
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "README").write_text("A file is no prompt.")
+    service = start_service(Serve(base=str(STARTER), prompts=tmp_path, slots=1, context=64))
+    service.worker.stop()
+    assert service.bank.names == ["story"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "is left out: " in line]
+    assert [Path(line.split()[0]).name for line in lines] == [
+        ".hidden",
+        "empty",
+        "foreign",
+        "loop",
+        "lora",
+        "truncated",
+    ]
+
+
 def test_readme_s_client(folder, capsys):
     """As it stands there, against a server."""
     (block,) = re.findall(r"```\n(import openai\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -90,7 +120,9 @@ def test_what_it_will_not_start_with(folder, tmp_path, capsys):
     assert "more than 0" in said("--queue", "-1")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "prompt.json").write_text("{")
-    assert "'broken'" in said("--prompts", str(tmp_path), "--slots", "1", "--port", "0")
+    assert "'broken'" in said("--prompts", str(tmp_path), "--slots", "1", "--port", "0", "--strict")
+    for name in ("http://example.com", "example.com:80", "a/b", ""):
+        assert "without scheme, port and path" in said("--port", "0", "--allowed-hosts", name)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert f"127.0.0.1:{port}" in said("--port", port)

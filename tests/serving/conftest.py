@@ -1,6 +1,7 @@
 """A server over a tiny base and a directory of prompts, in a thread of this process."""
 
 import contextlib
+import re
 import threading
 import time
 from pathlib import Path
@@ -9,14 +10,13 @@ import httpx
 import jax
 import openai
 import pytest
-import uvicorn
 
 import spt_jax
 from spt_jax.generation import SamplingConfig, generate
 from spt_jax.prompts import DecomposedPromptTuning, DeepPrompts, LlamaAdapter, PrefixTuning, PromptTuning
 from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.engine import Engine
-from spt_jax.serving.server import make_app
+from spt_jax.serving.server import make_app, server_of
 from spt_jax.serving.service import Service
 from spt_jax.serving.worker import Worker
 from spt_jax.testing import tiny_base
@@ -76,14 +76,16 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(base, folder: Path, *, slots: int = 3, queue: int = 8, start: bool = True, **options):
+def serving(
+    base, folder: Path, *, slots: int = 3, queue: int = 8, start: bool = True, head_seconds: float = 30.0, **options
+):
     """Runs a server; `start` False leaves its engine asleep."""
     service = Service(Worker(Engine(PromptBank(base), slots=slots), queue=queue), "tiny", folder, KEY, 2**20)
     for own in sorted(folder.iterdir()):
         service.load(own.name)
     if start:
         service.worker.start()
-    server = uvicorn.Server(uvicorn.Config(make_app(service, **options), port=0, log_level="error"))
+    server = server_of(make_app(service, **options), head_seconds=head_seconds)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -131,3 +133,13 @@ def alone(server, name, text, **options):
     ids = bank.request_ids(prompt, {"text": text})
     (found,) = generate(bank.base, [ids], bank.entry(prompt).virtual, SamplingConfig(**options))
     return ids, found
+
+
+def bytes_of(names: list[str]) -> bytes:
+    """The bytes of tokens as completions name them."""
+    escaped = [name.removeprefix("bytes:") if re.fullmatch(r"bytes:(\\x..)+", name) else None for name in names]
+    parts = [
+        name.encode() if own is None else bytes.fromhex(own.replace("\\x", ""))
+        for name, own in zip(names, escaped, strict=True)
+    ]
+    return b"".join(parts)

@@ -14,7 +14,7 @@ from spt_jax.generation import SamplingConfig, generate
 from spt_jax.serving.answers import shown
 from spt_jax.sharding import MeshConfig, make_mesh
 from spt_jax.testing import tiny_base
-from tests.serving.conftest import CLASSES, PROMPTS, TEXTS, alone, serving
+from tests.serving.conftest import CLASSES, PROMPTS, TEXTS, alone, bytes_of, serving
 
 
 def test_models_are_the_base_and_the_prompts(client, server):
@@ -37,10 +37,12 @@ def test_a_completion_is_what_the_library_answers(client, server, name):
         assert choice.finish_reason == ("length" if expected.finished == "length" else "stop")
         assert ours.usage.prompt_tokens == len(ids) and ours.usage.completion_tokens == len(expected.ids)
         np.testing.assert_allclose(choice.logprobs.token_logprobs, expected.log_probabilities, atol=1e-4)
-        assert "".join(choice.logprobs.tokens) == choice.text
-        assert choice.logprobs.text_offset == [
-            len("".join(choice.logprobs.tokens[:i])) for i in range(len(expected.ids))
-        ]
+        assert bytes_of(choice.logprobs.tokens).decode(errors="replace") == choice.text
+        ends = [*choice.logprobs.text_offset[1:], len(choice.text)]
+        pieces = [choice.text[a:b] for a, b in zip(choice.logprobs.text_offset, ends, strict=True)]
+        for name, piece in zip(choice.logprobs.tokens, pieces, strict=True):
+            assert name.startswith("bytes:") or piece.endswith(name)
+        assert "".join(pieces) == choice.text
 
 
 def test_log_probabilities_are_the_trainer_s_loss(client, server):
@@ -71,7 +73,8 @@ def test_the_likeliest_tokens_are_told(client):
         for ours, theirs in zip(chat.logprobs.content, own.top_logprobs, strict=True):
             told = [(one.token, one.logprob) for one in ours.top_logprobs]
             assert len(told) == 3 and [value for _, value in told] == sorted(theirs.values(), reverse=True)[:3]
-            assert all(value in (theirs.get(token), ours.logprob) for token, value in told)
+            named = {name.removeprefix("bytes:"): value for name, value in theirs.items()}
+            assert all(value in (named.get(token), ours.logprob) for token, value in told)
         parts = client.completions.create(**common, prompt="the", logprobs=3, stream=True)
         assert [top for part in parts for top in part.choices[0].logprobs.top_logprobs] == own.top_logprobs
 

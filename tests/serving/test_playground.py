@@ -123,7 +123,8 @@ def test_answers_are_the_api_s(page: Page, server):
 
 
 def test_tokens_are_shaded_and_parts_of_a_character_share_a_span(page: Page):
-    tokens = (["a", ""], [-0.1, -0.2]), ([""], [-0.3]), (["\u20ac", " b"], [-0.4, -3.5]), ([""], [-1.0])
+    parts = ["bytes:\\xe2", "bytes:\\x82", "bytes:\\xac"]
+    tokens = (["a", parts[0]], [-0.1, -0.2]), ([parts[1]], [-0.3]), ([parts[2], " b"], [-0.4, -3.5]), ([""], [-1.0])
     fake(page, "/v1/completions", *[chunk(*own) for own in tokens], kind="text/event-stream")
     choose(page, BARE, "verdict")
     finish(page)

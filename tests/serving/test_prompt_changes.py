@@ -1,10 +1,12 @@
 """Prompts come and go while others are answered, from one directory alone, with the key alone."""
 
+import json
 import shutil
 import time
 
 import httpx
 import jax
+import pytest
 
 from spt_jax.testing import tiny_base
 from tests.serving.conftest import ADMIN, KEY, alone, save
@@ -47,7 +49,7 @@ def test_prompts_change_while_others_are_answered(server, base, folder, client):
 
 
 def test_only_the_key_opens(server, base, folder):
-    for given in (None, "Bearer open sesam", "Bearer \xfc", KEY[1:]):
+    for given in (None, "Bearer open sesam", "Bearer \xfc", KEY[1:], KEY, f"Basic {KEY}"):
         headers = {} if given is None else {"authorization": given.encode("latin-1")}
         assert server.post("/v1/prompts", {"name": "front"}, headers=headers).status_code == 401
         assert httpx.delete(f"{server.url}/v1/prompts/front", headers=headers).status_code == 401
@@ -69,6 +71,12 @@ def test_only_the_directory_of_prompts_is_read(server, base, folder, tmp_path):
         assert server.post("/v1/prompts", {"name": own}, headers=ADMIN).status_code == status
     for own in ("../outside", "/etc", "..", ".hidden", "a/b", "a\x00b", "", "x" * 101, "%2e%2e"):
         assert server.post("/v1/prompts", {"name": own}, headers=ADMIN).status_code == 422
+    (folder / "loop").symlink_to(folder / "loop")
+    (folder / "inner" / name).unlink()
+    (folder / "inner" / name).symlink_to(folder / "inner" / name)
+    for own in ("loop", "inner"):
+        assert server.post("/v1/prompts", {"name": own}, headers=ADMIN).status_code in (400, 404)
+    (folder / "loop").unlink()
     (folder / "link").unlink()
     shutil.rmtree(folder / "inner")
 
@@ -98,3 +106,33 @@ def test_prompts_that_are_no_good(server, base, folder):
     assert given("bad")[0] == 413
     shutil.rmtree(folder / "bad")
     assert httpx.delete(f"{server.url}/v1/prompts/bad", headers=ADMIN).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda info: [], ""),
+        (lambda info: {"weight_map": {}}, ""),
+        (lambda info: {**info, "template": None}, ""),
+        (lambda info: {**info, "base": 3}, ""),
+        (lambda info: {**info, "template": {**info["template"], "prompt": "<soft>{text}\ud800"}}, "surrogate"),
+        (lambda info: {**info, "template": {**info["template"], "prompt": "<soft>" + "word " * 200 + "{text}"}}, "128"),
+    ],
+)
+def test_other_json_is_refused(server, base, folder, change, said):
+    save(folder / "other", base, "front")
+    file = folder / "other" / "prompt.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    response = server.post("/v1/prompts", {"name": "other"}, headers=ADMIN)
+    assert response.status_code == 400 and said in response.json()["error"]["message"]
+    assert "other" not in server.service.bank.names
+    shutil.rmtree(folder / "other")
+
+
+def test_a_lora_is_refused(server, folder):
+    (folder / "lora").mkdir()
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "x", "r": 8}
+    (folder / "lora" / "adapter_config.json").write_text(json.dumps(config))
+    response = server.post("/v1/prompts", {"name": "lora"}, headers=ADMIN)
+    assert response.status_code == 400 and "LORA" in response.json()["error"]["message"]
+    shutil.rmtree(folder / "lora")

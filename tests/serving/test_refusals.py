@@ -51,11 +51,37 @@ def test_null_is_what_was_not_given(server):
             "/v1/chat/completions",
             {"model": "front", "messages": [{"role": "user", "content": "a"}], "top_logprobs": 2},
             422,
-            "goes with logprobs",
+            "needs logprobs",
         ),
         ("/v1/completions", {"model": "front", "prompt": []}, 422, "prompt"),
-        ("/v1/completions", {"model": "front", "prompt": [1, 2]}, 422, "prompt.0: Input should be a valid string"),
+        ("/v1/completions", {"model": "front", "prompt": ["a", 2]}, 422, "prompt.1: Input should be a valid string"),
+        ("/v1/completions", {"model": "tiny", "prompt": [1, 10_000]}, 400, "token id 10000: the base has 320 tokens"),
+        ("/v1/completions", {"model": "front", "prompt": [1, 320]}, 400, "token id 320: the base has 320 tokens"),
+        ("/v1/completions", {"model": "pair", "prompt": [5, 6]}, 422, "question, answer"),
+        ("/v1/completions", {"model": "tiny", "prompt": [[1, -1]]}, 422, "prompt.0.1: Input should be greater"),
+        ("/v1/completions", {"model": "tiny", "prompt": [1, True]}, 422, "prompt.1: Input should be a valid integer"),
+        ("/v1/completions", {"model": "tiny", "prompt": [5] * 128}, 400, "'tiny' has 128 positions"),
+        ("/v1/completions", {"model": "front", "prompt": "a", "echo": True}, 422, "as token ids"),
+        ("/v1/completions", {"model": "tiny", "prompt": "a", "echo": True, "stream": True}, 422, "stream"),
+        ("/v1/completions", {"model": "verdict", "prompt": "a"}, 400, "/v1/classify"),
+        (
+            "/v1/chat/completions",
+            {"model": "verdict", "messages": [{"role": "user", "content": "a"}]},
+            400,
+            "/v1/classify",
+        ),
+        (
+            "/v1/chat/completions",
+            {"model": "front", "messages": [{"role": "user", "content": "a"}], "tools": [{}]},
+            422,
+            "tools",
+        ),
         ("/v1/completions", {"model": "front", "prompt": "\ud800"}, 422, "prompt"),
+        ("/v1/completions", {"model": "front\udfff", "prompt": "a"}, 422, "model"),
+        ("/v1/completions", {"model": "front", "prompt": "a", "stop": ["\ud800"]}, 422, "stop"),
+        ("/v1/completions", {"model": "front", "prompt": "a", "x\ud800": 1}, 422, "Extra inputs"),
+        ("/v1/completions", {"model": "pair", "fields": {"question\ud800": "a"}}, 422, "fields"),
+        ("/v1/classify", {"model": "verdict", "input": ["\ud800"]}, 422, "input.0"),
         ("/v1/chat/completions", {"model": "tiny", "messages": []}, 422, "messages"),
         ("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "x", "content": "a"}]}, 422, "role"),
         (
@@ -83,6 +109,33 @@ def test_bad_requests(server, path, body, status, said):
     assert "[" not in (error.get("param") or "") and " at 0x" not in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"model": "front", "prompt": "a", **{f"unknown{i}": i for i in range(60_000)}}),
+        ("/v1/completions", {"model": "front", "prompt": "a", **{f"{i:02d}" + "x" * 9_000: i for i in range(90)}}),
+        ("/v1/completions", {"model": "front", "prompt": [{}] * 60_000}),
+        ("/v1/completions", {"model": "front", "prompt": [[None] * 400] * 400}),
+        ("/v1/completions", {"model": "pair", "fields": {f"f{i}": i for i in range(60_000)}}),
+        ("/v1/completions", {"model": "front", "prompt": "a", "stop": list(range(60_000))}),
+        ("/v1/completions", {"model": "front", "prompt": "a", "logit_bias": {f"{i}": "x" for i in range(60_000)}}),
+        ("/v1/completions", {"model": "pair", "fields": {"q" * 900_000: "a"}}),
+        ("/v1/chat/completions", {"model": "tiny", "messages": [{f"{i}": 0 for i in range(90)}] * 900}),
+        ("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": [{}] * 90_000}]}),
+        ("/v1/classify", {"model": "verdict", "input": [{"text": 1}] * 60_000}),
+    ],
+)
+def test_a_bad_body_is_answered_in_a_few_words_and_at_once(server, path, body):
+    """Others wait for the time in which problems are listed: their number is bounded, and each is."""
+    content = json.dumps(body).encode()
+    assert len(content) < 2**20
+    began = time.monotonic()
+    response = httpx.post(server.url + path, content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 422 and len(response.content) < 3000
+    assert response.json()["error"]["message"].count("; ") <= 10
+    assert time.monotonic() - began < 2
+
+
 def test_bad_bodies(server):
     json_type = {"content-type": "application/json"}
     for content, status in ((b"{nope", 400), (b"\xff\xfe", 400), (b"[1]", 422), (b"", 422), (b"x" * (2**20 + 1), 413)):
@@ -102,29 +155,47 @@ def test_a_body_that_does_not_come(base, tmp_path):
     with serving(base, tmp_path, body_seconds=0.2) as own:
         port = int(own.url.rsplit(":", 1)[1])
         with socket.create_connection(("127.0.0.1", port)) as connection:
-            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
             assert b" 408 " in connection.recv(1000)
 
 
-def test_a_body_that_is_not_said_to_be_json(server):
-    response = httpx.post(
-        server.url + "/v1/classify",
-        content='{"model": "verdict", "input": "a"}',
-        headers={"content-type": "text/plain"},
-    )
-    assert response.status_code == 422 and "Content-Type: application/json" in response.json()["error"]["message"]
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None])
+def test_a_body_that_is_not_said_to_be_json(server, kind):
+    content = b'{"model": "verdict", "input": "a"}'
+    headers = {} if kind is None else {"content-type": kind}
+    response = httpx.post(server.url + "/v1/classify", content=content, headers=headers)
+    assert response.status_code == 415 and "Content-Type: application/json" in response.json()["error"]["message"]
+    headers = {"content-type": "Application/JSON; charset=utf-8"}
+    assert httpx.post(server.url + "/v1/classify", content=content, headers=headers).status_code == 200
+
+
+def test_a_connection_that_stays_silent_is_closed(base, tmp_path):
+    """Before its first request, within a head, and within the head of a further request; not while it is answered."""
+    get = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
+    with serving(base, tmp_path, head_seconds=0.5) as own:
+        port = int(own.url.rsplit(":", 1)[1])
+        for sent, answered in ((b"", False), (get, False), (get + b"\r\n" + get, True)):
+            began = time.monotonic()
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+                connection.sendall(sent)
+                received = b"".join(iter(lambda connection=connection: connection.recv(1000), b""))
+            assert (b'"ok"' in received) is answered and 0.4 < time.monotonic() - began < 10
+        step = own.service.worker.engine.step
+        own.service.worker.engine.step = lambda: time.sleep(0.4) or step()
+        slow = own.post("/v1/completions", {"model": "tiny", "prompt": "the", "max_tokens": 40, "temperature": 0})
+        assert slow.status_code == 200 and slow.elapsed.total_seconds() > 0.6
 
 
 def test_classification_has_a_queue_with_an_end(base, tmp_path, monkeypatch):
     save(tmp_path / "verdict", base, "verdict")
     with serving(base, tmp_path, slots=1, queue=2) as own:
-        held, classify = threading.Event(), own.service.classifier.classify
-        monkeypatch.setattr(own.service.classifier, "classify", lambda *asked: held.wait() and classify(*asked))
+        held, score = threading.Event(), own.service.classifier.score
+        monkeypatch.setattr(own.service.classifier, "score", lambda *asked: held.wait() and score(*asked))
         body, answers = {"model": "verdict", "input": "the"}, []
         threads = [threading.Thread(target=lambda: answers.append(own.post("/v1/classify", body))) for _ in range(2)]
         for thread in threads:
             thread.start()
-        own.wait(lambda _: own.service._to_classify == 2)
+        own.wait(lambda _: own.service._to_classify.total() == 2)
         refused = own.post("/v1/classify", body)
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
         completed = own.post("/v1/completions", {"model": "tiny", "prompt": "the", "max_tokens": 1})
@@ -159,16 +230,18 @@ def test_what_is_compiled_waits_for_nothing_that_is_not(base, tmp_path, monkeypa
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/classify"])
 def test_a_prompt_whose_numbers_overflow_is_named(base, tmp_path, path):
-    save(tmp_path / "verdict", base, "verdict")
+    name = "verdict" if path == "/v1/classify" else "front"
+    save(tmp_path / name, base, name)
     with serving(base, tmp_path) as own:
-        entry = own.service.bank.entry("verdict")
+        entry = own.service.bank.entry(name)
         own.service.bank._put("huge", jax.tree.map(lambda a: np.full_like(a, np.inf), entry.virtual), entry.template)
         refused = own.post(path, {"model": "huge", "prompt" if path.endswith("completions") else "input": "the"})
         assert refused.status_code == 400 and "'huge' gives numbers beyond" in refused.json()["error"]["message"]
         if path == "/v1/completions":
             streamed = own.post(path, {"model": "huge", "prompt": "the", "stream": True})
             assert "'huge' gives numbers beyond" in streamed.text and "NaN" not in streamed.text
-        assert own.post("/v1/classify", {"model": "verdict", "input": "the"}).status_code == 200
+        body = {"model": name, "prompt" if path.endswith("completions") else "input": "the"}
+        assert own.post(path, body).status_code == 200
 
 
 def test_the_queue_has_an_end(base, tmp_path):
@@ -201,7 +274,7 @@ def test_a_client_that_has_gone(server, stream):
     ended = server.service.metrics.text()
     with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as connection:
         content = json.dumps(body).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
         connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
         server.wait(lambda engine: engine.under_way == 1)
     server.wait(lambda engine: engine.idle)

@@ -1,0 +1,82 @@
+"""Which web pages may use the server: those that it served itself, under a name that it knows.
+
+A browser sends requests for any page that it shows. A page of another site whose name resolves to this machine (DNS
+rebinding) could read the answers, so Host is compared with the names of the server; a page of another site that sends
+requests without reading the answers names itself in Origin; and JSON has to be announced as such, which browsers do
+for another site's page only if the server allows it, which this one never does.
+"""
+
+import ipaddress
+from collections.abc import Collection
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from spt_jax.errors import ConfigError
+from spt_jax.serving.limits import error_body
+
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+
+
+def allowed_hosts(host: str, names: Collection[str]) -> tuple[str, ...] | None:
+    """The names under which a server on an address is used; None for any.
+
+    Args:
+      host: the address.
+      names: those that were given; without any, only a loopback address has known names.
+
+    Raises:
+      ConfigError: a name has a scheme, a port or a path.
+    """
+    for name in names:
+        if _name(name) != name.lower():
+            raise ConfigError(f"--allowed-hosts {name}: give a host name or address without scheme, port and path")
+    own = f"[{host}]" if ":" in host else host
+    if ipaddress.ip_address(host).is_loopback:
+        return (*LOOPBACK, own, *names)
+    return (own, *names) if names else None
+
+
+class BrowserChecks:
+    """ASGI middleware that answers 403 to foreign names and sites, and 415 to a body that is not announced as JSON."""
+
+    def __init__(self, app: ASGIApp, *, hosts: Collection[str] | None):
+        """hosts: names and addresses, without ports, that Host and Origin may have; None for any."""
+        self._app = app
+        self._hosts = None if hosts is None else {host.lower() for host in hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (refusal := self._refusal(scope["method"], Headers(scope=scope))):
+            status, message = refusal
+            await JSONResponse(error_body(message, "invalid_request_error"), status)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _refusal(self, method: str, headers: Headers) -> tuple[int, str] | None:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if self._hosts is not None:
+            if _name(host) not in self._hosts:
+                return 403, f"{host[:100]!r} is no name of this server; --allowed-hosts adds names"
+            if origin is not None and not self._is_own(origin, host):
+                return 403, f"a page of {origin[:100]!r} may not use this server; --allowed-hosts adds names"
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if method == "POST" and kind != "application/json":
+            return 415, "send the body as JSON, with the header Content-Type: application/json"
+        return None
+
+    def _is_own(self, origin: str, host: str) -> bool:
+        """Whether a page is this server's, or of a site that was named. Loopback names hold for this server's port."""
+        site = origin.lower().partition("://")[2]
+        return site == host.lower() or _name(site) in (self._hosts or set()) - set(LOOPBACK)
+
+
+def _name(host: str) -> str:
+    """A host without its port, in lower case; '' for what is none."""
+    try:
+        found = urlsplit(f"//{host}")
+        name = (found.hostname or "") if found.netloc == host and "@" not in host and found.port != 0 else ""
+    except ValueError:
+        return ""
+    return f"[{name}]" if ":" in name else name.rstrip(".")
