@@ -1,0 +1,67 @@
+"""A short training run with checkpoints, which may kill itself on the way and be gone on with."""
+
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from benchmarks.accelerator_stages.process import Record, Task
+from spt_jax.config import TrainConfig
+from spt_jax.data.batches import plan_batches
+from spt_jax.prompts import PromptTuning
+from spt_jax.testing import tiny_base
+from spt_jax.training.logs import NoLog
+from spt_jax.training.loop import TrainingData, fit
+from spt_jax.training.step import Objective
+from tests.examples import HEAD, VIRTUAL, random_examples
+
+STEPS, CHECKPOINT_EVERY = 8, 2
+
+
+class _Losses(NoLog):
+    """Keeps losses by step, and kills the process once it knows that of a given one."""
+
+    def __init__(self, kill_at: int | None) -> None:
+        self.by_step: dict[int, float] = {}
+        self._kill_at = kill_at
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        self.by_step[step] = values["loss"]
+        if step == self._kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(workdir: Path, *, kill_at: int | None, resume: bool) -> dict[str, Any]:
+    """Losses by step and the last prompt, as lists."""
+    base, method = tiny_base(), PromptTuning(length=VIRTUAL)
+    examples = random_examples("target", 12)
+    plan = plan_batches(examples, lead=len(HEAD), batch_size=6)
+    log = _Losses(kill_at)
+    outcome = fit(
+        base,
+        method,
+        optax.adam(0.01),
+        Objective(),
+        TrainingData(examples, plan),
+        TrainConfig(steps=STEPS, batch_size=6, checkpoint_every=CHECKPOINT_EVERY).resolved(),
+        workdir=workdir,
+        log=lambda step: log,
+        validate=None,
+        save_best=lambda best: None,
+        metadata={},
+        resume=resume,
+    )
+    rows = [np.asarray(leaf).ravel() for leaf in jax.tree.leaves(outcome.best.params)]
+    return {"losses": log.by_step, "prompt": np.concatenate(rows).tolist()}
+
+
+def run(task: Task, record: Record) -> None:
+    """Options: workdir, kill_at, resume."""
+    options = task.options
+    found = train(Path(options["workdir"]), kill_at=options.get("kill_at"), resume=options.get("resume", False))
+    record.update(**found)
