@@ -7,10 +7,10 @@
 right: the device computes what the CPU does. train: steps in the shape of Llama-3.2-3B against PEFT's. serve: up to
 1,000 prompts on one base. population: prompts trained side by side. quickstart: the shipped task.
 
-Each stage is a process of its own with a share of the time that is left; what one does not use, later ones have. A stage
-that fails or runs out of time is reported, and the next one begins. Every stage keeps a JSON file in the directory, valid
-at any moment, with what it has measured so far; accelerator.json has all of them and the targets, accelerator.log what
-the processes printed. Nothing outside the repository is read. Exit code 0 if all stages passed.
+Each stage is a process of its own with a share of the time that is left; what one does not use, later ones have. A
+stage that fails or runs out of time is reported, and the next one begins. Every stage keeps a JSON file in the
+directory, valid at any moment, with what it has measured so far; accelerator.json has all of them and the targets,
+accelerator.log what the processes printed. Nothing outside the repository is read. Exit code 0 if all stages passed.
 """
 
 import argparse
@@ -23,14 +23,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 from benchmarks.accelerator_stages import device
 from benchmarks.accelerator_stages.process import Record, run_process, terminated_as_exit
 from benchmarks.accelerator_stages.targets import targets
 
+ROOT = Path(__file__).resolve().parents[1]
 RESULT, LOG = "accelerator.json", "accelerator.log"
 # Of a stage's time: what it has to end by itself before it is killed.
 _GRACE_SECONDS = 3.0

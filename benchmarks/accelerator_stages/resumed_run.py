@@ -11,14 +11,13 @@ import numpy as np
 import optax
 
 from benchmarks.accelerator_stages.process import Record, Task
+from benchmarks.accelerator_stages.workload import TINY, examples, random_base
 from spt_jax.config import TrainConfig
 from spt_jax.data.batches import plan_batches
 from spt_jax.prompts import PromptTuning
-from spt_jax.testing import tiny_base
 from spt_jax.training.logs import NoLog
 from spt_jax.training.loop import TrainingData, fit
 from spt_jax.training.step import Objective
-from tests.examples import HEAD, VIRTUAL, random_examples
 
 STEPS, CHECKPOINT_EVERY = 8, 2
 
@@ -38,16 +37,16 @@ class _Losses(NoLog):
 
 def train(workdir: Path, *, kill_at: int | None, resume: bool) -> dict[str, Any]:
     """Losses by step and the last prompt, as lists."""
-    base, method = tiny_base(), PromptTuning(length=VIRTUAL)
-    examples = random_examples("target", 12)
-    plan = plan_batches(examples, lead=len(HEAD), batch_size=6)
+    base, method = random_base(TINY), PromptTuning(length=TINY.prompt)
+    items = examples(TINY, 12, virtual=TINY.prompt)
+    plan = plan_batches(items, lead=TINY.prompt, batch_size=6)
     log = _Losses(kill_at)
     outcome = fit(
         base,
         method,
         optax.adam(0.01),
         Objective(),
-        TrainingData(examples, plan),
+        TrainingData(items, plan),
         TrainConfig(steps=STEPS, batch_size=6, checkpoint_every=CHECKPOINT_EVERY).resolved(),
         workdir=workdir,
         log=lambda step: log,

@@ -98,7 +98,10 @@ def measured(check: Check) -> dict[str, Any]:
 
 def run(task: Task, record: Record) -> None:
     """All checks, until the time is used up; what was not checked by then has failed."""
+    from benchmarks.accelerator_stages.right_models import reference_base
+
     record.update(**device.facts())
+    reference_base("llama")  # imports most of what the threads need
     checks = planned(task.tiny)
     pool = concurrent.futures.ThreadPoolExecutor(max(1, min(_MOST_THREADS, os.cpu_count() or 1)))
     under_way = {pool.submit(measured, check): check for check in checks}

@@ -67,10 +67,13 @@ def on_device(device: Any) -> Iterator[None]:
         yield
 
 
+_READING = threading.Lock()  # transformers' lazy imports are not safe in several threads at once
+
+
 @once
 def reference_base(family: str, **overrides: Any) -> FrozenBase:
     """A tiny base on the CPU, float32."""
-    with on_device(cpu()):
+    with _READING, on_device(cpu()):
         return tiny_base(family, mesh=make_mesh(devices=[cpu()]), **overrides)
 
 

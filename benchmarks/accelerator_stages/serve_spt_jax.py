@@ -73,12 +73,15 @@ def run(task: Task, record: Record) -> None:
 
     import spt_jax
     from spt_jax import measure
+    from spt_jax.testing import tiny_tokenizer
 
     of, (slots, requests, new_tokens, counts) = workload(task.tiny), sizes(task.tiny)
     end = task.deadline - task.options["leave"]
     began, clock = time.perf_counter(), measure.compile_clock()
     record.update(framework="spt_jax", slots=slots, new_tokens=new_tokens, facts=device.facts(), at="weights")
-    base = random_base(of)
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None  # every answer has its full length
+    base = random_base(of, tokenizer=tokenizer)
     record.update(at="compilation", loaded_bytes=measure.peak_memory_bytes())
     bank = fill_bank(base, counts[-1])
     engine = spt_jax.Engine(bank, slots=slots, context=LENGTH + 1 + OWN_IDS + new_tokens + 32)

@@ -80,10 +80,8 @@ def run(task: Task, record: Record) -> None:
     }
     record.update(summary=summary(record.content))
     if apart:
-        record.update(
-            status="failed",
-            error=f"first losses differ from PEFT's by more than {tolerance}: {apart}; {record.content.get('error', '')}",
-        )
+        error = f"first losses differ from PEFT's by more than {tolerance}: {apart}"
+        record.update(status="failed", error="; ".join(filter(None, [error, record.content.get("error")])))
 
 
 def summary(content: Mapping[str, Any]) -> str:

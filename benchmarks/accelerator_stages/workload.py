@@ -112,8 +112,8 @@ def weight_values(places: Any, seed: Any, integer: Callable[[int], Any] = int) -
     return mix(mix(places) ^ seed) >> 16
 
 
-def random_base(of: Workload, *, remat: Any = "dots", attention: Any = "xla") -> Any:
-    """A frozen base of the shape, made on the default device, with a small tokenizer for the first ids."""
+def random_base(of: Workload, *, remat: Any = "dots", attention: Any = "xla", tokenizer: Any = None) -> Any:
+    """A frozen base of the shape, made on the default device. Only what reads or writes text needs a tokenizer."""
     import json
 
     import jax
@@ -126,7 +126,6 @@ def random_base(of: Workload, *, remat: Any = "dots", attention: Any = "xla") ->
     from spt_jax.models.hf import origins, parameter_shapes
     from spt_jax.models.kernels import check_kernel
     from spt_jax.sharding import make_mesh, replicated
-    from spt_jax.testing import tiny_tokenizer
 
     config, mesh, dtype = decoder_config(llama_config(of)), make_mesh(), DTYPES[of.dtype]
     check_kernel(attention, config, dtype, mesh)
@@ -152,8 +151,7 @@ def random_base(of: Workload, *, remat: Any = "dots", attention: Any = "xla") ->
 
     # The first place is an argument, so that XLA cannot take the weights for constants and compute them itself.
     params = jax.block_until_ready(jax.jit(make, out_shardings=replicated(mesh))(np.uint32(0)))
-    tokenizer = tiny_tokenizer()
-    tokenizer.eos_token = None  # every answer has its full length
+    sizes = json.loads(json.dumps(dataclasses.asdict(config)))
     return FrozenBase(
         name="random",
         revision=None,
@@ -161,9 +159,7 @@ def random_base(of: Workload, *, remat: Any = "dots", attention: Any = "xla") ->
         module=Decoder(config, remat=remat, mesh=mesh, attention=attention),
         params=params,
         tokenizer=tokenizer,
-        fingerprint=Fingerprint(
-            json.loads(json.dumps(dataclasses.asdict(config))), "random", tokenizer_hash(tokenizer)
-        ),
+        fingerprint=Fingerprint(sizes, "random", "" if tokenizer is None else tokenizer_hash(tokenizer)),
     )
 
 
