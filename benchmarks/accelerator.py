@@ -49,10 +49,10 @@ _PACKAGE = "benchmarks.accelerator_stages"
 # Of the first, several processes share the device.
 STAGES = {
     "right": Stage(f"{_PACKAGE}.right", 3.0, {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}),
-    "train": Stage(f"{_PACKAGE}.train", 5.5),
-    "serve": Stage(f"{_PACKAGE}.serve", 3.0),
+    "train": Stage(f"{_PACKAGE}.train", 5.0),
+    "serve": Stage(f"{_PACKAGE}.serve", 2.5),
     "population": Stage(f"{_PACKAGE}.population", 2.0),
-    "quickstart": Stage(f"{_PACKAGE}.quickstart", 1.0),
+    "quickstart": Stage(f"{_PACKAGE}.quickstart", 1.5),
 }
 
 
@@ -83,16 +83,21 @@ def run_stages(stages: Mapping[str, Stage], *, seconds: float, out: Path, tiny: 
         for name, stage in stages.items():
             share = stage.weight / sum(other.weight for other in left.values())
             left.pop(name)
-            found = run_process(
-                stage.module,
-                out / f"{name}.json",
-                seconds=max(0.0, share * (deadline - time.monotonic()) - _GRACE_SECONDS),
-                grace=_GRACE_SECONDS,
-                tiny=tiny,
-                log=out / LOG,
-                environment=device.settings(tiny, cache) | stage.environment,
-                own_group=True,
-            )
+            own_seconds = share * (deadline - time.monotonic()) - _GRACE_SECONDS
+            if own_seconds <= 0:
+                found = {"status": "out of time", "error": "no time was left for it", "seconds": 0.0}
+                common.write_json(out / f"{name}.json", found)
+            else:
+                found = run_process(
+                    stage.module,
+                    out / f"{name}.json",
+                    seconds=own_seconds,
+                    grace=_GRACE_SECONDS,
+                    tiny=tiny,
+                    log=out / LOG,
+                    environment=device.settings(tiny, cache) | stage.environment,
+                    own_group=True,
+                )
             report.put("stages", name, found)
             content = report.content["stages"]
             report.update(targets=targets(content), **device.of_stages(content))

@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument("--options", type=json.loads, default={})
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
-    end_with_parent()
+    end_with_parent(args.deadline)
     faulthandler.enable()
     record = Record(args.result, status="running")
     try:

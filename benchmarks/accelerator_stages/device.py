@@ -22,7 +22,7 @@ def settings(tiny: bool, cache: str) -> dict[str, str]:
         platforms += ",cpu"  # the reference of the first stage
     if platforms:
         found["JAX_PLATFORMS"] = platforms
-    if not tiny and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         found |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return found
 

@@ -22,7 +22,7 @@ from benchmarks import common
 
 ROOT = Path(__file__).resolve().parents[2]
 TAIL = 2000  # characters of a failed process's output that a report quotes
-_POLL_SECONDS = 0.5
+_POLL_SECONDS, _ORPHAN_SECONDS = 0.5, 30.0
 
 
 class Skip(Exception):  # noqa: N818 (no error: there is nothing to measure here)
@@ -176,12 +176,15 @@ def _tail(log: Path, start: int) -> str:
         return file.read().decode(errors="replace").strip()
 
 
-def end_with_parent() -> None:
-    """Kills this process as soon as the one that started it is gone, so that none is left on the device."""
+def end_with_parent(deadline: float) -> None:
+    """Kills this process as soon as the one that started it is gone, so that none is left on the device.
+
+    At the latest it ends some time after the deadline, in case the parent was gone before this was called.
+    """
     parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == parent and time.time() < deadline + _ORPHAN_SECONDS:
             time.sleep(_POLL_SECONDS)
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -63,19 +63,20 @@ def generation() -> Mapping[str, float]:
     return answers_apart(answers(moved_base(reference, accelerator())), answers(reference))
 
 
-def engine() -> Mapping[str, float]:
+def engine(names: Sequence[str] = tuple(PROMPTS)) -> Mapping[str, float]:
     """A mixture of prompts, lengths and ways of sampling against each request by itself."""
     base = moved_base(reference_base("llama"), accelerator())
     with on_device(accelerator()):
         bank = spt_jax.PromptBank(base)
         info = {"base": {"fingerprint": dataclasses.asdict(base.fingerprint)}}
-        for name, (method, prompt) in PROMPTS.items():
+        for name in names:
+            method, prompt = PROMPTS[name]
             virtual = method.materialize(base.module, base.params, moved_params(method, base))
             template = spt_jax.Template(prompt=prompt, target="{label}", virtual_tokens=method.token_count)
             bank.add(name, SavedPrompt(method, virtual, template, info))
         requests = []
         for number, text in enumerate(["a question", "the"]):
-            for place, name in enumerate([*PROMPTS, None]):
+            for place, name in enumerate([*names, None]):
                 ids = bank.request_ids(name, {"text": text}) if name else np.asarray([1, 40, 41 + number], np.int32)
                 requests.append(spt_jax.Request(ids, name, (GREEDY, SAMPLED)[(number + place) % 2]))
         ours = spt_jax.Engine(bank, slots=3).generate(requests)

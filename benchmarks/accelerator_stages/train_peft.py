@@ -109,6 +109,8 @@ def run(task: Task, record: Record) -> None:
         return loss.detach()
 
     synchronize()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     record.update(at="warm-up", start_seconds=elapsed(began), loaded_bytes=peak())
     warming = time.perf_counter()
     losses = [one(number) for number in range(len(placed))]
