@@ -22,6 +22,8 @@ def settings(tiny: bool, cache: str) -> dict[str, str]:
         platforms += ",cpu"  # the reference of the first stage
     if platforms:
         found["JAX_PLATFORMS"] = platforms
+    if tiny:  # compiling takes nearly all of the time
+        found["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         found |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return found

@@ -2,7 +2,6 @@
 killed run against one that was not."""
 
 import dataclasses
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -116,22 +115,24 @@ def population() -> Mapping[str, float]:
 
 
 def resume() -> Mapping[str, float]:
-    """A run that is killed after a checkpoint and goes on in another process, against one that runs through."""
-    module = resumed_run.__name__
+    """A run that another process begins, which is killed after a checkpoint, against one that runs through here."""
     with tempfile.TemporaryDirectory() as folder:
-        whole = resumed_run.train(Path(folder) / "whole", kill_at=None, resume=False)
-        common: dict[str, Any] = {"seconds": RESUME_SECONDS, "tiny": False, "log": Path(folder) / "log"}
-        options = {"workdir": str(Path(folder) / "killed")}
-        killed = run_process(module, Path(folder) / "killed.json", options={**options, "kill_at": 5}, **common)
+        workdir = Path(folder) / "killed"
+        whole = resumed_run.train(Path(folder) / "whole")
+        killed = run_process(
+            resumed_run.__name__,
+            Path(folder) / "killed.json",
+            seconds=RESUME_SECONDS,
+            tiny=False,
+            log=Path(folder) / "log",
+            options={"workdir": str(workdir)},
+        )
         if "exit code -9" not in killed.get("error", ""):
             raise RuntimeError(f"the run was not killed: {killed}")
-        again = run_process(module, Path(folder) / "again.json", options={**options, "resume": True}, **common)
-        if again["status"] != "passed":
-            raise RuntimeError(f"the run did not resume: {again}")
-    first = min(map(int, again["losses"]))
-    if not 1 < first <= 6:
+        again = resumed_run.train(workdir, resume=True)
+    first = min(again.losses)
+    if not 1 < first <= resumed_run.KILL_AT + 1:
         raise RuntimeError(f"the run began again at step {first}")
-    pairs = [(whole["losses"][int(step)], loss) for step, loss in again["losses"].items()]
-    pairs += zip(whole["prompt"], again["prompt"], strict=True)
-    print(f"resumed at step {first}, process {os.getpid()}")
+    pairs = [(whole.losses[step], loss) for step, loss in again.losses.items()]
+    pairs += zip(whole.prompt.tolist(), again.prompt.tolist(), strict=True)
     return {"differing_numbers": sum(a != b for a, b in pairs)}

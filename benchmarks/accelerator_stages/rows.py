@@ -52,8 +52,9 @@ def run_rows(
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for row in rows:
-            seconds = min(task.left - _RESERVE_SECONDS, row.limit)
-            if seconds < (0 if task.tiny else row.seconds):
+            left = task.left - _RESERVE_SECONDS
+            least, seconds = (0.0, left) if task.tiny else (row.seconds, min(left, row.limit))
+            if seconds < least:
                 found[row.name] = {"status": "not measured", "error": f"{seconds:.0f} s were left"}
             else:
                 log = Path(folder) / "log"
