@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test parity bench lint clean
+.PHONY: quickstart test parity bench accelerator lint clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,9 @@ parity: $(VENV)/.parity
 
 bench: $(VENV)/.parity
 	$(BIN)/python benchmarks/train_vs_peft.py
+
+accelerator: $(VENV)/.base
+	$(BIN)/python benchmarks/accelerator.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,10 +55,14 @@ def versions(names: Sequence[str]) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of this checkout, with `+changes` where tracked files differ from it."""
+    """The commit of this checkout, with `+changes` where tracked files differ from it; empty without git."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        words = ("git", *words)
+        return subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+
+    if shutil.which("git") is None:
+        return ""
 
     return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
 

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from spt_jax.checkpoints import Checkpoints
-from spt_jax.data.batches import multiples, pack, place_batch, plan_batches
+from spt_jax.data.batches import pack, plan_batches
 from spt_jax.data.encoder import Example
 from spt_jax.data.templates import Template
 from spt_jax.errors import ConfigError
@@ -24,21 +24,9 @@ from spt_jax.prompts import METHODS
 from spt_jax.prompts.storage import load_prompt, save_prompt
 from spt_jax.sharding import MeshConfig, make_mesh, replicated
 from spt_jax.testing import tiny_base
-from spt_jax.training.step import Objective, init_state, loss_and_gradient, make_train_step
-from tests.examples import HEAD, QUICK_COMPILE, VIRTUAL, VOCAB, random_examples
-
-# Options beside the length, for methods that need some to be built or to have anything to show.
-OPTIONS: dict[str, dict] = {
-    "prefix_tuning": {"sink": 1},
-    "decomposed_prompt_tuning": {"span": 12, "rank": 3},
-    "deep_prompts": {"classes": 3, "sink": 1},
-    "cpt": {"kinds": (1, 2, 2, 3, 4)},
-    "multitask_prompt_tuning": {"tasks": ("first", "second"), "rank": 2},
-}
-
-
-def method_of(name: str):
-    return METHODS[name](**{"length": VIRTUAL, **OPTIONS.get(name, {})})
+from spt_jax.training.step import init_state, loss_and_gradient, make_train_step
+from tests.examples import QUICK_COMPILE, random_examples
+from tests.family import batch_of, fit_ids, has_head, method_of, moved_params, objective_of, task_of, tasks_of
 
 
 @functools.cache
@@ -48,62 +36,7 @@ def base_of(remat: str = "none", **axes: int):
 
 
 def params_of(name: str, seed: int = 1):
-    """Parameters as after some training: zeros and ones, which hide mistakes, are moved away from."""
-    method, base = method_of(name), base_of()
-    params = method.init_params(jax.random.key(seed), base)
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    moved = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(structure, moved)
-
-
-def fit_ids(method, ids: np.ndarray) -> np.ndarray:
-    """Ids without virtual ones for a method that has no token rows."""
-    return ids if method.token_count else ids[ids < VOCAB]
-
-
-def tasks_of(method) -> int:
-    return len(getattr(method, "tasks", ()))
-
-
-def task_of(method, index: int) -> int:
-    """Which prompt an example is for: they take turns."""
-    return index % max(1, tasks_of(method))
-
-
-def examples_of(method) -> list[Example]:
-    """Twelve examples that share `HEAD`, with three choices, or with three classes for a head."""
-    examples = [(e, fit_ids(method, e.ids), task_of(method, e.index)) for e in random_examples("choices", 12)]
-    plain = [
-        dataclasses.replace(e, ids=ids, predicted=np.zeros(len(ids), bool), prompt=task) for e, ids, task in examples
-    ]
-    if not has_head(method):
-        return plain
-    return [
-        dataclasses.replace(e, choices=(), reads=np.asarray([len(e.ids) - 1]), classes=np.asarray([e.label]))
-        for e in plain
-    ]
-
-
-def has_head(method) -> bool:
-    return "head/kernel" in method.virtual_shapes(dataclasses.asdict(base_of().config))
-
-
-def objective_of(method) -> Objective:
-    return Objective() if has_head(method) else Objective(over="verbalizers", choices=3)
-
-
-def batch_of(method, base, *, shared: bool, packing: bool, microbatches: int = 1):
-    examples = examples_of(method)
-    lead = len(fit_ids(method, HEAD)) if shared else 0
-    plan = plan_batches(
-        examples,
-        lead=[lead] * tasks_of(method) or lead,
-        batch_size=len(examples),
-        packing=packing,
-        **multiples(base.mesh, microbatches),
-    )
-    return place_batch(pack(examples, plan), base.mesh)
+    return moved_params(method_of(name), base_of(), seed)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=QUICK_COMPILE)
@@ -115,7 +48,7 @@ def jitted(module, method, objective, frozen, params, batch):
 def plain(name: str):
     method, base = method_of(name), base_of()
     batch = batch_of(method, base, shared=False, packing=False)
-    return jitted(base.module, method, objective_of(method), base.params, params_of(name), batch)
+    return jitted(base.module, method, objective_of(method, base), base.params, params_of(name), batch)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -126,7 +59,7 @@ def test_sharing_packing_microbatches_remat_and_mesh_change_nothing(name):
     method, base = method_of(name), base_of(remat="full", data=2, tensor=2)
     batch = batch_of(method, base, shared=True, packing=True, microbatches=2)
     params = jax.device_put(params_of(name), replicated(base.mesh))
-    objective = dataclasses.replace(objective_of(method), microbatches=2)
+    objective = dataclasses.replace(objective_of(method, base), microbatches=2)
     ours, slope, _ = jitted(base.module, method, objective, base.params, params, batch)
     np.testing.assert_allclose(ours, loss, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * largest), slope, gradient)
@@ -143,7 +76,7 @@ def test_generation_is_the_teacher_forced_argmax(name):
     method, base = method_of(name), base_of()
     virtual = method.materialize(base.module, base.params, params_of(name))
     prompts = [fit_ids(method, e.ids) for e in random_examples("choices", 3)]
-    if has_head(method):
+    if has_head(method, base):
         with pytest.raises(ConfigError, match="says no text"):
             generate(base, prompts, virtual)
         return
@@ -167,7 +100,7 @@ def test_two_steps_and_two_more_after_a_restart_are_four(name, tmp_path):
     method, base = method_of(name), base_of()
     optimizer = optax.adamw(0.01, weight_decay=0.1)
     batch = batch_of(method, base, shared=True, packing=True)
-    step = make_train_step(base, method, optimizer, objective_of(method))
+    step = make_train_step(base, method, optimizer, objective_of(method, base))
     state = init_state(jax.random.key(0), base, method, optimizer)
     first = jax.tree.map(np.array, state.params)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
