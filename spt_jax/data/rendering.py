@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from spt_jax.errors import ConfigError
 SECONDS = 10  # for one chat
 MEMORY_BYTES = 512 << 20  # beside what Python and the libraries take
 TEXT_CHARACTERS = 4 << 20  # of a rendered chat
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _WORKER = Path(__file__).with_name("rendering_worker.py")
 
 
@@ -30,7 +32,6 @@ def render_chat(
     messages: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool = False,
-    **variables: Any,
 ) -> tuple[str, list[tuple[int, int]]]:
     """A chat as the tokenizer's own template writes it: the text of transformers' `apply_chat_template`.
 
@@ -40,7 +41,6 @@ def render_chat(
       tokenizer: has a chat template.
       messages: mappings with "role" and "content", and whatever else the template reads; all of it JSON.
       add_generation_prompt: end with the header of an assistant's turn.
-      **variables: other variables of the template, such as `tools` or `enable_thinking`.
 
     Returns:
       The text, and the characters (from, to) of it that an assistant says, in order: those inside the template's
@@ -50,14 +50,13 @@ def render_chat(
       ConfigError: there is no template, or it refuses the chat, is wrong, or exceeds its time, memory or length.
     """
     try:
-        template = tokenizer.get_chat_template(None, variables.get("tools"))
+        template = tokenizer.get_chat_template()
         request = {
             "chat_template": template,
             "conversations": [[{k: v for k, v in turn.items() if v is not None} for turn in messages]],
             "add_generation_prompt": add_generation_prompt,
-            "return_assistant_tokens_mask": "generation" in template,
+            "return_assistant_tokens_mask": _GENERATION.search(template) is not None,
             **tokenizer.special_tokens_map,
-            **variables,
         }
         line = json.dumps(request)
     except (ValueError, TypeError) as error:

@@ -170,7 +170,7 @@ def hf_config(fields: Mapping[str, Any]) -> Any:
     """
     import transformers
 
-    family = fields.get("model_type")
+    family = str(fields.get("model_type"))
     check_family(family)
     for name, (least, most) in _SIZES.items():
         value = fields.get(name)
@@ -182,7 +182,7 @@ def hf_config(fields: Mapping[str, Any]) -> Any:
 def check_family(family: str | None) -> None:
     """Raises ConfigError for a `model_type` that this library has no decoder for."""
     if family not in FAMILIES:
-        raise ConfigError(f"architecture {family!r} is not supported; supported are {', '.join(FAMILIES)}")
+        raise ConfigError(f"architecture {family!r:.60} is not supported; supported are {', '.join(FAMILIES)}")
 
 
 def decoder_config(hf: Any, *, max_length: int | None = None) -> DecoderConfig:

@@ -311,7 +311,7 @@ def _finite(chunk: np.ndarray) -> bool:
     """Whether no value is NaN or infinite, by the largest bit pattern of either sign: faster than `np.isfinite`."""
     size = chunk.dtype.itemsize
     bits, infinity = chunk.view(f"u{size}"), int(np.asarray(np.inf, chunk.dtype).view(f"u{size}"))
-    return bits.max() < infinity + (1 << 8 * size - 1) and bits.view(f"i{size}").max() < infinity
+    return bool(bits.max() < infinity + (1 << 8 * size - 1) and bits.view(f"i{size}").max() < infinity)
 
 
 def _cast(values: np.ndarray, target: np.ndarray, at: Stored) -> None:

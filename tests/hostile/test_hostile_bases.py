@@ -187,7 +187,7 @@ def wrong(result):
 
 # How many copies of a base have a change in this file.
 SHARD = "model-00001-of-00002.safetensors"
-MUTATIONS = {"config.json": 60, "tokenizer.json": 60, "tokenizer_config.json": 60, INDEX: 30, SHARD: 60}
+MUTATIONS = {"config.json": 45, "tokenizer.json": 45, "tokenizer_config.json": 45, INDEX: 20, SHARD: 45}
 VALUES = (None, True, -1, 0, 1, 3, 2**31, 2**63, 10**30, 0.5, NAN, INFINITY, "", "x", "\ud800", [], [[]], {}, {"a": 1})
 
 
@@ -268,7 +268,7 @@ def test_mutated_bases_raise_errors_of_this_library_only(results):
     found = {name: result for name, result in results.items() if name.split(" ")[0] in MUTATIONS}
     assert {name: why for name, result in found.items() if (why := wrong(result))} == {}
     assert len(found) == sum(MUTATIONS.values())
-    assert sum(bool(result["error"]) for result in found.values()) > 100
+    assert sum(bool(result["error"]) for result in found.values()) > 80
 
 
 @pytest.mark.parametrize("stdin", ["yes", "closed"])

@@ -32,7 +32,7 @@ LEGITIMATE = {
             {%- if m.role == 'assistant' and loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}
             {{- m.role }}|{{ m.content.split('x')[-1].lstrip('\n') }}|{{ loop.last }}
         {%- endfor %}
-        {%- if enable_thinking is defined and not enable_thinking %}{{ 'off' }}{% endif %}""",
+        {%- if enable_thinking is defined and not enable_thinking %}{{ 'off' }}{% endif %}{{ tools is none }}""",
     "tools": """
         {%- macro show(value) %}{{ value | tojson(indent=2) }}{% endmacro %}
         {%- if tools %}{{ show(tools) }}{% endif %}
@@ -73,10 +73,9 @@ def tokenizer():
 @pytest.mark.parametrize("prompt", [False, True])
 def test_rendering_is_that_of_transformers(name, prompt, tokenizer):
     tokenizer.chat_template = LEGITIMATE[name]
-    variables = {"enable_thinking": False, "tools": [{"name": "add"}] if name == "tools" else None}
     for chat in (CHAT, CHAT[:3], *([[*CHAT, CALL]] if name == "tools" else [])):
-        theirs = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt, **variables)
-        ours, _ = render_chat(tokenizer, chat, add_generation_prompt=prompt, **variables)
+        theirs = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+        ours, _ = render_chat(tokenizer, chat, add_generation_prompt=prompt)
         assert ours == theirs
 
 
