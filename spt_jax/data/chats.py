@@ -264,10 +264,10 @@ def turns_of(record: Mapping[str, Any], index: int) -> list[Turn]:
         tools.
     """
     messages = record.get(MESSAGES)
-    if not is_list(messages) or not len(messages or ()):
+    if not is_list(messages) or len(messages) == 0:
         raise DataError(f"record {index + 1}: {MESSAGES!r} must be a list of turns with 'role' and 'content'")
     turns = []
-    for number, message in enumerate(messages or (), 1):
+    for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
             raise DataError(
                 f"record {index + 1}: every turn of {MESSAGES!r} needs 'role' and 'content'; this one is {message!r}"
