@@ -21,11 +21,9 @@ from spt_jax.testing import write_tiny_checkpoint
 from spt_jax.training.step import Objective, loss_and_gradient
 from tests.examples import VOCAB, same_gradient
 from tests.parity.test_peft import P, examples_for_peft, padded
+from tests.parity.versions import peft_marks
 
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-]
+pytestmark = peft_marks
 
 
 def prefix_arrays(flat: np.ndarray, config) -> np.ndarray:
