@@ -1,30 +1,39 @@
-# Every target makes or reuses .venv and installs what it needs. A fresh machine has python3, pip and make.
+# Every target makes or reuses a virtual environment and installs what it needs. A fresh machine has python3, pip and make.
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
+# Exact versions for every Python and system; empty for the newest that pyproject.toml permits.
+LOCK ?= requirements.txt
 BIN := $(VENV)/bin
+# The build constraint pins setuptools, which builds this package and dependencies that have no wheel.
+PIP := $(BIN)/pip install -q $(if $(LOCK),-c $(LOCK) --build-constraint $(LOCK),--upgrade --upgrade-strategy eager)
+# The last version whose models PEFT 0.21.2 can give a prefix.
+OLDER := transformers==5.23.0
 
-.PHONY: quickstart test parity bench accelerator lint clean
+COMPILE := $(BIN)/uv pip compile -q pyproject.toml --extra test --extra parity --extra lint \
+	--universal --python-version 3.11 --no-annotate --no-emit-index-url --no-emit-find-links
+
+.PHONY: quickstart test parity bench accelerator lint lock newest lowest clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q $(if $(LOCK),-c $(LOCK)) --upgrade pip
 
-$(VENV)/.base: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install -q -e .
+$(VENV)/.base: pyproject.toml $(LOCK) | $(BIN)/python
+	$(PIP) -e .
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(BIN)/pip install -q -e '.[test]'
+	$(PIP) -e '.[test]'
 	touch $@
 
-# torch first and by version: peft alone would bring the newest build with its CUDA libraries.
 $(VENV)/.parity: $(VENV)/.test
-	$(BIN)/pip install -q torch==2.13.0
-	$(BIN)/pip install -q -e '.[test,parity]'
+	$(PIP) -e '.[test,parity]'
+	rm -rf $(VENV)/older
+	$(BIN)/pip install -q --no-deps --target $(VENV)/older $(OLDER)
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test
-	$(BIN)/pip install -q -e '.[test,lint]'
+	$(PIP) -e '.[test,lint]'
 	touch $@
 
 quickstart: $(VENV)/.base
@@ -33,8 +42,10 @@ quickstart: $(VENV)/.base
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --ignore tests/parity
 
+# What PEFT's prefixes need an older transformers for is run once more on that.
 parity: $(VENV)/.parity
 	$(BIN)/python -m pytest -n 2 tests/parity
+	PYTHONPATH=$(VENV)/older $(BIN)/python -m pytest -n 2 -m older_transformers tests/parity
 
 bench: $(VENV)/.parity
 	$(BIN)/python benchmarks/train_vs_peft.py
@@ -47,5 +58,23 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+lock: | $(BIN)/python
+	$(PIP) uv
+	$(COMPILE) requirements.in --upgrade --custom-compile-command 'make lock' -o requirements.txt
+
+# The tests on the newest versions of everything, after a list of what differs from the lock file.
+newest:
+	rm -rf .venv-newest
+	$(MAKE) VENV=.venv-newest LOCK= .venv-newest/.parity
+	.venv-newest/bin/python scripts/compare_lock.py requirements.txt
+	$(MAKE) VENV=.venv-newest LOCK= test parity
+
+# The tests on the lowest versions that pyproject.toml permits.
+lowest: | $(BIN)/python
+	rm -rf .venv-lowest && mkdir .venv-lowest
+	$(PIP) uv
+	$(COMPILE) --resolution lowest-direct -o .venv-lowest/requirements.txt
+	$(MAKE) VENV=.venv-lowest LOCK=.venv-lowest/requirements.txt test
+
 clean:
-	rm -rf $(VENV) out
+	rm -rf .venv .venv-newest .venv-lowest out

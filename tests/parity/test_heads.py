@@ -19,7 +19,10 @@ from spt_jax.testing import write_tiny_checkpoint
 from spt_jax.training.step import Objective, loss_and_gradient
 from tests.examples import VOCAB, random_examples, same_gradient
 from tests.parity.test_peft import P
-from tests.parity.test_peft_family import flat_prefix, pytestmark  # noqa: F401
+from tests.parity.test_peft_family import flat_prefix
+from tests.parity.versions import heads_raise, older_transformers, peft_marks
+
+pytestmark = [*peft_marks, older_transformers, heads_raise]
 
 CLASSES = 3
 

@@ -19,13 +19,9 @@ from spt_jax.prompts.initializers import array, initialize, normal, text
 from spt_jax.testing import BOS_ID, PAD_ID, write_tiny_checkpoint
 from spt_jax.training.step import Objective, init_state, loss_and_gradient, make_train_step
 from tests.examples import VOCAB, random_examples, same_gradient
+from tests.parity.versions import peft_marks
 
-# peft uses names of transformers that have newer ones.
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
-]
+pytestmark = peft_marks
 
 P = 6
 

@@ -20,7 +20,10 @@ from spt_jax.prompts import ContextPromptTuning, LlamaAdapter, MultitaskPromptTu
 from spt_jax.testing import write_tiny_checkpoint
 from spt_jax.training.step import Objective, loss_and_gradient
 from tests.examples import VOCAB, same_gradient
-from tests.parity.test_peft import P, examples_for_peft, padded, pytestmark  # noqa: F401
+from tests.parity.test_peft import P, examples_for_peft, padded
+from tests.parity.versions import peft_marks
+
+pytestmark = peft_marks
 
 
 def prefix_arrays(flat: np.ndarray, config) -> np.ndarray:

@@ -25,7 +25,10 @@ from spt_jax.testing import write_tiny_checkpoint
 from spt_jax.training.losses import vocabulary_loss
 from tests.parity.test_heads import plain_model
 from tests.parity.test_peft import P, examples_for_peft, padded
-from tests.parity.test_peft_family import CASES, load_both, pytestmark, real_examples  # noqa: F401
+from tests.parity.test_peft_family import CASES, load_both, real_examples
+from tests.parity.versions import heads_raise, older_transformers, peft_marks
+
+pytestmark = peft_marks
 
 TASKS = {
     "SEQ_CLS": ("LlamaForSequenceClassification", "classification", 3, None),
@@ -123,6 +126,8 @@ def test_tasks_go_both_ways(tmp_path):
     np.testing.assert_allclose(losses(load_in_peft(tmp_path / "again", plain)), expected, rtol=1e-5)
 
 
+@older_transformers
+@heads_raise
 @pytest.mark.parametrize("task", list(TASKS))
 def test_heads_load_in_peft(task, tmp_path):
     """A head with its prefix goes out, and PEFT's model for the task computes the same logits from it."""
