@@ -36,7 +36,7 @@ def memory_settings() -> dict[str, str]:
 
 
 def facts() -> dict[str, Any]:
-    """Name, platform and memory of the default device, and which allocator JAX uses."""
+    """Name, platform and number of devices, and the bytes that one can hold."""
     import jax
 
     from spt_jax import measure
@@ -57,7 +57,7 @@ def fused_kernel() -> str:
 
 
 def torch_device() -> Any:
-    """The GPU where torch has one, else the CPU; and whether that is what JAX would use here."""
+    """The GPU where torch has one, else the CPU."""
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

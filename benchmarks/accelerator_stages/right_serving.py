@@ -38,7 +38,7 @@ PROMPTS = {
     "end": (PromptTuning(length=5), "Say {text}\n<soft>"),
     "keys": (PrefixTuning(length=4), "A word: {text}\n"),
 }
-RESUME_SECONDS = 60.0
+RESUME_SECONDS = 600.0  # the stage ends before
 
 
 def answers_apart(ours: Sequence[Generated], theirs: Sequence[Generated]) -> dict[str, float]:
