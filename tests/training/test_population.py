@@ -22,7 +22,14 @@ from spt_jax.training.halving import Halving, fit_population
 from spt_jax.training.logs import NoLog
 from spt_jax.training.loop import Stopped
 from spt_jax.training.optimizers import OptimizerConfig, make_optimizer, resolve_optimizer
-from spt_jax.training.population import Member, aligned_plans, common_method
+from spt_jax.training.population import (
+    Member,
+    aligned_plans,
+    common_method,
+    init_members,
+    make_population_step,
+    stack_batches,
+)
 from spt_jax.training.step import Objective, init_state, loss_and_gradient, make_train_step
 
 STEPS, BATCH, VOCAB = 8, 6, 320
@@ -239,3 +246,15 @@ def test_what_does_not_go_together(tmp_path):
         Halving(rungs=(0.5, 0.25))
     with pytest.raises(ConfigError, match="keep is"):
         Halving(keep=1.0)
+
+
+def test_the_frozen_base_is_no_constant_of_the_program():
+    """5 MB of weights."""
+    base = tiny_base(hidden_size=128, intermediate_size=1024)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(base.params)) > 5_000_000
+    step = make_population_step(base, MEMBERS[0].method, ADAM, STEPS, Objective())
+    own = MEMBERS[0]
+    batch = stack_batches([next(training_batches(own.examples, own.plan, batch_size=BATCH, seed=0))] * 2)
+    states = init_members(base, MEMBERS[:2], ADAM, STEPS)
+    text = step.func.lower(*step.args, states, np.ones(2, np.float32), batch).as_text()
+    assert len(text) < 1_000_000
