@@ -165,8 +165,10 @@ class Service:
                 400, f"{body.model!r} has shifts, gates or a head, and only classifies: /v1/classify", param="model"
             )
         seed, found = secrets.randbits(32) if body.seed is None else body.seed, []
+        beyond = self.bank.base.config.max_positions - limit  # positions of the base that a slot does not have
         for record in records:
-            ids = entry.encoder.prompt_ids(record) if name else self.bank.request_ids(None, record)
+            encoder = entry.encoder if name else self.bank.encoder(None, record)
+            ids = encoder.prompt_ids(record, room=(max_tokens or SamplingConfig.max_new_tokens) + beyond)
             before = held.start - len(held.lead) + len(ids)
             room = limit - before
             if room < (max_tokens or 1):
@@ -184,6 +186,7 @@ class Service:
                     top_k=0 if greedy else body.top_k,
                     top_p=1.0 if greedy else body.top_p,
                     stop=body.stops,
+                    end_ids=encoder.end_ids,
                     seed=(seed + number) % 2**32,
                 )
                 found.append(Request(np.asarray(ids), name, sampling, held, alternatives))
