@@ -14,6 +14,7 @@ from spt_jax import metrics
 from spt_jax.base import FrozenBase
 from spt_jax.data.encoder import Encoder, Example
 from spt_jax.data.templates import Template
+from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation import EvaluationSet, evaluate, make_evaluation_set, selection_score
 from spt_jax.experiment import Experiment, Records
@@ -137,16 +138,17 @@ def _encoder(experiment: Experiment, template: Template, shots: Records = (), ta
     return encoder(min(asked + added, positions), shots)
 
 
-def _set(experiment: Experiment, encoder: Encoder, records: Records | None) -> EvaluationSet:
+def _set(experiment: Experiment, encoder: Encoder, records: Records | None, taken: int = 0) -> EvaluationSet:
     assert records is not None
     config = experiment.config
-    return make_evaluation_set(experiment.base, encoder, records, config.evaluation, packing=config.data.packing)
+    options: dict[str, Any] = {"packing": config.data.packing, "taken": taken}
+    return make_evaluation_set(experiment.base, encoder, records, config.evaluation, **options)
 
 
 def _soft(experiment: Experiment, path: Path, bare: float) -> Way:
     saved = load_prompt(path, experiment.base)
     taken = saved.virtual.prefix_length
-    data = _set(experiment, _encoder(experiment, saved.template, taken=taken), experiment.test)
+    data = _set(experiment, _encoder(experiment, saved.template, taken=taken), experiment.test, taken)
     run = path.parent / "results.json"
     facts = Facts(
         trainable_parameters=(saved.info.get("extra") or {}).get("trainable_parameters"),
@@ -165,7 +167,7 @@ def _written(experiment: Experiment, name: str, bare: float, template: Template,
             raise DataError(f"{len(shots)} solved examples: {error}, or ask with fewer --shots") from error
         raise
     # What one would keep: the words of the prompt and of the examples.
-    words = [template.prompt, *(str(shot[field]) for shot in shots for field in template.fields)]
+    words = [template.prompt, *(field_text(shot, field, 0) for shot in shots for field in template.fields)]
     size = 0 if name == "no prompt" else sum(len(word.encode()) for word in words)
     return Way(name, data, None, Facts(bytes=size, extra_tokens=round(_mean_length(data.examples) - bare, 3)))
 
@@ -212,7 +214,7 @@ def draw_shots(records: Records, template: Template, count: int, seed: int) -> l
     if template.verbalizers:
         by_class: dict[str, list[Mapping[str, Any]]] = {}
         for record in order:
-            by_class.setdefault(str(record[template.label_field or ""]), []).append(record)
+            by_class.setdefault(field_text(record, template.label_field or "", 0), []).append(record)
         rank = {id(record): place for own in by_class.values() for place, record in enumerate(own)}
         order = sorted(order, key=lambda record: rank[id(record)])
     if len(order) < count:

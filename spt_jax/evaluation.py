@@ -19,6 +19,7 @@ from spt_jax.config import EvaluationConfig
 from spt_jax.data.batches import Batch, BatchPlan, Rows, evaluation_batches, multiples, place_batch, plan_batches
 from spt_jax.data.encoder import SEPARATOR, Encoder, Example
 from spt_jax.data.reading import END, START
+from spt_jax.errors import DataError
 from spt_jax.forward import encode_prefix, group_scores, output_readings
 from spt_jax.generation import SamplingConfig, generate
 from spt_jax.models.attention import Prefix
@@ -30,13 +31,17 @@ from spt_jax.sharding import to_host
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSet:
-    """Records as one template reads them, ready to be scored again and again."""
+    """Records as one template reads them, ready to be scored again and again.
+
+    prompts: ids to generate answers from, for the first records of a task whose answers are text.
+    """
 
     encoder: Encoder
     records: Sequence[Mapping[str, Any]]
     examples: Sequence[Example]
     plan: BatchPlan
     config: EvaluationConfig
+    prompts: Sequence[np.ndarray] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +59,17 @@ def make_evaluation_set(
     config: EvaluationConfig | None = None,
     *,
     packing: bool = True,
+    taken: int = 0,
 ) -> EvaluationSet:
-    """Encodes records and plans their batches.
+    """Encodes records, and what asks for their answers, and plans their batches.
+
+    Args:
+      base: the frozen base.
+      encoder: how records are read.
+      records: the records.
+      config: how they are asked.
+      packing: several examples share a row.
+      taken: positions of the keys and values that the soft prompt puts before every record.
 
     Raises:
       DataError: a record lacks a field, has an unknown label or cannot fit.
@@ -70,7 +84,30 @@ def make_evaluation_set(
         **multiples(base.mesh),
         max_length=base.config.max_positions,
     )
-    return EvaluationSet(encoder, records, examples, plan, config)
+    says_text = not encoder.template.verbalizers and encoder.template.head == "language_model"
+    asked = zip(records[: config.generate] if says_text else [], examples, strict=False)
+    beyond = base.config.max_positions - taken - encoder.max_length
+    prompts = [_prompt(encoder, *pair, room=config.max_new_tokens - beyond) for pair in asked]
+    return EvaluationSet(encoder, records, examples, plan, config, prompts)
+
+
+def _prompt(encoder: Encoder, record: Mapping[str, Any], example: Example, room: int) -> np.ndarray:
+    """The ids that ask for a record's answer: those before the target of its example.
+
+    Only a prompt that was shortened to fit in with its target is shortened otherwise: to leave room for new tokens, of
+    which there may be half as many as the encoder's longest example has.
+    """
+    record = encoder.up_to_answer(record)
+    prompt = encoder.prompt_ids(record)
+    trained = example.ids[: len(prompt)]
+    if np.array_equal(prompt, trained):
+        return prompt
+    if encoder.template.truncate is None:
+        at = int(np.argmin(prompt[: len(trained)] == trained))
+        raise DataError(
+            f"record {example.index + 1}: the prompt to ask with and the one to train with part at token {at + 1}"
+        )
+    return encoder.prompt_ids(record, room=min(max(room, 1), encoder.max_length // 2))
 
 
 @functools.partial(jax.jit, static_argnames=("module", "choices"))
@@ -284,14 +321,19 @@ def _likelihood(data: EvaluationSet, scores: Float[np.ndarray, " N"]) -> Evaluat
 def _with_answers(
     base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt | None, result: Evaluation
 ) -> Evaluation:
-    records = data.records[: data.config.generate]
-    prompts = [data.encoder.prompt_ids(record) for record in records]
-    references = [data.encoder.reference(record) for record in records]
-    taken = 0 if virtual is None else virtual.prefix_length
-    room = base.config.max_positions - taken - max(map(len, prompts))
-    stop = (SEPARATOR,) if data.encoder.shots and not data.encoder.template.chat else ()
-    sampling = SamplingConfig(max_new_tokens=max(1, min(data.config.max_new_tokens, room)), stop=stop)
-    index = [example.prompt for example in data.examples[: len(prompts)]] if data.encoder.template.tasks else None
+    prompts, encoder = data.prompts, data.encoder
+    references = [encoder.reference(record) for record in data.records[: len(prompts)]]
+    positions = base.config.max_positions - (0 if virtual is None else virtual.prefix_length)
+    stop = (SEPARATOR,) if encoder.shots and not encoder.template.chat else ()
+    sampling = [
+        SamplingConfig(
+            max_new_tokens=max(1, min(data.config.max_new_tokens, positions - len(prompt))),
+            stop=stop,
+            end_ids=encoder.end_ids,
+        )
+        for prompt in prompts
+    ]
+    index = [example.prompt for example in data.examples[: len(prompts)]] if encoder.template.tasks else None
     answers = generate(base, prompts, virtual, sampling, prompt_index=index, batch_size=data.config.batch_size)
     texts = [answer.text.strip() for answer in answers]
     matches = metrics.bootstrap_interval(metrics.exact_match_values(texts, references))

@@ -69,7 +69,12 @@ class Experiment:
         data = self.config.data
         with _located(data.validation if records is self.validation else data.test):
             return make_evaluation_set(
-                self.base, self.encoder(template), records, self.config.evaluation, packing=data.packing
+                self.base,
+                self.encoder(template),
+                records,
+                self.config.evaluation,
+                packing=data.packing,
+                taken=self.config.method.prefix_length,
             )
 
     def training_set(self) -> tuple[list[Example], BatchPlan]:

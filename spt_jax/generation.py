@@ -291,7 +291,7 @@ def _generate_batch(
         chosen = [until_end(row[:most], own.ids) for row, most, own in zip(new_ids, limits, ends, strict=True)]
         for i, row in enumerate(chosen):
             if stops[i] is None:
-                stops[i] = stop_end(texts_of[i], row, min(len(row), max(0, until - chunk)), ends[i].texts)
+                stops[i] = stop_end(texts_of[i], row, max(0, until - chunk), ends[i].texts)
                 stopped[i] = stops[i] is not None
         if np.all(ended | stopped):
             break

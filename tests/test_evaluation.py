@@ -1,5 +1,8 @@
 """Scores against a forward pass of each continuation alone, metrics against closed forms."""
 
+import copy
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +13,8 @@ from spt_jax.base import logits, run_layers
 from spt_jax.evaluation import make_evaluation_set, score, selection_score
 from spt_jax.forward import embed_stream
 from spt_jax.models.attention import Stream
-from spt_jax.testing import tiny_base
+from spt_jax.testing import EOS_ID, PAD_ID, tiny_base
+from tests.test_generation import letter_ids, speaker
 
 RECORDS = [
     {"text": "good", "label": "yes"},
@@ -94,6 +98,81 @@ def test_generated_answers_are_compared_with_the_targets(base):
     config = spt_jax.evaluation.EvaluationConfig(max_new_tokens=6)
     result = spt_jax.evaluate(base, make_evaluation_set(base, enc, records, config), None).metrics
     assert result["exact_match"] == 1.0 and result["token_f1"] == 1.0
+
+
+def answers(base, encoder, records, virtual=None, **config):
+    data = make_evaluation_set(base, encoder, records, spt_jax.evaluation.EvaluationConfig(**config))
+    return data, spt_jax.evaluate(base, data, virtual)
+
+
+def test_an_answer_depends_on_its_own_record(base, virtual):
+    """A record that leaves little room is answered in what it leaves, and the others as without it."""
+    long = {"text": "x" * 110, "label": "yes"}
+    _, alone = answers(base, encoder(base), RECORDS, virtual, max_new_tokens=20)
+    data, together = answers(base, encoder(base), [*RECORDS, long], virtual, max_new_tokens=20)
+    for one, other in zip(together.predictions, alone.predictions, strict=False):
+        assert one["prediction"] == other["prediction"]
+    left = base.config.max_positions - len(data.prompts[-1])
+    assert 0 < left < 20
+    (own,) = spt_jax.generate(base, [data.prompts[-1]], virtual, spt_jax.SamplingConfig(max_new_tokens=left))
+    assert together.predictions[-1]["prediction"] == own.text.strip()
+
+
+def test_what_is_shortened_in_training_is_shortened_when_asked(base, virtual):
+    """With room for new tokens; what fits is asked as it was trained."""
+    records = [*RECORDS, {"text": "word " * 100 + "END", "label": "yes"}]
+    enc = encoder(base, truncate="text", keep="end")
+    data, result = answers(base, enc, records, virtual, max_new_tokens=20)
+    for prompt, example in zip(data.prompts[:-1], data.examples, strict=False):
+        np.testing.assert_array_equal(prompt, example.ids[: example.first_target])
+    last = data.prompts[-1]
+    assert 128 - 20 - 5 < len(last) <= 128 - 20
+    assert base.tokenizer.decode(last[-5:]).endswith("END\n")
+    assert result.metrics["generated"] == len(records)
+    # Asked for more than half of all positions, the field keeps half of them.
+    data, _ = answers(base, enc, records[-1:], virtual, max_new_tokens=120)
+    assert 128 // 2 - 5 < len(data.prompts[0]) <= 128 // 2
+    short = spt_jax.Encoder(enc.template, base.tokenizer, base.config.vocab_size, 50)
+    data, _ = answers(base, short, records[-1:], virtual, max_new_tokens=20)
+    assert 44 < len(data.prompts[0]) < 50, "the positions beyond the longest example are room enough"
+
+
+def test_a_turn_that_ends_in_training_ends_in_evaluation():
+    """The token that ends a turn is neither EOS nor declared by the base."""
+    turns = (
+        "{% for m in messages %}{{ m.role + '\n' + m.content + '<pad>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+    )
+    newline, first, second = letter_ids("Ċyz")
+    rigged = speaker({newline: first, first: second, second: PAD_ID, PAD_ID: second})
+    tokenizer = copy.deepcopy(rigged.tokenizer)
+    tokenizer.chat_template = turns
+    rigged = dataclasses.replace(rigged, tokenizer=tokenizer)
+    for template, record in (
+        (spt_jax.Template(prompt="{text}", target="{label}", chat=True), {"text": "a", "label": "yz"}),
+        (
+            spt_jax.Template(prompt="{messages}"),
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "yz"}]},
+        ),
+    ):
+        enc = spt_jax.Encoder(template, tokenizer, rigged.config.vocab_size, 128)
+        assert set(enc.end_ids) == {PAD_ID, EOS_ID}
+        _, result = answers(rigged, enc, [record], max_new_tokens=9)
+        assert result.metrics["exact_match"] == 1.0 and result.predictions[0]["prediction"] == "yz"
+
+
+def test_a_chat_is_asked_for_its_last_answer(base):
+    """Turns after it are left out: they are not what the model should say."""
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}" + (
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    named = dataclasses.replace(base, tokenizer=tokenizer)
+    messages = [{"role": role, "content": role[0]} for role in ("user", "assistant", "user")]
+    enc = spt_jax.Encoder(spt_jax.Template(prompt="{messages}"), tokenizer, base.config.vocab_size, 128)
+    data, result = answers(named, enc, [{"messages": messages}, {"messages": messages[:2]}], max_new_tokens=3)
+    np.testing.assert_array_equal(*data.prompts)
+    assert [prediction["reference"] for prediction in result.predictions] == ["a", "a"]
 
 
 def test_selection_prefers_accuracy_then_loss():

@@ -281,6 +281,33 @@ def test_stop_strings(stop, new, text, said, finished):
     assert len(answer.log_probabilities) == len(answer.ids)
 
 
+def test_every_declared_end_ends_a_row():
+    """The base's files may declare several, and a chat has its own; a stop string is told from them."""
+    base = alphabet(EOS_ID)
+    m, p = letter_ids("mp")
+    answers = spoken(dataclasses.replace(base, end_ids=(EOS_ID, m)), "anq", end_ids=(p,), stop=("<pad>",))
+    assert [answer.text for answer in answers] == ["bcdefghijklm", "op", "rstuvwx"]
+    assert [answer.ids[-1] for answer in answers] == [m, p, EOS_ID]
+    assert {answer.finished for answer in answers} == {"eos"}
+
+
+def test_every_prompt_may_have_its_own_sampling():
+    """Limits, ends, stop strings, seeds and temperatures: as when each is asked by itself."""
+    base = base_of()
+    samplings = [
+        SamplingConfig(max_new_tokens=3),
+        SamplingConfig(max_new_tokens=20, temperature=1.5, seed=3),
+        SamplingConfig(max_new_tokens=9, end_ids=tuple(range(3, 200))),
+        SamplingConfig(max_new_tokens=20, temperature=0.7, top_k=5, stop=("e", "a")),
+    ]
+    together = generate(base, PROMPTS, virtual_of(base), samplings)
+    for number, sampling in enumerate(samplings):
+        same([together[number]], [generate(base, PROMPTS, virtual_of(base), sampling)[number]])
+    assert len(together[0].ids) == 3 and together[2].finished == "eos" and len(together[2].ids) < 9
+    with pytest.raises(ConfigError, match="1 samplings for 4 prompts"):
+        generate(base, PROMPTS, virtual_of(base), samplings[:1])
+
+
 def test_a_batch_ends_when_every_row_has_met_a_stop_string(decoded_steps):
     answers = spoken(alphabet(), "ckk", max_new_tokens=32, stop=("mn",))
     assert [answer.text for answer in answers] == ["defghijkl", "l", "l"]

@@ -9,8 +9,10 @@ import tyro
 
 from spt_jax.commands.saved import Saved, encoder_for
 from spt_jax.config import EvaluationConfig
+from spt_jax.data.encoder import Encoder
 from spt_jax.data.sources import check_fields, read_records
 from spt_jax.data.templates import MESSAGES, Template
+from spt_jax.data.values import field_text
 from spt_jax.ensemble import evaluate_ensemble, score_together
 from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.evaluation import EvaluationSet, evaluate, from_scores, make_evaluation_set
@@ -72,7 +74,8 @@ class Generate(Saved):
                 answer = prediction["prediction"]
                 print(answer if isinstance(answer, str) else " ".join(answer))
             return
-        for answer in generate(base, [encoder.prompt_ids(record) for record in records], saved.virtual, sampling):
+        prompts = [encoder.prompt_ids(record, room=self.max_new_tokens) for record in records]
+        for answer in generate(base, prompts, saved.virtual, _ended(sampling, encoder)):
             print(answer.text)
 
     def run_together(self, sampling: SamplingConfig) -> None:
@@ -88,8 +91,11 @@ class Generate(Saved):
         records = [_records(saved[i].template, [text], {})[0] for i, text in zip(index, self.texts, strict=True)]
         virtuals = [one.virtual for one in saved]
         if not saved[0].template.verbalizers:
-            prompts = [encoders[i].prompt_ids(record) for i, record in zip(index, records, strict=True)]
-            for answer in generate(base, prompts, stack_prompts(virtuals), sampling, prompt_index=index):
+            own = [encoders[i] for i in index]
+            asked = zip(own, records, strict=True)
+            prompts = [encoder.prompt_ids(record, room=self.max_new_tokens) for encoder, record in asked]
+            samplings = [_ended(sampling, encoder) for encoder in own]
+            for answer in generate(base, prompts, stack_prompts(virtuals), samplings, prompt_index=index):
                 print(answer.text)
             return
         asked = [
@@ -100,6 +106,11 @@ class Generate(Saved):
         scores = [iter(own) for own in score_together(base, sets, virtuals)]
         for i in index:
             print(list(saved[i].template.verbalizers)[int(next(scores[i]).argmax())])
+
+
+def _ended(sampling: SamplingConfig, encoder: Encoder) -> SamplingConfig:
+    """With the ends of this encoder's targets."""
+    return dataclasses.replace(sampling, end_ids=encoder.end_ids)
 
 
 def _records(template: Template, texts: Sequence[str], fields: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -165,7 +176,8 @@ class Evaluate(Saved):
         base, saved = self.load()
 
         def asked(template: Template, virtual: VirtualPrompt | None) -> EvaluationSet:
-            return make_evaluation_set(base, encoder_for(template, base, virtual), records, config)
+            taken = 0 if virtual is None else virtual.prefix_length
+            return make_evaluation_set(base, encoder_for(template, base, virtual), records, config, taken=taken)
 
         def metrics(template: Template, virtual: VirtualPrompt | None) -> dict[str, Any]:
             return evaluate(base, asked(template, virtual), virtual).metrics
@@ -197,8 +209,8 @@ class Evaluate(Saved):
             raise ConfigError("--by evaluates a folder of prompts; --others and --hard-prompt go with a single one")
         check_fields(records, [self.by or ""], self.data)
         own: dict[str, list[Mapping[str, Any]]] = {}
-        for record in records:
-            own.setdefault(str(record[self.by or ""]), []).append(record)
+        for number, record in enumerate(records):
+            own.setdefault(field_text(record, self.by or "", number), []).append(record)
         base, saved = self.load_all(self.named(list(own)))
         sets = []
         for one, asked in zip(saved, own.values(), strict=True):

@@ -321,11 +321,11 @@ class Encoder:
         name, label = self.template.reads or "", self.template.label_field or ""
         fields = self._fields(record, self.template.prompt_fields, index)
         ids, spans, _ = self._pieces.aligned(*self._filled(fields), opens=True, field=name)
-        answer = field_of(record, label, index)
+        is_tagging = self.template.head == "tagging"
+        answer: Any = self._words(record, label, index) if is_tagging else field_of(record, label, index)
         try:
-            if self.template.head == "tagging":
-                tags = self._words(record, label, index)
-                reads, classes = tag_reads(self._words(record, name, index), tags, self._classes, spans)
+            if is_tagging:
+                reads, classes = tag_reads(self._words(record, name, index), answer, self._classes, spans)
             else:
                 reads, classes = span_reads(fields[name], answer, spans)
         except DataError as error:

@@ -29,7 +29,9 @@ def words_of(value: Any, what: str) -> list[str]:
     Raises:
       DataError: it, or one of its words, is not text.
     """
-    return [text_of(word, f"a word of {what}") for word in value] if is_list(value) else text_of(value, what).split()
+    if not is_list(value):
+        return text_of(value, what).split()
+    return [text_of(word, f"{what}: word {number}") for number, word in enumerate(value, 1)]
 
 
 def tag_reads(words: Sequence[str], tags: Sequence[str], classes: Sequence[str], spans: Spans) -> Reads:

@@ -194,11 +194,19 @@ class PromptBank:
           ConfigError: there is no prompt of this name, or a chat for a base without a chat template.
           DataError: the record lacks a field.
         """
-        if name is None and MESSAGES in record:
-            if self._chat is None:
-                raise ConfigError("the base's tokenizer has no chat template")
-            return self._chat.encoder.prompt_ids(record)
-        return self.entry(name).encoder.prompt_ids(record)
+        return self.encoder(name, record).prompt_ids(record)
+
+    def encoder(self, name: str | None, record: Mapping[str, Any]) -> Encoder:
+        """What reads a record: the prompt's encoder, or one of the bare base's two.
+
+        Raises:
+          ConfigError: as `request_ids`.
+        """
+        if name is not None or MESSAGES not in record:
+            return self.entry(name).encoder
+        if self._chat is None:
+            raise ConfigError("the base's tokenizer has no chat template")
+        return self._chat.encoder
 
     def held(self, name: str | None) -> Held:
         """What requests under this prompt share, made if it is not on the device; None names the bare base.

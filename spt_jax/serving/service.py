@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from spt_jax.data.encoder import Encoder
 from spt_jax.data.templates import MESSAGES, Template
 from spt_jax.errors import SptError, did_you_mean
 from spt_jax.generation import SamplingConfig, continuation_text, is_opening
@@ -246,8 +247,12 @@ class Service:
         """The engine's requests: `n` for every record. Without `max_tokens`, as many as there is room for."""
         name, entry, held = self._generator(body.model)
         seed, found = secrets.randbits(32) if body.seed is None else body.seed, []
+        # Positions of the base that a slot does not have.
+        beyond = self.bank.base.config.max_positions - self.worker.engine.context
         for record in records:
-            ids, _ = self._prompt_ids(name, entry, record)
+            encoder = entry.encoder if name else self.bank.encoder(None, record)
+            kept_free = (max_tokens or SamplingConfig.max_new_tokens) + beyond
+            ids, _ = self._prompt_ids(name, encoder, record, kept_free)
             room = self._room(held, ids, max_tokens or 1)
             greedy = body.temperature == 0
             for number in range(body.n):
@@ -257,6 +262,7 @@ class Service:
                     top_k=0 if greedy else body.top_k,
                     top_p=1.0 if greedy else body.top_p,
                     stop=body.stops,
+                    end_ids=encoder.end_ids,
                     seed=(seed + number) % 2**32,
                 )
                 found.append(Request(np.asarray(ids), name, sampling, held, alternatives, sender))
@@ -282,16 +288,18 @@ class Service:
             )
         return limit - before
 
-    def _prompt_ids(self, name: str | None, entry: Entry, record: Mapping[str, Any]) -> tuple[np.ndarray, int | None]:
+    def _prompt_ids(
+        self, name: str | None, encoder: Encoder, record: Mapping[str, Any], room: int = 0
+    ) -> tuple[np.ndarray, int | None]:
         """The ids of a record's texts; or those around the token ids that it gives instead, and where these begin."""
         given = next((value for value in record.values() if not isinstance(value, str)), None)
         if given is None or MESSAGES in record:
-            return (entry.encoder.prompt_ids(record) if name else self.bank.request_ids(None, record)), None
+            return encoder.prompt_ids(record, room=room), None
         vocab_size = self.bank.base.config.vocab_size
         unknown = next((id_ for id_ in given if id_ >= vocab_size), None)
         if unknown is not None:
             raise RefusedError(400, f"token id {unknown}: the base has {vocab_size} tokens", param="prompt")
-        return entry.encoder.prompt_ids_around(given) if name else (np.asarray(given, np.int32), 0)
+        return encoder.prompt_ids_around(given) if name else (np.asarray(given, np.int32), 0)
 
     async def echo(
         self, model: str, records: Sequence[Mapping[str, Any]], alternatives: int | None, sender: Sender
@@ -307,7 +315,7 @@ class Service:
 
     def _to_echo(self, model: str, record: Mapping[str, Any]) -> _Echoed:
         name, entry, held = self._generator(model)
-        ids, place = self._prompt_ids(name, entry, record)
+        ids, place = self._prompt_ids(name, entry.encoder if name else self.bank.encoder(None, record), record)
         if place is None:
             if name is not None:
                 raise RefusedError(

@@ -69,7 +69,7 @@ class Until:
     """When a call of `decode` returns: whatever comes first.
 
     steps: after so many, at most MOST.
-    ends: once so many busy slots have one of `end_ids`, which may be the end of another slot, not before LEAST steps.
+    ends: once so many busy slots have got one of `end_ids`, the ends of all of them, but not before LEAST steps.
     """
 
     steps: Int[Array, ""]

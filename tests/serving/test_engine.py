@@ -105,7 +105,7 @@ def test_decoding_returns_at_an_end_that_others_wait_for(bank: PromptBank, end_a
     programs, base = engine._programs, bank.base
     end, steps = expected[0][end_at], max(end_at, LEAST)
     assert end not in expected[0][1:end_at] + expected[1][1:end_at]
-    until = Until(jnp.int32(MOST), jnp.int32(1), jnp.int32(end))
+    until = Until(jnp.int32(MOST), jnp.int32(1), jnp.asarray([end]))
     inputs = np.ones(2, bool), np.asarray(False), until, engine._slots
     _, new, count = programs.decode(base.module, 64, base.params, *inputs)
     assert int(count) == steps < MOST
