@@ -282,12 +282,13 @@ def _expanded_bytes(array: Any) -> int:
     """Bytes of an Arrow array's values, each counted wherever a dictionary is referred to."""
     import pyarrow.compute
 
+    compute: Any = pyarrow.compute  # whose functions are made at run time
     kinds = pyarrow.types
     if kinds.is_dictionary(array.type):
         if not (kinds.is_string(array.type.value_type) or kinds.is_binary(array.type.value_type)):
             return len(array) * _VALUE_BYTES
-        lengths = pyarrow.compute.binary_length(array.dictionary)
-        return pyarrow.compute.sum(lengths.take(array.indices)).as_py() or 0
+        lengths = compute.binary_length(array.dictionary)
+        return compute.sum(lengths.take(array.indices)).as_py() or 0
     if kinds.is_struct(array.type):
         return sum(map(_expanded_bytes, array.flatten()))
     if kinds.is_map(array.type):
