@@ -57,7 +57,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """A file that holds one JSON object.
 
     Raises:
-      CheckpointError: it is missing, larger than `MAX_JSON_BYTES`, no strict JSON, nested too deeply or not an object.
+      CheckpointError: it is missing, larger than `MAX_JSON_BYTES`, no strict JSON, nested too deeply, not an object, or
+        holds what is not text.
     """
     check_file(path, MAX_JSON_BYTES)
     try:
@@ -78,6 +79,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: holds {reprlib.repr(value)} where an object should be")
     if _depth(value) > MAX_JSON_DEPTH:
         raise CheckpointError(f"{path}: cannot be read (nested too deeply)")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{path}: cannot be read (half of a surrogate pair is not a character)") from error
     return value
 
 
@@ -122,7 +127,7 @@ def tensor_headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
                 for name, found in slices.items()
             }
     except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: missing, truncated or damaged ({error})") from error
+        raise CheckpointError(f"{path}: missing, truncated or damaged ({str(error)[:300]})") from error
 
 
 def check_tensors(
@@ -163,7 +168,7 @@ def read_tensors(path: Path, names: Sequence[str]) -> dict[str, Float[np.ndarray
         with safetensors.safe_open(path, framework="numpy") as file:
             arrays = {name: np.asarray(file.get_tensor(name), np.float32) for name in names}
     except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: missing, truncated or damaged ({error})") from error
+        raise CheckpointError(f"{path}: missing, truncated or damaged ({str(error)[:300]})") from error
     for name, array in arrays.items():
         check_finite(array, f"{path}: {name!r}")
     return arrays
@@ -195,7 +200,7 @@ def read_npy(path: Path) -> np.ndarray:
     except CheckpointError:
         raise
     except Exception as error:  # numpy raises many kinds for headers that are wrong
-        raise CheckpointError(f"{path}: no readable .npy array ({error}){_NEEDED}") from error
+        raise CheckpointError(f"{path}: no readable .npy array ({str(error)[:300]}){_NEEDED}") from error
 
 
 def _kind(start: bytes) -> str:

@@ -27,7 +27,7 @@ from flax import traverse_util
 
 from spt_jax.base import Fingerprint, FrozenBase
 from spt_jax.data.templates import Template
-from spt_jax.errors import CheckpointError, ConfigError, did_you_mean
+from spt_jax.errors import CheckpointError, did_you_mean
 from spt_jax.models.attention import GatedPrefix
 from spt_jax.prompts.initializers import Initializer
 from spt_jax.prompts.method import Method
@@ -214,8 +214,10 @@ def _read_frame(directory: Path) -> tuple[dict[str, Any], Method, Template]:
     try:
         method = _build(_method_class(info["method"], where), info["method"], f"{where}: method")
         template = _build(Template, info["template"], f"{where}: template")
-    except ConfigError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+    except CheckpointError:
+        raise
+    except ValueError as error:  # of a dataclass, whose message may repeat a value of any length
+        raise CheckpointError(f"{where}: {str(error)[:1000]}") from error
     return info, method, template
 
 
@@ -349,27 +351,14 @@ def _converted(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, list):
         return tuple(_converted(options[0], item, where) for item in value)
     if origin is Mapping and isinstance(value, dict):
-        return {
-            _converted(options[0], key, where): _converted(options[1], item, f"{where}.{key[:60]}")
-            for key, item in value.items()
-        }
+        return {key: _converted(options[1], item, f"{where}.{key[:60]}") for key, item in value.items()}
     if origin is Literal and value in options:
         return value
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
         raise CheckpointError(f"{where} is {reprlib.repr(value)}; expected {getattr(kind, '__name__', kind)}")
-    if kind is str and not _is_text(value):
-        raise CheckpointError(f"{where} is {value[:60]!r}; half of a surrogate pair is not a character")
     return value
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _named_arrays(virtual: VirtualPrompt) -> dict[str, np.ndarray]:
