@@ -1,6 +1,7 @@
 """Soft prompts in other libraries' files."""
 
 from spt_jax.interop.arrays import export_embeddings, export_npy, import_npy
-from spt_jax.interop.peft import export_peft, export_peft_tasks, import_peft
+from spt_jax.interop.peft import import_peft
+from spt_jax.interop.peft_export import export_peft, export_peft_tasks
 
 __all__ = ["export_embeddings", "export_npy", "export_peft", "export_peft_tasks", "import_npy", "import_peft"]

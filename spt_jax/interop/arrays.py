@@ -16,27 +16,26 @@ from spt_jax.files import write_bytes
 from spt_jax.forward import embed_stream
 from spt_jax.models.attention import Stream
 from spt_jax.prompts import PromptTuning, VirtualPrompt
+from spt_jax.prompts.reading import check_finite, read_npy
 from spt_jax.prompts.storage import SavedPrompt
 
 
 def import_npy(path: str | Path, base: FrozenBase) -> tuple[PromptTuning, VirtualPrompt]:
-    """A `.npy` file of shape [P, D], float. Object arrays, which would be pickles, are refused.
+    """A `.npy` file of shape [P, D], float.
 
     Raises:
-      CheckpointError: no such array, or its width is not the base's.
+      CheckpointError: it is another kind of file, its width is not the base's, or it holds values that are not finite.
     """
-    try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)  # Looks at the header first.
-    except (OSError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{path}: no readable .npy array ({error})") from error
+    rows = read_npy(Path(path))
     width, most = base.config.width, base.config.max_positions
     if rows.ndim != 2 or rows.shape[1] != width or not 1 <= rows.shape[0] < most or rows.dtype.kind != "f":
         raise CheckpointError(
             f"{path}: {rows.dtype} {rows.shape}; a prompt for this base is float [P, {width}], P below {most}"
         )
-    if not np.isfinite(rows).all():
-        raise CheckpointError(f"{path}: holds values that are not finite")
-    return PromptTuning(length=rows.shape[0]), VirtualPrompt(tokens=jnp.asarray(np.asarray(rows, np.float32)))
+    with np.errstate(over="ignore"):
+        values = np.asarray(rows, np.float32)
+    check_finite(values, str(path))
+    return PromptTuning(length=rows.shape[0]), VirtualPrompt(tokens=jnp.asarray(values))
 
 
 def export_npy(path: str | Path, saved: SavedPrompt) -> Path:

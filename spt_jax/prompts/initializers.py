@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Key
 
 from spt_jax.base import FrozenBase, embedding_table
 from spt_jax.data.tokenization import check_ids, tokenization_of
-from spt_jax.errors import CheckpointError, ConfigError
+from spt_jax.errors import ConfigError
+from spt_jax.prompts.reading import read_npy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,7 @@ def initialize(init: Initializer, key: Key[Array, ""], base: FrozenBase, length:
         case "array":
             return _checked(np.asarray(init.rows), shape, "the array")
         case "file":
-            return _checked(_read_npy(init.path), shape, init.path)
+            return _checked(read_npy(Path(init.path)), shape, init.path)
         case "prompt":
             from spt_jax.prompts.storage import load_prompt
 
@@ -150,16 +151,13 @@ def _label_rows(init: Initializer, key: Key[Array, ""], base: FrozenBase, table:
     return np.concatenate([np.stack(means), table[_sample_ids(key, base, init.top_k, rest)]])
 
 
-def _read_npy(path: str) -> np.ndarray:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: no readable .npy array ({error})") from error
-
-
 def _checked(rows: np.ndarray, shape: tuple[int, int], origin: str) -> Float[Array, "P D"]:
     if rows.shape != shape:
         raise ConfigError(f"{origin} has shape {rows.shape}; the prompt needs {shape} (virtual tokens, width)")
-    if rows.dtype.kind != "f" or not np.isfinite(rows).all():
-        raise ConfigError(f"{origin} must hold finite floating-point numbers")
-    return jnp.asarray(rows, jnp.float32)
+    if rows.dtype.kind != "f":
+        raise ConfigError(f"{origin} holds {rows.dtype}; the prompt needs floating-point numbers")
+    with np.errstate(over="ignore"):
+        values = np.asarray(rows, np.float32)
+    if not np.isfinite(values).all():
+        raise ConfigError(f"{origin} must hold finite float32 numbers")
+    return jnp.asarray(values)

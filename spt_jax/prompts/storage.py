@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import reprlib
 import shutil
 import types
 import typing
@@ -20,17 +21,24 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
 from spt_jax.base import FINGERPRINT_VERSION, Fingerprint, FrozenBase
 from spt_jax.data.templates import Template
-from spt_jax.errors import CheckpointError, ConfigError, did_you_mean
+from spt_jax.errors import CheckpointError, did_you_mean
 from spt_jax.files import sync_directory
 from spt_jax.models.attention import GatedPrefix
 from spt_jax.prompts.initializers import Initializer
 from spt_jax.prompts.method import Method
+from spt_jax.prompts.reading import (
+    check_directory,
+    check_finite,
+    check_tensors,
+    read_json,
+    read_tensors,
+    tensor_headers,
+)
 from spt_jax.prompts.virtual import Head, KeysValues, VirtualPrompt
 from spt_jax.sharding import replicated
 
@@ -90,7 +98,10 @@ def save_prompt(
     """
     directory = Path(directory)
     arrays = _named_arrays(virtual)
-    _check_arrays(directory, arrays, method, template, dataclasses.asdict(base.config))
+    found = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
+    _check_tensors(directory, found, method, template, dataclasses.asdict(base.config))
+    for name, array in arrays.items():
+        check_finite(array, f"{directory}: {name!r}")
     content = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
     info = {
         "format": FORMAT,
@@ -107,10 +118,12 @@ def save_prompt(
         "extra": dict(extra or {}),
     }
     try:
-        text = json.dumps(info, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    except (TypeError, ValueError) as error:
+        text = (json.dumps(info, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{directory}: half of a surrogate pair is not a character ({error})") from error
+    except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{directory}: `extra` must be JSON with finite numbers ({error})") from error
-    return write_directory(directory, {PARAMS_FILE: content, INFO_FILE: text.encode()})
+    return write_directory(directory, {PARAMS_FILE: content, INFO_FILE: text})
 
 
 def _version(package: str) -> str | None:
@@ -183,17 +196,36 @@ def read_prompt(directory: str | Path) -> SavedPrompt:
       CheckpointError: a file is missing, damaged, of an unknown format, or says what it cannot mean.
     """
     directory = Path(directory)
+    return _with_arrays(directory, *_read_frame(directory))
+
+
+def _read_frame(directory: Path) -> tuple[dict[str, Any], Method, Template]:
+    """All of a prompt but its arrays: `prompt.json`, and the method and the template in it."""
     info = _read_info(directory)
     where = str(directory / INFO_FILE)
     try:
         method = _build(_method_class(info["method"], where), info["method"], f"{where}: method")
         template = _build(Template, info["template"], f"{where}: template")
-    except ConfigError as error:
-        raise CheckpointError(f"{where}: {error}") from error
-    fingerprint = info["base"]["fingerprint"]
-    arrays = _read_arrays(directory / PARAMS_FILE, info["sha256"])
-    _check_arrays(directory, arrays, method, template, fingerprint["config"])
-    return SavedPrompt(method, _virtual_prompt(arrays), template, info)
+    except CheckpointError:
+        raise
+    except ValueError as error:  # of a dataclass, whose message may repeat a value of any length
+        raise CheckpointError(f"{where}: {str(error)[:1000]}") from error
+    return info, method, template
+
+
+def _with_arrays(directory: Path, info: dict[str, Any], method: Method, template: Template) -> SavedPrompt:
+    """The prompt, once the header of the tensors' file has what the method and the base's sizes declare."""
+    path = directory / PARAMS_FILE
+    found = tensor_headers(path)
+    _check_tensors(directory, found, method, template, info["base"]["fingerprint"]["config"])
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    if digest != info["sha256"]:
+        raise CheckpointError(f"{path}: damaged, or not the file that {INFO_FILE} was written with (SHA-256 differs)")
+    return SavedPrompt(method, _virtual_prompt(read_tensors(path, list(found))), template, info)
 
 
 def load_prompt(directory: str | Path, base: FrozenBase, *, force: bool = False) -> SavedPrompt:
@@ -207,37 +239,31 @@ def load_prompt(directory: str | Path, base: FrozenBase, *, force: bool = False)
     Raises:
       CheckpointError: the directory cannot be read, or the base is another one; every field that differs is named.
     """
-    prompt = read_prompt(directory)
-    differences = base.fingerprint.differences(prompt.fingerprint)
+    directory = Path(directory)
+    info, method, template = _read_frame(directory)
+    fingerprint = Fingerprint(**info["base"]["fingerprint"])
+    differences = [difference[:500] for difference in base.fingerprint.differences(fingerprint)]
     if differences:
-        trained_on = prompt.info["base"]["id"]
+        trained_on = info["base"]["id"]
         message = f"{directory}: trained on another base, {trained_on!r}, than {base.name!r}: {'; '.join(differences)}"
-        trained_config = prompt.fingerprint.config
         sizes = ("width", "vocab_size")
-        unfit = [name for name in sizes if trained_config[name] != getattr(base.config, name)]
+        unfit = [name for name in sizes if fingerprint.config[name] != getattr(base.config, name)]
         if unfit:
             raise CheckpointError(f"{message}. No use can be forced, for the {' and '.join(unfit)} must be the same")
         if not force:
             raise CheckpointError(f"{message}. Load {trained_on!r}, or pass force=True to use the prompt all the same")
         warnings.warn(f"{message}. Used all the same, as asked", stacklevel=2)
+    prompt = _with_arrays(directory, info, method, template)
     return dataclasses.replace(prompt, virtual=jax.device_put(prompt.virtual, replicated(base.mesh)))
 
 
 def _read_info(directory: Path) -> dict[str, Any]:
     """`prompt.json`, its frame checked: every key of the right type, no others."""
     path = directory / INFO_FILE
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}") from error
-    except FileNotFoundError as error:
-        cut_off = directory.resolve().with_name(f".{directory.name}.old")
-        hint = f"; a save was cut off, the prompt before it is {cut_off}" if cut_off.exists() else ""
-        raise CheckpointError(f"{path}: no such file, so this is no prompt's directory{hint}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(info, dict):
-        raise CheckpointError(f"{path}: holds {_shown(info)} where an object should be")
+    check_directory(directory)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file, so this is no prompt's directory{_instead(directory)}")
+    info = read_json(path)
     version = info.get("format")
     if type(version) is not int or version != FORMAT:
         raise CheckpointError(f"{path}: format version {version!r} is unknown; this library knows {FORMAT}")
@@ -256,16 +282,22 @@ def _read_info(directory: Path) -> dict[str, Any]:
             " a newer spt_jax wrote it"
         )
     for name in ("width", "vocab_size", "layers", "kv_heads", "head_size"):
-        _converted(int, fingerprint["config"].get(name), f"{path}: base.fingerprint.config.{name}")
+        where = f"{path}: base.fingerprint.config.{name}"
+        size = _converted(int, fingerprint["config"].get(name), where)
+        if size < 1:
+            raise CheckpointError(f"{where} is {size}; it is at least 1")
     return info
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
-    return result
+def _instead(directory: Path) -> str:
+    """The end of a message that misses `prompt.json`: what to do about what is there."""
+    cut_off = directory.resolve().with_name(f".{directory.name}.old")
+    if cut_off.exists():
+        return f"; a save was cut off, the prompt before it is {cut_off}"
+    if (directory / "adapter_config.json").exists():
+        return "; it is a PEFT adapter: make a prompt of it with `python -m spt_jax import --source`"
+    inner = sorted(path.parent.name for path in directory.glob(f"*/{INFO_FILE}"))
+    return f"; it holds the prompts {', '.join(inner[:5])}: name one of their directories" if inner else ""
 
 
 def _check_keys(fields: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
@@ -318,33 +350,14 @@ def _converted(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, list):
         return tuple(_converted(options[0], item, where) for item in value)
     if origin is Mapping and isinstance(value, dict):
-        return {key: _converted(options[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {key: _converted(options[1], item, f"{where}.{key[:60]}") for key, item in value.items()}
     if origin is Literal and value in options:
         return value
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise CheckpointError(f"{where} is {_shown(value)}; expected {getattr(kind, '__name__', kind)}")
+        raise CheckpointError(f"{where} is {reprlib.repr(value)}; expected {getattr(kind, '__name__', kind)}")
     return value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _read_arrays(path: Path, sha256: str) -> dict[str, np.ndarray]:
-    try:
-        content = path.read_bytes()
-        tensors = dict(safetensors.deserialize(content))
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: missing, truncated or damaged ({error})") from error
-    for name, tensor in tensors.items():
-        if tensor["dtype"] != "F32":
-            raise CheckpointError(f"{path}: tensor {name!r} holds {tensor['dtype']}; a prompt holds F32")
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise CheckpointError(f"{path}: damaged, or not the file that {INFO_FILE} was written with (SHA-256 differs)")
-    return {name: np.frombuffer(t["data"], "<f4").reshape(t["shape"]) for name, t in tensors.items()}
 
 
 def _named_arrays(virtual: VirtualPrompt) -> dict[str, np.ndarray]:
@@ -359,20 +372,17 @@ def _virtual_prompt(arrays: Mapping[str, np.ndarray]) -> VirtualPrompt:
     return VirtualPrompt(**{name: kinds[name](**part) if name in kinds else part for name, part in parts.items()})
 
 
-def _check_arrays(
-    directory: Path, arrays: Mapping[str, Any], method: Method, template: Template, base: Mapping[str, Any]
+def _check_tensors(
+    directory: Path,
+    found: Mapping[str, tuple[str, tuple[int, ...]]],
+    method: Method,
+    template: Template,
+    base: Mapping[str, Any],
 ) -> None:
-    """The tensors are the method's, finite, float32; method and template agree on the virtual tokens."""
+    """Tensors are the method's, float32; method and template agree on the virtual tokens."""
     expected = method.virtual_shapes(base)
-    _refuse_unknown(arrays, expected, f"{directory}: tensors")
-    for name, shape in expected.items():
-        if name not in arrays:
-            raise CheckpointError(f"{directory}: the tensor {name!r} is missing")
-        array = arrays[name]
-        if array.dtype != np.float32 or array.shape != shape:
-            raise CheckpointError(f"{directory}: {name!r} is {array.dtype} {array.shape}; it must be float32 {shape}")
-        if not np.isfinite(array).all():
-            raise CheckpointError(f"{directory}: {name!r} holds values that are not finite")
+    _refuse_unknown(found, expected, f"{directory}: tensors")
+    check_tensors(directory, found, expected, ("float32",))
     placed = template.virtual_tokens
     if placed != method.token_count:
         raise CheckpointError(

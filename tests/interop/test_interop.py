@@ -3,8 +3,11 @@
 import base64
 import io
 import json
+import os
+import pickle
 import zipfile
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,11 +17,12 @@ from spt_jax.__main__ import main
 from spt_jax.base import read_tokenizer
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.templates import Template
-from spt_jax.errors import CheckpointError, ConfigError
+from spt_jax.errors import CheckpointError, ConfigError, SptError
 from spt_jax.interop import export_embeddings, export_npy, export_peft, export_peft_tasks, import_npy, import_peft
 from spt_jax.interop.arrays import torch_file
 from spt_jax.interop.peft import default_template
-from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning, VirtualPrompt
+from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning, VirtualPrompt, initializers
+from spt_jax.prompts.initializers import initialize
 from spt_jax.prompts.storage import load_prompt, save_prompt
 from spt_jax.prompts.virtual import KeysValues
 from spt_jax.testing import tiny_base, tiny_tokenizer, write_tiny_checkpoint
@@ -139,20 +143,25 @@ def test_text_after_virtual_tokens_continues(prompt):
     assert tokenizer.convert_ids_to_tokens(real_ids(prompt, "H", tokenizer)) == ["<s>", "H"]
 
 
+ROWS = {"prompt_embeddings": noise(P, D)}
 BAD = [
-    ({"peft_type": "LORA"}, None, "peft_type is 'LORA'; this library reads PROMPT_TUNING"),
-    ({"num_virtual_tokens": 10**12}, None, "num_virtual_tokens is 1000000000000; for this base it is a whole number"),
+    ({"peft_type": "LORA"}, None, "peft_type is 'LORA'; PEFT's soft prompts are PROMPT_TUNING, .*merge_and_unload"),
+    ({"num_virtual_tokens": 10**12}, None, "num_virtual_tokens is 1000000000000; for this base it is an integer"),
     ({"num_virtual_tokens": "4"}, None, "num_virtual_tokens is '4'"),
     ({"num_virtual_tokens": None}, None, "num_virtual_tokens is None"),
-    ({"num_virtual_tokens": 5}, None, r"is F32 \(4, 32\); the config and this base make it \(5, 32\)"),
+    ({"num_virtual_tokens": 5}, None, r"is float32 \(4, 32\); it must be .* \(5, 32\)"),
     ({"num_transformer_submodules": 2}, None, "encoder-decoder"),
-    ({"peft_type": "PREFIX_TUNING"}, None, r"make it \(4, 96\)"),
-    ({}, {"prompt_embeddings": noise(P, D + 1)}, r"is F32 \(4, 33\)"),
+    ({"peft_type": "PREFIX_TUNING"}, None, r"must be .* \(4, 96\)"),
+    ({}, {"prompt_embeddings": noise(P, D + 1)}, r"is float32 \(4, 33\)"),
     ({}, {"prompt_embeddings": np.zeros((P, D), np.int32)}, "is I32"),
     ({}, {"prompt_embeddings": np.full((P, D), np.nan, np.float32)}, "not finite"),
-    ({}, {"other": noise(P, D)}, "the tensor 'other' is unknown"),
+    ({}, {"other": noise(P, D)}, "'other' is unknown"),
     ({}, {}, "the tensor 'prompt_embeddings' is missing"),
-    ({}, {"prompt_embeddings": noise(P, D), "base_model.score.weight": noise(2, D)}, "'base_model.score.weight' is"),
+    ({}, {"prompt_embeddings": np.zeros((P, 0), np.float32)}, r"\(4, 0\); it must be"),
+    ({}, {**ROWS, "base_model.score.weight": noise(2, D)}, "'base_model.score.weight' is a task head, .*PREFIX_TUNING"),
+    ({}, {**ROWS, "base_model.lm_head.weight": noise(320, D)}, "lm_head.weight' is not the base's: it was trained"),
+    ({}, {**ROWS, "base_model.model.embed_tokens.weight": noise(324, D)}, r"the base's \(320, 32\): .*resized"),
+    ({}, {**ROWS, "base_model.model.layers.0.q_proj.lora_A.weight": noise(2, D)}, "belongs to LoRA"),
     ({"peft_type": "ADAPTION_PROMPT", "adapter_len": P, "adapter_layers": 9}, None, "adapter_layers is 9"),
 ]  # fmt: skip
 
@@ -222,13 +231,109 @@ def test_heads_come_in_and_go_out(tmp_path, base, task, name, classes, options):
 def test_bad_heads(tmp_path, base):
     with pytest.raises(CheckpointError, match="no span head: a weight for 3 classes"):
         import_peft(head_directory(tmp_path / "a", "QUESTION_ANS", "qa_outputs", 3), base)
-    with pytest.raises(CheckpointError, match=r"'base_model\.score\.bias' is unknown"):
+    with pytest.raises(CheckpointError, match=r"'base_model\.score\.bias' is a task head"):
         import_peft(head_directory(tmp_path / "b", "SEQ_CLS", "score", 3), base)
     method, virtual = import_peft(head_directory(tmp_path / "c", "TOKEN_CLS", "score", 3), base)
     template = Template(prompt="{a}", target="{l}", head="classification", verbalizers={"a": "A", "b": "B", "c": "C"})
     saved = save_prompt(tmp_path / "ours", base, method, virtual, template)
     with pytest.raises(ConfigError, match="a head without a bias; train with --method"):
         export_peft(tmp_path / "out", load_prompt(saved, base), base)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_copies_of_the_bases_own_tensors_are_no_fault(tmp_path, base, dtype):
+    """PEFT saves the embeddings and the output matrix with a prompt when it cannot tell whether they changed."""
+    own = {
+        "base_model.model.embed_tokens.weight": np.asarray(base.params["embedding"], dtype),
+        "base_model.lm_head.weight": np.ascontiguousarray(np.asarray(base.params["output"], dtype).T),
+    }
+    _, virtual = import_peft(peft_directory(tmp_path / "peft", {**ROWS, **own}), base)
+    np.testing.assert_array_equal(virtual.tokens, noise(P, D))
+
+
+def test_what_is_not_the_directory_says_what_it_is(tmp_path, base):
+    peft_directory(tmp_path / "peft")
+    (tmp_path / "named").mkdir()
+    peft_directory(tmp_path / "named" / "task_a")
+    saved_prompt(tmp_path / "ours", base, "prompt_tuning")
+    write_tiny_checkpoint(tmp_path / "model")
+    for source, message in {
+        "named": "holds the named adapters task_a: give .*named/task_a",
+        "ours": "is a prompt of this library, which needs no import",
+        "model": "is a model: give it as the base",
+        "nothing": "nothing/adapter_config.json: no such file",
+        "peft/adapter_model.safetensors": "is a file; give the directory .*peft$",
+    }.items():
+        with pytest.raises(CheckpointError, match=message):
+            import_peft(tmp_path / source, base)
+    for source, message in {
+        "peft/adapter_model.safetensors": "is a part of a prompt's directory; give the directory .*peft$",
+        "ours/prompt.safetensors": "is a part of a prompt's directory; give the directory .*ours$",
+        "model/model.safetensors": "is a safetensors file; a .npy file of one float array",
+        "peft": "is a directory; a .npy file",
+        "nothing.npy": "missing",
+    }.items():
+        with pytest.raises(CheckpointError, match=message):
+            import_npy(tmp_path / source, base)
+        with pytest.raises(CheckpointError, match=message):
+            initialize(initializers.file(tmp_path / source), jax.random.key(0), base, P)
+
+
+def torch_like(path, first: str) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(first, b"\x80\x02.")
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "message"),
+    [
+        ("rows.npz", lambda path: np.savez(path, rows=noise(P, D)), r"a \.npz archive .its first array is 'rows\.npy'"),
+        (
+            "rows.pt",
+            lambda path: torch_like(path, "archive/data.pkl"),
+            "a torch file .* pickle is not read",
+        ),
+        ("old.pt", lambda path: path.write_bytes(pickle.dumps({"rows": 1})), "a pickle, .* because it can run code"),
+        ("text.npy", lambda path: np.savetxt(path, noise(P, D)), r"not a \.npy file"),
+        ("empty.npy", lambda path: path.write_bytes(b""), "is empty"),
+        ("cut.npy", lambda path: path.write_bytes(npy_bytes(noise(P, D))[:-4]), r"no readable \.npy array"),
+        ("huge.npy", lambda path: path.write_bytes(declared_npy((10**9, D))), r"no readable \.npy array"),
+        ("none.npy", lambda path: path.write_bytes(declared_npy((10**9, 0))), r"no readable|\(1000000000, 0\)"),
+        ("pipe.npy", lambda path: os.mkfifo(path), "not a regular file"),
+    ],
+)
+def test_files_that_are_no_rows_say_what_they_are(tmp_path, base, name, write, message):
+    write(tmp_path / name)
+    with pytest.raises(CheckpointError, match=message):
+        import_npy(tmp_path / name, base)
+    with pytest.raises(SptError, match=message):
+        initialize(initializers.file(tmp_path / name), jax.random.key(0), base, P)
+
+
+def npy_bytes(array) -> bytes:
+    content = io.BytesIO()
+    np.save(content, array)
+    return content.getvalue()
+
+
+def declared_npy(shape) -> bytes:
+    """The header of an array of this shape, and no numbers."""
+    header = repr({"descr": "<f4", "fortran_order": False, "shape": shape}).ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+
+
+@pytest.mark.parametrize("dtype", [">f4", "<f8", "<f2"])
+def test_rows_of_any_float_type(tmp_path, base, dtype):
+    np.save(tmp_path / "rows.npy", noise(P, D).astype(dtype))
+    expected = noise(P, D).astype(dtype).astype(np.float32)
+    np.testing.assert_array_equal(import_npy(tmp_path / "rows.npy", base)[1].tokens, expected)
+    rows = initialize(initializers.file(tmp_path / "rows.npy"), jax.random.key(0), base, P)
+    np.testing.assert_array_equal(rows, expected)
+    np.save(tmp_path / "rows.npy", np.full((P, D), 1e300))
+    with pytest.raises(CheckpointError, match="not finite"):
+        import_npy(tmp_path / "rows.npy", base)
+    with pytest.raises(ConfigError, match="finite float32 numbers"):
+        initialize(initializers.file(tmp_path / "rows.npy"), jax.random.key(0), base, P)
 
 
 def test_pickles_and_damaged_files_are_refused(tmp_path, base):
@@ -243,7 +348,7 @@ def test_pickles_and_damaged_files_are_refused(tmp_path, base):
     with pytest.raises(CheckpointError, match=r"adapter_model\.bin is a pickle"):
         import_peft(folder, base)
     (folder / "adapter_config.json").write_text("[")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json, line 1, column 2"):
         import_peft(folder, base)
     with pytest.raises(CheckpointError, match="no directory of PEFT's"):
         import_peft(tmp_path, base)

@@ -6,6 +6,8 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import resource
+import time
 from pathlib import Path
 
 import jax
@@ -313,6 +315,11 @@ def test_a_save_that_was_cut_off_between_its_renames_is_found_and_mended(saved, 
         ({"sha256": None}, "'sha256' is missing"),
         ({"template__prompt": None}, "template: 'prompt' is missing"),
         ({"base__fingerprint__version": 2}, "base.fingerprint.version is 2; this library knows 1"),
+        ({"template__prompt": f"<soft:{'9' * 5000}>"}, r"prompt\.json: "),
+        ({"template__prompt": "<soft>\ud83d{text}"}, "half of a surrogate pair is not a character"),
+        ({"template__verbalizers": {"\ud83d": "a"}}, "half of a surrogate pair is not a character"),
+        ({"base__fingerprint__config__width": 0}, "config.width is 0; it is at least 1"),
+        ({"base__fingerprint__config__layers": -3}, "config.layers is -3; it is at least 1"),
         ({"base__fingerprint__config__width": None}, "base.fingerprint.config.width is None; expected int"),
         ({"method__length": "6"}, "method.length is '6'; expected int"),
         ({"method__length": True}, "method.length is True; expected int"),
@@ -326,8 +333,8 @@ def test_a_save_that_was_cut_off_between_its_renames_is_found_and_mended(saved, 
         ({"template__prompt": "{text}"}, "has no <soft>"),
         ({"template": ["x"]}, "template is .'x'.; expected dict"),
         ({"sha256": "0" * 64}, "prompt.safetensors: damaged, or not the file that prompt.json was written with"),
-        ({"tensors": {"tokens": np.zeros((LENGTH, WIDTH), np.float16)}}, "'tokens' holds F16; a prompt holds F32"),
-        ({"tensors": {"tokens": np.zeros((LENGTH, WIDTH), np.float64)}}, "tensor 'tokens' holds F64"),
+        ({"tensors": {"tokens": np.zeros((LENGTH, WIDTH), np.float16)}}, "'tokens' is float16 .*must be float32"),
+        ({"tensors": {"tokens": np.zeros((LENGTH, WIDTH), np.float64)}}, "'tokens' is float64"),
         ({"tensors": {"tokens": np.full((LENGTH, WIDTH), np.nan, np.float32)}}, "not finite"),
         ({"tensors": {"tokens": np.zeros((LENGTH + 1, WIDTH), np.float32)}}, r"\(7, 32\); it must be"),
         ({"tensors": {"tokens": np.zeros((LENGTH * WIDTH,), np.float32)}}, r"it must be float32 \(6, 32\)"),
@@ -350,9 +357,12 @@ def test_nothing_is_trusted(saved, changes, message):
         (b"[1]", "holds .1. where an object should be"),
         (b'{"format": 1, "format": 1}', "the key 'format' is there twice"),
         (b'{"format": "\xff"}', "cannot be read"),
-        (b"[" * 100_000, "cannot be read"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a": ' * 100 + b"1" + b"}" * 100, "nested too deeply"),
+        (b'{"format": NaN}', "NaN is not a JSON value"),
+        (b" " * (9 << 20), "9,437,184 bytes; at most 8,388,608 are read"),
     ],
-    ids=["syntax", "empty", "list", "twice", "utf-8", "deep"],
+    ids=["syntax", "empty", "list", "twice", "utf-8", "deep", "nested", "NaN", "large"],
 )
 def test_json_that_is_none_is_refused_with_its_place(saved, content, message):
     (saved / "prompt.json").write_bytes(content)
@@ -378,3 +388,40 @@ def test_missing_files_are_named(saved, tmp_path):
     (saved / "prompt.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"prompt\.safetensors: missing"):
         read_prompt(saved)
+
+
+@pytest.mark.parametrize("width", [0, 32])
+def test_a_billion_declared_rows_cost_nothing(saved, base, width):
+    """What the JSON declares is compared with the base and with the tensors' header before any array is made."""
+    rewrite(
+        saved,
+        {"tokens": np.zeros((10**9, 0), np.float32)},
+        method__length=10**9,
+        template__prompt="<soft>{text}",
+        template__virtual_tokens=10**9,
+        base__fingerprint__config__width=width,
+    )
+    start, peak = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for read in (read_prompt, lambda folder: load_prompt(folder, base, force=True)):
+        with pytest.raises(
+            CheckpointError, match=r"width is 0; it is at least 1|\(1000000000, 0\); it must be float32"
+        ):
+            read(saved)
+    assert time.monotonic() - start < 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 50_000  # KiB
+
+
+def test_another_base_is_refused_before_the_arrays_are_read(saved, other_base):
+    (saved / "prompt.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="trained on another base"):
+        load_prompt(saved, other_base)
+
+
+def test_what_is_not_the_directory_says_what_it_is(saved, tmp_path):
+    with pytest.raises(CheckpointError, match=r"is a file; give the directory .*/prompt$"):
+        read_prompt(saved / "prompt.safetensors")
+    with pytest.raises(CheckpointError, match=r"it holds the prompts prompt: name one of their directories"):
+        read_prompt(saved.parent)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"it is a PEFT adapter: make a prompt of it with .* import"):
+        read_prompt(tmp_path)

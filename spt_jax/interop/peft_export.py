@@ -1,0 +1,181 @@
+"""Writes directories of Hugging Face PEFT, in the format that `peft.py` reads."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+
+from spt_jax.base import FrozenBase
+from spt_jax.data.encoder import Encoder
+from spt_jax.data.templates import MESSAGES, Field, HeadKind, parse
+from spt_jax.errors import ConfigError
+from spt_jax.interop.peft import (
+    ADAPTER_PLACE,
+    ADAPTER_TYPE,
+    CONFIG_FILE,
+    EMBEDDINGS,
+    HEADS,
+    MULTITASK_TYPE,
+    WEIGHTS_FILE,
+    head_name,
+    template_front,
+)
+from spt_jax.models.config import DecoderConfig
+from spt_jax.prompts import VirtualPrompt
+from spt_jax.prompts.storage import SavedPrompt, write_directory
+from spt_jax.prompts.virtual import Head
+
+
+def export_peft(directory: str | Path, saved: SavedPrompt, base: FrozenBase) -> Path:
+    """Writes a directory that `peft.PeftModel.from_pretrained` loads.
+
+    Raises:
+      ConfigError: PEFT cannot express the prompt: it puts virtual tokens before everything, BOS included, and has no
+        prompts of several parts.
+      CheckpointError: the directory holds other things, or cannot be written.
+    """
+    _check_tokens(saved, base)
+    virtual, sizes = saved.virtual, base.config
+    parts = [name for name in ("tokens", "shift", "prefix", "gated", "head") if getattr(virtual, name) is not None]
+    prompt_learning = _common(saved, base)
+    if parts == ["tokens"]:
+        assert virtual.tokens is not None
+        length, width = virtual.tokens.shape
+        heads = {"token_dim": width, "num_attention_heads": sizes.heads}
+        config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": length, **heads, **prompt_learning}
+        tensors = {EMBEDDINGS: np.asarray(virtual.tokens)}
+    elif parts in (["prefix"], ["prefix", "head"]):
+        assert virtual.prefix is not None
+        both = np.stack([virtual.prefix.keys, virtual.prefix.values])
+        length = both.shape[2]
+        heads = {"token_dim": sizes.kv_heads * sizes.head_size, "num_attention_heads": sizes.kv_heads}
+        config = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": length, **heads, **prompt_learning}
+        tensors = {EMBEDDINGS: both.transpose(2, 1, 0, 3, 4).reshape(length, -1)}
+        if virtual.head is not None:
+            tensors |= _head_tensors(virtual.head, saved.template.head, sizes)
+            config |= {"task_type": next(name for name, head in HEADS.items() if head == saved.template.head)}
+    elif parts == ["gated"]:
+        common = {k: v for k, v in prompt_learning.items() if not k.startswith("num_")}
+        config, tensors = _adapter_files(virtual, sizes, common)
+    else:
+        raise ConfigError(f"PEFT has no prompt of these parts together: {', '.join(parts)}")
+    return _write(directory, config, tensors)
+
+
+def export_peft_tasks(directory: str | Path, prompts: Sequence[SavedPrompt], base: FrozenBase) -> Path:
+    """Writes prompts of token rows, all of one length, as the tasks 0, 1, ... of one multitask prompt of PEFT's.
+
+    PEFT multiplies shared rows with a matrix per task of rank r: here ones, and each task's own rows (r = P).
+
+    Raises:
+      ConfigError: a prompt is not token rows alone, lengths differ, or PEFT does not have the template's order.
+      CheckpointError: as `export_peft`.
+    """
+    rows = []
+    for saved in prompts:
+        if saved.virtual.tokens is None or len(jax.tree.leaves(saved.virtual)) > 1:
+            raise ConfigError(f"a {saved.method.name} prompt is not token rows alone, so it is no task of PEFT's")
+        _check_tokens(saved, base)
+        rows.append(np.asarray(saved.virtual.tokens))
+    if len({own.shape for own in rows}) > 1:
+        raise ConfigError(f"tasks of PEFT's have prompts of one length; these have {[len(own) for own in rows]}")
+    stacked = np.stack(rows)
+    tasks, length, width = stacked.shape
+    config = {
+        "peft_type": MULTITASK_TYPE,
+        "num_tasks": tasks,
+        "num_ranks": length,
+        "num_virtual_tokens": length,
+        "token_dim": width,
+        "num_attention_heads": base.config.heads,
+        **_common(prompts[0], base),
+    }
+    tensors = {
+        EMBEDDINGS: np.ones((length, width), np.float32),
+        "prefix_task_cols": np.broadcast_to(np.eye(length, dtype=np.float32), (tasks, length, length)),
+        "prefix_task_rows": stacked,
+    }
+    return _write(directory, config, tensors)
+
+
+def _common(saved: SavedPrompt, base: FrozenBase) -> dict[str, Any]:
+    return {
+        "base_model_name_or_path": saved.info["base"]["id"],
+        "revision": saved.info["base"]["revision"],
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "num_transformer_submodules": 1,
+        "num_layers": base.config.layers,
+    }
+
+
+def _head_tensors(head: Head, kind: HeadKind, sizes: DecoderConfig) -> dict[str, np.ndarray]:
+    name, bias = head_name(kind, sizes), np.asarray(head.bias)
+    weight = {f"{name}.weight": np.asarray(head.kernel).T}
+    if kind != "classification":
+        return {**weight, f"{name}.bias": bias}
+    if np.any(bias):
+        raise ConfigError("transformers' classifiers have a head without a bias; train with --method.no-head-bias")
+    return weight
+
+
+def _write(directory: str | Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Path:
+    content = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, {"format": "pt"})
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    return write_directory(Path(directory), {WEIGHTS_FILE: content, CONFIG_FILE: text.encode()})
+
+
+def _adapter_files(
+    virtual: VirtualPrompt, sizes: DecoderConfig, common: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    gated = virtual.gated
+    if gated is None or gated.rows is None:
+        raise ConfigError("this gated prompt has lost the rows it was made from, which PEFT's files hold")
+    if sizes.family not in ("llama", "mistral"):
+        raise ConfigError(f"PEFT's adaption prompts are not what this library's are for the family {sizes.family}")
+    layers, length, _ = gated.rows.shape
+    tensors = {}
+    for i, place in enumerate(range(sizes.layers - layers, sizes.layers)):
+        tensors[ADAPTER_PLACE.format(place, "prompt")] = np.asarray(gated.rows[i])[None]
+        tensors[ADAPTER_PLACE.format(place, "gate")] = np.asarray(gated.gates[i])[None]
+    config = {"peft_type": ADAPTER_TYPE, "adapter_len": length, "adapter_layers": layers, "target_modules": "self_attn"}
+    return {**config, **common}, tensors
+
+
+def _check_tokens(saved: SavedPrompt, base: FrozenBase) -> None:
+    """Refuses a template whose ids PEFT does not have: all virtual tokens, then `tokenizer(text)`.
+
+    Around a chat only the order is compared: the ids of its turns come from the chat template on both sides.
+    """
+    template, tokenizer, vocab_size = saved.template, base.tokenizer, base.config.vocab_size
+    chat = template.chat or template.is_conversation
+    record: dict[str, Any] = dict.fromkeys(template.prompt_fields, "a")
+    if template.is_conversation:
+        record[MESSAGES] = [{"role": "user", "content": "a"}]
+    encoder = Encoder(template, tokenizer, vocab_size, base.config.max_positions)
+    ids = encoder.prompt_ids(record).tolist()
+    virtual = list(range(vocab_size, vocab_size + template.virtual_tokens))
+    front, ours = ids[: len(virtual)], ids[len(virtual) :]
+    text = "".join("a" if isinstance(piece, Field) else getattr(piece, "text", "") for piece in parse(template.prompt))
+    theirs = [tokenizer(words)["input_ids"] for words in (text, text.removeprefix(" "))]
+    cause = f"the template {template.prompt!r} cannot be exported: PEFT puts"
+    if front != virtual or any(id_ in ours for id_ in virtual):
+        where = " inside the chat template" if chat else ""
+        raise ConfigError(
+            f"{cause} all virtual tokens before everything, and here they stand elsewhere{where}; train with a prompt"
+            f" that begins with {template_front(tokenizer)!r}"
+        )
+    if not chat and ours not in theirs:
+        raise ConfigError(
+            f"{cause} the virtual tokens before the tokens of the whole text, {_tokens(tokenizer, theirs[0])}, and this"
+            f" template has {_tokens(tokenizer, ours)} there; train with a prompt that begins with"
+            f" {template_front(tokenizer) if virtual else '{text}'!r}"
+        )
+
+
+def _tokens(tokenizer: Any, ids: Sequence[int]) -> str:
+    return f"{' '.join(tokenizer.convert_ids_to_tokens(list(ids[:8])))}{' ...' if len(ids) > 8 else ''}"
