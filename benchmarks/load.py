@@ -18,6 +18,8 @@ import httpx
 ROOT = Path(__file__).resolve().parents[1]
 CLIENTS = 64
 KEY = "benchmark"
+MANY = {"prompt": ["Where is my parcel?"] * 16, "n": 16, "max_tokens": 128, "temperature": 0}
+LONG = {"prompt": "word " * 200_000, "max_tokens": 8}
 TEXTS = ("Where is my parcel?", "play some jazz", "what will it be like outside tomorrow", "book a table " * 12)
 
 
@@ -141,6 +143,7 @@ async def _load(prompts: Path, requests: int) -> dict[str, Any]:
             seconds = time.perf_counter() - began
             metrics = (await http.get("/metrics")).text
             alone = await _again(http, own)
+        beside = {"256 answers": await _beside(url, names, MANY), "8 long texts": await _beside(url, names, LONG, 8)}
         flood = await _flood(url, names)
         drained = await _drain(process, url, names)
     finally:
@@ -153,6 +156,7 @@ async def _load(prompts: Path, requests: int) -> dict[str, Any]:
         "clients": CLIENTS,
         "outcomes": dict(sorted(own.outcomes.items())),
         "answers_checked_alone_afterwards": alone,
+        "seconds_beside": beside,
         "flood": flood,
         "streams_that_ended_after_sigterm": drained,
         "seconds": seconds,
@@ -172,6 +176,33 @@ async def _load(prompts: Path, requests: int) -> dict[str, Any]:
             "growth_of_the_second_half": memory[-1] / memory[half] - 1,
         },
     }
+
+
+async def _beside(url: str, names: list[str], body: dict[str, Any], times: int = 1) -> dict[str, Any]:
+    """What a short request and /healthz wait for while another client asks for much."""
+    short = {"model": names[0], "prompt": TEXTS[0], "max_tokens": 4, "temperature": 0}
+    waited: dict[str, list[float]] = {"same client": [], "other client": [], "/healthz": []}
+    async with httpx.AsyncClient(base_url=url, timeout=120) as http:
+        await http.post("/v1/completions", json={**short, "max_tokens": body["max_tokens"]})
+        began = time.perf_counter()
+        many = [
+            asyncio.create_task(http.post("/v1/completions", json={"model": names[1], **body})) for _ in range(times)
+        ]
+        while not all(one.done() for one in many) or not waited["/healthz"]:
+            for kind, seconds in waited.items():
+                headers = {"authorization": "Bearer other"} if kind == "other client" else {}
+                at = time.perf_counter()
+                if kind == "/healthz":
+                    response = await http.get(kind)
+                else:
+                    response = await http.post("/v1/completions", json=short, headers=headers)
+                response.raise_for_status()
+                seconds.append(time.perf_counter() - at)
+            await asyncio.sleep(0.05)
+        statuses = collections.Counter([(await one).status_code for one in many])
+        whole = time.perf_counter() - began
+    found = {kind: {"median": statistics.median(own), "max": max(own)} for kind, own in waited.items()}
+    return {"statuses": dict(statuses), "seconds": whole, "times": len(waited["/healthz"]), **found}
 
 
 async def _flood(url: str, names: list[str], clients: int = 600) -> dict[str, int]:

@@ -16,6 +16,7 @@ from spt_jax import measure
 from spt_jax.commands.serve import Serve, start
 from spt_jax.errors import ConfigError
 from spt_jax.serving.folder import FolderWatch, follow
+from spt_jax.serving.hosts import LOOPBACK
 from spt_jax.serving.server import make_app
 
 logger = logging.getLogger("ray.serve")
@@ -25,7 +26,10 @@ SPARE = 64
 
 
 class Settings(BaseModel):
-    """Of every replica; a change replaces them. The names are those of `python -m spt_jax serve`."""
+    """Of every replica; a change replaces them. The names are those of `python -m spt_jax serve`.
+
+    allowed_hosts: all names, without ports, under which browsers may use the application; null for any.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -37,6 +41,7 @@ class Settings(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     prompt_memory: int | None = None
     compilation_cache: Path | None = None
+    allowed_hosts: tuple[str, ...] | None = LOOPBACK
 
 
 class Following(BaseModel):
@@ -75,13 +80,13 @@ def make_replica_app(settings: Settings) -> FastAPI:
     if not settings.prompts.is_dir():
         raise ConfigError(f"prompts: {settings.prompts} is no directory here")
     measure.keep_compiled_programs(settings.compilation_cache)
-    service = start(Serve(**{**dict(settings), "prompts": None}))
+    service = start(Serve(**settings.model_dump(exclude={"prompts", "allowed_hosts"})))
     service.folder = settings.prompts
     service.admin_key = None  # A request reaches one replica; what all have to know is in the directory.
     watch = FolderWatch(service)
     for line in watch.look().lines():
         logger.info(line)
-    app = make_app(service)
+    app = make_app(service, hosts=settings.allowed_hosts)
     app.state.watch = watch
     return app
 

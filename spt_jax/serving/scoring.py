@@ -51,7 +51,7 @@ def score_tokens(base: FrozenBase, name: str | None, entry: Entry, ids: np.ndarr
     padded = np.zeros(bucket(len(ids), BUCKET), np.int32)
     padded[: len(ids)] = ids
     inputs = held.virtual, held.prefix, padded, np.int32(len(ids)), np.int32(held.start), np.asarray(alternatives > 0)
-    values, found = to_host(_scores(base.module, base.params, *inputs))
+    values, found = jax.tree.map(to_host, _scores(base.module, base.params, *inputs))
     scores = values[: len(ids)].astype(float)
     scores[0] = np.nan
     if not np.isfinite(scores[1:]).all():

@@ -82,7 +82,7 @@ class Service:
       folder: of prompt directories, the only place that prompts are read from.
       admin_key: what adds and removes prompts; None lets nobody.
       max_prompt_bytes: the largest prompt directory that is read.
-      reading, classifying: threads that tokenize long texts, and classify; senders take turns in each.
+      reading, scoring: threads that tokenize long texts, and that score classes and given tokens; senders take turns.
     """
 
     def __init__(
@@ -96,8 +96,8 @@ class Service:
         self.worker, self.name, self.folder, self.admin_key = worker, name, folder, admin_key
         self.bank: PromptBank = worker.engine.bank
         self.classifier = Classifier(self.bank)
-        self.reading, self.classifying = Lane("reading"), Lane("classifying")
-        self._to_classify: collections.Counter[str] = collections.Counter()
+        self.reading, self.scoring = Lane("reading"), Lane("scoring")
+        self._placed: collections.Counter[str] = collections.Counter()
         self._bound = text_bound(self.bank.base.tokenizer)
         self.metrics = Metrics(worker)
         self.max_prompt_bytes = max_prompt_bytes
@@ -231,9 +231,14 @@ class Service:
         return record
 
     async def read(self, sender: Sender, records: Sequence[Mapping[str, Any]], work: Callable[[], T]) -> T:
-        """Does work that tokenizes records, in another thread; for long texts in the sender's turn."""
+        """Does work that tokenizes records, in another thread; for long texts in the sender's turn.
+
+        Raises:
+          QueueFullError: as many requests wait for their turn as may.
+        """
         if sum(size(text) for record in records for text in texts_of(record)) > LONG:
-            return await self.reading.run(sender, work)
+            with self._place(sender.client):
+                return await self.reading.run(sender, work)
         return await asyncio.to_thread(work)
 
     def ask(
@@ -308,10 +313,13 @@ class Service:
 
         Raises:
           RefusedError: a template puts words around a text, whose tokens could merge with them; or it is too long.
+          QueueFullError: as many requests wait for their turn as may.
           ConfigError: numbers overflow.
         """
         found = await self.read(sender, records, lambda: [self._to_echo(model, record) for record in records])
-        return [await self.classifying.run(sender, functools.partial(self._echo, own, alternatives)) for own in found]
+        with self._place(sender.client):
+            work = [functools.partial(self._echo, own, alternatives) for own in found]
+            return [await self.scoring.run(sender, own) for own in work]
 
     def _to_echo(self, model: str, record: Mapping[str, Any]) -> _Echoed:
         name, entry, held = self._generator(model)
@@ -351,28 +359,32 @@ class Service:
         """The log-probability of every class of every record, a few records in each of the sender's turns.
 
         Raises:
-          QueueFullError: as many wait as may wait for a slot.
+          QueueFullError: as many requests wait for their turn as may.
           ConfigError, DataError: as `Classifier`.
         """
-        with self._place_to_classify(sender.client):
+        with self._place(sender.client):
             asked = await self.read(sender, records, lambda: self.classifier.read(name, records))
             found = []
             for first in range(0, len(records), TOGETHER):
                 work = functools.partial(self.classifier.score, asked, first, first + TOGETHER)
-                found += await self.classifying.run(sender, work)
+                found += await self.scoring.run(sender, work)
             return found
 
     @contextlib.contextmanager
-    def _place_to_classify(self, client: str) -> Iterator[None]:
-        """Counts a request to classify among those that wait. In the thread of the event loop."""
-        if not has_share(self._to_classify, client, 1, self.worker.queue):
-            raise QueueFullError(f"{self._to_classify.total()} requests to classify wait already")
-        self._to_classify[client] += 1
+    def _place(self, client: str) -> Iterator[None]:
+        """Counts a request among those that wait for their turn. In the thread of the event loop.
+
+        Raises:
+          QueueFullError: as many wait as may wait for a slot.
+        """
+        if not has_share(self._placed, client, 1, self.worker.queue):
+            raise QueueFullError(f"{self._placed.total()} requests wait already")
+        self._placed[client] += 1
         try:
             yield
         finally:
-            self._to_classify[client] -= 1
-            self._to_classify += collections.Counter()  # forgets clients that have none
+            self._placed[client] -= 1
+            self._placed += collections.Counter()  # forgets clients that have none
 
     def model(self, name: str | None) -> api.Model:
         """As /v1/models lists it."""

@@ -195,7 +195,7 @@ def test_classification_has_a_queue_with_an_end(base, tmp_path, monkeypatch):
         threads = [threading.Thread(target=lambda: answers.append(own.post("/v1/classify", body))) for _ in range(2)]
         for thread in threads:
             thread.start()
-        own.wait(lambda _: own.service._to_classify.total() == 2)
+        own.wait(lambda _: own.service._placed.total() == 2)
         refused = own.post("/v1/classify", body)
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
         completed = own.post("/v1/completions", {"model": "tiny", "prompt": "the", "max_tokens": 1})
