@@ -48,7 +48,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict, Path]:
     words = [sys.executable, str(ROOT / "benchmarks" / "accelerator.py"), "--tiny", "--out", str(out)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     environment.pop("XLA_FLAGS", None)
-    done = subprocess.run([*words, "--seconds", "900"], env=environment, capture_output=True, text=True, cwd=out)
+    done = subprocess.run([*words, "--seconds", "3000"], env=environment, capture_output=True, text=True, cwd=out)
     print(done.stdout, done.stderr)
     return done.returncode, json.loads((out / "accelerator.json").read_text()), out
 
