@@ -7,8 +7,8 @@ for another site's page only if the server allows it, which this one never does.
 """
 
 import ipaddress
+import re
 from collections.abc import Collection
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -18,6 +18,7 @@ from spt_jax.errors import ConfigError
 from spt_jax.serving.limits import error_body
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+_HOST = re.compile(r"(?P<name>[\w.-]+|\[[0-9a-fA-F:.]+\])(:\d+)?", re.ASCII)
 
 
 def allowed_hosts(host: str, names: Collection[str]) -> tuple[str, ...] | None:
@@ -31,7 +32,7 @@ def allowed_hosts(host: str, names: Collection[str]) -> tuple[str, ...] | None:
       ConfigError: a name has a scheme, a port or a path.
     """
     for name in names:
-        if _name(name) != name.lower():
+        if not name or _name(name) != name.lower():
             raise ConfigError(f"--allowed-hosts {name}: give a host name or address without scheme, port and path")
     own = f"[{host}]" if ":" in host else host
     if ipaddress.ip_address(host).is_loopback:
@@ -74,9 +75,5 @@ class BrowserChecks:
 
 def _name(host: str) -> str:
     """A host without its port, in lower case; '' for what is none."""
-    try:
-        found = urlsplit(f"//{host}")
-        name = (found.hostname or "") if found.netloc == host and "@" not in host and found.port != 0 else ""
-    except ValueError:
-        return ""
-    return f"[{name}]" if ":" in name else name.rstrip(".")
+    found = _HOST.fullmatch(host)
+    return found["name"].lower().rstrip(".") if found else ""

@@ -22,7 +22,7 @@ def choice_of(kind: str, ids: list[int]) -> Choice:
         lambda ids: continuation_text(tokenizer, ids), lambda id_: token_name(tokenizer, id_), (), ids, finished="stop"
     )
     own.log_probabilities = [-1.0 - i for i in range(len(ids))]
-    own.alternatives = [{id_: value, ids[0]: -9.0} for id_, value in zip(ids, own.log_probabilities, strict=True)]
+    own.alternatives = [{ids[0]: -9.0, id_: value} for id_, value in zip(ids, own.log_probabilities, strict=True)]
     own.text = own.text_of(ids)
     return own
 
