@@ -19,11 +19,17 @@ CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.
 
 
 class Recorder:
-    """Copies `directory` to `copies`/000, 001, ... before every change of it; `copies`/000-unsynced and so on."""
+    """Copies `directory` to a new directory in `copies` before every change of it, or before every n-th.
 
-    def __init__(self, directory: Path, copies: Path):
-        self.directory, self.copies = directory, copies
-        self.count = 0
+    Attributes:
+      changes: how many there were.
+      crashes: the copies, each with the files that were not synced and what each held at its last fsync.
+    """
+
+    def __init__(self, directory: Path, copies: Path, every: int = 1):
+        self.directory, self.copies, self.every = directory, copies, every
+        self.changes = 0
+        self.crashes: list[tuple[Path, dict[Path, bytes]]] = []
         self._lock = threading.RLock()
         self._active = self._copying = False
         self._seen: set[str] = set()
@@ -61,11 +67,13 @@ class Recorder:
         with self._lock:
             if self._copying:
                 return
-            self._copying = True
-            try:
-                self._copy()
-            finally:
-                self._copying = False
+            if self.changes % self.every == 0:
+                self._copying = True
+                try:
+                    self._copy()
+                finally:
+                    self._copying = False
+            self.changes += 1
             if event == "open":
                 self._written.add(path)
             if event in ("os.rename", "os.remove"):
@@ -86,7 +94,7 @@ class Recorder:
                 self._written.add(target / known.relative_to(path))
 
     def _copy(self) -> None:
-        target = self.copies / f"{self.count:03d}"
+        target = self.copies / f"{self.changes:03d}"
         while True:  # until TensorStore has not changed anything meanwhile
             shutil.rmtree(target, ignore_errors=True)
             try:
@@ -98,13 +106,8 @@ class Recorder:
         if not target.exists() or (content := _digest(target)) in self._seen:
             return
         self._seen.add(content)
-        self.count += 1
-        unsynced = Path(f"{target}-unsynced")
-        shutil.copytree(target, unsynced)
-        for path in self._written:
-            copy = unsynced / path.relative_to(self.directory)
-            if copy.is_file():
-                copy.write_bytes(self._synced.get(path, b""))
+        lost = {path.relative_to(self.directory): self._synced.get(path, b"") for path in self._written}
+        self.crashes.append((target, {path: content for path, content in lost.items() if (target / path).is_file()}))
 
 
 def _digest(directory: Path) -> str:
