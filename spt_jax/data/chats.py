@@ -24,19 +24,20 @@ _CALLS = ("tool_calls", "function_call", "tools", "documents")
 Spans = Sequence[tuple[int, int]]
 
 
-def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], generation_prompt: bool) -> tuple[str, Spans]:
+def render(tokenizer: Any, messages: list[dict[str, Any]], generation_prompt: bool) -> tuple[str, Spans]:
     """A chat as text, and the characters (from, to) of its `{% generation %}` blocks, if the template has any."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = tokenizer.get_chat_template()
     texts, spans = render_jinja_template(
-        conversations=[list(messages)],
+        conversations=[messages],
         chat_template=template,
         return_assistant_tokens_mask=re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None,
         add_generation_prompt=generation_prompt,
         **tokenizer.special_tokens_map,
     )
-    return texts[0], spans[0] if spans else []
+    blocks: Any = spans[0] if spans else []
+    return texts[0], blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Rendering:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What follows a generation prompt: the words, and what ends them (nothing if the template has no token there)."""
+    """What follows a generation prompt: the words, and the token that ends them, if the template writes one."""
 
     words: list[Piece]
     end: list[Piece]
@@ -137,14 +138,14 @@ class ChatTemplate:
             own = words[: len(words) - len(words.lstrip())]
             lead = own if before.endswith(own) else ""
         lead = lead[self._controls.swallowed(front + lead, len(front)) :]
-        stop = self._controls.after(rendering.text, closed)
-        end = [] if stop is None else self._pieces(rendering, closed, stop)
+        found = self._controls.end(rendering.text, closed)
+        end = [] if found is None else self._pieces(rendering, closed, found[0])
         return Answer([*([Plain(lead)] if lead else []), *self._pieces(rendering, begin, close)], end)
 
     def conversation(self, turns: Sequence[Turn], eos: Sequence[int]) -> list[Segment]:
         """A whole chat, of which the assistant's turns are predicted: all that follows their generation prompts.
 
-        Where the template has `{% generation %}` blocks, only what is in these is predicted. Where no control token
+        Where the template has `{% generation %}` blocks, only what is in these is predicted. Where no token of its own
         ends the last answer, EOS does.
 
         Raises:
@@ -168,9 +169,9 @@ class ChatTemplate:
                     f" than when it asks for that answer: {_parting(text, front)}"
                 )
             ((_, closed),) = rendering.edges(number)
-            stop = self._controls.after(text, closed)
-            ended = stop is not None
-            targets.append((len(front) + self._controls.swallowed(text, len(front)), closed if stop is None else stop))
+            end = self._controls.end(text, closed)
+            ended = end is not None
+            targets.append((len(front) + self._controls.swallowed(text, len(front)), end[0] if end else closed))
         segments, last = [], 0
         for begin, stop in _within_blocks(targets, rendering.spans) if rendering.spans else targets:
             segments.append(Segment(self._pieces(rendering, last, begin), predicted=False))
@@ -181,7 +182,7 @@ class ChatTemplate:
         return [*segments, Segment(self._pieces(rendering, last, len(text)), predicted=False)]
 
     def turn_ends(self, before: Sequence[Turn]) -> list[int]:
-        """Control tokens that end an assistant's turn: the last of a chat, or one that a user's turn follows.
+        """Tokens that end an assistant's turn: the last of a chat, or one that a user's turn follows.
 
         before: the turns that the assistant answers; any where there are none.
         """
@@ -194,8 +195,8 @@ class ChatTemplate:
             except ConfigError:  # a template for other chats, such as those that begin with a system turn
                 continue
             ((_, closed),) = rendering.edges(len(front))
-            stop = self._controls.after(rendering.text, closed) or closed
-            found += [piece.id for piece in self._pieces(rendering, closed, stop) if isinstance(piece, Control)]
+            end = self._controls.end(rendering.text, closed)
+            found += [end[1]] if end else []
         return found
 
     def _rendered(self, turns: Sequence[Turn], generation_prompt: bool) -> Rendering:
@@ -262,12 +263,10 @@ def _within_blocks(targets: Sequence[tuple[int, int]], blocks: Spans) -> list[tu
 
 
 def _parting(one: str, other: str) -> str:
-    """The places where two renderings part."""
+    """Where two renderings differ first."""
     one, other = (_MARKS.sub("", _SLOT.sub("", text)) for text in (one, other))
-    at = next(
-        (i for i, pair in enumerate(zip(one, other, strict=False)) if len(set(pair)) > 1), min(map(len, (one, other)))
-    )
-    return f"{one[max(at - 30, 0) : at + 30]!r} there and {other[max(at - 30, 0) : at + 30]!r} here"
+    at = next((i for i in range(len(one)) if one[: i + 1] != other[: i + 1]), len(one))
+    return f"{one[max(at - 30, 0) : at + 30]!r} and {other[max(at - 30, 0) : at + 30]!r}"
 
 
 def turns_of(record: Mapping[str, Any], index: int) -> list[Turn]:
@@ -278,10 +277,10 @@ def turns_of(record: Mapping[str, Any], index: int) -> list[Turn]:
         tools.
     """
     messages = record.get(MESSAGES)
-    if not is_list(messages) or not len(messages or ()):
+    if not is_list(messages) or not len(messages):
         raise DataError(f"record {index + 1}: {MESSAGES!r} must be a list of turns with 'role' and 'content'")
     turns = []
-    for number, message in enumerate(messages or (), 1):
+    for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
             raise DataError(
                 f"record {index + 1}: every turn of {MESSAGES!r} needs 'role' and 'content'; this one is {message!r}"

@@ -3,6 +3,7 @@
 import decimal
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -63,7 +64,7 @@ def field_text(record: Mapping[str, object], name: str, index: int) -> str:
     return text_of(field_of(record, name, index), f"record {index + 1}: the field {name!r}")
 
 
-def is_list(value: object) -> bool:
+def is_list(value: object) -> TypeGuard[Sequence[Any]]:
     """Whether a value is a list, and not text."""
     return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes)
 

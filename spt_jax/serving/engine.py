@@ -260,8 +260,8 @@ class Engine:
         steps.append(max(min(left), LEAST) if self._waiting else max(left, default=0))
         seen = np.full(MAX_ENDS, NO_ID, np.int32)
         seen[: len(every)] = every[:MAX_ENDS]
-        numbers: Any = np.int32(min(steps)), np.int32(1 if self._waiting else len(tickets))
-        return Until(*numbers, seen)
+        until: Any = np.int32(min(steps)), np.int32(1 if self._waiting else len(tickets)), seen
+        return Until(*until)
 
     def _reach(self, entries: int) -> int:
         """How much of the slots the program for so many entries reads."""
