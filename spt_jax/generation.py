@@ -327,10 +327,11 @@ def answer(
 ) -> Generated:
     """What was generated, from ids up to the first that ended it, or up to `end`, where a stop string stands."""
     row = row[:end]
-    text, finished = text_of(row), "length"
+    ended = end is None and row[-1] in ends.ids
+    text, finished = text_of(row[:-1] if ended else row), "length"
     if end is not None:
         text, finished = text[: min(at for at in map(text.find, ends.texts) if at >= 0)], "stop"
-    elif row[-1] in ends.ids:
+    elif ended:
         finished = "stop" if row[-1] in ends.stop_ids else "eos"
     return Generated(text, row, list(log_probabilities[: len(row)]), finished)
 

@@ -74,7 +74,7 @@ class Rendering:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What follows a generation prompt: the words, and what ends them (nothing if the template has no token there)."""
+    """What follows a generation prompt: the words, and the token that ends them, if the template writes one."""
 
     words: list[Piece]
     end: list[Piece]
@@ -123,14 +123,14 @@ class ChatTemplate:
             own = words[: len(words) - len(words.lstrip())]
             lead = own if before.endswith(own) else ""
         lead = lead[self._controls.swallowed(front + lead, len(front)) :]
-        stop = self._controls.after(rendering.text, closed)
-        end = [] if stop is None else self._pieces(rendering, closed, stop)
+        found = self._controls.end(rendering.text, closed)
+        end = [] if found is None else self._pieces(rendering, closed, found[0])
         return Answer([*([Plain(lead)] if lead else []), *self._pieces(rendering, begin, close)], end)
 
     def conversation(self, turns: Sequence[Turn], eos: Sequence[int]) -> list[Segment]:
         """A whole chat, of which the assistant's turns are predicted: all that follows their generation prompts.
 
-        Where the template has `{% generation %}` blocks, only what is in these is predicted. Where no control token
+        Where the template has `{% generation %}` blocks, only what is in these is predicted. Where no token of its own
         ends the last answer, EOS does.
 
         Raises:
@@ -154,9 +154,9 @@ class ChatTemplate:
                     f" than when it asks for that answer: {_parting(text, front)}"
                 )
             ((_, closed),) = rendering.edges(number)
-            stop = self._controls.after(text, closed)
-            ended = stop is not None
-            targets.append((len(front) + self._controls.swallowed(text, len(front)), closed if stop is None else stop))
+            end = self._controls.end(text, closed)
+            ended = end is not None
+            targets.append((len(front) + self._controls.swallowed(text, len(front)), end[0] if end else closed))
         segments, last = [], 0
         for begin, stop in _within_blocks(targets, rendering.spans) if rendering.spans else targets:
             segments.append(Segment(self._pieces(rendering, last, begin), predicted=False))
@@ -167,7 +167,7 @@ class ChatTemplate:
         return [*segments, Segment(self._pieces(rendering, last, len(text)), predicted=False)]
 
     def turn_ends(self, before: Sequence[Turn]) -> list[int]:
-        """Control tokens that end an assistant's turn: the last of a chat, or one that a user's turn follows.
+        """Tokens that end an assistant's turn: the last of a chat, or one that a user's turn follows.
 
         before: the turns that the assistant answers; any where there are none.
         """
@@ -180,8 +180,8 @@ class ChatTemplate:
             except ConfigError:  # a template for other chats, such as those that begin with a system turn
                 continue
             ((_, closed),) = rendering.edges(len(front))
-            stop = self._controls.after(rendering.text, closed) or closed
-            found += [piece.id for piece in self._pieces(rendering, closed, stop) if isinstance(piece, Control)]
+            end = self._controls.end(rendering.text, closed)
+            found += [end[1]] if end else []
         return found
 
     def _rendered(self, turns: Sequence[Turn], generation_prompt: bool) -> Rendering:
@@ -248,12 +248,10 @@ def _within_blocks(targets: Sequence[tuple[int, int]], blocks: Spans) -> list[tu
 
 
 def _parting(one: str, other: str) -> str:
-    """The places where two renderings part."""
+    """Where two renderings differ first."""
     one, other = (_MARKS.sub("", _SLOT.sub("", text)) for text in (one, other))
-    at = next(
-        (i for i, pair in enumerate(zip(one, other, strict=False)) if len(set(pair)) > 1), min(map(len, (one, other)))
-    )
-    return f"{one[max(at - 30, 0) : at + 30]!r} there and {other[max(at - 30, 0) : at + 30]!r} here"
+    at = next((i for i in range(len(one)) if one[: i + 1] != other[: i + 1]), len(one))
+    return f"{one[max(at - 30, 0) : at + 30]!r} and {other[max(at - 30, 0) : at + 30]!r}"
 
 
 def turns_of(record: Mapping[str, Any], index: int) -> list[Turn]:

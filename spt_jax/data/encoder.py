@@ -404,7 +404,7 @@ class Encoder:
         return [Plain(field_text(known, p.name, 0)) if isinstance(p, Field) else p for p in parse(side)]
 
     def _with_shots(self, prompt: Sequence[Piece]) -> list[Piece | int]:
-        """The prompt behind the solved examples, whose targets have the ids that they have alone."""
+        """The prompt after the solved examples, whose targets have the ids that they have by themselves."""
         pieces: list[Piece | int] = []
         for record in self.shots:
             question = [piece for piece in self._solved(record, self.template.prompt) if piece != Bos()]
@@ -439,7 +439,7 @@ class Encoder:
         return (self._chat.prompt(self._turns(fields)), {}) if self.template.chat else (self._prompt, fields)
 
     def _around(self, pieces: list[Piece]) -> list[Piece]:
-        """A chat behind what the prompt has before {messages}; BOS, if the chat begins with it, goes first."""
+        """A chat after what the prompt has before {messages}; BOS, if the chat begins with it, goes first."""
         before = parse(self.template.prompt)[:-1]
         if pieces[:1] != [Control(self._tokenizer.bos_token_id)]:
             return [*before, *pieces]

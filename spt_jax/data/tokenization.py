@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -130,11 +130,11 @@ class ControlTokens:
 
     def __init__(self, tokenizer: Any):
         self._ids = control_tokens(tokenizer)
-        added = tokenizer.added_tokens_decoder.values()
-        self._lstrip = {token.content for token in added if token.lstrip}
-        self._rstrip = {token.content for token in added if token.rstrip}
-        names = sorted(self._ids, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, names)) if names else "(?!)")
+        added = tokenizer.added_tokens_decoder
+        self._lstrip = {token.content for token in added.values() if token.lstrip}
+        self._rstrip = {token.content for token in added.values() if token.rstrip}
+        self._ends = {**{token.content: id_ for id_, token in added.items()}, **self._ids}
+        self.pattern, self._end = _any_of(self._ids), _any_of(self._ends)
 
     def split(self, text: str) -> list[str | int]:
         """The texts between control tokens, none empty, and the ids of these.
@@ -153,16 +153,25 @@ class ControlTokens:
                 last = len(text) - len(text[last:].lstrip())
         return parts + ([text[last:]] if text[last:] else [])
 
-    def after(self, text: str, at: int) -> int | None:
-        """The position after the control token that follows position `at`, blanks aside; None if another text does."""
-        at = len(text) - len(text[at:].lstrip())
-        match = self.pattern.match(text, at)
+    def end(self, text: str, at: int) -> tuple[int, int] | None:
+        """The position after the token that follows position `at`, blanks aside, and its id; None if text follows.
+
+        It may be any added token: not all that end a turn are declared as special ones.
+        """
+        match = self._end.match(text, len(text) - len(text[at:].lstrip()))
         if match is None:
             return None
         rest = text[match.end() :]
-        return len(text) - len(rest.lstrip()) if match[0] in self._rstrip else match.end()
+        stop = len(text) - len(rest.lstrip()) if match[0] in self._rstrip else match.end()
+        return stop, self._ends[match[0]]
 
     def swallowed(self, text: str, at: int) -> int:
         """How many blanks from position `at` on belong to a control token before it, blanks aside."""
         front, rest = text[:at].rstrip(), text[at:]
         return len(rest) - len(rest.lstrip()) if front.endswith(tuple(self._rstrip)) else 0
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Matches the longest of these texts."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) if longest_first else "(?!)")

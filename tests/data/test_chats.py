@@ -137,6 +137,17 @@ def test_virtual_tokens_stand_anywhere_in_a_chat(name):
     assert written.head_length(examples) >= len(lead) - 1
 
 
+def test_an_end_may_be_an_added_token_that_is_not_special():
+    layout = Layout(LAYOUTS["qwen2"].template, ("<|im_start|>",), "<|im_end|>", plain=("<|im_end|>",))
+    encoder, tokenizer = encoder_of(layout)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    example = encoder.encode({"messages": chat(CHATS["one turn"])}, 0)
+    assert example.ids.tolist() == rendered(tokenizer, chat(CHATS["one turn"]))
+    assert example.ids[example.predicted][-1] == end and end in encoder.end_ids
+    written, _ = encoder_of(layout, "{text}", target="{label}", chat=True)
+    assert written.encode({"text": "a", "label": "b"}, 0).ids[-1] == end and written.end_ids == encoder.end_ids
+
+
 def test_the_assistant_mask_is_the_templates_own():
     layout = LAYOUTS["smollm3"]
     encoder, tokenizer = encoder_of(layout)
