@@ -19,6 +19,7 @@ $(BIN)/python:
 	$(BIN)/pip install -q $(if $(LOCK),-c $(LOCK)) --upgrade pip
 
 $(VENV)/.base: pyproject.toml $(LOCK) | $(BIN)/python
+	$(BIN)/pip install -q $(if $(LOCK),-c $(LOCK)) --upgrade pip
 	$(PIP) -e .
 	touch $@
 

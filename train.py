@@ -86,7 +86,8 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
     processes.check_agreement(
         "inputs", lambda: {**digests, "dtype": str(base.dtype), "attention": base.module.attention}
     )
-    settings = config_json(config)
+    # The default precision depends on the device, on which a resumed run may be another one.
+    settings = config_json(dataclasses.replace(config, base=dataclasses.replace(config.base, dtype=str(base.dtype))))
 
     def validate(params: Any) -> dict[str, Any]:
         return evaluate(base, asked["validation"].soft, experiment.virtual(params), generated=False).metrics

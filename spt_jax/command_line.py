@@ -118,9 +118,12 @@ def exit_code(program: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        if error.errno not in (*DISK_FULL, *READ_ONLY):
+        if error.errno in READ_ONLY:
+            print(f"error: {error.filename or 'a file'} cannot be read or written ({error.strerror})", file=sys.stderr)
+        elif error.errno in DISK_FULL:
+            print(f"error: {write_error(error)}", file=sys.stderr)
+        else:
             raise
-        print(f"error: {write_error(error)}", file=sys.stderr)
         return 1
     except Stopped as stopped:
         print(f"{stopped}. Go on with --resume", file=sys.stderr)

@@ -25,7 +25,7 @@ from spt_jax.training.cost import StepMemory, choose_remat, plan_shape, step_mem
 from spt_jax.training.step import Objective
 
 Records = Sequence[Mapping[str, Any]]
-MAX_REPEATS = 10  # of a record in one batch: more would be a batch size that nobody means
+MAX_REPEATS = 100  # of a record in one batch: more would be a batch size that nobody means
 
 
 @contextlib.contextmanager

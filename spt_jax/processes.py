@@ -127,8 +127,8 @@ def joined(config: ProcessesConfig) -> Iterator[None]:
             listener.join()
         raise
     finally:
+        jax.distributed.shutdown()  # A barrier: signs are given until all processes are there.
         signs.stop()
-        jax.distributed.shutdown()
         listener.join()
 
 
@@ -170,7 +170,8 @@ class SignsOfLife:
         number = 0
         while not self._over.wait(_BEAT_SECONDS):
             number += 1
-            with contextlib.suppress(jax.errors.JaxRuntimeError):
+            # The client is gone after the shutdown.
+            with contextlib.suppress(jax.errors.JaxRuntimeError, AttributeError):
                 _client().key_value_set(f"{_ALIVE}{self._index}", str(number), allow_overwrite=True)
                 signs = dict(_client().key_value_dir_get(_ALIVE))
                 self._answered = time.monotonic()

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from spt_jax.base import Fingerprint
 from spt_jax.config import ExperimentConfig
 from spt_jax.errors import ConfigError, differing_fields
 from spt_jax.files import write_json, writing
@@ -60,7 +61,7 @@ def check_workdir(path: Path, *, resume: bool | None = None, overwrite: bool, re
     """
     _check(path, resume=resume, overwrite=overwrite, reads=reads)
     if (path / MARKER).exists():
-        with open(path / MARKER, encoding="utf-8") as file:
+        with open(path / MARKER, "r+", encoding="utf-8") as file:  # Locks on NFS need a file that is open for writing.
             _lock(file, path)
 
 
@@ -221,7 +222,12 @@ def _saved_settings(path: Path) -> dict[str, Any]:
 
 def _check_settings(path: Path, settings: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     ours, theirs = ({k: v for k, v in own.items() if k not in _MAY_DIFFER} for own in (settings, saved))
-    different = [field for field in differing_fields(ours, theirs) if field[0] != "base.attention"]
+    different = [
+        (name, now, there)
+        for name, now, there in differing_fields(ours, theirs)
+        # Version 0.1 recorded no precision where none was asked for.
+        if name != "base.attention" and not (name == "base.dtype" and there is None)
+    ]
     if not different:
         return
     fields = [f"{name}: {there!r} in the work directory, {now!r} now" for name, now, there in different]
@@ -244,14 +250,7 @@ def _check_inputs(path: Path, inputs: Inputs, saved: Any) -> None:
                 f" version of spt_jax reads it differently. {ways}"
             )
     for name, fingerprint in inputs["base"].items():
-        different = differing_fields(fingerprint, there.get("base", {}).get(name, {}))
+        old = there.get("base", {}).get(name)
+        different = ["it is not recorded"] if old is None else Fingerprint(**old).differences(Fingerprint(**fingerprint))
         if different:
-            fields = [
-                f"{field}: {_short(old)} in the work directory, {_short(now)} now" for field, now, old in different
-            ]
-            raise ConfigError(f"{name} is not the base that the run began with: {'; '.join(fields)}. {ways}")
-
-
-def _short(value: Any) -> str:
-    """Hashes are told apart by their beginnings."""
-    return repr(value[:16] if isinstance(value, str) else value)
+            raise ConfigError(f"{name} is not the base that the run began with: {'; '.join(different)}. {ways}")

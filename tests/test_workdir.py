@@ -20,7 +20,8 @@ from tests.jobs import ROOT, words
 SETTINGS = {name: {} for name in ("base", "data", "method", "optimizer", "loss", "evaluation", "mesh", "log")} | {
     "train": {"steps": 40, "seed": 0}
 }
-INPUTS = {"data": {"train.jsonl": ["a" * 64]}, "base": {"model": {"weights": "b" * 64, "tokenizer": "c" * 64}}}
+FINGERPRINT = {"config": {"width": 8}, "weights": "b" * 64, "tokenizer": "c" * 64, "version": 1}
+INPUTS = {"data": {"train.jsonl": ["a" * 64]}, "base": {"model": FINGERPRINT}}
 OF_A_RUN = json.dumps(SETTINGS)
 OF_A_COMPARISON = json.dumps({"config": SETTINGS, "prompts": ["prompt"]})
 OF_A_MODEL = json.dumps({"model_type": "llama", "vocab_size": 512})
@@ -122,8 +123,8 @@ def changed(inputs: dict, kind: str, name: str, value: object) -> dict:
         (SETTINGS, changed(INPUTS, "data", "train.jsonl", ["d" * 64]), "examples of train.jsonl are not those"),
         (
             SETTINGS,
-            changed(INPUTS, "base", "model", {**INPUTS["base"]["model"], "weights": "e" * 64}),
-            "model is not the base.*weights: 'bbbb.*' in the work directory, 'eeee.*' now",
+            changed(INPUTS, "base", "model", {**FINGERPRINT, "weights": "e" * 64}),
+            "model is not the base.*weights is 'eeee.*' here, 'bbbb.*' there",
         ),
         ({**SETTINGS, "train": {"steps": 40, "seed": 1}}, INPUTS, "train.seed: 0 in the work directory, 1 now$"),
         (

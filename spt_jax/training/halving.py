@@ -210,9 +210,9 @@ def fit_population(
                 checkpoints.wait()
                 raise Stopped(stop, done)
         checkpoints.wait()
-        stop = asked_to_stop(done + 1)  # during the last validation or save
-        if stop is not None:
-            raise Stopped(stop, done)
+    stop = asked_to_stop(done + 1)  # during the last validation or save, or while the logs were closed
+    if stop is not None:
+        raise Stopped(stop, done)
     return [
         dataclasses.replace(
             standing,

@@ -226,9 +226,9 @@ def fit(
         elif best.metrics is not None:
             save_best(best)
         checkpoints.wait()
-        stop = asked_to_stop(done + 1)  # during the last validation or save
-        if stop is not None:
-            raise Stopped(stop, done)
+    stop = asked_to_stop(done + 1)  # during the last validation or save, or while the logs were closed
+    if stop is not None:
+        raise Stopped(stop, done)
     return Outcome(best, done, speed.seconds, speed.rates(run.peak_flops))
 
 
