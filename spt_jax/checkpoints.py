@@ -252,7 +252,9 @@ class Checkpoints:
         try:
             return self._orbax.load_checkpointables(step, {name: abstract})[name]
         except (MemoryError, PermissionError) as error:  # The checkpoint itself may be intact.
-            raise CheckpointError(f"{self.directory / str(step)}: {name!r} cannot be read ({_reason(error)})") from error
+            raise CheckpointError(
+                f"{self.directory / str(step)}: {name!r} cannot be read ({_reason(error)})"
+            ) from error
         except Exception as error:  # TensorStore and Orbax raise many types, and say little.
             raise DamagedError(f"{self.directory / str(step)}: damaged: {name!r} cannot be read") from error
 

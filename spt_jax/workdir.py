@@ -251,6 +251,8 @@ def _check_inputs(path: Path, inputs: Inputs, saved: Any) -> None:
             )
     for name, fingerprint in inputs["base"].items():
         old = there.get("base", {}).get(name)
-        different = ["it is not recorded"] if old is None else Fingerprint(**old).differences(Fingerprint(**fingerprint))
+        different = (
+            ["it is not recorded"] if old is None else Fingerprint(**old).differences(Fingerprint(**fingerprint))
+        )
         if different:
             raise ConfigError(f"{name} is not the base that the run began with: {'; '.join(different)}. {ways}")
