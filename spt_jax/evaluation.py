@@ -100,7 +100,8 @@ def _prompt(encoder: Encoder, record: Mapping[str, Any], example: Example, room:
     record = encoder.up_to_answer(record)
     prompt = encoder.prompt_ids(record)
     trained = example.ids[: len(prompt)]
-    if np.array_equal(prompt, trained):
+    # Earlier answers of a chat are targets in training, and merge with the text before them when they are only read.
+    if np.array_equal(prompt, trained) or encoder.answers(record) > 1:
         return prompt
     if encoder.template.truncate is None:
         at = int(np.argmin(prompt[: len(trained)] == trained))

@@ -74,7 +74,9 @@ class Generate(Saved):
                 answer = prediction["prediction"]
                 print(answer if isinstance(answer, str) else " ".join(answer))
             return
-        prompts = [encoder.prompt_ids(record, room=self.max_new_tokens) for record in records]
+        prompts = [
+            encoder.prompt_ids(record, room=min(self.max_new_tokens, encoder.max_length // 2)) for record in records
+        ]
         for answer in generate(base, prompts, saved.virtual, _ended(sampling, encoder)):
             print(answer.text)
 
@@ -93,7 +95,10 @@ class Generate(Saved):
         if not saved[0].template.verbalizers:
             own = [encoders[i] for i in index]
             asked = zip(own, records, strict=True)
-            prompts = [encoder.prompt_ids(record, room=self.max_new_tokens) for encoder, record in asked]
+            prompts = [
+                encoder.prompt_ids(record, room=min(self.max_new_tokens, encoder.max_length // 2))
+                for encoder, record in asked
+            ]
             samplings = [_ended(sampling, encoder) for encoder in own]
             for answer in generate(base, prompts, stack_prompts(virtuals), samplings, prompt_index=index):
                 print(answer.text)

@@ -80,7 +80,7 @@ class Serve:
         for name in ("slots", "context", "queue", "prompt_memory", "max_body", "body_seconds", "drain_seconds"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it is more than 0")
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be more than 0")
         measure.keep_compiled_programs(self.compilation_cache)
         with bound(self.host, self.port) as listening:
             host, port, *_ = listening.getsockname()

@@ -163,7 +163,8 @@ class ChatTemplate:
             segments.append(Segment(self._pieces(rendering, begin, stop), predicted=True))
             last = stop
         if turns[-1].is_answer and not ended and not rendering.spans:
-            return [*segments, Segment([Control(id_) for id_ in eos], predicted=True)]
+            answer = [*segments[-1].pieces, *(Control(id_) for id_ in eos)]
+            return [*segments[:-1], Segment(answer, predicted=True)]
         return [*segments, Segment(self._pieces(rendering, last, len(text)), predicted=False)]
 
     def turn_ends(self, before: Sequence[Turn]) -> list[int]:

@@ -10,19 +10,7 @@ import numpy as np
 from spt_jax.data.chats import ChatTemplate, Turn, turns_of
 from spt_jax.data.pieces import PieceEncoder
 from spt_jax.data.reading import answer_text, span_reads, tag_reads, words_of
-from spt_jax.data.templates import (
-    MESSAGES,
-    Bos,
-    Control,
-    Cut,
-    Field,
-    Piece,
-    Plain,
-    Read,
-    Template,
-    Text,
-    parse,
-)
+from spt_jax.data.templates import MESSAGES, Bos, Control, Cut, Field, Piece, Plain, Read, Template, Text, parse
 from spt_jax.data.tokenization import check_ids
 from spt_jax.data.values import field_of, field_text
 from spt_jax.errors import ConfigError, DataError, did_you_mean
@@ -215,6 +203,10 @@ class Encoder:
             return record
         answers = [number for number, turn in enumerate(turns_of(record, 0), 1) if turn.is_answer]
         return {**record, MESSAGES: record[MESSAGES][: max(answers, default=0)]}
+
+    def answers(self, record: Mapping[str, Any]) -> int:
+        """How many answers a record has: the assistant's turns of a chat, else 1."""
+        return sum(turn.is_answer for turn in turns_of(record, 0)) if self.template.is_conversation else 1
 
     def reference(self, record: Mapping[str, Any]) -> str:
         """What the model should say after `prompt_ids`, as text without control tokens."""

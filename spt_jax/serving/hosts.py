@@ -33,9 +33,13 @@ def allowed_hosts(host: str, names: Collection[str]) -> tuple[str, ...] | None:
     """
     for name in names:
         if not name or _name(name) != name.lower():
-            raise ConfigError(f"--allowed-hosts {name}: give a host name or address without scheme, port and path")
+            raise ConfigError(
+                f"--allowed-hosts {name}: give an ASCII host name, an IPv4 address, or an"
+                " IPv6 address in brackets, without scheme, port and path"
+            )
     own = f"[{host}]" if ":" in host else host
-    if ipaddress.ip_address(host).is_loopback:
+    address = ipaddress.ip_address(host)
+    if address.is_loopback or (address.is_unspecified and names):
         return (*LOOPBACK, own, *names)
     return (own, *names) if names else None
 
@@ -49,7 +53,9 @@ class BrowserChecks:
         self._hosts = None if hosts is None else {host.lower() for host in hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (refusal := self._refusal(scope["method"], Headers(scope=scope))):
+        # Probes of an orchestrator use addresses, or no name at all.
+        checked = scope["type"] == "http" and scope["path"] not in ("/healthz", "/readyz")
+        if checked and (refusal := self._refusal(scope["method"], Headers(scope=scope))):
             status, message = refusal
             await JSONResponse(error_body(message, "invalid_request_error"), status)(scope, receive, send)
         else:

@@ -256,7 +256,9 @@ class Service:
         beyond = self.bank.base.config.max_positions - self.worker.engine.context
         for record in records:
             encoder = entry.encoder if name else self.bank.encoder(None, record)
-            kept_free = (max_tokens or SamplingConfig.max_new_tokens) + beyond
+            # At most half of a slot, so that a field that may be shortened is never shortened to nothing.
+            wanted = min(max_tokens or SamplingConfig.max_new_tokens, self.worker.engine.context // 2)
+            kept_free = wanted + beyond
             ids, _ = self._prompt_ids(name, encoder, record, kept_free)
             room = self._room(held, ids, max_tokens or 1)
             greedy = body.temperature == 0
@@ -362,8 +364,8 @@ class Service:
           QueueFullError: as many requests wait for their turn as may.
           ConfigError, DataError: as `Classifier`.
         """
+        asked = await self.read(sender, records, lambda: self.classifier.read(name, records))
         with self._place(sender.client):
-            asked = await self.read(sender, records, lambda: self.classifier.read(name, records))
             found = []
             for first in range(0, len(records), TOGETHER):
                 work = functools.partial(self.classifier.score, asked, first, first + TOGETHER)

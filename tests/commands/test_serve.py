@@ -116,8 +116,8 @@ def test_what_it_will_not_start_with(folder, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "no directory" in said("--prompts", str(tmp_path / "none"))
-    assert "more than 0" in said("--slots", "0")
-    assert "more than 0" in said("--queue", "-1")
+    assert "must be more than 0" in said("--slots", "0")
+    assert "must be more than 0" in said("--queue", "-1")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "prompt.json").write_text("{")
     assert "'broken'" in said("--prompts", str(tmp_path), "--slots", "1", "--port", "0", "--strict")
