@@ -236,6 +236,7 @@ class Checkpoints:
         if later and jax.process_count() > 1:
             multihost_utils.sync_global_devices("restored")  # before that, others may still read them
         self._remove(later)
+        self._orbax.reload()  # It keeps a list of steps of its own, and saves none twice.
 
     def close(self) -> None:
         """Waits for the last save and lets go of threads and files.

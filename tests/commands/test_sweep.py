@@ -175,7 +175,7 @@ def test_a_sweep_goes_on_with_the_data_that_it_began_with(files, lengths, tmp_pa
     saved.write_text(saved.read_text().replace(str(files), str(tmp_path / "files")))
     assert shown["validation"] == str(files / "validation.jsonl")
     assert sweep(tmp_path / "files", tmp_path / "run", *LENGTHS, "--resume") == 2
-    assert "not the config of the run to resume: examples" in capsys.readouterr().err
+    assert f"the examples of {tmp_path / 'files' / 'validation.jsonl'} are not those" in capsys.readouterr().err
 
 
 def test_a_trial_whose_validation_is_no_number_is_not_the_best():

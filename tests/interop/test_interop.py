@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from transformers import AutoTokenizer
 
 from spt_jax.__main__ import main
-from spt_jax.base import read_tokenizer
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.templates import Template
 from spt_jax.errors import CheckpointError, ConfigError, SptError
@@ -131,7 +131,7 @@ def test_an_imported_prompt_reads_the_ids_of_the_tokenizer(kind, add_bos):
 
 def test_real_tokenizers_agree(shared):
     for folder in ("tokenizers/llama2", "stories260K"):
-        tokenizer = read_tokenizer(shared / "models" / folder)
+        tokenizer = AutoTokenizer.from_pretrained(shared / "models" / folder)
         for text in WORDS:
             assert real_ids("<soft><bos>{text}", text, tokenizer) == tokenizer(text)["input_ids"]
 

@@ -40,8 +40,8 @@ def test_a_completion_is_what_the_library_answers(client, server, name):
         assert bytes_of(choice.logprobs.tokens).decode(errors="replace") == choice.text
         ends = [*choice.logprobs.text_offset[1:], len(choice.text)]
         pieces = [choice.text[a:b] for a, b in zip(choice.logprobs.text_offset, ends, strict=True)]
-        for name, piece in zip(choice.logprobs.tokens, pieces, strict=True):
-            assert name.startswith("bytes:") or piece.endswith(name)
+        for token, piece in zip(choice.logprobs.tokens, pieces, strict=True):
+            assert token.startswith("bytes:") or piece.endswith(token)
         assert "".join(pieces) == choice.text
 
 

@@ -94,6 +94,7 @@ def test_a_lane_does_the_work_of_others_between():
         others = [asyncio.create_task(ask(Sender("b", 2), "b")), asyncio.create_task(ask(Sender("c", 3), "c"))]
         await asyncio.sleep(0.05)
         many[1].cancel()
+        await asyncio.sleep(0.05)  # until the cancellation has reached the lane
         hold.set()
         await asyncio.gather(first, many[0], many[2], *others)
         with pytest.raises(ZeroDivisionError):

@@ -86,10 +86,14 @@ def test_there_is_no_bound_where_text_may_vanish(name):
 
 
 def test_bounds_of_real_vocabularies(shared):
-    from spt_jax.base import STARTER, read_tokenizer
+    from transformers import AutoTokenizer
+
+    from spt_jax.base import STARTER
 
     folders = [STARTER, *(shared / "models" / "tokenizers" / name for name in ("gpt2", "llama2"))]
-    found = [text_bound(read_tokenizer(folder)) for folder in [*folders, shared / "models" / "stories260K"]]
+    found = [
+        text_bound(AutoTokenizer.from_pretrained(folder)) for folder in [*folders, shared / "models" / "stories260K"]
+    ]
     assert found == [TextBound(13, False), TextBound(128, False), TextBound(48, False), TextBound(9, True)]
 
 

@@ -22,7 +22,7 @@ def choice_of(kind: str, ids: list[int]) -> Choice:
         lambda ids: continuation_text(tokenizer, ids), lambda id_: token_name(tokenizer, id_), (), ids, finished="stop"
     )
     own.log_probabilities = [-1.0 - i for i in range(len(ids))]
-    own.alternatives = [{ids[0]: -9.0, id_: value} for id_, value in zip(ids, own.log_probabilities, strict=True)]
+    own.alternatives = [{ids[0]: -99.0, id_: value} for id_, value in zip(ids, own.log_probabilities, strict=True)]
     own.text = own.text_of(ids)
     return own
 
@@ -70,7 +70,8 @@ def scores_of(server, name: str, ids: list[int]):
     base, entry = server.service.bank.base, server.service.bank.entry(None if name == "tiny" else name)
     if entry.virtual is None:
         return np.asarray(jax.nn.log_softmax(row_logits(base, np.asarray(ids))))
-    return np.asarray(jax.nn.log_softmax(lead_logits(base.module, base.params, entry.virtual, jnp.asarray(ids))))
+    virtual = jax.tree.map(jnp.asarray, entry.virtual)
+    return np.asarray(jax.nn.log_softmax(lead_logits(base.module, base.params, virtual, jnp.asarray(ids))))
 
 
 @pytest.mark.parametrize("name", ["tiny", "front", "end"])
