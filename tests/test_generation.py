@@ -286,7 +286,7 @@ def test_every_declared_end_ends_a_row():
     base = alphabet(EOS_ID)
     m, p = letter_ids("mp")
     answers = spoken(dataclasses.replace(base, end_ids=(EOS_ID, m)), "anq", end_ids=(p,), stop=("<pad>",))
-    assert [answer.text for answer in answers] == ["bcdefghijklm", "op", "rstuvwx"]
+    assert [answer.text for answer in answers] == ["bcdefghijkl", "o", "rstuvwx"]
     assert [answer.ids[-1] for answer in answers] == [m, p, EOS_ID]
     assert {answer.finished for answer in answers} == {"eos"}
 

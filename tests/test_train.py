@@ -191,7 +191,7 @@ def test_other_data_or_another_base_is_not_resumed(files: Path, tmp_path: Path, 
     tensors = load_file(weights)
     save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"] * np.float32(1.05)}, weights)
     assert train.main([*line, "--resume"]) == 2
-    assert f"{own / 'model'} is not the base that the run began with: weights: " in capsys.readouterr().err
+    assert f"{own / 'model'} is not the base that the run began with: weights is " in capsys.readouterr().err
 
 
 def test_one_record_a_step(files: Path, tmp_path: Path):

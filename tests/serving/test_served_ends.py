@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,6 +14,7 @@ from spt_jax.serving.engine import Engine, Request
 from spt_jax.serving.protocol import ChatRequest, CompletionRequest
 from spt_jax.serving.service import RefusedError, Service
 from spt_jax.serving.slots import MAX_ENDS
+from spt_jax.serving.worker import Worker
 from spt_jax.testing import EOS_ID, PAD_ID
 from tests.serving.conftest import alone
 
@@ -43,8 +43,7 @@ def service(base, tmp_path_factory):
         spt_jax.save_prompt(folder / name, base, method, virtual, template)
         bank.load(name, folder / name)
     engine = Engine(bank, slots=1, context=96)
-    worker = SimpleNamespace(engine=engine, check_room=lambda count: None)
-    return Service(worker, "tiny", folder)  # type: ignore[arg-type]
+    return Service(Worker(engine), "tiny", folder)
 
 
 @pytest.mark.parametrize("model", ["turn", "chat", "tiny"])
