@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
-_FLUSH_SECONDS = 1.0  # for the main thread to write out what it has printed
+_FLUSH_SECONDS = 0.2  # for the main thread to write out what it has printed
 _ending = threading.RLock()  # A second signal may interrupt the end in the same thread: it goes on to the exit.
 _installed = False
 _advice: list[str] = []

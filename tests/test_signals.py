@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM end our programs in one line with 130 or 143, from the first moment and inside of compilations."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -42,7 +43,8 @@ def ended(body: str, *numbers: int) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a program that gets each signal once it has said that it is ready."""
     program = PROGRAM.format(module=str(ROOT / "spt_jax" / "signals.py"), body=textwrap.dedent(body))
     line = [sys.executable, "-c", program]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(line, env=buffered, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             for number in numbers:
