@@ -77,6 +77,8 @@ class Checkpoints:
         context.checkpointables.registry = registry
         with _as_checkpoint_error(f"{self.directory}: cannot hold checkpoints"):
             self.directory.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                _remove_without_metric(self.directory)
             self._orbax = ocp.training.Checkpointer(str(self.directory), context=context)
             self._metrics = {checkpoint.step: _metric(checkpoint) for checkpoint in self._orbax.checkpoints}
 
@@ -320,6 +322,17 @@ class Checkpoints:
 def _best(metrics: Mapping[int, float | None], steps: Sequence[int]) -> int | None:
     ranked = [(metric, -step) for step in steps if (metric := metrics[step]) is not None]
     return -max(ranked)[1] if ranked else None
+
+
+def _remove_without_metric(directory: Path) -> None:
+    """Removes checkpoints whose metric is damaged, with a line: Orbax cannot open a directory that holds one."""
+    for file in directory.glob("*/metrics/metrics"):
+        try:
+            json.loads(file.read_bytes())
+        except ValueError:
+            path = file.parents[1]
+            print(f"{path}: damaged: its metric cannot be read. The checkpoint is removed", file=sys.stderr)
+            shutil.rmtree(path.rename(f"{path}{_TEMPORARY}-removed"))
 
 
 def _metric(checkpoint: Any) -> float | None:
