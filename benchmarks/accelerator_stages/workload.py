@@ -159,6 +159,7 @@ def random_base(of: Workload, *, remat: Any = "dots", attention: Any = "xla", to
         module=Decoder(config, remat=remat, mesh=mesh, attention=attention),
         params=params,
         tokenizer=tokenizer,
+        end_ids=(),
         fingerprint=Fingerprint(sizes, "random", "" if tokenizer is None else tokenizer_hash(tokenizer)),
     )
 

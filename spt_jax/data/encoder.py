@@ -433,7 +433,8 @@ class Encoder:
     def _around(self, pieces: list[Piece]) -> list[Piece]:
         """A chat after what the prompt has before {messages}; BOS, if the chat begins with it, goes first."""
         before = parse(self.template.prompt)[:-1]
-        if pieces[:1] != [Control(self._tokenizer.bos_token_id)]:
+        bos = self._tokenizer.bos_token_id
+        if bos is None or pieces[:1] != [Control(bos)]:
             return [*before, *pieces]
         return [*([] if Bos() in before else pieces[:1]), *before, *pieces[1:]]
 
