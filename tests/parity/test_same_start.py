@@ -16,12 +16,9 @@ from benchmarks.accelerator_stages import train_peft, train_spt_jax
 from benchmarks.accelerator_stages.process import Record, Task
 from benchmarks.accelerator_stages.workload import TINY, fill_torch_model, llama_config, random_base
 from spt_jax.models.hf import places
+from tests.parity.versions import peft_marks
 
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
-]
+pytestmark = peft_marks
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -22,6 +22,7 @@ heads_raise = pytest.mark.xfail(
 peft_marks = [
     pytest.mark.parity,
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Both `past_key_values` and `cache` are set:FutureWarning"),
 ]
