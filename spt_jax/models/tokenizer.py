@@ -35,7 +35,8 @@ def read_tokenizer(directory: Path, hf: Any) -> Any:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 directory, config=hf, trust_remote_code=False, local_files_only=True
             )
-            tokenizer.encode("a")
+            if not tokenizer.encode("a"):  # transformers 5.0 makes an empty tokenizer where there are no files of one
+                raise ValueError("it has no tokens")
             for text in _PROBES:
                 tokenizer.backend_tokenizer.encode(text)
     except Exception as error:  # transformers and tokenizers raise anything for files that are wrong
