@@ -41,12 +41,12 @@ quickstart: $(VENV)/.base
 	$(BIN)/python train.py configs/quickstart.py --workdir out/quickstart --overwrite
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --ignore tests/parity
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/parity
 
 # What PEFT's prefixes need an older transformers for is run once more on that.
 parity: $(VENV)/.parity
-	$(BIN)/python -m pytest -n 2 tests/parity
-	PYTHONPATH=$(VENV)/older $(BIN)/python -m pytest -n 2 -m older_transformers tests/parity
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/parity
+	PYTHONPATH=$(VENV)/older $(BIN)/python -m pytest -n 2 --dist worksteal -m older_transformers tests/parity
 
 bench: $(VENV)/.parity
 	$(BIN)/python benchmarks/train_vs_peft.py

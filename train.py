@@ -7,7 +7,7 @@ saving.
 """
 
 # First, because it handles signals that come while the others are imported.
-from spt_jax import signals
+from spt_jax.runtime import signals
 
 # isort: split
 import contextlib
@@ -20,24 +20,24 @@ from typing import Any
 
 import jax
 
-from spt_jax import measure, processes
-from spt_jax.base import describe_base
-from spt_jax.command_line import Command, config_json, exit_code, first_command, parse_train
-from spt_jax.config import resolve
+from spt_jax.bases.base import describe_base
 from spt_jax.data.batches import pack, place_batch
 from spt_jax.data.preview import describe
 from spt_jax.errors import ConfigError, TrainingError
-from spt_jax.evaluation import evaluate
-from spt_jax.experiment import Experiment, compare, input_digests, load_experiment, questions
-from spt_jax.files import write_json, write_text
-from spt_jax.plots import plot_curves
-from spt_jax.predictions import predictions_jsonl
-from spt_jax.report import comparison_table, reference_lines
+from spt_jax.evaluation.evaluate import evaluate
+from spt_jax.evaluation.predictions import predictions_jsonl
+from spt_jax.experiment.command_line import Command, config_json, exit_code, first_command, parse_train
+from spt_jax.experiment.config import resolve
+from spt_jax.experiment.run import Experiment, compare, input_digests, load_experiment, questions
+from spt_jax.experiment.workdir import CONFIG_FILE, check_workdir, held, input_paths, open_workdir
+from spt_jax.reports.plots import plot_curves
+from spt_jax.reports.report import comparison_table, reference_lines
+from spt_jax.runtime import measure, processes
+from spt_jax.runtime.files import write_json, write_text
 from spt_jax.training.logs import MetricsLog, NoLog, read_metrics
 from spt_jax.training.loop import Best, Outcome, TrainingData, fit
 from spt_jax.training.optimizers import make_optimizer, resolve_optimizer
 from spt_jax.training.step import init_state, make_train_step
-from spt_jax.workdir import CONFIG_FILE, check_workdir, held, input_paths, open_workdir
 
 
 def main(argv: Sequence[str]) -> int:

@@ -26,7 +26,7 @@ from benchmarks.shapes import lower_step
 from spt_jax.models.config import DecoderConfig, RopeConfig
 from spt_jax.models.decoder import Remat
 from spt_jax.models.kernels import Kernel
-from spt_jax.sharding import MeshConfig, make_mesh
+from spt_jax.runtime.sharding import MeshConfig, make_mesh
 from spt_jax.training.cost import StepShape, step_memory
 
 # The sizes of Llama 3.1 8B.

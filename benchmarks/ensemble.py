@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 from spt_jax import Encoder, load_base, load_prompt, make_evaluation_set, read_records
-from spt_jax.ensemble import evaluate_ensemble, score_together
-from spt_jax.evaluation import classification, score
+from spt_jax.evaluation.ensembles import evaluate_ensemble, score_together
+from spt_jax.evaluation.evaluate import classification, score
 from spt_jax.prompts.storage import read_prompt
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,15 +20,15 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from spt_jax.base import local_directory
-from spt_jax.command_line import parse_train
-from spt_jax.comparison import FACTS_FILE, PREDICTIONS_FILE, Facts
-from spt_jax.config import resolve
-from spt_jax.data.encoder import Example
+from spt_jax.bases.base import local_directory
+from spt_jax.data.examples import Example
 from spt_jax.errors import ConfigError
-from spt_jax.evaluation import EvaluationSet, classification
-from spt_jax.experiment import load_experiment
-from spt_jax.predictions import predictions_jsonl
+from spt_jax.evaluation.evaluate import EvaluationSet, classification
+from spt_jax.evaluation.predictions import predictions_jsonl
+from spt_jax.experiment.command_line import parse_train
+from spt_jax.experiment.config import resolve
+from spt_jax.experiment.run import load_experiment
+from spt_jax.studies.comparison import FACTS_FILE, PREDICTIONS_FILE, Facts
 
 RATES = (1e-3, 3e-3, 1e-2)
 RANK, ALPHA = 8, 16

@@ -32,10 +32,10 @@ PACKAGES = ("spt_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 def train(numbers: Sequence[int], steps: int, halved: bool, validated: bool, workdir: Path) -> dict[str, Any]:
     """Members of these numbers as one population: their losses, and how they end."""
-    from spt_jax.command_line import parse_train
-    from spt_jax.config import resolve
-    from spt_jax.evaluation import evaluate
-    from spt_jax.experiment import load_experiment, questions
+    from spt_jax.evaluation.evaluate import evaluate
+    from spt_jax.experiment.command_line import parse_train
+    from spt_jax.experiment.config import resolve
+    from spt_jax.experiment.run import load_experiment, questions
     from spt_jax.training.halving import Halving, fit_population
     from spt_jax.training.logs import NoLog
     from spt_jax.training.optimizers import resolve_optimizer

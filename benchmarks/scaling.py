@@ -22,7 +22,7 @@ from benchmarks import common
 from benchmarks.program import count
 from benchmarks.shapes import lower_step
 from spt_jax.models.config import DecoderConfig, RopeConfig
-from spt_jax.sharding import MeshConfig, make_mesh
+from spt_jax.runtime.sharding import MeshConfig, make_mesh
 from spt_jax.training.cost import StepShape, step_flops
 
 CONFIG = DecoderConfig(

@@ -175,7 +175,7 @@ def peft_rates(folder: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from spt_jax.base import STARTER
+    from spt_jax.bases.base import STARTER
 
     torch.set_num_threads(THREADS)
     tokenizer = AutoTokenizer.from_pretrained(STARTER)

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from spt_jax.bases.checkpoint import parameter_shapes
 from spt_jax.data.batches import Batch, Rows
 from spt_jax.models.attention import Stream
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.decoder import Decoder, Remat
-from spt_jax.models.hf import parameter_shapes
 from spt_jax.models.kernels import Kernel
 from spt_jax.prompts import Method, PrefixTuning, PromptTuning
-from spt_jax.sharding import make_mesh, replicated, row_sharding, sharded_shapes
+from spt_jax.runtime.sharding import make_mesh, replicated, row_sharding, sharded_shapes
 from spt_jax.training.cost import StepShape
 from spt_jax.training.step import Objective, TrainState, train_step
 

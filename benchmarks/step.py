@@ -28,10 +28,10 @@ import optax
 
 from benchmarks import common
 from benchmarks.train_vs_peft import SETTINGS, SHARED, read_task, write_base, write_task
-from spt_jax import forward
-from spt_jax.base import FrozenBase, load_base
+from spt_jax.bases.base import FrozenBase, load_base
 from spt_jax.data.batches import Batch, pack, place_batch, plan_batches
-from spt_jax.data.encoder import Example
+from spt_jax.data.examples import Example
+from spt_jax.inference import forward
 from spt_jax.models import vocabulary
 from spt_jax.models.decoder import Remat
 from spt_jax.prompts import PromptTuning

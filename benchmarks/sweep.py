@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 from benchmarks.family import TASKS
-from spt_jax.plots import plot_sweep
-from spt_jax.predictions import read_predictions, record_values
-from spt_jax.sweeps.plateau import estimates, has_plateaued, shortest_of_the_best
+from spt_jax.evaluation.predictions import read_predictions, record_values
+from spt_jax.reports.plots import plot_sweep
+from spt_jax.studies.plateau import estimates, has_plateaued, shortest_of_the_best
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = (5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)

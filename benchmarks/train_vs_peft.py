@@ -32,7 +32,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from spt_jax.data.encoder import Example
+from spt_jax.data.examples import Example
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 LEARNING_RATE = 0.03
@@ -65,8 +65,8 @@ def write_base(folder: Path, tokenizer: Path) -> None:
     import transformers
     from flax import traverse_util
 
+    from spt_jax.bases.checkpoint import write_checkpoint
     from spt_jax.models.config import decoder_config
-    from spt_jax.models.hf import write_checkpoint
     from spt_jax.testing import random_params
 
     hf = transformers.LlamaConfig(
@@ -176,7 +176,7 @@ def run_spt_jax(options: Options) -> dict[str, Any]:
     import jax
     import optax
 
-    import spt_jax.base
+    import spt_jax.bases.base
     from spt_jax.data.batches import pack, place_batch, plan_batches
     from spt_jax.prompts import PromptTuning
     from spt_jax.prompts.initializers import array

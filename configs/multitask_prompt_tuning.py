@@ -8,7 +8,7 @@ Leaves a prompt for each task in out/tasks/prompt/TASK, and the rows that they s
 a new task starts from: --method.name prompt_tuning --method.init.name prompt --method.init.path out/tasks/prompt/shared
 """
 
-from spt_jax.config import BaseConfig, DataConfig, ExperimentConfig
+from spt_jax.experiment.config import BaseConfig, DataConfig, ExperimentConfig
 from spt_jax.prompts import MultitaskPromptTuning
 
 

@@ -6,8 +6,9 @@ Expect a download of about 1.5 GB on the first run. On a GPU or TPU add --mesh.d
 here because none has been measured yet.
 """
 
-from spt_jax.config import BaseConfig, DataConfig, ExperimentConfig, TrainConfig
+from spt_jax.experiment.config import BaseConfig, DataConfig, ExperimentConfig
 from spt_jax.prompts import PromptTuning
+from spt_jax.training.config import TrainConfig
 
 
 def get_config() -> ExperimentConfig[PromptTuning]:

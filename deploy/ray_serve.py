@@ -12,9 +12,9 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
-from spt_jax import measure
 from spt_jax.commands.serve import Serve, start
 from spt_jax.errors import ConfigError
+from spt_jax.runtime import measure
 from spt_jax.serving.folder import FolderWatch, follow
 from spt_jax.serving.hosts import LOOPBACK
 from spt_jax.serving.server import make_app

@@ -24,10 +24,10 @@ import tokenizers
 import transformers
 from flax import serialization
 
+from spt_jax.bases.checkpoint import write_checkpoint
 from spt_jax.models.attention import Stream
 from spt_jax.models.config import decoder_config
 from spt_jax.models.decoder import Decoder
-from spt_jax.models.hf import write_checkpoint
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 LENGTH = 256

@@ -12,20 +12,20 @@ heads, H head size, V vocabulary.
 """
 
 # First, because it handles signals that come while the others are imported.
-from spt_jax import signals
+from spt_jax.runtime import signals
 
 # isort: split
-from spt_jax.base import FrozenBase, load_base
-from spt_jax.config import TrainConfig
+from spt_jax.bases.base import FrozenBase, load_base
 from spt_jax.data.batches import Batch, Rows, evaluation_batches, pack, place_batch, plan_batches, training_batches
-from spt_jax.data.encoder import Encoder, Example
+from spt_jax.data.encoder import Encoder
+from spt_jax.data.examples import Example
 from spt_jax.data.sources import read_records
 from spt_jax.data.templates import Template
-from spt_jax.ensemble import evaluate_ensemble, score_together
 from spt_jax.errors import CheckpointError, ConfigError, DataError, SptError, TrainingError
-from spt_jax.evaluation import evaluate, make_evaluation_set
-from spt_jax.forward import encode_prefix, output_logits
-from spt_jax.generation import SamplingConfig, generate
+from spt_jax.evaluation.ensembles import evaluate_ensemble, score_together
+from spt_jax.evaluation.evaluate import evaluate, make_evaluation_set
+from spt_jax.inference.forward import encode_prefix, output_logits
+from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.prompts import (
     ContextPromptTuning,
     DecomposedPromptTuning,
@@ -43,9 +43,10 @@ from spt_jax.prompts import (
 from spt_jax.prompts import initializers as init
 from spt_jax.prompts.stacking import stack_prompts
 from spt_jax.prompts.storage import SavedPrompt, load_prompt, save_prompt
+from spt_jax.runtime.sharding import MeshConfig, make_mesh
 from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.engine import Engine, Request
-from spt_jax.sharding import MeshConfig, make_mesh
+from spt_jax.training.config import TrainConfig
 from spt_jax.training.halving import Halving, Standing, fit_population
 from spt_jax.training.optimizers import OptimizerConfig, make_optimizer, resolve_optimizer
 from spt_jax.training.population import Member, make_population_step, population_step

@@ -6,13 +6,13 @@ from typing import Any
 
 import tyro
 
-from spt_jax.command_line import exit_code
 from spt_jax.commands import compare, find_rate, sweep
 from spt_jax.commands.ask import Evaluate, Generate
 from spt_jax.commands.convert import Export, Import
 from spt_jax.commands.inspect import Inspect, Similar
 from spt_jax.commands.serve import Serve
 from spt_jax.errors import did_you_mean
+from spt_jax.experiment.command_line import exit_code
 
 COMMANDS: dict[str, Any] = {
     "generate": Generate,

@@ -15,11 +15,11 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from spt_jax.base import FrozenBase, load_base
+from spt_jax.bases.base import FrozenBase, load_base
+from spt_jax.bases.checkpoint import Params, parameter_shapes, write_checkpoint
 from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.models.config import DecoderConfig, decoder_config
 from spt_jax.models.decoder import Remat
-from spt_jax.models.hf import Params, parameter_shapes, write_checkpoint
 
 TokenizerKind = Literal["byte", "sentencepiece"]
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spt_jax.base import FrozenBase, embed, logits, run_layers
-from spt_jax.data.encoder import Example
+from spt_jax.bases.base import FrozenBase, embed, logits, run_layers
+from spt_jax.data.examples import Example
 from spt_jax.models.attention import Stream
 
 VOCAB = 320

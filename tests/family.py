@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from spt_jax.base import FrozenBase
+from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import Batch, multiples, pack, place_batch, plan_batches
-from spt_jax.data.encoder import Example
+from spt_jax.data.examples import Example
 from spt_jax.prompts import METHODS
 from spt_jax.training.step import Objective
 from tests.examples import HEAD, VIRTUAL, VOCAB, random_examples

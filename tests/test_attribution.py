@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import spt_jax
-from spt_jax.attribution import ablate, attention_received
-from spt_jax.base import layer_attention
+from spt_jax.bases.base import layer_attention
 from spt_jax.errors import ConfigError
-from spt_jax.evaluation import evaluate
-from spt_jax.forward import embed_stream
+from spt_jax.evaluation.attribution import ablate, attention_received
+from spt_jax.evaluation.evaluate import evaluate
+from spt_jax.inference.forward import embed_stream
 from spt_jax.models.attention import Stream
 from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning, VirtualPrompt
 from spt_jax.prompts.virtual import KeysValues

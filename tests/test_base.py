@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from spt_jax.base import load_base, tokenizer_hash
+from spt_jax.bases.base import load_base, tokenizer_hash
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.templates import Template
 from spt_jax.errors import CheckpointError, ConfigError, DataError

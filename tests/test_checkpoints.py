@@ -16,10 +16,10 @@ import numpy as np
 import optax
 import pytest
 
-from spt_jax.checkpoints import Checkpoints
 from spt_jax.data.batches import plan_batches, training_batches
 from spt_jax.errors import CheckpointError, ConfigError
-from spt_jax.sharding import MeshConfig, make_mesh, replicated
+from spt_jax.runtime.sharding import MeshConfig, make_mesh, replicated
+from spt_jax.training.checkpoints import Checkpoints
 from spt_jax.training.step import TrainState
 from tests.disks import small_disk
 from tests.examples import HEAD, random_examples
@@ -302,7 +302,7 @@ KILLED = textwrap.dedent(
     from pathlib import Path
     sys.path.insert(0, os.getcwd())
     from tests.test_checkpoints import OPTIMIZERS, at, trained
-    from spt_jax.checkpoints import Checkpoints
+    from spt_jax.training.checkpoints import Checkpoints
 
     directory = Path(sys.argv[1])
     checkpoints = Checkpoints(directory)

@@ -11,10 +11,10 @@ from safetensors.numpy import load_file
 
 import train
 from spt_jax.__main__ import main
-from spt_jax.base import read_tokenizer
-from spt_jax.comparison import Facts, draw_shots, read_outside
+from spt_jax.bases.base import read_tokenizer
 from spt_jax.data.templates import Template
 from spt_jax.errors import ConfigError
+from spt_jax.studies.comparison import Facts, draw_shots, read_outside
 from tests.jobs import words, write_task
 
 QUICK = ("--train.steps", "20", "--train.evaluate-every", "10")

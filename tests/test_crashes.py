@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import train
-from spt_jax.files import write_bytes
+from spt_jax.runtime.files import write_bytes
 from spt_jax.training import loop
 from tests.crashes import Recorder
 from tests.jobs import arrays, words, write_task

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from spt_jax.decoding import RowSampling, choose
+from spt_jax.inference.decoding import RowSampling, choose
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -10,9 +10,9 @@ import pytest
 
 import spt_jax
 from spt_jax.__main__ import main
-from spt_jax.ensemble import evaluate_ensemble, score_together
 from spt_jax.errors import ConfigError
-from spt_jax.evaluation import score
+from spt_jax.evaluation.ensembles import evaluate_ensemble, score_together
+from spt_jax.evaluation.evaluate import score
 from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning
 from spt_jax.testing import tiny_base, write_tiny_checkpoint
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import spt_jax
-from spt_jax.base import logits, run_layers
-from spt_jax.evaluation import make_evaluation_set, score, selection_score
-from spt_jax.forward import embed_stream
+from spt_jax.bases.base import logits, run_layers
+from spt_jax.evaluation.evaluate import make_evaluation_set, score, selection_score
+from spt_jax.inference.forward import embed_stream
 from spt_jax.models.attention import Stream
 from spt_jax.testing import EOS_ID, PAD_ID, tiny_base
 from tests.test_generation import letter_ids, speaker

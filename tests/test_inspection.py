@@ -9,9 +9,9 @@ import pytest
 
 import spt_jax
 from spt_jax.__main__ import main
-from spt_jax.base import embedding_table
+from spt_jax.bases.base import embedding_table
 from spt_jax.errors import ConfigError
-from spt_jax.inspection import compared_rows, layer_drift, similarity_map, started_from
+from spt_jax.evaluation.inspection import compared_rows, layer_drift, similarity_map, started_from
 from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning, VirtualPrompt
 from spt_jax.prompts.transfer import similarity
 from spt_jax.testing import tiny_base, write_tiny_checkpoint

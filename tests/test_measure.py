@@ -7,9 +7,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import train
-from spt_jax import measure
 from spt_jax.__main__ import main
-from spt_jax.base import load_base
+from spt_jax.bases.base import load_base
+from spt_jax.runtime import measure
 from spt_jax.testing import write_tiny_checkpoint
 from tests.jobs import words, write_task
 

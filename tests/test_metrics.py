@@ -8,8 +8,8 @@ import pytest
 import sacrebleu
 from rouge_score import rouge_scorer
 
-from spt_jax import metrics
 from spt_jax.errors import ConfigError, DataError
+from spt_jax.evaluation import metrics
 
 GOLD = ["a", "a", "a", "b", "b", "c"]
 PREDICTED = ["a", "a", "b", "b", "?", "a"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from spt_jax.errors import DataError
-from spt_jax.predictions import measures, predictions_jsonl, read_predictions, record_values
+from spt_jax.evaluation.predictions import measures, predictions_jsonl, read_predictions, record_values
 
 
 def test_any_text_comes_back(tmp_path):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import spt_jax
-from spt_jax.evaluation import evaluate
-from spt_jax.probe import features, fit_probe
+from spt_jax.evaluation.evaluate import evaluate
+from spt_jax.studies.probe import features, fit_probe
 from spt_jax.testing import tiny_base
 from tests.examples import sequence_logits
 

@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 
 import train
-from spt_jax import rendezvous
 from spt_jax.errors import ConfigError
-from spt_jax.processes import ProcessesConfig, from_first
+from spt_jax.runtime import rendezvous
+from spt_jax.runtime.processes import ProcessesConfig, from_first
 from tests.jobs import ROOT, losses, words, write_task
 
 # A run that, once asked for its n-th batch, does what the test says.
 PROGRAM = """
 import os, signal, sys
 import train
-from spt_jax import processes, rendezvous
+from spt_jax.runtime import processes
+from spt_jax.runtime import rendezvous
 from spt_jax.training import loop
 processes._BEAT_SECONDS, processes._LOST_SECONDS, rendezvous.WAIT_SECONDS = 0.5, 5.0, 30.0
 place, left = loop.place_batch, [{batches}]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from spt_jax.command_line import parse_job, parse_train
 from spt_jax.commands.compare import Compare
 from spt_jax.commands.find_rate import FindRate
 from spt_jax.commands.sweep import Sweep, plan_stages
+from spt_jax.experiment.command_line import parse_job, parse_train
 from spt_jax.prompts import METHODS
 
 ROOT = Path(__file__).parents[1]

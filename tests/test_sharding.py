@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from spt_jax.base import embed, logits, run_layers
+from spt_jax.bases.base import embed, logits, run_layers
 from spt_jax.errors import ConfigError
-from spt_jax.sharding import (
+from spt_jax.runtime.sharding import (
     AXES,
     MeshConfig,
     check_divides,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import transformers
 
-from spt_jax.base import load_base, tokenizer_hash
+from spt_jax.bases.base import load_base, tokenizer_hash
 from spt_jax.errors import ConfigError
 from spt_jax.models.config import decoder_config
 from spt_jax.testing import (

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 import spt_jax.__main__
 import train
+from spt_jax.experiment.workdir import MARKER, prepare_workdir
 from spt_jax.training import loop
-from spt_jax.workdir import MARKER, prepare_workdir
 from tests.jobs import ROOT, arrays, losses, words, write_task
 
 

@@ -13,7 +13,7 @@ import pytest
 import train
 from spt_jax.__main__ import main
 from spt_jax.errors import ConfigError, WriteError
-from spt_jax.workdir import MARKER, check_workdir, held, open_workdir, prepare_workdir
+from spt_jax.experiment.workdir import MARKER, check_workdir, held, open_workdir, prepare_workdir
 from tests.disks import small_disk
 from tests.jobs import ROOT, words
 

@@ -39,7 +39,7 @@ def facts() -> dict[str, Any]:
     """Name, platform and number of devices, and the bytes that one can hold."""
     import jax
 
-    from spt_jax import measure
+    from spt_jax.runtime import measure
 
     return {
         "device": measure.device_name(),

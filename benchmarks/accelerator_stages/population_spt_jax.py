@@ -23,10 +23,10 @@ def run(task: Task, record: Record) -> None:
     import jax
     import jax.numpy as jnp
 
-    from spt_jax import measure
     from spt_jax.data.batches import pack, place_batch, plan_batches
     from spt_jax.prompts import PromptTuning
-    from spt_jax.sharding import replicated
+    from spt_jax.runtime import measure
+    from spt_jax.runtime.sharding import replicated
     from spt_jax.training.optimizers import OptimizerConfig, make_optimizer, resolve_optimizer
     from spt_jax.training.population import make_population_step, stack_batches
     from spt_jax.training.step import Objective, TrainState, make_train_step

@@ -13,10 +13,10 @@ import optax
 
 from benchmarks.accelerator_stages.process import Record, Task
 from benchmarks.accelerator_stages.workload import TINY, examples, prompt_rows, random_base
-from spt_jax.config import TrainConfig
 from spt_jax.data.batches import plan_batches
 from spt_jax.prompts import PromptTuning
 from spt_jax.prompts.initializers import array
+from spt_jax.training.config import TrainConfig
 from spt_jax.training.logs import NoLog
 from spt_jax.training.loop import TrainingData, fit
 from spt_jax.training.step import Objective

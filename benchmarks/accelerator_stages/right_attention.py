@@ -21,7 +21,7 @@ from benchmarks.accelerator_stages.right_models import (
 )
 from spt_jax.models.attention import Source, Stream, attend, visible, within_window
 from spt_jax.prompts import PromptTuning
-from spt_jax.sharding import make_mesh
+from spt_jax.runtime.sharding import make_mesh
 from spt_jax.training.step import Objective
 from tests.examples import VIRTUAL
 from tests.family import moved_params

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spt_jax.base import DTYPES, FrozenBase
+from spt_jax.bases.base import DTYPES, FrozenBase
 from spt_jax.data.batches import Batch, pack, place_batch, plan_batches
-from spt_jax.forward import encode_prefix, output_logits
+from spt_jax.inference.forward import encode_prefix, output_logits
 from spt_jax.models.layers import Quantized
 from spt_jax.prompts import PromptTuning
-from spt_jax.sharding import make_mesh, replicated
+from spt_jax.runtime.sharding import make_mesh, replicated
 from spt_jax.testing import tiny_base
 from spt_jax.training.step import Objective, loss_and_gradient
 from tests.examples import HEAD, QUICK_COMPILE, VIRTUAL, random_examples

@@ -22,10 +22,10 @@ from benchmarks.accelerator_stages.right_models import (
     prompt_params,
     reference_base,
 )
-from spt_jax.generation import Generated, SamplingConfig
+from spt_jax.inference.generation import Generated, SamplingConfig
 from spt_jax.prompts import PrefixTuning, PromptTuning
 from spt_jax.prompts.storage import SavedPrompt
-from spt_jax.sharding import replicated
+from spt_jax.runtime.sharding import replicated
 from spt_jax.training.optimizers import OptimizerConfig, make_optimizer, resolve_optimizer
 from spt_jax.training.population import make_population_step, stack_batches
 from spt_jax.training.step import Objective, TrainState, make_train_step

@@ -72,7 +72,7 @@ def run(task: Task, record: Record) -> None:
     import jax
 
     import spt_jax
-    from spt_jax import measure
+    from spt_jax.runtime import measure
     from spt_jax.testing import tiny_tokenizer
 
     of, (slots, requests, new_tokens, counts) = workload(task.tiny), sizes(task.tiny)

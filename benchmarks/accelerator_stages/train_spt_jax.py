@@ -58,9 +58,9 @@ def run(task: Task, record: Record) -> None:
     import jax.numpy as jnp
     import optax
 
-    from spt_jax import measure
     from spt_jax.data.batches import pack, place_batch, plan_batches
-    from spt_jax.sharding import replicated
+    from spt_jax.runtime import measure
+    from spt_jax.runtime.sharding import replicated
     from spt_jax.training.cost import choose_remat, plan_shape, step_flops, step_memory, step_shape
     from spt_jax.training.step import TrainState, make_train_step
 

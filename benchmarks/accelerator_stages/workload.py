@@ -120,12 +120,12 @@ def random_base(of: Workload, *, remat: Any = "dots", attention: Any = "xla", to
     import jax.numpy as jnp
     from flax import traverse_util
 
-    from spt_jax.base import DTYPES, Fingerprint, FrozenBase, tokenizer_hash
+    from spt_jax.bases.base import DTYPES, Fingerprint, FrozenBase, tokenizer_hash
+    from spt_jax.bases.checkpoint import origins, parameter_shapes
     from spt_jax.models.config import decoder_config
     from spt_jax.models.decoder import Decoder
-    from spt_jax.models.hf import origins, parameter_shapes
     from spt_jax.models.kernels import check_kernel
-    from spt_jax.sharding import make_mesh, replicated
+    from spt_jax.runtime.sharding import make_mesh, replicated
 
     config, mesh, dtype = decoder_config(llama_config(of)), make_mesh(), DTYPES[of.dtype]
     check_kernel(attention, config, dtype, mesh)
@@ -211,7 +211,7 @@ def predicted(of: Workload, text: np.ndarray) -> np.ndarray:
 
 def examples(of: Workload, count: int, *, virtual: int) -> list[Any]:
     """The texts after so many virtual tokens."""
-    from spt_jax.data.encoder import Example
+    from spt_jax.data.examples import Example
 
     ahead = of.model["vocab_size"] + np.arange(virtual, dtype=np.int32)
     return [

@@ -8,21 +8,20 @@ from typing import Any, Literal
 import tyro
 
 from spt_jax.commands.saved import Saved, encoder_for
-from spt_jax.config import EvaluationConfig
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.sources import check_fields, read_records
 from spt_jax.data.templates import MESSAGES, Template
 from spt_jax.data.values import field_text
-from spt_jax.ensemble import evaluate_ensemble, score_together
 from spt_jax.errors import ConfigError, did_you_mean
-from spt_jax.evaluation import EvaluationSet, evaluate, from_scores, make_evaluation_set
-from spt_jax.files import write_json
-from spt_jax.generation import SamplingConfig, generate
+from spt_jax.evaluation.ensembles import evaluate_ensemble, score_together
+from spt_jax.evaluation.evaluate import EvaluationConfig, EvaluationSet, evaluate, from_scores, make_evaluation_set
+from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.options import Lines, Pairs
 from spt_jax.prompts import VirtualPrompt
 from spt_jax.prompts.stacking import stack_prompts
 from spt_jax.prompts.storage import load_prompt, read_prompt
-from spt_jax.report import comparison_table
+from spt_jax.reports.report import comparison_table
+from spt_jax.runtime.files import write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,18 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from spt_jax import measure
-from spt_jax.base import describe_base
-from spt_jax.command_line import Job, config_json, parse_job
-from spt_jax.comparison import PREDICTIONS_FILE, Entry, ask, make_table, markdown, read_outside, ways
-from spt_jax.config import AnyMethod, resolve
+from spt_jax.bases.base import describe_base
 from spt_jax.errors import ConfigError
-from spt_jax.experiment import load_experiment
-from spt_jax.files import write_json, write_text
+from spt_jax.evaluation.predictions import predictions_jsonl
+from spt_jax.experiment.command_line import Job, config_json, parse_job
+from spt_jax.experiment.config import AnyMethod, resolve
+from spt_jax.experiment.run import load_experiment
+from spt_jax.experiment.workdir import CONFIG_FILE, check_workdir, held, input_paths, prepare_workdir
 from spt_jax.options import Pairs
-from spt_jax.plots import plot_comparison
-from spt_jax.predictions import predictions_jsonl
-from spt_jax.workdir import CONFIG_FILE, check_workdir, held, input_paths, prepare_workdir
+from spt_jax.reports.plots import plot_comparison
+from spt_jax.runtime import measure
+from spt_jax.runtime.files import write_json, write_text
+from spt_jax.studies.comparison import PREDICTIONS_FILE, Entry, ask, make_table, markdown, read_outside, ways
 
 PROGRAM = "python -m spt_jax compare"
 

@@ -4,19 +4,19 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from spt_jax.base import load_base
+from spt_jax.bases.base import load_base
 from spt_jax.commands.saved import Saved
 from spt_jax.data.sources import check_fields
 from spt_jax.data.templates import Template
 from spt_jax.errors import ConfigError
-from spt_jax.files import write_text
-from spt_jax.inspection import (
+from spt_jax.evaluation.inspection import (
     describe_prompt,
 )
 from spt_jax.interop import export_embeddings, export_npy, export_peft, export_peft_tasks, import_npy, import_peft
 from spt_jax.interop.peft import default_template
 from spt_jax.options import Line, Pairs
 from spt_jax.prompts.storage import load_prompt, read_prompt, save_prompt
+from spt_jax.runtime.files import write_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

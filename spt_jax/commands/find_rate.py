@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from spt_jax import measure
-from spt_jax.base import describe_base
-from spt_jax.command_line import Job, config_json, parse_job
-from spt_jax.config import AnyMethod, resolve
-from spt_jax.experiment import load_experiment
-from spt_jax.files import write_json
-from spt_jax.plots import plot_range_test
+from spt_jax.bases.base import describe_base
+from spt_jax.experiment.command_line import Job, config_json, parse_job
+from spt_jax.experiment.config import AnyMethod, resolve
+from spt_jax.experiment.run import load_experiment
+from spt_jax.experiment.workdir import CONFIG_FILE, check_workdir, held, input_paths, prepare_workdir
+from spt_jax.reports.plots import plot_range_test
+from spt_jax.runtime import measure
+from spt_jax.runtime.files import write_json
 from spt_jax.training.loop import progress_bar
 from spt_jax.training.optimizers import resolve_optimizer
 from spt_jax.training.population import Member
 from spt_jax.training.rate_finder import range_test
-from spt_jax.workdir import CONFIG_FILE, check_workdir, held, input_paths, prepare_workdir
 
 PROGRAM = "python -m spt_jax find-rate"
 

@@ -4,14 +4,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from spt_jax.attribution import ablate, attention_received
-from spt_jax.base import FrozenBase
+from spt_jax.bases.base import FrozenBase
 from spt_jax.commands.saved import Saved, bank_of, encoder_for
 from spt_jax.data.sources import check_fields, read_records
 from spt_jax.errors import CheckpointError, ConfigError
-from spt_jax.evaluation import make_evaluation_set
-from spt_jax.files import write_json
-from spt_jax.inspection import (
+from spt_jax.evaluation.attribution import ablate, attention_received
+from spt_jax.evaluation.evaluate import make_evaluation_set
+from spt_jax.evaluation.inspection import (
     ablation_lines,
     attention_lines,
     compared_rows,
@@ -23,9 +22,10 @@ from spt_jax.inspection import (
     similarity_map,
     started_from,
 )
-from spt_jax.plots import plot_inspection
 from spt_jax.prompts.storage import SavedPrompt, load_prompt, read_prompt
 from spt_jax.prompts.transfer import ranked_sources
+from spt_jax.reports.plots import plot_inspection
+from spt_jax.runtime.files import write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from spt_jax.base import FrozenBase, load_base
+from spt_jax.bases.base import FrozenBase, load_base
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.templates import Template
 from spt_jax.errors import CheckpointError, did_you_mean

@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from spt_jax import measure
-from spt_jax.base import describe_base, load_base
+from spt_jax.bases.base import describe_base, load_base
 from spt_jax.errors import ConfigError
+from spt_jax.runtime import measure
+from spt_jax.runtime.sharding import MeshConfig, make_mesh
 from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.engine import Engine
-from spt_jax.sharding import MeshConfig, make_mesh
 
 if TYPE_CHECKING:
     from spt_jax.serving.service import Service

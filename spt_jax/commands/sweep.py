@@ -10,16 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from spt_jax import measure, signals
-from spt_jax.base import describe_base
-from spt_jax.command_line import Job, config_json, first_command, parse_job
-from spt_jax.config import AnyMethod, resolve
+from spt_jax.bases.base import describe_base
 from spt_jax.errors import ConfigError, TrainingError
-from spt_jax.experiment import input_digests
-from spt_jax.files import write_json
-from spt_jax.plots import plot_sweep
-from spt_jax.sweeps.plateau import Estimate, check_records, has_plateaued, shortest_of_the_best
-from spt_jax.sweeps.results import (
+from spt_jax.experiment.command_line import Job, config_json, first_command, parse_job
+from spt_jax.experiment.config import AnyMethod, resolve
+from spt_jax.experiment.run import input_digests
+from spt_jax.experiment.workdir import check_workdir, held, input_paths, open_workdir
+from spt_jax.reports.plots import plot_sweep
+from spt_jax.runtime import measure, signals
+from spt_jax.runtime.files import write_json
+from spt_jax.studies.plateau import Estimate, check_records, has_plateaued, shortest_of_the_best
+from spt_jax.studies.results import (
     LENGTH,
     Score,
     ask_together,
@@ -30,8 +31,8 @@ from spt_jax.sweeps.results import (
     scored,
     trial_score,
 )
-from spt_jax.sweeps.settings import flag_words, named, parse_field, settings
-from spt_jax.sweeps.trials import (
+from spt_jax.studies.settings import flag_words, named, parse_field, settings
+from spt_jax.studies.trials import (
     Preparation,
     Row,
     Trial,
@@ -42,7 +43,6 @@ from spt_jax.sweeps.trials import (
     write_rows,
 )
 from spt_jax.training.halving import Halving
-from spt_jax.workdir import check_workdir, held, input_paths, open_workdir
 
 PROGRAM = "python -m spt_jax sweep"
 

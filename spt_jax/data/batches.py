@@ -16,10 +16,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from spt_jax.data.encoder import Example
+from spt_jax.data.examples import Example
 from spt_jax.errors import DataError
 from spt_jax.models.attention import Stream
-from spt_jax.sharding import ROWS, replicated, row_sharding, row_shards
+from spt_jax.runtime.sharding import ROWS, replicated, row_sharding, row_shards
 
 
 @jax.tree_util.register_dataclass

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from spt_jax.data.batches import BatchPlan, pack
-from spt_jax.data.encoder import Example
+from spt_jax.data.examples import Example
 
 
 def show_example(example: Example, tokenizer: Any, vocab_size: int) -> str:

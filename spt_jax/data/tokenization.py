@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from spt_jax.bases.tokenizer import tokenizer_panics
 from spt_jax.errors import DataError
-from spt_jax.models.tokenizer import tokenizer_panics
 
 # Text that is encoded in front of a continuation and cut off again. The first that does not merge with it is used.
 _ANCHORS = ("\n", "a", ".", "0", "\x00")

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from spt_jax.base import FrozenBase
+from spt_jax.bases.base import FrozenBase
 from spt_jax.data.encoder import Encoder
 from spt_jax.errors import CheckpointError, ConfigError
-from spt_jax.files import write_bytes
-from spt_jax.forward import embed_stream
+from spt_jax.inference.forward import embed_stream
 from spt_jax.models.attention import Stream
 from spt_jax.prompts import PromptTuning, VirtualPrompt
 from spt_jax.prompts.reading import check_finite, read_npy
 from spt_jax.prompts.storage import SavedPrompt
+from spt_jax.runtime.files import write_bytes
 
 
 def import_npy(path: str | Path, base: FrozenBase) -> tuple[PromptTuning, VirtualPrompt]:

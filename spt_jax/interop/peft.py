@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from spt_jax.base import FrozenBase, output_matrix
+from spt_jax.bases.base import FrozenBase, output_matrix
 from spt_jax.data.templates import HeadKind
 from spt_jax.data.tokenization import adds_bos, tokenization_of
 from spt_jax.errors import CheckpointError, ConfigError
@@ -28,7 +28,7 @@ from spt_jax.prompts import DeepPrompts, LlamaAdapter, Method, PrefixTuning, Pro
 from spt_jax.prompts.reading import check_directory, check_tensors, read_json, read_tensors, tensor_headers
 from spt_jax.prompts.storage import INFO_FILE
 from spt_jax.prompts.virtual import Head, KeysValues
-from spt_jax.sharding import to_host
+from spt_jax.runtime.sharding import to_host
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

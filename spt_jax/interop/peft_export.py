@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from spt_jax.base import FrozenBase
+from spt_jax.bases.base import FrozenBase
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.templates import MESSAGES, Field, HeadKind, parse
 from spt_jax.errors import ConfigError

@@ -28,7 +28,7 @@ from spt_jax.models.config import DecoderConfig
 from spt_jax.models.kernels import Kernel
 from spt_jax.models.layers import Linear, Mlp, Norm, rotate, rotation
 from spt_jax.models.ring import ring_attend, splits
-from spt_jax.sharding import ROWS, constrain, row_shards
+from spt_jax.runtime.sharding import ROWS, constrain, row_shards
 
 KeysValues = tuple[Float[Array, "*L B T K H"], Float[Array, "*L B T K H"]]
 

@@ -15,10 +15,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-from spt_jax import measure
 from spt_jax.errors import ConfigError
 from spt_jax.models.config import DecoderConfig
-from spt_jax.sharding import ROWS, fitting
+from spt_jax.runtime import measure
+from spt_jax.runtime.sharding import ROWS, fitting
 
 Kernel = Literal["xla", "cudnn", "splash"]
 KernelChoice = Literal["auto", "xla", "cudnn", "splash"]

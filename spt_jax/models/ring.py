@@ -26,7 +26,7 @@ from spt_jax.models.attention import (
     visible,
     within_window,
 )
-from spt_jax.sharding import ROWS, row_shards
+from spt_jax.runtime.sharding import ROWS, row_shards
 
 AXIS = "sequence"
 

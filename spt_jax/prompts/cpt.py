@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from spt_jax.base import FrozenBase, embed
+from spt_jax.bases.base import FrozenBase, embed
+from spt_jax.bases.checkpoint import Params
 from spt_jax.data.tokenization import Tokenization
 from spt_jax.errors import ConfigError
 from spt_jax.models.decoder import Decoder
-from spt_jax.models.hf import Params
 from spt_jax.options import Line
 from spt_jax.prompts.initializers import initialize
 from spt_jax.prompts.method import DEFAULT_LENGTH, PromptParams, TokenMethod

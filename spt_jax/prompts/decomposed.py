@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from spt_jax.base import FrozenBase
+from spt_jax.bases.base import FrozenBase
+from spt_jax.bases.checkpoint import Params
 from spt_jax.errors import ConfigError
 from spt_jax.models.decoder import Decoder
-from spt_jax.models.hf import Params
 from spt_jax.prompts.initializers import initialize
 from spt_jax.prompts.method import TokenMethod
 from spt_jax.prompts.virtual import VirtualPrompt

@@ -7,11 +7,11 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from spt_jax.base import FrozenBase
+from spt_jax.bases.base import FrozenBase
+from spt_jax.bases.checkpoint import Params
 from spt_jax.data.templates import HeadKind
 from spt_jax.errors import ConfigError
 from spt_jax.models.decoder import Decoder
-from spt_jax.models.hf import Params
 from spt_jax.prompts.prefix_tuning import PrefixTuning
 from spt_jax.prompts.virtual import Head, VirtualPrompt
 

@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 from jaxtyping import Array, Float, Key
 
-from spt_jax.base import FrozenBase, embedding_table
+from spt_jax.bases.base import FrozenBase, embedding_table
 from spt_jax.data.tokenization import check_ids, tokenization_of
 from spt_jax.errors import ConfigError
 from spt_jax.prompts.reading import read_npy

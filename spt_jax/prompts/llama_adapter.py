@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from spt_jax.base import FrozenBase
+from spt_jax.bases.base import FrozenBase
+from spt_jax.bases.checkpoint import Params
 from spt_jax.errors import ConfigError
 from spt_jax.models.attention import GatedPrefix
 from spt_jax.models.decoder import Decoder
-from spt_jax.models.hf import Params
 from spt_jax.models.layers import Norm, dense
 from spt_jax.prompts.method import DEFAULT_LENGTH, Method
 from spt_jax.prompts.virtual import VirtualPrompt

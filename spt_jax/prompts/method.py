@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
-from spt_jax.base import FrozenBase
+from spt_jax.bases.base import FrozenBase
+from spt_jax.bases.checkpoint import Params
 from spt_jax.errors import ConfigError
 from spt_jax.models.decoder import Decoder
-from spt_jax.models.hf import Params
 from spt_jax.prompts.initializers import Initializer
 from spt_jax.prompts.virtual import VirtualPrompt
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from spt_jax.base import FrozenBase, embed, run_layers
+from spt_jax.bases.base import FrozenBase, embed, run_layers
+from spt_jax.bases.checkpoint import Params
 from spt_jax.errors import ConfigError
 from spt_jax.models.attention import Stream
 from spt_jax.models.decoder import Decoder
-from spt_jax.models.hf import Params
 from spt_jax.prompts.initializers import Initializer, initialize
 from spt_jax.prompts.method import DEFAULT_LENGTH, Method, PromptParams
 from spt_jax.prompts.virtual import KeysValues, VirtualPrompt

@@ -24,10 +24,9 @@ import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
-from spt_jax.base import FINGERPRINT_VERSION, Fingerprint, FrozenBase
+from spt_jax.bases.base import FINGERPRINT_VERSION, Fingerprint, FrozenBase
 from spt_jax.data.templates import Template
 from spt_jax.errors import CheckpointError, did_you_mean
-from spt_jax.files import sync_directory
 from spt_jax.models.attention import GatedPrefix
 from spt_jax.prompts.initializers import Initializer
 from spt_jax.prompts.method import Method
@@ -40,7 +39,8 @@ from spt_jax.prompts.reading import (
     tensor_headers,
 )
 from spt_jax.prompts.virtual import Head, KeysValues, VirtualPrompt
-from spt_jax.sharding import replicated
+from spt_jax.runtime.files import sync_directory
+from spt_jax.runtime.sharding import replicated
 
 FORMAT = 1
 PARAMS_FILE = "prompt.safetensors"

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from spt_jax.base import FrozenBase, embedding_table
+from spt_jax.bases.base import FrozenBase, embedding_table
 from spt_jax.errors import ConfigError
 from spt_jax.prompts.virtual import VirtualPrompt
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Literal
 
-from spt_jax.generation import Generated
+from spt_jax.inference.generation import Generated
 from spt_jax.serving import protocol as api
 from spt_jax.serving.engine import Request, Ticket
 from spt_jax.serving.metrics import Metrics

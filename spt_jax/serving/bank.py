@@ -11,19 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spt_jax.base import FrozenBase
+from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import round_up
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.templates import MESSAGES, Template
 from spt_jax.errors import CheckpointError, ConfigError, did_you_mean
-from spt_jax.generation import BUCKET, programs
+from spt_jax.inference.generation import BUCKET, programs
 from spt_jax.interop.peft import CONFIG_FILE as PEFT_CONFIG
 from spt_jax.interop.peft import default_template, import_peft
 from spt_jax.models.attention import Prefix
 from spt_jax.prompts.stacking import stack_prompts
 from spt_jax.prompts.storage import SavedPrompt, load_prompt
 from spt_jax.prompts.virtual import VirtualPrompt
-from spt_jax.sharding import replicated
+from spt_jax.runtime.sharding import replicated
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 
 from spt_jax.data.batches import bucket, multiples, pack, place_batch, plan_batches, round_up
-from spt_jax.data.encoder import Example
+from spt_jax.data.examples import Example
 from spt_jax.errors import ConfigError
-from spt_jax.evaluation import log_softmax, row_scores
-from spt_jax.generation import BUCKET
+from spt_jax.evaluation.evaluate import log_softmax, row_scores
+from spt_jax.inference.generation import BUCKET
+from spt_jax.runtime.sharding import to_host
 from spt_jax.serving.bank import Entry, Held, PromptBank, overflow
-from spt_jax.sharding import to_host
 
 _row_scores = functools.partial(jax.jit, static_argnums=(0, 1))(row_scores)
 

@@ -14,9 +14,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spt_jax.data.batches import bucket, round_up
-from spt_jax.decoding import ALTERNATIVES, RowSampling
 from spt_jax.errors import ConfigError, DataError
-from spt_jax.generation import (
+from spt_jax.inference.decoding import ALTERNATIVES, RowSampling
+from spt_jax.inference.generation import (
     BUCKET,
     NO_ID,
     Endings,
@@ -30,10 +30,10 @@ from spt_jax.generation import (
     stop_end,
 )
 from spt_jax.models.attention import Cache
+from spt_jax.runtime.sharding import replicated, row_sharding, row_shards
 from spt_jax.serving.bank import Held, PromptBank, overflow
 from spt_jax.serving.fairness import Sender, Turns
 from spt_jax.serving.slots import LEAST, MAX_ENDS, MOST, NewTokens, RequestIds, Slots, Until, admit, decode, empty_slots
-from spt_jax.sharding import replicated, row_sharding, row_shards
 
 # Seconds between two looks of the host: at new requests, and at what has ended.
 LOOK = 0.02

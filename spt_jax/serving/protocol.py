@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from spt_jax.decoding import ALTERNATIVES
+from spt_jax.inference.decoding import ALTERNATIVES
 
 MAX_TEXTS = 64
 MAX_FIELDS = 100

@@ -8,17 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from spt_jax.base import FrozenBase, logits
+from spt_jax.bases.base import FrozenBase, logits
+from spt_jax.bases.checkpoint import Params
 from spt_jax.data.batches import bucket
-from spt_jax.decoding import likeliest
-from spt_jax.forward import run_stream
-from spt_jax.generation import BUCKET
+from spt_jax.inference.decoding import likeliest
+from spt_jax.inference.forward import run_stream
+from spt_jax.inference.generation import BUCKET
 from spt_jax.models.attention import Prefix, Stream
 from spt_jax.models.decoder import Decoder
-from spt_jax.models.hf import Params
 from spt_jax.prompts.virtual import VirtualPrompt
+from spt_jax.runtime.sharding import to_host
 from spt_jax.serving.bank import NOTHING, Entry, hold, overflow
-from spt_jax.sharding import to_host
 
 
 @dataclasses.dataclass(frozen=True)

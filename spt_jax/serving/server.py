@@ -19,7 +19,7 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, Response, Streami
 from pydantic import BaseModel
 
 from spt_jax.errors import ConfigError, SptError
-from spt_jax.evaluation import log_softmax
+from spt_jax.evaluation.evaluate import log_softmax
 from spt_jax.serving import protocol as api
 from spt_jax.serving.answers import Answer, Choice, chat_logprobs, completion_logprobs
 from spt_jax.serving.fairness import sender_of

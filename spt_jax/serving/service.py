@@ -18,7 +18,7 @@ import numpy as np
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.templates import MESSAGES, Template
 from spt_jax.errors import SptError, did_you_mean
-from spt_jax.generation import SamplingConfig, continuation_text, is_opening
+from spt_jax.inference.generation import SamplingConfig, continuation_text, is_opening
 from spt_jax.serving import protocol as api
 from spt_jax.serving.answers import Choice
 from spt_jax.serving.bank import Entry, Held, PromptBank

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from spt_jax.base import logits
-from spt_jax.decoding import ALTERNATIVES, RowSampling, likeliest, next_tokens
-from spt_jax.forward import run_stream
+from spt_jax.bases.base import logits
+from spt_jax.bases.checkpoint import Params
+from spt_jax.inference.decoding import ALTERNATIVES, RowSampling, likeliest, next_tokens
+from spt_jax.inference.forward import run_stream
 from spt_jax.models.attention import NEVER, Cache, Prefix, Stream, to_cache
 from spt_jax.models.decoder import Decoder
-from spt_jax.models.hf import Params
 from spt_jax.prompts.virtual import VirtualPrompt
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from spt_jax.errors import ConfigError, SptError
-from spt_jax.generation import Generated
+from spt_jax.inference.generation import Generated
 from spt_jax.serving.engine import NOBODY, Engine, Request, Ticket
 from spt_jax.serving.fairness import has_share
 

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from spt_jax.bases.checkpoint import parameter_shapes
 from spt_jax.data.batches import Batch, BatchPlan
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.decoder import Remat
-from spt_jax.models.hf import parameter_shapes
 from spt_jax.models.vocabulary import CHUNK_LOGITS, CHUNK_ROWS
-from spt_jax.sharding import row_shards, sharded_shapes
+from spt_jax.runtime.sharding import row_shards, sharded_shapes
 
 
 @dataclasses.dataclass(frozen=True)

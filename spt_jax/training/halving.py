@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from spt_jax.base import FrozenBase
-from spt_jax.checkpoints import Checkpoints
-from spt_jax.config import TrainConfig
+from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import place_batch, training_batches
 from spt_jax.errors import ConfigError
-from spt_jax.evaluation import selection_score
+from spt_jax.evaluation.evaluate import selection_score
 from spt_jax.prompts import PromptParams
+from spt_jax.training.checkpoints import Checkpoints
+from spt_jax.training.config import TrainConfig
 from spt_jax.training.logs import MetricsLog, NoLog
 from spt_jax.training.loop import Best, Stopped, graceful_stop, progress_bar
 from spt_jax.training.optimizers import OptimizerConfig

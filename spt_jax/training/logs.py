@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spt_jax.config import LogConfig
 from spt_jax.errors import CheckpointError, ConfigError
-from spt_jax.files import write_text, writing
+from spt_jax.runtime.files import write_text, writing
+from spt_jax.training.config import LogConfig
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -15,15 +15,15 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from spt_jax import measure, processes, signals
-from spt_jax.base import FrozenBase
-from spt_jax.checkpoints import Checkpoints, DamagedError
-from spt_jax.config import TrainConfig
+from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import Batch, BatchPlan, place_batch, training_batches
-from spt_jax.data.encoder import Example
+from spt_jax.data.examples import Example
 from spt_jax.errors import TrainingError
-from spt_jax.evaluation import selection_score
+from spt_jax.evaluation.evaluate import selection_score
 from spt_jax.prompts import Method, PromptParams
+from spt_jax.runtime import measure, processes, signals
+from spt_jax.training.checkpoints import Checkpoints, DamagedError
+from spt_jax.training.config import TrainConfig
 from spt_jax.training.cost import step_flops, step_shape
 from spt_jax.training.logs import MetricsLog
 from spt_jax.training.overflow import explain

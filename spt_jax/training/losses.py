@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from spt_jax.data.batches import Rows
 from spt_jax.data.reading import END, START
 from spt_jax.errors import ConfigError
-from spt_jax.forward import Readings, group_scores
+from spt_jax.inference.forward import Readings, group_scores
 
 Loss = tuple[Float[Array, ""], Float[Array, ""]]
 

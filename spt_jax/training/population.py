@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from spt_jax.base import FrozenBase
+from spt_jax.bases.base import FrozenBase
+from spt_jax.bases.checkpoint import Params
 from spt_jax.data.batches import Batch, BatchPlan
-from spt_jax.data.encoder import Example
+from spt_jax.data.examples import Example
 from spt_jax.errors import ConfigError
 from spt_jax.models.decoder import Decoder
-from spt_jax.models.hf import Params
 from spt_jax.prompts import Method, PromptParams, PromptTuning
-from spt_jax.sharding import replicated
+from spt_jax.runtime.sharding import replicated
 from spt_jax.training.optimizers import OptimizerConfig, make_optimizer
 from spt_jax.training.step import Metrics, Objective, TrainState, train_step
 

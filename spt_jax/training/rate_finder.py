@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from spt_jax.base import FrozenBase
+from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import place_batch, training_batches
 from spt_jax.errors import ConfigError, TrainingError
 from spt_jax.training.optimizers import OptimizerConfig

@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from spt_jax.base import FrozenBase
+from spt_jax.bases.base import FrozenBase
+from spt_jax.bases.checkpoint import Params
 from spt_jax.data.batches import Batch, Rows
-from spt_jax.forward import encode_prefix, lead_logits, output_readings
+from spt_jax.inference.forward import encode_prefix, lead_logits, output_readings
 from spt_jax.models.attention import Prefix
 from spt_jax.models.decoder import Decoder
-from spt_jax.models.hf import Params
 from spt_jax.prompts import Method, PromptParams, VirtualPrompt
-from spt_jax.sharding import replicated
+from spt_jax.runtime.sharding import replicated
 from spt_jax.training.losses import LOSSES, context_loss
 
 Metrics = dict[str, Float[Array, ""]]

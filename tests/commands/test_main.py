@@ -8,7 +8,7 @@ import pytest
 
 import spt_jax
 from spt_jax.__main__ import main
-from spt_jax.inspection import nearest_tokens
+from spt_jax.evaluation.inspection import nearest_tokens
 from spt_jax.testing import tiny_base, write_tiny_checkpoint
 
 

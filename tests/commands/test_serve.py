@@ -16,7 +16,7 @@ import pytest
 
 import spt_jax
 from spt_jax.__main__ import main
-from spt_jax.base import STARTER
+from spt_jax.bases.base import STARTER
 from spt_jax.commands.serve import ADMIN_KEY, Serve
 from spt_jax.commands.serve import start as start_service
 

@@ -14,12 +14,12 @@ import pytest
 
 import train
 from spt_jax.__main__ import main
-from spt_jax.command_line import load_config_file
-from spt_jax.evaluation import selection_score
-from spt_jax.sweeps.results import scored
-from spt_jax.sweeps.trials import Trial
+from spt_jax.evaluation.evaluate import selection_score
+from spt_jax.experiment.command_line import load_config_file
+from spt_jax.experiment.workdir import MARKER, prepare_workdir
+from spt_jax.studies.results import scored
+from spt_jax.studies.trials import Trial
 from spt_jax.training import halving
-from spt_jax.workdir import MARKER, prepare_workdir
 from tests.jobs import ROOT, arrays, words, write_task
 
 QUICK = ("--train.steps", "8", "--train.evaluate-every", "4", "--train.checkpoint-every", "4")

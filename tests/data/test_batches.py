@@ -16,10 +16,10 @@ from spt_jax.data.batches import (
     slots,
     training_batches,
 )
-from spt_jax.data.encoder import Example
+from spt_jax.data.examples import Example
 from spt_jax.errors import DataError
 from spt_jax.models.attention import visible
-from spt_jax.sharding import MeshConfig, make_mesh
+from spt_jax.runtime.sharding import MeshConfig, make_mesh
 from tests.examples import HEAD, KINDS, random_examples
 
 _visible = jax.jit(lambda stream: visible(stream, stream.positions, stream.segments))

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from spt_jax.data.encoder import Encoder, Example
+from spt_jax.data.encoder import Encoder
+from spt_jax.data.examples import Example
 from spt_jax.data.templates import Template, virtual_length
 from spt_jax.data.tokenization import Tokenization
 from spt_jax.errors import ConfigError, DataError

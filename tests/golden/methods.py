@@ -14,12 +14,12 @@ import numpy as np
 import optax
 import safetensors.numpy
 
-from spt_jax.base import FrozenBase
+from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import pack, place_batch, plan_batches
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.templates import Template
-from spt_jax.evaluation import make_evaluation_set, score
-from spt_jax.generation import SamplingConfig, generate
+from spt_jax.evaluation.evaluate import make_evaluation_set, score
+from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.prompts import METHODS, Method, PromptParams
 from spt_jax.prompts.storage import load_prompt, save_prompt
 from spt_jax.testing import tiny_base

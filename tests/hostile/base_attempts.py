@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from spt_jax.base import load_base
+from spt_jax.bases.base import load_base
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.templates import Template
 from spt_jax.errors import SptError

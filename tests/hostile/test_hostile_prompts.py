@@ -14,7 +14,7 @@ import pytest
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.templates import Template
 from spt_jax.errors import SptError
-from spt_jax.inspection import describe_prompt
+from spt_jax.evaluation.inspection import describe_prompt
 from spt_jax.interop import import_npy, import_peft
 from spt_jax.interop.peft import default_template
 from spt_jax.prompts import DeepPrompts, LlamaAdapter, PrefixTuning, PromptTuning, initializers

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from spt_jax.bases.checkpoint import parameter_shapes
 from spt_jax.errors import ConfigError
 from spt_jax.models.config import DecoderConfig, RopeConfig, decoder_config
-from spt_jax.models.hf import parameter_shapes
 from spt_jax.testing import tiny_config
 
 # Fields of published config.json files, and the parameters that their model cards and checkpoints count.

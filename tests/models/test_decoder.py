@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from spt_jax.base import embed, logits, run_layers
+from spt_jax.bases.base import embed, logits, run_layers
 from spt_jax.models.attention import Cache, Prefix, to_cache
 from spt_jax.testing import FAMILIES, tiny_base
 from tests.golden.cases import CASES, GOLDEN, KEPT, LENGTH, token_ids

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from spt_jax.base import load_base
+from spt_jax.bases.base import load_base
+from spt_jax.bases.ends import declared_ends
 from spt_jax.errors import CheckpointError
-from spt_jax.models.ends import declared_ends
 from spt_jax.testing import EOS_ID, tiny_tokenizer, write_tiny_checkpoint
 
 

@@ -11,11 +11,11 @@ import pytest
 import safetensors.numpy
 from jax.sharding import SingleDeviceSharding
 
-from spt_jax.base import read_config
+from spt_jax.bases.base import read_config
+from spt_jax.bases.checkpoint import read_params, write_checkpoint
 from spt_jax.errors import CheckpointError
 from spt_jax.models import hf
 from spt_jax.models.config import decoder_config
-from spt_jax.models.hf import read_params, write_checkpoint
 from spt_jax.testing import FAMILIES, random_params, tiny_config, write_tiny_checkpoint
 
 WEIGHTS = "model.safetensors"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from spt_jax.base import DTYPES, default_dtype, describe_base, load_base
+from spt_jax.bases.base import DTYPES, default_dtype, describe_base, load_base
 from spt_jax.data.batches import pack, plan_batches
 from spt_jax.errors import ConfigError
 from spt_jax.models import kernels
@@ -17,7 +17,7 @@ from spt_jax.models.attention import Scoring, Source, attend
 from spt_jax.models.config import decoder_config
 from spt_jax.models.kernels import FUSED, KERNELS, check_kernel, choose_kernel
 from spt_jax.prompts import PromptTuning
-from spt_jax.sharding import AXES, MeshConfig, make_mesh
+from spt_jax.runtime.sharding import AXES, MeshConfig, make_mesh
 from spt_jax.testing import tiny_base, tiny_config, write_tiny_checkpoint
 from spt_jax.training.optimizers import OptimizerConfig, resolve_optimizer
 from spt_jax.training.population import Member, init_members, make_population_step, stack_batches

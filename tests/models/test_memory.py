@@ -10,15 +10,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from spt_jax.bases.checkpoint import parameter_shapes, write_checkpoint
 from spt_jax.models.config import decoder_config
-from spt_jax.models.hf import parameter_shapes, write_checkpoint
 from spt_jax.testing import tiny_config, write_tiny_checkpoint
 
 SIZES = {"vocab_size": 32_000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}
 
 CHILD = """
 import json, sys, threading
-from spt_jax.base import load_base
+from spt_jax.bases.base import load_base
 
 small, large, dtype = sys.argv[1:]
 

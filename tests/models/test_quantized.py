@@ -7,14 +7,14 @@ import pytest
 
 import spt_jax
 import train
-from spt_jax.base import load_base, logits, run_layers
-from spt_jax.generation import SamplingConfig, generate
+from spt_jax.bases.base import load_base, logits, run_layers
+from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.models.attention import Stream
 from spt_jax.models.layers import Quantized, dense
 from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning
+from spt_jax.runtime.sharding import MeshConfig, make_mesh
 from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.engine import Engine, Request
-from spt_jax.sharding import MeshConfig, make_mesh
 from spt_jax.testing import tiny_base
 from tests.jobs import losses, words, write_task
 

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from spt_jax.models.attention import Scoring, Source, Stream, attend, visible, within_window
 from spt_jax.models.ring import ring_attend, splits
-from spt_jax.sharding import MeshConfig, make_mesh
+from spt_jax.runtime.sharding import MeshConfig, make_mesh
 
 B, T, N, K, H = 2, 24, 4, 2, 6
 PREFIX = 5

@@ -8,7 +8,7 @@ import safetensors.numpy
 
 torch = pytest.importorskip("torch")
 
-from spt_jax.base import embed, load_base, logits, run_layers
+from spt_jax.bases.base import embed, load_base, logits, run_layers
 from spt_jax.models.attention import Cache, Prefix, to_cache
 from spt_jax.testing import write_tiny_checkpoint
 from tests.golden.cases import CASES, LENGTH, token_ids

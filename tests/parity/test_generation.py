@@ -6,8 +6,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from spt_jax.base import load_base
-from spt_jax.generation import SamplingConfig, generate
+from spt_jax.bases.base import load_base
+from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.prompts import VirtualPrompt
 from spt_jax.testing import EOS_ID, write_tiny_checkpoint
 

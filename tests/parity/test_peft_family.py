@@ -12,10 +12,10 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-from spt_jax.base import load_base
+from spt_jax.bases.base import load_base
 from spt_jax.data.batches import pack, plan_batches
-from spt_jax.data.encoder import Example
-from spt_jax.forward import encode_prefix, output_logits
+from spt_jax.data.examples import Example
+from spt_jax.inference.forward import encode_prefix, output_logits
 from spt_jax.prompts import ContextPromptTuning, LlamaAdapter, MultitaskPromptTuning, PrefixTuning, PTuning
 from spt_jax.testing import write_tiny_checkpoint
 from spt_jax.training.step import Objective, loss_and_gradient

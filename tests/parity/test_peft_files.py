@@ -13,11 +13,11 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-from spt_jax.base import load_base
+from spt_jax.bases.base import load_base
 from spt_jax.data.batches import pack, plan_batches
-from spt_jax.data.encoder import Example
+from spt_jax.data.examples import Example
 from spt_jax.data.templates import Template
-from spt_jax.forward import encode_prefix, output_logits, read_logits
+from spt_jax.inference.forward import encode_prefix, output_logits, read_logits
 from spt_jax.interop import export_embeddings, export_peft, export_peft_tasks, import_peft
 from spt_jax.prompts import DeepPrompts, PromptTuning, VirtualPrompt
 from spt_jax.prompts.storage import load_prompt, save_prompt

@@ -7,9 +7,9 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-from spt_jax.base import load_base
+from spt_jax.bases.base import load_base
 from spt_jax.data.templates import Template
-from spt_jax.generation import SamplingConfig, generate
+from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.interop import export_peft
 from spt_jax.prompts import PrefixTuning
 from spt_jax.prompts.storage import load_prompt, save_prompt

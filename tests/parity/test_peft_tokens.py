@@ -9,9 +9,10 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-from spt_jax.base import load_base
+from spt_jax.bases.base import load_base
 from spt_jax.data.batches import pack, plan_batches
-from spt_jax.data.encoder import Encoder, Example
+from spt_jax.data.encoder import Encoder
+from spt_jax.data.examples import Example
 from spt_jax.data.templates import Template
 from spt_jax.errors import ConfigError
 from spt_jax.interop import export_peft, export_peft_tasks, import_peft

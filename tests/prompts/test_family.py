@@ -13,17 +13,17 @@ import numpy as np
 import optax
 import pytest
 
-from spt_jax.checkpoints import Checkpoints
 from spt_jax.data.batches import pack, plan_batches
-from spt_jax.data.encoder import Example
+from spt_jax.data.examples import Example
 from spt_jax.data.templates import Template
 from spt_jax.errors import ConfigError
-from spt_jax.forward import encode_prefix, output_logits
-from spt_jax.generation import SamplingConfig, generate
+from spt_jax.inference.forward import encode_prefix, output_logits
+from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.prompts import METHODS
 from spt_jax.prompts.storage import load_prompt, save_prompt
-from spt_jax.sharding import MeshConfig, make_mesh, replicated
+from spt_jax.runtime.sharding import MeshConfig, make_mesh, replicated
 from spt_jax.testing import tiny_base
+from spt_jax.training.checkpoints import Checkpoints
 from spt_jax.training.step import init_state, loss_and_gradient, make_train_step
 from tests.examples import QUICK_COMPILE, random_examples
 from tests.family import batch_of, fit_ids, has_head, method_of, moved_params, objective_of, task_of, tasks_of

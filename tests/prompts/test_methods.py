@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from spt_jax.data.batches import pack, plan_batches
-from spt_jax.data.encoder import Example
+from spt_jax.data.examples import Example
 from spt_jax.data.templates import Template
 from spt_jax.errors import ConfigError
-from spt_jax.forward import encode_prefix, output_logits
+from spt_jax.inference.forward import encode_prefix, output_logits
 from spt_jax.prompts import (
     METHODS,
     ContextPromptTuning,

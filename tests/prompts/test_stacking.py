@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from spt_jax.data.batches import multiples, pack, place_batch, plan_batches
-from spt_jax.data.encoder import Example
+from spt_jax.data.examples import Example
 from spt_jax.errors import ConfigError
-from spt_jax.forward import encode_prefix, output_logits
-from spt_jax.generation import SamplingConfig, generate
+from spt_jax.inference.forward import encode_prefix, output_logits
+from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.models.attention import GatedPrefix
 from spt_jax.prompts.stacking import stack_prompts
 from spt_jax.prompts.virtual import Head, KeysValues, VirtualPrompt
-from spt_jax.sharding import MeshConfig, make_mesh
+from spt_jax.runtime.sharding import MeshConfig, make_mesh
 from spt_jax.testing import tiny_base
 from tests.examples import QUICK_COMPILE, VOCAB
 

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from spt_jax.base import FrozenBase
+from spt_jax.bases.base import FrozenBase
 from spt_jax.data.templates import Template
 from spt_jax.errors import CheckpointError
 from spt_jax.prompts import PromptTuning, initializers
 from spt_jax.prompts.initializers import initialize
 from spt_jax.prompts.storage import load_prompt, read_prompt, save_prompt
 from spt_jax.prompts.virtual import Head, VirtualPrompt
-from spt_jax.sharding import MeshConfig, make_mesh, replicated
+from spt_jax.runtime.sharding import MeshConfig, make_mesh, replicated
 from spt_jax.testing import tiny_base
 from tests.disks import small_disk
 

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 import spt_jax
-from spt_jax.generation import SamplingConfig, generate
+from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.prompts import DecomposedPromptTuning, DeepPrompts, LlamaAdapter, PrefixTuning, PromptTuning
 from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.engine import Engine

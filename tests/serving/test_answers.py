@@ -8,11 +8,11 @@ import openai
 import pytest
 
 from spt_jax.data.batches import plan_batches
-from spt_jax.data.encoder import Example
-from spt_jax.evaluation import EvaluationConfig, EvaluationSet, make_evaluation_set, score
-from spt_jax.generation import SamplingConfig, generate
+from spt_jax.data.examples import Example
+from spt_jax.evaluation.evaluate import EvaluationConfig, EvaluationSet, make_evaluation_set, score
+from spt_jax.inference.generation import SamplingConfig, generate
+from spt_jax.runtime.sharding import MeshConfig, make_mesh
 from spt_jax.serving.answers import shown
-from spt_jax.sharding import MeshConfig, make_mesh
 from spt_jax.testing import tiny_base
 from tests.serving.conftest import CLASSES, PROMPTS, TEXTS, alone, bytes_of, serving
 

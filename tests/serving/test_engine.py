@@ -10,7 +10,7 @@ import pytest
 
 import spt_jax
 from spt_jax.errors import CheckpointError, ConfigError, DataError
-from spt_jax.generation import SamplingConfig, generate, token_text
+from spt_jax.inference.generation import SamplingConfig, generate, token_text
 from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning
 from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.engine import Engine, Request
@@ -283,7 +283,7 @@ def test_the_least_recently_used_leaves_the_device(bank: PromptBank, tmp_path):
 
 
 def test_on_a_mesh(tmp_path):
-    from spt_jax.sharding import MeshConfig, make_mesh
+    from spt_jax.runtime.sharding import MeshConfig, make_mesh
 
     base = tiny_base(mesh=make_mesh(MeshConfig(data=2, tensor=2)))
     bank = PromptBank(base)

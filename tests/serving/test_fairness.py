@@ -8,7 +8,7 @@ import httpx
 import numpy as np
 import pytest
 
-from spt_jax.generation import SamplingConfig
+from spt_jax.inference.generation import SamplingConfig
 from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.engine import Engine, Request
 from spt_jax.serving.fairness import Lane, Sender, Turns, has_share, sender_of

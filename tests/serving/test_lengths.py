@@ -88,7 +88,7 @@ def test_there_is_no_bound_where_text_may_vanish(name):
 def test_bounds_of_real_vocabularies(shared):
     from transformers import AutoTokenizer
 
-    from spt_jax.base import STARTER
+    from spt_jax.bases.base import STARTER
 
     folders = [STARTER, *(shared / "models" / "tokenizers" / name for name in ("gpt2", "llama2"))]
     found = [

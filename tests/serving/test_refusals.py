@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from spt_jax.errors import ConfigError
-from spt_jax.generation import SamplingConfig
+from spt_jax.inference.generation import SamplingConfig
 from spt_jax.serving.engine import Engine, Request
 from spt_jax.serving.protocol import CompletionRequest
 from spt_jax.serving.worker import EngineFailedError, Worker

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from spt_jax.errors import ConfigError
-from spt_jax.sweeps.plateau import Estimate, check_records, estimates, has_plateaued, shortest_of_the_best
+from spt_jax.studies.plateau import Estimate, check_records, estimates, has_plateaued, shortest_of_the_best
 
 
 def ladder(*means: float, error: float = 0.02) -> list[Estimate]:

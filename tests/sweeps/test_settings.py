@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from spt_jax.command_line import load_config_file
 from spt_jax.errors import ConfigError
-from spt_jax.sweeps.settings import Range, flag_words, parse_field, settings
+from spt_jax.experiment.command_line import load_config_file
+from spt_jax.studies.settings import Range, flag_words, parse_field, settings
 from tests.jobs import ROOT
 
 CONFIG = load_config_file(ROOT / "configs" / "local_files.py")

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spt_jax.config import TrainConfig
 from spt_jax.data.batches import pack, plan_batches
 from spt_jax.errors import TrainingError
 from spt_jax.prompts import PrefixTuning, PromptTuning
@@ -19,6 +18,7 @@ from spt_jax.prompts.initializers import uniform
 from spt_jax.testing import tiny_base
 from spt_jax.training import loop
 from spt_jax.training import step as module
+from spt_jax.training.config import TrainConfig
 from spt_jax.training.logs import NoLog
 from spt_jax.training.optimizers import make_optimizer
 from spt_jax.training.overflow import explain

@@ -10,7 +10,7 @@ import pytest
 
 from spt_jax.data.batches import Rows
 from spt_jax.errors import ConfigError
-from spt_jax.forward import Readings, group_scores, read_logits
+from spt_jax.inference.forward import Readings, group_scores, read_logits
 from spt_jax.models.attention import Stream
 from spt_jax.training.losses import LossConfig, verbalizer_loss, vocabulary_loss
 

@@ -10,14 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from spt_jax.config import TrainConfig
 from spt_jax.data.batches import place_batch, plan_batches, training_batches
-from spt_jax.data.encoder import Example
+from spt_jax.data.examples import Example
 from spt_jax.errors import ConfigError
 from spt_jax.prompts import PrefixTuning, PromptTuning, initializers
-from spt_jax.sharding import MeshConfig, make_mesh
+from spt_jax.runtime.sharding import MeshConfig, make_mesh
 from spt_jax.testing import tiny_base
 from spt_jax.training import halving as module
+from spt_jax.training.config import TrainConfig
 from spt_jax.training.halving import Halving, fit_population
 from spt_jax.training.logs import NoLog
 from spt_jax.training.loop import Stopped

@@ -12,15 +12,15 @@ import optax
 import pytest
 from flax import traverse_util
 
+from spt_jax.bases.checkpoint import parameter_shapes
 from spt_jax.data.batches import Batch, multiples, pack, place_batch, plan_batches
-from spt_jax.forward import embed_stream, encode_prefix, output_logits
+from spt_jax.inference.forward import embed_stream, encode_prefix, output_logits
 from spt_jax.models.attention import Stream
 from spt_jax.models.config import decoder_config
 from spt_jax.models.decoder import Decoder
-from spt_jax.models.hf import parameter_shapes
 from spt_jax.prompts import PromptTuning, VirtualPrompt
 from spt_jax.prompts.initializers import array, uniform
-from spt_jax.sharding import MeshConfig, make_mesh, parameter_sharding
+from spt_jax.runtime.sharding import MeshConfig, make_mesh, parameter_sharding
 from spt_jax.testing import tiny_base, tiny_config
 from spt_jax.training.step import Objective, init_state, loss_and_gradient, make_train_step, train_step
 from tests.examples import HEAD, QUICK_COMPILE, VIRTUAL, VOCAB, loss_alone, random_examples, same_gradient

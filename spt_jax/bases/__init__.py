@@ -1,0 +1,1 @@
+"""Frozen bases: their files, checkpoints, tokenizers and identity."""

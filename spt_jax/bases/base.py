@@ -1,0 +1,318 @@
+"""The frozen base: module, weights on their devices, tokenizer and identity."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from spt_jax.bases.checkpoint import Params, parameter_shapes, read_params
+from spt_jax.bases.ends import declared_ends
+from spt_jax.bases.files import CONFIG_BYTES, config_file, model_directory, read_json
+from spt_jax.bases.tokenizer import read_tokenizer as tokenizer_of
+from spt_jax.errors import CheckpointError, ConfigError, differing_fields
+from spt_jax.models.attention import Prefix, Stream
+from spt_jax.models.config import DecoderConfig, RopeConfig, decoder_config, hf_config
+from spt_jax.models.decoder import ATTENTION, Decoder, Remat
+from spt_jax.models.kernels import KernelChoice, check_kernel, choose_kernel
+from spt_jax.runtime import measure
+from spt_jax.runtime.sharding import check_divides, make_mesh, parameter_sharding, to_host
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+STARTER = Path(__file__).parents[1] / "assets" / "starter"
+
+
+# How a fingerprint names its facts. A reader translates lower numbers and refuses higher ones.
+FINGERPRINT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """What makes two bases the same function. Neither precision nor path is part of it.
+
+    Attributes:
+      config: sizes and options by their names in `DecoderConfig`. An option that is absent has its default, so that an
+        option added to the library leaves earlier fingerprints valid; the default of an option therefore never changes.
+      weights: SHA-256 of the tensors as stored, hexadecimal.
+      tokenizer: SHA-256 of the tokenizer, hexadecimal.
+      version: of the names in `config`.
+    """
+
+    config: Mapping[str, Any]
+    weights: str
+    tokenizer: str
+    version: int = FINGERPRINT_VERSION
+
+    def differences(self, other: "Fingerprint") -> list[str]:
+        """Sentences that name each field that differs."""
+        there, here = (
+            {**_facts(DecoderConfig, one.config), "weights": one.weights[:16], "tokenizer": one.tokenizer[:16]}
+            for one in (self, other)
+        )
+        return [f"{name} is {value!r} here, {old!r} there" for name, old, value in differing_fields(there, here)]
+
+
+def _facts(kind: type, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config as JSON values, those that are absent at their defaults."""
+    defaults = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
+    facts = json.loads(json.dumps({**defaults, **fields}))
+    if isinstance(facts.get("rope"), dict):
+        facts["rope"] = _facts(RopeConfig, facts["rope"])
+    return facts
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenBase:
+    """What `load_base` returns. `params` are the only arrays; pass them on as an argument, never close over them.
+
+    Attributes:
+      end_ids: every id that the model's files declare to end an answer.
+      attention_note: the words that say why `load_base` chose `module.attention`; empty if there is nothing to say.
+    """
+
+    name: str
+    revision: str | None
+    config: DecoderConfig
+    module: Decoder
+    params: Params
+    tokenizer: Any
+    end_ids: tuple[int, ...]
+    fingerprint: Fingerprint
+    attention_note: str = ""
+
+    @property
+    def mesh(self) -> Mesh:
+        """Where the weights lie, and how activations are split."""
+        assert self.module.mesh is not None
+        return self.module.mesh
+
+    @property
+    def dtype(self) -> Any:
+        """The precision that the base runs in."""
+        return self.params["embedding"].dtype
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+
+def embed(module: Decoder, frozen: Params, ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
+    """Embedding rows of real token ids."""
+    return module.apply({"params": frozen}, ids, method=Decoder.embed)  # type: ignore[return-value]
+
+
+def embedding_table(base: FrozenBase) -> np.ndarray:
+    """What `embed` gives for every id, float32 [V, D], on the host."""
+    return to_host(base.params["embedding"]).astype(np.float32) * (base.config.embedding_scale or 1.0)
+
+
+def run_layers(module: Decoder, frozen: Params, *args: Any, **kwargs: Any) -> Any:
+    """`Decoder.__call__` on explicit parameters."""
+    return module.apply({"params": frozen}, *args, **kwargs)
+
+
+def layer_attention(
+    module: Decoder, frozen: Params, x: Float[Array, "B T D"], rows: Stream, prefix: Prefix | None
+) -> Float[Array, "L B T S"]:
+    """Attention weights of every layer, means over heads, float32, over S keys: the prefix's, then the row's own."""
+    _, kept = module.apply({"params": frozen}, x, rows, prefix, mutable=[ATTENTION])
+    return kept[ATTENTION]["layers"]["attention"]["weights"][0]  # type: ignore[index, return-value]
+
+
+def logits(module: Decoder, frozen: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    """Next-token logits, float32."""
+    return module.apply({"params": frozen}, hidden, method=Decoder.logits)  # type: ignore[return-value]
+
+
+def output_matrix(module: Decoder, frozen: Params) -> Float[Array, "V D"]:
+    """What hidden states are multiplied with to give logits; the embedding table where they are tied."""
+    return frozen["embedding"] if module.config.tied else frozen["output"].T
+
+
+def output_rows(module: Decoder, frozen: Params, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+    """Rows of `output_matrix`, without a transposed copy of it."""
+    if module.config.tied:
+        return jnp.take(frozen["embedding"], ids, axis=0)
+    return jnp.moveaxis(jnp.take(frozen["output"], ids, axis=1), 0, -1)
+
+
+def default_dtype(device: Any) -> str:
+    """float32 on CPU, bfloat16 on accelerators that compute in it, float16 on those that do not, such as a T4."""
+    if device.platform == "cpu":
+        return "float32"
+    return "bfloat16" if measure.computes_in_bfloat16(device) else "float16"
+
+
+def describe_base(base: FrozenBase) -> str:
+    """Two lines for whoever starts a run: size, precision and devices; which attention, and why."""
+    device = base.mesh.devices.flat[0]
+    lacks = base.dtype == jnp.float16 and device.platform != "cpu" and not measure.computes_in_bfloat16(device)
+    why = f" ({device.device_kind} does not compute in bfloat16)" if lacks else ""
+    return (
+        f"{base.name}: {base.parameter_count:,} frozen parameters in {base.dtype}{why} on {base.mesh.size} x"
+        f" {measure.device_name(device)}\nattention: {base.module.attention}{base.attention_note}"
+    )
+
+
+def load_base(
+    path_or_hub_id: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    max_length: int | None = None,
+    remat: Remat = "dots",
+    attention: KernelChoice = "auto",
+    quantize: Literal["int8"] | None = None,
+) -> FrozenBase:
+    """Loads a decoder, its tokenizer and its identity; needs no torch.
+
+    Args:
+      path_or_hub_id: a directory in Hugging Face format, a hub id, or "starter" for the model that ships here.
+      revision: branch, tag or commit on the hub.
+      dtype: "float32", "bfloat16" or "float16"; default float32 on CPU, bfloat16 on accelerators that compute in it,
+        and float16 on those that do not, such as a T4.
+      mesh: where the weights go; default one device.
+      max_length: the longest sequence of the run, which fixes the frequencies of `dynamic` RoPE.
+      remat: what the backward pass computes again: "none", "dots" (all but the results of linear maps) or "full" (whole
+        layers: the least memory, about a third more work).
+      attention: "xla" anywhere; fused, "cudnn" on NVIDIA GPUs and "splash" on TPUs; "auto" is the fused one of the
+        device where it can run, and "xla" elsewhere.
+      quantize: "int8" keeps the layers' matrices as whole numbers with a scale per output channel; embeddings, the
+        output matrix and all sums stay in `dtype`.
+
+    On an accelerator, XLA's persistent compilation cache is turned on, unless a directory for it is set already.
+
+    Raises:
+      ConfigError: unsupported architecture, option, dtype or mesh.
+      CheckpointError: files missing or damaged; tensors missing, unknown, duplicate, misshapen or not finite.
+    """
+    measure.keep_compiled_programs()
+    mesh = mesh or make_mesh()
+    dtype = dtype or default_dtype(mesh.devices.flat[0])
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
+    directory = local_directory(str(path_or_hub_id), revision)
+    config, tokenizer = read_config(directory, max_length), _read_tokenizer(directory)
+    check_divides(mesh, {"heads": config.heads, "key/value heads": config.kv_heads, "MLP columns": config.mlp_width})
+    if attention == "auto":
+        kernel, note = choose_kernel(config, DTYPES[dtype], mesh)
+    else:
+        check_kernel(attention, config, DTYPES[dtype], mesh)
+        kernel, note = attention, ""
+    shapes = parameter_shapes(config)
+    if quantize not in (None, "int8"):
+        raise ConfigError(f"quantize {quantize!r} is not supported; supported is int8")
+    params, digest = read_params(
+        directory, config, DTYPES[dtype], partial(_leaf_sharding, mesh, shapes), quantize=quantize is not None
+    )
+    return FrozenBase(
+        name=str(path_or_hub_id),
+        revision=revision,
+        config=config,
+        module=Decoder(config, remat=remat, mesh=mesh, attention=kernel),
+        params=params,
+        tokenizer=tokenizer,
+        end_ids=declared_ends(directory, tokenizer, config.vocab_size),
+        fingerprint=Fingerprint(json.loads(json.dumps(dataclasses.asdict(config))), digest, tokenizer_hash(tokenizer)),
+        attention_note=note,
+    )
+
+
+def _leaf_sharding(mesh: Mesh, shapes: Params, path: tuple[str, ...]) -> Any:
+    leaf: Any = shapes
+    for key in path:
+        leaf = leaf[key]
+    return parameter_sharding(mesh, path, leaf.shape)
+
+
+def local_directory(path_or_hub_id: str, revision: str | None) -> Path:
+    """Where a base's files are: a directory, what the hub gives for an id, or the starter's.
+
+    Raises:
+      CheckpointError: there is no such directory, it is a file, or the hub does not give it.
+    """
+    if path_or_hub_id == "starter":
+        return STARTER
+    path = Path(path_or_hub_id).expanduser()
+    if path.exists() or path_or_hub_id.count("/") > 1 or path_or_hub_id.startswith((".", "/", "~")):
+        return model_directory(path)
+    import huggingface_hub
+
+    patterns = [
+        "*.safetensors",
+        "*.safetensors.index.json",
+        "config.json",
+        "generation_config.json",
+        "tokenizer*",
+        "*.model",
+        "vocab.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template*",
+    ]
+    try:
+        return Path(huggingface_hub.snapshot_download(path_or_hub_id, revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        raise CheckpointError(
+            f"{path_or_hub_id!r} is no directory here, and the hub did not give it ({type(error).__name__}: {error})"
+        ) from error
+
+
+def read_config(directory: Path, max_length: int | None = None) -> DecoderConfig:
+    """The decoder's shape from `config.json`.
+
+    Raises:
+      CheckpointError: the file is missing or unreadable.
+      ConfigError: the architecture, or an option or size of it, is not supported.
+    """
+    file = config_file(directory)
+    with _naming(file):
+        return decoder_config(hf_config(read_json(file, CONFIG_BYTES)), max_length=max_length)
+
+
+def read_tokenizer(path_or_hub_id: str | Path, revision: str | None = None) -> Any:
+    """The tokenizer of a base, without its weights.
+
+    Raises:
+      CheckpointError: it is missing, damaged or not a fast one.
+      ConfigError: the architecture is not supported.
+    """
+    return _read_tokenizer(local_directory(str(path_or_hub_id), revision))
+
+
+def _read_tokenizer(directory: Path) -> Any:
+    file = config_file(directory)
+    with _naming(file):
+        hf = hf_config(read_json(file, CONFIG_BYTES))
+    return tokenizer_of(directory, hf)
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Puts the file's name before what is wrong in it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers raises anything for fields of another type
+        raise CheckpointError(f"{file}: {type(error).__name__}: {str(error)[:500]}") from error
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 of the tokenizer's own JSON, without the truncation and padding that callers set."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["truncation"] = content["padding"] = None
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,413 @@
+"""Hugging Face checkpoints to stacked, sharded parameters, and back.
+
+One table per family says where each of our leaves lies in the checkpoint. Every tensor is read once, hashed as stored
+and cast into its leaf, which goes to its place on the devices before the next leaf is begun; a key that the table does
+not know, or that is missing, twice there, of another shape or not finite raises with its name.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from spt_jax.bases.files import checkpoint_files, listed, open_safetensors
+from spt_jax.errors import CheckpointError
+from spt_jax.models.attention import Stream
+from spt_jax.models.config import DecoderConfig
+from spt_jax.models.decoder import Decoder
+from spt_jax.models.layers import Quantized
+
+Params = Mapping[str, Any]
+LeafPath = tuple[str, ...]
+OUTPUT_KEY = "lm_head.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a leaf (of one layer, where `{i}` stands in the key) lies in a checkpoint.
+
+    transpose: Hugging Face's Linear stores [out, in], ours is [in, out].
+    columns: the part of the last axis that is ours, in a tensor that several leaves share.
+    """
+
+    key: str
+    transpose: bool = False
+    columns: tuple[int, int] | None = None
+
+
+def origins(config: DecoderConfig) -> dict[LeafPath, Origin]:
+    """The table of a decoder's family: every leaf of `Decoder(config)` and its origin."""
+    table = _gpt2_origins(config) if config.family == "gpt2" else _llama_origins(config)
+    return {tuple(path.split("/")): origin for path, origin in table.items()}
+
+
+def _llama_origins(config: DecoderConfig) -> dict[str, Origin]:
+    layer = "model.layers.{i}."
+    table = {
+        "embedding": Origin("model.embed_tokens.weight"),
+        "final_norm/scale": Origin("model.norm.weight"),
+        "layers/attention_norm/scale": Origin(layer + "input_layernorm.weight"),
+        "layers/mlp_norm/scale": Origin(layer + "post_attention_layernorm.weight"),
+    }
+    projections = [
+        ("attention/query", "self_attn.q_proj", config.qkv_bias),
+        ("attention/key", "self_attn.k_proj", config.qkv_bias),
+        ("attention/value", "self_attn.v_proj", config.qkv_bias),
+        ("attention/output", "self_attn.o_proj", config.output_bias),
+        ("mlp/gate", "mlp.gate_proj", config.mlp_bias),
+        ("mlp/up", "mlp.up_proj", config.mlp_bias),
+        ("mlp/down", "mlp.down_proj", config.mlp_bias),
+    ]
+    for ours, theirs, bias in projections:
+        table[f"layers/{ours}/kernel"] = Origin(f"{layer}{theirs}.weight", transpose=True)
+        if bias:
+            table[f"layers/{ours}/bias"] = Origin(f"{layer}{theirs}.bias")
+    if config.norm == "rms_around":
+        table["layers/attention_out_norm/scale"] = table["layers/mlp_norm/scale"]
+        table["layers/mlp_norm/scale"] = Origin(layer + "pre_feedforward_layernorm.weight")
+        table["layers/mlp_out_norm/scale"] = Origin(layer + "post_feedforward_layernorm.weight")
+    if config.qk_norm:
+        table["layers/attention/query_norm/scale"] = Origin(layer + "self_attn.q_norm.weight")
+        table["layers/attention/key_norm/scale"] = Origin(layer + "self_attn.k_norm.weight")
+    if not config.tied:
+        table["output"] = Origin(OUTPUT_KEY, transpose=True)
+    return table
+
+
+def _gpt2_origins(config: DecoderConfig) -> dict[str, Origin]:
+    layer, width = "transformer.h.{i}.", config.width
+    table = {
+        "embedding": Origin("transformer.wte.weight"),
+        "positions": Origin("transformer.wpe.weight"),
+        "final_norm/scale": Origin("transformer.ln_f.weight"),
+        "final_norm/bias": Origin("transformer.ln_f.bias"),
+    }
+    for ours, theirs in (("attention_norm", "ln_1"), ("mlp_norm", "ln_2")):
+        table[f"layers/{ours}/scale"] = Origin(f"{layer}{theirs}.weight")
+        table[f"layers/{ours}/bias"] = Origin(f"{layer}{theirs}.bias")
+    projections: list[tuple[str, str, tuple[int, int] | None]] = [
+        ("attention/query", "attn.c_attn", (0, width)),
+        ("attention/key", "attn.c_attn", (width, 2 * width)),
+        ("attention/value", "attn.c_attn", (2 * width, 3 * width)),
+        ("attention/output", "attn.c_proj", None),
+        ("mlp/up", "mlp.c_fc", None),
+        ("mlp/down", "mlp.c_proj", None),
+    ]
+    for ours, theirs, columns in projections:
+        table[f"layers/{ours}/kernel"] = Origin(f"{layer}{theirs}.weight", columns=columns)
+        table[f"layers/{ours}/bias"] = Origin(f"{layer}{theirs}.bias", columns=columns)
+    if not config.tied:
+        table["output"] = Origin(OUTPUT_KEY, transpose=True)
+    return table
+
+
+# Buffers that older libraries stored beside the weights; nothing is lost by passing over them.
+_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias)$")
+_FLOATS = ("float64", "float32", "bfloat16", "float16")
+
+
+def _canonical(key: str, config: DecoderConfig) -> str:
+    """The key with its `model.` or `transformer.`, which models that `AutoModel` saved are without."""
+    prefix = "transformer." if config.family == "gpt2" else "model."
+    return key if key.startswith((prefix, "lm_head.")) else prefix + key
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A part of one stored tensor and the leaf, and layer of it, that it fills."""
+
+    path: LeafPath
+    origin: Origin
+    layer: int | None
+
+
+def places(config: DecoderConfig) -> dict[str, list[Place]]:
+    """For every key that a checkpoint must hold, what it fills."""
+    table: dict[str, list[Place]] = {}
+    for path, origin in origins(config).items():
+        layers = range(config.layers) if "{i}" in origin.key else [None]
+        for i in layers:
+            table.setdefault(origin.key.format(i=i), []).append(Place(path, origin, i))
+    return table
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor of a checkpoint: its file, and its name there."""
+
+    file: Path
+    name: str
+
+
+def _find_tensors(
+    files: list[Path], config: DecoderConfig, expected: Mapping[str, list[Place]], shapes: Mapping[LeafPath, Any]
+) -> dict[str, Stored]:
+    """Where each key of the family's table is stored; names and shapes are checked before any tensor is read.
+
+    The output matrix of a tied checkpoint is among them, if it is stored.
+    """
+    found: dict[str, Stored] = {}
+    unknown = []
+    for file in files:
+        with open_safetensors(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+                key = _canonical(name, config)
+                if key in found:
+                    raise CheckpointError(f"tensor {name!r} is in both {found[key].file.name} and {file.name}")
+                if key in expected or key == OUTPUT_KEY:
+                    found[key] = Stored(file, name)
+                elif not _BUFFERS.search(key):
+                    unknown.append(f"{name!r} in {file.name}")
+                if key in expected:
+                    _check_shape(tuple(tensors.get_slice(name).get_shape()), found[key], expected[key], shapes)
+    _check_complete(config, sorted(set(expected) - set(found)), files[0].parent)
+    if unknown:
+        raise CheckpointError(
+            f"checkpoint holds {len(unknown)} tensors that a {config.family} model has no place for: {listed(unknown)}"
+        )
+    return found
+
+
+def _check_complete(config: DecoderConfig, missing: list[str], directory: Path) -> None:
+    if missing == [OUTPUT_KEY]:
+        raise CheckpointError(
+            f"{directory}: no output matrix ({OUTPUT_KEY!r}), and config.json does not tie it to the embedding. Save"
+            " the model with its head (AutoModelForCausalLM), or set tie_word_embeddings true in config.json"
+        )
+    if missing:
+        raise CheckpointError(
+            f"{directory}: the checkpoint lacks {len(missing)} tensors of a {config.family} model with {config.layers}"
+            f" layers: {listed(missing)}"
+        )
+
+
+def read_params(
+    directory: Path,
+    config: DecoderConfig,
+    dtype: Any,
+    sharding_of: Callable[[LeafPath], Any],
+    *,
+    quantize: bool = False,
+) -> tuple[Params, str]:
+    """Reads a checkpoint onto the devices.
+
+    Host memory holds one leaf at a time, the largest first, and on CPU that memory becomes the leaf: the peak stays
+    near the size of the parameters.
+
+    Args:
+      directory: holds the safetensors files.
+      config: the decoder that the checkpoint is for.
+      dtype: what every leaf is cast to.
+      sharding_of: the sharding of each leaf, by its path.
+      quantize: kernels become `Quantized`, of the tensors as stored.
+
+    Returns:
+      The parameters of `Decoder(config)` and the hexadecimal SHA-256 digest of the tensors as stored.
+
+    Raises:
+      CheckpointError: for a damaged file and for missing, unknown, duplicate or misshapen tensors, and for values
+        that are not finite.
+    """
+    expected = places(config)
+    shapes = _flat(parameter_shapes(config))
+    found = _find_tensors(checkpoint_files(directory), config, expected, shapes)
+    leaves: dict[LeafPath, jax.Array | Quantized] = {}
+    digests: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        files = {file: stack.enter_context(open_safetensors(file)) for file in {at.file for at in found.values()}}
+        for paths, keys in _groups(expected, shapes):
+            exact = {path: quantize and path[-1] == "kernel" for path in paths}
+            buffers = {path: _aligned_empty(shapes[path].shape, np.float32 if exact[path] else dtype) for path in paths}
+            for key in keys:
+                tensor = _get(files, found[key])
+                digests[key] = _digest(tensor, found[key])
+                for place in expected[key]:
+                    part = tensor[..., slice(*place.origin.columns)] if place.origin.columns else tensor
+                    target = buffers[place.path] if place.layer is None else buffers[place.path][place.layer]
+                    _cast(part.T if place.origin.transpose else part, target, found[key])
+                del tensor, part
+            for path, buffer in buffers.items():
+                place_leaf = _quantized if exact[path] else _placed
+                leaves[path] = place_leaf(buffer, sharding_of(path))
+            del buffers, buffer
+        if config.tied and OUTPUT_KEY in found:
+            at = found[OUTPUT_KEY]
+            _check_tied(_digest(_get(files, at), at), digests, directory, config)
+    lines = "\n".join(f"{key} {digest}" for key, digest in sorted(digests.items()))
+    return traverse_util.unflatten_dict(leaves), hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _placed(buffer: np.ndarray, sharding: Sharding) -> jax.Array:
+    return jax.make_array_from_callback(buffer.shape, sharding, buffer.__getitem__)
+
+
+def _quantized(kernel: np.ndarray, sharding: NamedSharding) -> Quantized:
+    """Layer by layer, so that the host holds little more than the kernels; the largest of a channel becomes 127."""
+    values = _aligned_empty(kernel.shape, np.int8)
+    scale = _aligned_empty((kernel.shape[0], kernel.shape[2]), np.float32)
+    for own, rounded, largest in zip(kernel, values, scale, strict=True):
+        largest[...] = np.maximum(np.abs(own).max(axis=0) / 127, np.finfo(np.float32).tiny)
+        rounded[...] = np.rint(own / largest)
+    layers, _, columns = (*sharding.spec, None, None, None)[:3]
+    return Quantized(
+        _placed(values, sharding), _placed(scale, NamedSharding(sharding.mesh, PartitionSpec(layers, columns)))
+    )
+
+
+def _groups(
+    expected: Mapping[str, list[Place]], shapes: Mapping[LeafPath, Any]
+) -> list[tuple[tuple[LeafPath, ...], list[str]]]:
+    """Leaves that are filled from the same tensors, with the keys of those; the largest first."""
+    groups: dict[tuple[LeafPath, ...], list[str]] = {}
+    for key, fills in expected.items():
+        groups.setdefault(tuple(place.path for place in fills), []).append(key)
+    return sorted(groups.items(), key=lambda group: -sum(shapes[path].size for path in group[0]))
+
+
+def _flat(params: Params) -> dict[LeafPath, Any]:
+    return dict(traverse_util.flatten_dict(params))
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Memory on a 64-byte boundary, which JAX on CPU takes over instead of copying it."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _get(files: Mapping[Path, Any], at: Stored) -> np.ndarray:
+    try:
+        tensor = files[at.file].get_tensor(at.name)
+    except (safetensors.SafetensorError, OSError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{at.file}: tensor {at.name!r} cannot be read ({error})") from error
+    if tensor.dtype.name not in _FLOATS:
+        raise CheckpointError(f"{at.file}: tensor {at.name!r} holds {tensor.dtype}; weights are {', '.join(_FLOATS)}")
+    return tensor
+
+
+def _chunks(tensor: np.ndarray) -> Iterator[np.ndarray]:
+    """The values in order, in parts that stay in a processor's cache."""
+    flat, step = np.ascontiguousarray(tensor).reshape(-1), (128 << 10) // tensor.dtype.itemsize
+    return (flat[start : start + step] for start in range(0, flat.size, step))
+
+
+def _finite(chunk: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite, by the largest bit pattern of either sign: faster than `np.isfinite`."""
+    size = chunk.dtype.itemsize
+    bits, infinity = chunk.view(f"u{size}"), int(np.asarray(np.inf, chunk.dtype).view(f"u{size}"))
+    return bool(bits.max() < infinity + (1 << 8 * size - 1) and bits.view(f"i{size}").max() < infinity)
+
+
+def _cast(values: np.ndarray, target: np.ndarray, at: Stored) -> None:
+    """Fills `target`, whose precision may be lower.
+
+    Raises:
+      CheckpointError: a value is beyond the range of that precision.
+    """
+    with np.errstate(over="ignore"):
+        target[...] = values
+    if jnp.finfo(target.dtype).max < jnp.finfo(values.dtype).max and not all(map(_finite, _chunks(target))):
+        raise CheckpointError(
+            f"{at.file}: tensor {at.name!r} holds values beyond the range of {target.dtype}; set another base.dtype"
+        )
+
+
+def _check_tied(output: str, digests: Mapping[str, str], directory: Path, config: DecoderConfig) -> None:
+    key = origins(config)["embedding",].key
+    if output != digests[key]:
+        raise CheckpointError(
+            f"{directory}: the config ties the output matrix to the embedding, but {OUTPUT_KEY!r} and {key!r} differ;"
+            " set tie_word_embeddings to false in config.json to use both"
+        )
+
+
+def _check_shape(stored: tuple[int, ...], at: Stored, fills: list[Place], shapes: Mapping[LeafPath, Any]) -> None:
+    """The parts that a tensor fills must cover it exactly."""
+    place = fills[0]
+    shape = shapes[place.path].shape[0 if place.layer is None else 1 :]
+    shape = shape[::-1] if place.origin.transpose else shape
+    if place.origin.columns:
+        shape = (*shape[:-1], max(p.origin.columns[1] for p in fills if p.origin.columns))
+    if stored != shape:
+        raise CheckpointError(f"tensor {at.name!r} in {at.file.name} has shape {stored}; the config asks for {shape}")
+
+
+def _digest(tensor: np.ndarray, at: Stored) -> str:
+    """SHA-256 of a tensor, whose values are checked on the way."""
+    digest, finite = hashlib.sha256(f"{tensor.dtype} {tensor.shape} ".encode()), True
+    for chunk in _chunks(tensor):
+        digest.update(chunk.view(np.uint8).data)
+        finite = finite and _finite(chunk)
+    if not finite:
+        raise CheckpointError(
+            f"{at.file}: tensor {at.name!r} holds NaN or infinity; the file is damaged, or the model was saved after"
+            " its training diverged"
+        )
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=8)
+def parameter_shapes(config: DecoderConfig) -> Params:
+    """The tree of `Decoder(config)`'s parameters as `jax.ShapeDtypeStruct`s; computes nothing."""
+
+    def init() -> Any:
+        x, place = jnp.zeros((1, 1, config.width)), jnp.zeros((1, 1), jnp.int32)
+        return Decoder(config).init(jax.random.key(0), x, Stream(place, place, place))["params"]
+
+    return jax.eval_shape(init)
+
+
+def write_checkpoint(directory: Path, config: DecoderConfig, params: Params, dtype: Any, *, shards: int = 1) -> None:
+    """Writes a checkpoint with Hugging Face's names and layouts: the inverse of `read_params`.
+
+    One file is `model.safetensors`; several, with equal numbers of tensors, come with `model.safetensors.index.json`.
+    Each file is written under a temporary name first.
+    """
+    leaves = _flat(params)
+    tensors = {}
+    for key, fills in places(config).items():
+        parts = []
+        for place in fills:
+            part = np.asarray(leaves[place.path] if place.layer is None else leaves[place.path][place.layer])
+            parts.append(part.T if place.origin.transpose else part)
+        whole = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+        tensors[key] = np.ascontiguousarray(whole.astype(dtype))
+    directory.mkdir(parents=True, exist_ok=True)
+    if shards == 1:
+        _save(tensors, directory / "model.safetensors")
+        return
+    weight_map = {}
+    for i in range(shards):
+        name = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part = dict(list(tensors.items())[i::shards])
+        _save(part, directory / name)
+        weight_map |= dict.fromkeys(part, name)
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": weight_map}
+    temporary = directory / "model.safetensors.index.json.tmp"
+    temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    os.replace(temporary, directory / "model.safetensors.index.json")
+
+
+def _save(tensors: dict[str, np.ndarray], file: Path) -> None:
+    temporary = file.with_name(file.name + ".tmp")
+    try:
+        safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)

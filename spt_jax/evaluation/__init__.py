@@ -1,0 +1,1 @@
+"""What a soft prompt answers, and how good that is."""

@@ -1,0 +1,157 @@
+"""What the positions of a soft prompt are worth: what is lost without each, and how much attention they get."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from spt_jax.bases.base import FrozenBase, layer_attention
+from spt_jax.bases.checkpoint import Params
+from spt_jax.data.batches import multiples, plan_batches
+from spt_jax.data.examples import Example
+from spt_jax.errors import ConfigError
+from spt_jax.evaluation.evaluate import EvaluationSet, evaluate
+from spt_jax.evaluation.metrics import Difference, paired_bootstrap
+from spt_jax.evaluation.predictions import measures, record_values
+from spt_jax.inference.forward import embed_stream, encode_prefix
+from spt_jax.models.attention import Stream
+from spt_jax.models.decoder import Decoder
+from spt_jax.prompts.virtual import VirtualPrompt
+
+
+def position_count(virtual: VirtualPrompt) -> int:
+    """Positions of a prompt: of its keys and values, if it has them, else its virtual tokens.
+
+    Raises:
+      ConfigError: it has neither.
+    """
+    if virtual.prefix is not None:
+        return virtual.prefix_length
+    if virtual.gated is not None:
+        return virtual.gated.keys.shape[-3]
+    if virtual.tokens is None:
+        raise ConfigError("this prompt has no positions to take away")
+    return virtual.tokens.shape[0]
+
+
+def ablate(base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt) -> tuple[str, list[Difference]]:
+    """What is lost when each position is taken away.
+
+    Virtual tokens are taken away as if they had never been there, and those behind them move up. Of keys and values,
+    the others keep the rotation that they have; what follows moves up by one position.
+
+    Returns:
+      What is measured (`predictions.measures`), and for each position how much higher it is with it.
+
+    Raises:
+      ConfigError: the prompt has no positions, or one alone; or it shifts embeddings by their place (DePT), and its
+        tokens have no fixed places.
+    """
+    count = position_count(virtual)
+    if count == 1:
+        raise ConfigError("a prompt of one position is no prompt without it")
+
+    def values(data: EvaluationSet, virtual: VirtualPrompt) -> tuple[str, np.ndarray]:
+        predictions = evaluate(base, data, virtual, generated=False).predictions
+        measure = measures(predictions)[0]
+        return measure, record_values(predictions, measure)
+
+    measure, whole = values(data, virtual)
+    lost = []
+    for number in range(count):
+        _, left = values(*_without(base, data, virtual, number))
+        lost.append(paired_bootstrap(whole, left, resamples=1000))
+    return measure, lost
+
+
+def _without(
+    base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt, number: int
+) -> tuple[EvaluationSet, VirtualPrompt]:
+    for part in ("prefix", "gated"):
+        own = getattr(virtual, part)
+        if own is not None:
+            keys, values = (jnp.delete(array, number, axis=-3) for array in (own.keys, own.values))
+            return data, dataclasses.replace(virtual, **{part: dataclasses.replace(own, keys=keys, values=values)})
+    absent = base.config.vocab_size + number
+    if virtual.shift is not None:
+        places = {int(np.flatnonzero(example.ids == absent)[0]) for example in data.examples}
+        if len(places) > 1:
+            raise ConfigError("without a token, this prompt's shifts meet other tokens; put <soft> before any field")
+        shift = jnp.delete(virtual.shift, min(places), axis=0) if min(places) < len(virtual.shift) else virtual.shift
+        virtual = dataclasses.replace(virtual, shift=shift)
+    examples = [_without_id(example, absent) for example in data.examples]
+    shared = int((data.plan.lead_ids != absent).sum())
+    plan = plan_batches(
+        examples,
+        lead=max(0, min(shared, min(example.first_target for example in examples) - 1)),
+        batch_size=data.config.batch_size,
+        **multiples(base.mesh),
+        max_length=base.config.max_positions,
+    )
+    return dataclasses.replace(data, examples=examples, plan=plan), virtual
+
+
+def _without_id(example: Example, absent: int) -> Example:
+    kept = example.ids != absent
+    reads = None if example.reads is None else np.cumsum(kept)[example.reads].astype(np.int32) - 1
+    return dataclasses.replace(example, ids=example.ids[kept], predicted=example.predicted[kept], reads=reads)
+
+
+@dataclasses.dataclass(frozen=True)
+class Received:
+    """Attention that the positions of a prompt get in every layer, as the mean over heads and records.
+
+    by_position: of the last token of each request, from which its answer is read.
+    even: the share of all positions that the last token sees, which attention would be that looked everywhere alike.
+    """
+
+    by_position: Float[np.ndarray, "L P"]
+    even: float
+
+
+def attention_received(
+    base: FrozenBase, examples: Sequence[Example], virtual: VirtualPrompt, *, batch_size: int = 8
+) -> Received:
+    """How the last token of every example attends to a prompt of token rows or of keys and values.
+
+    Raises:
+      ConfigError: the prompt has neither; gated keys and values have a softmax of their own.
+    """
+    if virtual.prefix is None and virtual.tokens is None:
+        raise ConfigError("this prompt has no positions in the base's own attention")
+    # A request ends where its answer begins.
+    requests = [e.ids if e.reads is not None else e.ids[: e.first_target] for e in examples]
+    length = max(map(len, requests))
+    module = base.module.clone(attention="xla", remat="none", mesh=None)
+    sums, shares = [], []
+    for start in range(0, len(requests), batch_size):
+        own = requests[start : start + batch_size]
+        ids, last = np.zeros((batch_size, length), np.int32), np.zeros(batch_size, np.int32)
+        for row, request in enumerate(own):
+            ids[row, : len(request)], last[row] = request, len(request) - 1
+        found = np.asarray(_received(module, base.params, virtual, ids, last), np.float64)
+        sums.append(found[:, : len(own)].sum(axis=1))
+        taken = found.shape[-1] if virtual.prefix is not None else 0
+        shares += [found.shape[-1] / (taken + len(request)) for request in own]
+    return Received(sum(sums[1:], sums[0]) / len(requests), float(np.mean(shares)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _received(
+    module: Decoder, frozen: Params, virtual: VirtualPrompt, ids: Int[Array, "B T"], last: Int[Array, " B"]
+) -> Float[Array, "L B P"]:
+    prefix = encode_prefix(module, frozen, virtual, jnp.zeros(0, jnp.int32))
+    places = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+    real = (places <= last[:, None]).astype(jnp.int32)
+    stream = Stream(places + virtual.first_position, real, jnp.zeros_like(real))
+    weights = layer_attention(module, frozen, embed_stream(module, frozen, virtual, ids, stream), stream, prefix)
+    at_last = jnp.take_along_axis(weights, last[None, :, None, None], axis=2)[:, :, 0]  # [L, B, keys]
+    if prefix is not None:
+        return at_last[..., : prefix.positions.shape[0]]
+    assert virtual.tokens is not None
+    numbers = module.config.vocab_size + jnp.arange(virtual.tokens.shape[0])[None, None]
+    return jnp.einsum("lbt,btp->lbp", at_last, (ids[..., None] == numbers).astype(at_last.dtype))

@@ -1,0 +1,90 @@
+"""Several prompts asked together, in the same batches: each about records of its own, or all about the same ones.
+
+Lester et al. 2021, section 6: one base answers for all prompts of an ensemble in one call.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from spt_jax.bases.base import FrozenBase
+from spt_jax.data.batches import multiples, plan_batches
+from spt_jax.errors import ConfigError
+from spt_jax.evaluation.evaluate import Evaluation, EvaluationSet, classification, score
+from spt_jax.prompts import VirtualPrompt
+from spt_jax.prompts.stacking import stack_prompts
+
+
+def score_together(
+    base: FrozenBase, sets: Sequence[EvaluationSet], prompts: Sequence[VirtualPrompt]
+) -> list[Float[np.ndarray, "_ _"]]:
+    """What `evaluation.score` gives for each prompt on its own set, from batches that hold them all.
+
+    Args:
+      base: the frozen base.
+      sets: for each prompt, what it is asked.
+      prompts: of any methods and lengths.
+
+    Raises:
+      ConfigError: not as many sets as prompts, a tagging or span head, or prompts that do not go together
+        (`stack_prompts`).
+    """
+    if len(sets) != len(prompts) or not sets:
+        raise ConfigError(f"{len(sets)} sets for {len(prompts)} prompts; each prompt needs one")
+    if any(data.encoder.template.reads for data in sets):
+        raise ConfigError("heads that read a field, for tags or spans, are evaluated one prompt at a time")
+    starts = list(itertools.accumulate((len(data.examples) for data in sets), initial=0))
+    examples = [
+        dataclasses.replace(example, prompt=s, index=starts[s] + n)
+        for s, data in enumerate(sets)
+        for n, example in enumerate(data.examples)
+    ]
+    plan = plan_batches(
+        examples,
+        lead=[data.plan.lead_ids.shape[-1] for data in sets],
+        batch_size=sets[0].config.batch_size,
+        **multiples(base.mesh),
+        max_length=base.config.max_positions,
+    )
+    together = dataclasses.replace(sets[0], examples=examples, plan=plan)
+    scores = score(base, together, stack_prompts(prompts))
+    choices = [max(1, len(data.encoder.template.verbalizers)) for data in sets]
+    return [scores[a:b, :count] for a, b, count in zip(starts, starts[1:], choices, strict=False)]
+
+
+def evaluate_ensemble(
+    base: FrozenBase,
+    sets: Sequence[EvaluationSet],
+    prompts: Sequence[VirtualPrompt],
+    combine: Literal["mean", "vote"] = "mean",
+) -> Evaluation:
+    """Classification by several prompts.
+
+    combine: mean takes the class of the highest mean log-probability among the classes; vote the class that most
+      prompts choose, and among equals the one of the higher mean.
+
+    Raises:
+      ConfigError: the task has no classes, or the sets have unequal records or classes.
+    """
+    if not sets or not sets[0].encoder.template.verbalizers:
+        raise ConfigError("an ensemble votes on classes, and this task has no verbalizers")
+    if len({(len(data.examples), tuple(data.encoder.template.verbalizers)) for data in sets}) > 1:
+        raise ConfigError("an ensemble needs one set per prompt, all with the same records and classes")
+    scores = np.stack(score_together(base, sets, prompts)).astype(np.float64)
+    scores -= np.logaddexp.reduce(scores, axis=-1, keepdims=True)
+    combined = scores.mean(0)
+    if combine == "vote":
+        votes = np.zeros_like(combined)
+        for choice in scores.argmax(-1):
+            votes[np.arange(len(choice)), choice] += 1
+        # A mean log-probability squashed into (0, 1) decides among equal votes and changes nothing else.
+        combined = votes + 1 / (1 + np.exp(-combined)) / 2
+    result = classification(sets[0], combined.astype(np.float32))
+    if combine == "mean":
+        return result
+    # Votes are no probabilities.
+    return dataclasses.replace(result, metrics={k: v for k, v in result.metrics.items() if k != "loss"})

@@ -1,0 +1,1 @@
+"""From a soft prompt to logits and text."""

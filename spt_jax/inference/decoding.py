@@ -1,0 +1,241 @@
+"""The compiled half of generation: a prefix that all rows share, a static cache, and one loop over both.
+
+    lead ids, the same for all --encode_lead--> Prefix --+---> decode: one token per row and step, until all have ended
+    rows, right-padded ----------prefill------> Cache ---+
+
+Pure functions that take the frozen parameters as an argument: bind them outside `jax.jit`, as `generate` does.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from spt_jax.bases.base import logits
+from spt_jax.bases.checkpoint import Params
+from spt_jax.inference.forward import encode_prefix, run_stream
+from spt_jax.models.attention import Cache, Prefix, Stream, to_cache
+from spt_jax.models.decoder import Decoder
+from spt_jax.prompts.virtual import VirtualPrompt
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PromptRows:
+    """Prompts without the leading ids that the prefix holds, and without their last, which is a row's first query.
+
+    ids: right-padded.
+    lengths: how many of a row's ids are real; 0 is fine.
+    last: every prompt's last id.
+    starts: the position of a row's first id, behind the soft prompt's own prefix and the leading ids.
+    prompt_index: which of several soft prompts a row has; None for the same.
+    """
+
+    ids: Int[Array, "B T"]
+    lengths: Int[Array, " B"]
+    last: Int[Array, " B"]
+    starts: Int[Array, " B"]
+    prompt_index: Int[Array, " B"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowSampling:
+    """The traced part of every row's `SamplingConfig`, and each row's number among all prompts."""
+
+    temperature: Float[Array, "*B"]
+    top_k: Int[Array, "*B"]
+    top_p: Float[Array, "*B"]
+    seed: UInt32[Array, "*B"]
+    numbers: Int[Array, "*B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """The loop's state.
+
+    step: how many tokens every row has got so far.
+    ids: the prompt's last id, then the new ones; id `step` is the one to run next.
+    log_probabilities: of the new ones.
+    ended: rows whose newest token, or an earlier one, is an end.
+    cache: slots [0, T) hold the prompts and slot T + i is for id i, in every row alike: positions say where each token
+      stands, and a step writes one slice.
+    """
+
+    step: Int[Array, ""]
+    ids: Int[Array, "B M+1"]
+    log_probabilities: Float[Array, "B M"]
+    ended: Bool[Array, " B"]
+    cache: Cache
+
+
+def encode_lead(
+    module: Decoder,
+    frozen: Params,
+    virtual: VirtualPrompt | None,
+    lead_ids: Int[Array, "*S P"],
+    lead_length: Int[Array, "*S"],
+) -> Prefix | None:
+    """`encode_prefix` in the base's dtype: without a gradient, float32 would only be more to read in every step."""
+    prefix = encode_prefix(module, frozen, virtual, lead_ids, lead_length)
+    if prefix is None:
+        return None
+    dtype = frozen["embedding"].dtype
+    return Prefix(prefix.keys.astype(dtype), prefix.values.astype(dtype), prefix.positions)
+
+
+def prefill(
+    module: Decoder,
+    capacity: int,
+    frozen: Params,
+    virtual: VirtualPrompt | None,
+    prefix: Prefix | None,
+    rows: PromptRows,
+) -> DecodeState:
+    """Runs all prompts but for their last ids in one pass and keeps their keys and values.
+
+    Args:
+      module, frozen: the base.
+      capacity: M, room for new tokens.
+      virtual: rows for virtual ids among `rows.ids`.
+      prefix: keys and values of the ids before, shared by all rows.
+      rows: the prompts.
+    """
+    batch, length = rows.ids.shape
+    lengths = rows.lengths[:, None]
+    slots = jnp.arange(length + capacity, dtype=jnp.int32)[None]
+    positions = rows.starts[:, None] + jnp.where(slots < length, slots, lengths + slots - length)
+    segments = (slots < lengths).astype(jnp.int32)
+    stream = Stream(positions[:, :length], segments[:, :length], jnp.zeros_like(rows.ids), rows.prompt_index)
+    _, keys_values = run_stream(
+        module, frozen, virtual, rows.ids, stream, prefix, return_keys_values=True, return_hidden=False
+    )
+    keys, values = to_cache(*(jnp.pad(a, [(0, 0), (0, 0), (0, capacity), (0, 0), (0, 0)]) for a in keys_values))
+    return DecodeState(
+        step=jnp.zeros((), jnp.int32),
+        ids=jnp.pad(rows.last[:, None], [(0, 0), (0, capacity)]),
+        log_probabilities=jnp.zeros((batch, capacity), jnp.float32),
+        ended=jnp.zeros((batch,), bool),
+        cache=Cache(keys, values, positions, segments),
+    )
+
+
+def decode(
+    module: Decoder,
+    frozen: Params,
+    virtual: VirtualPrompt | None,
+    prefix: Prefix | None,
+    until: Int[Array, ""],
+    stopped: Bool[Array, " B"],
+    sampling: RowSampling,
+    end_ids: Int[Array, "B E"],
+    limits: Int[Array, " B"],
+    prompt_index: Int[Array, " B"] | None,
+    state: DecodeState,
+) -> DecodeState:
+    """Chooses tokens until there are `until` per row, or every row has ended or is `stopped`.
+
+    A row ends with one of its E `end_ids`, or when it has as many tokens as its limit.
+    """
+    put = jax.lax.dynamic_update_slice_in_dim
+
+    def goes_on(state: DecodeState) -> Bool[Array, ""]:
+        return (state.step < until) & ~jnp.all(state.ended | stopped)
+
+    def advance(state: DecodeState) -> DecodeState:
+        cache = state.cache
+        slot = cache.positions.shape[1] - state.log_probabilities.shape[1] + state.step
+        ids = jax.lax.dynamic_slice_in_dim(state.ids, state.step, 1, axis=1)
+        positions = jax.lax.dynamic_slice_in_dim(cache.positions, slot, 1, axis=1)
+        own = jnp.ones_like(ids)
+        stream = Stream(positions, own, jnp.zeros_like(ids), prompt_index)
+        hidden, new = run_stream(module, frozen, virtual, ids, stream, prefix, cache, return_keys_values=True)
+        keys, values = to_cache(*new)
+        chosen, found = next_tokens(logits(module, frozen, hidden[:, 0]), state.step, sampling)
+        return DecodeState(
+            step=state.step + 1,
+            ids=put(state.ids, chosen[:, None], state.step + 1, axis=1),
+            log_probabilities=put(state.log_probabilities, found[:, None], state.step, axis=1),
+            ended=state.ended | jnp.any(chosen[:, None] == end_ids, axis=1) | (state.step + 1 >= limits),
+            cache=Cache(
+                put(cache.keys, keys, slot, axis=4),
+                put(cache.values, values, slot, axis=3),
+                cache.positions,
+                put(cache.segments, own, slot, axis=1),
+            ),
+        )
+
+    return jax.lax.while_loop(goes_on, advance, state)
+
+
+def next_tokens(
+    scores: Float[Array, "B V"], step: Int[Array, "*B"], sampling: RowSampling
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """The next id of each row, and its log-probability under the model's own distribution."""
+    chosen = choose(scores, step, sampling)
+    return chosen, jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), chosen[:, None], axis=1)[:, 0]
+
+
+# How many of a step's likeliest tokens can be asked for.
+ALTERNATIVES = 20
+
+
+def likeliest(scores: Float[Array, "B V"], wanted: Bool[Array, ""]) -> tuple[Int[Array, "B A"], Float[Array, "B A"]]:
+    """The ALTERNATIVES likeliest ids of each row and their log-probabilities, in order; zeros unless wanted."""
+    count = min(ALTERNATIVES, scores.shape[1])
+
+    def found() -> tuple[Array, Array]:
+        values, ids = jax.lax.top_k(jax.nn.log_softmax(scores, axis=-1), count)
+        return ids.astype(jnp.int32), values
+
+    def nothing() -> tuple[Array, Array]:
+        shape = scores.shape[0], count
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, scores.dtype)
+
+    return jax.lax.cond(wanted, found, nothing)
+
+
+@jax.named_scope("choose")
+def choose(scores: Float[Array, "B V"], step: Int[Array, "*B"], sampling: RowSampling) -> Int[Array, " B"]:
+    """The next id of each row. Random numbers are drawn, and scores sorted, only where the sampling needs it."""
+    options = sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed, sampling.numbers, step
+    temperature, top_k, top_p, seeds, numbers, steps = (jnp.broadcast_to(o, scores.shape[:1]) for o in options)
+
+    def greedy() -> Int[Array, " B"]:
+        """The first of the highest scores. Two reductions: `jnp.argmax`, one over pairs, takes twice as long on CPU."""
+        ids = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        highest = jnp.max(scores, axis=-1, keepdims=True)
+        return jnp.min(jnp.where(scores == highest, ids, scores.shape[1] - 1), axis=-1)
+
+    def sampled() -> Int[Array, " B"]:
+        """The maximum of scores and Gumbel noise is a sample of their softmax."""
+        # The highest score is taken off first: a tiny temperature then gives -inf, and no inf.
+        below = scores - jnp.max(scores, axis=-1, keepdims=True)
+        scaled = below / jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)[:, None]
+        noise = jax.vmap(gumbel)(seeds, numbers, steps)
+        chosen = jax.lax.cond(jnp.any((top_k > 0) | (top_p < 1)), among_likeliest, among_all, scaled, noise)
+        return jnp.where(temperature > 0, chosen, greedy())
+
+    def gumbel(seed: UInt32[Array, ""], number: Int[Array, ""], step: Int[Array, ""]) -> Float[Array, " V"]:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), step)
+        return jax.random.gumbel(key, scores.shape[1:], jnp.float32)
+
+    def among_all(scaled: Float[Array, "B V"], noise: Float[Array, "B V"]) -> Int[Array, " B"]:
+        return jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
+
+    def among_likeliest(scaled: Float[Array, "B V"], noise: Float[Array, "B V"]) -> Int[Array, " B"]:
+        order = jnp.argsort(-scaled, axis=-1)
+        ranked = jnp.take_along_axis(scaled, order, axis=-1)
+        ranks = jnp.arange(scaled.shape[1])[None]
+        count, share = top_k[:, None], top_p[:, None]
+        ranked = jnp.where((count == 0) | (ranks < count), ranked, -jnp.inf)
+        probabilities = jax.nn.softmax(ranked, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        # Rounding of the sum must drop no token where top_p drops none.
+        ranked = jnp.where((share == 1) | (before < share), ranked, -jnp.inf)
+        rank = jnp.argmax(ranked + jnp.take_along_axis(noise, order, axis=-1), axis=-1)
+        return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+    return jax.lax.cond(jnp.any(temperature > 0), sampled, greedy)

@@ -1,0 +1,212 @@
+"""The pictures of runs, sweeps and comparisons."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from spt_jax.runtime.files import write_bytes
+from spt_jax.studies.plateau import Estimate
+
+LIGHT, DARK, ACCENT, GREY = "#9bbad9", "#1f4e79", "#b3541e", "#555555"
+
+
+def plot_curves(path: Path, lines: Sequence[Mapping[str, Any]], references: Mapping[str, float]) -> None:
+    """Draws `curves.png`: training loss, and the validation metric with the scores of other prompts as lines.
+
+    Args:
+      path: the PNG to write.
+      lines: the contents of `metrics.jsonl`.
+      references: name -> value of the validation metric, such as the best hand-written prompt's.
+    """
+    training = [line for line in lines if "loss" in line]
+    validation = [line for line in lines if "validation" in line]
+    panes = 2 if validation else 1
+    figure, axes = _panes(panes)
+    left, right = axes[0], axes[-1]
+    steps = np.asarray([line["step"] for line in training])
+    losses = np.asarray([line["loss"] for line in training])
+    left.plot(steps, losses, color=LIGHT, linewidth=0.8, label="each step")
+    window = max(1, len(losses) // 50)
+    if len(losses) > window > 1:
+        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+        left.plot(steps[window - 1 :], smooth, color=DARK, linewidth=1.6, label=f"mean of {window} steps")
+    left.set(xlabel="step", ylabel="training loss", title="Training")
+    left.legend(frameon=False)
+    if validation:
+        metric = "accuracy" if "accuracy" in validation[0]["validation"] else "loss"
+        values = [line["validation"][metric] for line in validation]
+        right.plot([line["step"] for line in validation], values, "o-", color=ACCENT, markersize=3, label="soft prompt")
+        for (name, value), style in zip(references.items(), ("--", ":", "-."), strict=False):
+            right.axhline(value, color=GREY, linewidth=1, linestyle=style, label=f"{name} ({value:.3f})")
+        right.set(xlabel="step", ylabel=f"validation {metric}", title="Validation")
+        if metric == "accuracy":
+            right.set_ylim(0, 1)
+        right.legend(frameon=False, fontsize="small")
+    _save(figure, path)
+
+
+def plot_sweep(
+    path: Path,
+    settings: Sequence[tuple[Mapping[str, str], Estimate, Sequence[float]]],
+    chosen: Mapping[str, str],
+    measure: str,
+) -> None:
+    """Draws `sweep.png`: validation scores against every field that was swept.
+
+    Args:
+      path: the PNG to write.
+      settings: values by field, the mean over seeds, and each seed's score.
+      chosen: the setting that was chosen.
+      measure: what the scores are.
+    """
+    fields = list(settings[0][0]) or ["seeds"]
+    figure, panes = _panes(len(fields))
+    for pane, field in zip(panes, fields, strict=True):
+        written = [_plain(own.get(field, "all")) for own, _, _ in settings]
+        places, labels = _places(written)
+        for place, (_, _, by_seed) in zip(places, settings, strict=True):
+            pane.plot([place] * len(by_seed), by_seed, ".", color=LIGHT, zorder=1, label="a seed")
+        means = np.asarray([estimate.mean for _, estimate, _ in settings])
+        spread = np.abs(np.asarray([estimate.interval for _, estimate, _ in settings]).T - means)
+        style = {"fmt": "o", "color": DARK, "markersize": 4, "capsize": 3, "linewidth": 1, "zorder": 2}
+        pane.errorbar(places, means, spread, label="mean of seeds, 95 % interval", **style)
+        best = max((estimate for _, estimate, _ in settings), key=lambda estimate: estimate.mean)
+        band = {"color": LIGHT, "alpha": 0.3, "linewidth": 0, "zorder": 0}
+        pane.axhspan(best.mean - best.standard_error, best.mean, label="one standard error below the best", **band)
+        taken = [own for own, _, _ in settings].index(chosen)
+        label = f"chosen: {means[taken]:.3f} at " + _plain(", ".join(chosen.values()))
+        pane.plot(places[taken], means[taken], "o", color=ACCENT, markersize=7, zorder=3, label=label)
+        pane.set(xlabel=field, ylabel=f"validation {measure}")
+        if labels is None and min(places) > 0 and max(places) / min(places) > 30:
+            pane.set_xscale("log")
+        elif labels is not None or len(set(written)) <= 12:
+            pane.set_xticks(*zip(*(labels or zip(places, written, strict=True)), strict=True))
+    handles = dict(zip(*reversed(panes[0].get_legend_handles_labels()), strict=True))
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=len(fields), frameon=False, fontsize="small"
+    )
+    _save(figure, path)
+
+
+def plot_comparison(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
+    """Draws `compare.png`: each row's measure with its interval, and the first row's as a line.
+
+    Args:
+      path: the PNG to write.
+      table: rows of `comparison.make_table`.
+    """
+    figure, (pane,) = _panes(1)
+    figure.set_size_inches(8, 1.2 + 0.35 * len(table))
+    kind = table[0]["measure"]
+    values = np.asarray([row[kind] for row in table])
+    spread = np.abs(np.asarray([row[f"{kind}_interval"] for row in table]).T - values)
+    places = np.arange(len(table))
+    style = {"fmt": "none", "ecolor": DARK, "capsize": 3, "linewidth": 1}
+    pane.errorbar(values, places, xerr=spread, **style)
+    pane.scatter(values, places, color=[ACCENT] + [DARK] * (len(table) - 1), zorder=2)
+    pane.axvline(values[0], color=ACCENT, linewidth=0.8, linestyle=":")
+    names = [row["name"].replace("\n", "\\n") for row in table]
+    short = [_plain(name if len(name) <= 60 else f"{name[:57]}...") for name in names]
+    pane.set_yticks(places, short, fontsize="small")
+    pane.invert_yaxis()
+    pane.set(xlabel=f"test {kind.replace('_', ' ')}, 95 % interval")
+    _save(figure, path)
+
+
+def plot_inspection(path: Path, report: Mapping[str, Any]) -> None:
+    """Draws `inspect.png`: a pane for every part of a report that is there.
+
+    Args:
+      path: the PNG to write.
+      report: what `inspect.json` holds: rows, lost, attention, similarity.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    rows, lost, attention, similarity = (report.get(name) for name in ("rows", "lost", "attention", "similarity"))
+    figure, panes = _panes(sum(map(bool, (rows, lost, attention, similarity))) or 1)
+    left = iter(panes)
+    if rows:
+        pane, places = next(left), range(len(rows))
+        pane.bar(places, [row["norm"] for row in rows], color=LIGHT, label="norm")
+        if rows[0]["drift"] is not None:
+            pane.plot(places, [row["drift"] for row in rows], "o", color=ACCENT, markersize=4, label="drift from start")
+        pane.set(xlabel="virtual token", ylabel="in median norms of the vocabulary", title="Norms")
+        pane.xaxis.set_major_locator(MaxNLocator(integer=True))
+        pane.legend(frameon=False, fontsize="small")
+    if lost:
+        pane = next(left)
+        values = np.asarray([own["interval"]["value"] for own in lost])
+        ends = np.asarray([[own["interval"]["low"], own["interval"]["high"]] for own in lost]).T
+        pane.errorbar(range(len(lost)), values, np.abs(ends - values), fmt="o", color=DARK, markersize=4, linewidth=1)
+        pane.axhline(0, color=GREY, linewidth=0.8, linestyle=":")
+        measure = report["measure"].replace("_", " ")
+        pane.set(xlabel="position taken away", ylabel=f"{measure} lost, 95 % interval", title="Worth")
+    if attention:
+        pane = next(left)
+        image = pane.imshow(np.asarray(attention["by_layer_and_position"]), aspect="auto", cmap="Blues")
+        figure.colorbar(image, ax=pane)
+        pane.set(xlabel="position", ylabel="layer", title="Attention of the last token")
+        pane.xaxis.set_major_locator(MaxNLocator(integer=True))
+        pane.yaxis.set_major_locator(MaxNLocator(integer=True))
+    if similarity:
+        pane, names = next(left), [_plain(Path(name).parent.name or name) for name in similarity["prompts"]]
+        image = pane.imshow(np.asarray(similarity["cosines"]), cmap="RdBu_r", vmin=-1, vmax=1)
+        figure.colorbar(image, ax=pane)
+        pane.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize="small")
+        pane.set_yticks(range(len(names)), names, fontsize="small")
+        pane.set(title="Cosines between prompts")
+    _save(figure, path)
+
+
+def plot_range_test(
+    path: Path,
+    rates: Float[np.ndarray, " N"],
+    losses: Float[np.ndarray, " N"],
+    smoothed: Float[np.ndarray, " N"],
+    suggested: float,
+) -> None:
+    """Draws `rates.png`: the loss against a rate that rose from step to step, and the suggested rate."""
+    figure, (pane,) = _panes(1)
+    pane.plot(rates, losses, color=LIGHT, linewidth=0.8, label="each step")
+    pane.plot(rates, smoothed, color=DARK, label="smoothed")
+    pane.axvline(suggested, color=ACCENT, linestyle="--", label=f"suggested: {suggested:.2g}")
+    pane.set(xscale="log", xlabel="learning rate", ylabel="training loss")
+    pane.legend(frameon=False, fontsize="small")
+    _save(figure, path)
+
+
+def _places(written: Sequence[str]) -> tuple[list[float], list[tuple[int, str]] | None]:
+    """Where values stand along an axis: numbers at themselves, others one behind the other, with their labels."""
+    try:
+        return [float(value) for value in written], None
+    except ValueError:
+        order = list(dict.fromkeys(written))
+        return [float(order.index(value)) for value in written], list(enumerate(order))
+
+
+def _plain(text: str) -> str:
+    """Text in which no dollar begins a formula."""
+    return text.replace("$", r"\$")
+
+
+def _panes(count: int) -> tuple[Any, list[Any]]:
+    """A figure with so many panes side by side."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5 * count, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Writes a PNG that is never there by half."""
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    write_bytes(path, buffer.getvalue())

@@ -1,0 +1,1 @@
+"""Devices, processes, signals, files and measurements: what knows no model."""

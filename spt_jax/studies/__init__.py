@@ -1,0 +1,1 @@
+"""Many runs or many prompts: sweeps, comparison, and the probe of a base."""

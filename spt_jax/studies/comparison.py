@@ -1,0 +1,327 @@
+"""A soft prompt against everything that one might do instead, on the same test records."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spt_jax.bases.base import FrozenBase
+from spt_jax.data.encoder import Encoder
+from spt_jax.data.examples import Example
+from spt_jax.data.templates import Template
+from spt_jax.data.values import field_text
+from spt_jax.errors import ConfigError, DataError
+from spt_jax.evaluation.evaluate import EvaluationSet, evaluate, make_evaluation_set, metrics, selection_score
+from spt_jax.evaluation.predictions import SHOWN_BY, Prediction, measures, read_predictions, record_values
+from spt_jax.experiment.run import Experiment, Records
+from spt_jax.prompts import VirtualPrompt
+from spt_jax.prompts.storage import load_prompt
+from spt_jax.studies.probe import PENALTIES, features, fit_probe
+
+FACTS_FILE, PREDICTIONS_FILE = "facts.json", "predictions.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a way of asking costs; None where that is not known.
+
+    trainable_parameters: numbers that were trained.
+    bytes: of what has to be kept besides the base.
+    train_seconds: that its training took.
+    test_seconds: that the test records took, compilation included.
+    extra_tokens: positions of a request, in the mean, beyond those of the bare request.
+    """
+
+    trainable_parameters: int | None = 0
+    bytes: int | None = 0
+    train_seconds: float | None = 0.0
+    test_seconds: float | None = None
+    extra_tokens: float | None = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way of asking: its name, the test records as it reads them, and its soft prompt or probe, if any."""
+
+    name: str
+    data: EvaluationSet
+    virtual: VirtualPrompt | None
+    facts: Facts
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What came of a way of asking: what was predicted for every test record, and what it costs."""
+
+    name: str
+    predictions: Sequence[Prediction]
+    facts: Facts
+
+
+def ways(
+    experiment: Experiment,
+    prompts: Sequence[Path],
+    *,
+    shots: Sequence[int] = (),
+    shots_seed: int = 0,
+    probe: bool = True,
+) -> list[Way]:
+    """Every way of asking that runs here, in the order of the table.
+
+    Args:
+      experiment: the base, the data, and the template without its virtual tokens.
+      prompts: directories of saved soft prompts.
+      shots: numbers of solved examples to ask with, behind the hand-written prompt that validation prefers; a chat of
+        {messages} takes none.
+      shots_seed: of their choice.
+      probe: for classes, also a linear probe.
+
+    Raises:
+      DataError, CheckpointError: a way cannot read the test records, or a prompt is for another base.
+    """
+    bare, template = bare_tokens(experiment), experiment.template
+    found = [_soft(experiment, path, bare) for path in prompts]
+    if template.reads is not None:
+        return found  # without a head, the model neither tags nor points
+    found.append(_written(experiment, "no prompt", bare, template.bare()))
+    texts = experiment.config.data.hard_prompt
+    found += [_written(experiment, f"hand-written: {text}", bare, template.bare(text)) for text in texts]
+    asked_by = template.bare(best_text(experiment))
+    for count in () if template.is_conversation else shots:
+        solved = draw_shots(experiment.train, template, count, shots_seed)
+        name = f"{count} solved example{'s' if count > 1 else ''}"
+        found.append(_written(experiment, name, bare, asked_by, solved))
+    if probe and template.verbalizers:
+        found.append(_probe(experiment))
+    return found
+
+
+def ask(base: FrozenBase, way: Way) -> Entry:
+    """Asks all test records."""
+    begun = time.perf_counter()
+    result = evaluate(base, way.data, way.virtual)
+    seconds = round(time.perf_counter() - begun, 2)
+    return Entry(way.name, result.predictions, dataclasses.replace(way.facts, test_seconds=seconds))
+
+
+def bare_tokens(experiment: Experiment) -> float:
+    """Tokens of a test request without any prompt, in the mean."""
+    assert experiment.test is not None
+    template = experiment.template
+    encoder = _encoder(experiment, dataclasses.replace(template.bare(), head=template.head, reads=template.reads))
+    return _mean_length([encoder.encode(record, number) for number, record in enumerate(experiment.test)])
+
+
+def _mean_length(examples: Sequence[Example]) -> float:
+    return float(np.mean([len(example.ids) for example in examples]))
+
+
+def _encoder(experiment: Experiment, template: Template, shots: Records = (), taken: int = 0) -> Encoder:
+    """Up to the run's longest example, to which solved examples add their own length."""
+    base, asked = experiment.base, experiment.config.data.max_length
+    positions = base.config.max_positions - taken
+
+    def encoder(limit: int, shots: Records) -> Encoder:
+        return Encoder(template, base.tokenizer, base.config.vocab_size, limit, shots)
+
+    if asked is None:
+        return encoder(positions, shots)
+    added = 0
+    if shots:
+        bare, whole = (len(encoder(positions, own).prompt_ids(shots[0])) for own in ((), shots))
+        added = whole - bare
+    return encoder(min(asked + added, positions), shots)
+
+
+def _set(experiment: Experiment, encoder: Encoder, records: Records | None, taken: int = 0) -> EvaluationSet:
+    assert records is not None
+    config = experiment.config
+    options: dict[str, Any] = {"packing": config.data.packing, "taken": taken}
+    return make_evaluation_set(experiment.base, encoder, records, config.evaluation, **options)
+
+
+def _soft(experiment: Experiment, path: Path, bare: float) -> Way:
+    saved = load_prompt(path, experiment.base)
+    taken = saved.virtual.prefix_length
+    data = _set(experiment, _encoder(experiment, saved.template, taken=taken), experiment.test, taken)
+    run = path.parent / "results.json"
+    facts = Facts(
+        trainable_parameters=(saved.info.get("extra") or {}).get("trainable_parameters"),
+        bytes=sum(file.stat().st_size for file in path.glob("prompt.*")),
+        train_seconds=json.loads(run.read_text()).get("train_seconds") if run.exists() else None,
+        extra_tokens=round(_mean_length(data.examples) + taken - bare, 3),
+    )
+    return Way(f"soft prompt: {path}", data, saved.virtual, facts)
+
+
+def _written(experiment: Experiment, name: str, bare: float, template: Template, shots: Records = ()) -> Way:
+    try:
+        data = _set(experiment, _encoder(experiment, template, shots), experiment.test)
+    except DataError as error:
+        if shots:
+            raise DataError(f"{len(shots)} solved examples: {error}, or ask with fewer --shots") from error
+        raise
+    # What one would keep: the words of the prompt and of the examples.
+    words = [template.prompt, *(field_text(shot, field, 0) for shot in shots for field in template.fields)]
+    size = 0 if name == "no prompt" else sum(len(word.encode()) for word in words)
+    return Way(name, data, None, Facts(bytes=size, extra_tokens=round(_mean_length(data.examples) - bare, 3)))
+
+
+def _probe(experiment: Experiment) -> Way:
+    """The penalty is the one that validation prefers; without validation records the middle one."""
+    base, template = experiment.base, dataclasses.replace(experiment.template.bare(), head="classification")
+    encoder = _encoder(experiment, template)
+    data = _set(experiment, encoder, experiment.test)
+    begun = time.perf_counter()
+    train = _set(experiment, encoder, experiment.train)
+    states, labels = features(base, train), np.asarray([example.label for example in train.examples])
+    probes = [fit_probe(states, labels, len(template.verbalizers), penalty) for penalty in PENALTIES]
+    chosen = probes[len(probes) // 2]
+    if experiment.validation is not None:
+        validation = _set(experiment, encoder, experiment.validation)
+        chosen = max(probes, key=lambda probe: selection_score(evaluate(base, validation, probe).metrics))
+    seconds = round(time.perf_counter() - begun, 2)
+    numbers = (base.config.width + 1) * len(template.verbalizers)
+    return Way("linear probe", data, chosen, Facts(numbers, 4 * numbers, seconds))
+
+
+def best_text(experiment: Experiment) -> str | None:
+    """The hand-written prompt that validation prefers, the first without validation; None without any."""
+    texts = experiment.config.data.hard_prompt
+    if len(texts) < 2 or experiment.validation is None:
+        return texts[0] if texts else None
+    records = experiment.validation
+
+    def score(text: str) -> float:
+        data = experiment.evaluation_set(records, experiment.template.bare(text))
+        return selection_score(evaluate(experiment.base, data, None, generated=False).metrics)
+
+    return max(texts, key=score)
+
+
+def draw_shots(records: Records, template: Template, count: int, seed: int) -> list[Mapping[str, Any]]:
+    """So many training records in random order; of every class as many as of any other, or one more.
+
+    Raises:
+      ConfigError: there are too few.
+    """
+    order = [records[i] for i in np.random.default_rng(seed).permutation(len(records))]
+    if template.verbalizers:
+        by_class: dict[str, list[Mapping[str, Any]]] = {}
+        for record in order:
+            by_class.setdefault(field_text(record, template.label_field or "", 0), []).append(record)
+        rank = {id(record): place for own in by_class.values() for place, record in enumerate(own)}
+        order = sorted(order, key=lambda record: rank[id(record)])
+    if len(order) < count:
+        raise ConfigError(f"--shots {count}: there are {len(order)} training records")
+    return order[:count]
+
+
+def read_outside(name: str, folder: Path) -> Entry:
+    """A system that ran elsewhere.
+
+    Raises:
+      ConfigError: a file is not there, or facts are no numbers by the names of `Facts`.
+      DataError: predictions cannot be read.
+    """
+    for file in (FACTS_FILE, PREDICTIONS_FILE):
+        if not (folder / file).is_file():
+            raise ConfigError(f"--others {name}: no file {folder / file}")
+    known = [field.name for field in dataclasses.fields(Facts)]
+    try:
+        facts = dict(json.loads((folder / FACTS_FILE).read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{folder / FACTS_FILE}: {error}; it holds {', '.join(known)}") from error
+    for field, value in facts.items():
+        if field not in known:
+            raise ConfigError(f"{folder / FACTS_FILE}: no fact {field!r}; it holds {', '.join(known)}")
+        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise ConfigError(f"{folder / FACTS_FILE}: {field} is {value!r}, and no number")
+    predictions = [own for every in read_predictions(folder / PREDICTIONS_FILE).values() for own in every]
+    return Entry(name, predictions, Facts(**(dict.fromkeys(known) | facts)))
+
+
+def make_table(entries: Sequence[Entry], classes: Sequence[str]) -> list[dict[str, Any]]:
+    """A row per way of asking, computed from its predictions alone, each against the first.
+
+    Ways are compared by accuracy, else by exact matches, else by log-probability.
+
+    Raises:
+      DataError: the ways were not asked the same records.
+    """
+    first = entries[0].predictions
+    shared = [name for name in ("accuracy", "exact_match", "log_probability") if name in measures(first)]
+    kind = shared[0]
+    for entry in entries:
+        if kind not in measures(entry.predictions) or _answers(entry.predictions, kind) != _answers(first, kind):
+            raise DataError(f"{entry.name} was not asked the same records as {entries[0].name}")
+    ours = record_values(first, kind)
+    table = []
+    for entry in entries:
+        theirs = record_values(entry.predictions, kind)
+        row: dict[str, Any] = {"name": entry.name, "records": len(theirs), "measure": kind}
+        row |= _interval(kind, metrics.bootstrap_interval(theirs))
+        if kind == "accuracy" and isinstance(first[0]["label"], str):
+            pair = [p["prediction"] for p in entry.predictions], [p["label"] for p in entry.predictions]
+            row |= _interval("macro_f1", metrics.macro_f1_interval(*pair, list(classes)))
+        if kind == "exact_match":
+            answered = [p for p in entry.predictions if "reference" in p]
+            row["token_f1"] = metrics.token_f1([p["prediction"] for p in answered], [p["reference"] for p in answered])
+        if entry is not entries[0]:
+            difference = metrics.paired_bootstrap(ours, theirs)
+            row |= {**_interval("ahead", difference.interval), "p_bootstrap": difference.p}
+            if set(ours) | set(theirs) <= {0.0, 1.0}:
+                row["p_mcnemar"] = metrics.mcnemar(ours, theirs)
+        table.append({**row, **dataclasses.asdict(entry.facts)})
+    return table
+
+
+def _answers(predictions: Sequence[Prediction], kind: str) -> list[Any]:
+    """What was right, by which two sets of predictions show that they are about the same records."""
+    return [prediction.get(SHOWN_BY[kind]) for prediction in predictions]
+
+
+def _interval(name: str, interval: metrics.Interval) -> dict[str, Any]:
+    return {name: interval.value, f"{name}_interval": [interval.low, interval.high]}
+
+
+def markdown(table: Sequence[Mapping[str, Any]]) -> str:
+    """The table as a person reads it."""
+    kind = table[0]["measure"]
+    second = next((name for name in ("macro_f1", "token_f1") if name in table[0]), None)
+    columns = [
+        *(kind.replace("_", " "), second.replace("_", "-") if second else ""),
+        *("first is ahead by", "McNemar p", "bootstrap p"),
+        *("trained numbers", "bytes", "training s", "test s", "extra tokens"),
+    ]
+    lines = ["| | " + " | ".join(column for column in columns if column) + " |"]
+    lines.append("|---" * (1 + sum(map(bool, columns))) + "|")
+    for row in table:
+        name = row["name"].replace("\n", "\\n").replace("|", "\\|")
+        cells = [
+            name,
+            _cell(row, kind),
+            *([_cell(row, second)] if second else []),
+            _cell(row, "ahead"),
+            *(f"{row[p]:.2g}" if p in row else "-" for p in ("p_mcnemar", "p_bootstrap")),
+            *(_number(row[field], ",") for field in ("trainable_parameters", "bytes")),
+            *(_number(row[field], ",.1f") for field in ("train_seconds", "test_seconds", "extra_tokens")),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _number(value: float | int | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    if name not in row:
+        return "-"
+    ends = row.get(f"{name}_interval")
+    return f"{row[name]:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")

@@ -1,0 +1,248 @@
+"""Trials: runs of one sweep, trained side by side where one compiled step can train them."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spt_jax.bases.base import FrozenBase
+from spt_jax.data.batches import BatchPlan
+from spt_jax.data.examples import Example
+from spt_jax.errors import CheckpointError
+from spt_jax.evaluation.evaluate import EvaluationSet, evaluate
+from spt_jax.evaluation.predictions import predictions_jsonl
+from spt_jax.experiment.command_line import config_json
+from spt_jax.experiment.config import ExperimentConfig
+from spt_jax.experiment.run import Experiment, load_experiment
+from spt_jax.runtime.files import write_text
+from spt_jax.studies.settings import Settings, named
+from spt_jax.studies.table import flat, write_table
+from spt_jax.training.halving import Halving, Standing, fit_population
+from spt_jax.training.logs import MetricsLog
+from spt_jax.training.optimizers import resolve_optimizer
+from spt_jax.training.population import Member, default_group_size
+
+Row = dict[str, Any]
+PREDICTIONS_FILE = "predictions.jsonl"
+ROWS_FILE = "trials.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A run of a sweep: its number from 1, the fields that it sets, and its resolved config, seed included."""
+
+    number: int
+    settings: Settings
+    config: ExperimentConfig[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A trial's experiment, its examples, the shapes of their batches, and what it is asked, by split."""
+
+    experiment: Experiment
+    examples: list[Example]
+    plan: BatchPlan
+    asked: Mapping[str, EvaluationSet]
+
+
+class Preparation:
+    """Prepares trials. Those that differ in seed and optimizer alone share data, those on one base the base."""
+
+    def __init__(self) -> None:
+        self._bases: dict[str, FrozenBase] = {}
+        self._prepared: dict[str, Prepared] = {}
+
+    def __call__(self, trial: Trial) -> Prepared:
+        """The trial, ready to train.
+
+        Raises:
+          ConfigError, DataError, CheckpointError: as `load_experiment`.
+        """
+        config = trial.config
+        fields = config_json(config)
+        key = json.dumps({**fields, "optimizer": None, "train": {**fields["train"], "seed": None}})
+        if key not in self._prepared:
+            place = json.dumps([fields["base"], fields["mesh"], fields["data"]["max_length"]])
+            self._prepared[key] = _prepared(config, self._bases.get(place))
+            self._bases[place] = self._prepared[key].experiment.base
+        found = self._prepared[key]
+        loaded, base = found.experiment.config, found.experiment.base
+        optimizer = resolve_optimizer(config.optimizer, base.config.family, loaded.method.recipe)
+        own = dataclasses.replace(loaded, train=config.train, optimizer=optimizer)
+        return dataclasses.replace(found, experiment=dataclasses.replace(found.experiment, config=own))
+
+
+def _prepared(config: ExperimentConfig[Any], base: FrozenBase | None) -> Prepared:
+    experiment = load_experiment(config, base)
+    examples, plan = experiment.training_set()
+    experiment, _ = experiment.fitted(plan, together=default_group_size())
+    asked = {
+        split: experiment.evaluation_set(records, experiment.template)
+        for split, records in (("validation", experiment.validation), ("test", experiment.test))
+        if records is not None
+    }
+    return Prepared(experiment, examples, plan, asked)
+
+
+def populations(trials: Sequence[Trial], prepare: Preparation) -> list[list[Trial]]:
+    """Trials that one compiled step can train together: they differ in start, rate, seed and data alone."""
+    found: dict[str, list[Trial]] = {}
+    for trial in trials:
+        fields = config_json(prepare(trial).experiment.config)
+        fields["method"].pop("init", None)
+        fields["optimizer"].pop("learning_rate")
+        fields["train"].pop("seed")
+        data = fields.pop("data")
+        key = json.dumps([fields, data["max_length"], len(data["verbalizers"])])
+        found.setdefault(key, []).append(trial)
+    return list(found.values())
+
+
+def train_population(
+    trials: Sequence[Trial],
+    prepare: Preparation,
+    workdir: Path,
+    *,
+    halving: Halving | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> list[Row]:
+    """Trains trials side by side, or goes on with them, and saves what each has come to.
+
+    Args:
+      workdir: gets `populations/NNN/` with checkpoints and logs, and `trials/NNN/` with each trial's prompt and
+        predictions.
+      facts: what else a saved prompt says of itself.
+
+    Returns:
+      A row of the sweep's table for each.
+
+    Raises:
+      Stopped: after SIGTERM or SIGINT, with the state saved.
+    """
+    every = [prepare(trial) for trial in trials]
+    experiment, config = every[0].experiment, every[0].experiment.config
+
+    def validate(number: int, params: Any) -> dict[str, Any]:
+        own = every[number]
+        virtual = own.experiment.virtual(params)
+        return evaluate(experiment.base, own.asked["validation"], virtual, generated=False).metrics
+
+    members = [
+        Member(
+            own.experiment.config.method,
+            own.examples,
+            own.plan,
+            trial.config.train.seed,
+            own.experiment.config.optimizer.learning_rate or 0.0,  # resolved, and never 0
+            config.loss.class_weights or None,
+        )
+        for trial, own in zip(trials, every, strict=True)
+    ]
+    folder = workdir / "populations" / f"{trials[0].number:03d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    standings = fit_population(
+        experiment.base,
+        members,
+        config.optimizer,
+        experiment.objective(every[0].plan),
+        config.train,
+        workdir=folder,
+        validate=validate,
+        halving=halving,
+        log=lambda step: MetricsLog(folder, config.log, from_step=step, run_config=config_json(config)),
+        resume=True,
+        names=[f"trial {trial.number} ({named(trial.settings)})" for trial in trials],
+    )
+    return [
+        _ended(trial, own, standing, trial_folder(workdir, trial.number), facts or {})
+        for trial, own, standing in zip(trials, every, standings, strict=True)
+    ]
+
+
+def trial_folder(workdir: Path, number: int) -> Path:
+    """Where a trial's prompt and predictions are."""
+    return workdir / "trials" / f"{number:03d}"
+
+
+def _ended(trial: Trial, prepared: Prepared, standing: Standing, folder: Path, facts: Mapping[str, Any]) -> Row:
+    experiment, best = prepared.experiment, standing.best
+    results = {}
+    if best.metrics is not None:  # else it broke before its first validation
+        folder.mkdir(parents=True, exist_ok=True)
+        extra = {"step": best.step, "validation": best.metrics, "settings": trial.settings, **facts}
+        experiment.save(folder / "prompt", best.params, extra)
+        virtual = experiment.virtual(best.params)
+        results = {
+            split: evaluate(experiment.base, asked, virtual, generated=split == "test")
+            for split, asked in prepared.asked.items()
+        }
+        write_text(
+            folder / PREDICTIONS_FILE,
+            predictions_jsonl({split: result.predictions for split, result in results.items()}, by="split"),
+        )
+    fields = flat(config_json(experiment.config))
+    return {
+        "trial": trial.number,
+        **{name: fields.pop(name) for name in trial.settings if name in fields},
+        "seed": fields.pop("train.seed"),
+        "status": standing.ended,
+        "steps": standing.steps,
+        "best_step": best.step,
+        **{
+            name: value
+            for split, result in results.items()
+            for name, value in flat(_without_lists(result.metrics), f"{split}.").items()
+        },
+        "trainable_parameters": experiment.config.method.trainable_count(best.params),
+        "prompt_bytes": sum(file.stat().st_size for file in (folder / "prompt").rglob("prompt.*")),
+        **fields,
+    }
+
+
+def _without_lists(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The ends of intervals under names of their own."""
+    found: dict[str, Any] = {}
+    for name, value in metrics.items():
+        if name.endswith("_interval"):
+            found[name.replace("_interval", "_low")], found[name.replace("_interval", "_high")] = value
+        else:
+            found[name] = value
+    return found
+
+
+def write_rows(workdir: Path, planned: dict[int, Trial], rows: dict[int, Row]) -> None:
+    """The table: as lines, from which the sweep goes on, as CSV and as Parquet."""
+    lines = [{**_identity(planned[number]), "row": rows[number]} for number in sorted(rows)]
+    write_text(workdir / ROWS_FILE, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_table(workdir / "trials", [line["row"] for line in lines])
+
+
+def read_rows(workdir: Path, planned: dict[int, Trial]) -> dict[int, Row]:
+    """The rows of the trials that have ended.
+
+    Raises:
+      CheckpointError: the table is damaged, or that of another sweep.
+    """
+    path = workdir / ROWS_FILE
+    found: dict[int, Row] = {}
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    for number, line in enumerate(filter(None, lines), start=1):
+        try:
+            saved = json.loads(line)
+            row = saved.pop("row")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{path}, line {number}, is damaged ({error}); --overwrite starts anew") from error
+        here = _identity(planned[row["trial"]]) if row["trial"] in planned else None
+        if saved != here:
+            raise CheckpointError(
+                f"{path} is a table from another sweep: trial {row['trial']} is {saved} there and"
+                f" {here or 'none'} here. Give another --workdir, or --overwrite"
+            )
+        found[row["trial"]] = row
+    return found
+
+
+def _identity(trial: Trial) -> dict[str, Any]:
+    return {"settings": trial.settings, "seed": trial.config.train.seed}

@@ -1,1 +1,0 @@
-"""Sweeps: which settings to try, training them side by side, and when to stop."""

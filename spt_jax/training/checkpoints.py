@@ -1,0 +1,401 @@
+"""Training checkpoints through Orbax: asynchronous, atomic, exact. The last few and the best are kept.
+
+The checkpoint of step n is the directory `n/` with the items `prompt` (the method's parameters), `train` (step and
+optimizer state) and `data` (where the stream of batches stands), and with JSON metadata. Orbax notices most damage to
+its files but not all; a SHA-256 of all that was saved notices the rest.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+from jax.experimental import multihost_utils
+
+from spt_jax.errors import CheckpointError, ConfigError
+from spt_jax.runtime.files import DISK_FULL, sync_tree
+from spt_jax.training.step import TrainState
+
+FORMAT = 1
+
+T = TypeVar("T")
+
+_TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax lists nothing with this in its name.
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return "/orbax/" not in Path(record.pathname).as_posix() and "tensorstore" not in record.getMessage()
+
+
+# Of one damaged file or full disk, Orbax logs dozens of tracebacks before it raises the error that is reported here.
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_not_of_orbax)
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint is not what was saved."""
+
+
+class Checkpoints:
+    """The checkpoints of a work directory. Every process of a run makes one and calls the same methods.
+
+    A save copies the state to the host and returns; the files are written meanwhile and appear under their final name
+    when they are complete. An error of that writing is raised by the next `save`, `wait`, `restore` or `close`.
+    """
+
+    def __init__(self, directory: str | Path, *, keep: int = 2) -> None:
+        """Opens a directory of checkpoints, which is made if absent.
+
+        Args:
+          directory: holds one directory per step.
+          keep: how many of the last checkpoints stay, and with each the one with the highest metric up to it.
+
+        Raises:
+          ConfigError: keep is below 1.
+          CheckpointError: the directory cannot be made or read.
+        """
+        if keep < 1:
+            raise ConfigError(f"keep is {keep}; at least the last checkpoint must stay")
+        self.directory = Path(directory).absolute()
+        self._keep = keep
+        self._saving: tuple[int, float | None, Any] | None = None
+        self._cleaned = False
+        registry = ocp.handlers.local_registry()
+        registry.add(ocp.handlers.JsonHandler, checkpointable_name="data")
+        context = ocp.Context()
+        context.checkpointables.registry = registry
+        with _as_checkpoint_error(f"{self.directory}: cannot hold checkpoints"):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                _remove_without_metric(self.directory)
+            self._orbax = ocp.training.Checkpointer(str(self.directory), context=context)
+            self._metrics = {checkpoint.step: _metric(checkpoint) for checkpoint in self._orbax.checkpoints}
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """All steps with a checkpoint, ascending. Like the next two, it first waits for the one being written."""
+        self.wait()
+        return sorted(self._metrics)
+
+    def latest_step(self) -> int | None:
+        """The last step with a checkpoint; None if there is none."""
+        return max(self.steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """The step with the highest metric, the first of equals; None if none has a metric."""
+        return _best(self._metrics, self.steps())
+
+    def save(
+        self, state: TrainState, data_state: Any, metadata: Mapping[str, Any], *, metric: float | None = None
+    ) -> None:
+        """Starts to save a checkpoint under `state.step`, once the one before it is written.
+
+        The state may be donated as soon as this returns. A step that was saved already, with the same state, is left as
+        it is, its metadata too.
+
+        Args:
+          state: the training state.
+          data_state: what the iterator's `get_state()` gave: JSON.
+          metadata: JSON that `restore` gives back, such as the config and the best metric so far.
+          metric: what `best_step` goes by; higher is better.
+
+        Raises:
+          CheckpointError: this or the previous checkpoint cannot be written; those before are intact. Or the step is
+            there with another state, the metric is NaN, or data state or metadata are no JSON.
+        """
+        self.wait()
+        self.remove_cut_off_saves()
+        items = jax.tree.map(np.array, _items(state))  # Copies: the buffers of the state may be donated.
+        step = int(state.step)
+        if metric is not None and math.isnan(metric):
+            raise CheckpointError(f"the metric of step {step} is NaN, which is neither better nor worse than others")
+        with _as_checkpoint_error(f"step {step}: data state and metadata must be JSON"):
+            data, metadata = json.loads(json.dumps([{"state": data_state}, metadata]))  # Orbax takes no None.
+        record = {
+            "format": FORMAT,
+            "leaves": _described(items),
+            "sha256": _digests(items, data, metadata),
+            "metadata": metadata,
+        }
+        if step in self._metrics:
+            if self._record(step)["sha256"].get("state") != record["sha256"]["state"]:
+                raise CheckpointError(f"{self.directory / str(step)} is there already, with another state")
+            return
+        with self._saving_reported(step):
+            response = self._orbax.save_checkpointables_async(
+                step,
+                {**items, "data": data},
+                force=True,
+                metrics=None if metric is None else {"metric": float(metric)},
+                custom_metadata=record,
+            )
+        self._saving = step, metric, response
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more.
+
+        Raises:
+          CheckpointError: the last save failed; the checkpoints before it are intact.
+        """
+        if self._saving is None:
+            return
+        step, metric, response = self._saving
+        with self._saving_reported(step):
+            response.result()
+            if jax.process_index() == 0:
+                sync_tree(self.directory / str(step))  # Orbax syncs its arrays only.
+        self._saving = None
+        self._metrics[step] = metric
+        self._remove_old()
+
+    def restore(self, step: int | None, like: TrainState) -> tuple[TrainState, Any, dict[str, Any]]:
+        """Reads a checkpoint, every array bit for bit.
+
+        Args:
+          step: which one; None for the latest.
+          like: a state of the same structure, shapes and dtypes (arrays or `jax.ShapeDtypeStruct`s); its shardings say
+            where the arrays go, on any mesh.
+
+        Returns:
+          The state, the data state and the metadata as given to `save`.
+
+        Raises:
+          CheckpointError: there is no such checkpoint, or it is damaged, of another format, or for a state of another
+            structure.
+        """
+        self.wait()
+        step = self.latest_step() if step is None else step
+        if step is None:
+            raise CheckpointError(f"{self.directory}: there is no checkpoint")
+        if step not in self._metrics:
+            raise CheckpointError(f"{self.directory}: no checkpoint of step {step}; there are {self.steps()}")
+        path = self.directory / str(step)
+        record = self._record(step)
+        items = jax.tree.map(_abstract, _items(like))
+        _check_structure(path, record["leaves"], _described(items))
+        # One by one: where one of several cannot be read, Orbax leaves the others' coroutines to be warned about.
+        loaded = {name: self._load(step, name, item) for name, item in items.items()}
+        data = self._load(step, "data", None)
+        if _digests(loaded, data, record["metadata"]) != record["sha256"]:
+            raise DamagedError(f"{path}: damaged: its contents are not those that were saved (SHA-256 differs)")
+        train = loaded["train"]
+        state = TrainState(train["step"], loaded["prompt"], train["optimizer_state"])
+        return state, data["state"], record["metadata"]
+
+    def restore_intact(self, step: int | None, restore: Callable[[int], T]) -> T | None:
+        """Restores the newest checkpoint that is intact, and removes those after it.
+
+        Training is deterministic: what goes on from an earlier checkpoint comes to the same later ones.
+
+        Args:
+          step: take the checkpoint of this step instead, even if later ones are intact.
+          restore: called with a step, until it does not raise `DamagedError`.
+
+        Returns:
+          What `restore` gives; None where there is nothing to go on from, or only a damaged checkpoint of step 0.
+
+        Raises:
+          CheckpointError: no checkpoint is intact, or that of `step` is damaged or absent; or what `restore` raises.
+        """
+        problem: DamagedError | None = None
+        for candidate in reversed(self.steps()) if step is None else [step]:
+            try:
+                found = restore(candidate)
+            except DamagedError as error:
+                problem = problem or error
+                continue
+            self._remove_after(candidate, problem)
+            return found
+        if step is None and self.steps() in ([], [0]):
+            self._remove_after(-1, problem)  # nothing was trained before step 0
+            return None
+        if step is None:
+            raise CheckpointError(f"{problem}; no other is intact. Start anew with --overwrite") from problem
+        raise CheckpointError(f"{problem}; there are those of steps {self.steps()}") from problem
+
+    def _remove_after(self, step: int, problem: DamagedError | None) -> None:
+        later = [other for other in self.steps() if other > step]
+        if problem is not None and jax.process_index() == 0:
+            print(f"{problem}. Going on from step {max(step, 0)}, the newest that is intact", file=sys.stderr)
+        if later and jax.process_count() > 1:
+            multihost_utils.sync_global_devices("restored")  # before that, others may still read them
+        self._remove(later)
+        self._orbax.reload()  # It keeps a list of steps of its own, and saves none twice.
+
+    def close(self) -> None:
+        """Waits for the last save and lets go of threads and files.
+
+        Raises:
+          CheckpointError: the last save failed; the checkpoints before it are intact.
+        """
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+
+    def _load(self, step: int, name: str, abstract: Any) -> Any:
+        try:
+            return self._orbax.load_checkpointables(step, {name: abstract})[name]
+        except (MemoryError, PermissionError) as error:  # The checkpoint itself may be intact.
+            raise CheckpointError(
+                f"{self.directory / str(step)}: {name!r} cannot be read ({_reason(error)})"
+            ) from error
+        except Exception as error:  # TensorStore and Orbax raise many types, and say little.
+            raise DamagedError(f"{self.directory / str(step)}: damaged: {name!r} cannot be read") from error
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """The checkpoint's metadata with its format version and digest."""
+        path = self.directory / str(step)
+        problem = f"{path}: damaged, or no checkpoint of this library"
+        try:
+            record = self._orbax.checkpointables_metadata(step).custom_metadata
+        except Exception as error:
+            raise DamagedError(problem) from error
+        if not isinstance(record, dict) or "format" not in record:
+            raise DamagedError(problem)
+        if record["format"] != FORMAT:
+            version = record["format"]
+            raise CheckpointError(f"{path}: format version {version!r} is unknown; this library knows {FORMAT}")
+        if not isinstance(record.get("leaves"), dict) or not isinstance(record.get("sha256"), dict):
+            raise DamagedError(problem)
+        return {"metadata": None, **record}
+
+    @contextlib.contextmanager
+    def _saving_reported(self, step: int) -> Iterator[None]:
+        """Turns a failure into a CheckpointError; older checkpoints are still there, the half-written one is not."""
+        try:
+            with _as_checkpoint_error(f"{self.directory / str(step)}: the checkpoint was not saved"):
+                yield
+        except CheckpointError as error:
+            self._saving = None
+            with contextlib.suppress(Exception):  # Orbax raises the same error once in every thread that asks.
+                self._orbax.wait()
+            self._cleaned = False
+            self.remove_cut_off_saves()
+            self._cleaned = False  # Threads of the failed save may still be writing; the next save looks again.
+            left = self.latest_step()
+            intact = "there was none before it" if left is None else f"the one of step {left} is intact"
+            raise CheckpointError(f"{error}; {intact}") from error.__cause__
+
+    def _remove_old(self) -> None:
+        """Removes all but the last few and, for each of these, the best up to it, from which a run would resume."""
+        steps = self.steps()
+        last = steps[-self._keep :]
+        best = {_best(self._metrics, [other for other in steps if other <= step]) for step in last}
+        self._remove(set(steps) - {*last, *best})
+
+    def _remove(self, steps: Iterable[int]) -> None:
+        """Removes checkpoints, renaming each first: half a checkpoint is never listed."""
+        for step in steps:
+            del self._metrics[step]
+            if jax.process_index() == 0:
+                path = self.directory / str(step)
+                with _as_checkpoint_error(f"{path}: the old checkpoint cannot be removed"):
+                    shutil.rmtree(path.rename(f"{path}{_TEMPORARY}-removed"))
+
+    def remove_cut_off_saves(self) -> None:
+        """Removes what killed or failed saves left. Not done on opening: another process may be saving here."""
+        if not self._cleaned and jax.process_index() == 0:
+            for path in self.directory.glob(f"*{_TEMPORARY}*"):
+                shutil.rmtree(path, ignore_errors=True)
+        self._cleaned = True
+
+
+def _best(metrics: Mapping[int, float | None], steps: Sequence[int]) -> int | None:
+    ranked = [(metric, -step) for step in steps if (metric := metrics[step]) is not None]
+    return -max(ranked)[1] if ranked else None
+
+
+def _remove_without_metric(directory: Path) -> None:
+    """Removes checkpoints whose metric is damaged, with a line: Orbax cannot open a directory that holds one."""
+    for file in directory.glob("*/metrics/metrics"):
+        try:
+            json.loads(file.read_bytes())
+        except ValueError:
+            path = file.parents[1]
+            print(f"{path}: damaged: its metric cannot be read. The checkpoint is removed", file=sys.stderr)
+            shutil.rmtree(path.rename(f"{path}{_TEMPORARY}-removed"))
+
+
+def _metric(checkpoint: Any) -> float | None:
+    """Of a checkpoint as Orbax lists it; None also where its file is damaged."""
+    try:
+        return float(checkpoint.metrics["metric"])
+    except Exception:  # whatever a reader of JSON may raise
+        return None
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    return {"prompt": state.params, "train": {"step": state.step, "optimizer_state": state.optimizer_state}}
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
+
+
+def _digests(items: Any, data: Any, metadata: Any) -> dict[str, str]:
+    """SHA-256 of the state that training goes on from, and of the metadata."""
+    state = hashlib.sha256(json.dumps(data, sort_keys=True).encode())
+    for name, leaf in sorted(_leaves(items).items()):
+        array = np.asarray(leaf)
+        state.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return {
+        "state": state.hexdigest(),
+        "metadata": hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest(),
+    }
+
+
+def _described(items: Any) -> dict[str, str]:
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _leaves(items).items()}
+
+
+def _check_structure(path: Path, there: dict[str, str], here: dict[str, str]) -> None:
+    """Orbax would cast another dtype in silence, and names no leaf when trees differ."""
+    for name in sorted(there | here):
+        if there.get(name) != here.get(name):
+            raise CheckpointError(
+                f"{path}: {name} is {there.get(name, 'absent')} there, {here.get(name, 'absent')} here; the checkpoint"
+                " is of another method, length, base or optimizer"
+            )
+
+
+@contextlib.contextmanager
+def _as_checkpoint_error(what: str) -> Iterator[None]:
+    """Orbax and TensorStore raise many types, from OSError to ValueError, for files that they cannot use."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{what} ({_reason(error)})") from error
+
+
+def _reason(error: BaseException) -> str:
+    number = getattr(error, "errno", None)
+    if number in DISK_FULL or any(os.strerror(code) in str(error) for code in DISK_FULL):
+        return "the disk is full, or a limit on it is reached"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
