@@ -28,7 +28,7 @@ from spt_jax.evaluation.evaluate import evaluate
 from spt_jax.evaluation.predictions import predictions_jsonl
 from spt_jax.experiment.command_line import Command, config_json, exit_code, first_command, parse_train
 from spt_jax.experiment.config import resolve
-from spt_jax.experiment.run import Experiment, compare, input_digests, load_experiment, questions
+from spt_jax.experiment.run import Experiment, compare, evaluation_sets, input_digests, load_experiment
 from spt_jax.experiment.workdir import CONFIG_FILE, check_workdir, held, input_paths, open_workdir
 from spt_jax.reports.plots import plot_curves
 from spt_jax.reports.report import comparison_table, reference_lines
@@ -79,7 +79,7 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
     if command.dry_run:
         dry_run(experiment, examples, plan, optimizer)
         return
-    asked = questions(experiment)
+    asked = evaluation_sets(experiment)
     digests = input_digests(
         [(experiment, {"train": examples, **{name: own.soft.examples for name, own in asked.items()}})]
     )

@@ -35,7 +35,7 @@ def train(numbers: Sequence[int], steps: int, halved: bool, validated: bool, wor
     from spt_jax.evaluation.evaluate import evaluate
     from spt_jax.experiment.command_line import parse_train
     from spt_jax.experiment.config import resolve
-    from spt_jax.experiment.run import load_experiment, questions
+    from spt_jax.experiment.run import evaluation_sets, load_experiment
     from spt_jax.training.halving import Halving, fit_population
     from spt_jax.training.logs import NoLog
     from spt_jax.training.optimizers import resolve_optimizer
@@ -60,7 +60,7 @@ def train(numbers: Sequence[int], steps: int, halved: bool, validated: bool, wor
     examples, plan = experiment.training_set()
     optimizer = resolve_optimizer(config.optimizer, base.config.family, config.method.recipe)
     members = [Member(config.method, examples, plan, n, RATES[n % len(RATES)]) for n in numbers]
-    asked = questions(experiment)["validation"].soft if validated else None
+    asked = evaluation_sets(experiment)["validation"].soft if validated else None
     losses: dict[str, list[float]] = {}
 
     class Losses(NoLog):

@@ -17,7 +17,7 @@ from spt_jax.options import Pairs
 from spt_jax.reports.plots import plot_comparison
 from spt_jax.runtime import measure
 from spt_jax.runtime.files import write_json, write_text
-from spt_jax.studies.comparison import PREDICTIONS_FILE, Entry, ask, make_table, markdown, read_outside, ways
+from spt_jax.studies.comparison import PREDICTIONS_FILE, Entry, ask, baselines, make_table, markdown, read_outside
 
 PROGRAM = "python -m spt_jax compare"
 
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
     print(describe_base(experiment.base))
     outside = [read_outside(name, folder) for name, folder in others.items()]
     options = {"shots": command.shots, "shots_seed": command.shots_seed, "probe": command.probe}
-    every = ways(experiment, command.prompts, **options)
+    every = baselines(experiment, command.prompts, **options)
     with held(command.workdir):
         entries = [*(ask(experiment.base, way) for way in every), *outside]
         table = make_table(entries, list(experiment.template.verbalizers))

@@ -25,9 +25,9 @@ from spt_jax.studies.results import (
     Score,
     ask_together,
     by_length,
-    came_to_its_end,
     check_ensemble,
     copy_prompt,
+    finished,
     scored,
     trial_score,
 )
@@ -235,7 +235,7 @@ def finish(
         chosen.settings,
         chosen.measure.replace("_", " "),
     )
-    out = {trial.number: rows[trial.number]["status"] for trial in ran if not came_to_its_end(rows[trial.number])}
+    out = {trial.number: rows[trial.number]["status"] for trial in ran if not finished(rows[trial.number])}
     if out:
         print("not to their end: " + "; ".join(f"trial {number}, {status}" for number, status in out.items()))
     together = ask_together(command.ensemble, prepare, ran, rows, workdir) if command.ensemble else None

@@ -21,7 +21,7 @@ from spt_jax.data.examples import Example
 from spt_jax.data.reading import END, START
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation import metrics
-from spt_jax.inference.forward import encode_prefix, group_scores, output_readings
+from spt_jax.inference.forward import encode_prefix, group_scores, target_scores
 from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.models.attention import Prefix
 from spt_jax.models.decoder import Decoder
@@ -144,8 +144,8 @@ def row_scores(
     module: Decoder, choices: int, frozen: Params, virtual: VirtualPrompt | None, prefix: Prefix | None, rows: Rows
 ) -> Float[Array, "B E C"] | Float[Array, "B M C"]:
     """`_batch_scores` behind a prefix that is there already."""
-    readings = output_readings(module, frozen, virtual, prefix, rows)
-    return group_scores(readings, rows, choices) if readings.logits is None else readings.logits
+    scores = target_scores(module, frozen, virtual, prefix, rows)
+    return group_scores(scores, rows, choices) if scores.logits is None else scores.logits
 
 
 def score(base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt | None) -> Float[np.ndarray, "N C"]:

@@ -243,7 +243,7 @@ def _with_names(config: ExperimentConfig[Any], train: Records) -> ExperimentConf
 
 
 @dataclasses.dataclass(frozen=True)
-class Questions:
+class EvaluationSets:
     """One split as each side of the comparison reads it; hand-written prompts by their texts."""
 
     soft: EvaluationSet
@@ -273,12 +273,12 @@ def input_digests(
     return {"data": {source: sorted(own) for source, own in data.items()}, "base": bases}
 
 
-def questions(experiment: Experiment) -> dict[str, Questions]:
+def evaluation_sets(experiment: Experiment) -> dict[str, EvaluationSets]:
     """Everything that `compare` asks, encoded before training, so that bad records do not wait for its end."""
     template = experiment.template
     splits = {"validation": experiment.validation, "test": experiment.test}
     return {
-        split: Questions(
+        split: EvaluationSets(
             soft=experiment.evaluation_set(records, template),
             hard={text: experiment.evaluation_set(records, template.bare(text)) for text in experiment.hard_prompts},
             # The model as it is does not tag words or point at spans.
@@ -290,7 +290,7 @@ def questions(experiment: Experiment) -> dict[str, Questions]:
 
 
 def compare(
-    base: FrozenBase, asked: Mapping[str, Questions], virtual: VirtualPrompt
+    base: FrozenBase, sets: Mapping[str, EvaluationSets], virtual: VirtualPrompt
 ) -> dict[str, dict[str, Evaluation | None]]:
     """The soft prompt, the best hand-written prompt and no prompt, on the same records.
 
@@ -304,7 +304,7 @@ def compare(
 
     chosen: str | None = None
     results: dict[str, dict[str, Evaluation | None]] = {}
-    for split, own in asked.items():
+    for split, own in sets.items():
         hard = {text: ask(data, None, split, text=text) for text, data in own.hard.items() if chosen in (None, text)}
         if chosen is None and hard:
             chosen = max(hard, key=lambda text: selection_score(hard[text].metrics))

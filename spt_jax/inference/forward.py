@@ -174,7 +174,7 @@ def output_logits(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Readings:
+class TargetScores:
     """What losses and scores read of the logits, float32.
 
     log_probabilities: of every target.
@@ -188,20 +188,20 @@ class Readings:
     logits: Float[Array, "B M C"] | None = None
 
 
-def read_logits(all_logits: Float[Array, "B Q V"], rows: Rows) -> Readings:
-    """Readings of logits that are there as a whole."""
+def scores_of_logits(all_logits: Float[Array, "B Q V"], rows: Rows) -> TargetScores:
+    """TargetScores of logits that are there as a whole."""
     at_targets = jnp.take_along_axis(all_logits, rows.target_outputs[:, :, None], axis=1)
     log_sums = jax.nn.logsumexp(at_targets, axis=-1)
     chosen = jnp.take_along_axis(at_targets, rows.target_ids[:, :, None], axis=2)[..., 0]
-    return Readings(chosen - log_sums, jnp.mean(at_targets, axis=-1) - log_sums, at_targets)
+    return TargetScores(chosen - log_sums, jnp.mean(at_targets, axis=-1) - log_sums, at_targets)
 
 
-def output_readings(
+def target_scores(
     module: Decoder, frozen: Params, virtual: VirtualPrompt | None, prefix: Prefix | None, rows: Rows
-) -> Readings:
-    """Readings at the output positions. The logits of a large vocabulary are never there as a whole."""
+) -> TargetScores:
+    """TargetScores at the output positions. The logits of a large vocabulary are never there as a whole."""
     if virtual is not None and virtual.head is not None:
-        return read_logits(output_logits(module, frozen, virtual, prefix, rows), rows)
+        return scores_of_logits(output_logits(module, frozen, virtual, prefix, rows), rows)
     states = output_states(module, frozen, virtual, prefix, rows)
     with jax.named_scope("logits"):
         matrix = jax.lax.stop_gradient(output_matrix(module, frozen)).astype(states.dtype)
@@ -213,17 +213,17 @@ def output_readings(
         chosen = jnp.einsum("bmd,bmd->bm", own, targets, preferred_element_type=jnp.float32)
         chosen = soft_capped(chosen, cap)
         if cap is not None:
-            return Readings(chosen - log_sums, None)
+            return TargetScores(chosen - log_sums, None)
         means = at_targets(jnp.dot(states, matrix.mean(axis=0), preferred_element_type=jnp.float32))
-    return Readings(chosen - log_sums, means - log_sums)
+    return TargetScores(chosen - log_sums, means - log_sums)
 
 
-def group_scores(readings: Readings, rows: Rows, choices: int) -> Float[Array, "B E C"]:
+def group_scores(scores: TargetScores, rows: Rows, choices: int) -> Float[Array, "B E C"]:
     """Summed log-probability of every scored sequence: C = `choices` of each example, 1 for a plain target."""
     examples = rows.labels.shape[1]
 
     def of_row(values: Float[Array, " M"], groups: Int[Array, " M"]) -> Float[Array, " G"]:
         return jax.ops.segment_sum(values, groups, num_segments=examples * choices)
 
-    log_probabilities = jnp.where(rows.target_weights > 0, readings.log_probabilities, 0.0)
+    log_probabilities = jnp.where(rows.target_weights > 0, scores.log_probabilities, 0.0)
     return jax.vmap(of_row)(log_probabilities, rows.target_groups).reshape(-1, examples, choices)

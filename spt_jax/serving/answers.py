@@ -14,7 +14,7 @@ from spt_jax.serving import protocol as api
 from spt_jax.serving.engine import Request, Ticket
 from spt_jax.serving.metrics import Metrics
 from spt_jax.serving.tokens import TokenName, token_name
-from spt_jax.serving.worker import Listener, News, Worker
+from spt_jax.serving.worker import Listener, Update, Worker
 
 Finished = Literal["stop", "length"]
 
@@ -62,16 +62,16 @@ class Choice:
         assert self.finished is not None
         return self.finished
 
-    def add(self, news: News) -> str:
+    def add(self, update: Update) -> str:
         """Takes in new tokens, and returns what can be shown of them."""
         before = len(self.text)
-        if news.result is None:
-            self.ids += news.ids
-            self.log_probabilities += news.log_probabilities
-            self.alternatives += news.alternatives
+        if update.result is None:
+            self.ids += update.ids
+            self.log_probabilities += update.log_probabilities
+            self.alternatives += update.alternatives
             self.text = self.text + shown(self.text_of(self.ids), self.stop)[before:]
         else:
-            self._end(news.result)
+            self._end(update.result)
         return self.text[before:]
 
     def _end(self, result: Generated) -> None:
@@ -114,7 +114,7 @@ class Answer:
     def __init__(self, worker: Worker, requests: Sequence[Request], metrics: Metrics, *, each: int, grows: bool):
         self._worker, self._requests, self._metrics = worker, requests, metrics
         self._each, self._grows = each, grows
-        self._news: asyncio.Queue[tuple[int, News]] = asyncio.Queue()
+        self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
         self._tickets: list[Ticket] = []
         self._began = time.perf_counter()
         self.choices: list[Choice] = []
@@ -136,9 +136,9 @@ class Answer:
         answer, loop = cls(worker, requests, metrics, each=each, grows=grows), asyncio.get_running_loop()
 
         def listener(index: int) -> Listener:
-            def tell(news: News) -> None:
+            def tell(update: Update) -> None:
                 if not loop.is_closed():
-                    loop.call_soon_threadsafe(answer._news.put_nowait, (index, news))
+                    loop.call_soon_threadsafe(answer._updates.put_nowait, (index, update))
 
             return tell
 
@@ -166,16 +166,16 @@ class Answer:
         """
         first = True
         while any(choice.finished is None for choice in self.choices):
-            index, news = await self._news.get()
-            if news.error is not None:
-                raise news.error
+            index, update = await self._updates.get()
+            if update.error is not None:
+                raise update.error
             if first:
                 self._metrics.first_token.observe(time.perf_counter() - self._began)
                 first = False
-            if news.result is None and not self._grows:
+            if update.result is None and not self._grows:
                 continue
             choice = self.choices[index]
-            since, text = len(choice.ids), choice.add(news)
+            since, text = len(choice.ids), choice.add(update)
             if text or choice.finished or since < len(choice.ids):
                 yield index, text, since, choice.finished
         self._metrics.answered(len(self.choices), self.usage(), time.perf_counter() - self._began)

@@ -27,7 +27,7 @@ from spt_jax.runtime.sharding import replicated
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
+class DevicePrompt:
     """What a prompt's requests share, on the device. Lengths are rounded up, so that few programs serve all prompts.
 
     prefix: keys and values of the prompt and of the leading ids of its template; padding stands at NEVER.
@@ -59,7 +59,7 @@ class UnknownPromptError(ConfigError):
     """There is no prompt of this name."""
 
 
-NOTHING = Held(None, None, 0, np.zeros(0, np.int32), 0)
+NOTHING = DevicePrompt(None, None, 0, np.zeros(0, np.int32), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ class PromptBank:
         self.base = base
         self._budget = budget_bytes
         self._entries: dict[str | None, Entry] = {}
-        self._held: collections.OrderedDict[str, Held] = collections.OrderedDict()
+        self._held: collections.OrderedDict[str, DevicePrompt] = collections.OrderedDict()
         self._bytes = 0
         self._lock, self._making = threading.Lock(), threading.Lock()
         self._entries[None] = self._entry(Template(prompt="{text}", target="{target}"), None)
@@ -208,7 +208,7 @@ class PromptBank:
             raise ConfigError("the base's tokenizer has no chat template")
         return self._chat.encoder
 
-    def held(self, name: str | None) -> Held:
+    def held(self, name: str | None) -> DevicePrompt:
         """What requests under this prompt share, made if it is not on the device; None names the bare base.
 
         Raises:
@@ -216,7 +216,7 @@ class PromptBank:
         """
         return self.take(name)[1]
 
-    def take(self, name: str | None) -> tuple[Entry, Held]:
+    def take(self, name: str | None) -> tuple[Entry, DevicePrompt]:
         """A prompt and what its requests share, which belong together whatever becomes of the name.
 
         Raises:
@@ -225,7 +225,7 @@ class PromptBank:
         entry = self.entry(name)
         return entry, NOTHING if name is None else self._held_of(name, entry)
 
-    def _held_of(self, name: str, entry: Entry) -> Held:
+    def _held_of(self, name: str, entry: Entry) -> DevicePrompt:
         held = self._found(name, entry)
         if held is None:
             with self._making:
@@ -244,7 +244,7 @@ class PromptBank:
                 self._bytes -= self._held.popitem(last=False)[1].bytes
         return held
 
-    def _found(self, name: str, entry: Entry) -> Held | None:
+    def _found(self, name: str, entry: Entry) -> DevicePrompt | None:
         with self._lock:
             return self._held.get(name) if self._entries.get(name) is entry else None
 
@@ -274,7 +274,7 @@ def overflow(base: FrozenBase, name: str | None) -> ConfigError:
     return ConfigError(f"{whose} gives numbers beyond what {jnp.dtype(base.dtype).name} holds; take another dtype")
 
 
-def hold(base: FrozenBase, virtual: VirtualPrompt, lead: np.ndarray) -> Held:
+def hold(base: FrozenBase, virtual: VirtualPrompt, lead: np.ndarray) -> DevicePrompt:
     """Runs a prompt and the leading ids of its template through the base."""
     padded = jax.device_put(_padded(stack_prompts([virtual])), replicated(base.mesh))
     first = virtual.prefix_length
@@ -289,7 +289,7 @@ def hold(base: FrozenBase, virtual: VirtualPrompt, lead: np.ndarray) -> Held:
     done = count == int((lead >= base.config.vocab_size).sum())
     left = dataclasses.replace(padded, prefix=None, tokens=None if done else padded.tokens)
     left = jax.tree.map(lambda array: array[0], left) if jax.tree.leaves(left) else None
-    return Held(prefix, left, count, lead, first + len(lead))
+    return DevicePrompt(prefix, left, count, lead, first + len(lead))
 
 
 def _padded(virtual: VirtualPrompt) -> VirtualPrompt:

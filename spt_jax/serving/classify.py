@@ -15,7 +15,7 @@ from spt_jax.errors import ConfigError
 from spt_jax.evaluation.evaluate import log_softmax, row_scores
 from spt_jax.inference.generation import BUCKET
 from spt_jax.runtime.sharding import to_host
-from spt_jax.serving.bank import Entry, Held, PromptBank, overflow
+from spt_jax.serving.bank import DevicePrompt, Entry, PromptBank, overflow
 
 _row_scores = functools.partial(jax.jit, static_argnums=(0, 1))(row_scores)
 
@@ -32,7 +32,7 @@ class Asked:
 
     name: str
     entry: Entry
-    held: Held
+    held: DevicePrompt
     examples: Sequence[Example]
 
 
@@ -91,7 +91,7 @@ class Classifier:
             scores = log_softmax(scores)
         return [dict(zip(template.verbalizers, map(float, row), strict=True)) for row in scores]
 
-    def _check_lengths(self, held: Held, prompts: Sequence[np.ndarray]) -> None:
+    def _check_lengths(self, held: DevicePrompt, prompts: Sequence[np.ndarray]) -> None:
         limit = self._bank.base.config.max_positions
         for ids in prompts:
             total = held.start - len(held.lead) + len(ids)

@@ -31,12 +31,23 @@ from spt_jax.inference.generation import (
 )
 from spt_jax.models.attention import Cache
 from spt_jax.runtime.sharding import replicated, row_sharding, row_shards
-from spt_jax.serving.bank import Held, PromptBank, overflow
+from spt_jax.serving.bank import DevicePrompt, PromptBank, overflow
 from spt_jax.serving.fairness import Sender, Turns
-from spt_jax.serving.slots import LEAST, MAX_ENDS, MOST, NewTokens, RequestIds, Slots, Until, admit, decode, empty_slots
+from spt_jax.serving.slots import (
+    MAX_ENDS,
+    MAX_STEPS,
+    MIN_STEPS,
+    NewTokens,
+    RequestIds,
+    Slots,
+    Until,
+    admit,
+    decode,
+    empty_slots,
+)
 
 # Seconds between two looks of the host: at new requests, and at what has ended.
-LOOK = 0.02
+POLL_SECONDS = 0.02
 
 # How many requests at a time one program lets in, and how many ids these may then have together.
 SIZES = (1, 4, 16)
@@ -61,7 +72,7 @@ class Request:
     ids: np.ndarray
     prompt: str | None = None
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
-    held: Held | None = None
+    held: DevicePrompt | None = None
     alternatives: int = 0
     sender: Sender | None = None
 
@@ -77,7 +88,7 @@ class Ticket:
     """
 
     request: Request
-    held: Held
+    held: DevicePrompt
     ends: Endings
     text_of: Callable[[list[int]], str]
     ids: list[int] = dataclasses.field(default_factory=list)
@@ -124,7 +135,7 @@ class Engine:
         self.context = min(context or base.config.max_positions, base.config.max_positions)
         self._capacity = round_up(self.context, BUCKET) + 3 * BUCKET
         self._let_in = False
-        self._steps = MOST  # that take LOOK seconds, as the newest did
+        self._steps = MAX_STEPS  # that take POLL_SECONDS seconds, as the newest did
         self._compiling = threading.Lock()
         self._programs = _programs(base.mesh)
         self._slots = self._programs.empty(base.module, base.dtype, slots, self._capacity)
@@ -209,7 +220,7 @@ class Engine:
             inputs = busy, _wanted(tickets), self._until(tickets, reach - filled), self._slots
             self._slots, new, steps = self._programs.decode(base.module, reach, base.params, *inputs)
             new = jax.tree.map(lambda a: np.asarray(a)[: int(steps)], new)
-            self._steps = min(max(int(LOOK * int(steps) / (time.perf_counter() - began)), 1), MOST)
+            self._steps = min(max(int(POLL_SECONDS * int(steps) / (time.perf_counter() - began)), 1), MAX_STEPS)
             for slot in np.flatnonzero(busy).tolist():
                 ended += self._take(slot, new, slot)
         return ended
@@ -237,12 +248,12 @@ class Engine:
         assert all(result is not None for result in results)
         return [result for result in results if result is not None]
 
-    def is_warm(self, held: Held, length: int) -> bool:
+    def is_warm(self, held: DevicePrompt, length: int) -> bool:
         """Whether what `warm` compiles is there."""
         key = self._key(held, max(length, len(held.lead) + 1))
         return all((size, key) in self._compiled for size in self._sizes(key))
 
-    def warm(self, held: Held, length: int) -> None:
+    def warm(self, held: DevicePrompt, length: int) -> None:
         """Compiles what a request of so many ids under this prompt needs, if nothing has yet. Any thread may do so."""
         if self.is_warm(held, length):
             return
@@ -270,9 +281,9 @@ class Engine:
         every = sorted(frozenset().union(*(end.ids for end in ends)))
         steps = [room, self._steps]
         if any(end.texts for end in ends) or len(every) > MAX_ENDS:
-            steps.append(LEAST)  # the device does not see these ends
+            steps.append(MIN_STEPS)  # the device does not see these ends
         # A slot that comes free is worth a look only to those who wait.
-        steps.append(max(min(left), LEAST) if self._waiting else max(left, default=0))
+        steps.append(max(min(left), MIN_STEPS) if self._waiting else max(left, default=0))
         seen = np.full(MAX_ENDS, NO_ID, np.int32)
         seen[: len(every)] = every[:MAX_ENDS]
         until: Any = np.int32(min(steps)), np.int32(1 if self._waiting else len(tickets)), seen
@@ -326,7 +337,7 @@ class Engine:
             self._busy[slot] = ticket
         return slots, firsts
 
-    def _key(self, held: Held, length: int) -> tuple[Any, ...]:
+    def _key(self, held: DevicePrompt, length: int) -> tuple[Any, ...]:
         """What tells the programs apart that let requests of so many ids in, besides how many requests."""
         leaves, structure = jax.tree.flatten((held.virtual, held.prefix))
         return structure, tuple(leaf.shape for leaf in leaves), self._bucket(held, length)
@@ -335,7 +346,7 @@ class Engine:
         """How many requests at a time these programs let in."""
         return [size for size in SIZES if size == 1 or (size <= self.slots and size * key[-1] <= TOGETHER)]
 
-    def _bucket(self, held: Held, length: int) -> int:
+    def _bucket(self, held: DevicePrompt, length: int) -> int:
         """The own ids of requests of so many ids, rounded up."""
         return min(bucket(length - len(held.lead), BUCKET // 2), self._capacity - _taken(held))
 
@@ -361,7 +372,7 @@ class Engine:
         at = np.asarray(slots, np.int32)
         return prompts, RequestIds(*requests), RowSampling(*sampling), at, _wanted(tickets)
 
-    def _ticket(self, request: Request, held: Held) -> Ticket:
+    def _ticket(self, request: Request, held: DevicePrompt) -> Ticket:
         base = self.bank.base
         text_of = functools.partial(continuation_text, base.tokenizer, opens=is_opening(base, request.ids))
         ends = endings(base.tokenizer, base.end_ids + request.sampling.end_ids, request.sampling.stop)
@@ -406,7 +417,7 @@ def _wanted(tickets: Iterable[Ticket]) -> np.ndarray:
     return np.asarray(any(ticket.request.alternatives for ticket in tickets))
 
 
-def _taken(held: Held) -> int:
+def _taken(held: DevicePrompt) -> int:
     """Places of a slot that a prompt takes, padding included."""
     return 0 if held.prefix is None else held.prefix.positions.shape[0]
 

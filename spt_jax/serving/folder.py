@@ -20,7 +20,7 @@ class Changes:
 
     loaded: prompts that are new or other ones.
     removed: prompts that are gone.
-    refused: why a prompt directory was not read, by name, if that is news. What was read of it before stays.
+    refused: why a prompt directory was not read, by name, if that is new. What was read of it before stays.
     """
 
     loaded: tuple[str, ...] = ()
@@ -66,9 +66,9 @@ class FolderWatch:
             loaded = tuple(name for name in changed if problems[name] is None)
             self._seen |= {name: found[name] for name in loaded}
             refused = {name: why for name, why in problems.items() if why is not None}
-            news = {name: why for name, why in refused.items() if self._refused.get(name) != why}
+            new = {name: why for name, why in refused.items() if self._refused.get(name) != why}
             self._refused = refused
-            return Changes(loaded, self._remove(set(self._seen) - set(found)), news)
+            return Changes(loaded, self._remove(set(self._seen) - set(found)), new)
 
     def _load(self, name: str) -> str | None:
         """Why not, if a prompt cannot be loaded."""

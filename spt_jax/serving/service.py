@@ -21,7 +21,7 @@ from spt_jax.errors import SptError, did_you_mean
 from spt_jax.inference.generation import SamplingConfig, continuation_text, is_opening
 from spt_jax.serving import protocol as api
 from spt_jax.serving.answers import Choice
-from spt_jax.serving.bank import Entry, Held, PromptBank
+from spt_jax.serving.bank import DevicePrompt, Entry, PromptBank
 from spt_jax.serving.classify import Classifier
 from spt_jax.serving.engine import Request
 from spt_jax.serving.fairness import Lane, Sender, has_share
@@ -275,7 +275,7 @@ class Service:
                 found.append(Request(np.asarray(ids), name, sampling, held, alternatives, sender))
         return found
 
-    def _generator(self, model: str) -> tuple[str | None, Entry, Held]:
+    def _generator(self, model: str) -> tuple[str | None, Entry, DevicePrompt]:
         """A prompt that writes text, or the bare base."""
         name = self.known(model)
         entry, held = self.bank.take(name)
@@ -283,7 +283,7 @@ class Service:
             raise RefusedError(400, f"{model!r} only tells classes apart: ask /v1/classify", param="model")
         return name, entry, held
 
-    def _room(self, held: Held, ids: np.ndarray, max_tokens: int) -> int:
+    def _room(self, held: DevicePrompt, ids: np.ndarray, max_tokens: int) -> int:
         """How many tokens an answer may have after these ids, at least `max_tokens`."""
         limit, before = self.worker.engine.context, held.start - len(held.lead) + len(ids)
         if limit - before < max_tokens:

@@ -58,7 +58,7 @@ class NewTokens:
 
 
 # The most steps of one call of `decode`, and how many it takes before it returns for those that have ended.
-MOST, LEAST = 16, 4
+MAX_STEPS, MIN_STEPS = 16, 4
 # How many different ids that end an answer a call of `decode` looks for.
 MAX_ENDS = 8
 
@@ -68,8 +68,8 @@ MAX_ENDS = 8
 class Until:
     """When a call of `decode` returns: whatever comes first.
 
-    steps: after so many, at most MOST.
-    ends: once so many busy slots have got one of `end_ids`, the ends of all of them, but not before LEAST steps.
+    steps: after so many, at most MAX_STEPS.
+    ends: once so many busy slots have got one of `end_ids`, the ends of all of them, but not before MIN_STEPS steps.
     """
 
     steps: Int[Array, ""]
@@ -189,20 +189,20 @@ def decode(
       until: how many steps.
 
     Returns:
-      The slots; the new tokens, N = MOST of each; how many of them there are.
+      The slots; the new tokens, N = MAX_STEPS of each; how many of them there are.
     """
     batch = slots.ids.shape[0]
     numbers = jnp.arange(batch)
     found = min(ALTERNATIVES, module.config.vocab_size)
     room = NewTokens(
-        jnp.zeros((MOST, batch), jnp.int32),
-        jnp.zeros((MOST, batch)),
-        (jnp.zeros((MOST, batch, found), jnp.int32), jnp.zeros((MOST, batch, found))),
+        jnp.zeros((MAX_STEPS, batch), jnp.int32),
+        jnp.zeros((MAX_STEPS, batch)),
+        (jnp.zeros((MAX_STEPS, batch, found), jnp.int32), jnp.zeros((MAX_STEPS, batch, found))),
     )
 
     def goes_on(state: tuple[Slots, NewTokens, Array, Array]) -> Bool[Array, ""]:
         _, _, step, ended = state
-        return (step < until.steps) & ((step < LEAST) | (jnp.sum(ended) < until.ends))
+        return (step < until.steps) & ((step < MIN_STEPS) | (jnp.sum(ended) < until.ends))
 
     def advance(state: tuple[Slots, NewTokens, Array, Array]) -> tuple[Slots, NewTokens, Array, Array]:
         slots, chosen, step, ended = state

@@ -24,7 +24,7 @@ class EngineFailedError(SptError):
 
 
 @dataclasses.dataclass(frozen=True)
-class News:
+class Update:
     """What a request has got since it was last told.
 
     result: the whole answer, at its end.
@@ -38,7 +38,7 @@ class News:
     error: SptError | None = None
 
 
-Listener = Callable[[News], None]
+Listener = Callable[[Update], None]
 
 
 class Worker:
@@ -149,7 +149,7 @@ class Worker:
             self.failure = error
             listeners, self._listeners = [listener for listener, _ in self._listeners.values()], {}
         for listener in listeners:
-            self._told(listener, News(error=error))
+            self._notify(listener, Update(error=error))
 
     def _wait(self) -> bool:
         """Until there is something to do; False if nothing more is to be done."""
@@ -167,8 +167,8 @@ class Worker:
             if len(ticket.ids) == seen and not ticket.done:
                 continue
             ids, log_probabilities = tuple(ticket.ids[seen:]), tuple(ticket.log_probabilities[seen:])
-            news = News(ids, log_probabilities, tuple(ticket.alternatives[seen:]), ticket.result, ticket.error)
-            heard = self._told(listener, news)
+            update = Update(ids, log_probabilities, tuple(ticket.alternatives[seen:]), ticket.result, ticket.error)
+            heard = self._notify(listener, update)
             with self._changed:
                 if ticket.done:
                     self._listeners.pop(ticket, None)
@@ -178,10 +178,10 @@ class Worker:
                     self._listeners[ticket] = listener, len(ticket.ids)
 
     @staticmethod
-    def _told(listener: Listener, news: News) -> bool:
+    def _notify(listener: Listener, update: Update) -> bool:
         """Whether a listener could be told: one that fails ends its own request alone."""
         try:
-            listener(news)
+            listener(update)
         except Exception:
             logger.exception("a request's listener has failed")
             return False

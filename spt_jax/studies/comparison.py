@@ -45,7 +45,7 @@ class Facts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
+class Baseline:
     """A way of asking: its name, the test records as it reads them, and its soft prompt or probe, if any."""
 
     name: str
@@ -63,14 +63,14 @@ class Entry:
     facts: Facts
 
 
-def ways(
+def baselines(
     experiment: Experiment,
     prompts: Sequence[Path],
     *,
     shots: Sequence[int] = (),
     shots_seed: int = 0,
     probe: bool = True,
-) -> list[Way]:
+) -> list[Baseline]:
     """Every way of asking that runs here, in the order of the table.
 
     Args:
@@ -101,12 +101,12 @@ def ways(
     return found
 
 
-def ask(base: FrozenBase, way: Way) -> Entry:
+def ask(base: FrozenBase, baseline: Baseline) -> Entry:
     """Asks all test records."""
     begun = time.perf_counter()
-    result = evaluate(base, way.data, way.virtual)
+    result = evaluate(base, baseline.data, baseline.virtual)
     seconds = round(time.perf_counter() - begun, 2)
-    return Entry(way.name, result.predictions, dataclasses.replace(way.facts, test_seconds=seconds))
+    return Entry(baseline.name, result.predictions, dataclasses.replace(baseline.facts, test_seconds=seconds))
 
 
 def bare_tokens(experiment: Experiment) -> float:
@@ -145,7 +145,7 @@ def _set(experiment: Experiment, encoder: Encoder, records: Records | None, take
     return make_evaluation_set(experiment.base, encoder, records, config.evaluation, **options)
 
 
-def _soft(experiment: Experiment, path: Path, bare: float) -> Way:
+def _soft(experiment: Experiment, path: Path, bare: float) -> Baseline:
     saved = load_prompt(path, experiment.base)
     taken = saved.virtual.prefix_length
     data = _set(experiment, _encoder(experiment, saved.template, taken=taken), experiment.test, taken)
@@ -156,10 +156,10 @@ def _soft(experiment: Experiment, path: Path, bare: float) -> Way:
         train_seconds=json.loads(run.read_text()).get("train_seconds") if run.exists() else None,
         extra_tokens=round(_mean_length(data.examples) + taken - bare, 3),
     )
-    return Way(f"soft prompt: {path}", data, saved.virtual, facts)
+    return Baseline(f"soft prompt: {path}", data, saved.virtual, facts)
 
 
-def _written(experiment: Experiment, name: str, bare: float, template: Template, shots: Records = ()) -> Way:
+def _written(experiment: Experiment, name: str, bare: float, template: Template, shots: Records = ()) -> Baseline:
     try:
         data = _set(experiment, _encoder(experiment, template, shots), experiment.test)
     except DataError as error:
@@ -169,10 +169,10 @@ def _written(experiment: Experiment, name: str, bare: float, template: Template,
     # What one would keep: the words of the prompt and of the examples.
     words = [template.prompt, *(field_text(shot, field, 0) for shot in shots for field in template.fields)]
     size = 0 if name == "no prompt" else sum(len(word.encode()) for word in words)
-    return Way(name, data, None, Facts(bytes=size, extra_tokens=round(_mean_length(data.examples) - bare, 3)))
+    return Baseline(name, data, None, Facts(bytes=size, extra_tokens=round(_mean_length(data.examples) - bare, 3)))
 
 
-def _probe(experiment: Experiment) -> Way:
+def _probe(experiment: Experiment) -> Baseline:
     """The penalty is the one that validation prefers; without validation records the middle one."""
     base, template = experiment.base, dataclasses.replace(experiment.template.bare(), head="classification")
     encoder = _encoder(experiment, template)
@@ -187,7 +187,7 @@ def _probe(experiment: Experiment) -> Way:
         chosen = max(probes, key=lambda probe: selection_score(evaluate(base, validation, probe).metrics))
     seconds = round(time.perf_counter() - begun, 2)
     numbers = (base.config.width + 1) * len(template.verbalizers)
-    return Way("linear probe", data, chosen, Facts(numbers, 4 * numbers, seconds))
+    return Baseline("linear probe", data, chosen, Facts(numbers, 4 * numbers, seconds))
 
 
 def best_text(experiment: Experiment) -> str | None:

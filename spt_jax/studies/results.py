@@ -52,7 +52,7 @@ def scored(workdir: Path, rows: dict[int, Row], trials: Sequence[Trial]) -> list
     by_setting: dict[str, list[Trial]] = {}
     for trial in trials:
         by_setting.setdefault(json.dumps(trial.settings), []).append(trial)
-    ended = [[trial for trial in own if came_to_its_end(rows[trial.number])] for own in by_setting.values()]
+    ended = [[trial for trial in own if finished(rows[trial.number])] for own in by_setting.values()]
     whole = [own for own, planned in zip(ended, by_setting.values(), strict=True) if len(own) == len(planned)]
     every = whole or [own for own in ended if own]
     if not every:
@@ -105,7 +105,7 @@ def check_ensemble(every: Sequence[Prepared]) -> None:
             raise ConfigError("--ensemble combines prompts with a head, or prompts without, and not both")
 
 
-def came_to_its_end(row: Row) -> bool:
+def finished(row: Row) -> bool:
     """Neither halved nor dropped, and with a prompt to show for it."""
     return not row["status"].startswith(("halved", "dropped")) and trial_score(row) > -math.inf
 
@@ -144,7 +144,7 @@ def ask_together(
 
     def rank(trial: Trial) -> tuple[bool, float]:
         row = rows[trial.number]
-        return came_to_its_end(row), trial_score(row)
+        return finished(row), trial_score(row)
 
     having = [trial for trial in ran if trial_score(rows[trial.number]) > -math.inf]
     chosen = sorted(having, key=rank, reverse=True)[:count]

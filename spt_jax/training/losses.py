@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from spt_jax.data.batches import Rows
 from spt_jax.data.reading import END, START
 from spt_jax.errors import ConfigError
-from spt_jax.inference.forward import Readings, group_scores
+from spt_jax.inference.forward import TargetScores, group_scores
 
 Loss = tuple[Float[Array, ""], Float[Array, ""]]
 
@@ -42,37 +42,37 @@ class LossConfig:
             raise ConfigError("loss.class_weights must be numbers of at least 0, one of them above")
 
 
-def vocabulary_loss(readings: Readings, rows: Rows, choices: int, smoothing: float) -> Loss:
+def vocabulary_loss(scores: TargetScores, rows: Rows, choices: int, smoothing: float) -> Loss:
     """Weighted cross-entropy of the targets over the vocabulary, and the sum of the weights.
 
     Smoothing as in Szegedy et al. 2016 (arXiv 1512.00567).
     """
     if choices > 1:
         raise ConfigError("over the vocabulary, examples have one target: batch `Example.as_target()`")
-    if smoothing and readings.means is None:
+    if smoothing and scores.means is None:
         raise ConfigError("loss.label_smoothing over the vocabulary does not go with a base whose logits are capped")
-    losses = -(1 - smoothing) * readings.log_probabilities
-    if readings.means is not None:
-        losses -= smoothing * readings.means
+    losses = -(1 - smoothing) * scores.log_probabilities
+    if scores.means is not None:
+        losses -= smoothing * scores.means
     weights = rows.target_weights
     return jnp.sum(jnp.where(weights > 0, weights * losses, 0.0)), jnp.sum(weights)
 
 
-def verbalizer_loss(readings: Readings, rows: Rows, choices: int, smoothing: float) -> Loss:
+def verbalizer_loss(scores: TargetScores, rows: Rows, choices: int, smoothing: float) -> Loss:
     """Weighted cross-entropy of the right class, and the sum of the examples' weights.
 
     A class's score is the log-probability of its verbalizer, so that for verbalizers of one token this is the softmax
     over their logits alone.
     """
     # The scores ignore class weights, which weigh whole examples.
-    scores = group_scores(readings, rows, choices)
-    log_probabilities = jax.nn.log_softmax(scores, axis=-1)
+    choice_scores = group_scores(scores, rows, choices)
+    log_probabilities = jax.nn.log_softmax(choice_scores, axis=-1)
     right = jnp.take_along_axis(log_probabilities, rows.labels[:, :, None], axis=-1)[..., 0]
     losses = -(1 - smoothing) * right - smoothing * jnp.mean(log_probabilities, axis=-1)
     return jnp.sum(rows.example_weights * losses), jnp.sum(rows.example_weights)
 
 
-def span_loss(readings: Readings, rows: Rows, choices: int, smoothing: float) -> Loss:
+def span_loss(scores: TargetScores, rows: Rows, choices: int, smoothing: float) -> Loss:
     """Cross-entropy of the answer's start, and of its end, among all places of its text: the mean of the two.
 
     As transformers' question-answering models have it, but over the text that is read alone.
@@ -82,9 +82,9 @@ def span_loss(readings: Readings, rows: Rows, choices: int, smoothing: float) ->
         raise ConfigError("loss.label_smoothing does not go with a span head")
     examples = rows.labels.shape[1]
     real = rows.target_weights > 0
-    if readings.logits is None:
+    if scores.logits is None:
         raise ConfigError("a loss over spans needs a head")
-    at_reads = readings.logits
+    at_reads = scores.logits
     flags = jnp.stack([rows.target_ids & START, rows.target_ids & END], axis=-1) > 0
 
     def of_row(values: Any, real: Any, flags: Any, groups: Any, weights: Any) -> Float[Array, ""]:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from spt_jax.bases.base import FrozenBase
 from spt_jax.bases.checkpoint import Params
 from spt_jax.data.batches import Batch, Rows
-from spt_jax.inference.forward import encode_prefix, lead_logits, output_readings
+from spt_jax.inference.forward import encode_prefix, lead_logits, target_scores
 from spt_jax.models.attention import Prefix
 from spt_jax.models.decoder import Decoder
 from spt_jax.prompts import Method, PromptParams, VirtualPrompt
@@ -118,8 +118,8 @@ def _scaled_loss_and_gradient(
 
     def rows_loss(keys_values: Any, virtual: VirtualPrompt, rows: Rows) -> tuple[Array, Array]:
         prefix = None if keys_values is None else Prefix(keys_values[0], keys_values[1], positions)
-        readings = output_readings(module, frozen, virtual, prefix, rows)
-        return LOSSES[objective.over](readings, rows, objective.choices, objective.label_smoothing)
+        scores = target_scores(module, frozen, virtual, prefix, rows)
+        return LOSSES[objective.over](scores, rows, objective.choices, objective.label_smoothing)
 
     def accumulate(carry: Any, rows: Rows) -> tuple[Any, None]:
         of_rows = functools.partial(rows_loss, rows=rows)

@@ -17,7 +17,7 @@ from spt_jax.bases.base import load_base
 from spt_jax.data.batches import pack, plan_batches
 from spt_jax.data.examples import Example
 from spt_jax.data.templates import Template
-from spt_jax.inference.forward import encode_prefix, output_logits, read_logits
+from spt_jax.inference.forward import encode_prefix, output_logits, scores_of_logits
 from spt_jax.interop import export_embeddings, export_peft, export_peft_tasks, import_peft
 from spt_jax.prompts import DeepPrompts, PromptTuning, VirtualPrompt
 from spt_jax.prompts.storage import load_prompt, save_prompt
@@ -51,7 +51,7 @@ def logits_of(module, frozen, virtual, batch):
 @functools.partial(jax.jit, static_argnums=0)
 def mean_loss(module, frozen, virtual, batch):
     total, weight = vocabulary_loss(
-        read_logits(logits_of(module, frozen, virtual, batch), batch.rows), batch.rows, 1, 0.0
+        scores_of_logits(logits_of(module, frozen, virtual, batch), batch.rows), batch.rows, 1, 0.0
     )
     return total / weight
 

@@ -14,7 +14,7 @@ from spt_jax.inference.generation import SamplingConfig, generate, token_text
 from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning
 from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.engine import Engine, Request
-from spt_jax.serving.slots import LEAST, MOST, Until
+from spt_jax.serving.slots import MAX_STEPS, MIN_STEPS, Until
 from spt_jax.testing import tiny_base
 from tests.layouts import Run, forward, lay_out
 
@@ -77,7 +77,7 @@ def test_a_mixture_is_answered_as_each_alone(bank: PromptBank, slots: int):
 
 @pytest.mark.parametrize("seconds", [0.0, 1e9])
 def test_how_often_the_host_looks_changes_no_answer(bank: PromptBank, monkeypatch, seconds: float):
-    monkeypatch.setattr("spt_jax.serving.engine.LOOK", seconds)
+    monkeypatch.setattr("spt_jax.serving.engine.POLL_SECONDS", seconds)
     engine, requests = Engine(bank, slots=2), requests_of(bank)
     for request, found in zip(requests, engine.generate(requests), strict=True):
         same(found, alone(bank, request))
@@ -103,12 +103,12 @@ def test_decoding_returns_at_an_end_that_others_wait_for(bank: PromptBank, end_a
         engine.submit(dataclasses.replace(request, sampling=long))
     engine.step()
     programs, base = engine._programs, bank.base
-    end, steps = expected[0][end_at], max(end_at, LEAST)
+    end, steps = expected[0][end_at], max(end_at, MIN_STEPS)
     assert end not in expected[0][1:end_at] + expected[1][1:end_at]
-    until = Until(jnp.int32(MOST), jnp.int32(1), jnp.asarray([end]))
+    until = Until(jnp.int32(MAX_STEPS), jnp.int32(1), jnp.asarray([end]))
     inputs = np.ones(2, bool), np.asarray(False), until, engine._slots
     _, new, count = programs.decode(base.module, 64, base.params, *inputs)
-    assert int(count) == steps < MOST
+    assert int(count) == steps < MAX_STEPS
     np.testing.assert_array_equal(new.ids[:steps].T, [ids[1 : steps + 1] for ids in expected])
 
 

@@ -59,7 +59,7 @@ def test_a_queue_that_is_full_takes_a_share_of_each_client(taken, client, count,
 @pytest.mark.parametrize(("slots", "held"), [(16, [14, 1, 1]), (8, [7, 0, 1]), (4, [4, 0, 0])])
 def test_many_answers_of_one_request_leave_slots_to_others(base, slots, held, monkeypatch):
     """One more request of the same client, then one of another client; and the answers are those of each alone."""
-    monkeypatch.setattr("spt_jax.serving.engine.LOOK", 0.0)  # a token a step, so that nothing ends meanwhile
+    monkeypatch.setattr("spt_jax.serving.engine.POLL_SECONDS", 0.0)  # a token a step, so that nothing ends meanwhile
     engine = Engine(PromptBank(base), slots=slots)
     engine._steps = 1
 

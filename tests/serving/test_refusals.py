@@ -328,7 +328,7 @@ def test_a_worker_that_stops_leaves_nobody_waiting(server):
     worker._stopping = True
     worker.start()
     worker._thread.join()
-    assert [str(news.error) for news in told] == ["the server is stopping"] * 2
+    assert [str(update.error) for update in told] == ["the server is stopping"] * 2
     with pytest.raises(EngineFailedError, match="stopping"):
         worker.submit([(good, told.append)])
     assert not worker._listeners
@@ -337,11 +337,11 @@ def test_a_worker_that_stops_leaves_nobody_waiting(server):
 def test_a_listener_that_fails_ends_its_own_request_alone(server):
     ended, worker = threading.Event(), server.service.worker
 
-    def broken(news):
+    def broken(update):
         raise RuntimeError("a listener")
 
-    def listener(news):
-        if news.result is not None:
+    def listener(update):
+        if update.result is not None:
             ended.set()
 
     request = Request(np.asarray([1, 40], np.int32), None, SamplingConfig(max_new_tokens=20))
@@ -364,9 +364,9 @@ def test_a_prompt_that_changes_between_reading_and_asking(server, base, folder):
     service.load("moving")
     found, ended = [], threading.Event()
 
-    def listener(news):
-        found.append(news.result)
-        if news.result is not None:
+    def listener(update):
+        found.append(update.result)
+        if update.result is not None:
             ended.set()
 
     service.worker.submit([(request, listener)])

@@ -10,7 +10,7 @@ import pytest
 
 from spt_jax.data.batches import Rows
 from spt_jax.errors import ConfigError
-from spt_jax.inference.forward import Readings, group_scores, read_logits
+from spt_jax.inference.forward import TargetScores, group_scores, scores_of_logits
 from spt_jax.models.attention import Stream
 from spt_jax.training.losses import LossConfig, verbalizer_loss, vocabulary_loss
 
@@ -44,9 +44,9 @@ def random_logits(*shape: int) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def value_and_gradient(loss, logits, rows: Rows, choices: int = 1, smoothing: float = 0.0):
     """The loss's (sum, weight), and the gradient of the sum for the logits."""
-    return jax.value_and_grad(lambda logits: loss(read_logits(logits, rows), rows, choices, smoothing), has_aux=True)(
-        logits
-    )
+    return jax.value_and_grad(
+        lambda logits: loss(scores_of_logits(logits, rows), rows, choices, smoothing), has_aux=True
+    )(logits)
 
 
 @jax.jit
@@ -71,10 +71,10 @@ def test_vocabulary_loss_is_optax_cross_entropy(smoothing):
 def test_smoothing_over_capped_logits_is_refused():
     """Their mean would need them all at once."""
     rows = rows_of([[(0, 3, 1.0, 0), (0, 5, 1.0, 0)]])
-    readings = Readings(jnp.asarray([[-1.0, -2.0]]), None)
-    assert vocabulary_loss(readings, rows, 1, 0.0) == (3.0, 2.0)
+    scores = TargetScores(jnp.asarray([[-1.0, -2.0]]), None)
+    assert vocabulary_loss(scores, rows, 1, 0.0) == (3.0, 2.0)
     with pytest.raises(ConfigError, match="logits are capped"):
-        vocabulary_loss(readings, rows, 1, 0.1)
+        vocabulary_loss(scores, rows, 1, 0.1)
 
 
 def test_smoothing_has_its_minimum_at_the_smoothed_distribution():
@@ -113,7 +113,7 @@ def test_longer_verbalizers_are_scored_as_sequences():
     probabilities = np.exp(logits[0].astype(np.float64))
     probabilities /= probabilities.sum(-1, keepdims=True)
     scores = np.asarray([np.prod([probabilities[output, token] for output, token in choice]) for choice in choices])
-    ours = jax.jit(lambda logits: group_scores(read_logits(logits, rows), rows, 3))(logits)
+    ours = jax.jit(lambda logits: group_scores(scores_of_logits(logits, rows), rows, 3))(logits)
     np.testing.assert_allclose(np.exp(ours[0, 0]), scores, rtol=1e-5)
     (total, weight), _ = value_and_gradient(verbalizer_loss, logits, rows, 3)
     np.testing.assert_allclose(total, -np.log(scores[2] / scores.sum()), rtol=1e-5)
