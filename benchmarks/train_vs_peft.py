@@ -66,7 +66,7 @@ def write_base(folder: Path, tokenizer: Path) -> None:
     from flax import traverse_util
 
     from spt_jax.bases.checkpoint import write_checkpoint
-    from spt_jax.models.config import decoder_config
+    from spt_jax.bases.config import decoder_config
     from spt_jax.testing import random_params
 
     hf = transformers.LlamaConfig(

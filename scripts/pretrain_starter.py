@@ -25,8 +25,8 @@ import transformers
 from flax import serialization
 
 from spt_jax.bases.checkpoint import write_checkpoint
+from spt_jax.bases.config import decoder_config
 from spt_jax.models.attention import Stream
-from spt_jax.models.config import decoder_config
 from spt_jax.models.decoder import Decoder
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"

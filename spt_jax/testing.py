@@ -17,8 +17,10 @@ from jax.sharding import Mesh
 
 from spt_jax.bases.base import FrozenBase, load_base
 from spt_jax.bases.checkpoint import Params, parameter_shapes, write_checkpoint
+from spt_jax.bases.config import decoder_config
+from spt_jax.bases.families import FAMILIES
 from spt_jax.errors import ConfigError, did_you_mean
-from spt_jax.models.config import DecoderConfig, decoder_config
+from spt_jax.models.config import DecoderConfig
 from spt_jax.models.decoder import Remat
 
 TokenizerKind = Literal["byte", "sentencepiece"]
@@ -32,45 +34,13 @@ _WORDS = (
     "▁label", "▁good", "▁bad", "Question", "▁kind", "▁answer", "▁in", "▁is", "▁positive", "▁negative", "▁message",
 )  # fmt: skip
 
-_LLAMA_LIKE: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
-
-_FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": _LLAMA_LIKE,
-    "mistral": {**_LLAMA_LIKE, "sliding_window": 7},
-    "qwen2": {**_LLAMA_LIKE, "tie_word_embeddings": True},
-    "qwen3": {**_LLAMA_LIKE, "head_dim": 12, "tie_word_embeddings": True},
-    "smollm3": {**_LLAMA_LIKE, "num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0], "tie_word_embeddings": True},
-    "gemma2": {
-        **_LLAMA_LIKE,
-        "num_hidden_layers": 4,
-        "head_dim": 12,
-        "query_pre_attn_scalar": 20,
-        "sliding_window": 7,
-        "attn_logit_softcapping": 1.5,
-        "final_logit_softcapping": 4.0,
-        "tie_word_embeddings": True,
-    },
-    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128},
-}
-
-FAMILIES = tuple(_FAMILIES)
-
 
 def tiny_config(family: str = "llama", **overrides: Any) -> Any:
     """A transformers config object of a model with about 30,000 parameters.
 
     Args:
-      family: one of `FAMILIES`. Mistral has a sliding window of 7; Qwen3 heads wider than width / heads; SmolLM3 every
-        second layer without RoPE; Gemma 2 caps that bite.
+      family: a `model_type` that `spt_jax.bases.families` registers. Mistral has a sliding window of 7; Qwen3 heads
+        wider than width / heads; SmolLM3 no RoPE in every second layer; Gemma 2 caps that change the scores.
       **overrides: fields of the family's transformers config, such as `rope_parameters` or `tie_word_embeddings`.
 
     Raises:
@@ -78,10 +48,10 @@ def tiny_config(family: str = "llama", **overrides: Any) -> Any:
     """
     import transformers
 
-    if family not in _FAMILIES:
+    if family not in FAMILIES:
         raise ConfigError(f"there is no tiny {family!r}; {did_you_mean(family, FAMILIES)}")
     tokens = {"vocab_size": _SIZES["byte"], "pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
-    return transformers.AutoConfig.for_model(family, **{**tokens, **_FAMILIES[family], **overrides})
+    return transformers.AutoConfig.for_model(family, **{**tokens, **FAMILIES[family].tiny(), **overrides})
 
 
 def tiny_tokenizer(kind: TokenizerKind = "byte", *, add_bos: bool = True) -> Any:
@@ -204,22 +174,11 @@ def write_tiny_checkpoint(
     directory.mkdir(parents=True, exist_ok=True)
     hf = tiny_config(family, **{"vocab_size": _SIZES[tokenizer], **overrides})
     config = decoder_config(hf)
-    stored = {**hf.to_dict(), "architectures": [ARCHITECTURES[family]], "dtype": np.dtype(dtype).name}
+    stored = {**hf.to_dict(), "architectures": [FAMILIES[family].architecture], "dtype": np.dtype(dtype).name}
     (directory / "config.json").write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
     tiny_tokenizer(tokenizer, add_bos=add_bos).save_pretrained(directory)
     write_checkpoint(directory, config, random_params(config, seed, dtype), dtype, shards=shards)
     return directory
-
-
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-}
 
 
 def tiny_base(

@@ -6,8 +6,8 @@ import pytest
 import transformers
 
 from spt_jax.bases.base import load_base, tokenizer_hash
+from spt_jax.bases.config import decoder_config
 from spt_jax.errors import ConfigError
-from spt_jax.models.config import decoder_config
 from spt_jax.testing import (
     BOS_ID,
     EOS_ID,

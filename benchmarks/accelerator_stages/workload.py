@@ -122,7 +122,7 @@ def random_base(of: Workload, *, remat: Any = "dots", attention: Any = "xla", to
 
     from spt_jax.bases.base import DTYPES, Fingerprint, FrozenBase, tokenizer_hash
     from spt_jax.bases.checkpoint import origins, parameter_shapes
-    from spt_jax.models.config import decoder_config
+    from spt_jax.bases.config import decoder_config
     from spt_jax.models.decoder import Decoder
     from spt_jax.models.kernels import check_kernel
     from spt_jax.runtime.sharding import make_mesh, replicated

@@ -16,12 +16,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from spt_jax.bases.checkpoint import Params, parameter_shapes, read_params
+from spt_jax.bases.config import decoder_config, hf_config
 from spt_jax.bases.ends import declared_ends
 from spt_jax.bases.files import CONFIG_BYTES, config_file, model_directory, read_json
 from spt_jax.bases.tokenizer import read_tokenizer as tokenizer_of
 from spt_jax.errors import CheckpointError, ConfigError, differing_fields
 from spt_jax.models.attention import Prefix, Stream
-from spt_jax.models.config import DecoderConfig, RopeConfig, decoder_config, hf_config
+from spt_jax.models.config import DecoderConfig, RopeConfig
 from spt_jax.models.decoder import ATTENTION, Decoder, Remat
 from spt_jax.models.kernels import KernelChoice, check_kernel, choose_kernel
 from spt_jax.runtime import measure

@@ -25,6 +25,8 @@ import safetensors.numpy
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from spt_jax.bases.families import Origin, family_of
+from spt_jax.bases.families.family import OUTPUT_KEY
 from spt_jax.bases.files import checkpoint_files, listed, open_safetensors
 from spt_jax.errors import CheckpointError
 from spt_jax.models.attention import Stream
@@ -34,86 +36,11 @@ from spt_jax.models.layers import Quantized
 
 Params = Mapping[str, Any]
 LeafPath = tuple[str, ...]
-OUTPUT_KEY = "lm_head.weight"
-
-
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """Where a leaf (of one layer, where `{i}` stands in the key) lies in a checkpoint.
-
-    transpose: Hugging Face's Linear stores [out, in], ours is [in, out].
-    columns: the part of the last axis that is ours, in a tensor that several leaves share.
-    """
-
-    key: str
-    transpose: bool = False
-    columns: tuple[int, int] | None = None
 
 
 def origins(config: DecoderConfig) -> dict[LeafPath, Origin]:
     """The table of a decoder's family: every leaf of `Decoder(config)` and its origin."""
-    table = _gpt2_origins(config) if config.family == "gpt2" else _llama_origins(config)
-    return {tuple(path.split("/")): origin for path, origin in table.items()}
-
-
-def _llama_origins(config: DecoderConfig) -> dict[str, Origin]:
-    layer = "model.layers.{i}."
-    table = {
-        "embedding": Origin("model.embed_tokens.weight"),
-        "final_norm/scale": Origin("model.norm.weight"),
-        "layers/attention_norm/scale": Origin(layer + "input_layernorm.weight"),
-        "layers/mlp_norm/scale": Origin(layer + "post_attention_layernorm.weight"),
-    }
-    projections = [
-        ("attention/query", "self_attn.q_proj", config.qkv_bias),
-        ("attention/key", "self_attn.k_proj", config.qkv_bias),
-        ("attention/value", "self_attn.v_proj", config.qkv_bias),
-        ("attention/output", "self_attn.o_proj", config.output_bias),
-        ("mlp/gate", "mlp.gate_proj", config.mlp_bias),
-        ("mlp/up", "mlp.up_proj", config.mlp_bias),
-        ("mlp/down", "mlp.down_proj", config.mlp_bias),
-    ]
-    for ours, theirs, bias in projections:
-        table[f"layers/{ours}/kernel"] = Origin(f"{layer}{theirs}.weight", transpose=True)
-        if bias:
-            table[f"layers/{ours}/bias"] = Origin(f"{layer}{theirs}.bias")
-    if config.norm == "rms_around":
-        table["layers/attention_out_norm/scale"] = table["layers/mlp_norm/scale"]
-        table["layers/mlp_norm/scale"] = Origin(layer + "pre_feedforward_layernorm.weight")
-        table["layers/mlp_out_norm/scale"] = Origin(layer + "post_feedforward_layernorm.weight")
-    if config.qk_norm:
-        table["layers/attention/query_norm/scale"] = Origin(layer + "self_attn.q_norm.weight")
-        table["layers/attention/key_norm/scale"] = Origin(layer + "self_attn.k_norm.weight")
-    if not config.tied:
-        table["output"] = Origin(OUTPUT_KEY, transpose=True)
-    return table
-
-
-def _gpt2_origins(config: DecoderConfig) -> dict[str, Origin]:
-    layer, width = "transformer.h.{i}.", config.width
-    table = {
-        "embedding": Origin("transformer.wte.weight"),
-        "positions": Origin("transformer.wpe.weight"),
-        "final_norm/scale": Origin("transformer.ln_f.weight"),
-        "final_norm/bias": Origin("transformer.ln_f.bias"),
-    }
-    for ours, theirs in (("attention_norm", "ln_1"), ("mlp_norm", "ln_2")):
-        table[f"layers/{ours}/scale"] = Origin(f"{layer}{theirs}.weight")
-        table[f"layers/{ours}/bias"] = Origin(f"{layer}{theirs}.bias")
-    projections: list[tuple[str, str, tuple[int, int] | None]] = [
-        ("attention/query", "attn.c_attn", (0, width)),
-        ("attention/key", "attn.c_attn", (width, 2 * width)),
-        ("attention/value", "attn.c_attn", (2 * width, 3 * width)),
-        ("attention/output", "attn.c_proj", None),
-        ("mlp/up", "mlp.c_fc", None),
-        ("mlp/down", "mlp.c_proj", None),
-    ]
-    for ours, theirs, columns in projections:
-        table[f"layers/{ours}/kernel"] = Origin(f"{layer}{theirs}.weight", columns=columns)
-        table[f"layers/{ours}/bias"] = Origin(f"{layer}{theirs}.bias", columns=columns)
-    if not config.tied:
-        table["output"] = Origin(OUTPUT_KEY, transpose=True)
-    return table
+    return {tuple(path.split("/")): origin for path, origin in family_of(config.family).origins(config).items()}
 
 
 # Buffers that older libraries stored beside the weights; nothing is lost by passing over them.
@@ -123,7 +50,7 @@ _FLOATS = ("float64", "float32", "bfloat16", "float16")
 
 def _canonical(key: str, config: DecoderConfig) -> str:
     """The key with its `model.` or `transformer.`, which models that `AutoModel` saved are without."""
-    prefix = "transformer." if config.family == "gpt2" else "model."
+    prefix = family_of(config.family).prefix
     return key if key.startswith((prefix, "lm_head.")) else prefix + key
 
 

@@ -24,12 +24,9 @@ OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 SCHEDULE_DEFAULTS: dict[str, Any] = {"schedule": "constant", "warmup_steps": 0}
 
-# The optimizer of each base family, and what differs from the tables above when that optimizer is the one in use.
-LLAMA_LIKE: dict[str, Any] = {"name": "adam", "learning_rate": 0.1, "schedule": "linear"}
-FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("gemma2", "llama", "mistral", "qwen2", "qwen3", "smollm3"), LLAMA_LIKE),
-    "gpt2": {"name": "adam", "learning_rate": 0.03},
-}
+# What a base is tuned with by default, and the families that do better with something else.
+BASE_DEFAULTS: dict[str, Any] = {"name": "adam", "learning_rate": 0.1, "schedule": "linear"}
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {"gpt2": {"name": "adam", "learning_rate": 0.03}}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,12 +85,9 @@ def resolve_optimizer(config: OptimizerConfig, family: str, recipe: Mapping[str,
     What the method's `recipe` says goes before the family's. Options that the optimizer does not have stay None.
 
     Raises:
-      ConfigError: unknown family, or an option that the family's optimizer does not have.
+      ConfigError: for an option that the family's optimizer does not have.
     """
-    if family not in FAMILY_DEFAULTS:
-        hint = did_you_mean(family, FAMILY_DEFAULTS)
-        raise ConfigError(f"there are no optimizer defaults for the base family {family!r}; {hint}")
-    own = {**FAMILY_DEFAULTS[family], **(recipe or {})}
+    own = {**FAMILY_DEFAULTS.get(family, BASE_DEFAULTS), **(recipe or {})}
     name = config.name or own["name"]
     defaults: Mapping[str, Any] = {**SCHEDULE_DEFAULTS, **OPTIMIZER_DEFAULTS[name], "name": name}
     if name == own["name"]:

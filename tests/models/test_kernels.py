@@ -10,11 +10,11 @@ import pytest
 from jax.sharding import Mesh
 
 from spt_jax.bases.base import DTYPES, default_dtype, describe_base, load_base
+from spt_jax.bases.config import decoder_config
 from spt_jax.data.batches import pack, plan_batches
 from spt_jax.errors import ConfigError
 from spt_jax.models import kernels
 from spt_jax.models.attention import Scoring, Source, attend
-from spt_jax.models.config import decoder_config
 from spt_jax.models.kernels import FUSED, KERNELS, check_kernel, choose_kernel
 from spt_jax.prompts import PromptTuning
 from spt_jax.runtime.sharding import AXES, MeshConfig, make_mesh

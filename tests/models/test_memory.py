@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from spt_jax.bases.checkpoint import parameter_shapes, write_checkpoint
-from spt_jax.models.config import decoder_config
+from spt_jax.bases.config import decoder_config
 from spt_jax.testing import tiny_config, write_tiny_checkpoint
 
 SIZES = {"vocab_size": 32_000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}

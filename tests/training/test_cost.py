@@ -10,7 +10,7 @@ import pytest
 from benchmarks.program import count
 from benchmarks.shapes import lower_step
 from spt_jax.bases.checkpoint import parameter_shapes
-from spt_jax.models.config import decoder_config
+from spt_jax.bases.config import decoder_config
 from spt_jax.runtime.sharding import MeshConfig, make_mesh, sharded_shapes
 from spt_jax.testing import tiny_config
 from spt_jax.training.cost import StepShape, choose_remat, step_flops, step_memory

@@ -13,10 +13,10 @@ import pytest
 from flax import traverse_util
 
 from spt_jax.bases.checkpoint import parameter_shapes
+from spt_jax.bases.config import decoder_config
 from spt_jax.data.batches import Batch, multiples, pack, place_batch, plan_batches
 from spt_jax.inference.forward import embed_stream, encode_prefix, output_logits
 from spt_jax.models.attention import Stream
-from spt_jax.models.config import decoder_config
 from spt_jax.models.decoder import Decoder
 from spt_jax.prompts import PromptTuning, VirtualPrompt
 from spt_jax.prompts.initializers import array, uniform

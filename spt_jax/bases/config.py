@@ -1,0 +1,59 @@
+"""Reads `config.json` into a `DecoderConfig`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from spt_jax.bases.families import family_of
+from spt_jax.errors import ConfigError
+from spt_jax.models.config import DecoderConfig
+
+# Fields of config.json that sizes are made of, and the least and largest values that any decoder has. transformers and
+# this library make lists as long as the model has layers, so that these are checked before either reads the rest.
+_SIZES = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer"), (1, 10_000)),
+    **dict.fromkeys(("hidden_size", "n_embd"), (1, 1 << 20)),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads"), (1, 1 << 16)),
+    **dict.fromkeys(("head_dim", "query_pre_attn_scalar"), (1, 1 << 16)),
+    **dict.fromkeys(("intermediate_size", "n_inner"), (1, 1 << 24)),
+    "vocab_size": (1, 1 << 28),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "original_max_position_embeddings"), (1, 1 << 30)),
+    **dict.fromkeys(("sliding_window", "max_window_layers"), (0, 1 << 30)),
+    "no_rope_layer_interval": (1, 10_000),
+}
+# What transformers builds for classifiers (a name for each of `num_labels`), and code that it would ask to run.
+_UNREAD = ("num_labels", "id2label", "label2id", "auto_map")
+
+
+def hf_config(fields: Mapping[str, Any]) -> Any:
+    """The transformers config object of a `config.json`, whose sizes are checked first.
+
+    Raises:
+      ConfigError: the architecture is not supported, or a size is not an integer in its range.
+      Exception: whatever transformers raises for other fields that are wrong.
+    """
+    import transformers
+
+    model_type = str(fields.get("model_type"))
+    family_of(model_type)
+    for name, (least, most) in _SIZES.items():
+        value = fields.get(name)
+        if value is not None and (type(value) is not int or not least <= value <= most):
+            raise ConfigError(f"{name!r} is {value!r:.40}; it must be an integer from {least} to {most:,}")
+    return transformers.CONFIG_MAPPING[model_type].from_dict({k: v for k, v in fields.items() if k not in _UNREAD})
+
+
+def decoder_config(hf: Any, *, max_length: int | None = None) -> DecoderConfig:
+    """Reads a transformers config object.
+
+    Args:
+      hf: what `transformers.AutoConfig.from_pretrained` returned.
+      max_length: the longest sequence of the run; only `dynamic` RoPE depends on it (transformers itself changes its
+        frequencies with the longest sequence seen so far, which a compiled program cannot).
+
+    Raises:
+      ConfigError: for an architecture or an option of one that this library does not have.
+    """
+    family = family_of(hf.model_type)
+    if getattr(hf, "quantization_config", None):
+        raise ConfigError("quantized checkpoints are not supported; use the model's unquantized one")
+    return family.config(hf, max_length)

@@ -1,0 +1,27 @@
+"""Families of bases: one file each, registered here."""
+
+from spt_jax.bases.families.family import Family, Origin
+from spt_jax.bases.families.gemma import Gemma2
+from spt_jax.bases.families.gpt2 import GPT2
+from spt_jax.bases.families.llama import Llama
+from spt_jax.bases.families.mistral import Mistral
+from spt_jax.bases.families.qwen import Qwen2, Qwen3
+from spt_jax.bases.families.smollm import SmolLM3
+from spt_jax.errors import ConfigError
+
+__all__ = ["FAMILIES", "Family", "Origin", "family_of"]
+
+_REGISTERED: tuple[Family, ...] = (Gemma2(), GPT2(), Llama(), Mistral(), Qwen2(), Qwen3(), SmolLM3())
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _REGISTERED}
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a `model_type` in `config.json`.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    if model_type not in FAMILIES:
+        raise ConfigError(f"architecture {model_type!r:.60} is not supported; supported are {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
