@@ -4,8 +4,9 @@
         --data.train train.jsonl --data.validation validation.jsonl --data.test test.jsonl --data.task task \\
         --data.prompt "<soft:20>{text}\\n" --data.target "{answer}"
 
-Writes a prompt for each task to out/tasks/prompt/TASK, and the rows that they share to out/tasks/prompt/shared. A new
-task can start from them: --method.name prompt_tuning --method.init.name prompt --method.init.path out/tasks/prompt/shared
+Writes a prompt for each task to out/tasks/prompt/TASK, and the rows that they share to out/tasks/prompt/shared. To
+start a new task from them: --method.name prompt_tuning --method.init.name prompt
+--method.init.path out/tasks/prompt/shared
 """
 
 from spt_jax.experiment.config import BaseConfig, DataConfig, ExperimentConfig
