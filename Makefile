@@ -1,12 +1,12 @@
-# Every target makes or reuses a virtual environment and installs what it needs. A fresh machine has python3, pip and make.
+# Every target creates or reuses a virtual environment and installs what it needs. Required: python3, pip and make.
 PYTHON ?= python3
 VENV ?= .venv
-# Exact versions for every Python and system; empty for the newest that pyproject.toml permits.
+# Exact versions for every Python and system; empty for the newest versions that pyproject.toml permits.
 LOCK ?= requirements.txt
 BIN := $(VENV)/bin
 # The build constraint pins setuptools, which builds this package and dependencies that have no wheel.
 PIP := $(BIN)/pip install -q $(if $(LOCK),-c $(LOCK) --build-constraint $(LOCK),--upgrade --upgrade-strategy eager)
-# The last version whose models PEFT 0.21.2 can give a prefix.
+# The last version with whose models PEFT 0.21.2 can use a prefix.
 OLDER := transformers==5.23.0
 
 COMPILE := $(BIN)/uv pip compile -q pyproject.toml --extra test --extra parity --extra lint \
@@ -43,7 +43,7 @@ quickstart: $(VENV)/.base
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/parity
 
-# What PEFT's prefixes need an older transformers for is run once more on that.
+# Tests of PEFT's prefixes, which need an older transformers, run again with that version.
 parity: $(VENV)/.parity
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/parity
 	PYTHONPATH=$(VENV)/older $(BIN)/python -m pytest -n 2 --dist worksteal -m older_transformers tests/parity

@@ -1,16 +1,17 @@
-"""Everything that has to be proven and measured on a GPU or TPU, in one call.
+"""Runs all checks and measurements for a GPU or TPU in one call.
 
     python benchmarks/accelerator.py                          # 8 minutes; results in out/accelerator
     python benchmarks/accelerator.py --stages train --seconds 540 --out DIR
     python benchmarks/accelerator.py --tiny                   # tiny shapes on the CPU, to test the script itself
 
-right: the device computes what the CPU does. train: steps in the shape of Llama-3.2-3B against PEFT's. serve: up to
-1,000 prompts on one base. population: prompts trained side by side. quickstart: the shipped task.
+right: the device computes the same as the CPU. train: training steps in the shape of Llama-3.2-3B against PEFT's.
+serve: up to 1,000 prompts on one base. population: prompts trained side by side. quickstart: the shipped task.
 
-Each stage is a process of its own with a share of the time that is left; what one does not use, later ones have. A
-stage that fails or runs out of time is reported, and the next one begins. Every stage keeps a JSON file in the
-directory, valid at any moment, with what it has measured so far; accelerator.json has all of them and the targets,
-accelerator.log what the processes printed. Nothing outside the repository is read. Exit code 0 if all stages passed.
+Each stage runs in a separate process with a share of the remaining time. Later stages get the time that it does not
+use. A stage that fails or runs out of time is reported, and the next one starts. Every stage writes its measurements
+so far to a JSON file in the directory, which is valid at any moment. accelerator.json contains all of them and the
+targets, accelerator.log the output of the processes. Nothing outside the repository is read. Exit code 0 if all stages
+passed.
 """
 
 import argparse
@@ -32,13 +33,19 @@ from benchmarks.accelerator_stages.targets import targets
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, LOG = "accelerator.json", "accelerator.log"
-# Of a stage's time: what it has to end by itself before it is killed.
+# The part of a stage's time in which it may end by itself before it is killed.
 _GRACE_SECONDS = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A module with `run(task, record)`, its weight when time is shared out, and variables of its environment."""
+    """One stage.
+
+    Attributes:
+      module: dotted name of a module with `run(task, record)`.
+      weight: its share of the time, relative to the other stages'.
+      environment: environment variables of its process.
+    """
 
     module: str
     weight: float
@@ -46,7 +53,7 @@ class Stage:
 
 
 _PACKAGE = "benchmarks.accelerator_stages"
-# Of the first, several processes share the device.
+# Several processes of the first stage share the device.
 STAGES = {
     "right": Stage(f"{_PACKAGE}.right", 3.0, {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}),
     "train": Stage(f"{_PACKAGE}.train", 5.0),
@@ -57,7 +64,13 @@ STAGES = {
 
 
 def run_stages(stages: Mapping[str, Stage], *, seconds: float, out: Path, tiny: bool) -> int:
-    """Runs stages in their order and writes their results.
+    """Runs the stages in order and writes their results.
+
+    Args:
+      stages: by name.
+      seconds: for all stages together.
+      out: directory of the results.
+      tiny: whether to run tiny shapes.
 
     Returns:
       0 if all passed or were skipped, else 1.
@@ -65,7 +78,7 @@ def run_stages(stages: Mapping[str, Stage], *, seconds: float, out: Path, tiny: 
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + seconds
     for name in (*(f"{stage}.json" for stage in stages), LOG):
-        (out / name).unlink(missing_ok=True)  # of an earlier call
+        (out / name).unlink(missing_ok=True)  # from an earlier call
     report = Record(
         out / RESULT,
         benchmark="accelerator",
@@ -78,20 +91,20 @@ def run_stages(stages: Mapping[str, Stage], *, seconds: float, out: Path, tiny: 
         stages={},
         targets=targets({}),
     )
-    left = dict(stages)
+    remaining = dict(stages)
     with tempfile.TemporaryDirectory() as cache:
         for name, stage in stages.items():
-            share = stage.weight / sum(other.weight for other in left.values())
-            left.pop(name)
-            own_seconds = share * (deadline - time.monotonic()) - _GRACE_SECONDS
-            if own_seconds <= 0:
-                found = {"status": "out of time", "error": "no time was left for it", "seconds": 0.0}
+            share = stage.weight / sum(other.weight for other in remaining.values())
+            remaining.pop(name)
+            stage_seconds = share * (deadline - time.monotonic()) - _GRACE_SECONDS
+            if stage_seconds <= 0:
+                found = {"status": "out of time", "error": "no time was left for this stage", "seconds": 0.0}
                 common.write_json(out / f"{name}.json", found)
             else:
                 found = run_process(
                     stage.module,
                     out / f"{name}.json",
-                    seconds=own_seconds,
+                    seconds=stage_seconds,
                     grace=_GRACE_SECONDS,
                     tiny=tiny,
                     log=out / LOG,
@@ -112,7 +125,7 @@ def run_stages(stages: Mapping[str, Stage], *, seconds: float, out: Path, tiny: 
 
 
 def line(name: str, found: Mapping[str, Any]) -> str:
-    """One line on a stage that has ended."""
+    """Returns one line about a stage that has ended."""
     parts = [found.get("summary"), " ".join(found["error"].split())[:500] if found.get("error") else None]
     missing = found.get("not_measured")
     parts.append(f"not measured: {', '.join(missing)}" if missing else None)
@@ -122,7 +135,7 @@ def line(name: str, found: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=480.0, help="for all stages together")
+    parser.add_argument("--seconds", type=float, default=480.0, help="time for all stages together")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "accelerator", help="directory of the results")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, on the CPU unless JAX_PLATFORMS is set")

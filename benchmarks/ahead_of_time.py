@@ -1,9 +1,9 @@
-"""Whether a model of 8 billion parameters fits TPUs that are not there: estimate and XLA's own plan of memory.
+"""Checks whether a model of 8 billion parameters fits TPUs that are not available: the estimate against XLA's plan.
 
     pip install libtpu && python benchmarks/ahead_of_time.py
 
 Compiles the step for TPU topologies on any machine (half a minute for each mesh) and compares the memory that XLA plans
-with the estimate that `train.py` prints beforehand. Prints a table and writes JSON.
+with the estimate that `train.py` prints before a run. Prints a table and writes JSON.
 """
 
 import argparse
@@ -55,10 +55,10 @@ PACKAGES = ("spt_jax", "jax", "jaxlib", "flax", "optax", "libtpu")
 
 
 def compare(topology: str, axes: dict[str, int], remat: Remat, attention: Kernel, shape: StepShape) -> dict[str, Any]:
-    """Bytes per device by estimate and by XLA, for one mesh."""
+    """Returns the bytes per device by the estimate and by XLA's plan, for one mesh."""
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
     mesh = make_mesh(MeshConfig(**axes), devices)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     step = lower_step(CONFIG, shape, mesh=mesh, dtype=jnp.bfloat16, remat=remat, attention=attention)
     plan = step.compile().memory_analysis()
     estimate = step_memory(CONFIG, shape, remat=remat, itemsize=2, mesh=mesh)
@@ -72,7 +72,7 @@ def compare(topology: str, axes: dict[str, int], remat: Remat, attention: Kernel
         "planned_bytes": plan.argument_size_in_bytes + plan.temp_size_in_bytes,
         "estimated_bytes": estimate.total,
         "estimate": dataclasses.asdict(estimate),
-        "compile_seconds": time.perf_counter() - begun,
+        "compile_seconds": time.perf_counter() - start,
     }
 
 

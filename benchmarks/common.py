@@ -1,4 +1,4 @@
-"""What benchmarks share: the machine and versions that a figure belongs to, memory of a process, tables and JSON."""
+"""Shared by the benchmarks: the machine and versions of a measurement, memory of a process, tables and JSON."""
 
 import contextlib
 import importlib.metadata
@@ -17,7 +17,7 @@ MIB = 2**20
 
 
 def processor() -> str:
-    """The processor's name, where the system tells it."""
+    """Returns the processor's name, or the machine type if the system does not report one."""
     try:
         names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -26,7 +26,7 @@ def processor() -> str:
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """The machine, and how busy it is: under load, figures are those of other programs too."""
+    """Describes the machine and its load: on a busy machine, other programs affect the figures."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "processor": processor(),
@@ -39,12 +39,12 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def machine_name(threads: int) -> str:
-    """A short name for file names."""
+    """Returns a short name of the machine for file names."""
     return re.sub(r"[^a-z0-9]+", "-", f"{processor()} {threads} threads".lower()).strip("-")
 
 
 def versions(names: Sequence[str]) -> dict[str, str]:
-    """Python's version and those of the named distributions that are installed."""
+    """Returns Python's version and the versions of those named distributions that are installed."""
     found = {"python": platform.python_version()}
     for name in names:
         try:
@@ -55,7 +55,7 @@ def versions(names: Sequence[str]) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of this checkout, with `+changes` where tracked files differ from it; empty without git."""
+    """Returns the commit of this checkout, with `+changes` if tracked files differ from it; empty without git."""
 
     def git(*words: str) -> str:
         words = ("git", *words)
@@ -68,24 +68,24 @@ def commit() -> str:
 
 
 def use_cores(threads: int) -> None:
-    """Restricts this process to so many cores, before any library counts them."""
+    """Restricts this process to `threads` cores. Call it before any library counts the cores."""
     os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process now (Linux)."""
+    """Returns the current resident memory of this process (Linux)."""
     return _status("VmRSS")
 
 
 def peak_resident_bytes() -> int:
-    """The most resident memory that this process has had since its start, or since `forget_peak` (Linux)."""
+    """Returns the peak resident memory of this process since its start, or since `forget_peak` (Linux)."""
     return _status("VmHWM")
 
 
 def forget_peak() -> None:
-    """Starts the high-water mark of this process again at what is resident now (Linux; else it stays)."""
+    """Resets the peak resident memory of this process to its current value (Linux; elsewhere it does nothing)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -95,7 +95,7 @@ def _status(field: str) -> int:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with columns of even width."""
+    """Returns a Markdown table with padded columns."""
     lines = [list(header), *[list(row) for row in rows]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     lines.insert(1, ["-" * width for width in widths])
@@ -104,7 +104,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes the file whole or not at all."""
+    """Writes the file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")

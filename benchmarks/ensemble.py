@@ -1,9 +1,9 @@
-"""Five prompts of one task asked together, in the same batches, against five evaluations one after the other.
+"""Compares evaluating five prompts of one task together, in the same batches, with five separate evaluations.
 
     python benchmarks/ensemble.py                                   # trains five prompts on the shipped task first
-    python benchmarks/ensemble.py --prompts A B C --data test.jsonl  # saved prompts of a task and base of yours
+    python benchmarks/ensemble.py --prompts A B C --data test.jsonl  # saved prompts of your own task and base
 
-Both ways score the same encoded records with the same base; each is timed after a first, untimed pass, in turn. Prints
+Both ways score the same encoded records with the same base. After a first, untimed pass, they are timed in turn. Prints
 the time of both and the accuracies, and writes JSON.
 """
 
@@ -30,7 +30,7 @@ TEST = ROOT / "spt_jax" / "assets" / "requests" / "test.jsonl"
 
 
 def trained_prompts(workdir: Path, count: int, steps: int) -> list[Path]:
-    """Prompts of the shipped task with different seeds; those that are there already are taken as they are."""
+    """Trains prompts of the shipped task with different seeds; prompts that exist already are reused."""
     for seed in range(count):
         folder = workdir / str(seed)
         if not (folder / "results.json").exists():
@@ -50,10 +50,10 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", nargs="+", type=Path, help="prompt directories of one task and base")
     parser.add_argument("--data", default=str(TEST), help="records to classify")
-    parser.add_argument("--count", type=int, default=5, help="how many prompts to train where none are given")
-    parser.add_argument("--steps", type=int, default=300, help="of their training")
+    parser.add_argument("--count", type=int, default=5, help="how many prompts to train if none are given")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of each prompt")
     parser.add_argument("--repeats", type=int, default=7, help="timed passes of each way")
-    parser.add_argument("--workdir", type=Path, default=Path("out") / "ensemble", help="where they are kept")
+    parser.add_argument("--workdir", type=Path, default=Path("out") / "ensemble", help="directory of trained prompts")
     parser.add_argument("--out", type=Path, default=common.RESULTS / "ensemble.json")
     return parser.parse_args()
 
@@ -78,7 +78,7 @@ def main() -> None:
     def together() -> Any:
         return score_together(base, sets, prompts)
 
-    alone = [classification(sets[0], scores).metrics["accuracy"] for scores in one_by_one()]
+    single = [classification(sets[0], scores).metrics["accuracy"] for scores in one_by_one()]
     combined = {way: evaluate_ensemble(base, sets, prompts, way).metrics["accuracy"] for way in ("mean", "vote")}
     seconds = {"one_by_one": [], "together": []}
     for _ in range(args.repeats):
@@ -93,18 +93,22 @@ def main() -> None:
         "records": len(records),
         "seconds": seconds,
         "ratio": medians["together"] / medians["one_by_one"],
-        "accuracy": alone,
-        "mean_accuracy": statistics.mean(alone),
+        "accuracy": single,
+        "mean_accuracy": statistics.mean(single),
         "ensemble_accuracy": combined,
     }
     common.write_json(args.out, report)
     rows = [
-        [f"{len(prompts)} prompts, one by one", f"{medians['one_by_one']:.2f}", f"{statistics.mean(alone):.3f} (mean)"],
+        [
+            f"{len(prompts)} prompts, one by one",
+            f"{medians['one_by_one']:.2f}",
+            f"{statistics.mean(single):.3f} (mean)",
+        ],
         ["together, mean", f"{medians['together']:.2f}", f"{combined['mean']:.3f}"],
         ["together, vote", f"{medians['together']:.2f}", f"{combined['vote']:.3f}"],
     ]
     print(common.table((f"{len(records)} records", "seconds", "accuracy"), rows))
-    print(f"one by one: {', '.join(f'{a:.3f}' for a in alone)}. Time of together: {report['ratio']:.2f} of one by one")
+    print(f"one by one: {', '.join(f'{a:.3f}' for a in single)}. Time together: {report['ratio']:.2f} of one by one")
     print(f"written to {args.out}")
 
 

@@ -1,11 +1,11 @@
-"""Every method of the family on the same data, base and number of steps, with its defaults.
+"""Trains every method with its defaults on the same data, base and number of steps.
 
     python benchmarks/family.py --task starter                     # the model and task that ship with the package
     python benchmarks/family.py --task trec --seeds 0 1 2          # stories260K and TREC, from the folder of real data
     python benchmarks/family.py --task trec --methods prompt_tuning prefix_tuning --steps 300
 
-Each run is `train.py` in a process of its own; one that is in the work directory already is not repeated, so that an
-interrupted benchmark goes on. Prints a table and writes JSON and a plot.
+Each run is `train.py` in a separate process. Runs that the work directory already contains are not repeated, so an
+interrupted benchmark can be resumed. Prints a table and writes JSON and a plot.
 """
 
 import argparse
@@ -29,7 +29,7 @@ SHARED = ROOT.parent / "shared"
 
 
 def _local(name: str, verbalizers: Sequence[str]) -> list[str]:
-    """Flags of a task among the real data, for stories260K."""
+    """Returns the options of a task from the folder of real data, for stories260K."""
     files = {split: str(SHARED / "data" / name / f"{split}.jsonl") for split in ("train", "validation", "test")}
     return [
         "configs/local_files.py",
@@ -50,10 +50,10 @@ STEPS = {"starter": 600, "trec": 1200, "sms_spam": 1200}
 
 
 def run(task: str, method: str, seed: int, steps: int, workdir: Path) -> dict[str, Any]:
-    """The results of one run, read from its work directory if it is there.
+    """Returns the results of one run, read from its work directory if they exist.
 
     Raises:
-      SystemExit: the run failed; its last words are shown.
+      SystemExit: the run failed; the end of its error output is shown.
     """
     folder = workdir / f"{task}-{method}-{steps}-{seed}"
     file = folder / "results.json"
@@ -67,7 +67,7 @@ def run(task: str, method: str, seed: int, steps: int, workdir: Path) -> dict[st
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Test accuracy over the seeds, and what one prompt of the method takes."""
+    """Returns the test accuracy over the seeds, and the parameters, bytes and training time of one prompt."""
     soft = [run["test"]["soft_prompt"] for run in runs]
     return {
         "accuracy": [metrics["accuracy"] for metrics in soft],
@@ -80,7 +80,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def plot(path: Path, task: str, by_method: dict[str, dict[str, Any]]) -> None:
-    """Accuracy of every seed against the bytes of a saved prompt."""
+    """Plots the accuracy of every seed by method, with the bytes of a saved prompt."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -105,7 +105,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=SINGLE_TASK, default=SINGLE_TASK)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, help="default: 600 for the starter, 1,200 for the others")
-    parser.add_argument("--workdir", type=Path, default=Path("out") / "family", help="where the runs are kept")
+    parser.add_argument("--workdir", type=Path, default=Path("out") / "family", help="where the runs are stored")
     parser.add_argument("--out", type=Path, help="JSON file; by default results/family_<task>.json here")
     return parser.parse_args()
 
@@ -142,7 +142,7 @@ def main() -> None:
         ]
         for method, figures in sorted(by_method.items(), key=lambda item: -item[1]["mean_accuracy"])
     ]
-    header = ("method", "mean", "by seed", "95 % interval, first seed", "trained numbers", "bytes saved", "seconds")
+    header = ("method", "mean", "by seed", "95 % interval, first seed", "trained parameters", "bytes saved", "seconds")
     print(common.table(header, rows))
     print(f"written to {out}")
 

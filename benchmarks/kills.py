@@ -1,9 +1,9 @@
-"""Kills runs and sweeps at random moments with SIGKILL, SIGTERM or SIGINT, resumes them, and compares their ends.
+"""Kills runs and sweeps at random moments with SIGKILL, SIGTERM or SIGINT, resumes them, and compares their results.
 
     python -m benchmarks.kills [--runs 20] [--sweeps 20] [--signals KILL TERM INT] [--seed 0]
 
-Prints a line per trial and fails if an end is not bit for bit that of the job that nobody stopped, if a stopped process
-says more than one line or has another exit code than 130 or 143, or if anything is left over.
+Prints a line per trial. Fails if the results are not bit for bit those of an uninterrupted job, if a stopped process
+prints more than one line or has an exit code other than 130 or 143, or if temporary files are left over.
 """
 
 import argparse
@@ -32,7 +32,7 @@ ENDS = ("*.json", "metrics.jsonl", "predictions.jsonl", "trials.jsonl", "trials.
 
 
 def end(workdir: Path) -> dict[str, object]:
-    """The files of a job that has ended, without measured times."""
+    """Returns the files of a finished job, without measured times."""
     found: dict[str, object] = {}
     for pattern in ENDS:
         for path in workdir.rglob(pattern):
@@ -76,11 +76,11 @@ def main() -> int:
             if not count:
                 continue
             start().communicate()  # compiles
-            begun = time.monotonic()
+            started = time.monotonic()
             process = start("--overwrite")
             error = process.communicate()[1]
             assert process.returncode == 0, error
-            seconds, whole = time.monotonic() - begun, end(workdir)
+            seconds, expected = time.monotonic() - started, end(workdir)
             for number in range(count):
                 name = chance.choice(options.signals)
                 stop, moment = signal.Signals[f"SIG{name}"], chance.uniform(0.05, 1.0) * seconds
@@ -92,14 +92,14 @@ def main() -> int:
                     process.send_signal(stop)
                     error = process.communicate()[1]
                 code = process.returncode
-                said = [text for text in error.splitlines() if text.strip() and "training:" not in text]
-                clean = code in (0, -9) or (code == 128 + stop and len(said) == 1 and "stopped by" in said[0])
+                printed = [text for text in error.splitlines() if text.strip() and "training:" not in text]
+                clean = code in (0, -9) or (code == 128 + stop and len(printed) == 1 and "stopped by" in printed[0])
                 left = [path.name for path in (workdir / "checkpoints").glob("*tmp*")]
                 process = start(*(["--resume"] if (workdir / "config.json").exists() else []))
                 error = process.communicate()[1]
-                same = process.returncode == 0 and end(workdir) == whole
+                same = process.returncode == 0 and end(workdir) == expected
                 failures += not (clean and same and len(left) < 2)
-                verdict = "ok" if clean and same and len(left) < 2 else f"FAILED: {said} {error[-2000:]}"
+                verdict = "ok" if clean and same and len(left) < 2 else f"FAILED: {printed} {error[-2000:]}"
                 print(
                     f"{kind} {number + 1}: SIG{name} after {moment:.1f} of {seconds:.1f} s, {code}: {verdict}",
                     flush=True,

@@ -1,4 +1,4 @@
-"""10,000 requests over HTTP: who is answered, and how, when clients of all kinds come at once. See `serve.py`."""
+"""Sends 10,000 HTTP requests from clients of all kinds at once, and checks how each is answered. See `serve.py`."""
 
 import asyncio
 import collections
@@ -24,27 +24,27 @@ TEXTS = ("Where is my parcel?", "play some jazz", "what will it be like outside 
 
 
 def start(prompts: Path, *words: str) -> tuple[subprocess.Popen[str], str, float]:
-    """A server, where it listens, and the seconds until it does."""
+    """Starts a server; returns its process, its URL and the seconds until it was ready."""
     environment = {**os.environ, "SPT_JAX_ADMIN_KEY": KEY}
     command = [sys.executable, "-m", "spt_jax", "serve", "--base", "starter", "--prompts", str(prompts), "--port", "0"]
-    began = time.perf_counter()
+    started = time.perf_counter()
     process = subprocess.Popen([*command, *words], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE)
     assert process.stdout is not None
     for line in process.stdout:
         if found := re.match(r"http://\S+", line):
             httpx.get(f"{found[0]}/readyz").raise_for_status()
-            return process, found[0], time.perf_counter() - began
+            return process, found[0], time.perf_counter() - started
     raise RuntimeError(f"the server ended with {process.wait()}")
 
 
 def resident_mib(process: subprocess.Popen[str]) -> float:
-    """Of the server, now."""
+    """Returns the current resident memory of the server."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     return int(re.findall(r"^VmRSS:\s*(\d+) kB$", status, re.MULTILINE)[0]) / 1024
 
 
 class Load:
-    """Requests of a few kinds from many clients, and what came of them."""
+    """Requests of a few kinds from many clients, and their outcomes."""
 
     def __init__(self, url: str, names: list[str], requests: int):
         self.url, self.names = url, names
@@ -55,7 +55,7 @@ class Load:
         self.dice = random.Random(0)
 
     def drawn(self) -> dict[str, Any]:
-        """A body; some names are of no prompt, and some texts too long."""
+        """Draws a request body. Some name a prompt that does not exist, and some ask for too many tokens."""
         body: dict[str, Any] = {"model": self.dice.choice(self.names), "prompt": self.dice.choice(TEXTS)}
         body |= {"max_tokens": self.dice.choice((1, 4, 8, 16, 32)), "temperature": 0}
         if self.dice.random() < 0.01:
@@ -65,7 +65,7 @@ class Load:
         return body
 
     async def client(self, http: httpx.AsyncClient) -> None:
-        """Asks again and again."""
+        """Sends requests until none are left."""
         while self.left > 0:
             self.left -= 1
             body, kind = self.drawn(), self.dice.choices(("whole", "stream", "leaves", "vanishes"), (60, 30, 5, 5))[0]
@@ -75,8 +75,8 @@ class Load:
                 self.outcomes[f"failed: {type(error).__name__}"] += 1
 
     async def ask(self, http: httpx.AsyncClient, body: dict[str, Any], kind: str) -> str:
-        """One request, and what came of it."""
-        began = time.perf_counter()
+        """Sends one request and returns its outcome."""
+        started = time.perf_counter()
         if kind == "vanishes":
             try:
                 response = await http.post("/v1/completions", json=body, timeout=self.dice.choice((0.005, 0.02, 0.1)))
@@ -104,7 +104,7 @@ class Load:
             if response.status_code != 200:
                 return self.refused(response.status_code, body)
             text = response.json()["choices"][0]["text"]
-        self.seconds.append(time.perf_counter() - began)
+        self.seconds.append(time.perf_counter() - started)
         key = body["model"], body["prompt"], body["max_tokens"]
         return "answered" if text == self.expected.setdefault(key, text) else "wrong: another text"
 
@@ -115,7 +115,7 @@ class Load:
 
 
 def load(prompts: Path, requests: int) -> dict[str, Any]:
-    """Starts a server of all prompts, asks it, adds a prompt meanwhile, ends it."""
+    """Starts a server with all prompts, sends it requests, adds prompts meanwhile, and stops it."""
     return asyncio.run(_load(prompts, requests))
 
 
@@ -127,10 +127,10 @@ async def _load(prompts: Path, requests: int) -> dict[str, Any]:
         limits = httpx.Limits(max_connections=CLIENTS + 2)
         async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
             own = Load(url, ["starter", *names], requests)
-            for text in TEXTS:  # what every kind of request compiles
+            for text in TEXTS:  # compiles the programs of every kind of request
                 await http.post("/v1/completions", json={"model": names[0], "prompt": text, "max_tokens": 4})
                 await http.post("/v1/completions", json={"model": "starter", "prompt": text, "max_tokens": 4})
-            began = time.perf_counter()
+            started = time.perf_counter()
             clients = [asyncio.create_task(own.client(http)) for _ in range(CLIENTS)]
             while not all(client.done() for client in clients):
                 await asyncio.wait(clients, timeout=5)
@@ -140,9 +140,9 @@ async def _load(prompts: Path, requests: int) -> dict[str, Any]:
                 response = await http.post("/v1/prompts", json={"name": names[len(memory) % 1000]}, headers=headers)
                 response.raise_for_status()
                 added.append(time.perf_counter() - at)
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - started
             metrics = (await http.get("/metrics")).text
-            alone = await _again(http, own)
+            repeated = await _again(http, own)
         beside = {"256 answers": await _beside(url, names, MANY), "8 long texts": await _beside(url, names, LONG, 8)}
         flood = await _flood(url, names)
         drained = await _drain(process, url, names)
@@ -155,7 +155,7 @@ async def _load(prompts: Path, requests: int) -> dict[str, Any]:
         "requests": requests,
         "clients": CLIENTS,
         "outcomes": dict(sorted(own.outcomes.items())),
-        "answers_checked_alone_afterwards": alone,
+        "answers_checked_alone_afterwards": repeated,
         "seconds_beside": beside,
         "flood": flood,
         "streams_that_ended_after_sigterm": drained,
@@ -179,12 +179,12 @@ async def _load(prompts: Path, requests: int) -> dict[str, Any]:
 
 
 async def _beside(url: str, names: list[str], body: dict[str, Any], times: int = 1) -> dict[str, Any]:
-    """What a short request and /healthz wait for while another client asks for much."""
+    """Measures how long a short request and /healthz wait while another client sends large requests."""
     short = {"model": names[0], "prompt": TEXTS[0], "max_tokens": 4, "temperature": 0}
     waited: dict[str, list[float]] = {"same client": [], "other client": [], "/healthz": []}
     async with httpx.AsyncClient(base_url=url, timeout=120) as http:
         await http.post("/v1/completions", json={**short, "max_tokens": body["max_tokens"]})
-        began = time.perf_counter()
+        started = time.perf_counter()
         many = [
             asyncio.create_task(http.post("/v1/completions", json={"model": names[1], **body})) for _ in range(times)
         ]
@@ -200,13 +200,13 @@ async def _beside(url: str, names: list[str], body: dict[str, Any], times: int =
                 seconds.append(time.perf_counter() - at)
             await asyncio.sleep(0.05)
         statuses = collections.Counter([(await one).status_code for one in many])
-        whole = time.perf_counter() - began
+        whole = time.perf_counter() - started
     found = {kind: {"median": statistics.median(own), "max": max(own)} for kind, own in waited.items()}
     return {"statuses": dict(statuses), "seconds": whole, "times": len(waited["/healthz"]), **found}
 
 
 async def _flood(url: str, names: list[str], clients: int = 600) -> dict[str, int]:
-    """More requests at one moment than slots and queue hold."""
+    """Sends more simultaneous requests than slots and queue hold."""
     found: collections.Counter[str] = collections.Counter()
 
     async def ask(http: httpx.AsyncClient, number: int) -> None:
@@ -221,9 +221,9 @@ async def _flood(url: str, names: list[str], clients: int = 600) -> dict[str, in
 
 
 async def _drain(process: subprocess.Popen[str], url: str, names: list[str], count: int = 32) -> dict[str, int]:
-    """SIGTERM while streams are open; the server ends by itself."""
+    """Sends SIGTERM while streams are open; the server must end by itself."""
     found: collections.Counter[str] = collections.Counter()
-    begun = asyncio.Event()
+    streaming = asyncio.Event()
 
     async def ask(http: httpx.AsyncClient, name: str) -> None:
         body = {"model": name, "prompt": TEXTS[0], "max_tokens": 150, "temperature": 0, "stream": True}
@@ -231,13 +231,13 @@ async def _drain(process: subprocess.Popen[str], url: str, names: list[str], cou
         async with http.stream("POST", "/v1/completions", json=body) as response:
             async for line in response.aiter_lines():
                 last = line or last
-                begun.set()
+                streaming.set()
         found["whole" if last == "data: [DONE]" else "cut off"] += 1
 
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=count)) as http:
         asked = [asyncio.create_task(ask(http, name)) for name in names[:count]]
-        await begun.wait()
-        await asyncio.sleep(0.2)  # in which the last of them have come in
+        await streaming.wait()
+        await asyncio.sleep(0.2)  # until the last of them have arrived
         process.terminate()
         await asyncio.gather(*asked)
     await asyncio.to_thread(process.wait, 90)
@@ -245,7 +245,7 @@ async def _drain(process: subprocess.Popen[str], url: str, names: list[str], cou
 
 
 async def _again(http: httpx.AsyncClient, own: Load, count: int = 300) -> dict[str, int]:
-    """Some of the answers once more, each alone."""
+    """Requests some of the answers again, each one separately."""
     found: collections.Counter[str] = collections.Counter()
     for name, text, tokens in random.Random(1).sample(sorted(own.expected), min(count, len(own.expected))):
         body = {"model": name, "prompt": text, "max_tokens": tokens, "temperature": 0}

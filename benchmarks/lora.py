@@ -1,10 +1,10 @@
-"""LoRA through PEFT with a run's own data and steps, for `python -m spt_jax compare --others LoRA=DIRECTORY`.
+"""Trains LoRA through PEFT on the data and steps of a run, for `python -m spt_jax compare --others LoRA=DIRECTORY`.
 
     python benchmarks/lora.py configs/quickstart.py --workdir out/lora
 
-Takes train.py's words. The base reads the records as the run's template has them without virtual tokens; the loss is
-over the verbalizers, each of one token; Adam's rate falls to 0 in a line; of three rates, and of ten moments of each
-run, validation chooses. Writes facts.json and predictions.jsonl. Torch and peft are needed.
+Takes the same options as train.py. Records are formatted with the run's template without virtual tokens. The loss is
+over the verbalizers, each of one token, and Adam's learning rate decays linearly to 0. Validation chooses among three
+rates and, within each run, among all evaluations. Writes facts.json and predictions.jsonl. Needs torch and peft.
 """
 
 import copy
@@ -35,7 +35,7 @@ RANK, ALPHA = 8, 16
 
 
 def padded(examples: Sequence[Example]) -> dict[str, Any]:
-    """Prompts padded on the right, and the place of the last token of each."""
+    """Returns the prompts padded on the right, and the index of the last token of each."""
     import torch
 
     lengths = [len(example.ids) for example in examples]
@@ -51,7 +51,7 @@ def padded(examples: Sequence[Example]) -> dict[str, Any]:
 
 
 def class_scores(model: Any, examples: Sequence[Example]) -> Any:
-    """Log-probabilities [B, C] of the classes' tokens behind each prompt."""
+    """Returns the log-probabilities [B, C] of the classes' tokens after each prompt."""
     import torch
 
     inputs = padded(examples)
@@ -62,7 +62,7 @@ def class_scores(model: Any, examples: Sequence[Example]) -> Any:
 
 
 def scores(model: Any, data: EvaluationSet) -> np.ndarray:
-    """Of every record, in order."""
+    """Returns the class scores of all records, in order."""
     import torch
 
     model.eval()
@@ -73,7 +73,7 @@ def scores(model: Any, data: EvaluationSet) -> np.ndarray:
 
 
 def batches(examples: Sequence[Example], size: int, steps: int, seed: int) -> Iterator[list[Example]]:
-    """Examples in a new order in every epoch."""
+    """Yields batches of examples, in a new order in every epoch."""
     rng = np.random.default_rng(seed)
     order: list[int] = []
     for _ in range(steps):
@@ -84,7 +84,7 @@ def batches(examples: Sequence[Example], size: int, steps: int, seed: int) -> It
 
 
 def train(folder: Path, examples: Sequence[Example], validation: EvaluationSet, config: Any, rate: float) -> Any:
-    """A run at one rate: its best model, that model's validation metrics, and the seconds of its steps."""
+    """Trains at one rate; returns the best model, its validation metrics, and the seconds of all steps."""
     import peft
     import torch
     import transformers
@@ -100,14 +100,14 @@ def train(folder: Path, examples: Sequence[Example], validation: EvaluationSet, 
     best, metrics, seconds = None, {"accuracy": -1.0}, 0.0
     model.train()
     for step, batch in enumerate(batches(examples, config.batch_size, config.steps, config.seed), 1):
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         labels = torch.tensor([example.label for example in batch])
         loss = torch.nn.functional.cross_entropy(class_scores(model, batch), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        seconds += time.perf_counter() - begun
+        seconds += time.perf_counter() - start_time
         if step % config.evaluate_every == 0 or step == config.steps:
             now = classification(validation, scores(model, validation)).metrics
             print(f"rate {rate}: step {step}, validation accuracy {now['accuracy']:.3f}", flush=True)
@@ -117,7 +117,7 @@ def train(folder: Path, examples: Sequence[Example], validation: EvaluationSet, 
 
 
 def main(argv: Sequence[str]) -> None:
-    """Trains, asks the test records, and writes."""
+    """Trains, evaluates on the test records, and writes the results."""
     command = parse_train(argv)
     experiment = load_experiment(resolve(command.config))
     config, records = experiment.config, (experiment.train, experiment.validation, experiment.test)
@@ -131,14 +131,14 @@ def main(argv: Sequence[str]) -> None:
     folder = local_directory(config.base.path, config.base.revision)
     runs = [train(folder, examples, validation, config.train, rate) for rate in RATES]
     model, metrics, seconds = max(runs, key=lambda run: run[1]["accuracy"])
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     result = classification(test, scores(model, test))
     numbers = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     facts = Facts(
         trainable_parameters=numbers,
         bytes=4 * numbers,
         train_seconds=round(seconds, 2),
-        test_seconds=round(time.perf_counter() - begun, 2),
+        test_seconds=round(time.perf_counter() - start_time, 2),
     )
     command.workdir.mkdir(parents=True, exist_ok=True)
     (command.workdir / PREDICTIONS_FILE).write_text(predictions_jsonl({"LoRA": result.predictions}))

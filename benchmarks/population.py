@@ -1,10 +1,10 @@
-"""Thirty-two prompts as one population against thirty-two runs, and what successive halving saves.
+"""Measures thirty-two prompts as one population against thirty-two runs, and the savings of successive halving.
 
     python benchmarks/population.py             # about 15 minutes on two idle cores
 
-Prompt tuning of stories260K on TREC, members of several seeds and learning rates. First, 50 steps: the population in
-one process, and every member in a process of its own, start-up and compilation included; each member's losses must be
-those of its own run. Then a longer run, with validation: all members to the end, and with halving. Writes JSON.
+Prompt tuning of stories260K on TREC, with members of several seeds and learning rates. First, 50 steps: the population
+in one process, and every member in a separate process, start-up and compilation included; each member's losses must
+equal those of its separate run. Then a longer run with validation, once without and once with halving. Writes JSON.
 """
 
 import argparse
@@ -31,7 +31,7 @@ PACKAGES = ("spt_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def train(numbers: Sequence[int], steps: int, halved: bool, validated: bool, workdir: Path) -> dict[str, Any]:
-    """Members of these numbers as one population: their losses, and how they end."""
+    """Trains the members with these numbers as one population; returns their losses and final states."""
     from spt_jax.evaluation.evaluate import evaluate
     from spt_jax.experiment.command_line import parse_train
     from spt_jax.experiment.config import resolve
@@ -94,29 +94,29 @@ def train(numbers: Sequence[int], steps: int, halved: bool, validated: bool, wor
 
 
 def measured(numbers: Sequence[int], steps: int, *flags: str) -> dict[str, Any]:
-    """`train` in a process of its own, and the seconds that it took from start to end."""
+    """Runs `train` in a separate process; returns its results and the seconds from start to end."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         words = ["--worker", str(result), "--numbers", *map(str, numbers), "--steps", str(steps), *flags]
-        begun = time.perf_counter()
+        start = time.perf_counter()
         subprocess.run([sys.executable, __file__, *words], check=True, stderr=subprocess.DEVNULL)
-        return {"seconds": time.perf_counter() - begun, **json.loads(result.read_text())}
+        return {"seconds": time.perf_counter() - start, **json.loads(result.read_text())}
 
 
 def against_runs(count: int, steps: int) -> dict[str, Any]:
-    """The population, and each member alone.
+    """Compares the population with a separate run of each member.
 
     Raises:
-      SystemExit: a member's losses are not those of its own run.
+      SystemExit: a member's losses differ from those of its separate run.
     """
     together = measured(range(count), steps)
-    alone = [measured([number], steps) for number in range(count)]
+    separate = [measured([number], steps) for number in range(count)]
     worst = 0.0
-    for ours, own in zip(together["losses"], alone, strict=True):
+    for ours, own in zip(together["losses"], separate, strict=True):
         worst = max(worst, *(abs(a - b) for a, b in zip(ours, own["losses"][0], strict=True)))
     if not worst <= TOLERANCE:
-        raise SystemExit(f"a member's losses differ from its own run's by {worst}")
-    seconds = sum(own["seconds"] for own in alone)
+        raise SystemExit(f"a member's losses differ from those of its separate run by {worst}")
+    seconds = sum(own["seconds"] for own in separate)
     return {
         "members": count,
         "steps": steps,
@@ -128,7 +128,7 @@ def against_runs(count: int, steps: int) -> dict[str, Any]:
 
 
 def with_halving(count: int, steps: int) -> dict[str, Any]:
-    """The best member's validation accuracy with and without halving, and the steps that each took."""
+    """Compares the best member's validation accuracy and the number of steps with and without halving."""
     whole, halved = (measured(range(count), steps, "--validated", *more) for more in ((), ("--halved",)))
 
     def best(found: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def with_halving(count: int, steps: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--members", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=50, help="of the comparison with separate runs")
+    parser.add_argument("--steps", type=int, default=50, help="steps of the comparison with separate runs")
     parser.add_argument("--longer", type=int, default=240, help="steps of the run with halving")
     parser.add_argument("--out", type=Path, help="JSON file; by default results/population_<machine>.json here")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -170,7 +170,7 @@ def main() -> None:
     runs = against_runs(options.members, options.steps)
     print(
         f"{runs['members']} members, {runs['steps']} steps: {runs['population_seconds']:.0f} s together,"
-        f" {runs['runs_seconds']:.0f} s as runs of their own, {runs['ratio']:.2f};"
+        f" {runs['runs_seconds']:.0f} s as separate runs, ratio {runs['ratio']:.2f};"
         f" losses differ by {runs['largest_loss_difference']:.0e}"
     )
     race = with_halving(options.members, options.longer)

@@ -1,4 +1,4 @@
-"""What a compiled program does on one device, counted in XLA's text: XLA's own analysis counts a loop's body once."""
+"""Counts the work of a compiled program on one device from XLA's text; XLA's own analysis counts a loop's body once."""
 
 import dataclasses
 import math
@@ -17,7 +17,15 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective instruction: its kind, the shapes and bytes of its results, how often it runs, in how many loops."""
+    """A collective instruction.
+
+    Attributes:
+      kind: one of `COLLECTIVES`.
+      shapes: of its results.
+      result_bytes: of all its results.
+      times: how often it runs.
+      loops: in how many nested loops.
+    """
 
     kind: str
     shapes: tuple[tuple[int, ...], ...]
@@ -28,14 +36,19 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """flops: of matrix products, a multiplication and an addition each. collectives: all that are there."""
+    """The work of a program on one device.
+
+    Attributes:
+      flops: of matrix products; a multiplication and an addition count as two.
+      collectives: all collective instructions.
+    """
 
     flops: float
     collectives: tuple[Collective, ...]
 
     @property
     def collective_bytes(self) -> float:
-        """Bytes that collectives leave on the device."""
+        """Bytes of the results of all collectives on the device."""
         return sum(one.result_bytes * one.times for one in self.collectives)
 
 
@@ -49,14 +62,14 @@ class _Instruction:
 
 
 def count(text: str) -> Work:
-    """Counts `compiled.as_text()`. The branches of a conditional are taken to run equally often.
+    """Counts the work in `compiled.as_text()`, assuming that the branches of a conditional run equally often.
 
     Raises:
-      ValueError: a loop whose number of rounds XLA does not know, or no entry computation.
+      ValueError: there is a loop with an unknown number of iterations, or no entry computation.
     """
     computations, entry = _parse(text)
     if entry is None:
-        raise ValueError("no entry computation; give compiled.as_text()")
+        raise ValueError("no entry computation; pass compiled.as_text()")
     flops, collectives = 0.0, []
     shapes = {(one.computation, one.name): one.shape for body in computations.values() for one in body}
     for one, times, loops in _executed(computations, entry, 1.0, 0):
@@ -86,7 +99,7 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str | None]:
 def _executed(
     computations: dict[str, list[_Instruction]], name: str, times: float, loops: int
 ) -> Iterator[tuple[_Instruction, float, int]]:
-    """Every instruction that runs under a computation, how often, and inside how many loops."""
+    """Yields every instruction that a computation runs, how often, and inside how many loops."""
     for one in computations[name]:
         yield one, times, loops
         called, share, depth = _CALLED.findall(one.rest), times, loops

@@ -1,10 +1,10 @@
-"""Scaling by counting: what each device computes and is sent as devices grow in number.
+"""Measures scaling by counting what each device computes and receives as the number of devices grows.
 
     python benchmarks/scaling.py
 
-Compiles the step of a Llama of 42 M parameters for 1 to 8 devices along every axis of the mesh, which one CPU pretends
-to have, and counts matrix products and collectives in XLA's program. Rows grow in number with data and fsdp, in length
-with sequence; along tensor the batch stays. No step runs. Prints a table and writes JSON.
+Compiles the step of a Llama of 42 M parameters for 1 to 8 simulated CPU devices along every axis of the mesh, and
+counts matrix products and collectives in XLA's program. The number of rows grows with data and fsdp, their length with
+sequence; along tensor the batch is fixed. No step runs. Prints a table and writes JSON.
 """
 
 import argparse
@@ -43,7 +43,7 @@ PACKAGES = ("spt_jax", "jax", "jaxlib", "flax", "optax")
 
 
 def measure(axis: str, devices: int) -> dict[str, Any]:
-    """One mesh: rows grow with data and fsdp, their length with sequence, and nothing with tensor."""
+    """One mesh: the number of rows grows with data and fsdp, their length with sequence, nothing with tensor."""
     rows = ROWS * (devices if axis in ("data", "fsdp") else 1)
     length = LENGTH * (devices if axis == "sequence" else 1)
     shape = StepShape(rows=rows, length=length, outputs=OUTPUTS, lead=LEAD)

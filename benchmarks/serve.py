@@ -1,17 +1,17 @@
-"""Serving: any number of prompts against one and against the bare base, many requests against one after another, PEFT.
+"""Measures serving: many prompts against one and the bare base, batched requests against sequential ones, PEFT.
 
     python benchmarks/serve.py                 # everything, about 7 minutes on two idle cores; needs torch and peft
     python benchmarks/serve.py --only load     # or a part: curve, batching, peft, load
 
-All of it on the starter, greedily, with prompts of 20 virtual tokens that nobody trained, which cost what trained ones
-do.
+All parts use the starter with greedy decoding and untrained prompts of 20 virtual tokens, which cost as much as trained
+ones.
 
-curve: the engine's tokens per second with 1, 10, 100 and 1,000 prompts and with none, interleaved; what it compiled
-  meanwhile (nothing); the time to the first token with a prompt and without one.
-batching: 16 requests at once against one after another, in turn.
+curve: the engine's tokens per second with 1, 10, 100 and 1,000 prompts and with none, interleaved; programs compiled
+  meanwhile (none); the time to the first token with and without a prompt.
+batching: 16 requests at once against one after another, interleaved.
 peft: the same 16 requests against PEFT's `generate` for one prompt in one batch, its best case.
-load: 10,000 requests over HTTP from 64 clients with mixed prompts and lengths, of which some leave before their answer;
-  a prompt added meanwhile; the start of a server of 1,000 prompts, its memory.
+load: 10,000 requests over HTTP from 64 clients with mixed prompts and lengths, some of which are abandoned before their
+  answer; a prompt added meanwhile; the startup time of a server with 1,000 prompts, and its memory.
 
 Writes JSON, and the curve as a plot.
 """
@@ -41,7 +41,7 @@ PARTS = ("curve", "batching", "peft", "load")
 
 
 def write_prompts(folder: Path, count: int) -> None:
-    """Prompts of one length, each a noisy copy of rows of the vocabulary."""
+    """Writes prompts of one length, each a noisy copy of rows of the vocabulary."""
     import jax
     import numpy as np
 
@@ -58,7 +58,7 @@ def write_prompts(folder: Path, count: int) -> None:
 
 
 def bank_of(folder: Path) -> Any:
-    """A bank of all of them, each encoded already. Nothing ends before its limit: all have the same work."""
+    """Returns a bank of all prompts, already encoded. No answer ends before its limit, so all need the same work."""
     import spt_jax
 
     base = spt_jax.load_base("starter")
@@ -71,7 +71,7 @@ def bank_of(folder: Path) -> Any:
 
 
 def requests_of(bank: Any, names: Sequence[str | None], count: int, new_tokens: int) -> list[Any]:
-    """Requests that go round the prompts and the texts, and end after so many tokens."""
+    """Returns requests that cycle through the prompts and the texts, and end after `new_tokens` tokens."""
     import spt_jax
 
     sampling = spt_jax.SamplingConfig(max_new_tokens=new_tokens)
@@ -83,14 +83,14 @@ def requests_of(bank: Any, names: Sequence[str | None], count: int, new_tokens: 
 
 
 def rate(engine: Any, requests: Sequence[Any]) -> float:
-    """New tokens per second."""
-    began = time.perf_counter()
+    """Returns the new tokens per second."""
+    start = time.perf_counter()
     answers = engine.generate(requests)
-    return sum(len(answer.ids) for answer in answers) / (time.perf_counter() - began)
+    return sum(len(answer.ids) for answer in answers) / (time.perf_counter() - start)
 
 
 def interleaved(runs: int, ways: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
-    """What each way measures, in rounds that begin with another way each, after one that counts for nothing."""
+    """Runs every way once per round, starting each round with a different way; the first round is discarded."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     for run in range(runs + 1):
         first = run % len(ways)
@@ -106,23 +106,23 @@ def medians(found: dict[str, list[float]]) -> dict[str, float]:
 
 
 def share(found: dict[str, list[float]], name: str, of: str) -> float:
-    """One way's measure by another's: the median of their shares in each round, so that a slow moment meets both."""
+    """Returns the median over rounds of the ratio of two ways, so that a slow moment affects both."""
     return statistics.median(own / other for own, other in zip(found[name], found[of], strict=True))
 
 
 def first_token(engine: Any, request: Any) -> float:
-    """Milliseconds until a request that comes alone has its first token."""
-    began = time.perf_counter()
+    """Returns the milliseconds until a single request has its first token."""
+    start = time.perf_counter()
     ticket = engine.submit(request)
     while not ticket.ids:
         engine.step()
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     engine.cancel(ticket)
     return 1000 * seconds
 
 
 def curve(bank: Any, runs: int) -> dict[str, Any]:
-    """Tokens per second over the number of prompts, and times to the first token."""
+    """Measures tokens per second over the number of prompts, and times to the first token."""
     import jax
 
     import spt_jax
@@ -160,7 +160,7 @@ def curve(bank: Any, runs: int) -> dict[str, Any]:
 
 
 def batching(bank: Any, runs: int) -> dict[str, Any]:
-    """16 requests at once against one after another."""
+    """Measures 16 requests at once against one after another."""
     import spt_jax
 
     many, one = spt_jax.Engine(bank, slots=SLOTS), spt_jax.Engine(bank, slots=1)
@@ -170,7 +170,7 @@ def batching(bank: Any, runs: int) -> dict[str, Any]:
 
 
 def peft_rates(folder: Path) -> None:
-    """Prints PEFT's tokens per second for the same prompt and texts as a batch, once for every line that comes in."""
+    """Prints PEFT's tokens per second for the same prompt and texts as a batch, once for every line of input."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -186,14 +186,14 @@ def peft_rates(folder: Path) -> None:
     inputs = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
 
     for _ in sys.stdin:
-        began = time.perf_counter()
+        start = time.perf_counter()
         with torch.inference_mode():
             model.generate(**inputs, max_new_tokens=64, min_new_tokens=64, do_sample=False)
-        print(SLOTS * 64 / (time.perf_counter() - began), flush=True)
+        print(SLOTS * 64 / (time.perf_counter() - start), flush=True)
 
 
 def against_peft(bank: Any, prompts: Path, runs: int) -> dict[str, Any]:
-    """Ours and PEFT's, interleaved, in processes of their own."""
+    """Measures this library and PEFT, interleaved, in separate processes."""
     import spt_jax
 
     engine = spt_jax.Engine(bank, slots=SLOTS)
@@ -202,22 +202,22 @@ def against_peft(bank: Any, prompts: Path, runs: int) -> dict[str, Any]:
         words = ["--prompt", str(prompts / "p0000"), "--output", folder]
         export = [sys.executable, "-m", "spt_jax", "export", *words]
         subprocess.run(export, check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[1])
-        own = [sys.executable, __file__, "--peft-of", folder]
-        with subprocess.Popen(own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        command = [sys.executable, __file__, "--peft-of", folder]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
             assert other.stdin is not None and other.stdout is not None
-            asked, said = other.stdin, other.stdout
+            stdin, stdout = other.stdin, other.stdout
 
             def theirs() -> float:
-                print(file=asked, flush=True)
-                return float(said.readline())
+                print(file=stdin, flush=True)
+                return float(stdout.readline())
 
             found = interleaved(runs, {"spt_jax": lambda: rate(engine, requests), "peft": theirs})
-            asked.close()
+            stdin.close()
     return {"tokens_per_second": medians(found), "ratio": share(found, "spt_jax", "peft")}
 
 
 def plot(path: Path, found: dict[str, Any]) -> None:
-    """Tokens per second over the number of prompts."""
+    """Plots tokens per second over the number of prompts."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -240,7 +240,7 @@ def plot(path: Path, found: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures, prints and writes."""
+    """Measures, prints and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--runs", type=int, default=21)
@@ -255,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = common.RESULTS / f"serve_{common.machine_name(THREADS)}.json"
     others = set(PARTS) - set(options.only)
     report = json.loads(path.read_text()) if others and path.exists() else {"benchmark": "serve"}
-    origin = {  # of each part, since they may be measured apart
+    origin = {  # stored with each part, since parts may be measured separately
         "machine": common.machine(THREADS),
         "versions": common.versions(("spt_jax", "jax", "fastapi", "uvicorn", "peft", "torch", "transformers")),
         "commit": common.commit(),
@@ -278,9 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 report[part] = load(prompts, options.requests)
             report[part] |= origin
             if part == "load" and any(name.startswith(("wrong", "failed")) for name in report[part]["outcomes"]):
-                raise SystemExit(
-                    f"not every request was answered rightly or refused clearly: {report[part]['outcomes']}"
-                )
+                raise SystemExit(f"some requests were answered wrongly or failed: {report[part]['outcomes']}")
             print(part, json.dumps({k: v for k, v in report[part].items() if not k.endswith("_of_runs")}, indent=1))
             common.write_json(path, report)
 

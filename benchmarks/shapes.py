@@ -1,4 +1,4 @@
-"""A training step of given sizes without a single array: to compile ahead of time, and count."""
+"""Lowers a training step of given sizes without allocating arrays, to compile it ahead of time and count its work."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ Shape = jax.ShapeDtypeStruct
 
 
 def batch_shapes(shape: StepShape, mesh: Mesh) -> Batch:
-    """A batch of one prompt with as many targets as outputs."""
+    """Returns the shapes of a batch of one prompt with as many targets as outputs."""
 
     def array(width: int, dtype: Any = jnp.int32) -> Any:
         return Shape((shape.rows, width), dtype, sharding=row_sharding(mesh))
@@ -55,7 +55,7 @@ def lower_step(
     microbatches: int = 1,
     compiler_options: Any = None,
 ) -> Any:
-    """A step with Adam, lowered: prefix tuning where the shape has a prefix, else prompt tuning of its leading ids."""
+    """Lowers a step with Adam: prefix tuning if the shape has a prefix, else prompt tuning of its leading ids."""
     mesh = mesh or make_mesh()
     method: Method = PromptTuning(length=shape.lead)
     params: dict[str, Shape] = {"tokens": Shape((shape.lead, config.width), jnp.float32)}

@@ -1,10 +1,10 @@
-"""What each trick of the training step is worth, and how time and memory grow with P, T, B and microbatches.
+"""Measures each optimization of the training step, and how time and memory grow with P, T, B and microbatches.
 
     python benchmarks/step.py
 
 Steps of prompt tuning on the random Llama of 39 M parameters and the texts of train_vs_peft.py, on the CPU, in float32.
-The first table takes one trick away at a time; the second changes one size at a time, with random ids. Time is the
-median of the steps once compiled, memory what XLA plans for temporaries. Prints the tables and writes JSON.
+The first table disables one optimization at a time; the second changes one size at a time, with random ids. Time is the
+median over compiled steps, memory is what XLA plans for temporaries. Prints the tables and writes JSON.
 """
 
 import argparse
@@ -42,13 +42,16 @@ PACKAGES = ("spt_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A step with a trick, or none, taken away.
+    """A step with some optimizations disabled.
 
-    share: leading ids run once; else in every row.
-    pack: examples share rows.
-    outputs: the output matrix meets target positions alone.
-    chunk: logits are taken in chunks.
-    skip: leading ids skip the last layer but for keys and values.
+    Attributes:
+      share: whether leading ids run once; else in every row.
+      pack: whether examples share rows.
+      outputs: whether only target positions reach the output matrix.
+      chunk: whether logits are computed in chunks.
+      skip: whether leading ids skip the last layer except for keys and values.
+      remat: what the backward pass recomputes.
+      microbatches: per step.
     """
 
     share: bool = True
@@ -75,7 +78,7 @@ VARIANTS = {
 
 @contextlib.contextmanager
 def without(variant: Variant) -> Iterator[None]:
-    """Takes away what no option does, for programs traced inside."""
+    """Disables optimizations that have no option, for programs traced inside the context."""
     run_layers, limit = forward.run_layers, vocabulary.CHUNK_LOGITS
 
     def whole(*args: Any, return_hidden: bool, **kwargs: Any) -> Any:
@@ -90,7 +93,7 @@ def without(variant: Variant) -> Iterator[None]:
 
 
 def at_every_position(batch: Batch) -> Batch:
-    """The same batch, whose outputs are all of its tokens."""
+    """Returns the same batch with outputs at all tokens."""
     rows = batch.rows
     outputs = np.broadcast_to(np.arange(rows.ids.shape[1], dtype=np.int32), rows.ids.shape)
     targets = np.take_along_axis(np.asarray(rows.outputs), np.asarray(rows.target_outputs), axis=1)
@@ -100,12 +103,16 @@ def at_every_position(batch: Batch) -> Batch:
 def measure(
     base: FrozenBase, examples: Sequence[Example], lead: int, length: int, batch_size: int, variant: Variant, steps: int
 ) -> dict[str, Any]:
-    """Median seconds of a step, planned temporaries, and the first loss.
+    """Measures the median seconds of a step, the planned bytes of temporaries, and the first loss.
 
     Args:
-      examples: of which batches take so many at a time.
-      lead: leading ids that all share.
+      base: the frozen base.
+      examples: at least `steps * batch_size` of them, batched in order.
+      lead: the number of leading ids that all examples share.
       length: virtual tokens P.
+      batch_size: examples per batch.
+      variant: the optimizations to use.
+      steps: timed steps.
     """
     plan = plan_batches(
         examples,
@@ -133,10 +140,10 @@ def measure(
             planned.append(memory.temp_size_in_bytes)
             jax.block_until_ready(step(fresh(), batch))
         for batch in batches:
-            begun = time.perf_counter()
+            start_time = time.perf_counter()
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))
-            seconds.append(time.perf_counter() - begun)
+            seconds.append(time.perf_counter() - start_time)
     return {
         "seconds": statistics.median(seconds),
         "steps": len(seconds),
@@ -146,7 +153,7 @@ def measure(
 
 
 def random_examples(count: int, lead: int, length: int, vocab_size: int) -> list[Example]:
-    """Examples of `lead` virtual ids and `length` random ones, the last of which is the target."""
+    """Returns examples of `lead` virtual ids and `length` random ids, the last of which is the target."""
     random, virtual = np.random.default_rng(0), vocab_size + np.arange(lead)
     predicted = np.arange(lead + length) == lead + length - 1
     texts = random.integers(3, vocab_size, (count, length))
@@ -160,7 +167,7 @@ CURVES = {"P": (5, 20, 100, 200), "T": (32, 64, 128, 256), "B": (4, 16, 64), "mi
 
 
 def ablation(base: FrozenBase, folder: Path, setting: str, data: Path, steps: int) -> dict[str, Any]:
-    """Every variant on one setting of train_vs_peft.py; all must have the same first loss."""
+    """Measures every variant on one setting of train_vs_peft.py; all must have the same first loss."""
     chosen = SETTINGS[setting]
     write_task(folder, chosen, data)
     task = read_task(folder)
@@ -173,7 +180,7 @@ def ablation(base: FrozenBase, folder: Path, setting: str, data: Path, steps: in
 
 
 def curves(base: FrozenBase, steps: int) -> list[dict[str, Any]]:
-    """One size changed at a time, each example in a row of its own."""
+    """Measures steps with one size changed at a time, each example in a separate row."""
     found = []
     for axis, values in CURVES.items():
         for value in values:
@@ -191,7 +198,7 @@ def cells(figures: dict[str, Any], against: dict[str, Any]) -> list[str]:
     return [f"{time_ * 1e3:.0f}", f"{memory / common.MIB:.0f}", *(f"{ratio:.2f}" for ratio in ratios)]
 
 
-HEADER = ("ms a step", "MiB temporaries", "time", "memory")
+HEADER = ("ms per step", "MiB temporaries", "time", "memory")
 
 
 def main() -> None:
@@ -199,7 +206,7 @@ def main() -> None:
     parser.add_argument(
         "--settings", nargs="+", default=["trec P=100 batch 32", "gsm8k P=20 batch 8"], choices=SETTINGS
     )
-    parser.add_argument("--steps", type=int, default=6, help="timed steps of each")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of each variant")
     parser.add_argument("--data", type=Path, default=SHARED / "data", help="folder with trec/ and gsm8k/")
     parser.add_argument("--tokenizer", type=Path, default=SHARED / "models" / "tokenizers" / "llama2")
     parser.add_argument("--out", type=Path, help="JSON file; by default results/step_<machine>.json here")
@@ -216,7 +223,7 @@ def main() -> None:
         rows = [[name, *cells(figures, found["as it is"])] for name, figures in found.items()]
         print(common.table(("without", *HEADER), rows))
     (usual,) = [one for one in grown if one["changed"] == "P" and one["P"] == SIZES["P"]]
-    print(f"\n{SIZES}, one of them changed")
+    print(f"\n{SIZES}, with one of them changed")
     print(common.table(("changed", *HEADER), [[f"{o['changed']} {o[o['changed']]}", *cells(o, usual)] for o in grown]))
     report = {
         "benchmark": "step",

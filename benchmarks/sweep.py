@@ -1,11 +1,11 @@
-"""Which prompt length a sweep picks, and what it saves, against training every length.
+"""Compares the prompt length that a sweep picks, and the steps that it saves, with training every length.
 
     python benchmarks/sweep.py --task trec          # stories260K, from the folder of real data; about 20 minutes
     python benchmarks/sweep.py --task sms_spam
 
-Trains every length with three seeds (`python -m spt_jax sweep --patience 0`), then reads what the sweep would have seen
-with its default patience: trials are the same, bit for bit on a CPU. An interrupted benchmark goes on. Writes JSON and
-the plot of that sweep.
+Trains every length with three seeds (`python -m spt_jax sweep --patience 0`), then evaluates what the sweep would have
+seen with its default patience: trials are the same, bit for bit on a CPU. An interrupted benchmark can be resumed.
+Writes JSON and the plot of that sweep.
 """
 
 import argparse
@@ -33,7 +33,7 @@ PATIENCE = 2
 
 
 def train(task: str, steps: int, workdir: Path) -> dict[str, Any]:
-    """All lengths to the end; the sweep's own results."""
+    """Trains all lengths to the end; returns the sweep's results."""
     numbers = {
         "--lengths": LENGTHS,
         "--seeds": SEEDS,
@@ -42,7 +42,7 @@ def train(task: str, steps: int, workdir: Path) -> dict[str, Any]:
         "--train.steps": (steps,),
     }
     words = [word for name, values in numbers.items() for word in (name, *map(str, values))]
-    if task == "sms_spam":  # of which some leave no room for the longest prompts
+    if task == "sms_spam":  # some messages leave no room for the longest prompts
         words += ["--data.truncate", "text"]
     resume = ["--resume"] if (workdir / "config.json").exists() else []
     command = [sys.executable, "-m", "spt_jax", "sweep", *TASKS[task], "--workdir", str(workdir), *words, *resume]
@@ -51,14 +51,14 @@ def train(task: str, steps: int, workdir: Path) -> dict[str, Any]:
 
 
 def values_of(workdir: Path, length_number: int, split: str) -> np.ndarray:
-    """Whether each record was right, by seed."""
+    """Returns whether each record was answered correctly, by seed."""
     trials = [length_number * len(SEEDS) + seed + 1 for seed in range(len(SEEDS))]
     files = [workdir / "trials" / f"{trial:03d}" / "predictions.jsonl" for trial in trials]
     return np.stack([record_values(read_predictions(file, by="split")[split], "accuracy") for file in files])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains, reads, prints and writes."""
+    """Trains, evaluates, prints and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--steps", type=int, default=600)

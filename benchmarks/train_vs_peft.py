@@ -1,18 +1,18 @@
-"""Training steps of prompt tuning, spt_jax against PEFT, on the CPU: examples per second and peak memory.
+"""Compares training steps of prompt tuning in spt_jax and PEFT on the CPU: examples per second and peak memory.
 
     python benchmarks/train_vs_peft.py                       # all three settings, a few minutes on two idle cores
     python benchmarks/train_vs_peft.py --settings "gsm8k P=20 batch 8" --steps 3
 
-Both train the same prompt on one randomly initialised Llama of 39 M parameters (width 512, 8 layers, MLP 1,376, 8
+Both train the same prompt on one randomly initialized Llama of 39 M parameters (width 512, 8 layers, MLP 1,376, 8
 query and 4 key/value heads, vocabulary 32,000, tied; float32) over the same real texts, with Adam and the cross-entropy
-of the target's tokens over the whole vocabulary. Each framework has a process of its own, one after the other, on the
+of the target's tokens over the whole vocabulary. Each framework runs in a separate process, one after the other, on the
 same cores.
 
-PEFT runs as it does best: sdpa attention, batches padded on the right to their longest example. spt_jax packs the same
-examples into rows and runs the prompt once per step. Batches are chosen at random; neither sorts by length.
+PEFT runs in its fastest configuration: sdpa attention, batches padded on the right to their longest example. spt_jax
+packs the same examples into rows and runs the prompt once per step. Batches are random; neither sorts by length.
 
-Times are of whole steps after warm-up (compilation included in the warm-up and reported apart). The losses of both
-frameworks' first steps must agree, or no figure is printed.
+Times are of complete steps after warm-up (the warm-up includes compilation, which is reported separately). The losses
+of both frameworks' first steps must agree, or no figure is printed.
 """
 
 import argparse
@@ -42,7 +42,7 @@ FRAMEWORKS = ("spt_jax", "peft")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A task, its prompt length P and its batch size. BOS stands behind the virtual tokens, where PEFT puts it."""
+    """A task, its prompt length P and its batch size. BOS comes after the virtual tokens, where PEFT puts it."""
 
     file: str
     prompt: str
@@ -61,7 +61,7 @@ SETTINGS = {
 
 
 def write_base(folder: Path, tokenizer: Path) -> None:
-    """The random Llama in Hugging Face format, with the given tokenizer."""
+    """Writes the random Llama in Hugging Face format, with the given tokenizer."""
     import transformers
     from flax import traverse_util
 
@@ -84,14 +84,14 @@ def write_base(folder: Path, tokenizer: Path) -> None:
     hf.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     config = decoder_config(hf)
-    # Deviation 0.02, as before training, instead of the 0.2 of the tests' tiny models.
+    # Standard deviation 0.02, as at initialization, instead of the 0.2 of the tests' tiny models.
     leaves = traverse_util.flatten_dict(random_params(config))
     leaves = {path: leaf if path[-1] == "scale" else leaf * np.float32(0.1) for path, leaf in leaves.items()}
     write_checkpoint(folder, config, traverse_util.unflatten_dict(leaves), np.float32)
 
 
 def write_task(folder: Path, setting: Setting, data: Path) -> None:
-    """Every example of the setting's file as ids, in one random order, and the rows that the prompt starts from."""
+    """Writes every example of the setting's file as ids, in random order, and the initial rows of the prompt."""
     import transformers
 
     from spt_jax.data.encoder import Encoder
@@ -116,14 +116,20 @@ def write_task(folder: Path, setting: Setting, data: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a framework trains on: all examples, of which the first are batched; shared leading ids; prompt [P, D]."""
+    """The data that a framework trains on.
+
+    Attributes:
+      examples: all examples; batches take the first ones.
+      lead: the number of leading ids that all examples share.
+      prompt: the initial rows of the prompt, float32 [P, D].
+    """
 
     examples: list[Example]
     lead: int
     prompt: np.ndarray
 
     def batches(self, batch_size: int, count: int) -> list[list[Example]]:
-        """The first `count` batches."""
+        """Returns the first `count` batches."""
         return [self.examples[i * batch_size : (i + 1) * batch_size] for i in range(count)]
 
 
@@ -138,7 +144,7 @@ def read_task(folder: Path) -> Task:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What both frameworks are asked for."""
+    """The options of both frameworks."""
 
     folder: Path
     batch_size: int
@@ -149,14 +155,14 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Resident bytes when model and data are loaded, and the most until then."""
+    """Resident bytes once model and data are loaded, and the peak until then."""
 
     loaded: int
     loading_peak: int
 
     @classmethod
     def of_loaded(cls) -> "Memory":
-        """Taken before the first step; what loading itself took is not held against training."""
+        """Measures before the first step, so that the peak of training does not include that of loading."""
         memory = cls(common.resident_bytes(), common.peak_resident_bytes())
         common.forget_peak()
         return memory
@@ -171,7 +177,7 @@ class Memory:
 
 
 def run_spt_jax(options: Options) -> dict[str, Any]:
-    """spt_jax, packed."""
+    """Runs spt_jax with packed rows."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
     import optax
@@ -196,7 +202,7 @@ def run_spt_jax(options: Options) -> dict[str, Any]:
 
     start = time.perf_counter()
     shapes = {len(pack(chunk, plan).rows.ids): chunk for chunk in chunks}
-    for chunk in shapes.values():  # a throw-away step for each number of rows
+    for chunk in shapes.values():  # a discarded step for each number of rows
         jax.block_until_ready(step(fresh(), place_batch(pack(chunk, plan), base.mesh)))
     compiled = time.perf_counter() - start
     state, losses, seconds = fresh(), [], []
@@ -217,7 +223,7 @@ def run_spt_jax(options: Options) -> dict[str, Any]:
 
 
 def run_peft(options: Options) -> dict[str, Any]:
-    """PEFT, padded on the right to the longest example of each batch."""
+    """Runs PEFT with batches padded on the right to their longest example."""
     import peft
     import torch
     import transformers
@@ -257,7 +263,7 @@ def run_peft(options: Options) -> dict[str, Any]:
 
 
 def _padded(examples: Sequence[Example], virtual_tokens: int) -> dict[str, np.ndarray]:
-    """A right-padded batch without its virtual tokens, which PEFT adds itself; -100 where nothing is predicted."""
+    """Returns a right-padded batch without its virtual tokens, which PEFT adds; labels are -100 except at targets."""
     shape = (len(examples), max(len(example.ids) for example in examples) - virtual_tokens)
     ids, mask, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, -100)
     for row, example in enumerate(examples):
@@ -269,7 +275,7 @@ def _padded(examples: Sequence[Example], virtual_tokens: int) -> dict[str, np.nd
 
 
 def measure(framework: str, options: Options) -> dict[str, Any]:
-    """Runs one framework in a process of its own, and adds what follows from its figures."""
+    """Runs one framework in a separate process; returns its figures and the examples per second."""
     result = options.folder / f"{framework}.json"
     words = [f"--{field.name}={getattr(options, field.name)}" for field in dataclasses.fields(options)]
     subprocess.run([sys.executable, __file__, f"--worker={framework}", f"--result={result}", *words], check=True)
@@ -280,17 +286,17 @@ def measure(framework: str, options: Options) -> dict[str, Any]:
 
 
 def compare(setting: Setting, options: Options, data: Path) -> dict[str, Any]:
-    """Both frameworks on one setting.
+    """Compares both frameworks on one setting.
 
     Raises:
-      SystemExit: the frameworks do not compute the same loss.
+      SystemExit: the first losses of the frameworks differ.
     """
     write_task(options.folder, setting, data)
     result: dict[str, Any] = {framework: measure(framework, options) for framework in FRAMEWORKS}
     ours, theirs = (result[framework]["losses"] for framework in FRAMEWORKS)
     differences = [abs(a / b - 1) for a, b in zip(ours, theirs, strict=True)]
     if not differences[0] < TOLERANCE:
-        raise SystemExit(f"the first losses differ: {ours[0]} and {theirs[0]}; the figures would compare nothing")
+        raise SystemExit(f"the first losses differ: {ours[0]} and {theirs[0]}; the figures would not be comparable")
     result["first_loss_difference"], result["last_loss_difference"] = differences[0], differences[-1]
     for name in ("examples_per_second", "peak_bytes", "above_loaded_bytes"):
         result[f"{name}_ratio"] = result["spt_jax"][name] / result["peft"][name]
@@ -322,8 +328,8 @@ def parse_args() -> argparse.Namespace:
         help=f"which of {', '.join(map(repr, SETTINGS))}; all by default",
     )
     parser.add_argument("--steps", type=int, default=6, help="timed steps")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
-    parser.add_argument("--threads", type=int, default=2, help="cores that each framework gets")
+    parser.add_argument("--warmup", type=int, default=2, help="untimed steps before them")
+    parser.add_argument("--threads", type=int, default=2, help="cores for each framework")
     parser.add_argument("--data", type=Path, default=SHARED / "data", help="folder with trec/ and gsm8k/")
     parser.add_argument(
         "--tokenizer",
@@ -341,7 +347,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def work(args: argparse.Namespace) -> None:
-    """One framework's process."""
+    """Runs one framework in this process and writes its figures."""
     common.use_cores(args.threads)
     options = Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
     figures = {"spt_jax": run_spt_jax, "peft": run_peft}[args.worker](options)
@@ -361,8 +367,8 @@ def main() -> None:
         "commit": common.commit(),
         "steps": args.steps,
         "warmup": args.warmup,
-        "memory": "peak: the most resident memory of the process from start to end; above loaded: the most while"
-        " training (compilation included), less what was resident when model and data were loaded",
+        "memory": "peak: the peak resident memory of the process from start to end; above loaded: the peak during"
+        " training (compilation included) minus the resident memory once model and data were loaded",
         "settings": {},
     }
     rows: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""Context-aware prompt tuning: an instruction in real words, each trained within a ball around its embedding.
+"""Context-aware prompt tuning: the tokens of an instruction, each trained within a ball around its embedding.
 
 On the shipped model and task:  python train.py configs/cpt.py
 """
@@ -13,7 +13,7 @@ from spt_jax.prompts.initializers import text
 
 
 def get_config() -> ExperimentConfig[ContextPromptTuning]:
-    """The quickstart's data and steps, with this method's own recipe."""
+    """The quickstart's data and steps, with this method and its default optimizer."""
     quickstart = load_config_file(Path(__file__).with_name("quickstart.py"))
     return dataclasses.replace(
         quickstart,

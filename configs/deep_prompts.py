@@ -12,6 +12,6 @@ from spt_jax.prompts import DeepPrompts
 
 
 def get_config() -> ExperimentConfig[DeepPrompts]:
-    """The quickstart's data and steps, with this method's own recipe."""
+    """The quickstart's data and steps, with this method and its default optimizer."""
     quickstart = load_config_file(Path(__file__).with_name("quickstart.py"))
     return dataclasses.replace(quickstart, method=DeepPrompts(length=20))

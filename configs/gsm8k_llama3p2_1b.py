@@ -1,8 +1,8 @@
-"""Grade-school mathematics (GSM8K) with Llama 3.2 1B, both from the hub; the model asks you to accept its licence.
+"""Grade-school mathematics (GSM8K) with Llama 3.2 1B, both from the hub. The model requires you to accept its license.
 
     python train.py configs/gsm8k_llama3p2_1b.py --base.remat full
 
-Expect a download of about 2.5 GB on the first run. No figure stands here because none has been measured yet.
+Expect a download of about 2.5 GB on the first run. No results have been measured yet.
 """
 
 from spt_jax.evaluation.evaluate import EvaluationConfig
@@ -13,7 +13,7 @@ from spt_jax.training.config import TrainConfig
 
 
 def get_config() -> ExperimentConfig[PromptTuning]:
-    """20 virtual tokens before the question; the answer is generated, and its tokens are all learned."""
+    """20 virtual tokens before the question; the answer is generated, and all its tokens are targets."""
     return ExperimentConfig(
         base=BaseConfig(path="meta-llama/Llama-3.2-1B"),
         data=DataConfig(

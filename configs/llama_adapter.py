@@ -1,4 +1,4 @@
-"""LLaMA-Adapter: 20 rows in each of the last layers, behind a gate that starts closed.
+"""LLaMA-Adapter: 20 rows in each of the last layers, scaled by a gate that starts closed.
 
 On the shipped model and task:  python train.py configs/llama_adapter.py
 """
@@ -12,6 +12,6 @@ from spt_jax.prompts import LlamaAdapter
 
 
 def get_config() -> ExperimentConfig[LlamaAdapter]:
-    """The quickstart's data and steps, with this method's own recipe."""
+    """The quickstart's data and steps, with this method and its default optimizer."""
     quickstart = load_config_file(Path(__file__).with_name("quickstart.py"))
     return dataclasses.replace(quickstart, method=LlamaAdapter(length=20))

@@ -1,4 +1,4 @@
-"""Any local checkpoint and files, everything else from the command line.
+"""Any local checkpoint and data files; everything is set on the command line.
 
     python train.py configs/local_files.py --workdir out/trec --base.path PATH \\
         --data.train train.jsonl --data.validation validation.jsonl --data.test test.jsonl \\
@@ -12,7 +12,7 @@ from spt_jax.prompts import PromptTuning
 
 
 def get_config() -> ExperimentConfig[PromptTuning]:
-    """Fields without a sensible default are empty and must come from the command line."""
+    """Fields without a sensible default are empty and must be set on the command line."""
     return ExperimentConfig(
         base=BaseConfig(path=""),
         data=DataConfig(train="", prompt=""),

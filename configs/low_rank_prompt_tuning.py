@@ -1,4 +1,4 @@
-"""Low-rank prompt tuning: 20 virtual tokens that differ from where they start by a matrix of rank 8.
+"""Low-rank prompt tuning: 20 frozen virtual tokens plus a trained matrix of rank 8.
 
 On the shipped model and task:  python train.py configs/low_rank_prompt_tuning.py
 """
@@ -12,6 +12,6 @@ from spt_jax.prompts import LowRankPromptTuning
 
 
 def get_config() -> ExperimentConfig[LowRankPromptTuning]:
-    """The quickstart's data and steps, with this method's own recipe."""
+    """The quickstart's data and steps, with this method and its default optimizer."""
     quickstart = load_config_file(Path(__file__).with_name("quickstart.py"))
     return dataclasses.replace(quickstart, method=LowRankPromptTuning(length=20))

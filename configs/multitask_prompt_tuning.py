@@ -4,8 +4,9 @@
         --data.train train.jsonl --data.validation validation.jsonl --data.test test.jsonl --data.task task \\
         --data.prompt "<soft:20>{text}\\n" --data.target "{answer}"
 
-Leaves a prompt for each task in out/tasks/prompt/TASK, and the rows that they share in out/tasks/prompt/shared, which
-a new task starts from: --method.name prompt_tuning --method.init.name prompt --method.init.path out/tasks/prompt/shared
+Writes a prompt for each task to out/tasks/prompt/TASK, and the rows that they share to out/tasks/prompt/shared. To
+start a new task from them: --method.name prompt_tuning --method.init.name prompt
+--method.init.path out/tasks/prompt/shared
 """
 
 from spt_jax.experiment.config import BaseConfig, DataConfig, ExperimentConfig
@@ -13,7 +14,7 @@ from spt_jax.prompts import MultitaskPromptTuning
 
 
 def get_config() -> ExperimentConfig[MultitaskPromptTuning]:
-    """Fields without a sensible default are empty and must come from the command line."""
+    """Fields without a sensible default are empty and must be set on the command line."""
     return ExperimentConfig(
         base=BaseConfig(path=""),
         data=DataConfig(train="", prompt="", task="task"),

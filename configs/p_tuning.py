@@ -1,4 +1,4 @@
-"""P-tuning: 20 virtual tokens that come out of a small network, which is dropped when the prompt is saved.
+"""P-tuning: 20 virtual tokens computed by a small network, which is dropped when the prompt is saved.
 
 On the shipped model and task:  python train.py configs/p_tuning.py
 """
@@ -12,6 +12,6 @@ from spt_jax.prompts import PTuning
 
 
 def get_config() -> ExperimentConfig[PTuning]:
-    """The quickstart's data and steps, with this method's own recipe."""
+    """The quickstart's data and steps, with this method and its default optimizer."""
     quickstart = load_config_file(Path(__file__).with_name("quickstart.py"))
     return dataclasses.replace(quickstart, method=PTuning(length=20))

@@ -11,7 +11,7 @@ from spt_jax.prompts import PromptTuning
 from spt_jax.training.config import TrainConfig
 
 REQUESTS = Path(spt_jax.__file__).parent / "assets" / "requests"
-# Each topic's word is one token of the starter's vocabulary, so that a request is scored in a single pass.
+# Each topic's word is one token of the starter's vocabulary, so a request is scored in a single pass.
 TOPICS = {
     "bank": "money",
     "calendar": "meeting",
@@ -23,7 +23,7 @@ TOPICS = {
 
 
 def get_config() -> ExperimentConfig[PromptTuning]:
-    """20 virtual tokens behind the request, where they can read it; the class is the likeliest topic's word."""
+    """20 virtual tokens after the request, which they attend to; the class is the topic whose word is the likeliest."""
     return ExperimentConfig(
         base=BaseConfig(path="starter"),
         data=DataConfig(

@@ -1,4 +1,4 @@
-"""Residual prompt tuning: 20 virtual tokens plus a small network of themselves.
+"""Residual prompt tuning: 20 virtual tokens plus the output of a small network applied to them.
 
 On the shipped model and task:  python train.py configs/residual_prompt_tuning.py
 """
@@ -12,6 +12,6 @@ from spt_jax.prompts import ResidualPromptTuning
 
 
 def get_config() -> ExperimentConfig[ResidualPromptTuning]:
-    """The quickstart's data and steps, with this method's own recipe."""
+    """The quickstart's data and steps, with this method and its default optimizer."""
     quickstart = load_config_file(Path(__file__).with_name("quickstart.py"))
     return dataclasses.replace(quickstart, method=ResidualPromptTuning(length=20))

@@ -2,8 +2,8 @@
 
     python train.py configs/sst2_qwen3_0p6b.py
 
-Expect a download of about 1.5 GB on the first run. On a GPU or TPU add --mesh.data N to use N devices. No figure stands
-here because none has been measured yet.
+Expect a download of about 1.5 GB on the first run. Add --mesh.data N to use N GPUs or TPUs. No results have been
+measured yet.
 """
 
 from spt_jax.experiment.config import BaseConfig, DataConfig, ExperimentConfig

@@ -1,4 +1,4 @@
-"""Prints how the packages of this environment differ from those of a lock file: `compare_lock.py requirements.txt`."""
+"""Prints which packages of this environment differ from a lock file: `compare_lock.py requirements.txt`."""
 
 import importlib.metadata
 import sys
@@ -10,7 +10,7 @@ from packaging.version import Version
 
 
 def locked_versions(lock: Path) -> dict[str, str]:
-    """Versions by name, of the lines of a lock file that apply to this Python and system."""
+    """The versions by name in the lines of a lock file that apply to this Python and system."""
     lines = (line.partition("#")[0].strip() for line in lock.read_text().splitlines())
     requirements = [Requirement(line) for line in lines if line]
     return {

@@ -1,10 +1,10 @@
-"""Writes tests/golden/logits.safetensors: what transformers' torch models compute for every case of the tests.
+"""Writes tests/golden/logits.safetensors: the logits of transformers' torch models for every case of the tests.
 
-Run it from the repository's root, with the `parity` extra installed, when a case is added or changed:
+Run it from the repository root, with the `parity` extra installed, when a case is added or changed:
 
     python scripts/make_golden.py
 
-Checkpoints are not stored: `spt_jax.testing` makes the same ones again from their seeds.
+Checkpoints are not stored: `spt_jax.testing` recreates them from their seeds.
 """
 
 import sys
@@ -24,7 +24,7 @@ from tests.golden.cases import CASES, GOLDEN, KEPT, token_ids  # noqa: E402
 
 
 def reference_logits(case) -> np.ndarray:
-    """Logits [len(KEPT), V] of transformers' model, float32."""
+    """Returns the logits of transformers' model, float32 [len(KEPT), V]."""
     with tempfile.TemporaryDirectory() as directory, torch.no_grad():
         write_tiny_checkpoint(directory, case.family, seed=case.seed, **case.overrides)
         model = transformers.AutoModelForCausalLM.from_pretrained(

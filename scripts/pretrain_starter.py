@@ -4,7 +4,7 @@
 
 Reads `*.txt.gz` files whose documents are separated by a line `<|endoftext|>`, trains a byte-level BPE tokenizer of
 4,096 entries, then a Llama of 3.4 M parameters with AdamW, and writes a Hugging Face checkpoint in bfloat16 and
-`training.json` with what was done and the held-out perplexity. Stopped runs go on from `--work`.
+`training.json` with the training settings and the held-out perplexity. Stopped runs resume from `--work`.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from spt_jax.models.decoder import Decoder
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 LENGTH = 256
-# The share of each file's documents that is read, once: dialogue and questions are what people tune prompts for, novels
-# are most of the text.
+# The share of each file's documents that is used, once: people tune prompts for dialogue and questions, while most of
+# the text is novels.
 SHARES = {
     "dialogue": 1.0,
     "questions-instructions": 1.0,
@@ -44,7 +44,7 @@ SHARES = {
 
 
 def read_documents(corpus: Path) -> dict[str, list[str]]:
-    """The documents of each file, without the empty ones."""
+    """Returns the non-empty documents of each file."""
     documents = {}
     for name in SHARES:
         with gzip.open(corpus / f"{name}.txt.gz", "rt", encoding="utf-8") as file:
@@ -53,7 +53,7 @@ def read_documents(corpus: Path) -> dict[str, list[str]]:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int = 4096) -> transformers.PreTrainedTokenizerFast:
-    """Byte-level BPE with single digits, so that any text can be written."""
+    """Byte-level BPE, which can encode any text, with every digit as a separate token."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [
@@ -98,21 +98,21 @@ def model_config() -> transformers.LlamaConfig:
 
 
 def token_stream(tokenizer, documents: list[str]) -> np.ndarray:
-    """Documents as one stream BOS text EOS BOS text EOS ..., uint16."""
+    """Returns the documents as one stream BOS text EOS BOS text EOS ..., uint16."""
     encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     return np.concatenate([np.asarray([bos, *ids, eos], np.uint16) for ids in encoded])
 
 
 def windows(stream: np.ndarray, seed: int) -> np.ndarray:
-    """The stream cut into shuffled windows [N, LENGTH + 1]."""
+    """Cuts the stream into shuffled windows [N, LENGTH + 1]."""
     count = (len(stream) - 1) // LENGTH
     cut = np.stack([stream[i * LENGTH : i * LENGTH + LENGTH + 1] for i in range(count)])
     return cut[np.random.default_rng(seed).permutation(count)]
 
 
 def loss(module: Decoder, params, tokens):
-    """Mean next-token cross-entropy. A token sees only its own document: documents start at BOS, id 0."""
+    """Mean next-token cross-entropy. Tokens attend only within their document; documents start at BOS, id 0."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     segments = 1 + jnp.cumsum(inputs == 0, axis=1)
     start = jax.lax.cummax(jnp.where(inputs == 0, jnp.arange(inputs.shape[1])[None], 0), axis=1)
@@ -127,10 +127,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/spt_jax_starter"), help="snapshots, to go on from")
-    parser.add_argument("--batch", type=int, default=8, help="windows a step")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/spt_jax_starter"), help="snapshots to resume from")
+    parser.add_argument("--batch", type=int, default=8, help="windows per step")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--max-steps", type=int, default=None, help="stop the schedule here, default one pass")
+    parser.add_argument("--max-steps", type=int, default=None, help="length of the schedule; default: one pass")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
 
@@ -200,21 +200,21 @@ def main() -> None:
     if snapshot.exists():
         first, spent, state = serialization.from_bytes((first, spent, state), snapshot.read_bytes())
         state = jax.tree.map(jnp.asarray, state)
-    begun, losses = time.time() - spent, []
+    started, losses = time.time() - spent, []
     for step in range(first, steps):
         *state, value = train_step(*state, jnp.asarray(data[step * args.batch : (step + 1) * args.batch], jnp.int32))
         losses.append(value)
         if (step + 1) % 50 == 0:
             mean = float(np.mean(jax.device_get(losses)))
-            rate = (step + 1 - first) * args.batch * LENGTH / (time.time() - begun - spent)
+            rate = (step + 1 - first) * args.batch * LENGTH / (time.time() - started - spent)
             print(f"step {step + 1}/{steps} loss {mean:.4f} {rate:.0f} tokens/s", flush=True)
             losses = []
         if (step + 1) % 500 == 0:
             partial_file = snapshot.with_suffix(".part")
-            partial_file.write_bytes(serialization.to_bytes((step + 1, time.time() - begun, tuple(state))))
+            partial_file.write_bytes(serialization.to_bytes((step + 1, time.time() - started, tuple(state))))
             partial_file.replace(snapshot)
-            save(state[0], step + 1, time.time() - begun)
-    save(state[0], steps, time.time() - begun)
+            save(state[0], step + 1, time.time() - started)
+    save(state[0], steps, time.time() - started)
 
 
 if __name__ == "__main__":

@@ -1,2 +1,4 @@
-"""The stages of accelerator.py, one module each, and what they share. `python -m benchmarks.accelerator_stages` runs
-one of them in a process of its own."""
+"""The stages of accelerator.py, one module each, and their shared code.
+
+`python -m benchmarks.accelerator_stages` runs one of them in its process.
+"""

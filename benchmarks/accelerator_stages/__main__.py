@@ -41,4 +41,4 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # threads of a library or a hanging driver do not hold the next stage up
+    os._exit(code)  # so that threads of a library or a hanging driver do not delay the next stage

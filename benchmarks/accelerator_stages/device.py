@@ -1,19 +1,19 @@
-"""What JAX says of the device, and settings of the processes that use it."""
+"""Facts about the device as JAX reports them, and settings of the processes that use it."""
 
 import os
 from collections.abc import Mapping
 from typing import Any
 
 PACKAGES = ("spt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "torch", "peft", "numpy")
-# Nearly all memory, as torch takes it; JAX by itself takes three quarters.
+# Nearly all memory, like torch; JAX takes three quarters by default.
 _ALL_MEMORY = "0.92"
 
 
 def settings(tiny: bool, cache: str) -> dict[str, str]:
-    """Environment variables for a stage: platforms, one cache of compiled programs, nothing downloaded.
+    """Returns environment variables for a stage: platforms, a shared compilation cache, no downloads.
 
     Args:
-      tiny: for the CPU, unless the environment names another platform.
+      tiny: whether to use the CPU, unless the environment names another platform.
       cache: directory for compiled programs, unless the environment names one.
     """
     found = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -30,13 +30,13 @@ def settings(tiny: bool, cache: str) -> dict[str, str]:
 
 
 def memory_settings() -> dict[str, str]:
-    """Environment variables for a process that has the device to itself, unless the environment sets the share."""
+    """Returns environment variables for the only process on a device, unless the environment sets the memory share."""
     names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # newer and older JAX; both is an error
     return {} if any(name in os.environ for name in names) else {names[0]: _ALL_MEMORY}
 
 
 def facts() -> dict[str, Any]:
-    """Name, platform and number of devices, and the bytes that one can hold."""
+    """Returns the device's name, its platform, the number of devices, and the memory of one in bytes."""
     import jax
 
     from spt_jax.runtime import measure
@@ -50,25 +50,25 @@ def facts() -> dict[str, Any]:
 
 
 def fused_kernel() -> str:
-    """The fused attention of the default device; "xla" where there is none."""
+    """Returns the fused attention kernel of the default device; "xla" if it has none."""
     import jax
 
     return {"gpu": "cudnn", "tpu": "splash"}.get(jax.default_backend(), "xla")
 
 
 def torch_device() -> Any:
-    """The GPU where torch has one, else the CPU."""
+    """Returns the GPU if torch has one, else the CPU."""
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def of_stages(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The device that the first of some stages to know it ran on."""
+    """Returns the device facts of the first stage that recorded them."""
     names = ("device", "platform", "devices", "memory_bytes")
     return next(({name: own[name] for name in names} for own in stages.values() if "device" in own), {})
 
 
 def of_first(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The device that the first of some rows to know it ran on."""
+    """Returns the device facts of the first row that recorded them."""
     return next((dict(row["facts"]) for row in rows.values() if "facts" in row), {})

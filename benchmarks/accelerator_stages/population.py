@@ -1,4 +1,4 @@
-"""One step of 1, 8 and 32 prompts of a batch of 8 each, against as many steps of one prompt."""
+"""Measures one step of 1, 8 and 32 prompts, each with a batch of 8, against the same number of steps of one prompt."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,22 +14,24 @@ def row(members: int, remat: str, one_by_one: bool = False, **more: Any) -> Row:
 
 
 def planned(tiny: bool) -> list[Row]:
-    """All rows, the most important first, which measures one prompt too. 32 need the more memory the less is computed
-    again."""
+    """Returns all rows, the most important first.
+
+    The first row also measures one prompt. The less is recomputed, the more memory 32 prompts need.
+    """
     if tiny:
         return [row(2, "dots", True, needed=True)]
     return [row(8, "dots", True, needed=True), row(32, "full"), row(8, "full", True), row(32, "dots")]
 
 
 def ratios(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds of a population's step by those of its members' one by one, as fast as any row has them."""
-    alone = [own["one_step_seconds"] for own in rows.values() if own.get("one_step_seconds")]
+    """Returns the seconds of a population's step by those of its members one by one, at the best speed of any row."""
+    single = [own["one_step_seconds"] for own in rows.values() if own.get("one_step_seconds")]
     done = {name: own for name, own in rows.items() if own.get("step_seconds")}
-    return {name: own["step_seconds"] / (own["members"] * min(alone)) for name, own in done.items() if alone}
+    return {name: own["step_seconds"] / (own["members"] * min(single)) for name, own in done.items() if single}
 
 
 def run(task: Task, record: Record) -> None:
-    """A process for each row."""
+    """Runs each row in a separate process."""
 
     def after(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         return {"ratios": ratios(rows), **device.of_first(rows)}

@@ -1,4 +1,4 @@
-"""A step of one population, and of one of its members, in a process of their own."""
+"""Measures a step of one population, and of one of its members, in a separate process."""
 
 import dataclasses
 import time
@@ -12,14 +12,14 @@ from benchmarks.accelerator_stages.train_spt_jax import elapsed, timed
 from benchmarks.accelerator_stages.workload import batches, examples, prompt_rows, random_base, workload
 
 BATCH = 8
-BATCHES = 4  # of which members take the next in turn
-STEPS = 100  # of the learning rate's schedule
-# Losses of a member and of a run of its own, relative, after the first step.
+BATCHES = 4  # different ones, which the members take in turn
+STEPS = 100  # length of the learning rate's schedule
+# Relative difference between the losses of a member and of its separate run after the first step.
 TOLERANCE = {"bfloat16": 5e-3, "float32": 1e-5}
 
 
 def run(task: Task, record: Record) -> None:
-    """Options: members, remat, one_by_one (whether to time one member's own program too)."""
+    """Options: members, remat, one_by_one (whether to also time one member's own program)."""
     import jax
     import jax.numpy as jnp
 
@@ -31,14 +31,14 @@ def run(task: Task, record: Record) -> None:
     from spt_jax.training.population import make_population_step, stack_batches
     from spt_jax.training.step import Objective, TrainState, make_train_step
 
-    began, clock, of, options = time.perf_counter(), measure.compile_clock(), workload(task.tiny), task.options
+    started, clock, of, options = time.perf_counter(), measure.compile_clock(), workload(task.tiny), task.options
     members = options["members"]
     record.update(batch=BATCH, **options, facts=device.facts(), at="weights")
     base = random_base(of, remat=options["remat"], attention=device.fused_kernel())
     method, rows = PromptTuning(length=of.prompt), prompt_rows(of.prompt, base.config.width)
     items = examples(of, BATCHES * BATCH, virtual=method.token_count)
     plan = plan_batches(items, lead=method.token_count, batch_size=BATCH)
-    # A population's batches have as many rows as its members' largest, those of one run as many as they need.
+    # A population's batches have as many rows as the largest batch of a member; those of one run as many as needed.
     largest = dataclasses.replace(plan, row_buckets=plan.row_buckets[-1:])
     own, padded = ([pack(chunk, use) for chunk in batches(items, BATCH)] for use in (plan, largest))
     config = resolve_optimizer(OptimizerConfig(name="adam", learning_rate=0.01), base.config.family)
@@ -54,7 +54,7 @@ def run(task: Task, record: Record) -> None:
     stacked = [place_batch(stack_batches(group), base.mesh, stacked=True) for group in groups]
     losses: dict[str, float] = {}
     if options["one_by_one"]:
-        record.update(at="compilation of one", start_seconds=elapsed(began))
+        record.update(at="compilation of one", start_seconds=elapsed(started))
         step = make_train_step(base, method, optimizer)
         placed = [place_batch(batch, base.mesh) for batch in own]
         for batch in {batch.rows.ids.shape: batch for batch in reversed(placed)}.values():
@@ -84,4 +84,4 @@ def run(task: Task, record: Record) -> None:
     steps, seconds = timed(all_members, lambda: jax.block_until_ready(states[0]), task, BATCHES)
     record.update(at="end", steps=steps, step_seconds=seconds / steps, peak_bytes=measure.peak_memory_bytes())
     if "one" in losses and not abs(losses["member"] / losses["one"] - 1) <= TOLERANCE[of.dtype]:
-        record.update(status="failed", error=f"the first member's loss is not that of its own run: {losses}")
+        record.update(status="failed", error=f"the first member's loss differs from that of its separate run: {losses}")

@@ -1,6 +1,6 @@
-"""Processes of a stage: started with a time limit, recorded on disk as they go, and gone when their parent is.
+"""Processes of a stage: started with a time limit, recorded on disk while they run, and killed with their parent.
 
-Nothing here imports JAX or torch, so that a parent never takes memory of the accelerator.
+Nothing here imports JAX or torch, so a parent never takes memory of the accelerator.
 """
 
 import contextlib
@@ -25,19 +25,19 @@ TAIL = 2000  # characters of a failed process's output that a report quotes
 _POLL_SECONDS, _ORPHAN_SECONDS = 0.5, 30.0
 
 
-class Skip(Exception):  # noqa: N818 (no error: there is nothing to measure here)
-    """A stage or a part of it cannot run here; the message says what it needs."""
+class Skip(Exception):  # noqa: N818 (not an error: there is nothing to measure here)
+    """A stage or a part of it cannot run here; the message names what it needs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a process is asked for.
+    """The task of a process.
 
     Attributes:
-      result: the JSON file that it keeps.
-      deadline: when it will be killed, as `time.time()` counts.
+      result: the JSON file that it writes.
+      deadline: when it will be killed, in seconds of `time.time()`.
       tiny: whether to run tiny shapes.
-      options: what its module needs besides.
+      options: further options of its module.
     """
 
     result: Path
@@ -52,7 +52,7 @@ class Task:
 
 
 class Record:
-    """A JSON object in a file, which is rewritten whole or not at all after each change. Threads may share it."""
+    """A JSON object in a file, which is rewritten atomically after each change. Threads may share it."""
 
     def __init__(self, path: Path, **content: Any) -> None:
         self._path, self._lock = path, threading.Lock()
@@ -66,14 +66,14 @@ class Record:
             common.write_json(self._path, self.content)
 
     def put(self, section: str, name: str, value: Any) -> None:
-        """Sets one entry of a field that is an object itself."""
+        """Sets one entry of a field that is itself an object."""
         with self._lock:
             self.content.setdefault(section, {})[name] = _strict(value)
             common.write_json(self._path, self.content)
 
 
 def _strict(value: Any) -> Any:
-    """The value with None for numbers that JSON does not have."""
+    """Returns the value with None in place of numbers that JSON cannot represent."""
     if isinstance(value, Mapping):
         return {name: _strict(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -82,7 +82,7 @@ def _strict(value: Any) -> Any:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What a process has recorded; empty if it has not begun to."""
+    """Returns what a process has recorded; empty if it has recorded nothing yet."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -101,18 +101,18 @@ def run_process(
     environment: Mapping[str, str] | None = None,
     own_group: bool = False,
 ) -> dict[str, Any]:
-    """Runs a module's `run` in a process of its own, and returns what it recorded.
+    """Runs a module's `run` in a separate process, and returns what it recorded.
 
     Args:
       module: dotted name of a module with `run(task, record)`.
       result: the JSON file of the process; its final content is also returned.
-      seconds: until the deadline that the process is told.
-      grace: seconds after which it is killed then.
+      seconds: until the deadline of the process.
+      grace: seconds after the deadline at which it is killed.
       tiny: for `Task`.
       log: file that the output is appended to.
       options: for `Task`.
-      environment: variables to set besides those of this process.
-      own_group: whether the process leads a group of its own, which is killed with it.
+      environment: variables to set in addition to those of this process.
+      own_group: whether the process leads a separate process group, which is killed with it.
 
     Returns:
       The record with `seconds` and a `status`: "passed", "skipped", "failed", "out of memory", "out of time" (killed at
@@ -123,7 +123,7 @@ def run_process(
     words += ["--deadline", str(time.time() + seconds), "--options", json.dumps(dict(options or {}))]
     words += ["--tiny"] * tiny
     log.parent.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
+    started = time.perf_counter()
     with open(log, "ab") as output:
         start = output.tell()
         child = subprocess.Popen(
@@ -138,7 +138,7 @@ def run_process(
         code = _wait(child, seconds + grace, own_group)
     found = read_record(result)
     result.with_name(result.name + ".tmp").unlink(missing_ok=True)
-    found["seconds"] = round(time.perf_counter() - began, 2)
+    found["seconds"] = round(time.perf_counter() - started, 2)
     if code is None:
         found |= {
             "status": "out of time",
@@ -155,7 +155,7 @@ def _search_path() -> str:
 
 
 def _wait(child: subprocess.Popen, seconds: float, own_group: bool) -> int | None:
-    """The exit code; None where the process had to be killed for time. It is gone whatever happens here."""
+    """Returns the exit code, or None if the process ran out of time. The process never outlives this call."""
     try:
         return child.wait(max(seconds, 0))
     except subprocess.TimeoutExpired:
@@ -177,9 +177,9 @@ def _tail(log: Path, start: int) -> str:
 
 
 def end_with_parent(deadline: float) -> None:
-    """Kills this process as soon as the one that started it is gone, so that none is left on the device.
+    """Kills this process as soon as its parent is gone, so that no process is left on the device.
 
-    At the latest it ends some time after the deadline, in case the parent was gone before this was called.
+    In case the parent was gone before this was called, the process is also killed some time after the deadline.
     """
     parent = os.getppid()
 
@@ -193,7 +193,7 @@ def end_with_parent(deadline: float) -> None:
 
 @contextlib.contextmanager
 def terminated_as_exit() -> Iterator[None]:
-    """Turns SIGTERM into SystemExit, so that children are ended."""
+    """Turns SIGTERM into SystemExit, so that child processes are ended."""
 
     def leave(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
@@ -206,19 +206,19 @@ def terminated_as_exit() -> Iterator[None]:
 
 
 def require(*packages: str) -> None:
-    """Raises Skip, with the names of those that are not installed."""
+    """Raises Skip with the names of the packages that are not installed, if there are any."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise Skip(f"needs {' and '.join(missing)}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of JAX, torch or Python says that memory ran out."""
+    """Whether an exception of JAX, torch or Python reports that memory ran out."""
     text = f"{type(error).__name__}: {error}"
     signs = ("RESOURCE_EXHAUSTED", "OutOfMemoryError", "out of memory", "Out of memory", "MemoryError")
     return any(sign in text for sign in signs)
 
 
 def failures(rows: Mapping[str, Mapping[str, Any]], accepted: Sequence[str] = ("passed", "skipped")) -> list[str]:
-    """Names of the rows that did not end well."""
+    """Returns the names of the rows whose status is not accepted."""
     return [name for name, row in rows.items() if row["status"] not in accepted]

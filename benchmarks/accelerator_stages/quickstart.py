@@ -1,4 +1,4 @@
-"""The shipped task end to end: `train.py configs/quickstart.py` in a temporary work directory."""
+"""Runs the shipped task end to end: `train.py configs/quickstart.py` in a temporary work directory."""
 
 import json
 import tempfile
@@ -14,11 +14,11 @@ TINY = ["--train.steps", "4", "--train.batch-size", "8", "--data.limit", "16", "
 
 
 def run(task: Task, record: Record) -> None:
-    """The run in this process, and what it wrote. The prompt must be better than the best hand-written one."""
+    """Trains in this process and records the results. The prompt must be better than the best hand-written one."""
     import train
 
     record.update(**device.facts())
-    begun = time.perf_counter()
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         words = [str(ROOT / "configs" / "quickstart.py"), "--workdir", str(Path(folder) / "run")]
         words += TINY if task.tiny else []
@@ -29,7 +29,7 @@ def run(task: Task, record: Record) -> None:
     accuracies = {name: metrics["accuracy"] for name, metrics in results["test"].items()}
     soft, hard = accuracies["soft_prompt"], accuracies["hard_prompt"]
     record.update(
-        wall_seconds=round(time.perf_counter() - begun, 2),
+        wall_seconds=round(time.perf_counter() - start, 2),
         accuracy=accuracies,
         **{name: results[name] for name in FIGURES},
         summary=f"test accuracy {soft:.3f}, {hard:.3f} with the best hand-written prompt",

@@ -1,4 +1,4 @@
-"""A short training run with checkpoints, which may kill itself on the way and be resumed."""
+"""A short training run with checkpoints, which can kill itself partway and be resumed."""
 
 import dataclasses
 import os
@@ -25,7 +25,7 @@ STEPS, CHECKPOINT_EVERY, KILL_AT = 8, 2, 5
 
 
 class _Losses(NoLog):
-    """Keeps losses by step, and kills the process once it knows that of a given one."""
+    """Stores losses by step, and kills the process once the loss of a given step is known."""
 
     def __init__(self, kill_at: int | None) -> None:
         self.by_step: dict[int, float] = {}
@@ -39,7 +39,7 @@ class _Losses(NoLog):
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """Losses by step, of those that this process ran, and the last prompt, flat."""
+    """Losses by step, for the steps that this process ran, and the last prompt, flattened."""
 
     losses: dict[int, float]
     prompt: np.ndarray
@@ -71,6 +71,6 @@ def train(workdir: Path, *, kill_at: int | None = None, resume: bool = False) ->
 
 
 def run(task: Task, record: Record) -> None:
-    """Options: workdir. Does not return."""
+    """Options: workdir. Does not return, because the process kills itself."""
     train(Path(task.options["workdir"]), kill_at=KILL_AT)
-    raise RuntimeError("the run came to its end")
+    raise RuntimeError("the run ended without being killed")

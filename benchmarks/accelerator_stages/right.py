@@ -1,8 +1,8 @@
-"""Whether the device computes what the CPU does: every family and method, fused attention, int8, generation, serving,
-populations, and a killed run that goes on.
+"""Checks that the device computes the same as the CPU.
 
-Checks run in threads, since XLA compiles most of the time and several programs can be compiled at once. Each is
-recorded as it ends.
+The checks cover every family and method, fused attention, int8, generation, serving, populations, and a killed run that
+is resumed. They run in threads, because most of the time is compilation and XLA can compile several programs at once.
+Each check is recorded when it ends.
 """
 
 import concurrent.futures
@@ -23,7 +23,7 @@ _MOST_THREADS = 12
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One comparison: a function that gives measured differences, and the bounds that these must stay within."""
+    """One comparison: a function that returns measured differences, and the bounds that these must stay within."""
 
     name: str
     function: Callable[[], Mapping[str, float]]
@@ -31,7 +31,7 @@ class Check:
 
 
 def planned(tiny: bool) -> list[Check]:
-    """All checks, the most important first; in tiny, one of each kind."""
+    """Returns all checks, the most important first; if `tiny`, one of each kind."""
     from benchmarks.accelerator_stages import right_attention, right_models, right_serving
     from spt_jax.prompts import METHODS
     from spt_jax.testing import FAMILIES
@@ -80,8 +80,8 @@ def planned(tiny: bool) -> list[Check]:
 
 
 def measured(check: Check) -> dict[str, Any]:
-    """Runs a check; what it measured, and whether that is within bounds."""
-    began = time.perf_counter()
+    """Runs a check; returns what it measured, and whether that is within bounds."""
+    start = time.perf_counter()
     try:
         found = {name: float(value) for name, value in check.function().items()}
     except Skip as reason:
@@ -94,21 +94,21 @@ def measured(check: Check) -> dict[str, Any]:
         "status": "passed" if within else "failed",
         "measured": found,
         "bounds": dict(check.bounds),
-        "seconds": round(time.perf_counter() - began, 2),
+        "seconds": round(time.perf_counter() - start, 2),
     }
 
 
 def cores() -> int:
-    """Processors that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run(task: Task, record: Record) -> None:
-    """All checks, until the time is used up; what was not checked by then has failed."""
+    """Runs all checks until the time is used up; checks that have not ended by then have failed."""
     from benchmarks.accelerator_stages.right_models import reference_base
 
     record.update(**device.facts())
-    reference_base("llama")  # imports most of what the threads need
+    reference_base("llama")  # imports most modules that the threads need
     checks = planned(task.tiny)
     pool = concurrent.futures.ThreadPoolExecutor(min(_MOST_THREADS, cores()))
     under_way = {pool.submit(measured, check): check for check in checks}
@@ -121,12 +121,12 @@ def run(task: Task, record: Record) -> None:
     for check in checks:
         if check.name not in rows:
             record.put("rows", check.name, {"status": "out of time"})
-    # Threads that still run end with the process.
+    # Threads that are still running end with the process.
     pool.shutdown(wait=False, cancel_futures=True)
     rows = record.content["rows"]
     bad, skipped = failures(rows), [name for name, row in rows.items() if row["status"] == "skipped"]
     counts = f"{len(rows) - len(bad) - len(skipped)} of {len(rows)} checks passed, {len(skipped)} skipped"
-    record.update(summary=counts + (f"; not: {', '.join(bad[:6])}" if bad else ""))
+    record.update(summary=counts + (f"; did not pass: {', '.join(bad[:6])}" if bad else ""))
     if bad:
         status = "out of time" if all(rows[name]["status"] == "out of time" for name in bad) else "failed"
         reasons = [f"{name}: {rows[name].get('error') or rows[name].get('measured') or 'out of time'}" for name in bad]

@@ -1,4 +1,4 @@
-"""The device's fused attention against plain attention in float32, forward and backward."""
+"""Compares the device's fused attention with plain attention in float32, forward and backward."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,9 +26,10 @@ from spt_jax.training.step import Objective
 from tests.examples import VIRTUAL
 from tests.family import moved_params
 
-BOUNDS = {"output": 0.02, "gradient": 0.03}  # of the largest number, bfloat16 against float32
+BOUNDS = {"output": 0.02, "gradient": 0.03}  # relative to the largest number, bfloat16 against float32
 B, T, P, WINDOW = 2, 75, 21, 11
-# Query heads, key/value heads and head size of each case; odd lengths, which the kernel's backward pass needs padded.
+# Query heads, key/value heads and head size of each case. The lengths are odd, so the kernel's backward pass must pad
+# them.
 CASES: dict[str, tuple[int, int, int]] = {
     "shared prefix": (4, 4, 64),
     "grouped queries": (6, 2, 128),
@@ -38,10 +39,10 @@ CASES: dict[str, tuple[int, int, int]] = {
 
 
 def fused() -> Any:
-    """The fused kernel of the device.
+    """Returns the fused kernel of the device.
 
     Raises:
-      Skip: it has none.
+      Skip: the device has none.
     """
     kernel = device.fused_kernel()
     if kernel == "xla":
@@ -50,7 +51,7 @@ def fused() -> Any:
 
 
 def streams(case: str) -> Stream:
-    """Rows of one text, or of three behind each other and padding."""
+    """Returns rows of one text, or of three consecutive texts and padding."""
     if case != "packing":
         positions = np.broadcast_to(P + np.arange(T), (B, T))
         return Stream(jnp.asarray(positions), jnp.ones((B, T), jnp.int32), jnp.zeros((B, T), jnp.int32))
@@ -65,7 +66,7 @@ def streams(case: str) -> Stream:
 
 
 def inputs_of(case: str) -> tuple[Any, ...]:
-    """Queries, keys and values of a prefix that all rows share, the rows' own, and a cotangent, float32."""
+    """Returns queries, a shared prefix's keys and values, the rows' own keys and values, and a cotangent, float32."""
     heads, kv_heads, size = CASES[case]
     random = np.random.default_rng(0)
     shapes = ((B, T, heads, size), *[(P, kv_heads, size)] * 2, *[(B, T, kv_heads, size)] * 2, (B, T, heads, size))
@@ -73,15 +74,15 @@ def inputs_of(case: str) -> tuple[Any, ...]:
 
 
 def output_and_gradients(case: str, kernel: Any, place: Any, dtype: Any) -> Any:
-    """Attention's output and the gradients of its five inputs, float32 on the host."""
+    """Returns the output of attention and the gradients of its five inputs, float32 on the host."""
     mesh = make_mesh(devices=[place])
     stream = streams(case)
-    ahead = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
-    masks = [visible(stream, ahead, None), visible(stream, stream.positions, stream.segments)]
+    prefix = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
+    masks = [visible(stream, prefix, None), visible(stream, stream.positions, stream.segments)]
     if case == "windows":
-        windows = [within_window(stream, positions, WINDOW) for positions in (ahead, stream.positions)]
+        windows = [within_window(stream, positions, WINDOW) for positions in (prefix, stream.positions)]
         masks = [mask & window for mask, window in zip(masks, windows, strict=True)]
-    seen = (stream.segments > 0).astype(jnp.float32)[:, :, None, None]  # what padding gets means nothing
+    seen = (stream.segments > 0).astype(jnp.float32)[:, :, None, None]  # outputs at padding are meaningless
 
     def attention(queries: Any, keys: Any, values: Any, own_keys: Any, own_values: Any) -> Any:
         sources = [Source(keys, values, masks[0]), Source(own_keys, own_values, masks[1])]
@@ -97,7 +98,7 @@ def output_and_gradients(case: str, kernel: Any, place: Any, dtype: Any) -> Any:
 
 
 def attention(case: str, kernel: Any = None) -> Mapping[str, float]:
-    """One case; `kernel` is the device's unless it is named."""
+    """Checks one case; `kernel` defaults to the device's."""
     kernel = kernel or fused()
     with on_device(cpu()):
         expected, theirs = output_and_gradients(case, "xla", cpu(), jnp.float32)
@@ -111,7 +112,7 @@ def attention(case: str, kernel: Any = None) -> Mapping[str, float]:
 
 
 def model(kernel: Any = None) -> Mapping[str, float]:
-    """A whole model with a sliding window and grouped queries, whose prompt is trained."""
+    """Checks a complete model with a sliding window and grouped queries, whose prompt is trained."""
     kernel, method = kernel or fused(), PromptTuning(length=VIRTUAL)
     reference = reference_base("mistral", head_dim=64)
     with on_device(cpu()):

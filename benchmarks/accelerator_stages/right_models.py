@@ -1,4 +1,4 @@
-"""Logits, loss and prompt gradient on the device against the CPU's in float32, for tiny models."""
+"""Compares logits, loss and prompt gradient on the device with the CPU's in float32, for tiny models."""
 
 import contextlib
 import dataclasses
@@ -22,26 +22,26 @@ from spt_jax.training.step import Objective, loss_and_gradient
 from tests.examples import HEAD, QUICK_COMPILE, VIRTUAL, random_examples
 from tests.family import batch_of, method_of, moved_params, objective_of
 
-# Of the largest number of the reference; the loss relative. Products of bfloat16 numbers differ from the reference's by
-# 2^-8 each, which a few layers and, for gradients, twice as many add up to this.
+# Relative to the largest number of the reference. Products of bfloat16 numbers differ from the reference's by 2^-8
+# each; over a few layers, and twice as many for gradients, they add up to these bounds.
 BOUNDS: dict[str, dict[str, float]] = {
     "float32": {"logits": 1e-4, "loss": 1e-4, "gradient": 1e-4},
     "bfloat16": {"logits": 0.08, "loss": 0.05, "gradient": 0.3},
 }
-# No search for the fastest kernels: that takes longer than what is computed.
+# No search for the fastest kernels, which takes longer than the computation.
 _QUICK = {"cpu": QUICK_COMPILE, "gpu": {"xla_gpu_autotune_level": 0}}
 
 
 def once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`functools.cache` that computes a value once, also where threads ask for it at the same time."""
+    """`functools.cache` that computes a value only once, also if several threads request it at the same time."""
     found: dict[Any, Any] = {}
     locks: dict[Any, threading.Lock] = {}
-    whole = threading.Lock()
+    all_locks = threading.Lock()
 
     @functools.wraps(function)
     def cached(*args: Any, **kwargs: Any) -> Any:
         key = args, tuple(sorted(kwargs.items()))
-        with whole:
+        with all_locks:
             lock = locks.setdefault(key, threading.Lock())
         with lock:
             if key not in found:
@@ -56,13 +56,13 @@ def cpu() -> Any:
 
 
 def accelerator() -> Any:
-    """The default device, which is the CPU where there is nothing else."""
+    """Returns the default device, which is the CPU if there is no accelerator."""
     return jax.devices()[0]
 
 
 @contextlib.contextmanager
 def on_device(device: Any) -> Iterator[None]:
-    """Computes on a device, float32 products in float32: GPUs and TPUs take fewer bits by default."""
+    """Computes on a device, with float32 products in float32: GPUs and TPUs use fewer bits by default."""
     with jax.default_device(device), jax.default_matmul_precision("highest"):
         yield
 
@@ -72,13 +72,13 @@ _READING = threading.Lock()  # transformers' lazy imports are not safe in severa
 
 @once
 def reference_base(family: str, **overrides: Any) -> FrozenBase:
-    """A tiny base on the CPU, float32."""
+    """Returns a tiny base on the CPU, float32."""
     with _READING, on_device(cpu()):
         return tiny_base(family, mesh=make_mesh(devices=[cpu()]), **overrides)
 
 
 def moved_base(base: FrozenBase, device: Any, *, dtype: str = "float32", attention: Any = "xla") -> FrozenBase:
-    """The base on another device, in another precision."""
+    """Returns the base on another device, in another precision."""
     mesh = make_mesh(devices=[device])
 
     def move(leaf: Any) -> Any:
@@ -99,7 +99,7 @@ def _figures(module: Any, method: Any, objective: Objective, frozen: Any, params
 
 @once
 def compiled(platform: str) -> Callable[..., Any]:
-    """`_figures`, compiled quickly where the compiler knows the option."""
+    """Returns `_figures` jitted, with quick compilation if the compiler supports the options."""
     options = _QUICK.get(platform)
     try:
         jax.jit(jnp.sin, compiler_options=options)(1.0)
@@ -109,7 +109,7 @@ def compiled(platform: str) -> Callable[..., Any]:
 
 
 def figures(base: FrozenBase, method: Any, objective: Objective, params: Any, batch: Batch) -> Any:
-    """Loss, gradient and logits at the output positions, on the host."""
+    """Returns loss, gradient and logits at the output positions, on the host."""
     device = base.mesh.devices.flat[0]
     with on_device(device):
         params = jax.device_put(params, replicated(base.mesh))
@@ -118,12 +118,18 @@ def figures(base: FrozenBase, method: Any, objective: Objective, params: Any, ba
 
 
 def differences(ours: Any, theirs: Any) -> dict[str, float]:
-    """Of two results of `figures`, by the largest number of the second. Logits are compared where shapes agree."""
+    """Returns the differences between two results of `figures`, relative to the largest number of the second.
+
+    Logits are compared only if their shapes agree.
+
+    Raises:
+      ValueError: the second gradient is too small for a comparison.
+    """
     (loss, gradient, logits), (own_loss, own_gradient, own_logits) = ours, theirs
     pairs = list(zip(jax.tree.leaves(gradient), jax.tree.leaves(own_gradient), strict=True))
     largest = max(float(np.abs(b).max()) for _, b in pairs)
     if not largest > 1e-4:
-        raise ValueError(f"the reference's largest gradient is {largest}: it would agree with anything")
+        raise ValueError(f"the reference's largest gradient is {largest}, too small for a comparison")
     found = {
         "loss": abs(float(loss) / float(own_loss) - 1),
         "gradient": max(float(np.abs(a - b).max()) for a, b in pairs) / largest,
@@ -134,7 +140,7 @@ def differences(ours: Any, theirs: Any) -> dict[str, float]:
 
 
 def prompt_batch(base: FrozenBase, packing: bool) -> Batch:
-    """Nine examples with spans to predict."""
+    """Returns a batch of nine examples with spans to predict."""
     examples = random_examples("spans", 9)
     plan = plan_batches(examples, lead=len(HEAD), batch_size=len(examples), packing=packing)
     return place_batch(pack(examples, plan), base.mesh)
@@ -154,14 +160,14 @@ def family_reference(family: str, packing: bool) -> Any:
 
 
 def family(name: str, dtype: str, packing: bool) -> Mapping[str, float]:
-    """Prompt tuning of one family, in rows of several examples or of one."""
+    """Checks prompt tuning of one family, in rows of several examples or of one."""
     base = moved_base(reference_base(name), accelerator(), dtype=dtype)
     ours = figures(base, PromptTuning(length=VIRTUAL), Objective(), prompt_params(name), prompt_batch(base, packing))
     return differences(ours, family_reference(name, packing))
 
 
 def method(name: str) -> Mapping[str, float]:
-    """Packed rows that share leading ids on the device, and on the CPU a row for every whole sequence."""
+    """Checks one method: packed rows with shared leading ids on the device, one full sequence per row on the CPU."""
     own, reference = method_of(name), reference_base("llama", num_key_value_heads=4)
     with on_device(cpu()):
         params = jax.tree.map(np.asarray, moved_params(own, reference))
@@ -172,7 +178,7 @@ def method(name: str) -> Mapping[str, float]:
 
 
 def int8(name: str) -> Mapping[str, float]:
-    """A base whose layers are integers with a scale per channel."""
+    """Checks a base whose layers are integers with a scale per channel."""
     reference = reference_base(name, quantize="int8")
     base, own = moved_base(reference, accelerator()), PromptTuning(length=VIRTUAL)
     ours, theirs = (

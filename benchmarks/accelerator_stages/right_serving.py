@@ -1,5 +1,8 @@
-"""Generation on the device against the CPU, the engine against single answers, a population against its members, and a
-killed run against one that was not."""
+"""Checks of generation, serving, populations and resumed runs on the device.
+
+Generation is compared with the CPU, the engine with answers one by one, a population with separate runs of its members,
+and a killed and resumed run with an uninterrupted one.
+"""
 
 import dataclasses
 import tempfile
@@ -38,18 +41,18 @@ PROMPTS = {
     "end": (PromptTuning(length=5), "Say {text}\n<soft>"),
     "keys": (PrefixTuning(length=4), "A word: {text}\n"),
 }
-RESUME_SECONDS = 600.0  # the stage ends before
+RESUME_SECONDS = 600.0  # longer than the stage
 
 
 def answers_apart(ours: Sequence[Generated], theirs: Sequence[Generated]) -> dict[str, float]:
-    """How many answers are others, and how far log-probabilities of equal ones are apart."""
+    """Returns the number of different answers, and the largest difference in log-probabilities between equal ones."""
     same = [(a, b) for a, b in zip(ours, theirs, strict=True) if a.ids == b.ids]
-    far = [np.abs(np.subtract(a.log_probabilities, b.log_probabilities)).max() for a, b in same]
-    return {"differing_answers": len(ours) - len(same), "log_probabilities": float(max(far, default=0.0))}
+    gaps = [np.abs(np.subtract(a.log_probabilities, b.log_probabilities)).max() for a, b in same]
+    return {"differing_answers": len(ours) - len(same), "log_probabilities": float(max(gaps, default=0.0))}
 
 
 def generation() -> Mapping[str, float]:
-    """Greedy answers under a prompt."""
+    """Checks greedy answers with a prompt."""
     method, reference = PromptTuning(length=VIRTUAL), reference_base("llama")
     rows = prompt_params("llama")["tokens"]
     prompts = [example.ids for example in random_examples("choices", 3)]
@@ -63,7 +66,7 @@ def generation() -> Mapping[str, float]:
 
 
 def engine(names: Sequence[str] = tuple(PROMPTS)) -> Mapping[str, float]:
-    """A mixture of prompts, lengths and ways of sampling against each request by itself."""
+    """Checks a mixture of prompts, lengths and sampling configs against each request by itself."""
     base = moved_base(reference_base("llama"), accelerator())
     with on_device(accelerator()):
         bank = spt_jax.PromptBank(base)
@@ -87,7 +90,7 @@ def engine(names: Sequence[str] = tuple(PROMPTS)) -> Mapping[str, float]:
 
 
 def population() -> Mapping[str, float]:
-    """Three members through two steps, against runs of their own."""
+    """Checks two steps of three members against separate runs."""
     base, method = moved_base(reference_base("llama"), accelerator()), PromptTuning(length=VIRTUAL)
     config, steps, members = resolve_optimizer(OptimizerConfig(name="adam", learning_rate=0.01), "llama"), 4, 3
     with on_device(accelerator()):
@@ -115,10 +118,10 @@ def population() -> Mapping[str, float]:
 
 
 def resume() -> Mapping[str, float]:
-    """A run that another process begins, which is killed after a checkpoint, against one that runs through here."""
+    """Compares a run that is killed in another process and resumed here with an uninterrupted run."""
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(folder) / "killed"
-        whole = resumed_run.train(Path(folder) / "whole")
+        uninterrupted = resumed_run.train(Path(folder) / "whole")
         killed = run_process(
             resumed_run.__name__,
             Path(folder) / "killed.json",
@@ -129,10 +132,10 @@ def resume() -> Mapping[str, float]:
         )
         if "exit code -9" not in killed.get("error", ""):
             raise RuntimeError(f"the run was not killed: {killed}")
-        again = resumed_run.train(workdir, resume=True)
-    first = min(again.losses)
+        resumed = resumed_run.train(workdir, resume=True)
+    first = min(resumed.losses)
     if not 1 < first <= resumed_run.KILL_AT + 1:
-        raise RuntimeError(f"the run began again at step {first}")
-    pairs = [(whole.losses[step], loss) for step, loss in again.losses.items()]
-    pairs += zip(whole.prompt.tolist(), again.prompt.tolist(), strict=True)
+        raise RuntimeError(f"the run resumed at step {first}")
+    pairs = [(uninterrupted.losses[step], loss) for step, loss in resumed.losses.items()]
+    pairs += zip(uninterrupted.prompt.tolist(), resumed.prompt.tolist(), strict=True)
     return {"differing_numbers": sum(a != b for a, b in pairs)}

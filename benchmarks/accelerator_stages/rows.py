@@ -1,4 +1,4 @@
-"""Measurements of a stage that have a process each: run in turn until the time is used up."""
+"""Measurements of a stage that each run in a separate process, in turn, until the time is used up."""
 
 import sys
 import tempfile
@@ -18,11 +18,11 @@ class Row:
 
     Attributes:
       name: of the row.
-      module: what measures it, a name in this package.
+      module: name of the module in this package that measures it.
       options: of the module.
-      seconds: what it takes at least on an accelerator; it does not begin with less.
-      limit: after which it is killed, so that a hanging row leaves time to others.
-      needed: whether the stage has failed without it; running out of memory is a result.
+      seconds: the least time that it takes on an accelerator; it does not start with less.
+      limit: seconds after which it is killed, so that a hanging row leaves time for others.
+      needed: whether the stage fails without it; running out of memory counts as a result.
     """
 
     name: str
@@ -41,13 +41,13 @@ def run_rows(
     environment: Mapping[str, str],
     after: Callable[[Mapping[str, Mapping[str, Any]]], Mapping[str, Any]] = lambda rows: {},
 ) -> None:
-    """Measures rows in their order, and sets the stage's status.
+    """Measures rows in order, and sets the stage's status.
 
     Args:
       rows: the most important first.
       task, record: the stage's.
-      environment: variables of the rows' processes.
-      after: fields of the record that follow from the rows so far.
+      environment: environment variables of the rows' processes.
+      after: computes fields of the record from the rows so far.
     """
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Serving: the bare base, and 1 to 1,000 prompts at once, against PEFT's `generate` of one prompt in one batch."""
+"""Compares serving the bare base, and 1 to 1,000 prompts at once, with PEFT's `generate` of one prompt in one batch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,12 +11,12 @@ ROWS = (
     Row("spt_jax", "serve_spt_jax", {}, seconds=45, limit=240, needed=True),
     Row("peft", "serve_peft", {}, seconds=20, limit=60, needed=True),
 )
-# Seconds that the first row leaves to the second.
+# Seconds that the first row leaves for the second.
 PEFT_SECONDS = 25
 
 
 def run(task: Task, record: Record) -> None:
-    """Both rows, and their ratio."""
+    """Measures both rows and their ratio."""
 
     def after(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         ours, theirs = (rows.get(name, {}).get("tokens_per_second") for name in ("spt_jax", "peft"))

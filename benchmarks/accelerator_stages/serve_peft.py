@@ -1,4 +1,4 @@
-"""PEFT's `generate` of one prompt for a full batch of requests, its best case: tokens per second and memory."""
+"""Measures PEFT's `generate` of one prompt for a full batch of requests (its best case): tokens per second, memory."""
 
 import statistics
 import time
@@ -15,7 +15,7 @@ ROUNDS = 3
 
 
 def run(task: Task, record: Record) -> None:
-    """One batch of as many requests as the engine has slots."""
+    """Measures one batch with as many requests as the engine has slots."""
     require("torch", "peft")
     import dataclasses
 
@@ -32,14 +32,14 @@ def run(task: Task, record: Record) -> None:
     options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
     rates: list[float] = []
     for number in range(2 if task.tiny else ROUNDS + 1):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         with torch.inference_mode():
             found = model.generate(**inputs, **options)
         if on_gpu:
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start
         if found.shape[1] not in (new_tokens, ids.shape[1] + new_tokens):
-            raise ValueError(f"generate gave {found.shape[1]} ids for {ids.shape[1]} and {new_tokens} new ones")
+            raise ValueError(f"generate returned {found.shape[1]} ids for {ids.shape[1]} ids and {new_tokens} new ones")
         if number:  # the first warms up
             rates.append(slots * new_tokens / seconds)
             record.update(

@@ -1,4 +1,4 @@
-"""The engine with any number of prompts on one base: tokens per second, time to the first token, memory."""
+"""Measures the engine with many prompts on one base: tokens per second, time to the first token, memory."""
 
 import statistics
 import threading
@@ -13,22 +13,22 @@ from benchmarks.accelerator_stages.process import Record, Task
 from benchmarks.accelerator_stages.workload import FIRST_ID, Workload, prompt_rows, random_base, workload
 from benchmarks.serve import first_token, medians, rate, share
 
-LENGTH, OWN_IDS = 20, 30  # of a prompt, and of a request after it
+LENGTH, OWN_IDS = 20, 30  # lengths of a prompt, and of a request after it
 BOS_ID = 1
 
 
 def sizes(tiny: bool) -> tuple[int, int, int, tuple[int, ...]]:
-    """Slots, requests of a round, new tokens of each, and numbers of prompts, rising."""
+    """Returns slots, requests per round, new tokens of each, and numbers of prompts in ascending order."""
     return (2, 4, 2, (1, 3)) if tiny else (64, 192, 64, (1, 10, 100, 1000))
 
 
 def own_ids(of: Workload, number: int) -> np.ndarray:
-    """The ids of a request after its prompt."""
+    """Returns the ids of a request after its prompt."""
     return np.random.default_rng(number).integers(FIRST_ID, of.model["vocab_size"], OWN_IDS).astype(np.int32)
 
 
 def fill_bank(base: Any, count: int) -> Any:
-    """A bank of random prompts that nobody trained, which cost what trained ones do; all still on the host."""
+    """Returns a bank of random, untrained prompts, which cost as much as trained ones; all are still on the host."""
     import dataclasses
 
     import spt_jax
@@ -45,7 +45,7 @@ def fill_bank(base: Any, count: int) -> Any:
 
 
 def requests_of(of: Workload, names: Sequence[str | None], count: int, new_tokens: int) -> list[Any]:
-    """Requests that go round the prompts; None names the bare base."""
+    """Returns requests that cycle through the prompts; None names the bare base."""
     import spt_jax
 
     sampling = spt_jax.SamplingConfig(max_new_tokens=new_tokens)
@@ -59,7 +59,7 @@ def requests_of(of: Workload, names: Sequence[str | None], count: int, new_token
 
 
 def put_on_device(bank: Any, names: Sequence[str], until: float) -> int:
-    """Computes prompts' keys and values until `time.time()` is so; how many are there."""
+    """Computes prompts' keys and values until `time.time()` exceeds `until`; returns how many are on the device."""
     for number, name in enumerate(names):
         if number and time.time() > until:
             return number
@@ -68,7 +68,7 @@ def put_on_device(bank: Any, names: Sequence[str], until: float) -> int:
 
 
 def run(task: Task, record: Record) -> None:
-    """Options: leave, seconds before the deadline to be done at."""
+    """Options: leave (seconds to leave before the deadline)."""
     import jax
 
     import spt_jax
@@ -77,7 +77,7 @@ def run(task: Task, record: Record) -> None:
 
     of, (slots, requests, new_tokens, counts) = workload(task.tiny), sizes(task.tiny)
     end = task.deadline - task.options["leave"]
-    began, clock = time.perf_counter(), measure.compile_clock()
+    start, clock = time.perf_counter(), measure.compile_clock()
     record.update(framework="spt_jax", slots=slots, new_tokens=new_tokens, facts=device.facts(), at="weights")
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None  # every answer has its full length
@@ -96,17 +96,17 @@ def run(task: Task, record: Record) -> None:
     if not task.tiny:
         engine.warm_decoding()
     admission.join()
-    for name in (names[0], None):  # one run of each kind, and an error of the thread again
+    for name in (names[0], None):  # one run of each kind; also raises errors that the thread had
         engine.generate(requests_of(of, [name], slots, new_tokens))
-    record.update(at="prompts", start_seconds=round(time.perf_counter() - began, 2), compile_seconds=round(clock(), 2))
+    record.update(at="prompts", start_seconds=round(time.perf_counter() - start, 2), compile_seconds=round(clock(), 2))
 
-    begun = time.time()
-    held = put_on_device(bank, names, begun + 0.5 * (end - begun))
+    prompts_start = time.time()
+    held = put_on_device(bank, names, prompts_start + 0.5 * (end - prompts_start))
     counts = [count for count in counts if count <= held]
     record.update(
         at="rates",
         prompts_on_the_device=held,
-        seconds_per_prompt=(time.time() - begun) / held,
+        seconds_per_prompt=(time.time() - prompts_start) / held,
         prompt_bytes=bank.device_bytes,
     )
     ways: dict[str, Callable[[], float]] = {
@@ -118,11 +118,11 @@ def run(task: Task, record: Record) -> None:
     rates: dict[str, list[float]] = {name: [] for name in ways}
     before, rounds, longest = clock(), 0, 0.0
     while rounds < (1 if task.tiny else 7) and time.time() + longest < end:
-        begun = time.time()
+        round_start = time.time()
         order = [*ways][rounds % len(ways) :] + [*ways][: rounds % len(ways)]
         for name in order:
             rates[name].append(ways[name]())
-        rounds, longest = rounds + 1, max(longest, time.time() - begun)
+        rounds, longest = rounds + 1, max(longest, time.time() - round_start)
         record.update(
             tokens_per_second=medians(rates),
             tokens_per_second_of_rounds=rates,

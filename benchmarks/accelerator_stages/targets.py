@@ -1,9 +1,9 @@
-"""What must be reached on an H100 or H200, and whether the measurements reach it."""
+"""Targets for an H100 or H200, and whether the measurements meet them."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# Name: the least (or with False the most) of a figure.
+# By name: the limit of a figure, and whether it is the minimum (True) or the maximum (False).
 LIMITS: dict[str, tuple[float, bool]] = {
     "batch 4: tokens/s of PEFT's": (1.35, True),
     "batch 32: tokens/s of PEFT's": (1.6, True),
@@ -18,10 +18,10 @@ _Figures = dict[str, tuple[float, str]]
 
 
 def targets(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Every target with its limit, the measured value, of what it was measured, and whether it is met.
+    """Returns every target with its limit, the measured value, the measured configuration, and whether it is met.
 
-    The targets of one batch size are all measured on one configuration: the one that meets most of them, the fastest of
-    equals. Measurements on a CPU count for nothing.
+    The targets of one batch size are all measured on one configuration: the one that meets most of them, the fastest
+    of equals. Measurements on a CPU are ignored.
 
     Args:
       stages: the stages' records by name.
@@ -64,7 +64,7 @@ def _train(stage: Mapping[str, Any]) -> _Figures:
 
 
 def _configurations(stage: Mapping[str, Any], batch: int) -> Iterator[tuple[float, _Figures]]:
-    """Of each measured configuration of ours, its tokens per second and its figures."""
+    """Yields the tokens per second and the figures of each measured configuration of this library."""
     rows = stage.get("rows", {})
     theirs = rows.get(f"peft prompt batch {batch}", {})
     for row in rows.values():
@@ -83,7 +83,7 @@ def _configurations(stage: Mapping[str, Any], batch: int) -> Iterator[tuple[floa
 
 
 def _peak(stage: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[float, str] | None:
-    """A row's peak memory. One that ran out of memory needed more than the device has, which is its least."""
+    """Returns a row's peak memory. A row that ran out of memory needed at least the memory of the device."""
     if row.get("status") == "out of memory":
         return (stage["memory_bytes"], ", PEFT ran out of memory") if stage.get("memory_bytes") else None
     return (row["peak_bytes"], "") if row.get("tokens_per_second") and row.get("peak_bytes") else None

@@ -1,6 +1,7 @@
-"""Training steps of spt_jax and PEFT, a process each: tokens per second, peak memory, share of the device's peak.
+"""Compares training steps of spt_jax and PEFT: tokens per second, peak memory, share of the device's peak.
 
-The two frameworks hold the same weights and texts, and their first losses must agree.
+Every configuration runs in a separate process. Both frameworks use the same weights and texts, and their first losses
+must agree.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,8 @@ from benchmarks.accelerator_stages import device
 from benchmarks.accelerator_stages.process import Record, Task
 from benchmarks.accelerator_stages.rows import Row, run_rows
 
-# Of the first losses: in bfloat16 a mean over hundreds of tokens, in float32 two orders of summation.
+# Relative difference of the first losses: rounding of a mean over hundreds of tokens in bfloat16, the order of
+# summation in float32.
 TOLERANCE = {"bfloat16": 5e-3, "float32": 1e-4}
 
 
@@ -26,7 +28,7 @@ def peft(batch: int, method: str = "prompt", checkpointing: bool = False, **more
 
 
 def planned(tiny: bool) -> list[Row]:
-    """All rows, the most important first."""
+    """Returns all rows, the most important first."""
     if tiny:
         return [ours(4, "fused", "dots", needed=True), peft(4, needed=True)]
     first = [
@@ -52,7 +54,7 @@ def planned(tiny: bool) -> list[Row]:
 
 
 def comparisons(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Each row of ours against PEFT's of the same method and batch size, without checkpointing."""
+    """Compares each row of spt_jax with PEFT's of the same method and batch size, without checkpointing."""
     found = {}
     for name, row in rows.items():
         other = rows.get(f"peft {row.get('method')} batch {row.get('batch')}", {})
@@ -66,7 +68,7 @@ def comparisons(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def run(task: Task, record: Record) -> None:
-    """Rows, comparisons, and whether the frameworks compute the same."""
+    """Measures the rows, compares them, and checks that the frameworks compute the same losses."""
 
     def after(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         return {"comparisons": comparisons(rows), **device.of_first(rows)}
@@ -85,7 +87,7 @@ def run(task: Task, record: Record) -> None:
 
 
 def summary(content: Mapping[str, Any]) -> str:
-    """One line of figures."""
+    """Returns one line of figures."""
     parts = []
     for name, row in content["rows"].items():
         if row["status"] != "passed" or row.get("framework") != "spt_jax" or row.get("method") != "prompt":

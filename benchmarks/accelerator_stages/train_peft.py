@@ -1,4 +1,4 @@
-"""One configuration of training in PEFT, in a process of its own: sdpa, rows padded to the longest of their batch."""
+"""Measures one configuration of training in PEFT: sdpa attention, rows padded to the longest of their batch."""
 
 import time
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ from benchmarks.accelerator_stages.workload import (
 
 
 def peft_model(of: Workload, kind: str, place: Any, tiny: bool) -> Any:
-    """A model of the shape with `random_base`'s weights, and PEFT's prompt or prefix around it.
+    """Returns a model of the shape with `random_base`'s weights, wrapped in PEFT's prompt or prefix.
 
     Raises:
-      Skip: torch or peft is absent, or torch has no accelerator for the large shape.
+      Skip: torch or peft is not installed, or torch has no accelerator for the large shape.
     """
     require("torch", "peft")
     import peft
@@ -34,7 +34,7 @@ def peft_model(of: Workload, kind: str, place: Any, tiny: bool) -> Any:
     import transformers
 
     if not tiny and place.type == "cpu":
-        raise Skip("needs a torch that has the accelerator")
+        raise Skip("needs a torch with support for the accelerator")
     with place:
         model = transformers.AutoModelForCausalLM.from_config(
             llama_config(of), dtype=getattr(torch, of.dtype), attn_implementation="sdpa"
@@ -49,7 +49,7 @@ def peft_model(of: Workload, kind: str, place: Any, tiny: bool) -> Any:
     layers, heads = of.model["num_hidden_layers"], of.model["num_key_value_heads"]
     if kind == "prefix":
         size = of.model.get("head_dim") or of.model["hidden_size"] // of.model["num_attention_heads"]
-        both = prefix_arrays(of, layers, heads, size)  # PEFT has keys of layer l at 2l, values at 2l + 1
+        both = prefix_arrays(of, layers, heads, size)  # PEFT stores keys of layer l at 2l, values at 2l + 1
         start = both.transpose(2, 1, 0, 3, 4).reshape(of.prefix, -1)
     else:
         start = prompt_rows(of.prompt, of.model["hidden_size"])
@@ -60,7 +60,7 @@ def peft_model(of: Workload, kind: str, place: Any, tiny: bool) -> Any:
 
 
 def padded(of: Workload, chunk: Sequence[np.ndarray], place: Any) -> dict[str, Any]:
-    """Texts padded on the right, -100 where nothing is predicted."""
+    """Returns texts padded on the right; labels are -100 where nothing is predicted."""
     import torch
 
     shape = (len(chunk), max(map(len, chunk)))
@@ -78,7 +78,7 @@ def run(task: Task, record: Record) -> None:
     require("torch", "peft")
     import torch
 
-    began, of, options = time.perf_counter(), workload(task.tiny), task.options
+    started, of, options = time.perf_counter(), workload(task.tiny), task.options
     place = device.torch_device()
     on_gpu = place.type == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else "cpu"
@@ -111,7 +111,7 @@ def run(task: Task, record: Record) -> None:
     synchronize()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    record.update(at="warm-up", start_seconds=elapsed(began), loaded_bytes=peak())
+    record.update(at="warm-up", start_seconds=elapsed(started), loaded_bytes=peak())
     warming = time.perf_counter()
     losses = [one(number) for number in range(len(placed))]
     synchronize()

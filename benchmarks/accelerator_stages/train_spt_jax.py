@@ -1,4 +1,4 @@
-"""One configuration of training in spt_jax, in a process of its own, so that its peak memory is its own."""
+"""Measures one configuration of training in spt_jax, in a separate process so that peak memory is measured per run."""
 
 import time
 from typing import Any
@@ -19,31 +19,36 @@ from benchmarks.accelerator_stages.workload import (
 )
 
 LEARNING_RATE = 0.01
-SECONDS = 3.0  # of timed steps at least, if there is time
+SECONDS = 3.0  # minimum duration of the timed steps, if there is time
 BATCHES = 4  # different ones, taken in turn
 
 
 def timed(step: Any, synchronize: Any, task: Task, count: int) -> tuple[int, float]:
-    """Rounds of `count` steps for `SECONDS`, or fewer where time runs out; how many steps, and their seconds.
+    """Times rounds of `count` steps for `SECONDS`, or less if time runs out.
 
     Args:
       step: called with the number of the step; need not wait for the device.
-      synchronize: waits for it.
+      synchronize: waits for the device.
+      task: the task, whose deadline limits the time.
+      count: steps per round.
+
+    Returns:
+      The number of steps, and their seconds in total.
     """
     synchronize()
-    began, done = time.perf_counter(), 0
+    started, done = time.perf_counter(), 0
     limit = 0.2 if task.tiny else min(SECONDS, 0.5 * max(task.left, 0))
     while True:
         for number in range(count):
             step(number)
         synchronize()
         done += count
-        if time.perf_counter() - began >= limit:
-            return done, time.perf_counter() - began
+        if time.perf_counter() - started >= limit:
+            return done, time.perf_counter() - started
 
 
 def start_params(of: Workload, kind: str, config: Any) -> tuple[Any, dict[str, Any]]:
-    """A method, and parameters for it that PEFT can be given too."""
+    """Returns a method, and initial parameters for it that PEFT can use too."""
     from spt_jax.prompts import PrefixTuning, PromptTuning
 
     if kind == "prefix":
@@ -64,7 +69,7 @@ def run(task: Task, record: Record) -> None:
     from spt_jax.training.cost import choose_remat, plan_shape, step_flops, step_memory, step_shape
     from spt_jax.training.step import TrainState, make_train_step
 
-    began, clock, of, options = time.perf_counter(), measure.compile_clock(), workload(task.tiny), task.options
+    started, clock, of, options = time.perf_counter(), measure.compile_clock(), workload(task.tiny), task.options
     attention = device.fused_kernel() if options["attention"] == "fused" else options["attention"]
     record.update(framework="spt_jax", **(options | {"attention": attention}), facts=device.facts(), at="weights")
     base = random_base(of, remat=options["remat"], attention=attention)
@@ -88,7 +93,7 @@ def run(task: Task, record: Record) -> None:
         lambda remat: step_memory(base.config, largest, remat=remat, itemsize=itemsize, mesh=base.mesh),
         measure.memory_limit(),
     )
-    record.update(at="compilation", loaded_bytes=loaded, remat_that_auto_takes=auto, start_seconds=elapsed(began))
+    record.update(at="compilation", loaded_bytes=loaded, remat_that_auto_takes=auto, start_seconds=elapsed(started))
     before = clock()
     step = make_train_step(base, method, optimizer)
     losses = {}
@@ -130,5 +135,5 @@ def run(task: Task, record: Record) -> None:
     record.update(at="end", peak_flops=peak, utilization=flops * steps / seconds / peak)
 
 
-def elapsed(began: float) -> float:
-    return round(time.perf_counter() - began, 2)
+def elapsed(started: float) -> float:
+    return round(time.perf_counter() - started, 2)

@@ -1,7 +1,7 @@
-"""What is measured: a model's shape with random weights, the same in every framework, and texts of random ids.
+"""The measured workload: a model shape with random weights, the same in every framework, and texts of random ids.
 
-Weights come from a hash of each number's place in its tensor, computed on the device in integers, so that no checkpoint
-is written and JAX and torch hold the same bits.
+Each weight is a hash of its index in its tensor, computed on the device in integers, so no checkpoint is written and
+JAX and torch have the same bits.
 """
 
 import dataclasses
@@ -20,14 +20,15 @@ _STEP = np.float32(WEIGHT_DEVIATION * math.sqrt(12) / 2**16)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A shape of Llama, its precision, and the texts.
+    """A Llama shape, its precision, and the texts.
 
     Attributes:
       model: fields of transformers' LlamaConfig.
       dtype: of weights and activations.
-      mean_length: real tokens of a text, on average; lengths are log-normal, as GSM8K's nearly are.
-      target_share: of a text's tokens, those that are predicted.
-      prompt, prefix: virtual tokens of prompt tuning, positions of prefix tuning.
+      mean_length: average number of real tokens of a text; lengths are log-normal, like GSM8K's approximately.
+      target_share: the share of a text's tokens that are predicted.
+      prompt: virtual tokens of prompt tuning.
+      prefix: positions of prefix tuning.
     """
 
     model: Mapping[str, Any]
@@ -83,24 +84,24 @@ def workload(tiny: bool) -> Workload:
 
 
 def llama_config(of: Workload) -> Any:
-    """A transformers config object."""
+    """Returns a transformers config object."""
     import transformers
 
     return transformers.LlamaConfig(**of.model, architectures=["LlamaForCausalLM"], dtype=of.dtype)
 
 
 def tensor_seed(key: str) -> int:
-    """Of a tensor, by its name in a checkpoint."""
+    """Returns the seed of a tensor from its name in a checkpoint."""
     return zlib.crc32(key.encode())
 
 
 def weight_values(places: Any, seed: Any, integer: Callable[[int], Any] = int) -> Any:
-    """Weights at flat places of a tensor: integers, uniform in [0, 2^16).
+    """Returns the weights at flat indices of a tensor: integers, uniform in [0, 2^16).
 
     Args:
-      places: unsigned 32-bit integers, or 64-bit ones whose products wrap.
+      places: flat indices; unsigned 32-bit integers, or 64-bit integers whose products wrap.
       seed: of the tensor.
-      integer: makes a constant of that type.
+      integer: creates a constant of the type of `places`.
     """
     mask, first, second = (integer(number) for number in (0xFFFFFFFF, 0x7FEB352D, 0x846CA68B))
 
@@ -113,7 +114,7 @@ def weight_values(places: Any, seed: Any, integer: Callable[[int], Any] = int) -
 
 
 def random_base(of: Workload, *, remat: Any = "dots", attention: Any = "xla", tokenizer: Any = None) -> Any:
-    """A frozen base of the shape, made on the default device. Only what reads or writes text needs a tokenizer."""
+    """Returns a frozen base of the shape on the default device. The tokenizer is needed only to read or write text."""
     import json
 
     import jax
@@ -149,7 +150,7 @@ def random_base(of: Workload, *, remat: Any = "dots", attention: Any = "xla", to
     def make(first: Any) -> Any:
         return traverse_util.unflatten_dict({path: leaf(path, own.shape, first) for path, own in shapes.items()})
 
-    # The first place is an argument, so that XLA cannot take the weights for constants and compute them itself.
+    # The first index is an argument, so that XLA cannot fold the weights into constants at compile time.
     params = jax.block_until_ready(jax.jit(make, out_shardings=replicated(mesh))(np.uint32(0)))
     sizes = json.loads(json.dumps(dataclasses.asdict(config)))
     return FrozenBase(
@@ -165,7 +166,7 @@ def random_base(of: Workload, *, remat: Any = "dots", attention: Any = "xla", to
 
 
 def fill_torch_model(model: Any) -> None:
-    """Gives a transformers model the weights of `random_base`, where its parameters lie."""
+    """Fills a transformers model with the weights of `random_base` in place, on the device of its parameters."""
     import torch
 
     part = 2**24
@@ -183,18 +184,18 @@ def fill_torch_model(model: Any) -> None:
 
 
 def prompt_rows(count: int, width: int) -> np.ndarray:
-    """Where a prompt starts, float32."""
+    """Returns the initial rows of a prompt, float32 [count, width]."""
     return np.float32(PROMPT_DEVIATION) * np.random.default_rng(7).standard_normal((count, width)).astype(np.float32)
 
 
 def prefix_arrays(of: Workload, layers: int, heads: int, size: int) -> np.ndarray:
-    """Where keys and values start, float32 [2, L, P, K, H]."""
+    """Returns initial keys and values, float32 [2, L, P, K, H]."""
     shape = (2, layers, of.prefix, heads, size)
     return np.float32(PROMPT_DEVIATION) * np.random.default_rng(8).standard_normal(shape).astype(np.float32)
 
 
 def texts(of: Workload, count: int) -> list[np.ndarray]:
-    """Texts of random ids: the lengths of the first are those of any longer list too."""
+    """Returns texts of random ids. A longer list starts with the same texts."""
     random, spread = np.random.default_rng(0), 0.4
     vocabulary, mean = of.model["vocab_size"], math.log(of.mean_length) - spread**2 / 2
     found = []
@@ -205,18 +206,18 @@ def texts(of: Workload, count: int) -> list[np.ndarray]:
 
 
 def predicted(of: Workload, text: np.ndarray) -> np.ndarray:
-    """Which of a text's tokens are predicted: its last ones."""
+    """Returns a mask of the predicted tokens of a text: its last ones."""
     return np.arange(len(text)) >= len(text) - round(of.target_share * len(text))
 
 
 def examples(of: Workload, count: int, *, virtual: int) -> list[Any]:
-    """The texts after so many virtual tokens."""
+    """Returns examples of the texts after `virtual` virtual tokens."""
     from spt_jax.data.examples import Example
 
-    ahead = of.model["vocab_size"] + np.arange(virtual, dtype=np.int32)
+    virtual_ids = of.model["vocab_size"] + np.arange(virtual, dtype=np.int32)
     return [
         Example(
-            np.concatenate([ahead, text]).astype(np.int32),
+            np.concatenate([virtual_ids, text]).astype(np.int32),
             np.concatenate([np.zeros(virtual, bool), predicted(of, text)]),
             (),
             0,
@@ -227,5 +228,5 @@ def examples(of: Workload, count: int, *, virtual: int) -> list[Any]:
 
 
 def batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    """Consecutive batches, of which the last is whole too."""
+    """Returns consecutive full batches; the remaining items are dropped."""
     return [items[start : start + size] for start in range(0, len(items) - size + 1, size)]
