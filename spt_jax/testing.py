@@ -81,7 +81,7 @@ def tiny_config(family: str = "llama", **overrides: Any) -> Any:
     import transformers
 
     if family not in _FAMILIES:
-        raise ConfigError(f"there is no tiny {family!r}; {did_you_mean(family, FAMILIES)}")
+        raise ConfigError(f"no tiny model of the family {family!r}; {did_you_mean(family, FAMILIES)}")
     tokens = {"vocab_size": _SIZES["byte"], "pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
     return transformers.AutoConfig.for_model(family, **{**tokens, **_FAMILIES[family], **overrides})
 
