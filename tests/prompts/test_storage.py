@@ -183,7 +183,7 @@ def test_another_tokenizer_is_another_base(saved, base):
 
 
 def test_force_accepts_another_base_that_fits(saved, other_base):
-    with pytest.warns(UserWarning, match="layers is 3 here, 2 there.*Using it anyway \(force=True\)"):
+    with pytest.warns(UserWarning, match=r"layers is 3 here, 2 there.*Using it anyway \(force=True\)"):
         prompt = load_prompt(saved, other_base, force=True)
     np.testing.assert_array_equal(prompt.virtual.tokens, some_prompt().tokens)
 
