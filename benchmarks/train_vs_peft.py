@@ -182,13 +182,13 @@ def run_spt_jax(options: Options) -> dict[str, Any]:
     import jax
     import optax
 
-    import spt_jax.bases.base
+    import spt_jax
     from spt_jax.data.batches import pack, place_batch, plan_batches
     from spt_jax.prompts import PromptTuning
     from spt_jax.prompts.initializers import array
     from spt_jax.training.step import init_state, make_train_step
 
-    base = spt_jax.base.load_base(options.folder / "base", dtype="float32")
+    base = spt_jax.load_base(options.folder / "base", dtype="float32")
     task = read_task(options.folder)
     plan = plan_batches(task.examples, lead=task.lead, batch_size=options.batch_size)
     method, optimizer = PromptTuning(length=len(task.prompt), init=array(task.prompt)), optax.adam(LEARNING_RATE)

@@ -1,4 +1,4 @@
-"""What the library raises for input that is wrong. Messages say what was wrong, where, and what to do."""
+"""Exceptions for invalid input. Their messages say what is wrong, where, and how to fix it."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -6,27 +6,27 @@ from typing import Any
 
 
 class SptError(Exception):
-    """Base of every error of this library."""
+    """Base class of all errors of this library."""
 
     exit_code = 1
 
 
 class ConfigError(SptError, ValueError):
-    """A configuration, or a word on the command line, is wrong."""
+    """A configuration or a command-line argument is invalid."""
 
     exit_code = 2
 
 
 class DataError(SptError, ValueError):
-    """A data file, an example or a template does not fit."""
+    """A data file, an example or a template is invalid."""
 
 
 class CheckpointError(SptError, ValueError):
-    """A model, prompt or training checkpoint is missing, damaged or made for something else."""
+    """A model, prompt or training checkpoint is missing, damaged or incompatible."""
 
 
 class TrainingError(SptError, RuntimeError):
-    """Training cannot go on, for example because the loss is not finite."""
+    """Training cannot continue, for example because the loss is not finite."""
 
 
 class WriteError(SptError, OSError):
@@ -34,7 +34,7 @@ class WriteError(SptError, OSError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A half-sentence that offers the nearest of the known names, or lists them when none is near."""
+    """Returns a hint for a message: the known name closest to `name`, or a list of known names if none is close."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
     if near:
@@ -44,7 +44,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def differing_fields(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Dotted names of the fields in which two nested mappings differ, with both values; None where one is missing."""
+    """Returns the fields in which two nested mappings differ: dotted name and both values, None for a missing one."""
     found = []
     for name in sorted(set(ours) | set(theirs)):
         mine, other = ours.get(name), theirs.get(name)

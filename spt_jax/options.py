@@ -1,4 +1,4 @@
-"""How texts, lists of texts and pairs are written on a command line."""
+"""Command-line syntax of strings, lists of strings and class=text pairs."""
 
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
@@ -7,7 +7,7 @@ import tyro
 
 
 def unescape(text: str) -> str:
-    """Reads `\\n` as a newline, `\\t` as a tab and `\\\\` as one backslash; other backslashes stay."""
+    """Replaces `\\n` by a newline, `\\t` by a tab and `\\\\` by a backslash; other backslashes stay as they are."""
     escapes = {"n": "\n", "t": "\t", "\\": "\\"}
     out, i = "", 0
     while i < len(text):
@@ -47,7 +47,7 @@ def _spec(
     )
 
 
-# Flags hold one line, so a newline is written `\n` in them.
+# A flag's value is a single line, so a newline is written as `\n`.
 Line = Annotated[str, _spec("TEXT", 1, lambda words: unescape(words[0]), lambda text: [_escape(text)], str)]
 Lines = Annotated[
     tuple[str, ...],

@@ -1,6 +1,7 @@
-"""Tiny models with random weights and hermetic tokenizers, for tests and notebooks. No network, no torch.
+"""Tiny models with random weights, and tokenizers built in code, for tests and notebooks. No network, no torch.
 
-Every tensor of a tiny checkpoint is random, biases and norm scales too: a forgotten bias or scale changes the logits.
+All tensors of a tiny checkpoint are random, including biases and norm scales, so that a forgotten bias or scale
+changes the logits.
 """
 
 import dataclasses
@@ -28,7 +29,8 @@ TokenizerKind = Literal["byte", "sentencepiece"]
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 _SIZES: dict[str, int] = {"byte": 320, "sentencepiece": 384}
 
-# Common words, and letters that are one token alone and another after a space. Enough of them for both vocabularies.
+# Common words, and letters that have one token at the start of a text and another after a space. There are enough
+# of them to fill both vocabularies.
 _WORDS = (
     "▁the", "▁of", "Hello", "▁H", "▁L", "▁N", "▁E", "▁D", "▁A", "▁question", "▁and", "▁spam", "▁world", "▁text",
     "▁label", "▁good", "▁bad", "Question", "▁kind", "▁answer", "▁in", "▁is", "▁positive", "▁negative", "▁message",
@@ -36,11 +38,12 @@ _WORDS = (
 
 
 def tiny_config(family: str = "llama", **overrides: Any) -> Any:
-    """A transformers config object of a model with about 30,000 parameters.
+    """Returns a transformers config for a model with about 30,000 parameters.
 
     Args:
-      family: a `model_type` that `spt_jax.bases.families` registers. Mistral has a sliding window of 7; Qwen3 heads
-        wider than width / heads; SmolLM3 no RoPE in every second layer; Gemma 2 caps that change the scores.
+      family: a `model_type` that `spt_jax.bases.families` registers. Mistral has a sliding window of 7; Qwen3 has
+        heads larger than width / heads; SmolLM3 has no RoPE in every second layer; Gemma 2 has soft caps low enough to
+        matter.
       **overrides: fields of the family's transformers config, such as `rope_parameters` or `tie_word_embeddings`.
 
     Raises:
@@ -49,19 +52,19 @@ def tiny_config(family: str = "llama", **overrides: Any) -> Any:
     import transformers
 
     if family not in FAMILIES:
-        raise ConfigError(f"there is no tiny {family!r}; {did_you_mean(family, FAMILIES)}")
+        raise ConfigError(f"no tiny model of the family {family!r}; {did_you_mean(family, FAMILIES)}")
     tokens = {"vocab_size": _SIZES["byte"], "pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
     return transformers.AutoConfig.for_model(family, **{**tokens, **FAMILIES[family].tiny(), **overrides})
 
 
 def tiny_tokenizer(kind: TokenizerKind = "byte", *, add_bos: bool = True) -> Any:
-    """A fast tokenizer built in code: the bytes, a few merged words, and three control tokens.
+    """Returns a fast tokenizer built in code: all bytes, a few merged words, and three special tokens.
 
     Args:
       kind: "byte" is byte-level BPE as in Llama 3 and GPT-2 (320 entries; `<pad>` 0, `<bos>` 1, `<eos>` 2);
-        "sentencepiece" puts a dummy space before any text and falls back to bytes, as Llama 2 does (384 entries;
+        "sentencepiece" prepends a space to the text and falls back to bytes, as Llama 2 does (384 entries;
         `<unk>` 0, `<s>` 1, `</s>` 2, and no padding token).
-      add_bos: whether `add_special_tokens=True` puts the BOS token in front.
+      add_bos: whether `add_special_tokens=True` prepends the BOS token.
     """
     import transformers
 
@@ -79,7 +82,7 @@ def tiny_tokenizer(kind: TokenizerKind = "byte", *, add_bos: bool = True) -> Any
     special = {"bos_token": names[BOS_ID], "eos_token": names[EOS_ID]}
     if kind == "sentencepiece":
         special["unk_token"] = names[0]
-    else:  # Bytes leave nothing unknown, but where no token is set transformers adds one of its own to Qwen2's.
+    else:  # Never needed for bytes, but without one transformers adds its own to a Qwen2 tokenizer.
         special |= {"pad_token": names[0], "unk_token": names[EOS_ID]}
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, model_max_length=128, **special
@@ -117,7 +120,7 @@ def _sentencepiece_like(special: Sequence[str]) -> Any:
 
 
 def _merged(alphabet: Sequence[str], words: Sequence[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """A vocabulary of exactly `size` entries: the alphabet, and the words letter by letter until it is full."""
+    """Returns a vocabulary of exactly `size` entries (the alphabet, then prefixes of the words), and its merges."""
     vocabulary = {token: i for i, token in enumerate(alphabet)}
     merges = []
     for word in words:
@@ -130,7 +133,7 @@ def _merged(alphabet: Sequence[str], words: Sequence[str], size: int) -> tuple[d
 
 
 def random_params(config: DecoderConfig, seed: int = 0, dtype: Any = np.float32) -> Params:
-    """Host arrays for every leaf of `Decoder(config)`: normal with deviation 0.2, scales of norms around 1."""
+    """Returns random host arrays for `Decoder(config)`: normal, deviation 0.2, mean 1 for norm scales, else 0."""
     generator = np.random.default_rng(seed)
     leaves = {}
     for path, leaf in sorted(traverse_util.flatten_dict(parameter_shapes(config)).items()):
@@ -150,23 +153,24 @@ def write_tiny_checkpoint(
     add_bos: bool = True,
     **overrides: Any,
 ) -> Path:
-    """Writes a tiny model in Hugging Face format; the same arguments give the same bytes.
+    """Writes a tiny model in Hugging Face format. The same arguments give the same bytes.
 
     Args:
-      directory: made if absent.
-      family: as for `tiny_config`, which takes the `overrides`.
-      seed: of the random tensors.
-      dtype: in which tensors are stored, for example `np.float32` or `ml_dtypes.bfloat16`.
-      shards: number of safetensors files; more than one come with `model.safetensors.index.json`.
-      tokenizer: as for `tiny_tokenizer`; the model's vocabulary has its size.
+      directory: where to write; created if missing.
+      family: as for `tiny_config`.
+      seed: seed of the random tensors.
+      dtype: dtype of the stored tensors, for example `np.float32` or `ml_dtypes.bfloat16`.
+      shards: number of safetensors files; for more than one, `model.safetensors.index.json` is written too.
+      tokenizer: as for `tiny_tokenizer`; sets the vocabulary size of the model.
       add_bos: as for `tiny_tokenizer`.
+      **overrides: as for `tiny_config`.
 
     Returns:
       The directory.
 
     Raises:
-      ConfigError: for an unknown family, options that the library's decoder does not have, or a SentencePiece-like
-        tokenizer for Qwen2 (transformers gives every model of that type Qwen2's own byte-level one).
+      ConfigError: for an unknown family, options that the library's decoder does not support, or a SentencePiece-like
+        tokenizer for Qwen2 (transformers reads the tokenizer of any Qwen2 model as byte-level BPE).
     """
     if family == "qwen2" and tokenizer != "byte":
         raise ConfigError("transformers reads the tokenizer of any qwen2 model as byte-level BPE; use another family")
@@ -194,9 +198,9 @@ def tiny_base(
     quantize: Literal["int8"] | None = None,
     **overrides: Any,
 ) -> FrozenBase:
-    """A tiny frozen base, written to a temporary directory and read back with `load_base`.
+    """Returns a tiny frozen base, written to a temporary directory and read back with `load_base`.
 
-    Args are those of `write_tiny_checkpoint` and `load_base`. The base is named "tiny-" and its family.
+    The arguments are those of `write_tiny_checkpoint` and `load_base`. The base is named "tiny-" plus its family.
     """
     with tempfile.TemporaryDirectory() as directory:
         write_tiny_checkpoint(directory, family, seed=seed, tokenizer=tokenizer, add_bos=add_bos, **overrides)

@@ -10,7 +10,7 @@ import pytest
 
 import spt_jax
 from spt_jax.bases.base import logits, run_layers
-from spt_jax.evaluation.evaluate import make_evaluation_set, score, selection_score
+from spt_jax.evaluation.evaluate import EvaluationConfig, make_evaluation_set, score, selection_score
 from spt_jax.inference.forward import embed_stream
 from spt_jax.models.attention import Stream
 from spt_jax.testing import EOS_ID, PAD_ID, tiny_base
@@ -95,13 +95,13 @@ def test_generated_answers_are_compared_with_the_targets(base):
     prompts = [enc.prompt_ids(record) for record in RECORDS]
     said = spt_jax.generate(base, prompts, sampling=spt_jax.SamplingConfig(max_new_tokens=6))
     records = [{**record, "label": answer.text} for record, answer in zip(RECORDS, said, strict=True)]
-    config = spt_jax.evaluation.EvaluationConfig(max_new_tokens=6)
+    config = EvaluationConfig(max_new_tokens=6)
     result = spt_jax.evaluate(base, make_evaluation_set(base, enc, records, config), None).metrics
     assert result["exact_match"] == 1.0 and result["token_f1"] == 1.0
 
 
 def answers(base, encoder, records, virtual=None, **config):
-    data = make_evaluation_set(base, encoder, records, spt_jax.evaluation.EvaluationConfig(**config))
+    data = make_evaluation_set(base, encoder, records, EvaluationConfig(**config))
     return data, spt_jax.evaluate(base, data, virtual)
 
 

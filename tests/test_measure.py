@@ -59,7 +59,7 @@ def test_a_directory_that_cannot_be_written_is_no_error(home, tmp_path, capsys, 
     home.write_text("a file in its place")
     measure.keep_compiled_programs(home / "programs" if asked else None)
     assert kept() is None
-    assert "compiled programs are not kept for the next run: " in capsys.readouterr().err
+    assert "compiled programs are not cached for the next run: " in capsys.readouterr().err
 
 
 def test_for_users_of_the_library(home, tmp_path):

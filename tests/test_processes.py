@@ -131,7 +131,7 @@ def test_a_process_that_vanishes_is_named(files: Path, tmp_path: Path, number: s
     action = f"os.kill(os.getpid(), signal.{number})"
     (code, _, error), _ = two(files, tmp_path / "run", "--mesh.data", "8", action=action, batches=3)
     assert code == 1
-    assert "error: process 1 has given no sign of life for 5 s" in error and "--resume" in error
+    assert "error: process 1 has sent no heartbeat for 5 s" in error and "--resume" in error
     assert "Traceback" not in error and "stack trace" not in error
 
 
@@ -153,11 +153,11 @@ def test_a_process_that_does_not_come_is_named(monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    assert set(messages.values()) == {"of 4 processes, these did not come: 1, 3"} and set(messages) == {0, 2}
+    assert set(messages.values()) == {"of 4 processes, these did not join: 1, 3"} and set(messages) == {0, 2}
     come(1)
     assert messages[1].startswith(f"process 0 did not answer at {address}")
     for wrong in ("localhost", "localhost:port"):
-        with pytest.raises(ConfigError, match="it is HOST:PORT"):
+        with pytest.raises(ConfigError, match="it must be HOST:PORT"):
             rendezvous.meet(wrong, 2, 0)
 
 
@@ -174,7 +174,7 @@ def test_processes_that_disagree(files: Path, tmp_path: Path):
     ("fields", "message"),
     [
         ({"coordinator": "host:1"}, "--processes.count and --processes.index must be given too"),
-        ({"coordinator": "host:1", "count": 2, "index": 2}, "--processes.index is 2; of 2 processes"),
+        ({"coordinator": "host:1", "count": 2, "index": 2}, "--processes.index is 2; it must be .* below the count, 2"),
         ({"detect": True, "count": 2}, "leave out the other"),
     ],
 )

@@ -113,7 +113,7 @@ def test_an_axis_that_does_not_divide_a_dimension_is_left_out():
 
 
 def test_a_leaf_that_no_rule_names():
-    with pytest.raises(ValueError, match="no sharding rule names the leaf layers/router/kernel"):
+    with pytest.raises(ValueError, match="no sharding rule matches the leaf layers/router/kernel"):
         parameter_sharding(make_mesh(), ("layers", "router", "kernel"), (3, 32, 4))
 
 
@@ -157,5 +157,5 @@ def test_an_axis_takes_the_rest_of_the_devices():
     assert make_mesh(MeshConfig(fsdp=-1), jax.devices()[:3]).shape["fsdp"] == 3
     with pytest.raises(ConfigError, match=r"mesh\.data and mesh\.fsdp are -1"):
         MeshConfig(data=-1, fsdp=-1)
-    with pytest.raises(ConfigError, match=r"have 3 devices, which does not divide the 8 that there are; 2 works"):
+    with pytest.raises(ConfigError, match=r"have 3 devices, which does not divide the 8 available; 2 works"):
         make_mesh(MeshConfig(data=-1, tensor=3))

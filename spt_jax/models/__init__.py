@@ -1,1 +1,1 @@
-"""Frozen transformers in Flax Linen, and the reading of Hugging Face checkpoints into them."""
+"""Causal transformer decoders in Flax Linen, and their configs from Hugging Face."""

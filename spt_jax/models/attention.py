@@ -1,7 +1,7 @@
-"""Attention over several sources of keys at once, and who may see whom.
+"""Attention over several sources of keys at once, and attention masks.
 
-A query attends to a list of sources (a shared prefix, a cache, its own row) under **one** softmax. Nothing is merged by
-log-sum-exp, whose gradient JAX's own attention stops, and a shared prefix is never copied to every row.
+A query attends to a list of sources (a shared prefix, a cache, its own row) under **one** softmax. Results are not
+merged by log-sum-exp, because JAX's attention stops its gradient, and a shared prefix is not copied to every row.
 """
 
 import dataclasses
@@ -16,19 +16,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spt_jax.models.kernels import Kernel, attend_fused
 
-# A place in the sequence that no query reaches, which hides the padding of a prefix.
+# A position after all queries, which hides the padding of a prefix.
 NEVER = np.iinfo(np.int32).max
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """Where each token of some rows stands.
+    """Positions and segments of the tokens of a batch of rows.
 
-    positions: place in its own example, which RoPE and causality read.
-    segments: which example of the row it belongs to, from 1; 0 marks padding.
-    parents: the segment whose tokens it sees besides its own (a verbalizer sees its example); 0 for none.
-    prompt_index: which of S prompts each row has, where a call carries several; None where all rows share one.
+    Attributes:
+      positions: position of each token in its example, for RoPE and causality.
+      segments: index of the example in its row, from 1; 0 marks padding.
+      parents: a second segment whose tokens are visible (a verbalizer sees its example); 0 for none.
+      prompt_index: which of S stacked prompts each row uses; None if all rows share one prompt.
     """
 
     positions: Int[Array, "B T"]
@@ -40,11 +41,11 @@ class Stream:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-    """Keys (after RoPE) and values that every row sees, for all layers, at most one per position.
+    """Keys (after RoPE) and values of all layers that every row attends to, one per position.
 
-    They stay float32 and are cast where they are used, so that cotangents of many rows add up in float32. With an S
-    axis they are those of several prompts, of which each row sees its `Stream.prompt_index`; what pads a shorter one
-    stands at NEVER.
+    They are float32 and cast where they are used, so that the cotangents of many rows are summed in float32. With an S
+    axis they belong to S stacked prompts, and each row uses the one of its `Stream.prompt_index`; the padding of
+    shorter ones has the position NEVER.
     """
 
     keys: Float[Array, "*S L P K H"]
@@ -55,11 +56,16 @@ class Prefix:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GatedPrefix:
-    """Keys and values of the last G layers, attended to under a softmax of their own whose result is scaled by a gate.
+    """Keys and values of the last G layers, with a separate softmax and a gate that scales its result.
 
-    LLaMA-Adapter (Zhang et al. 2023, arXiv 2303.16199). Every token sees all of it, wherever it stands.
+    LLaMA-Adapter (Zhang et al. 2023, arXiv 2303.16199). Every token attends to all of them, at any position.
 
-    rows: what keys and values were made from; no layer reads them, other libraries' files hold them.
+    Attributes:
+      keys: keys without RoPE.
+      values: values.
+      gates: one gate per layer.
+      rows: the rows that keys and values were computed from. No layer uses them; they are stored in files of other
+        libraries.
     """
 
     keys: Float[Array, "*S G P K H"]
@@ -71,10 +77,10 @@ class GatedPrefix:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of earlier tokens of each row. Slots that hold nothing yet have segment 0.
+    """Keys and values of earlier tokens of each row. Empty slots have segment 0.
 
-    There may be more of them than positions, C > S: what lies beyond is not read. They lie in the order in which the
-    products of attention read them, which saves every step of decoding a copy of them all.
+    The capacity C may exceed the number of positions S; slots from S on are not read. The axes are in the order in
+    which the matrix products of attention read them, which avoids a copy of the cache in every decoding step.
     """
 
     keys: Float[Array, "L B K H C"]
@@ -86,7 +92,7 @@ class Cache:
 def to_cache(
     keys: Float[Array, "*N C K H"], values: Float[Array, "*N C K H"]
 ) -> tuple[Float[Array, "*N K H C"], Float[Array, "*N K C H"]]:
-    """Keys and values in the order of a `Cache`."""
+    """Transposes keys and values to the layout of a `Cache`."""
     return jnp.moveaxis(keys, -3, -1), jnp.swapaxes(values, -3, -2)
 
 
@@ -100,28 +106,28 @@ def from_cache(
 def visible(
     queries: Stream, key_positions: Int[Array, "B S"], key_segments: Int[Array, "B S"] | None
 ) -> Bool[Array, "B T S"]:
-    """True where a query sees a key: related and not later.
+    """Returns a mask that is True where a query may attend to a key: related and not later.
 
-    A key is related when its segment is the query's own or the query's parent. `key_segments=None` relates every key
-    to every query, as a prefix is.
+    A key is related if its segment is the segment or the parent of the query. With `key_segments=None`, as for a
+    prefix, all keys are related to all queries.
     """
     causal = key_positions[:, None, :] <= queries.positions[:, :, None]
     if key_segments is None:
         return causal
-    own = key_segments[:, None, :] == queries.segments[:, :, None]
+    same = key_segments[:, None, :] == queries.segments[:, :, None]
     parent = (key_segments[:, None, :] == queries.parents[:, :, None]) & (queries.parents[:, :, None] > 0)
-    return (own | parent) & causal
+    return (same | parent) & causal
 
 
 def within_window(queries: Stream, key_positions: Int[Array, "B S"], window: int) -> Bool[Array, "B T S"]:
-    """True where the key is one of the last `window` positions up to the query's own."""
+    """Returns a mask that is True where the key is among the last `window` positions up to that of the query."""
     return queries.positions[:, :, None] - key_positions[:, None, :] < window
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Keys and values of one layer that queries may attend to. Those without a B dimension are shared by all rows."""
+    """Keys and values of one layer to attend to, with their mask. Without a B axis, all rows share them."""
 
     keys: Float[Array, "*B S K H"]
     values: Float[Array, "*B S K H"]
@@ -130,10 +136,12 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Scoring:
-    """How the product of a query and a key becomes a score.
+    """How attention scores are computed from the product of query and key.
 
-    scale: what it is multiplied with.
-    cap: the score then becomes cap tanh(score / cap) (Gemma 2, Riviere et al. 2024, arXiv 2408.00118); None for no cap.
+    Attributes:
+      scale: factor of the product.
+      cap: soft cap of the scaled score, cap tanh(score / cap) (Gemma 2, Riviere et al. 2024, arXiv 2408.00118); None
+        for no cap.
     """
 
     scale: float
@@ -149,12 +157,19 @@ def attend(
     kernel: Kernel = "xla",
     mesh: Mesh | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Softmax attention over all sources together, with grouped queries; scores are scaled by H^-0.5 unless told.
+    """Computes grouped-query attention with one softmax over all sources.
 
-    kernel: "xla" runs anywhere; the fused ones must pass `kernels.check_kernel`, and lie on the mesh by themselves.
+    Scores and softmax are float32. A query whose keys are all masked (padding) gets a mean of values instead of NaN.
 
-    Scores and softmax are float32; the result has the queries' dtype. A query that sees nothing (padding) gets a mean
-    of values instead of NaN.
+    Args:
+      queries: queries, after RoPE.
+      sources: keys and values to attend to.
+      scoring: scale and soft cap of scores; default a scale of H^-0.5.
+      kernel: "xla" runs anywhere; fused ones must pass `kernels.check_kernel`.
+      mesh: the mesh that fused kernels are sharded over.
+
+    Returns:
+      Mixed values in the dtype of the queries.
     """
     scoring = scoring or Scoring(queries.shape[-1] ** -0.5)
     if kernel != "xla":
@@ -172,7 +187,7 @@ def attend(
 def attention_weights(
     queries: Float[Array, "B T N H"], sources: Sequence[Source], scoring: Scoring
 ) -> Float[Array, "B T S"]:
-    """The weights by which `attend` mixes the values of all sources together, means over heads, float32."""
+    """Returns the attention weights over the keys of all sources, averaged over heads, float32."""
     grouped = grouped_heads(queries, sources[0].keys.shape[-2])
     scores = jnp.concatenate([scores_of(grouped, source, scoring) for source in sources], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1)
@@ -180,13 +195,13 @@ def attention_weights(
 
 
 def _as_one(sources: Sequence[Source]) -> Source:
-    """All keys of a row behind each other."""
+    """Concatenates all sources into one with a B axis."""
     rows = sources[0].mask.shape[0]
 
     def of_row(array: Array) -> Array:
         if array.ndim == 4:
             return array
-        # Copied in float32, so that the cotangents of all rows add up in it.
+        # Broadcast in float32, so that the cotangents of all rows are summed in float32.
         return jnp.broadcast_to(array.astype(jnp.float32)[None], (rows, *array.shape)).astype(array.dtype)
 
     keys, values = (
@@ -196,9 +211,9 @@ def _as_one(sources: Sequence[Source]) -> Source:
 
 
 def grouped_heads(x: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B K GT H"]:
-    """Queries by the key/value head that they read: N = K G.
+    """Groups queries by their key/value head, N = K G.
 
-    Batched matrix products over [B, K] with contiguous operands are twice as fast on CPU as letting XLA find a layout.
+    Batched matrix products over [B, K] with contiguous operands are twice as fast on CPU as a layout chosen by XLA.
     """
     batch, length, heads, size = x.shape
     groups = heads // kv_heads
@@ -207,14 +222,14 @@ def grouped_heads(x: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B 
 
 
 def ungrouped_heads(x: Float[Array, "B K GT H"], shape: tuple[int, ...]) -> Float[Array, "B T N H"]:
-    """Back to `shape`, [B, T, N, H]."""
+    """The inverse of `grouped_heads`; `shape` is [B, T, N, H]."""
     batch, length, heads, size = shape
     kv_heads = x.shape[1]
     return x.reshape(batch, kv_heads, heads // kv_heads, length, size).transpose(0, 3, 1, 2, 4).reshape(shape)
 
 
 def scores_of(queries: Float[Array, "B K GT H"], source: Source, scoring: Scoring) -> Float[Array, "B K GT S"]:
-    """Scores in float32, with the lowest finite number where the mask hides a key."""
+    """Returns scores in float32, with the lowest finite number where the mask is False."""
     batch, kv_heads, rows, _ = queries.shape
     if source.keys.ndim == 4:
         keys = source.keys.transpose(0, 2, 3, 1)
@@ -229,17 +244,17 @@ def scores_of(queries: Float[Array, "B K GT H"], source: Source, scoring: Scorin
 
 
 def soft_capped(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
-    """cap tanh(x / cap): nearly x where x is small, and never beyond the cap."""
+    """Returns cap tanh(x / cap), or x if cap is None."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def soft_cap_slope(capped: Float[Array, "..."], cap: float | None) -> Float[Array, "..."] | float:
-    """The derivative of `soft_capped` by what it gave; 0 for what lies beyond the cap, as a hidden key's score does."""
+    """Returns the derivative of `soft_capped`, given its result; 0 beyond the cap, as for the score of a masked key."""
     return 1.0 if cap is None else 1.0 - jnp.square(jnp.clip(capped / cap, -1.0, 1.0))
 
 
 def mix(weights: Float[Array, "B K GT S"], source: Source) -> Float[Array, "B K GT H"]:
-    """Sums of values by their weights, float32."""
+    """Returns the sums of values with these weights, float32."""
     if source.values.ndim == 4:
         values = source.values.transpose(0, 2, 1, 3)
         return jnp.matmul(weights, values, preferred_element_type=jnp.float32)

@@ -36,9 +36,15 @@ KeysValues = tuple[Float[Array, "*L B T K H"], Float[Array, "*L B T K H"]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerInputs:
-    """What differs from layer to layer, scanned along L. A field that no layer needs is None.
+    """Inputs that differ between layers, scanned along L. A field that no layer needs is None.
 
-    last: set for the layer of which nothing but keys and values is wanted.
+    Attributes:
+      last: True for the last layer if only its keys and values are needed.
+      rotates: whether the layer uses RoPE.
+      windowed: whether the layer uses the sliding window.
+      prefix: keys and values of the prefix.
+      cache: keys and values of the cache.
+      gated: the gated prefix, with a gate of 0 for layers without one.
     """
 
     last: Bool[Array, " L"] | None
@@ -52,13 +58,14 @@ class LayerInputs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SharedInputs:
-    """What all layers share.
+    """Inputs that all layers share.
 
-    cos_sin: of rotations.
-    stream: where tokens stand.
-    prefix_positions: where the prefix's stand, [P] or [B, P] of each row's own prompt.
-    masks: who sees whom, for each source in the order prefix, cache, row; None where rows are split over devices.
-    window_masks: the same under the sliding window, if a layer has one.
+    Attributes:
+      cos_sin: cosines and sines of RoPE; None for families without RoPE.
+      stream: positions and segments of the tokens.
+      prefix_positions: positions of the prefix, [P], or [B, P] if each row has its own prompt.
+      masks: attention masks of the sources in the order prefix, cache, row; None if rows are split over devices.
+      window_masks: the same with the sliding window, if any layer has one.
     """
 
     cos_sin: tuple[Array, Array] | None
@@ -69,26 +76,26 @@ class SharedInputs:
 
 
 def of_row(prompt_index: Int[Array, " B"] | None, tree: Any) -> Any:
-    """[S, ...] to [B, ...]: each row's own prompt's part; as it is where all rows share one prompt."""
+    """Selects the prompt of each row, [S, ...] to [B, ...]. Without `prompt_index`, returns the tree as it is."""
     return tree if prompt_index is None else jax.tree.map(lambda a: jnp.take(a, prompt_index, axis=0), tree)
 
 
 def _choose(flag: Bool[Array, ""] | None, yes: Any, no: Any) -> Any:
-    """`yes` where this layer's flag is set, or no layer has one."""
+    """Returns `yes` if the flag of this layer is set or there are no flags, else `no`."""
     return yes if flag is None else jax.tree.map(lambda a, b: jnp.where(flag, a, b), yes, no)
 
 
 def _unless_last(module: nn.Module, layer: LayerInputs, function: Any, x: Array) -> Array:
-    """`function(module, x)`, shaped like x; of a last layer, x itself in no time."""
+    """Returns `function(module, x)`, of the shape of x; if `layer.last` is set, skips it and returns x."""
     return function(module, x) if layer.last is None else nn.cond(layer.last, lambda _, x: x, function, module, x)
 
 
-# The collection that attention weights are put into, where a caller asks for it.
+# Variable collection for attention weights; they are stored only if the caller makes it mutable.
 ATTENTION = "attention_weights"
 
 
 class Attention(nn.Module):
-    """Self-attention of one layer over prefix, cache and the row itself. Returns the row's keys and values too."""
+    """Self-attention of one layer over prefix, cache and row. Also returns the keys and values of the row."""
 
     config: DecoderConfig
     mesh: Mesh | None
@@ -124,13 +131,13 @@ class Attention(nn.Module):
             else:
                 masks = shared.masks
                 if cache is not None:
-                    held = masks[-2].shape[-1]  # the row's own mask is the last
-                    cache = from_cache(cache[0][..., :held], cache[1][:, :, :held])
+                    slots = masks[-2].shape[-1]  # The last mask is that of the row itself.
+                    cache = from_cache(cache[0][..., :slots], cache[1][:, :, :slots])
                 if shared.window_masks is not None:
                     masks = _choose(layer.windowed, shared.window_masks, masks)
                 pairs = [pair for pair in (prefix, cache, (keys, values)) if pair is not None]
                 sources = [Source(k, v, mask) for (k, v), mask in zip(pairs, masks, strict=True)]
-                # A step of decoding has few scores.
+                # A decoding step has few scores, so a fused kernel has no benefit.
                 kernel = self.kernel if length > 1 else "xla"
                 out = attend(queries, sources, scoring, kernel=kernel, mesh=self.mesh)
                 if self.is_mutable_collection(ATTENTION):
@@ -144,7 +151,7 @@ class Attention(nn.Module):
 
 
 def _gated_attention(queries: Float[Array, "B T N H"], gated: GatedPrefix) -> Float[Array, "B T N H"]:
-    """What one layer's gated prefix adds to its attention."""
+    """Returns the term that the gated prefix of one layer adds to its attention output."""
     shape = (*queries.shape[:2], gated.keys.shape[-3])
     source = Source(gated.keys.astype(queries.dtype), gated.values.astype(queries.dtype), jnp.ones(shape, bool))
     gates = gated.gates.reshape(-1, 1, 1, 1).astype(queries.dtype)
@@ -167,24 +174,24 @@ class Block(nn.Module):
         attended, keys_values = Attention(self.config, self.mesh, self.kernel, name="attention")(
             Norm(self.config, name="attention_norm")(x), layer, shared
         )
-        x = x + self.behind("attention", attended)
+        x = x + self.output_norm("attention", attended)
 
         def mlp(module: nn.Module, x: Array) -> Array:
-            return self.behind("mlp", Mlp(self.config, name="mlp")(Norm(self.config, name="mlp_norm")(x)))
+            return self.output_norm("mlp", Mlp(self.config, name="mlp")(Norm(self.config, name="mlp_norm")(x)))
 
         x = x + _unless_last(self, layer, mlp, x)
         return x, keys_values if self.return_keys_values else None
 
-    def behind(self, half: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """What a half of the layer gives to the residual stream."""
-        return Norm(self.config, name=f"{half}_out_norm")(x) if self.config.norm == "rms_around" else x
+    def output_norm(self, part: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Normalizes the output of attention or MLP before the residual addition, in families that do."""
+        return Norm(self.config, name=f"{part}_out_norm")(x) if self.config.norm == "rms_around" else x
 
 
 def _take_by_chunks(mesh: Mesh | None, table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """`jnp.take(table, ids, axis=0)` for a table whose V is split over fsdp, as are the rows of ids.
+    """Computes `jnp.take(table, ids, axis=0)` for a table with V, and ids with rows, split over fsdp.
 
-    Each device finds its part of the table for the tokens of all of fsdp's, and XLA adds the parts up where they
-    belong. Chunk by chunk, what it holds meanwhile is no more than its own rows in the end.
+    Each device looks up the tokens of all fsdp devices in its shard of the table, and XLA sums the parts on the devices
+    of the rows. In chunks, the temporary memory of a device does not exceed that of its rows of the result.
     """
     (batch, length), width = ids.shape, table.shape[1]
     if mesh is None or mesh.shape["fsdp"] == 1 or batch % row_shards(mesh):
@@ -192,19 +199,19 @@ def _take_by_chunks(mesh: Mesh | None, table: Float[Array, "V D"], ids: Int[Arra
     parts = math.gcd(length, mesh.shape["sequence"])
     count = math.gcd(length // parts, mesh.shape["fsdp"])
     chunks = jnp.moveaxis(ids.reshape(batch, parts, count, length // parts // count), 2, 0)
-    found = jax.lax.map(lambda own: constrain(mesh, jnp.take(table, own, axis=0), ROWS, "sequence"), chunks)
-    return constrain(mesh, jnp.moveaxis(found, 0, 2).reshape(batch, length, width), ROWS, "sequence")
+    taken = jax.lax.map(lambda chunk: constrain(mesh, jnp.take(table, chunk, axis=0), ROWS, "sequence"), chunks)
+    return constrain(mesh, jnp.moveaxis(taken, 0, 2).reshape(batch, length, width), ROWS, "sequence")
 
 
-# What the backward pass computes again: nothing; all but the results of linear maps; everything in a layer.
+# What the backward pass recomputes: nothing; everything except the results of linear maps; each layer completely.
 Remat = Literal["none", "dots", "full"]
 
 
 class Decoder(nn.Module):
     """Embeddings, scanned layers, final norm and output matrix of a causal language model.
 
-    Its parameters are a plain dict: `embedding` [V, D], `positions` [max_positions, D] where learned, `layers` with
-    every leaf stacked [L, ...], `final_norm`, and `output` [D, V] where untied.
+    Its parameters are a plain dict: `embedding` [V, D], `positions` [max_positions, D] if learned, `layers` with all
+    leaves stacked [L, ...], `final_norm`, and `output` [D, V] if untied.
     """
 
     config: DecoderConfig
@@ -223,7 +230,7 @@ class Decoder(nn.Module):
         self.final_norm = Norm(config)
 
     def embed(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
-        """Rows of the embedding table, scaled where the family does; ids must lie in [0, V)."""
+        """Returns rows of the embedding table, scaled in families that do; ids must be in [0, V)."""
         rows = (
             _take_by_chunks(self.mesh, self.embedding, ids) if ids.ndim == 2 else jnp.take(self.embedding, ids, axis=0)
         )
@@ -231,7 +238,7 @@ class Decoder(nn.Module):
         return rows if scale is None else rows * jnp.asarray(scale, rows.dtype)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Next-token logits in float32 for states that `__call__` returned."""
+        """Returns next-token logits in float32 for hidden states returned by `__call__`."""
         with jax.named_scope("logits"):
             kernel = self.embedding.T if self.config.tied else self.output
             logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
@@ -252,17 +259,17 @@ class Decoder(nn.Module):
         """Runs the layers.
 
         Args:
-          x: token embeddings, virtual or real, without positions.
-          rows: where each token stands, and what it may see.
+          x: embeddings of real or virtual tokens, without position embeddings.
+          rows: positions and segments of the tokens.
           prefix: keys and values shared by all rows.
-          cache: keys and values of each row's earlier tokens.
-          gated: keys and values with a softmax of their own, for the last layers.
-          return_keys_values: also return every layer's keys (after RoPE) and values for the tokens of x.
-          return_hidden: False saves what only hidden states need of the last layer: all but its keys and values.
+          cache: keys and values of earlier tokens of each row.
+          gated: gated keys and values of the last layers.
+          return_keys_values: also return the keys (after RoPE) and values of all layers for the tokens of x.
+          return_hidden: if False, the last layer computes only its keys and values.
 
         Returns:
-          Normalised hidden states, ready for `logits`, and the keys and values [L, B, T, K, H]; None for either that is
-          not wanted.
+          Normalized hidden states for `logits`, and keys and values [L, B, T, K, H]; None for either that is not
+          requested.
         """
         config = self.config
 
@@ -302,28 +309,29 @@ def _flags(config: DecoderConfig, layers: tuple[int, ...], invert: bool = False)
 
 
 def _for_all_layers(gated: GatedPrefix, layers: int) -> GatedPrefix:
-    """Layers below the last G get a gate of 0."""
+    """Pads the gated prefix of the last G layers to all layers, with gates of 0."""
     gated = dataclasses.replace(gated, rows=None)
-    below = layers - gated.gates.shape[0]
-    return jax.tree.map(lambda a: jnp.pad(a, [(below, 0)] + [(0, 0)] * (a.ndim - 1)), gated)
+    missing = layers - gated.gates.shape[0]
+    return jax.tree.map(lambda a: jnp.pad(a, [(missing, 0)] + [(0, 0)] * (a.ndim - 1)), gated)
 
 
 def _shared_inputs(
     config: DecoderConfig, rows: Stream, prefix: Prefix | None, cache: Cache | None, ring: bool
 ) -> SharedInputs:
-    """Masks too, unless tokens go round a ring of devices, each of which makes its own."""
+    """Returns the inputs that layers share. With ring attention there are no masks, as each device computes its own."""
     cos_sin = rotation(config, rows.positions)
-    ahead = None if prefix is None else of_row(rows.prompt_index, prefix.positions)
+    prefix_positions = None if prefix is None else of_row(rows.prompt_index, prefix.positions)
     if ring:
-        return SharedInputs(cos_sin, rows, ahead, None, None)
-    placed: list[tuple[Array, Array | None]] = [(rows.positions, rows.segments)]
+        return SharedInputs(cos_sin, rows, prefix_positions, None, None)
+    sources: list[tuple[Array, Array | None]] = [(rows.positions, rows.segments)]
     if cache is not None:
-        placed.insert(0, (cache.positions, cache.segments))
-    if ahead is not None:
-        placed.insert(0, (jnp.broadcast_to(ahead, (rows.positions.shape[0], ahead.shape[-1])), None))
-    masks = tuple(visible(rows, positions, segments) for positions, segments in placed)
+        sources.insert(0, (cache.positions, cache.segments))
+    if prefix_positions is not None:
+        shape = (rows.positions.shape[0], prefix_positions.shape[-1])
+        sources.insert(0, (jnp.broadcast_to(prefix_positions, shape), None))
+    masks = tuple(visible(rows, positions, segments) for positions, segments in sources)
     if not config.window_layers:
-        return SharedInputs(cos_sin, rows, ahead, masks, None)
-    windows = [within_window(rows, positions, config.window) for positions, _ in placed]
-    within = tuple(mask & window for mask, window in zip(masks, windows, strict=True))
-    return SharedInputs(cos_sin, rows, ahead, masks, within)
+        return SharedInputs(cos_sin, rows, prefix_positions, masks, None)
+    windows = [within_window(rows, positions, config.window) for positions, _ in sources]
+    window_masks = tuple(mask & window for mask, window in zip(masks, windows, strict=True))
+    return SharedInputs(cos_sin, rows, prefix_positions, masks, window_masks)

@@ -1,7 +1,7 @@
-"""Fused attention, which holds no row's scores as a whole: cuDNN's on NVIDIA GPUs, splash attention on TPUs.
+"""Fused attention, which never holds the full score matrix: cuDNN on NVIDIA GPUs, splash attention on TPUs.
 
-Both take every source of keys as one, under one mask, so that their own gradients are right: nothing is merged by
-log-sum-exp.
+All sources of keys are concatenated under one mask, so that the gradients of the kernels are correct; results are not
+merged by log-sum-exp.
 """
 
 import functools
@@ -23,15 +23,16 @@ from spt_jax.runtime.sharding import ROWS, fitting
 Kernel = Literal["xla", "cudnn", "splash"]
 KernelChoice = Literal["auto", "xla", "cudnn", "splash"]
 FUSED: dict[str, Kernel] = {"gpu": "cudnn", "tpu": "splash"}  # by platform
-_LANES = 128  # What TPU kernels need lengths to be multiples of.
-_TOLERANCE = 0.05  # Relative error of a trial; 16 bits give about 0.01.
+_LANES = 128  # TPU kernels need lengths that are multiples of this.
+_TOLERANCE = 0.05  # Maximum relative error in a trial; with 16-bit dtypes it is about 0.01.
 
 
-def why_not(kernel: Kernel, config: DecoderConfig, dtype: Any, mesh: Mesh) -> str | None:
-    """The reason why a kernel cannot run on a mesh's devices, or not for such a model; None where it can.
+def unsupported_reason(kernel: Kernel, config: DecoderConfig, dtype: Any, mesh: Mesh) -> str | None:
+    """Returns why a kernel cannot run such a model on the devices of a mesh; None if it can.
 
-    cuDNN's conditions are those of JAX's `_src/cudnn/fused_attention_stablehlo.py`, and NVIDIA's for flash attention:
-    compute capability 8.0. What no rule foresees, such as a missing or too old cuDNN, a trial on the device finds.
+    The conditions for cuDNN are those of `_src/cudnn/fused_attention_stablehlo.py` in JAX, and compute capability 8.0,
+    which NVIDIA requires for flash attention. Other causes, such as a missing or outdated cuDNN, are found by a trial
+    on the device.
     """
     if kernel == "xla":
         return None
@@ -56,51 +57,51 @@ def why_not(kernel: Kernel, config: DecoderConfig, dtype: Any, mesh: Mesh) -> st
                 f" not {config.head_size}"
             )
         if config.score_cap is not None:
-            return "cuDNN does not cap attention scores, as this base needs"
+            return "cuDNN does not support the soft-capped attention scores of this base"
     local = next(device for device in mesh.devices.flat if device.process_index == jax.process_index())
     return trial(kernel, config.heads, config.kv_heads, config.head_size, jnp.dtype(dtype), local)
 
 
 def check_kernel(kernel: Kernel, config: DecoderConfig, dtype: Any, mesh: Mesh) -> None:
-    """Raises ConfigError where a kernel cannot run, or not for such a model."""
-    reason = why_not(kernel, config, dtype, mesh)
+    """Raises ConfigError if a kernel cannot run such a model on the devices of a mesh."""
+    reason = unsupported_reason(kernel, config, dtype, mesh)
     if reason is not None:
         raise ConfigError(f"attention {kernel!r} cannot be used: {reason}; 'auto' and 'xla' work here")
 
 
 def choose_kernel(config: DecoderConfig, dtype: Any, mesh: Mesh) -> tuple[Kernel, str]:
-    """What attention "auto" stands for: the fused kernel of these devices where it can run, "xla" elsewhere.
+    """Resolves attention "auto": the fused kernel for these devices if it can run, else "xla".
 
     Returns:
-      The kernel, and the words to add to its name that say why: empty for a fused one.
+      The kernel, and a note to print after its name with the reason for "xla"; empty for a fused kernel.
     """
     platform = mesh.devices.flat[0].platform
     if platform not in FUSED:
         return "xla", f" ({jnp.dtype(dtype)} on {platform})"
-    reason = why_not(FUSED[platform], config, dtype, mesh)
+    reason = unsupported_reason(FUSED[platform], config, dtype, mesh)
     return (FUSED[platform], "") if reason is None else ("xla", f", because {reason}")
 
 
 @functools.cache
 def trial(kernel: Kernel, heads: int, kv_heads: int, size: int, dtype: np.dtype, device: Any) -> str | None:
-    """Runs a kernel on a small input, forward and backward, and compares it with plain attention.
+    """Runs a kernel on a small input, forward and backward, and compares the results with plain attention.
 
     Returns:
-      What went wrong; None if nothing did.
+      A message about what went wrong; None on success.
     """
     random = np.random.default_rng(0)
-    length, keys_length = 65, 131  # odd, and no multiples of a kernel's blocks
-    rows, seen = (2, length, heads, size), (2, keys_length, kv_heads, size)
+    length, keys_length = 65, 131  # odd, and not multiples of the block sizes of the kernels
+    query_shape, key_shape = (2, length, heads, size), (2, keys_length, kv_heads, size)
     queries, keys, values, cotangent = (
-        jnp.asarray(random.standard_normal(shape), dtype) for shape in (rows, seen, seen, rows)
+        jnp.asarray(random.standard_normal(shape), dtype) for shape in (query_shape, key_shape, key_shape, query_shape)
     )
     mask = jnp.asarray(random.random((2, length, keys_length)) < 0.7).at[:, :, 0].set(True)
     scale = size**-0.5
 
-    def both(attention: Callable[[Array, Array, Array], Array]) -> Any:
+    def gradients(attention: Callable[[Array, Array, Array], Array]) -> Any:
         def run(cotangent: Array, *inputs: Array) -> Any:
-            out, pull = jax.vjp(attention, *inputs)
-            return out, pull(cotangent)
+            out, vjp = jax.vjp(attention, *inputs)
+            return out, vjp(cotangent)
 
         return jax.device_get(jax.jit(run)(*jax.device_put((cotangent, queries, keys, values), device)))
 
@@ -111,13 +112,13 @@ def trial(kernel: Kernel, heads: int, kv_heads: int, size: int, dtype: np.dtype,
         return KERNELS[kernel](*inputs, mask, scale=scale, cap=None, interpret=device.platform == "cpu")
 
     try:
-        ours = both(fused)
-    except Exception as error:  # JAX, cuDNN and the compilers of kernels each raise errors of their own
+        results = gradients(fused)
+    except Exception as error:  # JAX, cuDNN and kernel compilers raise exceptions of different types
         text = (str(error) or "no message").splitlines()[0]
         return f"{kernel} attention failed in a trial on {device.device_kind} ({type(error).__name__}: {text})"
-    for own, other in zip(jax.tree.leaves(ours), jax.tree.leaves(both(plain)), strict=True):
-        own, other = own.astype(np.float32), other.astype(np.float32)
-        error = np.linalg.norm(own - other) / np.linalg.norm(other)
+    for actual, expected in zip(jax.tree.leaves(results), jax.tree.leaves(gradients(plain)), strict=True):
+        actual, expected = actual.astype(np.float32), expected.astype(np.float32)
+        error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
         if not error <= _TOLERANCE:
             return f"{kernel} attention in a trial on {device.device_kind} differed from plain attention by {error:.0%}"
     return None
@@ -134,11 +135,12 @@ def attend_fused(
     scale: float,
     cap: float | None,
 ) -> Float[Array, "B T N H"]:
-    """Softmax attention by one kernel, on each device its rows and heads. A query that sees nothing gets some values.
+    """Computes softmax attention with a fused kernel, sharded over rows and heads.
 
-    On CPU, splash is interpreted: slowly, for tests.
+    A query whose keys are all masked attends to the first key. On CPU, splash is interpreted, which is slow and
+    only meant for tests.
     """
-    # A kernel may give NaN where nothing is seen.
+    # A kernel may return NaN if all keys are masked.
     mask = mask.at[:, :, 0].set(mask[:, :, 0] | ~mask.any(axis=-1))
     platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
     function = _mappable(functools.partial(KERNELS[kernel], scale=scale, cap=cap, interpret=platform == "cpu"))
@@ -152,40 +154,40 @@ def attend_fused(
 
 
 def _mappable(kernel: Callable[..., Array]) -> Callable[..., Array]:
-    """The kernel, for which an axis that `vmap` maps is more rows, forward and backward.
+    """Returns the kernel with a `vmap` rule that folds the mapped axis into the rows, forward and backward.
 
-    JAX's own rule for cuDNN's kernel does not take a mask that all heads share, and Pallas would map what splash
-    reads of a mask one by one.
+    The rule of JAX for the cuDNN kernel does not support a mask that all heads share, and Pallas would map the mask
+    data of splash attention sequentially.
     """
 
-    def slopes(cotangent: Array, queries: Array, keys: Array, values: Array, mask: Array) -> tuple[Array, ...]:
-        _, pull = jax.vjp(lambda *inputs: kernel(*inputs, mask), queries, keys, values)
-        return pull(cotangent)
+    def gradients(cotangent: Array, queries: Array, keys: Array, values: Array, mask: Array) -> tuple[Array, ...]:
+        _, vjp = jax.vjp(lambda *inputs: kernel(*inputs, mask), queries, keys, values)
+        return vjp(cotangent)
 
-    forward, backward = _with_more_rows(kernel), _with_more_rows(slopes)
+    forward, backward = _with_folded_vmap(kernel), _with_folded_vmap(gradients)
 
     @jax.custom_vjp
     def attention(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
         return forward(queries, keys, values, mask)
 
-    # The kernel's own residuals could not pass through `custom_vmap`; rematerialisation would drop them anyway.
+    # The residuals of the kernel cannot pass through `custom_vmap`; rematerialization would drop them anyway.
     attention.defvjp(
         lambda *inputs: (forward(*inputs), inputs), lambda inputs, cotangent: (*backward(cotangent, *inputs), None)
     )
     return attention
 
 
-def _with_more_rows(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of arrays [B, ...] that folds an axis which `vmap` maps into B."""
+def _with_folded_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function of arrays [B, ...] for which `vmap` folds the mapped axis into B."""
     mappable = jax.custom_batching.custom_vmap(function)
 
     @mappable.def_vmap
     def rule(size: int, mapped: list[bool], *arrays: Array) -> tuple[Any, Any]:
-        whole = (
-            array if own else jnp.broadcast_to(array[None], (size, *array.shape))
-            for array, own in zip(arrays, mapped, strict=True)
+        batched = (
+            array if is_mapped else jnp.broadcast_to(array[None], (size, *array.shape))
+            for array, is_mapped in zip(arrays, mapped, strict=True)
         )
-        out = mappable(*(array.reshape(-1, *array.shape[2:]) for array in whole))
+        out = mappable(*(array.reshape(-1, *array.shape[2:]) for array in batched))
         return jax.tree.map(lambda array: array.reshape(size, -1, *array.shape[1:]), out), jax.tree.map(
             lambda _: True, out
         )
@@ -197,7 +199,9 @@ def _cudnn(
     queries: Array, keys: Array, values: Array, mask: Array, *, scale: float, cap: float | None, interpret: bool
 ) -> Array:
     length = queries.shape[1]
-    queries, keys, values, mask = _padded(queries, keys, values, mask, 2)  # Its backward pass needs even lengths.
+    queries, keys, values, mask = _padded(
+        queries, keys, values, mask, 2
+    )  # The backward pass of cuDNN needs even lengths.
     out = jax.nn.dot_product_attention(
         queries, keys, values, mask=mask[:, None], scale=scale, implementation="xla" if interpret else "cudnn"
     )
@@ -214,10 +218,10 @@ def _splash(
     queries, keys, values, mask = _padded(queries * scale, keys, values, mask, _LANES, _LANES)
 
     def of_row(row: tuple[Array, Array, Array, Array]) -> Array:
-        """Masks of several rows at once would have to be there for every head."""
+        """Computes one row: masks of several rows at once would have to be repeated for every head."""
         queries, keys, values, mask = row
         kernel = make_splash(mask[None], attn_logits_soft_cap=cap, interpret=interpret)
-        # Inside jit, JAX makes an array of this flag, which it then branches on.
+        # Inside jit, JAX turns this flag into an array but branches on it in Python.
         for name in ("fwd_mask_info", "dq_mask_info", "dkv_mask_info"):
             setattr(kernel, name, getattr(kernel, name)._replace(is_dynamic_mask=True))
         grouped = queries.reshape(-1, kv_heads, heads // kv_heads, queries.shape[-1]).transpose(1, 2, 0, 3)
@@ -228,13 +232,13 @@ def _splash(
 
 
 def _padded(queries: Array, keys: Array, values: Array, mask: Array, length: int, size: int = 1) -> tuple[Array, ...]:
-    """With T, S and H rounded up to multiples."""
+    """Pads T and S to multiples of `length`, and H to a multiple of `size`."""
     more_queries, more_keys, more = -queries.shape[1] % length, -keys.shape[1] % length, -queries.shape[-1] % size
     padded = (
         jnp.pad(array, [(0, 0), (0, count), (0, 0), (0, more)])
         for array, count in ((queries, more_queries), (keys, more_keys), (values, more_keys))
     )
-    # Queries that are none see the first key.
+    # Padding queries attend to the first key.
     mask = jnp.pad(mask, [(0, 0), (0, more_queries), (0, more_keys)])
     return *padded, mask.at[:, queries.shape[1] :, 0].set(True)
 

@@ -1,4 +1,4 @@
-"""The small parts of a decoder: the one matrix product, norms, rotary embedding, MLP."""
+"""Layers of a decoder: linear layers, norms, rotary embedding, MLP."""
 
 import dataclasses
 import functools
@@ -20,14 +20,14 @@ ACTIVATIONS = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A kernel as whole numbers, int8, times a float32 scale per output channel."""
+    """A quantized kernel: int8 values times a float32 scale per output channel."""
 
     values: Num[Array, "*L D F"]
     scale: Float[Array, "*L F"]
 
 
 def dense(kernel: Float[Array, "*L D F"] | Quantized) -> Float[Array, "*L D F"]:
-    """A kernel's numbers, float32."""
+    """Returns a kernel as a dense float32 array."""
     if isinstance(kernel, Quantized):
         return kernel.values.astype(jnp.float32) * kernel.scale[..., None, :]
     return kernel.astype(jnp.float32)
@@ -36,9 +36,9 @@ def dense(kernel: Float[Array, "*L D F"] | Quantized) -> Float[Array, "*L D F"]:
 def linear(
     x: Float[Array, "*B D"], kernel: Float[Array, "D F"] | Quantized, bias: Float[Array, " F"] | None = None
 ) -> Float[Array, "*B F"]:
-    """Every matrix product of the models: x @ kernel + bias, in x's dtype."""
+    """Returns x @ kernel + bias in the dtype of x. All linear maps of the layers use this function."""
     if isinstance(kernel, Quantized):
-        # In float32 until it is scaled: 127 times the outputs may be beyond float16.
+        # float32 until scaled: before that, outputs are up to 127 times larger and may overflow float16.
         y = jnp.dot(x, kernel.values.astype(x.dtype), preferred_element_type=jnp.float32)
         y = (y * kernel.scale.reshape((1,) * (y.ndim - 1) + (-1,))).astype(x.dtype)
     else:
@@ -49,7 +49,7 @@ def linear(
 
 
 class Linear(nn.Module):
-    """A kernel [D, features], with a bias if asked."""
+    """A linear layer with a kernel [D, features] and an optional bias."""
 
     features: int
     use_bias: bool = False
@@ -84,7 +84,7 @@ class Norm(nn.Module):
 
 
 class Mlp(nn.Module):
-    """down(act(gate(x)) * up(x)), or down(act(up(x))) where the family has no gate."""
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) for families without a gate."""
 
     config: DecoderConfig
 
@@ -102,7 +102,7 @@ class Mlp(nn.Module):
 
 
 def rotation(config: DecoderConfig, positions: Int[Array, "B T"]) -> tuple[Array, Array] | None:
-    """Cosine and sine of every position's angles, float32 [B, T, H / 2]; None for a family without RoPE."""
+    """Returns cosines and sines of the RoPE angles, float32 [B, T, H / 2]; None for families without RoPE."""
     if config.rope is None:
         return None
     frequencies = jnp.asarray(config.rope.inverse_frequencies(config.head_size))
@@ -111,8 +111,8 @@ def rotation(config: DecoderConfig, positions: Int[Array, "B T"]) -> tuple[Array
 
 
 def rotate(x: Float[Array, "B T N H"], cos_sin: tuple[Array, Array]) -> Float[Array, "B T N H"]:
-    """Turns the pairs (x[i], x[i + H/2]) by their angles, in float32 (the layout of Hugging Face checkpoints)."""
+    """Rotates the pairs (x[i], x[i + H/2]) by their angles, in float32 (the layout of Hugging Face checkpoints)."""
     cos, sin = (part[:, :, None] for part in cos_sin)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

@@ -1,7 +1,7 @@
-"""Attention of rows whose tokens are split over devices (ring attention, Liu et al. 2023, arXiv 2310.01889).
+"""Ring attention, for rows whose tokens are split over devices (Liu et al. 2023, arXiv 2310.01889).
 
-Queries stay; keys and values go round the devices of the "sequence" axis, so that none ever holds a whole row. The
-backward pass goes round once more, and computes the weights again from each query's normaliser.
+Queries stay in place; keys and values rotate around the devices of the "sequence" axis, so that no device ever holds a
+full row. The backward pass rotates them once more, and recomputes the weights from the normalizer of each query.
 """
 
 import dataclasses
@@ -32,19 +32,19 @@ AXIS = "sequence"
 
 
 def splits(mesh: Mesh | None, stream: Stream) -> bool:
-    """Whether rows lie on the mesh so that they go round: more than one device along them, and even shares."""
+    """Returns whether ring attention is used: the mesh splits tokens, and divides rows and tokens evenly."""
     rows, length = stream.positions.shape
     return mesh is not None and mesh.shape[AXIS] > 1 and length % mesh.shape[AXIS] == 0 and rows % row_shards(mesh) == 0
 
 
 @dataclasses.dataclass(frozen=True)
 class _Ring:
-    """What is static: the mesh, scoring, the window (0 for none), and whether each row has a prefix of its own."""
+    """Static arguments: mesh, scoring, window (0 for none), and whether each row has a separate prefix."""
 
     mesh: Mesh
     scoring: Scoring
     window: int
-    own_prefixes: bool
+    separate_prefixes: bool
 
     def map(self, function: Any, inputs: Any, outputs: Any) -> Any:
         return jax.shard_map(
@@ -60,21 +60,21 @@ class _Ring:
         return P(ROWS, AXIS, "tensor")
 
     @property
-    def normalisers(self) -> P:
-        """[B, K, G T, 1]: a device's groups of its own tokens stand together."""
+    def normalizers(self) -> P:
+        """[B, K, G T, 1], where the entries of each device are contiguous."""
         return P(ROWS, "tensor", AXIS)
 
     @property
     def arrays(self) -> tuple[P, P, P, P]:
-        prefix = P(ROWS, None, "tensor") if self.own_prefixes else P(None, "tensor")
+        prefix = P(ROWS, None, "tensor") if self.separate_prefixes else P(None, "tensor")
         return self.heads, self.heads, self.heads, prefix
 
     @property
     def places(self) -> tuple[P, P, P]:
-        return self.tokens, P(ROWS) if self.own_prefixes else P(), P()
+        return self.tokens, P(ROWS) if self.separate_prefixes else P(), P()
 
     def next(self, tree: Any) -> Any:
-        """What the device before this one holds."""
+        """Returns the arrays of the previous device."""
         count = self.mesh.shape[AXIS]
         return jax.lax.ppermute(tree, AXIS, [(i, (i + 1) % count) for i in range(count)])
 
@@ -92,16 +92,18 @@ def ring_attend(
     windowed: Bool[Array, ""] | None = None,
     scoring: Scoring | None = None,
 ) -> Float[Array, "B T N H"]:
-    """`attention.attend` over a prefix and the rows themselves, with T split over the mesh's "sequence" axis.
+    """Computes `attention.attend` over a prefix and the rows, with T split over the "sequence" axis of the mesh.
 
     Args:
-      mesh: `splits` must hold for it.
-      queries, keys, values: of the rows.
-      stream: where their tokens stand.
-      prefix: keys and values [P, K, H] that all rows see, or [B, P, K, H] of each row's own.
-      prefix_positions: where those stand, [P] or [B, P].
-      window: width of the sliding window, 0 for none.
-      windowed: whether it holds in this layer; None for always.
+      mesh: `splits` must be true for it.
+      queries: queries of the rows.
+      keys: keys of the rows.
+      values: values of the rows.
+      stream: positions and segments of the tokens.
+      prefix: keys and values, [P, K, H] for all rows or [B, P, K, H] for each row.
+      prefix_positions: positions of the prefix, [P] or [B, P].
+      window: width of the sliding window; 0 for none.
+      windowed: whether this layer uses the window; None for always.
       scoring: as for `attend`.
     """
     scoring = scoring or Scoring(queries.shape[-1] ** -0.5)
@@ -112,12 +114,12 @@ def ring_attend(
 
 
 def take_tokens(mesh: Mesh, x: Float[Array, "B T D"], places: Int[Array, "B Q"]) -> Float[Array, "B Q D"]:
-    """`jnp.take_along_axis(x, places[:, :, None], axis=1)` for T split over the mesh, which must hold for `splits`."""
+    """Computes `jnp.take_along_axis(x, places[:, :, None], axis=1)` for T split over a mesh (see `splits`)."""
 
     def of_device(x: Array, places: Array) -> Array:
-        here = places - jax.lax.axis_index(AXIS) * x.shape[1]
-        inside = (here >= 0) & (here < x.shape[1])
-        rows = jnp.take_along_axis(x, jnp.where(inside, here, 0)[:, :, None], axis=1)
+        local = places - jax.lax.axis_index(AXIS) * x.shape[1]
+        inside = (local >= 0) & (local < x.shape[1])
+        rows = jnp.take_along_axis(x, jnp.where(inside, local, 0)[:, :, None], axis=1)
         return jax.lax.psum(jnp.where(inside[:, :, None], rows, 0), AXIS)
 
     return jax.shard_map(of_device, mesh=mesh, in_specs=(P(ROWS, AXIS), P(ROWS)), out_specs=P(ROWS))(x, places)
@@ -129,14 +131,14 @@ def _ring_attend(ring: _Ring, arrays: Any, places: Any) -> Array:
 
 
 def _forward(ring: _Ring, arrays: Any, places: Any) -> tuple[Array, Any]:
-    outputs = (ring.heads, ring.normalisers, ring.normalisers)
+    outputs = (ring.heads, ring.normalizers, ring.normalizers)
     out, highest, total = ring.map(_device_forward, (ring.arrays, ring.places), outputs)(arrays, places)
     return out, (arrays, places, out, highest, total)
 
 
 def _backward(ring: _Ring, saved: Any, cotangent: Array) -> tuple[Any, None]:
     arrays, places, *rest = saved
-    inputs = (ring.arrays, ring.places, ring.heads, ring.normalisers, ring.normalisers, ring.heads)
+    inputs = (ring.arrays, ring.places, ring.heads, ring.normalizers, ring.normalizers, ring.heads)
     return ring.map(_device_backward, inputs, ring.arrays)(arrays, places, *rest, cotangent), None
 
 
@@ -144,7 +146,7 @@ _ring_attend.defvjp(_forward, _backward)
 
 
 def _sources(ring: _Ring, prefix: Any, places: Any) -> tuple[Source | None, Any]:
-    """The prefix as a source, if there is one, and a function that makes one of travelling keys and values."""
+    """Returns the prefix as a source (None without one), and a function that makes a source of rotating arrays."""
     (positions, segments, parents), prefix_positions, windowed = places
     stream = Stream(positions, segments, parents)
 
@@ -162,31 +164,31 @@ def _sources(ring: _Ring, prefix: Any, places: Any) -> tuple[Source | None, Any]
 
 
 def _device_forward(ring: _Ring, arrays: Any, places: Any) -> tuple[Array, Array, Array]:
-    """Output, highest score and sum of weights of this device's queries.
+    """Returns output, maximum score and sum of weights of the queries of this device.
 
-    Keys and values go once all the way round, so that one loop body does for all.
+    Keys and values make a full rotation, so that all steps share one loop body.
     """
     queries, keys, values, prefix = arrays
     positions, segments, _ = places[0]
     grouped = grouped_heads(queries, keys.shape[2])
     prefix_source, source = _sources(ring, prefix, places)
 
-    def take_in(state: Any, source: Source) -> Any:
+    def update(state: Any, source: Source) -> Any:
         highest, total, mixed = state
         scores = scores_of(grouped, source, ring.scoring)
         higher = jnp.maximum(highest, scores.max(-1, keepdims=True))
-        weights, keep = jnp.exp(scores - higher), jnp.exp(highest - higher)
-        mixed = keep * mixed + mix(weights.astype(queries.dtype), source)
-        return higher, keep * total + weights.sum(-1, keepdims=True), mixed
+        weights, correction = jnp.exp(scores - higher), jnp.exp(highest - higher)
+        mixed = correction * mixed + mix(weights.astype(queries.dtype), source)
+        return higher, correction * total + weights.sum(-1, keepdims=True), mixed
 
     def step(carry: Any, _: None) -> tuple[Any, None]:
-        state, travelling = carry
-        return (take_in(state, source(*travelling)), ring.next(travelling)), None
+        state, rotating = carry
+        return (update(state, source(*rotating)), ring.next(rotating)), None
 
-    nothing = jnp.zeros((*grouped.shape[:3], 1), jnp.float32)
-    state = (nothing - jnp.inf, nothing, jnp.zeros(grouped.shape, jnp.float32))
+    zeros = jnp.zeros((*grouped.shape[:3], 1), jnp.float32)
+    state = (zeros - jnp.inf, zeros, jnp.zeros(grouped.shape, jnp.float32))
     if prefix_source is not None:
-        state = take_in(state, prefix_source)
+        state = update(state, prefix_source)
     carry = (state, ((keys, values), positions, segments))
     ((highest, total, mixed), _), _ = jax.lax.scan(step, carry, length=ring.mesh.shape[AXIS])
     return ungrouped_heads((mixed / total).astype(queries.dtype), queries.shape), highest, total
@@ -195,40 +197,40 @@ def _device_forward(ring: _Ring, arrays: Any, places: Any) -> tuple[Array, Array
 def _device_backward(
     ring: _Ring, arrays: Any, places: Any, out: Array, highest: Array, total: Array, cotangent: Array
 ) -> tuple[Array, Array, Array, Any]:
-    """Cotangents of this device's queries, keys and values, and of the whole prefix."""
+    """Returns cotangents of the queries, keys and values of this device, and of the full prefix."""
     queries, keys, values, prefix = arrays
     positions, segments, _ = places[0]
     kv_heads, dtype = keys.shape[2], queries.dtype
-    grouped, slope = grouped_heads(queries, kv_heads), grouped_heads(cotangent, kv_heads)
-    product = (slope.astype(jnp.float32) * grouped_heads(out, kv_heads)).sum(-1, keepdims=True)
+    grouped, d_out = grouped_heads(queries, kv_heads), grouped_heads(cotangent, kv_heads)
+    product = (d_out.astype(jnp.float32) * grouped_heads(out, kv_heads)).sum(-1, keepdims=True)
     prefix_source, source = _sources(ring, prefix, places)
 
     def of_source(source: Source) -> tuple[Array, tuple[Array, Array]]:
-        """What the queries, and these keys and values, get from meeting each other; float32."""
+        """Returns the cotangents of the queries, and of the keys and values of one source; float32."""
         scores = scores_of(grouped, source, ring.scoring)
         weights = jnp.exp(scores - highest) / total
         rows = "b" if source.keys.ndim == 4 else ""
-        by_key = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        of_values = by_key(f"bkqs,bkqh->{rows}skh", weights.astype(dtype), slope)
-        of_weights = by_key(f"bkqh,{rows}skh->bkqs", slope, source.values)
+        einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        d_values = einsum(f"bkqs,bkqh->{rows}skh", weights.astype(dtype), d_out)
+        d_weights = einsum(f"bkqh,{rows}skh->bkqs", d_out, source.values)
         slopes = ring.scoring.scale * soft_cap_slope(scores, ring.scoring.cap)
-        of_scores = (weights * (of_weights - product) * slopes).astype(dtype)
-        of_keys = by_key(f"bkqs,bkqh->{rows}skh", of_scores, grouped)
-        return mix(of_scores, dataclasses.replace(source, values=source.keys)), (of_keys, of_values)
+        d_scores = (weights * (d_weights - product) * slopes).astype(dtype)
+        d_keys = einsum(f"bkqs,bkqh->{rows}skh", d_scores, grouped)
+        return mix(d_scores, dataclasses.replace(source, values=source.keys)), (d_keys, d_values)
 
     def step(carry: Any, _: None) -> tuple[Any, None]:
-        of_queries, travelling, gathered = carry
-        more, slopes = of_source(source(*travelling))
-        gathered = jax.tree.map(jnp.add, gathered, slopes)
-        return (of_queries + more, *ring.next((travelling, gathered))), None
+        d_queries, rotating, d_pair = carry
+        d_more, d_source = of_source(source(*rotating))
+        d_pair = jax.tree.map(jnp.add, d_pair, d_source)
+        return (d_queries + d_more, *ring.next((rotating, d_pair))), None
 
-    of_prefix, of_queries = None, jnp.zeros(grouped.shape, jnp.float32)
+    d_prefix, d_queries = None, jnp.zeros(grouped.shape, jnp.float32)
     if prefix_source is not None:
-        of_queries, slopes = of_source(prefix_source)
-        axes = (AXIS,) if ring.own_prefixes else (AXIS, *ROWS)
-        of_prefix = jax.tree.map(lambda a, like: jax.lax.psum(a, axes).astype(like.dtype), slopes, prefix)
-    nothing = jnp.zeros(keys.shape, jnp.float32)
-    carry = (of_queries, ((keys, values), positions, segments), (nothing, nothing))
-    (of_queries, _, gathered), _ = jax.lax.scan(step, carry, length=ring.mesh.shape[AXIS])
-    of_keys, of_values = (a.astype(dtype) for a in gathered)
-    return ungrouped_heads(of_queries.astype(dtype), queries.shape), of_keys, of_values, of_prefix
+        d_queries, d_source = of_source(prefix_source)
+        axes = (AXIS,) if ring.separate_prefixes else (AXIS, *ROWS)
+        d_prefix = jax.tree.map(lambda a, like: jax.lax.psum(a, axes).astype(like.dtype), d_source, prefix)
+    zeros = jnp.zeros(keys.shape, jnp.float32)
+    carry = (d_queries, ((keys, values), positions, segments), (zeros, zeros))
+    (d_queries, _, d_pair), _ = jax.lax.scan(step, carry, length=ring.mesh.shape[AXIS])
+    d_keys, d_values = (a.astype(dtype) for a in d_pair)
+    return ungrouped_heads(d_queries.astype(dtype), queries.shape), d_keys, d_values, d_prefix

@@ -1,4 +1,4 @@
-"""Normalisers over a large vocabulary, of which only a part of the logits is there at a time."""
+"""Chunked log-sum-exp over a large vocabulary."""
 
 import functools
 import math
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from spt_jax.models.attention import soft_cap_slope, soft_capped
 
-# Logits that are there at once, beyond one chunk of the least number of rows that keeps a matrix product efficient.
+# Maximum number of logits per chunk; but a chunk has at least CHUNK_ROWS rows, for efficient matrix products.
 CHUNK_LOGITS = 2**24
 CHUNK_ROWS = 512
 
@@ -19,13 +19,16 @@ CHUNK_ROWS = 512
 def log_sum_exp(
     states: Float[Array, "B Q D"], matrix: Float[Array, "V D"], cap: float | None = None
 ) -> Float[Array, "B Q"]:
-    """log of the sum over v of exp(states . matrix[v]), float32, with a gradient for the states alone.
+    """Returns log(sum_v exp(states . matrix[v])), float32, with a gradient only for the states.
 
-    cap: of the logits, as `soft_capped` has it.
+    The gradient is the mean of the rows of the matrix under the softmax, each row times the slope of its soft cap. When
+    differentiated, the forward pass stores that mean, [B, Q, D]. So neither pass holds more than one chunk of the
+    [B, Q, V] logits, and no logits are computed twice.
 
-    The gradient is the mean of the matrix's rows under the softmax, each times the slope of its cap. The forward pass
-    of a differentiated call keeps that [B, Q, D], so that neither pass holds more than a chunk of the [B, Q, V] logits,
-    and none is computed twice.
+    Args:
+      states: hidden states.
+      matrix: the output matrix, with a row per token of the vocabulary.
+      cap: soft cap of the logits, as for `soft_capped`.
     """
     return _by_chunks(lambda chunk: _log_sums(chunk, matrix, cap)[0], states, matrix.shape[0])
 
@@ -33,8 +36,8 @@ def log_sum_exp(
 def _forward(states: Array, matrix: Array, cap: float | None) -> tuple[Array, Array]:
     def sums_and_means(chunk: Array) -> tuple[Array, Array]:
         log_sums, logits = _log_sums(chunk, matrix, cap)
-        shares = (jnp.exp(logits - log_sums[..., None]) * soft_cap_slope(logits, cap)).astype(matrix.dtype)
-        return log_sums, jnp.dot(shares, matrix, preferred_element_type=jnp.float32).astype(chunk.dtype)
+        weights = (jnp.exp(logits - log_sums[..., None]) * soft_cap_slope(logits, cap)).astype(matrix.dtype)
+        return log_sums, jnp.dot(weights, matrix, preferred_element_type=jnp.float32).astype(chunk.dtype)
 
     return _by_chunks(sums_and_means, states, matrix.shape[0])
 
@@ -52,7 +55,7 @@ def _log_sums(states: Array, matrix: Array, cap: float | None) -> tuple[Array, A
 
 
 def _by_chunks(function: Any, states: Array, vocabulary: int) -> Any:
-    """`function` of [B, q, D] for chunks of Q, one after the other; rows stay on their devices."""
+    """Applies `function` to chunks [B, q, D] of Q, one after another. Rows stay on their devices."""
     batch, outputs, width = states.shape
     rows = max(CHUNK_ROWS, CHUNK_LOGITS // vocabulary)
     count = max(1, math.ceil(batch * outputs / rows))

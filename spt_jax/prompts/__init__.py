@@ -1,4 +1,4 @@
-"""The soft-prompt family: one file per method, and the initializers they share."""
+"""Soft-prompt methods, one file per method, and the initializers they share."""
 
 from typing import Any
 

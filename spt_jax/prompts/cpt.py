@@ -1,4 +1,7 @@
-"""Context-aware prompt tuning: real tokens, each trained within a ball (Blau et al. 2024, arXiv 2410.17222)."""
+"""Context-aware prompt tuning: virtual tokens that start at real ones and stay near them.
+
+CPT (Blau et al. 2024, arXiv 2410.17222).
+"""
 
 import dataclasses
 import math
@@ -29,16 +32,16 @@ class ContextPromptTuning(TokenMethod):
 
     Attributes:
       name: the method.
-      context: solved examples in words, each one's label in [[ ]], such as "Who wrote it?\\n[[ person]]\\n".
-      ids: the real tokens of the context; default those of `context`.
-      init: without either, the real tokens; with init.name=text a text, tiled or trimmed to P.
-      kinds: what each of the P tokens is, modulo 4: 1 an input's format, 2 an input's words, 3 an output's format, 0 a
-        label, which stays as it is. Numbers grow by 4 from one example of the context to the next. Default 2 for
-        all; for `context` 2 and 4, 6 and 8, and so on.
-      decay: the loss on the context's labels, which `ids` must tell, weighs this for the last example, its square for
-        the one before, and so on; 0 for none.
-      epsilon: how far, in units of sqrt(D / 2048), the words may go from where they start.
-      format_epsilon: how far format tokens may.
+      context: solved examples as text, with each label in [[ ]], such as "Who wrote it?\\n[[ person]]\\n".
+      ids: token ids of the context; default those of `context`.
+      init: initializer of the rows if neither `context` nor `ids` is given.
+      kinds: the kind of each of the P tokens, modulo 4: 1 for the format of an input, 2 for the text of an input, 3 for
+        the format of an output, 0 for a label, which is not trained. Numbers grow by 4 from one example of the context
+        to the next. Default 2 for all tokens; for `context` 2 and 4, 6 and 8, and so on.
+      decay: weight of the loss on the label of the last example of the context; its square for the example before, and
+        so on. 0 for no such loss. The labels are known only with `context` or `ids`.
+      epsilon: how far tokens of text may move from where they start (L2 norm), in units of sqrt(D / 2048).
+      format_epsilon: the same for format tokens.
     """
 
     recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.03, "schedule": "linear"}
@@ -53,29 +56,29 @@ class ContextPromptTuning(TokenMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, given in (("kinds", self.kinds), ("ids", self.ids)):
-            if given and len(given) != self.token_count:
-                raise ConfigError(f"method.{name} has {len(given)} numbers for {self.token_count} virtual tokens")
+        for name, numbers in (("kinds", self.kinds), ("ids", self.ids)):
+            if numbers and len(numbers) != self.token_count:
+                raise ConfigError(f"method.{name} has {len(numbers)} numbers for {self.token_count} virtual tokens")
         if min((self.epsilon, self.format_epsilon, *self.kinds, *self.ids)) < 0:
             raise ConfigError("method.epsilon, format_epsilon, kinds and ids must be at least 0")
         if not 0 <= self.decay <= 1:
-            raise ConfigError(f"method.decay is {self.decay}; it lies in [0, 1]")
+            raise ConfigError(f"method.decay is {self.decay}; it must be in [0, 1]")
 
     @property
     def token_count(self) -> int:
-        """Virtual tokens that a template must place."""
+        """Number of virtual tokens that a template must place."""
         return self.length or len(self.kinds) or len(self.ids) or DEFAULT_LENGTH
 
     @property
     def needs_tokenizer(self) -> bool:
-        """The context is still words."""
+        """Whether the context is still text."""
         return bool(self.context) and not self.ids
 
     def bind(self, tokenizer: Any) -> "ContextPromptTuning":
-        """The context as ids and kinds.
+        """Returns the method with `ids` and `kinds` of the tokenized context.
 
         Raises:
-          ConfigError: `length` is given and is not the context's.
+          ConfigError: `length` is given and is not the length of the context.
         """
         if not self.needs_tokenizer:
             return self
@@ -90,7 +93,7 @@ class ContextPromptTuning(TokenMethod):
 
     @property
     def context_targets(self) -> tuple[tuple[int, int, float], ...]:
-        """The labels of the context, later ones weighing more (Blau et al. 2024, section 3.3, as PEFT has it)."""
+        """The labels of the context, with larger weights for later ones (Blau et al. 2024, section 3.3, as in PEFT)."""
         labels = sorted({kind for kind in self.kinds if kind and kind % 4 == 0}, reverse=True)
         weights = {kind: self.decay ** (1 + rank) for rank, kind in enumerate(labels)}
         if not self.ids or not self.decay:
@@ -98,7 +101,7 @@ class ContextPromptTuning(TokenMethod):
         return tuple((i, self.ids[i], weights[kind]) for i, kind in enumerate(self.kinds) if kind in weights)
 
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Float[Array, "P D"]]:
-        """The context's embeddings and how far each is from them: nothing yet. float32.
+        """Returns the start rows (embeddings of the context) and their trained difference, zeros; float32.
 
         Raises:
           ConfigError: `bind` was not called, or an id is outside the vocabulary.
@@ -114,17 +117,17 @@ class ContextPromptTuning(TokenMethod):
         return {"start": rows, "delta": jnp.zeros_like(rows)}
 
     def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
-        """start + delta; labels have no gradient."""
+        """Returns start + delta as virtual tokens. Labels have no gradient."""
         del module, frozen
         free = jnp.asarray(self._radii(1) > 0, jnp.float32)[:, None]
         return VirtualPrompt(tokens=params["start"] + free * params["delta"])
 
     def trainable(self, params: PromptParams) -> dict[str, bool]:
-        """The difference."""
+        """Only the difference is trained."""
         return {name: name == "delta" for name in params}
 
     def project(self, params: PromptParams) -> PromptParams:
-        """Every token's difference, put back into its ball."""
+        """Scales the difference of each token down to its maximum norm."""
         delta = params["delta"]
         radii = jnp.asarray(self._radii(delta.shape[1]))
         norms = jnp.linalg.norm(delta, axis=1)

@@ -1,4 +1,4 @@
-"""Decomposed prompt tuning: a short prompt, and a low-rank change of the text's own embeddings.
+"""Decomposed prompt tuning: a short soft prompt, and a low-rank update of the embeddings of the input.
 
 DePT (Shi & Lipani 2024, arXiv 2309.05173).
 """
@@ -26,10 +26,11 @@ class DecomposedPromptTuning(TokenMethod):
 
     Attributes:
       name: the method.
-      init: where the rows start.
-      span: so many first positions of a sequence, virtual ones counted, have their real tokens' embeddings changed.
-      rank: of the change.
-      change_rate: what the change's learning rate is of the rows' (the paper gives each its own).
+      init: initializer of the rows.
+      span: number of first positions of a sequence, virtual tokens included, at which the embeddings of real tokens are
+        updated.
+      rank: rank of the update.
+      change_rate: learning rate of the update relative to that of the rows (the paper has two learning rates).
     """
 
     recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.1, "schedule": "linear"}
@@ -42,22 +43,22 @@ class DecomposedPromptTuning(TokenMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.rank <= self.span:
-            raise ConfigError(f"method.rank is {self.rank}; it lies in 1 to the span, {self.span}")
+            raise ConfigError(f"method.rank is {self.rank}; it must be in 1 to the span, {self.span}")
         if not self.change_rate > 0:
             raise ConfigError(f"method.change_rate is {self.change_rate}; it must be above 0")
 
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Float[Array, "..."]]:
-        """Rows [P, D], and the factors [span, r] and [r, D] of the change, the second of zeros; float32."""
+        """Returns rows [P, D], and the factors [span, r] and [r, D] of the update, the second one zero; float32."""
         row_key, factor_key = jax.random.split(key)
         rows = initialize(self.init, row_key, base, self.token_count)
         left = jax.random.normal(factor_key, (self.span, self.rank)) * self.rank**-0.5
         return {"tokens": rows, "left": left, "right": jnp.zeros((self.rank, rows.shape[1]))}
 
     def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
-        """The rows, and the change as left @ right. Under Adam, a factor in front scales the learning rate."""
+        """Returns the rows, and the update as left @ right, times a factor that scales its learning rate under Adam."""
         del module, frozen
         return VirtualPrompt(tokens=params["tokens"], shift=self.change_rate * (params["left"] @ params["right"]))
 
     def virtual_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Rows and the change."""
+        """Shapes of the rows and the update."""
         return {**super().virtual_shapes(base), "shift": (self.span, base["width"])}

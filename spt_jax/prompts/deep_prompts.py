@@ -20,15 +20,16 @@ HEAD_UNIT = 32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeepPrompts(PrefixTuning):
-    """The hyper-parameters of deep prompts: those of prefix tuning, and the head.
+    """The hyper-parameters of deep prompts: those of prefix tuning, and the task head.
 
     Attributes:
       name: the method.
-      head: a linear map trained beside the prompt and saved with it: classification reads a class off the last token,
-        tagging off every word of the field `data.reads`, span the start and the end of an answer in that field;
-        language_model has no head of its own.
-      classes: of a classification or tagging head; default the verbalizers' number, or that of the data's tags.
-      head_bias: the map has a bias.
+      head: a linear map that is trained and saved with the prompt. classification predicts a class from the last token,
+        tagging one for every word of the field `data.reads`, span the start and the end of an answer in that field.
+        language_model uses the output matrix of the frozen base instead.
+      classes: number of classes of a classification or tagging head; default the number of verbalizers, or of tags in
+        the data.
+      head_bias: whether the head has a bias.
     """
 
     name: Literal["deep_prompts"] = "deep_prompts"  # type: ignore[assignment]
@@ -39,19 +40,22 @@ class DeepPrompts(PrefixTuning):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.classes is not None and self.classes < 2:
-            raise ConfigError(f"method.classes is {self.classes}; a head tells at least 2 apart")
+            raise ConfigError(f"method.classes is {self.classes}; a head needs at least 2 classes")
         if self.classes is not None and self.head in ("span", "language_model"):
-            raise ConfigError(f"method.classes={self.classes} does not go with method.head={self.head}")
+            raise ConfigError(f"method.classes={self.classes} is not compatible with method.head={self.head}")
 
     @property
     def outputs(self) -> int | None:
-        """Of the head: the classes, or the start and the end of a span."""
+        """Number of outputs of the head: the classes, or 2 for the start and the end of a span."""
         return 2 if self.head == "span" else self.classes
 
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Any]:
-        """Keys and values as in prefix tuning, and a head [D, C] of zeros, for which all classes are alike.
+        """Returns keys and values as in prefix tuning, and a head [D, C] of zeros: all classes are equally likely.
 
-        The kernel is in units of 32 / D, so that a step of one learning rate moves its results alike for every width.
+        The kernel is in units of 32 / D, so that one learning rate changes the logits equally for every width.
+
+        Raises:
+          ConfigError: the number of classes is unknown.
         """
         params = super().init_params(key, base)
         if self.head == "language_model":
@@ -62,7 +66,7 @@ class DeepPrompts(PrefixTuning):
         return {**params, "head": {**head, "bias": jnp.zeros(self.outputs)} if self.head_bias else head}
 
     def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
-        """Keys and values, and the head as it is."""
+        """Returns keys, values and the head."""
         virtual = super().materialize(module, frozen, params)
         if "head" not in params:
             return virtual
@@ -70,7 +74,7 @@ class DeepPrompts(PrefixTuning):
         return dataclasses.replace(virtual, head=Head(kernel, params["head"].get("bias", jnp.zeros(kernel.shape[1]))))
 
     def virtual_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Keys, values and the head."""
+        """Shapes of keys, values and the head."""
         shapes = super().virtual_shapes(base)
         if self.head != "language_model":
             shapes |= {"head/kernel": (base["width"], self.outputs or 0), "head/bias": (self.outputs or 0,)}

@@ -1,6 +1,6 @@
-"""Where the rows of a soft prompt start. `spt_jax.init` is this module.
+"""Initializers for the rows of a soft prompt. `spt_jax.init` is this module.
 
-Initialisation moves results as much as the method does, so every way that the field uses is here.
+Results depend on the initializer as much as on the method, so all common ones are provided.
 """
 
 import dataclasses
@@ -22,17 +22,17 @@ from spt_jax.prompts.reading import read_npy
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Initializer:
-    """One way to start P rows of width D. Make it with this module's functions, or by its fields on a command line.
+    """An initializer for P rows of width D. Create it with the functions of this module, or by its fields (CLI).
 
     Attributes:
       name: vocabulary (sampled tokens), normal (matched to the embedding table), uniform, text, labels, file (.npy) or
-        prompt (a saved one).
-      top_k: for vocabulary, sample from so many of the first, most common, ids (Lester et al. take 5,000).
+        prompt (a saved prompt).
+      top_k: for vocabulary, sample from the first top_k ids, which are the most common (Lester et al. use 5,000).
       scale: for uniform, half the width of the interval around 0.
-      text: for text.
-      labels: for labels; default the verbalizers.
-      path: for file and prompt.
-      rows: for array, in Python only.
+      text: for text, the text.
+      labels: for labels, the class labels; default the verbalizers.
+      path: for file and prompt, the path.
+      rows: for array, the rows; only in Python.
     """
 
     name: Literal["vocabulary", "normal", "uniform", "text", "labels", "file", "prompt", "array"] = "vocabulary"
@@ -49,18 +49,18 @@ class Initializer:
         if self.name in ("file", "prompt") and not self.path:
             raise ConfigError(f"init.name={self.name} needs init.path")
         if self.name == "array" and self.rows is None:
-            raise ConfigError("init.name=array is for Python: spt_jax.init.array(rows); use init.name=file here")
+            raise ConfigError("init.name=array works only in Python, as spt_jax.init.array(rows); use init.name=file")
         if self.top_k < 1 or self.scale <= 0:
             raise ConfigError("init.top_k and init.scale must be positive")
 
 
 def vocabulary(top_k: int = 5000) -> Initializer:
-    """Embeddings of distinct tokens sampled from the `top_k` most common, special tokens left out."""
+    """Embeddings of distinct tokens, sampled from the `top_k` most common without special tokens."""
     return Initializer(name="vocabulary", top_k=top_k)
 
 
 def normal() -> Initializer:
-    """Normal with the mean and standard deviation of each column of the embedding table."""
+    """Normal, with the mean and standard deviation of each column of the embedding table."""
     return Initializer(name="normal")
 
 
@@ -70,17 +70,17 @@ def uniform(scale: float = 0.5) -> Initializer:
 
 
 def text(string: str) -> Initializer:
-    """Embeddings of a text's tokens, special tokens left out, tiled or trimmed to P."""
+    """Embeddings of the tokens of a text without special tokens, tiled or trimmed to P."""
     return Initializer(name="text", text=string)
 
 
 def labels(strings: Sequence[str]) -> Initializer:
-    """The mean embedding of each class label's tokens; rows beyond the labels as `vocabulary`."""
+    """The mean embedding of the tokens of each class label; further rows as by `vocabulary`."""
     return Initializer(name="labels", labels=tuple(strings))
 
 
 def file(path: str | Path) -> Initializer:
-    """A .npy file of shape [P, D], such as google-research/prompt-tuning writes."""
+    """A .npy file of shape [P, D], as written by google-research/prompt-tuning."""
     return Initializer(name="file", path=str(path))
 
 
@@ -90,15 +90,15 @@ def array(rows: Any) -> Initializer:
 
 
 def prompt(directory: str | Path) -> Initializer:
-    """The virtual tokens of a saved prompt of the same base and length."""
+    """The virtual tokens of a saved prompt of the same frozen base and length."""
     return Initializer(name="prompt", path=str(directory))
 
 
 def initialize(init: Initializer, key: Key[Array, ""], base: FrozenBase, length: int) -> Float[Array, "P D"]:
-    """P = `length` rows, float32.
+    """Returns P = `length` rows, float32.
 
     Raises:
-      ConfigError: the initializer cannot give so many rows of this width.
+      ConfigError: the initializer cannot provide `length` rows of this width.
       CheckpointError: its file cannot be read, or its prompt is for another base.
     """
     shape = (length, base.config.width)
@@ -145,10 +145,10 @@ def _sample_ids(key: Key[Array, ""], base: FrozenBase, top_k: int, count: int) -
 
 def _label_rows(init: Initializer, key: Key[Array, ""], base: FrozenBase, table: np.ndarray, length: int) -> np.ndarray:
     if not init.labels:
-        raise ConfigError("init.name=labels needs init.labels, or data.verbalizers to take them from")
+        raise ConfigError("init.name=labels needs init.labels, or data.verbalizers as the default")
     means = [table[_text_ids(base, label)].mean(0) for label in init.labels[:length]]
-    rest = length - len(means)
-    return np.concatenate([np.stack(means), table[_sample_ids(key, base, init.top_k, rest)]])
+    missing = length - len(means)
+    return np.concatenate([np.stack(means), table[_sample_ids(key, base, init.top_k, missing)]])
 
 
 def _checked(rows: np.ndarray, shape: tuple[int, int], origin: str) -> Float[Array, "P D"]:

@@ -1,4 +1,4 @@
-"""LLaMA-Adapter: prompts in the last layers, behind a gate that starts at 0 (Zhang et al. 2023, arXiv 2303.16199)."""
+"""LLaMA-Adapter: gated prompts in the last layers, with gates that start at 0 (Zhang et al. 2023, arXiv 2303.16199)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,13 +22,14 @@ from spt_jax.prompts.virtual import VirtualPrompt
 class LlamaAdapter(Method):
     """The hyper-parameters of LLaMA-Adapter.
 
-    Every token attends to the prompt of its layer under a softmax of its own, whose result is multiplied by the layer's
-    gate and added to that of the layer's attention. Training begins at the bare model.
+    In each of these layers, every token attends to the prompt of the layer under a separate softmax. The result is
+    multiplied by the gate of the layer and added to its attention output. With gates of 0, training starts from the
+    unchanged frozen base.
 
     Attributes:
       name: the method.
-      length: rows P in each layer; default 20.
-      layers: how many of the last layers have a prompt; default all but the first two.
+      length: number of rows P in each layer; default 20.
+      layers: number of last layers with a prompt; default all but the first two.
     """
 
     recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.1, "schedule": "linear"}
@@ -41,13 +42,13 @@ class LlamaAdapter(Method):
         for name in ("length", "layers"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"method.{name} is {value}; it is at least 1")
+                raise ConfigError(f"method.{name} is {value}; it must be at least 1")
 
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Float[Array, "..."]]:
-        """Rows [G, P, D] of the scale that norms give to hidden states, and gates [G] of 0; float32.
+        """Returns standard normal rows [G, P, D], like normalized hidden states, and gates [G] of 0; float32.
 
         Raises:
-          ConfigError: the base has fewer layers than asked for.
+          ConfigError: the base has fewer than `layers` layers.
         """
         layers = self._layers(base.config.layers)
         if layers > base.config.layers:
@@ -56,7 +57,7 @@ class LlamaAdapter(Method):
         return {"rows": jax.random.normal(key, shape), "gates": jnp.zeros(layers)}
 
     def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
-        """Keys and values as each layer makes them of its rows, without RoPE: a prompt stands nowhere in the text."""
+        """Returns the keys and values that each layer computes from its rows, without RoPE (no positions)."""
         config, rows = module.config, params["rows"]
         attention = jax.tree.map(lambda a: a[-rows.shape[0] :].astype(jnp.float32), frozen["layers"]["attention"])
 
@@ -73,7 +74,7 @@ class LlamaAdapter(Method):
         return VirtualPrompt(gated=GatedPrefix(keys, project(attention["value"]), params["gates"], rows))
 
     def virtual_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Gated keys and values of the last G layers, and their gates."""
+        """Shapes of the gated keys and values of the last G layers, their gates and rows."""
         layers = self._layers(base["layers"])
         length = self.length or DEFAULT_LENGTH
         keys = (layers, length, base["kv_heads"], base["head_size"])

@@ -1,6 +1,6 @@
-"""Low-rank prompt tuning: P rows that differ from where they start by a matrix of rank r.
+"""Low-rank prompt tuning: P frozen rows plus a trained matrix of rank r.
 
-The factorised prompt of Guo et al. 2024 (arXiv 2406.19486), on top of frozen rows as LoRA (arXiv 2106.09685) does.
+The factorized prompt of Guo et al. 2024 (arXiv 2406.19486), added to frozen rows as in LoRA (arXiv 2106.09685).
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ class LowRankPromptTuning(TokenMethod):
 
     Attributes:
       name: the method.
-      init: the frozen rows to start from.
-      rank: r, at most P; default 8, or P where that is less.
+      init: initializer of the frozen rows.
+      rank: rank r, at most P; default 8, or P if that is less.
     """
 
     recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.1, "schedule": "linear"}
@@ -38,10 +38,10 @@ class LowRankPromptTuning(TokenMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rank is not None and not 1 <= self.rank <= self.token_count:
-            raise ConfigError(f"method.rank is {self.rank}; it lies in 1 to the length, {self.token_count}")
+            raise ConfigError(f"method.rank is {self.rank}; it must be in 1 to the length, {self.token_count}")
 
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Float[Array, "..."]]:
-        """Frozen rows [P, D] and the factors [P, r] and [r, D], the second of zeros; float32."""
+        """Returns frozen rows [P, D], and the factors [P, r] and [r, D], the second one zero; float32."""
         row_key, factor_key = jax.random.split(key)
         rows = initialize(self.init, row_key, base, self.token_count)
         rank = self.rank or min(8, self.token_count)
@@ -49,10 +49,10 @@ class LowRankPromptTuning(TokenMethod):
         return {"start": rows, "left": left, "right": jnp.zeros((rank, rows.shape[1]))}
 
     def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
-        """start + left @ right."""
+        """Returns start + left @ right as virtual tokens."""
         del module, frozen
         return VirtualPrompt(tokens=params["start"] + params["left"] @ params["right"])
 
     def trainable(self, params: PromptParams) -> dict[str, bool]:
-        """The factors."""
+        """Only the factors are trained."""
         return {name: name != "start" for name in params}

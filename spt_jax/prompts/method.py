@@ -1,4 +1,4 @@
-"""What a method of the soft-prompt family is: hyper-parameters with pure functions, in the manner of Optax."""
+"""Base classes of soft-prompt methods: hyper-parameters with pure functions, in the style of Optax."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,79 +21,80 @@ PromptParams = PyTree[Float[Array, "..."] | Float[np.ndarray, "..."]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """Base of the methods: frozen dataclasses whose fields are the options of `--method.*`.
+    """Base class of the methods: frozen dataclasses whose fields are the options of `--method.*`.
 
-    Training differentiates the parameters that `init_params` makes; everything else sees only the `VirtualPrompt` that
-    `materialize` turns them into, and that alone is saved.
+    Training differentiates the parameters that `init_params` returns. All other code uses only the `VirtualPrompt` that
+    `materialize` computes from them, and only that is saved.
 
     Attributes:
-      name: the method's name.
+      name: name of the method.
     """
 
-    # Fields of `OptimizerConfig` that this method does better with than with the base family's defaults.
+    # Fields of `OptimizerConfig` for which this method has better defaults than those of the base family.
     recipe: ClassVar[Mapping[str, Any]] = {}
 
     name: str
 
     @property
     def token_count(self) -> int:
-        """Virtual tokens that a template must place; 0 for a method without token rows."""
+        """Number of virtual tokens that a template must place; 0 for a method without token rows."""
         return 0
 
     @property
     def prefix_length(self) -> int:
-        """Positions that keys and values take up before the first token."""
+        """Number of positions of the prefix, before the first token."""
         return 0
 
     @property
     def needs_tokenizer(self) -> bool:
-        """Whether options are left to `bind`."""
+        """Whether `bind` must be called first."""
         return False
 
     def bind(self, tokenizer: Any) -> "Method":
-        """The method with those options that only the base's tokenizer tells."""
+        """Returns the method with those options filled in that depend on the tokenizer of the base."""
         del tokenizer
         return self
 
     @property
     def context_targets(self) -> tuple[tuple[int, int, float], ...]:
-        """Virtual tokens that are to be predicted themselves: number, real id and weight of each."""
+        """Virtual tokens that the model is trained to predict: index, real token id and loss weight of each."""
         return ()
 
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Any]:
-        """Fresh parameters, float32.
+        """Returns initial parameters, float32.
 
         Raises:
-          ConfigError: the options do not fit the base.
+          ConfigError: the options are not compatible with the base.
         """
         raise NotImplementedError
 
     def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
-        """The soft prompt that the parameters stand for. Differentiable."""
+        """Returns the soft prompt for these parameters. Differentiable."""
         raise NotImplementedError
 
     def artifacts(self, virtual: VirtualPrompt, params: Mapping[str, Any]) -> dict[str, tuple["Method", VirtualPrompt]]:
-        """What to save of `materialize`'s result: prompts by the subdirectories they go to, "" for a single one."""
+        """Returns the prompts to save for a result of `materialize`, by subdirectory; "" for a single prompt."""
         del params
         return {"": (self, virtual)}
 
     def trainable(self, params: PromptParams) -> PyTree[bool]:
-        """Which leaves the optimizer may change."""
+        """Returns a tree of booleans: whether each leaf is trained."""
         return jax.tree.map(lambda _: True, params)
 
     def trainable_count(self, params: PromptParams) -> int:
-        """Numbers that the optimizer may change."""
-        free = jax.tree.map(lambda leaf, free: leaf.size if free else 0, params, self.trainable(params))
-        return sum(jax.tree.leaves(free))
+        """Returns the number of trained parameters."""
+        sizes = jax.tree.map(lambda leaf, trained: leaf.size if trained else 0, params, self.trainable(params))
+        return sum(jax.tree.leaves(sizes))
 
     def project(self, params: PromptParams) -> PromptParams:
-        """What the parameters become after every update, for methods that keep them within bounds."""
+        """Projects the parameters after every update, for methods that constrain them."""
         return params
 
     def virtual_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Shapes of the arrays of `materialize`'s result, by their names in a saved prompt, such as "prefix/keys".
+        """Returns the shapes of the arrays of `materialize`, by their names in a saved prompt, such as "prefix/keys".
 
-        base: the sizes of the base by their names in `DecoderConfig`.
+        Args:
+          base: sizes of the base, by field name of `DecoderConfig`.
         """
         shapes: dict[str, tuple[int, ...]] = {}
         if self.token_count:
@@ -106,11 +107,11 @@ class Method:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenMethod(Method):
-    """Base of the methods whose virtual tokens have rows of their own.
+    """Base class of the methods with a row for each virtual token.
 
     Attributes:
-      length: virtual tokens P; default the sum of the template's `<soft:n>`, or 20.
-      init: where the rows start.
+      length: number of virtual tokens P; default the sum over `<soft:n>` in the template, or 20.
+      init: initializer of the rows.
     """
 
     length: int | None = None
@@ -122,5 +123,5 @@ class TokenMethod(Method):
 
     @property
     def token_count(self) -> int:
-        """Virtual tokens that a template must place."""
+        """Number of virtual tokens that a template must place."""
         return self.length or DEFAULT_LENGTH

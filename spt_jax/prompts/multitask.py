@@ -1,4 +1,4 @@
-"""Multitask prompt tuning: one shared prompt, and a low-rank matrix per task (Wang et al. 2023, arXiv 2303.02861)."""
+"""Multitask prompt tuning: a shared prompt and a low-rank matrix per task (Wang et al. 2023, arXiv 2303.02861)."""
 
 import dataclasses
 import re
@@ -18,20 +18,20 @@ from spt_jax.prompts.method import Method, TokenMethod
 from spt_jax.prompts.prompt_tuning import PromptTuning
 from spt_jax.prompts.virtual import VirtualPrompt
 
-# The directory of the rows that all tasks share, beside those of the tasks.
+# Directory of the shared prompt, next to those of the tasks.
 SHARED = "shared"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MultitaskPromptTuning(TokenMethod):
-    """The hyper-parameters of multitask prompt tuning. `data.task` names the field that tells a record's task.
+    """The hyper-parameters of multitask prompt tuning. `data.task` names the field with the task of a record.
 
     Attributes:
       name: the method.
-      combine: what a task's matrix does to the shared rows: multiply them entry by entry, as in the paper; add; or
-        concatenate rows of the task's own, half of the length, behind them.
-      rank: of a task's matrix, for multiply and add.
-      tasks: their names, in the order of their matrices; default the values of `data.task` in the training data.
+      combine: how the matrix of a task is combined with the shared rows: multiply (elementwise, as in the paper) or
+        add; concatenate instead appends rows for each task to the shared ones, half of the length.
+      rank: rank of the matrix of a task, for multiply and add.
+      tasks: names of the tasks, in the order of their matrices; default the values of `data.task` in the training data.
     """
 
     recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.1, "schedule": "linear"}
@@ -44,31 +44,32 @@ class MultitaskPromptTuning(TokenMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rank < 1:
-            raise ConfigError(f"method.rank is {self.rank}; a task's matrix has at least rank 1")
-        unfit = [name for name in self.tasks if not re.fullmatch(r"\w[\w .-]*", name) or name == SHARED]
-        if unfit or len(set(self.tasks)) < len(self.tasks):
+            raise ConfigError(f"method.rank is {self.rank}; the matrix of a task has at least rank 1")
+        invalid = [name for name in self.tasks if not re.fullmatch(r"\w[\w .-]*", name) or name == SHARED]
+        if invalid or len(set(self.tasks)) < len(self.tasks):
             raise ConfigError(
-                f"method.tasks are {', '.join(map(repr, self.tasks))}: each names a directory of its own, of letters,"
-                f" digits, '_', '.', '-' and spaces, and {SHARED!r} is the shared prompt's"
+                f"method.tasks are {', '.join(map(repr, self.tasks))}: each names a directory, so they must be distinct"
+                f" names of letters, digits, '_', '.', '-' and spaces, and not {SHARED!r}"
             )
         if self.combine == "concatenate" and self.token_count < 2:
-            raise ConfigError(
-                "method.combine=concatenate needs at least 2 virtual tokens: shared ones and a task's own"
-            )
+            raise ConfigError("method.combine=concatenate needs at least 2 virtual tokens: one shared and one per task")
 
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Float[Array, "..."]]:
-        """Shared rows, and per task of S two factors, [S, P, r] and [S, r, D], or own rows; float32.
+        """Returns the shared rows and, for S tasks, factors [S, P, r] and [S, r, D] or rows [S, P // 2, D]; float32.
 
-        Every task starts at the shared prompt: factors that multiply start near 1, those that add at 0.
+        Every task starts at the shared prompt: the matrix starts near 1 for multiply, at 0 for add.
+
+        Raises:
+          ConfigError: no tasks are given.
         """
         count = len(self.tasks)
         if not count:
-            raise ConfigError("method.tasks is empty; name the records' field of the task in data.task")
+            raise ConfigError("method.tasks is empty; set data.task to the field with the task of a record")
         row_key, left_key, right_key = jax.random.split(key, 3)
         rows = initialize(self.init, row_key, base, self.token_count)
         if self.combine == "concatenate":
-            own = self.token_count // 2
-            return {"tokens": rows[:-own], "own": jnp.repeat(rows[None, -own:], count, axis=0)}
+            per_task = self.token_count // 2
+            return {"tokens": rows[:-per_task], "own": jnp.repeat(rows[None, -per_task:], count, axis=0)}
         left = jax.random.normal(left_key, (count, self.token_count, self.rank))
         right = jax.random.normal(right_key, (count, self.rank, rows.shape[1]))
         if self.combine == "add":
@@ -76,7 +77,7 @@ class MultitaskPromptTuning(TokenMethod):
         return {"tokens": rows, "left": 1 + 0.02 * left, "right": (1 + 0.02 * right) / self.rank}
 
     def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
-        """Every task's rows, with an S axis in front."""
+        """Returns the rows of every task, with a leading S axis."""
         del module, frozen
         shared = params["tokens"][None]
         if self.combine == "concatenate":
@@ -86,11 +87,11 @@ class MultitaskPromptTuning(TokenMethod):
         return VirtualPrompt(tokens=shared * matrices if self.combine == "multiply" else shared + matrices)
 
     def virtual_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Rows of every task."""
+        """Shape of the rows of all tasks."""
         return {"tokens": (len(self.tasks), self.token_count, base["width"])}
 
     def artifacts(self, virtual: VirtualPrompt, params: Mapping[str, Any]) -> dict[str, tuple[Method, VirtualPrompt]]:
-        """A prompt per task, and the shared rows, to start new tasks from."""
+        """Returns a prompt per task, and the shared prompt as a start for new tasks."""
         assert virtual.tokens is not None
         rows = {SHARED: params["tokens"], **dict(zip(self.tasks, virtual.tokens, strict=True))}
         return {

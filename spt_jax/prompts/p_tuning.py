@@ -1,4 +1,4 @@
-"""P-tuning: virtual tokens that come out of a prompt encoder (Liu et al. 2021, arXiv 2103.10385)."""
+"""P-tuning: virtual tokens computed by a trained prompt encoder (Liu et al. 2021, arXiv 2103.10385)."""
 
 import dataclasses
 import itertools
@@ -27,11 +27,12 @@ class PTuning(TokenMethod):
 
     Attributes:
       name: the method.
-      encoder: lstm is the paper's bidirectional LSTM of two layers with two linear layers behind it; mlp is three
-        linear layers with ReLU. Both are trained with the P embeddings that they read, and dropped when the prompt is
+      encoder: lstm is a two-layer bidirectional LSTM followed by two linear layers, as in the paper; mlp is three
+        linear layers with ReLU. The encoder and its P input embeddings are trained, and dropped when the prompt is
         saved.
-      hidden: width of the encoder; default the base's width.
-      init: where the encoder's results begin: its last bias holds their mean, its last kernel has their deviation.
+      hidden: width of the encoder; default the width of the base.
+      init: rows that the outputs of the encoder match at the start, in their mean (set by its last bias) and standard
+        deviation (set by its last kernel).
     """
 
     recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.003, "schedule": "linear"}
@@ -44,14 +45,14 @@ class PTuning(TokenMethod):
         super().__post_init__()
         if self.init.name in ("prompt", "file", "array"):
             raise ConfigError(
-                f"method.init.name={self.init.name}: an encoder cannot start at given rows; go on from them with"
-                " prompt_tuning"
+                f"method.init.name={self.init.name}: an encoder cannot start at given rows; continue from them"
+                " with prompt_tuning"
             )
         if self.hidden is not None and self.hidden < 1:
             raise ConfigError(f"method.hidden is {self.hidden}; the encoder has at least 1 unit")
 
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Any]:
-        """Embeddings [P, D] and the encoder's layers, float32."""
+        """Returns embeddings [P, D] and the layers of the encoder, float32."""
         row_key, embedding_key, *keys = jax.random.split(key, 9)
         width, hidden = base.config.width, self.hidden or base.config.width
         if self.encoder == "mlp":
@@ -78,7 +79,7 @@ class PTuning(TokenMethod):
         return params
 
     def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
-        """The encoder's results."""
+        """Returns the outputs of the encoder as virtual tokens."""
         del module, frozen
         return VirtualPrompt(tokens=_encode(params))
 

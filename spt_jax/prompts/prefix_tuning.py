@@ -1,4 +1,4 @@
-"""Prefix tuning: keys and values of every layer at P positions before the text (Li & Liang 2021, arXiv 2101.00190)."""
+"""Prefix tuning: keys and values of every layer at P positions before the input (Li & Liang 2021, arXiv 2101.00190)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -24,19 +24,19 @@ class PrefixTuning(Method):
 
     Attributes:
       name: the method.
-      length: positions P; default 20.
-      start: where keys and values begin. tokens: those that the base computes for the rows that `init` gives; with
-        init.name=text this is a cartridge (Eyuboglu et al. 2025, arXiv 2506.06266), with init.name=prompt the keys and
-        values of a saved prompt. random: normal, with the mean and deviation of such rows' keys and values. zero.
-      init: the rows for start=tokens and start=random.
-      reparameterization: flat trains keys and values themselves; mlp adds the paper's two-layer network (tanh) over P
-        embeddings to where they start, trains that, and drops it when the prompt is saved.
+      length: number of positions P; default 20.
+      start: initial keys and values. tokens: those that the base computes for the rows of `init`; with init.name=text
+        this is a cartridge (Eyuboglu et al. 2025, arXiv 2506.06266), with init.name=prompt the keys and values of a
+        saved prompt. random: normal, with their mean and standard deviation. zero: zeros.
+      init: initializer of the rows for start=tokens and start=random.
+      reparameterization: flat trains keys and values directly; mlp trains a two-layer network (tanh) over P embeddings,
+        as in the paper, whose outputs are added to the initial keys and values; it is dropped when the prompt is saved.
       hidden: width of that network.
-      sink: so many of the first positions stay as they start. With start=tokens the first is BOS, where the base has
-        one: models rest their attention on it.
+      sink: number of first positions that are not trained. With start=tokens and sink > 0, the first is BOS if the base
+        has one, because models use it as an attention sink.
     """
 
-    # In units of the base's values, whose deviations are 0.4 and 1.3 in the two bases that it was chosen on.
+    # In units of the values of the base, whose deviations are 0.4 and 1.3 in the two bases used to choose it.
     recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.2, "schedule": "linear"}
 
     name: Literal["prefix_tuning"] = "prefix_tuning"
@@ -54,19 +54,19 @@ class PrefixTuning(Method):
             raise ConfigError(f"method.hidden is {self.hidden}; the network has at least 1 unit")
         if not 0 <= self.sink < self.prefix_length:
             raise ConfigError(
-                f"method.sink is {self.sink}; it lies in 0 to {self.prefix_length - 1}, the rest is trained"
+                f"method.sink is {self.sink}; it must be in 0 to {self.prefix_length - 1}: the others are trained"
             )
 
     @property
     def prefix_length(self) -> int:
-        """Positions that keys and values take up before the first token."""
+        """Number of positions of the prefix, before the first token."""
         return self.length or DEFAULT_LENGTH
 
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Any]:
-        """`start` and, for the rest to be trained, either `free` keys and values or the network; float32.
+        """Returns `free` keys and values with their `scale` and the `sink`, or `start` and the `network`; float32.
 
-        Arrays of keys and values are [2, L, P, K, H]: keys, then values. `free` ones are in units of `scale`, the
-        deviation of all values, so that a learning rate means the same for every base.
+        Arrays of keys and values are [2, L, P, K, H]: keys, then values. `free` is in units of `scale`, the standard
+        deviation of all values, so that a learning rate has the same effect for every base.
         """
         start_key, network_key = jax.random.split(key)
         start = self._start(start_key, base)
@@ -78,7 +78,7 @@ class PrefixTuning(Method):
         return {"start": start, "network": _init_network(network_key, self.hidden, free.shape)}
 
     def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
-        """Keys and values at every position; the network's are added to where they started."""
+        """Returns keys and values at every position; those of the network are added to the initial ones."""
         del module, frozen
         if self.reparameterization == "flat":
             parts = [params["sink"]] if self.sink else []
@@ -89,7 +89,7 @@ class PrefixTuning(Method):
         return VirtualPrompt(prefix=KeysValues(both[0], both[1]))
 
     def trainable(self, params: PromptParams) -> dict[str, Any]:
-        """Not the sink, the scale, nor where the network's change begins."""
+        """The sink, the scale and the initial keys and values of the network are not trained."""
         return {
             name: jax.tree.map(lambda _, name=name: name not in ("sink", "scale", "start"), part)
             for name, part in params.items()
@@ -114,7 +114,7 @@ class PrefixTuning(Method):
         return both.mean(2, keepdims=True) + noise * both.std(2, keepdims=True)
 
     def _saved(self, base: FrozenBase) -> Float[Array, "2 L P K H"] | None:
-        """Keys and values of the saved prompt that `init` names, if it has some of its own."""
+        """Returns keys and values of the saved prompt that `init` names, or None if it has no prefix."""
         if self.init.name != "prompt":
             return None
         from spt_jax.prompts.storage import load_prompt
@@ -139,12 +139,12 @@ def _keys_and_values(module: Decoder, frozen: Params, rows: Float[Array, "P D"])
 
 
 def keys_and_values(base: FrozenBase, rows: Float[Array, "P D"]) -> Float[Array, "2 L P K H"]:
-    """Every layer's keys (after RoPE) and values for embeddings that open a sequence, float32."""
+    """Returns keys (after RoPE) and values of every layer for embeddings at the start of a sequence, float32."""
     return _keys_and_values(base.module, base.params, rows)
 
 
 def _init_network(key: Key[Array, ""], hidden: int, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Embeddings [P, K*H], and a network whose output kernel is 0, so that training begins at the start."""
+    """Returns embeddings [P, K*H], and a network with an output kernel of 0, so that it adds nothing at the start."""
     both, layers, length, heads, size = shape
     embedding_key, kernel_key = jax.random.split(key)
     return {

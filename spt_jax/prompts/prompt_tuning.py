@@ -1,4 +1,4 @@
-"""Prompt tuning: P trained rows among the input embeddings (Lester et al. 2021, arXiv 2104.08691)."""
+"""Prompt tuning: P trained rows in the input embeddings (Lester et al. 2021, arXiv 2104.08691)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -26,10 +26,10 @@ class PromptTuning(TokenMethod):
     name: Literal["prompt_tuning"] = "prompt_tuning"
 
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Float[Array, "P D"]]:
-        """Fresh rows, float32."""
+        """Returns initial rows, float32."""
         return {"tokens": initialize(self.init, key, base, self.token_count)}
 
     def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
-        """The rows are the parameters."""
+        """Returns the rows as virtual tokens."""
         del module, frozen
         return VirtualPrompt(tokens=jnp.asarray(params["tokens"]))

@@ -1,4 +1,4 @@
-"""Reads the files of prompts, which strangers write: bounded in size, and checked before any array is made."""
+"""Reads files of prompts from untrusted sources: limited in size, and checked before any array is created."""
 
 import json
 import reprlib
@@ -18,16 +18,16 @@ MAX_JSON_DEPTH = 32
 MAX_HEADER_BYTES = 1 << 20
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
-# Files of PEFT's and of this library's prompt directories.
+# Files in the prompt directories of PEFT and of this library.
 _PARTS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "prompt.json", "prompt.safetensors")
 _NEEDED = "; a .npy file of one float array [P, D] is needed, as numpy.save(path, rows) writes it"
 
 
 def check_directory(path: Path) -> None:
-    """Refuses a file where the directory that it is in is meant.
+    """Refuses a file where its directory is expected. A missing path is accepted.
 
     Raises:
-      CheckpointError: `path` is a file, or cannot be looked at.
+      CheckpointError: `path` is a file, or cannot be accessed.
     """
     try:
         if not path.exists() or path.is_dir():
@@ -38,10 +38,10 @@ def check_directory(path: Path) -> None:
 
 
 def check_file(path: Path, max_bytes: int | None = None) -> None:
-    """Refuses what cannot be read at once, such as a pipe.
+    """Refuses paths that are not regular files, such as pipes, and files that are too large.
 
     Raises:
-      CheckpointError: `path` is no regular file, or has more than `max_bytes`.
+      CheckpointError: `path` is not a regular file, or has more than `max_bytes`.
     """
     try:
         if not path.is_file():
@@ -54,11 +54,11 @@ def check_file(path: Path, max_bytes: int | None = None) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds one JSON object.
+    """Reads a file with one JSON object.
 
     Raises:
-      CheckpointError: it is missing, larger than `MAX_JSON_BYTES`, no strict JSON, nested too deeply, not an object, or
-        holds what is not text.
+      CheckpointError: it is missing, larger than `MAX_JSON_BYTES`, not strict JSON, nested too deeply, not an object,
+        or contains invalid Unicode.
     """
     check_file(path, MAX_JSON_BYTES)
     try:
@@ -76,7 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds {reprlib.repr(value)} where an object should be")
+        raise CheckpointError(f"{path}: holds {reprlib.repr(value)}, not a JSON object")
     if _depth(value) > MAX_JSON_DEPTH:
         raise CheckpointError(f"{path}: cannot be read (nested too deeply)")
     try:
@@ -94,7 +94,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in pairs:
         if name in result:
-            raise ValueError(f"the key {name[:100]!r} is there twice")
+            raise ValueError(f"the key {name[:100]!r} occurs twice")
         result[name] = value
     return result
 
@@ -108,7 +108,7 @@ def _depth(value: Any) -> int:
 
 
 def tensor_headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of every tensor of a safetensors file, of which only the header is read.
+    """Returns the dtype and shape of every tensor of a safetensors file, from its header only.
 
     Raises:
       CheckpointError: it is missing, truncated or damaged, or its header is larger than `MAX_HEADER_BYTES`.
@@ -136,7 +136,7 @@ def check_tensors(
     shapes: Mapping[str, tuple[int | None, ...]],
     dtypes: Sequence[str],
 ) -> None:
-    """Compares tensors, by dtype and shape, with those that a config asks for, where None is any size.
+    """Compares the dtypes and shapes of tensors with expected ones; None in a shape stands for any size.
 
     Raises:
       CheckpointError: one is missing, unknown, of another dtype or shape, or empty.
@@ -151,7 +151,7 @@ def check_tensors(
                 f"{where}: {name!r} is {dtype} {sizes}; it must be {' or '.join(dtypes)} {_written(shape)}"
             )
         if 0 in sizes:
-            raise CheckpointError(f"{where}: {name!r} of shape {sizes} holds nothing")
+            raise CheckpointError(f"{where}: {name!r} of shape {sizes} is empty")
 
 
 def _written(shape: tuple[int | None, ...]) -> str:
@@ -159,7 +159,7 @@ def _written(shape: tuple[int | None, ...]) -> str:
 
 
 def read_tensors(path: Path, names: Sequence[str]) -> dict[str, Float[np.ndarray, "..."]]:
-    """Named tensors as float32, after `check_tensors`.
+    """Reads named tensors as float32. Call `check_tensors` first.
 
     Raises:
       CheckpointError: they cannot be read, or are not finite.
@@ -175,21 +175,21 @@ def read_tensors(path: Path, names: Sequence[str]) -> dict[str, Float[np.ndarray
 
 
 def check_finite(array: np.ndarray, where: str) -> None:
-    """Refuses arrays that hold NaN or infinity."""
+    """Raises CheckpointError if an array holds NaN or infinity."""
     if not np.isfinite(array).all():
         raise CheckpointError(f"{where} holds values that are not finite")
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """The array of a `.npy` file, mapped into memory: nothing is read before it is used. Pickles are never loaded.
+    """Returns the memory-mapped array of a `.npy` file. Pickles are never loaded.
 
     Raises:
-      CheckpointError: there is no such array; the message says what there is.
+      CheckpointError: the file is not such an array; the message tells what it is.
     """
     if path.is_dir():
         raise CheckpointError(f"{path}: is a directory{_NEEDED}")
     if path.name in _PARTS and path.is_file():
-        raise CheckpointError(f"{path}: is a part of a prompt's directory; give the directory {path.parent}")
+        raise CheckpointError(f"{path}: is part of a prompt directory; give the directory {path.parent}")
     check_file(path)
     try:
         with path.open("rb") as file:
@@ -199,19 +199,19 @@ def read_npy(path: Path) -> np.ndarray:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except CheckpointError:
         raise
-    except Exception as error:  # numpy raises many kinds for headers that are wrong
+    except Exception as error:  # numpy raises exceptions of many types for invalid headers
         raise CheckpointError(f"{path}: no readable .npy array ({str(error)[:300]}){_NEEDED}") from error
 
 
 def _kind(start: bytes) -> str:
-    """What a file is by its first bytes; a zip archive's first member has its name at byte 30."""
+    """Returns the kind of a file from its first bytes. In a zip archive, the name of the first member is at byte 30."""
     if start.startswith(b"PK\x03\x04"):
         member = start[30 : 30 + int.from_bytes(start[26:28], "little")]
         if member.endswith(b".npy"):
             return f"a .npz archive (its first array is {member.decode('utf-8', 'replace')!r})"
         return "a torch file (.pt), whose pickle is not read" if b"/" in member else "a zip archive"
     if start.startswith(b"\x80") and start[1:2] <= b"\x05":
-        return "a pickle, as torch's older files are, which is not read because it can run code"
+        return "a pickle, such as an old torch file, which is not read because it can run code"
     if start[8:9] == b"{":
         return "a safetensors file"
     return "not a .npy file" if start else "empty"

@@ -1,4 +1,4 @@
-"""Residual prompt tuning: rows plus a small network of them (Razdaibiedina et al. 2023, arXiv 2305.03937)."""
+"""Residual prompt tuning: rows plus the output of a small network (Razdaibiedina et al. 2023, arXiv 2305.03937)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -24,9 +24,10 @@ class ResidualPromptTuning(TokenMethod):
 
     Attributes:
       name: the method.
-      init: where the rows start, and the prompt with them: the network's layer norm starts with a scale of 0.
+      init: initializer of the rows. The prompt starts at them, because the layer norm of the network has an initial
+        scale of 0.
       bottleneck: width of the network, which all rows share. It is dropped when the prompt is saved.
-      network_rate: what the network's learning rate is of the rows'.
+      network_rate: learning rate of the network relative to that of the rows.
     """
 
     recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.1, "schedule": "linear"}
@@ -43,7 +44,7 @@ class ResidualPromptTuning(TokenMethod):
             raise ConfigError(f"method.network_rate is {self.network_rate}; it must be above 0")
 
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Any]:
-        """Rows [P, D] and the network, float32."""
+        """Returns rows [P, D] and the network, float32."""
         row_key, down_key, up_key = jax.random.split(key, 3)
         width = base.config.width
         network = {
@@ -51,12 +52,12 @@ class ResidualPromptTuning(TokenMethod):
             "up": init_linear(up_key, self.bottleneck, width),
             "norm": {"scale": jnp.zeros(width), "bias": jnp.zeros(width)},
         }
-        # Divided here and multiplied in `materialize`: under Adam, that scales the learning rate.
+        # Divided here and multiplied in `materialize`, which scales the learning rate under Adam.
         network = jax.tree.map(lambda a: a / self.network_rate, network)
         return {"tokens": initialize(self.init, row_key, base, self.token_count), "network": network}
 
     def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
-        """rows + LayerNorm(up(ReLU(down(rows)))), section 3 of the paper."""
+        """Returns rows + LayerNorm(up(ReLU(down(rows)))), section 3 of the paper."""
         del module, frozen
         rows = params["tokens"]
         network = jax.tree.map(lambda a: a * self.network_rate, params["network"])

@@ -1,4 +1,4 @@
-"""Several soft prompts as one, for calls whose rows have different prompts."""
+"""Stacks several soft prompts, for calls whose rows have different prompts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,23 +13,23 @@ from spt_jax.prompts.virtual import Head, KeysValues, VirtualPrompt
 
 
 def stack_prompts(prompts: Sequence[VirtualPrompt]) -> VirtualPrompt:
-    """S prompts, of any methods and lengths, with an S axis in front of every part.
+    """Stacks S prompts, of any methods and lengths, along a new leading S axis.
 
-    A part that only some of them have is filled up where it is missing: with token rows that no template names, with no
-    positions of a prefix, with a gate of 0.
+    A part that only some of the prompts have is padded for the others: with token rows that no template uses, with an
+    empty prefix, or with a gate of 0.
 
     Args:
-      prompts: of one base.
+      prompts: prompts of one frozen base.
 
     Raises:
-      ConfigError: no prompts; heads of some but not of all, or of unequal numbers of classes; gated prefixes of unequal
-        length; prompts of bases of unequal size.
+      ConfigError: there are no prompts; only some have a head, or their heads have different numbers of classes; gated
+        prefixes differ in length; or the prompts are for bases of different sizes.
     """
     if not prompts:
         raise ConfigError("there are no prompts to stack")
     sizes = {a.shape[-1] for p in prompts for a in (p.tokens, p.head and p.head.kernel.T) if a is not None}
     if len(sizes) > 1:
-        raise ConfigError(f"these prompts are for bases of unequal width: {sorted(sizes)}")
+        raise ConfigError(f"these prompts are for bases of different width: {sorted(sizes)}")
     return VirtualPrompt(
         tokens=_stacked([p.tokens for p in prompts], axis=0),
         shift=_stacked([p.shift for p in prompts], axis=0),
@@ -40,7 +40,7 @@ def stack_prompts(prompts: Sequence[VirtualPrompt]) -> VirtualPrompt:
 
 
 def _stacked(arrays: Sequence[Any], axis: int, *, at_end: bool = True) -> Any:
-    """Arrays padded with zeros to the longest along `axis`, an absent one with zeros alone; None if all are absent."""
+    """Stacks arrays, padded with zeros to the longest along `axis`. An absent one becomes zeros; None if all are."""
     like = next((array for array in arrays if array is not None), None)
     if like is None:
         return None
@@ -57,7 +57,7 @@ def _stacked(arrays: Sequence[Any], axis: int, *, at_end: bool = True) -> Any:
         return jnp.stack([padded(array) for array in arrays])
     except ValueError as error:
         shapes = sorted({array.shape for array in arrays if array is not None})
-        raise ConfigError(f"these prompts do not go together: their arrays have the shapes {shapes}") from error
+        raise ConfigError(f"these prompts are not compatible: their arrays have the shapes {shapes}") from error
 
 
 def _stacked_prefix(parts: Sequence[KeysValues | None]) -> KeysValues | None:
@@ -71,7 +71,7 @@ def _stacked_prefix(parts: Sequence[KeysValues | None]) -> KeysValues | None:
 def _stacked_gated(parts: Sequence[GatedPrefix | None]) -> GatedPrefix | None:
     if not any(parts):
         return None
-    # The last layers are those that all have, so that missing ones stand in front. Rows are for files alone.
+    # Gated prefixes end at the last layer, so missing layers are padded at the front. `rows` is only used in files.
     return GatedPrefix(
         *(
             _stacked([part and getattr(part, name) for part in parts], axis=0, at_end=False)
@@ -84,5 +84,5 @@ def _stacked_head(parts: Sequence[Head | None]) -> Head | None:
     if not any(parts):
         return None
     if not all(parts):
-        raise ConfigError("some of these prompts have a head and some have not; evaluate them apart")
+        raise ConfigError("some of these prompts have a head and others do not; evaluate them separately")
     return Head(*(_stacked([part and getattr(part, name) for part in parts], axis=0) for name in ("kernel", "bias")))

@@ -1,7 +1,7 @@
-"""The trained artifact: a directory with `prompt.safetensors` (the soft prompt) and `prompt.json` (all that they mean).
+"""Saved prompts: a directory with `prompt.safetensors` (the arrays) and `prompt.json` (how to use them).
 
-The JSON names the base and its fingerprint, the method, the template, the versions and the SHA-256 of the tensors'
-file, so that a prompt is never run on another base, or with another's words, without a word about it.
+The JSON holds the id and fingerprint of the frozen base, the method, the template, package versions and the SHA-256 of
+the tensor file, so that a prompt is never silently used with another base or another template.
 """
 
 import dataclasses
@@ -51,10 +51,13 @@ _PACKAGES = ("spt_jax", "jax", "flax", "transformers")
 
 @dataclasses.dataclass(frozen=True)
 class SavedPrompt:
-    """A prompt directory as read.
+    """The content of a prompt directory.
 
-    virtual: the soft prompt as the model sees it, float32.
-    info: the whole of `prompt.json`; what the saver added is under "extra".
+    Attributes:
+      method: the dataclass of the method.
+      virtual: the soft prompt as the model sees it, float32.
+      template: the template that the prompt was trained with.
+      info: the content of `prompt.json`; additions of the caller of `save_prompt` are in "extra".
     """
 
     method: Any
@@ -64,7 +67,7 @@ class SavedPrompt:
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """Of the base that the prompt was trained on."""
+        """Fingerprint of the base that the prompt was trained on."""
         return Fingerprint(**self.info["base"]["fingerprint"])
 
 
@@ -77,24 +80,24 @@ def save_prompt(
     *,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes a prompt directory. A crash leaves the prompt that was there, or none, but never a half-written one.
+    """Writes a prompt directory. A crash leaves the previous prompt or none, but never a half-written one.
 
-    In a run of several processes, one of them calls this.
+    In a run of several processes, only one of them calls this.
 
     Args:
-      directory: made, or replaced if it holds a prompt; `.NAME.new` and `.NAME.old` beside it are used on the way.
-      base: what the prompt was trained on.
-      method: the method's dataclass. Rows of an initializer that takes an array are not stored.
-      virtual: what the method made of its trained parameters, float32 and finite.
-      template: the template that it was trained with.
-      extra: whatever JSON should go along, such as metrics and the training command.
+      directory: created, or replaced if it holds a prompt; `.NAME.new` and `.NAME.old` next to it are used temporarily.
+      base: the base that the prompt was trained on.
+      method: the dataclass of the method. The rows of an array initializer are not stored.
+      virtual: the result of `method.materialize` for the trained parameters, float32 and finite.
+      template: the template that the prompt was trained with.
+      extra: any JSON to store with it, such as metrics and the training command.
 
     Returns:
       The directory.
 
     Raises:
       CheckpointError: the files cannot be written, the directory holds something else, or the arrays are not finite
-        float32 of the method's shapes.
+        float32 arrays of the shapes that the method declares.
     """
     directory = Path(directory)
     arrays = _named_arrays(virtual)
@@ -137,21 +140,21 @@ def _method_to_json(method: Any) -> dict[str, Any]:
     fields = dataclasses.asdict(method)
     init = fields.get("init")
     if isinstance(init, dict):
-        init.pop("rows", None)  # An array in memory: what a prompt started from is not part of it.
+        init.pop("rows", None)  # An in-memory array that the prompt started from; it is not stored.
     return fields
 
 
 def write_directory(directory: Path, files: Mapping[str, bytes]) -> Path:
-    """Writes a directory of just these files, whole or not at all, in place of one that holds no others.
+    """Atomically writes a directory of these files. An existing directory is replaced if it holds no other files.
 
     Raises:
-      CheckpointError: it holds other files, or cannot be written; what was there before is untouched.
+      CheckpointError: it holds other files, or cannot be written; previous content is untouched.
     """
     try:
         _write_directory(directory.resolve(), files)
     except OSError as error:
         raise CheckpointError(
-            f"{directory}: the prompt was not saved ({error.strerror or error}); what was there before is untouched"
+            f"{directory}: the prompt was not saved ({error.strerror or error}); previous content is untouched"
         ) from error
     return directory
 
@@ -161,7 +164,7 @@ def _write_directory(directory: Path, files: Mapping[str, bytes]) -> None:
     if directory.exists():
         foreign = sorted(set(os.listdir(directory)) - set(files))
         if foreign:
-            raise CheckpointError(f"{directory}: holds {foreign[0]!r}, so it is no prompt's directory to replace")
+            raise CheckpointError(f"{directory}: holds {foreign[0]!r}, so it is not a prompt directory to replace")
     directory.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(new, ignore_errors=True)
     try:
@@ -173,7 +176,7 @@ def _write_directory(directory: Path, files: Mapping[str, bytes]) -> None:
                 os.fsync(file.fileno())
         sync_directory(new)
         if directory.exists():
-            # What a cut-off save left under this name is older than the prompt in place.
+            # A directory of this name is left from an interrupted save, and older than the current prompt.
             shutil.rmtree(old, ignore_errors=True)
             os.rename(directory, old)
         try:
@@ -190,17 +193,17 @@ def _write_directory(directory: Path, files: Mapping[str, bytes]) -> None:
 
 
 def read_prompt(directory: str | Path) -> SavedPrompt:
-    """Reads a prompt directory without its base, to look at it or to convert it. Nothing in it is trusted unchecked.
+    """Reads a prompt directory without its base, to inspect or convert it. All content is validated.
 
     Raises:
-      CheckpointError: a file is missing, damaged, of an unknown format, or says what it cannot mean.
+      CheckpointError: a file is missing, damaged, of an unknown format, or has invalid content.
     """
     directory = Path(directory)
     return _with_arrays(directory, *_read_frame(directory))
 
 
 def _read_frame(directory: Path) -> tuple[dict[str, Any], Method, Template]:
-    """All of a prompt but its arrays: `prompt.json`, and the method and the template in it."""
+    """Reads everything but the arrays: `prompt.json`, and the method and the template in it."""
     info = _read_info(directory)
     where = str(directory / INFO_FILE)
     try:
@@ -208,13 +211,13 @@ def _read_frame(directory: Path) -> tuple[dict[str, Any], Method, Template]:
         template = _build(Template, info["template"], f"{where}: template")
     except CheckpointError:
         raise
-    except ValueError as error:  # of a dataclass, whose message may repeat a value of any length
+    except ValueError as error:  # raised by a dataclass; its message may repeat a value of any length
         raise CheckpointError(f"{where}: {str(error)[:1000]}") from error
     return info, method, template
 
 
 def _with_arrays(directory: Path, info: dict[str, Any], method: Method, template: Template) -> SavedPrompt:
-    """The prompt, once the header of the tensors' file has what the method and the base's sizes declare."""
+    """Reads the arrays, after a check of their header against the shapes that the method and base sizes imply."""
     path = directory / PARAMS_FILE
     found = tensor_headers(path)
     _check_tensors(directory, found, method, template, info["base"]["fingerprint"]["config"])
@@ -229,15 +232,16 @@ def _with_arrays(directory: Path, info: dict[str, Any], method: Method, template
 
 
 def load_prompt(directory: str | Path, base: FrozenBase, *, force: bool = False) -> SavedPrompt:
-    """Reads a prompt for use with a base; its arrays are on every device of the base's mesh.
+    """Reads a prompt for use with a base, and replicates its arrays over the mesh of the base.
 
     Args:
-      directory: what `save_prompt` wrote.
+      directory: a directory written by `save_prompt`.
       base: must have the fingerprint of the base that the prompt was trained on. Precision and path do not matter.
       force: accept, with a warning, another base of the same width and vocabulary size.
 
     Raises:
-      CheckpointError: the directory cannot be read, or the base is another one; every field that differs is named.
+      CheckpointError: the directory cannot be read, or the base is another one; the message names all fields that
+        differ.
     """
     directory = Path(directory)
     info, method, template = _read_frame(directory)
@@ -245,24 +249,24 @@ def load_prompt(directory: str | Path, base: FrozenBase, *, force: bool = False)
     differences = [difference[:500] for difference in base.fingerprint.differences(fingerprint)]
     if differences:
         trained_on = info["base"]["id"]
-        message = f"{directory}: trained on another base, {trained_on!r}, than {base.name!r}: {'; '.join(differences)}"
+        message = f"{directory}: trained on another base, {trained_on!r}, not {base.name!r}: {'; '.join(differences)}"
         sizes = ("width", "vocab_size")
-        unfit = [name for name in sizes if fingerprint.config[name] != getattr(base.config, name)]
-        if unfit:
-            raise CheckpointError(f"{message}. No use can be forced, for the {' and '.join(unfit)} must be the same")
+        unequal = [name for name in sizes if fingerprint.config[name] != getattr(base.config, name)]
+        if unequal:
+            raise CheckpointError(f"{message}. force=True does not help: the {' and '.join(unequal)} must be the same")
         if not force:
-            raise CheckpointError(f"{message}. Load {trained_on!r}, or pass force=True to use the prompt all the same")
-        warnings.warn(f"{message}. Used all the same, as asked", stacklevel=2)
+            raise CheckpointError(f"{message}. Load {trained_on!r}, or pass force=True to use the prompt anyway")
+        warnings.warn(f"{message}. Using it anyway (force=True)", stacklevel=2)
     prompt = _with_arrays(directory, info, method, template)
     return dataclasses.replace(prompt, virtual=jax.device_put(prompt.virtual, replicated(base.mesh)))
 
 
 def _read_info(directory: Path) -> dict[str, Any]:
-    """`prompt.json`, its frame checked: every key of the right type, no others."""
+    """Reads `prompt.json`, and checks that it has exactly the known keys, with values of the right types."""
     path = directory / INFO_FILE
     check_directory(directory)
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file, so this is no prompt's directory{_instead(directory)}")
+        raise CheckpointError(f"{path}: no such file, so this is not a prompt directory{_instead(directory)}")
     info = read_json(path)
     version = info.get("format")
     if type(version) is not int or version != FORMAT:
@@ -273,7 +277,7 @@ def _read_info(directory: Path) -> dict[str, Any]:
     base = {"id": str, "revision": str | None, "dtype": str, "fingerprint": dict}
     _check_keys(info["base"], base, f"{path}: base")
     fingerprint = info["base"]["fingerprint"]
-    # Version 0.1 of the library wrote no version of the fingerprint.
+    # Version 0.1 of the library wrote the fingerprint without a version.
     known = {"config": dict, "weights": str, "tokenizer": str, "version": int}
     _check_keys({"version": FINGERPRINT_VERSION, **fingerprint}, known, f"{path}: base.fingerprint")
     if fingerprint.get("version", FINGERPRINT_VERSION) != FINGERPRINT_VERSION:
@@ -285,17 +289,17 @@ def _read_info(directory: Path) -> dict[str, Any]:
         where = f"{path}: base.fingerprint.config.{name}"
         size = _converted(int, fingerprint["config"].get(name), where)
         if size < 1:
-            raise CheckpointError(f"{where} is {size}; it is at least 1")
+            raise CheckpointError(f"{where} is {size}; it must be at least 1")
     return info
 
 
 def _instead(directory: Path) -> str:
-    """The end of a message that misses `prompt.json`: what to do about what is there."""
-    cut_off = directory.resolve().with_name(f".{directory.name}.old")
-    if cut_off.exists():
-        return f"; a save was cut off, the prompt before it is {cut_off}"
+    """Returns the end of the message for a missing `prompt.json`: a hint based on what the directory holds."""
+    interrupted = directory.resolve().with_name(f".{directory.name}.old")
+    if interrupted.exists():
+        return f"; a save was interrupted, the previous prompt is {interrupted}"
     if (directory / "adapter_config.json").exists():
-        return "; it is a PEFT adapter: make a prompt of it with `python -m spt_jax import --source`"
+        return "; it is a PEFT adapter: convert it with `python -m spt_jax import --source`"
     inner = sorted(path.parent.name for path in directory.glob(f"*/{INFO_FILE}"))
     return f"; it holds the prompts {', '.join(inner[:5])}: name one of their directories" if inner else ""
 
@@ -323,14 +327,14 @@ def _method_class(fields: Mapping[str, Any], where: str) -> Any:
 
 
 def _build(cls: Any, fields: Mapping[str, Any], where: str) -> Any:
-    """A dataclass from its JSON. Keys that are left out take the class's defaults."""
+    """Builds a dataclass from its JSON. Missing keys take the defaults of the class."""
     hints = typing.get_type_hints(cls)
     if cls is Initializer:
         del hints["rows"]
     _refuse_unknown(fields, hints, where)
     values = {name: _converted(hints[name], value, f"{where}.{name}") for name, value in fields.items()}
     if cls is Initializer and values.get("name") == "array":
-        values["rows"] = ()  # Tells what was done; no one can start from it again.
+        values["rows"] = ()  # The rows were not stored.
     for field in dataclasses.fields(cls):
         if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
             raise CheckpointError(f"{where}: {field.name!r} is missing")
@@ -338,7 +342,7 @@ def _build(cls: Any, fields: Mapping[str, Any], where: str) -> Any:
 
 
 def _converted(kind: Any, value: Any, where: str) -> Any:
-    """A JSON value as a field's type: tuples and dataclasses are rebuilt, anything else must be what it is."""
+    """Converts a JSON value to the type of a field. Only tuples, dataclasses and integers for floats are converted."""
     origin, options = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in options:
@@ -361,7 +365,7 @@ def _converted(kind: Any, value: Any, where: str) -> Any:
 
 
 def _named_arrays(virtual: VirtualPrompt) -> dict[str, np.ndarray]:
-    """The parts that a prompt has, as "tokens" or "prefix/keys"."""
+    """Returns the arrays of a prompt by names such as "tokens" or "prefix/keys"."""
     flat = traverse_util.flatten_dict(dataclasses.asdict(virtual), sep="/")
     return {name: np.asarray(leaf) for name, leaf in flat.items() if leaf is not None}
 
@@ -379,7 +383,7 @@ def _check_tensors(
     template: Template,
     base: Mapping[str, Any],
 ) -> None:
-    """Tensors are the method's, float32; method and template agree on the virtual tokens."""
+    """Checks that tensors are as the method declares, and that method and template have equally many virtual tokens."""
     expected = method.virtual_shapes(base)
     _refuse_unknown(found, expected, f"{directory}: tensors")
     check_tensors(directory, found, expected, ("float32",))

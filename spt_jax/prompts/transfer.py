@@ -1,4 +1,4 @@
-"""From prompts that exist to prompts for other tasks and bases."""
+"""Transfer of trained prompts to other tasks and bases."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,79 +12,83 @@ from spt_jax.prompts.virtual import VirtualPrompt
 
 
 def token_rows(virtual: VirtualPrompt) -> Float[Array, "P D"]:
-    """The token rows of a prompt.
+    """Returns the token rows of a prompt.
 
     Raises:
-      ConfigError: it has none, or is more than them.
+      ConfigError: it has none, or has other parts too.
     """
     others = (virtual.shift, virtual.prefix, virtual.gated, virtual.head)
     if virtual.tokens is None or any(part is not None for part in others):
-        raise ConfigError("this needs prompts of token rows alone")
+        raise ConfigError("this needs prompts that have only token rows")
     return virtual.tokens
 
 
 def similarity(one: VirtualPrompt, other: VirtualPrompt) -> float:
-    """Cosine of the mean token rows of two prompts of one base: SPoT's first measure of how near their tasks are.
+    """Returns the cosine of the mean token rows of two prompts of one base, as a measure of task similarity.
 
-    Vu et al. 2022 (arXiv 2110.07904): a prompt trained for a short while on the new task says which
-    source to start from.
+    This is the first measure of SPoT (Vu et al. 2022, arXiv 2110.07904): compare a prompt that was trained briefly on
+    the new task with source prompts, and start from the most similar one.
     """
     a, b = (np.asarray(token_rows(prompt), np.float64).mean(0) for prompt in (one, other))
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
 def ranked_sources(target: VirtualPrompt, bank: Mapping[str, VirtualPrompt]) -> list[tuple[str, float]]:
-    """The prompts of a bank by their similarity to the target's, highest first."""
+    """Returns the prompts of a bank with their similarity to the target, highest first."""
     similarities = [(name, similarity(target, prompt)) for name, prompt in bank.items()]
     return sorted(similarities, key=lambda pair: -pair[1])
 
 
 def average(prompts: Sequence[VirtualPrompt]) -> VirtualPrompt:
-    """Mean token rows of prompts of one length.
+    """Returns the mean token rows of prompts of equal length.
 
     Raises:
-      ConfigError: no prompts, or unequal shapes.
+      ConfigError: there are no prompts, or their shapes differ.
     """
     shapes = {token_rows(prompt).shape for prompt in prompts}
     if len(shapes) != 1:
-        raise ConfigError(f"prompts to average have one shape; these have {sorted(shapes) or 'none'}")
+        raise ConfigError(f"prompts to average must have one shape; these have {sorted(shapes) or 'none'}")
     return VirtualPrompt(tokens=jnp.mean(jnp.stack([token_rows(prompt) for prompt in prompts]), axis=0))
 
 
 def concatenate(prompts: Sequence[VirtualPrompt]) -> VirtualPrompt:
-    """All token rows, one prompt's behind the other's.
+    """Concatenates the token rows of prompts.
 
     Raises:
-      ConfigError: no prompts, or unequal widths.
+      ConfigError: there are no prompts, or their widths differ.
     """
     widths = {token_rows(prompt).shape[1] for prompt in prompts}
     if len(widths) != 1:
-        raise ConfigError(f"prompts to concatenate have one width; these have {sorted(widths) or 'none'}")
+        raise ConfigError(f"prompts to concatenate must have one width; these have {sorted(widths) or 'none'}")
     return VirtualPrompt(tokens=jnp.concatenate([token_rows(prompt) for prompt in prompts]))
 
 
 def recycle(virtual: VirtualPrompt, source: FrozenBase, target: FrozenBase, *, top_k: int = 5000) -> VirtualPrompt:
-    """A prompt of one base as a start for another, through a linear map between their vocabularies.
+    """Maps a prompt of one base to another base, as a start for training there.
 
-    Lester et al. 2022 (arXiv 2208.05577), the linear vocabulary-to-vocabulary recycler: on the embeddings of the tokens
-    that both tokenizers have, a matrix is fitted by least squares that takes one table to the other, and applied to the
-    rows.
+    This is the linear vocabulary-to-vocabulary recycler of Lester et al. 2022 (arXiv 2208.05577): a matrix is fitted by
+    least squares to map the source embeddings of shared tokens to their target embeddings, and applied to the rows.
 
     Args:
-      virtual: token rows of the source base.
-      source, target: the two bases.
-      top_k: fit on so many of the first shared ids, which are the most common; control tokens are left out.
+      virtual: prompt of the source base; only token rows.
+      source: the base of the prompt.
+      target: the base to map it to.
+      top_k: number of shared tokens to fit on: those with the smallest ids, which are the most common, without special
+        tokens.
+
+    Returns:
+      The mapped token rows.
 
     Raises:
-      ConfigError: they share fewer tokens than the source's width, which would not determine the matrix.
+      ConfigError: the bases share fewer tokens than the source is wide, which does not determine the matrix.
     """
     rows = np.asarray(token_rows(virtual), np.float32)
-    ours, theirs = (
+    source_ids, target_ids = (
         {token: id_ for token, id_ in base.tokenizer.get_vocab().items() if id_ < base.config.vocab_size}
         for base in (source, target)
     )
-    common, control = sorted(ours.items(), key=lambda pair: pair[1]), set(source.tokenizer.all_special_tokens)
-    shared = [(id_, theirs[token]) for token, id_ in common if token in theirs and token not in control][:top_k]
+    by_id, special = sorted(source_ids.items(), key=lambda pair: pair[1]), set(source.tokenizer.all_special_tokens)
+    shared = [(id_, target_ids[token]) for token, id_ in by_id if token in target_ids and token not in special][:top_k]
     if len(shared) < source.config.width:
         raise ConfigError(
             f"{source.name} and {target.name} share {len(shared)} tokens; a map of width {source.config.width} needs at"

@@ -1,4 +1,4 @@
-"""What every method ends in."""
+"""The soft prompt as the model sees it: the result of every method."""
 
 import dataclasses
 
@@ -11,9 +11,12 @@ from spt_jax.models.attention import GatedPrefix
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeysValues:
-    """Keys (after RoPE) and values of P positions before everything else, for all layers, float32.
+    """Keys (after RoPE) and values of all layers at the first P positions, float32.
 
-    length: how many positions are real, where prompts of unequal length are stacked; None for all.
+    Attributes:
+      keys: keys of all layers.
+      values: values of all layers.
+      length: number of positions that are not padding, for stacked prompts of different lengths; None for all.
     """
 
     keys: Float[Array, "*S L P K H"]
@@ -24,7 +27,7 @@ class KeysValues:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A linear map from hidden states to C classes, which takes the place of the output matrix. float32."""
+    """A linear map from hidden states to C classes, used in place of the output matrix; float32."""
 
     kernel: Float[Array, "*S D C"]
     bias: Float[Array, "*S C"]
@@ -35,13 +38,14 @@ class Head:
 class VirtualPrompt:
     """A soft prompt as the model sees it. Each part is optional.
 
-    With an S axis it is S prompts at once, of which each row has its `Stream.prompt_index`.
+    With a leading S axis it holds S stacked prompts, and each row of a batch uses the one of its `Stream.prompt_index`.
 
-    tokens: row i stands for the virtual id `vocab_size + i`, float32.
-    shift: what is added to the embedding of a real token at each of the first positions.
-    prefix: keys and values at the positions before the first token.
-    gated: keys and values of the last layers behind a gate.
-    head: a task's own output matrix.
+    Attributes:
+      tokens: row i is the embedding of the virtual token with id `vocab_size + i`, float32.
+      shift: added to the embeddings of real tokens at the first T positions.
+      prefix: keys and values at the positions before the first token.
+      gated: gated keys and values of the last layers.
+      head: task head, used in place of the output matrix.
     """
 
     tokens: Float[Array, "*S P D"] | None = None
@@ -52,12 +56,12 @@ class VirtualPrompt:
 
     @property
     def prefix_length(self) -> int:
-        """Positions of the keys and values, padding of stacked prompts included; 0 without any."""
+        """Number of positions of the prefix, including padding of stacked prompts; 0 without a prefix."""
         return 0 if self.prefix is None else self.prefix.keys.shape[-3]
 
     @property
     def first_position(self) -> int | Int[Array, "*S"]:
-        """The position of the first token after the prefix."""
+        """Position of the first token after the prefix."""
         if self.prefix is None or self.prefix.length is None:
             return self.prefix_length
         return self.prefix.length

@@ -1,1 +1,1 @@
-"""Devices, processes, signals, files and measurements: what knows no model."""
+"""Devices, processes, signals, files and measurements; independent of any model."""

@@ -1,4 +1,4 @@
-"""Small files that are never half-written under their final name."""
+"""Atomic writes of small files: none is ever half-written under its final name."""
 
 import contextlib
 import errno
@@ -16,10 +16,10 @@ READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Reports an OSError inside as a `WriteError` about this path, with what to do.
+    """Turns an OSError raised inside into a `WriteError` that names this path and a remedy.
 
     Raises:
-      WriteError: instead of any other OSError.
+      WriteError: in place of any other OSError.
     """
     try:
         yield
@@ -30,7 +30,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_error(error: OSError, path: Path | None = None) -> WriteError:
-    """What to say of a path that could not be written, and what to do; default, the one that the error names."""
+    """Returns a `WriteError` with the cause and a remedy. `path` defaults to the file that the error names."""
     remedy = ""
     if error.errno in DISK_FULL:
         remedy = ". Free some space and run the command again, with --resume where it has it"
@@ -40,7 +40,7 @@ def write_error(error: OSError, path: Path | None = None) -> WriteError:
 
 
 def sync_directory(directory: Path) -> None:
-    """Makes the names in a directory last through a loss of power, where the file system can."""
+    """Makes the names in a directory survive a power loss, where the file system supports it."""
     descriptor = os.open(directory, os.O_RDONLY)
     with contextlib.suppress(OSError):
         os.fsync(descriptor)
@@ -48,7 +48,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def sync_tree(directory: Path) -> None:
-    """Makes all files below a directory, and its own name, last through a loss of power."""
+    """Makes all files below a directory, and the name of the directory, survive a power loss."""
     for folder, _, files in os.walk(directory, topdown=False):
         for name in files:
             descriptor = os.open(Path(folder) / name, os.O_RDONLY)
@@ -61,10 +61,10 @@ def sync_tree(directory: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes beside the file, then renames over it.
+    """Writes a temporary file in the same directory, then renames it to `path`.
 
     Raises:
-      WriteError: it cannot be written; what was there before is untouched.
+      WriteError: the file cannot be written; a previous file is untouched.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
@@ -82,10 +82,10 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8, atomically; raises as `write_bytes`."""
+    """Writes text as UTF-8, atomically. Raises as `write_bytes` does."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Indented JSON with a newline at the end, atomically; raises as `write_bytes`."""
+    """Writes indented JSON with a final newline, atomically. Raises as `write_bytes` does."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""What a run cost: memory, compile time, device and versions."""
+"""Measurements of a run: memory, compile time, device, speed and package versions."""
 
 import functools
 import importlib.metadata
@@ -15,12 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-PROFILE_BEHIND = 3  # steps that compile and warm up
+PROFILE_BEHIND = 3  # Steps to skip before a trace: they compile and warm up.
 _PACKAGES = ("spt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
 
 
 def compile_clock() -> Callable[[], float]:
-    """Starts counting; the function returned gives the seconds that XLA has compiled since."""
+    """Starts a clock, and returns a function that returns the seconds XLA has spent compiling since."""
     spent = [0.0]
 
     def listen(event: str, duration_secs: float, **_: Any) -> None:
@@ -32,19 +32,22 @@ def compile_clock() -> Callable[[], float]:
 
 
 def device_name(device: Any = None) -> str:
-    """The kind of a device, by default the first; on a CPU with the processor's name."""
+    """Returns the kind of a device (default: the first one); for a CPU, with the name of the processor."""
     device = device or jax.devices()[0]
     return f"cpu ({_processor()})" if device.platform == "cpu" else device.device_kind
 
 
 def compute_capability(device: Any) -> tuple[int, int] | None:
-    """Of an NVIDIA GPU, such as (9, 0); None for other devices, of which AMD's name an architecture in its place."""
+    """Returns the compute capability of an NVIDIA GPU, such as (9, 0); None for other devices.
+
+    AMD GPUs report the name of an architecture instead.
+    """
     found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
     return None if found is None else (int(found[1]), int(found[2]))
 
 
 def computes_in_bfloat16(device: Any) -> bool:
-    """Whether an accelerator does; NVIDIA's GPUs do from compute capability 8.0 (Ampere) on."""
+    """Returns whether the device is an accelerator with bfloat16: NVIDIA GPUs need compute capability 8.0 (Ampere)."""
     capability = compute_capability(device)
     return device.platform != "cpu" and (capability is None or capability >= (8, 0))
 
@@ -58,7 +61,7 @@ def _processor() -> str:
 
 
 def peak_memory_bytes() -> int:
-    """The most that a device has held; on CPU, the most that the process has been resident."""
+    """Returns the peak memory of any local device in bytes; on CPU, the peak resident memory of the process."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
     if peaks:
@@ -67,12 +70,13 @@ def peak_memory_bytes() -> int:
 
 
 def keep_compiled_programs(directory: Path | None = None) -> None:
-    """Turns XLA's persistent compilation cache on.
+    """Enables the persistent compilation cache of XLA.
 
     Args:
-      directory: for the cache; by default the one that JAX is configured with (JAX_COMPILATION_CACHE_DIR), else, on an
-        accelerator, ~/.cache/spt_jax. On a CPU the default is none: a program for one CPU may fail on another that
-        shares the home directory. Where the directory cannot be written, a line on stderr says so, and nothing is kept.
+      directory: of the cache. Defaults to the directory that JAX is configured with (JAX_COMPILATION_CACHE_DIR) or, on
+        an accelerator, to ~/.cache/spt_jax. On a CPU there is no default: a program compiled for one CPU may fail on
+        another that shares the home directory. If the directory cannot be written, a line on stderr reports it, and
+        nothing is cached.
     """
     configured = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if directory is None and (configured is not None or jax.default_backend() == "cpu"):
@@ -82,18 +86,18 @@ def keep_compiled_programs(directory: Path | None = None) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
-    except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home directory
-        print(f"compiled programs are not kept for the next run: {error}", file=sys.stderr)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home directory
+        print(f"compiled programs are not cached for the next run: {error}", file=sys.stderr)
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
 class Profile:
-    """A trace of a run's steps for xprof, with the named scopes of the model.
+    """A trace of training steps for xprof, with the named scopes of the model.
 
     Args:
-      directory: where it goes.
-      steps: how many, behind the first `PROFILE_BEHIND`; 0 for no trace.
+      directory: where the trace is written.
+      steps: number of steps to trace after the first `PROFILE_BEHIND`; 0 for no trace.
     """
 
     def __init__(self, directory: Path, steps: int):
@@ -101,7 +105,12 @@ class Profile:
         self._running = False
 
     def before_step(self, number: int, settle: Callable[[], None]) -> None:
-        """Starts or stops before the step of this number, from 0, once `settle` has waited for those before."""
+        """Starts or stops the trace if it begins or ends at this step.
+
+        Args:
+          number: of the step, from 0.
+          settle: waits for the previous steps.
+        """
         if self._first < self._last and number in (self._first, self._last):
             settle()
             self.close()
@@ -110,7 +119,7 @@ class Profile:
                 self._running = True
 
     def close(self) -> None:
-        """Writes what there is."""
+        """Stops a running trace and writes it."""
         if self._running:
             jax.profiler.stop_trace()
             self._running = False
@@ -118,27 +127,27 @@ class Profile:
 
 @functools.cache
 def peak_flops(dtype: Any) -> float:
-    """Floating-point operations per second of one device: the best of five large matrix products, timed here."""
+    """Measures the floating-point operations per second of one device: the best of five large matrix products."""
     size = 1024 if jax.default_backend() == "cpu" else 8192
     square = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.matmul)
     product(square, square).block_until_ready()
     seconds = []
     for _ in range(5):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         product(square, square).block_until_ready()
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
 
 
 def memory_limit() -> int | None:
-    """Bytes that a device can hold; None where it does not say, as a CPU."""
+    """Returns the memory of the smallest local device in bytes; None if devices do not report it, as on CPU."""
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
     return min((limit for limit in limits if limit), default=None)
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that results depend on."""
+    """Returns the versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -149,15 +158,18 @@ def versions() -> dict[str, str]:
 
 
 def planned_memory(step: Any, state: Any, batch: Any, frozen: Any) -> str:
-    """A sentence on the memory of a compiled step per device, from XLA's own accounting.
+    """Returns a line on the memory per device that a compiled training step needs, as planned by XLA.
 
     Args:
-      step: what `make_train_step` returned.
+      step: result of `make_train_step`.
+      state: training state.
+      batch: a batch.
+      frozen: parameters of the frozen base.
     """
     analysis = step.func.lower(*step.args, state, batch).compile().memory_analysis()
     weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(frozen))
     total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + analysis.output_size_in_bytes
     return (
-        f"memory of a step on each device, planned by XLA: {total / 2**20:,.0f} MiB (weights {weights / 2**20:,.0f},"
+        f"memory of a step per device, as planned by XLA: {total / 2**20:,.0f} MiB (weights {weights / 2**20:,.0f},"
         f" activations and other temporaries {analysis.temp_size_in_bytes / 2**20:,.0f})"
     )

@@ -1,7 +1,7 @@
-"""One run in several processes: how they find each other, agree, stop together and fail together.
+"""Runs of several processes: how they find each other, agree, stop together and fail together.
 
-Every process runs the same program on its own devices. The first one alone writes and speaks. What passes between them
-outside XLA's collectives goes through the key-value store of `jax.distributed`, whose client has no public name.
+Every process runs the same program on its own devices. Only the first process writes files and prints. All
+communication outside XLA collectives uses the key-value store of `jax.distributed`, whose client has no public API.
 """
 
 import contextlib
@@ -28,21 +28,21 @@ T = TypeVar("T")
 
 _FAILURE = "spt_jax/failure"
 _ALIVE = "spt_jax/alive/"
-_PATIENCE_MS = 24 * 3600 * 1000  # Of a wait for another process, which ends earlier if that one fails.
-_HEARD_SECONDS = 3.0  # The store ends with the first process: others get this long to hear why.
+_PATIENCE_MS = 24 * 3600 * 1000  # Limit of a wait for another process; it ends earlier if that process fails.
+_HEARD_SECONDS = 3.0  # The store ends with the first process; the others have this long to read why.
 _BEAT_SECONDS = 2.0
-_LOST_SECONDS = 45.0  # without a sign of life; JAX itself ends a run, with a native stack trace, after 100
+_LOST_SECONDS = 45.0  # without a heartbeat; after 100, JAX itself ends a run with a native stack trace
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProcessesConfig:
-    """How this process finds the others of its run; alone unless asked.
+    """How this process finds the other processes of its run. By default there are none.
 
     Attributes:
-      detect: ask the TPU slice, SLURM, Open MPI or Kubernetes job that started it.
-      coordinator: host:port of the first process, which must be free there.
-      count: processes in all.
-      index: which of them this is, from 0.
+      detect: find them through the TPU slice, SLURM, Open MPI or Kubernetes job that started this process.
+      coordinator: host:port of the first process; the port must be free there.
+      count: number of processes.
+      index: index of this process, from 0.
     """
 
     detect: bool = False
@@ -54,11 +54,13 @@ class ProcessesConfig:
         given = {name: getattr(self, name) for name in ("coordinator", "count", "index")}
         missing = [f"--processes.{name}" for name, value in given.items() if value is None]
         if self.detect and len(missing) < 3:
-            raise ConfigError("--processes.detect finds the others by itself; leave out the other --processes")
+            raise ConfigError("--processes.detect finds the others by itself; leave out the other --processes options")
         if 0 < len(missing) < 3:
-            raise ConfigError(f"{' and '.join(missing)} must be given too, or --processes.detect alone")
+            raise ConfigError(f"{' and '.join(missing)} must be given too, or only --processes.detect")
         if not missing and not 0 <= self.index < self.count:  # type: ignore[operator]
-            raise ConfigError(f"--processes.index is {self.index}; of {self.count} processes it is 0 to one below that")
+            raise ConfigError(
+                f"--processes.index is {self.index}; it must be at least 0 and below the count, {self.count}"
+            )
 
     @property
     def several(self) -> bool:
@@ -66,19 +68,19 @@ class ProcessesConfig:
 
 
 def leads() -> bool:
-    """Whether this is the first process, or the only one."""
+    """Returns whether this is the first or only process."""
     return jax.process_index() == 0
 
 
 @contextlib.contextmanager
 def joined(config: ProcessesConfig) -> Iterator[None]:
-    """Runs as one of several processes. The first that fails ends all of them; each says which it was and why.
+    """Runs as one of several processes. The first failure ends all of them; each reports which process failed and why.
 
-    Process 0 alone writes to stdout. An error with `all_processes` is raised by all and fails none. Must be entered
-    before anything asks for a device.
+    Only process 0 writes to stdout. An error with `all_processes` set is raised in all processes and is not reported as
+    a failure of one. Must be entered before anything uses a device.
 
     Raises:
-      ConfigError: nothing tells where the others are, or JAX was in use before.
+      ConfigError: the others cannot be found, or JAX was already in use.
     """
     if not config.several:
         yield
@@ -86,7 +88,7 @@ def joined(config: ProcessesConfig) -> Iterator[None]:
     where = "the others" if config.coordinator is None else f"{config.coordinator}, process {config.index}"
     print(f"waiting for {config.count or 'all'} processes: {where}", file=sys.stderr)
     if xla_bridge.backends_are_initialized():
-        raise ConfigError("this process cannot join the others: JAX was used before")
+        raise ConfigError("this process cannot join the others: JAX is already in use")
     if config.coordinator is not None:
         assert config.count is not None and config.index is not None
         meet(config.coordinator, config.count, config.index)
@@ -99,15 +101,15 @@ def joined(config: ProcessesConfig) -> Iterator[None]:
         ) from error
     except RuntimeError as error:
         raise ConfigError(f"this process cannot join the others: {error}") from error
-    # Looked up once: in a process on its way out, asking would start the devices anew.
+    # Looked up once: while a process shuts down, a lookup would initialize the devices again.
     index = jax.process_index()
     listener = threading.Thread(target=_end_with_the_first_failure, args=(index,), daemon=True)
     listener.start()
-    signs = SignsOfLife(index, jax.process_count())
-    signs.start()
+    heartbeats = Heartbeats(index, jax.process_count())
+    heartbeats.start()
 
     def stopped(number: int) -> None:
-        """The listener of each process, this one's too, ends it."""
+        """Reports the signal; the listener in each process, including this one, then ends it."""
         reason = f"stopped by {signal.Signals(number).name}"
         failure = {"process": index, "reason": reason, "exit_code": 128 + number}
         _client().key_value_set(_FAILURE, json.dumps(failure))
@@ -121,47 +123,51 @@ def joined(config: ProcessesConfig) -> Iterator[None]:
             yield
     except BaseException as error:
         if isinstance(error, jax.errors.JaxRuntimeError):
-            signs.wait_for_loss()  # A collective breaks before the loss of the process that broke it is certain.
+            heartbeats.wait_for_loss()  # A collective fails before it is certain which process was lost.
         if not getattr(error, "all_processes", False):
             _tell(error, index)
             listener.join()
         raise
     finally:
-        jax.distributed.shutdown()  # A barrier: signs are given until all processes are there.
-        signs.stop()
+        jax.distributed.shutdown()  # A barrier: heartbeats continue until all processes reach it.
+        heartbeats.stop()
         listener.join()
 
 
-class SignsOfLife:
-    """Each process gives a sign every few seconds in the store; one that gives none for long ends the others.
+class Heartbeats:
+    """Heartbeats of the processes in the key-value store. If those of one process stop, the others end.
 
-    So does one that was killed, one that is frozen and one that cannot be reached: the others say which it is, and end
-    with exit code 1.
+    The process may have been killed, be frozen or be unreachable. The others print which one it is, and end with exit
+    code 1.
+
+    Args:
+      index: index of this process.
+      count: number of processes.
     """
 
     def __init__(self, index: int, count: int):
-        self._index, self._signs = index, dict.fromkeys(range(count), "")
+        self._index, self._beats = index, dict.fromkeys(range(count), "")
         self._heard = dict.fromkeys(range(count), time.monotonic())
-        self._answered = time.monotonic()  # by the store, which is in the first process
+        self._answered = time.monotonic()  # last answer of the store, which runs in the first process
         self._over = threading.Event()
 
     def start(self) -> None:
-        """Begins to give signs and to look for those of the others, in two threads: an unreachable store hangs one."""
+        """Starts sending and checking heartbeats, in two threads: an unreachable store blocks the first."""
         for target in (self._beat, self._look):
             threading.Thread(target=target, daemon=True).start()
 
     def stop(self) -> None:
-        """The run is over: nothing is looked for."""
+        """Ends both threads, because the run is over."""
         self._over.set()
 
     def wait_for_loss(self) -> None:
-        """Gives a process that may be lost the time to be found out, in which case this does not return."""
+        """Waits until it is clear whether a process is lost; if one is, this does not return."""
         time.sleep(3 * _BEAT_SECONDS)
         if time.monotonic() - min(self._heard.values()) > 2 * _BEAT_SECONDS:
             time.sleep(_LOST_SECONDS)
 
     def lost(self, now: float) -> int | None:
-        """The process that has given no sign for too long; the first where the store itself is silent."""
+        """Returns the process without a heartbeat for too long, 0 if the store does not answer, or None."""
         if now - self._answered > _LOST_SECONDS:
             return 0
         return next((i for i, heard in self._heard.items() if now - heard > _LOST_SECONDS), None)
@@ -170,15 +176,15 @@ class SignsOfLife:
         number = 0
         while not self._over.wait(_BEAT_SECONDS):
             number += 1
-            # The client is gone after the shutdown.
+            # After the shutdown there is no client.
             with contextlib.suppress(jax.errors.JaxRuntimeError, AttributeError):
                 _client().key_value_set(f"{_ALIVE}{self._index}", str(number), allow_overwrite=True)
-                signs = dict(_client().key_value_dir_get(_ALIVE))
+                beats = dict(_client().key_value_dir_get(_ALIVE))
                 self._answered = time.monotonic()
-                for key, sign in signs.items():
+                for key, beat in beats.items():
                     index = int(key.rpartition("/")[2])
-                    if self._signs[index] != sign:
-                        self._signs[index], self._heard[index] = sign, self._answered
+                    if self._beats[index] != beat:
+                        self._beats[index], self._heard[index] = beat, self._answered
 
     def _look(self) -> None:
         while not self._over.wait(1.0):
@@ -186,8 +192,8 @@ class SignsOfLife:
             if lost is None or lost == self._index:
                 continue
             print(
-                f"error: process {lost} has given no sign of life for {_LOST_SECONDS:.0f} s: it was killed, hangs, or"
-                " cannot be reached. Start all again with --resume",
+                f"error: process {lost} has sent no heartbeat for {_LOST_SECONDS:.0f} s: it was killed, hangs, or"
+                " cannot be reached. Start all processes again with --resume",
                 file=sys.stderr,
                 flush=True,
             )
@@ -201,7 +207,7 @@ def _client() -> Any:
 
 
 def _tell(error: BaseException, index: int) -> None:
-    """Says what failed, here and to the other processes, unless one of them was first."""
+    """Reports a failure, here and to the other processes, unless another process has already failed."""
     known = isinstance(error, SptError)
     reason = str(error) if known else f"{type(error).__name__}: {error}"
     print(f"error: {error}" if known else traceback.format_exc(), file=sys.stderr)
@@ -211,7 +217,7 @@ def _tell(error: BaseException, index: int) -> None:
 
 
 def _end_with_the_first_failure(index: int) -> None:
-    """Waits in a thread of its own, for the main one may hang in a collective that the failed process will not join."""
+    """Runs in a separate thread, because the main one may hang in a collective that the failed process never joins."""
     try:
         failure = json.loads(_client().blocking_key_value_get(_FAILURE, _PATIENCE_MS))
     except jax.errors.JaxRuntimeError:
@@ -225,9 +231,11 @@ def _end_with_the_first_failure(index: int) -> None:
 
 
 def from_first(name: str, make: Callable[[], T]) -> T:
-    """What `make` gives on the first process, which alone calls it. A plain JSON value; the others wait for it.
+    """Returns the result of `make`, which only the first process calls; the others wait for it.
 
-    name: in a run, every call has its own.
+    Args:
+      name: unique to this call within a run.
+      make: returns a JSON value.
     """
     if jax.process_count() == 1:
         return make()
@@ -240,10 +248,10 @@ def from_first(name: str, make: Callable[[], T]) -> T:
 
 
 def check_agreement(name: str, values: Callable[[], Mapping[str, Any]]) -> None:
-    """Compares plain JSON values with those of the first process. None goes on before all have agreed.
+    """Compares JSON values with those of the first process. No process continues before all agree.
 
     Raises:
-      ConfigError: some differ; says which.
+      ConfigError: some values differ; it names them.
     """
     if jax.process_count() == 1:
         return
@@ -257,8 +265,8 @@ def check_agreement(name: str, values: Callable[[], Mapping[str, Any]]) -> None:
 
 
 def stop_asked(step: int) -> bool:
-    """Whether any of several processes got SIGTERM, such as a preemption notice: true in all of them at one step.
+    """Returns whether any process got SIGTERM, such as a preemption notice. True in all processes at the same step.
 
-    Every process calls it once for every step.
+    Every process must call it once per step.
     """
     return multihost_utils.reached_preemption_sync_point(step)

@@ -1,6 +1,6 @@
-"""Processes of one run wait for each other at an address, before `jax.distributed` starts there.
+"""Makes the processes of a run wait for each other at an address, before `jax.distributed` starts there.
 
-JAX's own service ends a process with a native stack trace when another one is missing, and does not say which.
+The service of JAX ends a process with a native stack trace when another process is missing, and does not name it.
 """
 
 import contextlib
@@ -12,25 +12,25 @@ from spt_jax.errors import ConfigError
 
 WAIT_SECONDS = 300.0
 _RETRY_SECONDS = 0.5
-_ANSWER_SECONDS = 10.0  # The first process answers by its own deadline, which may be that much later than another's.
+_ANSWER_SECONDS = 10.0  # The first process answers at its own deadline, which may be this much later.
 _LONGEST_LINE = 1 << 16
 
 
 def meet(coordinator: str, count: int, index: int) -> None:
-    """Returns once all processes of a run are there, within `WAIT_SECONDS`.
+    """Waits until all processes of a run have joined, for at most `WAIT_SECONDS`.
 
     Args:
-      coordinator: host:port. The first process listens on that port, which is free again afterwards.
-      count: processes in all.
-      index: of this one, from 0.
+      coordinator: host:port. The first process listens on that port, and frees it afterwards.
+      count: number of processes.
+      index: index of this process, from 0.
 
     Raises:
-      ConfigError: some processes did not come, or two have one index: all that did come say which. Or the address
-        cannot be used.
+      ConfigError: some processes did not join, or two have the same index; it is raised in all processes that joined
+        and names them. Or the address cannot be used.
     """
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
-        raise ConfigError(f"--processes.coordinator is {coordinator!r}; it is HOST:PORT of the first process")
+        raise ConfigError(f"--processes.coordinator is {coordinator!r}; it must be HOST:PORT of the first process")
     deadline = time.monotonic() + WAIT_SECONDS
     problem = _receive(int(port), count, deadline) if index == 0 else _report(host, int(port), index, deadline)
     if problem:
@@ -38,7 +38,7 @@ def meet(coordinator: str, count: int, index: int) -> None:
 
 
 def _receive(port: int, count: int, deadline: float) -> str | None:
-    """The first process: waits for the others, then tells them all what came of it."""
+    """In the first process: waits for the others, then sends all of them the outcome."""
     with contextlib.ExitStack() as stack:
         try:
             dual = socket.has_dualstack_ipv6()
@@ -54,7 +54,7 @@ def _receive(port: int, count: int, deadline: float) -> str | None:
                 connection = stack.enter_context(listener.accept()[0])
             except TimeoutError:
                 missing = ", ".join(str(i) for i in range(1, count) if i not in here)
-                problem = f"of {count} processes, these did not come: {missing}"
+                problem = f"of {count} processes, these did not join: {missing}"
                 continue
             connection.settimeout(5.0)
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
@@ -69,7 +69,7 @@ def _receive(port: int, count: int, deadline: float) -> str | None:
 
 
 def _report(host: str, port: int, index: int, deadline: float) -> str | None:
-    """Another process: tells the first one that it is there, and waits for its answer."""
+    """In any other process: reports to the first one, and waits for its answer."""
     reason = ""
     while time.monotonic() < deadline:
         try:

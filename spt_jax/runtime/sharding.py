@@ -1,7 +1,8 @@
-"""Device meshes and where arrays lie on them.
+"""Device meshes and the sharding of arrays over them.
 
-Axes are always ("data", "fsdp", "tensor", "sequence"), each 1 unless asked. Rows of a batch are split over data and
-fsdp; frozen weights over fsdp and tensor by the regex rules below; the prompt and its optimizer state are everywhere.
+The axes are always ("data", "fsdp", "tensor", "sequence"), each of size 1 by default. Rows of a batch are split over
+data and fsdp; frozen weights over fsdp and tensor by the regex rules below; the soft prompt and its optimizer state are
+replicated.
 """
 
 import dataclasses
@@ -22,9 +23,9 @@ from spt_jax.errors import ConfigError
 AXES = ("data", "fsdp", "tensor", "sequence")
 ROWS = ("data", "fsdp")
 
-# First match wins; paths as in "layers/attention/query/kernel", stacked leaves have L in front. Of two ways, the one
-# that leaves less on a device. A vocabulary is split over both axes: a device then multiplies the outputs of all rows
-# with its part of the output matrix, which is never gathered.
+# The first match wins. Paths look like "layers/attention/query/kernel"; stacked leaves have a leading L axis. Of two
+# specs, the one with the smaller shard is used. The vocabulary is split over both axes: each device multiplies the
+# hidden states of all rows by its part of the output matrix, which is never gathered.
 RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r"embedding$", (P(("fsdp", "tensor")), P("tensor", "fsdp"))),
     (r"positions$", (P(None, "fsdp"),)),
@@ -38,15 +39,15 @@ RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many devices each axis has; their product is the number of devices used.
+    """Number of devices along each mesh axis; their product is the number of devices used.
+
+    One of them may be -1: all remaining devices.
 
     Attributes:
-      data: devices that split the rows of a batch, and hold all weights each.
-      fsdp: devices that split rows and weights; a layer's weights come together for as long as it runs.
+      data: devices that split the rows of a batch; each holds all weights.
+      fsdp: devices that split rows and weights; the weights of a layer are gathered while it runs.
       tensor: devices that split heads, MLP columns and the vocabulary.
-      sequence: devices that split every row, whose keys and values go round.
-
-    One of them may be -1: as many devices as the others leave.
+      sequence: devices that split the tokens of every row (ring attention).
     """
 
     data: int = 1
@@ -58,17 +59,17 @@ class MeshConfig:
         for name in AXES:
             if getattr(self, name) < 1 and getattr(self, name) != -1:
                 raise ConfigError(
-                    f"mesh.{name} is {getattr(self, name)}; an axis has at least 1 device, or -1 for the rest"
+                    f"mesh.{name} is {getattr(self, name)}; an axis has at least 1 device, or -1 for all remaining"
                 )
         rest = [name for name in AXES if getattr(self, name) == -1]
         if len(rest) > 1:
-            raise ConfigError(f"mesh.{' and mesh.'.join(rest)} are -1; only one axis can take the rest of the devices")
+            raise ConfigError(f"mesh.{' and mesh.'.join(rest)} are -1; only one axis can take the remaining devices")
 
     def shape(self, devices: int) -> tuple[int, ...]:
-        """Devices along each axis, of so many in all.
+        """Returns the number of devices along each axis, given the number of available devices.
 
         Raises:
-          ConfigError: they are too few, or the rest cannot be shared out.
+          ConfigError: there are too few devices, or the given axes do not divide them.
         """
         sizes = {name: getattr(self, name) for name in AXES}
         needed = math.prod(size for size in sizes.values() if size != -1)
@@ -77,17 +78,21 @@ class MeshConfig:
         if -1 in sizes.values() and devices % needed:
             near = max(n for n in range(1, needed) if devices % n == 0)
             raise ConfigError(
-                f"the axes of the mesh {sizes} that are given have {needed} devices, which does not divide the"
-                f" {devices} that there are; {near} works"
+                f"the given axes of the mesh {sizes} have {needed} devices, which does not divide the {devices}"
+                f" available; {near} works"
             )
         return tuple(devices // needed if size == -1 else size for size in sizes.values())
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with Auto axes over the first devices.
+    """Returns a mesh with Auto axes over the first devices.
+
+    Args:
+      config: number of devices along each axis; default 1 for all.
+      devices: to choose from; default all.
 
     Raises:
-      ConfigError: more devices asked for than there are, or a rest that cannot be shared out.
+      ConfigError: there are too few devices, or the given axes do not divide them.
     """
     devices = jax.devices() if devices is None else devices
     shape = (config or MeshConfig()).shape(len(devices))
@@ -95,21 +100,21 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
 
 
 def parameter_sharding(mesh: Mesh, path: Sequence[str], shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of the frozen leaf at `path`; an axis that does not divide its dimension is left out.
+    """Returns the sharding of the frozen leaf at `path`. Axes that do not divide their dimension are left out.
 
     Raises:
-      ValueError: no rule names the leaf.
+      ValueError: no rule matches the leaf.
     """
     name = "/".join(path)
     specs = next((specs for pattern, specs in RULES if re.search(pattern, name)), None)
     if specs is None:
-        raise ValueError(f"no sharding rule names the leaf {name}; RULES needs one")
-    ways = [fitting(mesh, spec, shape) for spec in specs]
-    return min(ways, key=lambda way: math.prod(way.shard_shape(shape)))
+        raise ValueError(f"no sharding rule matches the leaf {name}; add one to RULES")
+    shardings = [fitting(mesh, spec, shape) for spec in specs]
+    return min(shardings, key=lambda sharding: math.prod(sharding.shard_shape(shape)))
 
 
 def sharded_shapes(mesh: Mesh, shapes: Any, dtype: Any) -> Any:
-    """A tree of frozen leaves' shapes, such as `parameter_shapes` gives, in a precision and where they lie."""
+    """Adds a dtype and shardings to a tree of shapes of frozen leaves, as `parameter_shapes` returns it."""
 
     def place(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
         sharding = parameter_sharding(mesh, [key.key for key in path], leaf.shape)
@@ -119,7 +124,7 @@ def sharded_shapes(mesh: Mesh, shapes: Any, dtype: Any) -> Any:
 
 
 def fitting(mesh: Mesh, spec: P, shape: tuple[int, ...]) -> NamedSharding:
-    """A sharding by the axes of `spec` that divide the dimensions they stand for."""
+    """Returns a sharding by those axes of `spec` that divide their dimensions."""
     kept = []
     for axes, size in zip(spec, shape, strict=False):
         names = [] if axes is None else [axes] if isinstance(axes, str) else list(axes)
@@ -130,9 +135,9 @@ def fitting(mesh: Mesh, spec: P, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def constrain(mesh: Mesh | None, x: Float[Array, "..."], *spec: Any) -> Float[Array, "..."]:
-    """x, laid out by the axes of `spec` that divide its dimensions; XLA, left alone, may split activations as weights.
+    """Constrains the sharding of x to those axes of `spec` that divide its dimensions.
 
-    mesh: None for code that knows none.
+    Without it, XLA may shard activations like weights. If `mesh` is None, x is returned as it is.
     """
     if mesh is None or mesh.size == 1:
         return x
@@ -140,22 +145,22 @@ def constrain(mesh: Mesh | None, x: Float[Array, "..."], *spec: Any) -> Float[Ar
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """One copy on every device."""
+    """Returns the sharding with one copy on every device."""
     return NamedSharding(mesh, P())
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
-    """The first dimension, rows, over data and fsdp."""
+    """Returns the sharding of the first dimension, the rows, over data and fsdp."""
     return NamedSharding(mesh, P(ROWS))
 
 
 def to_host(x: Array) -> np.ndarray:
-    """A whole array, in every process of a run; all of them must ask."""
+    """Returns the full array on the host. In a run of several processes, all of them must call this."""
     return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are split."""
+    """Returns the number of shards that the rows of a batch are split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 

@@ -1,9 +1,9 @@
-"""SIGINT and SIGTERM in this package's programs: one line on stderr and the exit code 130 or 143, at any moment.
+"""Makes SIGINT and SIGTERM end this package's programs at any moment, with one line on stderr and code 130 or 143.
 
-Python runs a signal handler between two instructions of the main thread, which may wait for minutes in a compilation.
-So a thread also reads the numbers of the signals from a pipe, to which Python's handler in C writes them at once.
+Python runs a signal handler between two instructions of the main thread, which may be busy compiling for minutes. So a
+thread also reads signal numbers from a pipe, which the C-level handler of Python writes to at once.
 
-`spt_jax/__init__.py` imports this module before all others, because importing them takes seconds.
+`spt_jax/__init__.py` imports this module before all others, because importing those takes seconds.
 """
 
 import atexit
@@ -20,26 +20,26 @@ from typing import Any, NoReturn
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
-_FLUSH_SECONDS = 0.2  # for the main thread to write out what it has printed
-_ending = threading.RLock()  # A second signal may interrupt the end in the same thread: it goes on to the exit.
+_FLUSH_SECONDS = 0.2  # time for the main thread to flush its output
+_ending = threading.RLock()  # reentrant: a second signal may arrive in the thread that is already ending the process
 _installed = False
 _advice: list[str] = []
 _before_end: list[Callable[[int], Any]] = []
-_holding: Any = None  # the handler of the innermost `held`
-_seen: list[int] = []  # signals since it was entered
+_holding: Any = None  # handler of the innermost `held`
+_seen: list[int] = []  # signals since that `held` was entered
 
 
 def is_program() -> bool:
-    """Whether this process is `python -m spt_jax` or runs the train.py beside this package."""
-    if sys.argv[:1] == ["-m"]:  # the module is still being looked up
-        words = sys.orig_argv
-        return "-mspt_jax" in words or ("-m", "spt_jax") in itertools.pairwise(words)
+    """Returns whether this process is `python -m spt_jax` or the train.py next to this package."""
+    if sys.argv[:1] == ["-m"]:  # Python is still locating the module.
+        arguments = sys.orig_argv
+        return "-mspt_jax" in arguments or ("-m", "spt_jax") in itertools.pairwise(arguments)
     file = getattr(sys.modules.get("__main__"), "__file__", None)
     return file is not None and Path(file).resolve() == Path(__file__).resolve().parents[2] / "train.py"
 
 
 def install() -> None:
-    """Ends this process in one line at the first signal from here on. Must be called in the main thread."""
+    """From now on, the first signal ends this process with one line. Must be called in the main thread."""
     global _installed
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -48,12 +48,12 @@ def install() -> None:
         signal.signal(number, _end_in_main)
     threading.Thread(target=_watch, args=(read,), daemon=True).start()
     os.register_at_fork(after_in_child=_uninstall)
-    atexit.register(_ignore)  # Python takes its handlers down before its last tenths of a second.
+    atexit.register(_ignore)  # Python removes its handlers some tenths of a second before it exits.
     _installed = True
 
 
 def _uninstall() -> None:
-    """A forked child must not write into the pipe of its parent."""
+    """Restores the default handlers in a forked child, which must not write to the pipe of its parent."""
     global _installed
     signal.set_wakeup_fd(-1)
     for number in NUMBERS:
@@ -68,7 +68,7 @@ def _ignore() -> None:
 
 @contextlib.contextmanager
 def advising(how: str) -> Iterator[None]:
-    """Adds how to go on to the line of a signal that ends the process inside."""
+    """Adds advice on how to continue to the line that is printed if a signal ends the process inside."""
     _advice.append(how)
     try:
         yield
@@ -78,7 +78,7 @@ def advising(how: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def telling(others: Callable[[int], Any]) -> Iterator[None]:
-    """Calls `others` with the number of a signal that ends the process inside, before the end."""
+    """Calls `others` with the signal number if a signal is about to end the process inside."""
     _before_end.append(others)
     try:
         yield
@@ -88,14 +88,14 @@ def telling(others: Callable[[int], Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held(numbers: Sequence[int] = NUMBERS, then: Callable[[], Any] = lambda: None) -> Iterator[list[int]]:
-    """Notes signals instead of ending the process. SIGINT after another signal ends it at once.
+    """Records signals instead of ending the process. SIGINT after another signal ends it at once.
 
     Args:
-      numbers: which signals.
-      then: called after each.
+      numbers: signals to record.
+      then: called after each of them.
 
     Yields:
-      The numbers of the signals so far.
+      The list of signal numbers received so far.
     """
     global _holding
     caught: list[int] = []
@@ -112,7 +112,7 @@ def held(numbers: Sequence[int] = NUMBERS, then: Callable[[], Any] = lambda: Non
     outer, _holding = _holding, note
     try:
         previous = {number: signal.signal(number, note) for number in numbers}
-    except ValueError:  # not the main thread, the only one that gets signals
+    except ValueError:  # not the main thread, which alone receives signals
         previous = {}
     try:
         yield caught
@@ -141,7 +141,7 @@ def _watch(pipe: int) -> None:
 
 def _end(number: int) -> NoReturn:
     if not _ending.acquire(blocking=False):
-        while True:  # until the other thread has ended the process
+        while True:  # until the other thread ends the process
             time.sleep(1)
     for tell in _before_end:
         with contextlib.suppress(Exception):

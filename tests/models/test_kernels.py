@@ -167,7 +167,14 @@ WIDE = {"head_dim": 192}
         ("cudnn", mesh_of(H100), "float32", "llama", {}, "needs base.dtype bfloat16 or float16, not float32"),
         ("cudnn", mesh_of(H100), "bfloat16", "qwen3", {}, "that is a multiple of 8 up to 256, not 12"),
         ("cudnn", mesh_of(A100), "bfloat16", "qwen3", WIDE, "that is a multiple of 8 up to 128, not 192"),
-        ("cudnn", mesh_of(H100), "bfloat16", "gemma2", {"head_dim": 16}, "does not cap attention scores"),
+        (
+            "cudnn",
+            mesh_of(H100),
+            "bfloat16",
+            "gemma2",
+            {"head_dim": 16},
+            "does not support the soft-capped attention scores",
+        ),
         ("splash", mesh_of(TPU, 2), "bfloat16", "llama", {}, "does not work with mesh.sequence"),
     ],
 )

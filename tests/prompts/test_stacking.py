@@ -162,11 +162,11 @@ def test_what_does_not_go_together_is_refused():
     head = Head(jnp.zeros((width, 2)), jnp.zeros(2))
     with pytest.raises(ConfigError, match="no prompts"):
         stack_prompts([])
-    with pytest.raises(ConfigError, match=r"unequal width: \[16, 32\]"):
+    with pytest.raises(ConfigError, match=r"different width: \[16, 32\]"):
         stack_prompts([VirtualPrompt(jnp.zeros((2, 16))), VirtualPrompt(jnp.zeros((2, 32)))])
     with pytest.raises(ConfigError, match="some of these prompts have a head"):
         stack_prompts([VirtualPrompt(head=head), VirtualPrompt()])
-    with pytest.raises(ConfigError, match="do not go together"):
+    with pytest.raises(ConfigError, match="are not compatible"):
         stack_prompts([VirtualPrompt(head=head), VirtualPrompt(head=Head(jnp.zeros((width, 3)), jnp.zeros(3)))])
     with pytest.raises(ConfigError, match=r"outside 0 to 4"):
         generate(base_of(), [np.asarray([1, 5])], stack_prompts(prompts()), prompt_index=[5])

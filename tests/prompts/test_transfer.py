@@ -42,7 +42,7 @@ def test_average_and_concatenation():
         concatenate([prompt(0), prompt(0, width=16)])
     base, method = tiny_base(), PrefixTuning(length=2)
     prefix = method.materialize(base.module, base.params, method.init_params(jax.random.key(0), base))
-    with pytest.raises(ConfigError, match="token rows alone"):
+    with pytest.raises(ConfigError, match="only token rows"):
         average([prefix])
 
 
