@@ -79,6 +79,11 @@ def test_what_was_printed_is_written_out():
     assert ended(PRINTED, signal.SIGINT) == (130, "an answer\n", "stopped by SIGINT\n")
 
 
+def test_sigterm_is_taken_back_from_a_handler_in_c():
+    body = "ctypes.CDLL(None).signal(15, ctypes.c_void_p(1))  # ignored, without Python's knowledge\n"
+    assert ended(body + "signals.reclaim()\nhang()", signal.SIGTERM)[0] == 143
+
+
 def test_a_forked_child_dies_alone():
     assert ended(FORKED, signal.SIGTERM)[0] == 143
 

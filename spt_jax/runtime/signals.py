@@ -52,6 +52,12 @@ def install() -> None:
     _installed = True
 
 
+def reclaim() -> None:
+    """Takes SIGTERM back from JAX, whose handler for jobs of several processes only records it."""
+    if _installed and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+
+
 def _uninstall() -> None:
     """Restores the default handlers in a forked child, which must not write to the pipe of its parent."""
     global _installed
