@@ -122,7 +122,7 @@ def test_what_it_will_not_start_with(folder, tmp_path, capsys):
     (tmp_path / "broken" / "prompt.json").write_text("{")
     assert "'broken'" in said("--prompts", str(tmp_path), "--slots", "1", "--port", "0", "--strict")
     for name in ("http://example.com", "example.com:80", "a/b", ""):
-        assert "without scheme, port and path" in said("--port", "0", "--allowed-hosts", name)
+        assert "without a scheme, port or path" in said("--port", "0", "--allowed-hosts", name)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert f"127.0.0.1:{port}" in said("--port", port)
