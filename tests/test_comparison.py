@@ -179,11 +179,11 @@ def test_shots_are_balanced_and_follow_from_their_seed():
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [
-        (("--shots", "0"), 2, "each is 1 or more"),
+        (("--shots", "0"), 2, "must be at least 1"),
         (("--shots", "30"), 1, "ask with fewer --shots"),
         (("--others", "LoRA=nowhere"), 2, "no file nowhere/facts.json"),
         (("--prompts", "nowhere"), 1, "nowhere"),
-        (("--prompts",), 2, "names the saved soft prompt"),
+        (("--prompts",), 2, "give the saved soft prompts"),
     ],
 )
 def test_wrong_comparisons_say_what_is_wrong(files, tmp_path, capsys, more, code, message):

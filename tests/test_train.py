@@ -164,7 +164,7 @@ def test_a_signal_during_the_last_validation_is_not_lost(files, finished, tmp_pa
     workdir = tmp_path / "stopped"
     monkeypatch.setattr(train, "evaluate", evaluate_and_signal)
     assert train.main(words(files, workdir)) == 143
-    assert "stopped by SIGTERM after step 40; the state is saved. Go on with --resume" in capsys.readouterr().err
+    assert "stopped by SIGTERM after step 40; the state is saved. Continue with --resume" in capsys.readouterr().err
     assert not (workdir / "results.json").exists()
     monkeypatch.undo()
     assert train.main(words(files, workdir, "--resume")) == 0

@@ -115,7 +115,7 @@ def test_what_it_will_not_start_with(folder, tmp_path, capsys):
         assert main(["serve", "--base", str(STARTER), *words]) in (1, 2)
         return capsys.readouterr().err
 
-    assert "no directory" in said("--prompts", str(tmp_path / "none"))
+    assert "not a directory" in said("--prompts", str(tmp_path / "none"))
     assert "must be more than 0" in said("--slots", "0")
     assert "must be more than 0" in said("--queue", "-1")
     (tmp_path / "broken").mkdir()
