@@ -147,7 +147,7 @@ def test_a_sweep_goes_on_with_the_same_data_and_base(files, lengths, tmp_path, c
     (workdir / "config.json").write_text(json.dumps(moved))
     assert sweep(own, workdir, *LENGTHS, "--resume") == 2
     message = capsys.readouterr().err
-    assert f"{own / 'model'} is not the base that the run began with: weights is '" in message
+    assert f"{own / 'model'} is not the base that the run started with: weights is '" in message
     assert "' here, '0000000000000000' there" in message
     prepare_workdir(workdir, overwrite=True)
     assert os.listdir(workdir) == [MARKER]
