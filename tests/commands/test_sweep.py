@@ -161,7 +161,7 @@ def test_a_table_from_another_sweep_is_refused(files, lengths, tmp_path, capsys)
     lines = (workdir / "trials.jsonl").read_text().replace('"seed": 1', '"seed": 7', 1)
     (workdir / "trials.jsonl").write_text(lines)
     assert sweep(files, workdir, *LENGTHS, "--resume") == 1
-    assert "a table from another sweep: trial 2" in capsys.readouterr().err
+    assert "is from another sweep: trial 2" in capsys.readouterr().err
     (workdir / "trials.jsonl").write_text(lines[:500])
     assert sweep(files, workdir, *LENGTHS, "--resume") == 1
     assert "trials.jsonl, line 1, is damaged" in capsys.readouterr().err
@@ -261,19 +261,19 @@ def test_dollars_and_switches_and_lists_can_be_swept(files, tmp_path):
         (("--seeds",), "give at least one seed"),
         (("--lengths", "4", "2"), "must be ascending"),
         (("--lengths", "2", "4000"), "4000 virtual tokens leave no room"),
-        (("--lengths", "2", "4"), "100 records would do"),
+        (("--lengths", "2", "4"), "At least 100 records are needed"),
         (("--lengths", "2", "--over", "method.length=3"), "use --lengths instead"),
         (("--over", "train.seed=1,2"), "use --seeds instead"),
         (("--lengths", "2", "--halving"), "not compatible with --lengths"),
         (("--ensemble", "9"), "there are 3 trials"),
         (("--seeds", "-1", "--overwrite"), "train.seed is -1"),
         (("--draws-seed", "-1"), "--draws-seed is -1"),
-        (("--ensemble", "2", "--over", "data.limit=20,30"), "asks the same records"),
+        (("--ensemble", "2", "--over", "data.limit=20,30"), "needs the same records"),
         (
             ("--ensemble", "2", "--over", "data.verbalizers=good=H bad=L,bad=L good=H"),
             "different ones",
         ),
-        (("--trials", "2", "--over", "method.length=3"), "no 2 different settings"),
+        (("--trials", "2", "--over", "method.length=3"), "does not have 2 different settings"),
     ],
 )
 def test_wrong_sweeps_say_what_is_wrong(files, tmp_path, capsys, more, message):
