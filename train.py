@@ -2,11 +2,11 @@
 
     python train.py configs/quickstart.py [--field value ...] [--resume | --overwrite] [--dry-run]
 
-Exit codes: 0 done, 1 the run failed, 2 the command line or the config is wrong, 130 or 143 stopped by a signal after
+Exit codes: 0 done, 1 the run failed, 2 the command line or the config is invalid, 130 or 143 stopped by a signal after
 saving.
 """
 
-# First, because it handles signals that come while the others are imported.
+# Must come first: it handles signals that arrive while the other modules are imported.
 from spt_jax.runtime import signals
 
 # isort: split
@@ -41,7 +41,7 @@ from spt_jax.training.step import init_state, make_train_step
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command and turns errors into a line on stderr and an exit code."""
+    """Runs the command; turns errors into a message on stderr, and returns the exit code."""
 
     def program() -> None:
         command = parse_train(argv)
@@ -52,16 +52,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(command: Command[Any], argv: Sequence[str]) -> None:
-    """The whole job, from config to results."""
+    """Runs the job from the config to the results."""
     measure.keep_compiled_programs(command.compilation_cache)
     compile_seconds = measure.compile_clock()
     processes.check_agreement(
         "command", lambda: {**config_json(command), "processes": None, "versions": measure.versions()}
     )
-    workdir, way = command.workdir, {"resume": command.resumes, "overwrite": command.overwrite}
+    workdir, mode = command.workdir, {"resume": command.resumes, "overwrite": command.overwrite}
     reads = input_paths(command.config, Path(argv[0]))
     if not command.dry_run and processes.leads():
-        check_workdir(workdir, **way, reads=reads)
+        check_workdir(workdir, **mode, reads=reads)
     experiment = load_experiment(resolve(command.config))
     config, base = experiment.config, experiment.base
     config = dataclasses.replace(
@@ -75,18 +75,18 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
         print(note)
     experiment, memory = experiment.fitted(plan)
     base = experiment.base
-    print(f"memory of a step on each device, estimated: {memory}; rematerialisation {base.module.remat}")
+    print(f"estimated memory of a step per device: {memory}; rematerialization: {base.module.remat}")
     if command.dry_run:
         dry_run(experiment, examples, plan, optimizer)
         return
     asked = evaluation_sets(experiment)
     digests = input_digests(
-        [(experiment, {"train": examples, **{name: own.soft.examples for name, own in asked.items()}})]
+        [(experiment, {"train": examples, **{name: sets.soft.examples for name, sets in asked.items()}})]
     )
     processes.check_agreement(
         "inputs", lambda: {**digests, "dtype": str(base.dtype), "attention": base.module.attention}
     )
-    # The default precision depends on the device, on which a resumed run may be another one.
+    # The default dtype depends on the device, and a run may be resumed on another one.
     settings = config_json(dataclasses.replace(config, base=dataclasses.replace(config.base, dtype=str(base.dtype))))
 
     def validate(params: Any) -> dict[str, Any]:
@@ -103,14 +103,14 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
 
         def claim() -> None:
             stack.enter_context(held(workdir))
-            open_workdir(workdir, settings, digests, **way, reads=reads)
+            open_workdir(workdir, settings, digests, **mode, reads=reads)
 
         processes.from_first("workdir", claim)
         if not (workdir / CONFIG_FILE).exists():
             raise ConfigError(
-                f"{workdir} is not the same directory in all processes; --workdir must be one that all share"
+                f"{workdir} is not the same directory in all processes; --workdir must be a shared directory"
             )
-        stack.enter_context(signals.advising("Go on with --resume"))
+        stack.enter_context(signals.advising("Continue with --resume"))
         try:
             outcome = fit(
                 base,
@@ -132,9 +132,9 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise TrainingError(
-                f"the device ran out of memory. Estimated: {memory}; rematerialisation {base.module.remat}."
-                " More --train.microbatches, --base.remat full, a smaller --evaluation.batch-size, or --mesh.fsdp over"
-                " more devices would need less"
+                f"the device ran out of memory. Estimated: {memory}; rematerialization: {base.module.remat}. To reduce"
+                " memory, use more --train.microbatches, --base.remat full, a smaller --evaluation.batch-size, or"
+                " --mesh.fsdp over more devices"
             ) from error
         results = compare(base, asked, experiment.virtual(outcome.best.params))
         if processes.leads():
@@ -142,7 +142,7 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
 
 
 def dry_run(experiment: Experiment, examples: Any, plan: Any, optimizer: Any) -> None:
-    """Shows what would be trained on and what memory a step needs."""
+    """Prints the training examples and the memory that a step needs."""
     base, config = experiment.base, experiment.config
     print(describe(examples, plan, config.train.batch_size, base.tokenizer, base.config.vocab_size))
     state = init_state(jax.random.key(config.train.seed), base, config.method, optimizer)
@@ -154,7 +154,7 @@ def dry_run(experiment: Experiment, examples: Any, plan: Any, optimizer: Any) ->
 def finish(
     experiment: Experiment, outcome: Outcome, results: Any, workdir: Path, argv: Sequence[str], compile_seconds: float
 ) -> None:
-    """Prints, and writes predictions.jsonl, curves.png and, last, results.json."""
+    """Prints the comparison, and writes predictions.jsonl, curves.png and, last, results.json."""
     metrics = {split: {k: v and v.metrics for k, v in by.items()} for split, by in results.items()}
     prompt_bytes = sum(file.stat().st_size for file in (workdir / "prompt").rglob("prompt.*"))
     answered = {name: result.predictions for name, result in results.get("test", {}).items() if result is not None}

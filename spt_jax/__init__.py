@@ -11,7 +11,7 @@ Arrays are named by their dimensions: B rows, T tokens, P virtual tokens, D widt
 heads, H head size, V vocabulary.
 """
 
-# First, because it handles signals that come while the others are imported.
+# Must come first: it handles signals that arrive while the other modules are imported.
 from spt_jax.runtime import signals
 
 # isort: split

@@ -1,4 +1,4 @@
-"""`python -m spt_jax COMMAND`: what to do with a saved prompt, and jobs that start from a config file."""
+"""`python -m spt_jax COMMAND`: commands for saved prompts, and jobs that start from a config file."""
 
 import sys
 from collections.abc import Sequence
@@ -30,7 +30,11 @@ JOBS: dict[str, Any] = {"sweep": sweep.main, "compare": compare.main, "find-rate
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit codes: 0 done, 1 failed, 2 the words on the command line are wrong, 130 or 143 stopped after saving."""
+    """Runs a command.
+
+    Returns:
+      The exit code: 0 done, 1 failed, 2 invalid command line, 130 or 143 stopped by a signal after saving.
+    """
     known = [*JOBS, *COMMANDS]
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: python -m spt_jax {{{','.join(known)}}} ...")

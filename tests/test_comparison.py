@@ -172,18 +172,18 @@ def test_shots_are_balanced_and_follow_from_their_seed():
     drawn = draw_shots(records, template, 7, 0)
     assert drawn == draw_shots(records, template, 7, 0) != draw_shots(records, template, 7, 1)
     assert sorted(abs(2 * [s["label"] for s in drawn[:k]].count("a") - k) for k in (2, 4, 6)) == [0, 0, 0]
-    with pytest.raises(ConfigError, match="there are 50 training records"):
+    with pytest.raises(ConfigError, match="there are only 50 training records"):
         draw_shots(records, template, 51, 0)
 
 
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [
-        (("--shots", "0"), 2, "each is 1 or more"),
-        (("--shots", "30"), 1, "ask with fewer --shots"),
+        (("--shots", "0"), 2, "must be at least 1"),
+        (("--shots", "30"), 1, "use fewer --shots"),
         (("--others", "LoRA=nowhere"), 2, "no file nowhere/facts.json"),
         (("--prompts", "nowhere"), 1, "nowhere"),
-        (("--prompts",), 2, "names the saved soft prompt"),
+        (("--prompts",), 2, "give the saved soft prompts"),
     ],
 )
 def test_wrong_comparisons_say_what_is_wrong(files, tmp_path, capsys, more, code, message):
@@ -197,19 +197,19 @@ def test_others_must_have_been_asked_the_same(files: Path, compared: Path, tmp_p
     lines = (tmp_path / "other" / "predictions.jsonl").read_text().splitlines()
     (tmp_path / "other" / "predictions.jsonl").write_text("\n".join(lines[:-1]))
     assert compare(files, tmp_path / "out", "--others", f"X={tmp_path / 'other'}", "--no-probe") == 1
-    assert "X was not asked the same records" in capsys.readouterr().err
+    assert "X was not evaluated on the same records" in capsys.readouterr().err
     (tmp_path / "other" / "predictions.jsonl").write_text("{")
     assert compare(files, tmp_path / "out", "--others", f"X={tmp_path / 'other'}", "--no-probe") == 1
     assert "line 1" in capsys.readouterr().err
     (tmp_path / "other" / "facts.json").write_text('{"bytes": "many"}')
     assert compare(files, tmp_path / "out", "--others", f"X={tmp_path / 'other'}", "--no-probe") == 2
-    assert "bytes is 'many', and no number" in capsys.readouterr().err
+    assert "bytes is 'many', not a number" in capsys.readouterr().err
     (tmp_path / "other" / "facts.json").write_text('{"bytes": true}')
     assert compare(files, tmp_path / "out", "--others", f"X={tmp_path / 'other'}", "--no-probe") == 2
-    assert "bytes is True, and no number" in capsys.readouterr().err
+    assert "bytes is True, not a number" in capsys.readouterr().err
     (tmp_path / "other" / "facts.json").write_text("{}")
     shutil.copy(files / "outside" / "predictions.jsonl", tmp_path / "other")
     assert read_outside("X", tmp_path / "other").facts == Facts(None, None, None, None, None)  # unknown, and not 0
     (tmp_path / "other" / "facts.json").write_text('{"size": 3}')
     assert compare(files, tmp_path / "out", "--others", f"X={tmp_path / 'other'}") == 2
-    assert "it holds trainable_parameters" in capsys.readouterr().err
+    assert "the known fields are trainable_parameters" in capsys.readouterr().err

@@ -133,7 +133,7 @@ def test_records_that_name_their_prompts(bank, tmp_path, capsys):
         assert together[name]["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     capsys.readouterr()
     assert main([*words[:-1], "label"]) == 1
-    assert "holds no prompt 'good'; known: a, b, c" in capsys.readouterr().err
+    assert "there is no prompt 'good'; known: a, b, c" in capsys.readouterr().err
     assert main([*words[:-1], "witch"]) == 1
     assert "did you mean 'which'" in capsys.readouterr().err
     assert main([*words, "--others", "x"]) == 2
@@ -154,6 +154,6 @@ def test_texts_under_prompts_of_their_own(bank, capsys, names):
     assert main([*words, *names[:2]]) == 2
     assert "2 names for 3 texts" in capsys.readouterr().err
     assert main([*words, "a", "speak", "a"]) == 2
-    assert "ask them apart" in capsys.readouterr().err
+    assert "run them separately" in capsys.readouterr().err
     assert main([*words, "a", "d", "a"]) == 1
-    assert "holds no prompt 'd'" in capsys.readouterr().err
+    assert "there is no prompt 'd'" in capsys.readouterr().err

@@ -75,7 +75,7 @@ def test_methods_without_token_rows(files: Path, tmp_path: Path, capsys: pytest.
     assert spt_jax.__main__.main(["inspect", "--prompt", prompt]) == 0
     assert name in capsys.readouterr().out
     assert train.main(words(files, tmp_path / "two", "--method.name", name, "--data.prompt", "<soft:4>{text}")) == 2
-    assert f"data.prompt places 4 virtual tokens, but {name} has none" in capsys.readouterr().err
+    assert f"data.prompt has 4 virtual tokens, but {name} has none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
@@ -91,9 +91,9 @@ def test_bad_records_of_any_split_are_found_before_training(files, tmp_path, cap
 def test_a_heads_options(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     head = ("--method.name", "deep_prompts")
     assert train.main(words(files, tmp_path / "a", *head, "--method.classes", "3")) == 2
-    assert "method.classes is 3 for 2 verbalizers" in capsys.readouterr().err
+    assert "method.classes is 3, but there are 2 verbalizers" in capsys.readouterr().err
     assert train.main(words(files, tmp_path / "b", *head, "--loss.over", "verbalizers")) == 2
-    assert "loss.over=verbalizers does not go with a classification head" in capsys.readouterr().err
+    assert "loss.over=verbalizers is not compatible with a classification head" in capsys.readouterr().err
 
 
 def test_metrics_can_be_computed_again_from_the_predictions(finished: Path):
@@ -164,7 +164,7 @@ def test_a_signal_during_the_last_validation_is_not_lost(files, finished, tmp_pa
     workdir = tmp_path / "stopped"
     monkeypatch.setattr(train, "evaluate", evaluate_and_signal)
     assert train.main(words(files, workdir)) == 143
-    assert "stopped by SIGTERM after step 40; the state is saved. Go on with --resume" in capsys.readouterr().err
+    assert "stopped by SIGTERM after step 40; the state is saved. Continue with --resume" in capsys.readouterr().err
     assert not (workdir / "results.json").exists()
     monkeypatch.undo()
     assert train.main(words(files, workdir, "--resume")) == 0
@@ -184,14 +184,15 @@ def test_other_data_or_another_base_is_not_resumed(files: Path, tmp_path: Path, 
             path.write_text(other)
             assert train.main([*line, "--resume"]) == 2
             assert (
-                f"the examples of {path} are not those that the run in {workdir} began with" in capsys.readouterr().err
+                f"the examples of {path} are not those that the run in {workdir} started with"
+                in capsys.readouterr().err
             )
         path.write_text(content)
     weights = own / "model" / "model.safetensors"
     tensors = load_file(weights)
     save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"] * np.float32(1.05)}, weights)
     assert train.main([*line, "--resume"]) == 2
-    assert f"{own / 'model'} is not the base that the run began with: weights is " in capsys.readouterr().err
+    assert f"{own / 'model'} is not the base that the run started with: weights is " in capsys.readouterr().err
 
 
 def test_one_record_a_step(files: Path, tmp_path: Path):
@@ -238,15 +239,15 @@ def test_nan_stops_with_the_step_and_keeps_the_last_good_state(files: Path, tmp_
     ("more", "code", "message"),
     [
         (["--train.seed", "1", "--resume"], 2, "train.seed: 0 in the work directory, 1 now"),
-        ([], 2, "Use --resume to go on or --overwrite"),
-        (["--resume", "--overwrite"], 2, "exclude each other"),
+        ([], 2, "Use --resume to continue or --overwrite"),
+        (["--resume", "--overwrite"], 2, "are mutually exclusive"),
         (["--data.max-length", "1000", "--resume"], 2, "has 128 positions"),
         (["--method.length", "128", "--resume"], 2, "leave no room"),
         (["--data.target", "{lable}", "--resume"], 1, "did you mean 'label'"),
         (["--base.path", "/nowhere/at/all", "--resume"], 1, "no such directory"),
         (["--mesh.tensor", "3", "--resume"], 2, "does not divide"),
         (["--mesh.data", "16", "--resume"], 2, "needs 16 devices; there are 8"),
-        (["--mesh.data", "-1", "--train.microbatches", "2", "--resume"], 2, "16 works, or a smaller mesh"),
+        (["--mesh.data", "-1", "--train.microbatches", "2", "--resume"], 2, "use at least 16, or a smaller mesh"),
         (["--data.train", "missing.jsonl", "--resume"], 1, "missing.jsonl"),
         (["--loss.class-weights", "1", "--resume"], 2, "1 numbers for 2 classes"),
         (["--train.steps", "80", "--resume"], 2, "--method.init.name prompt --method.init.path"),
@@ -283,7 +284,7 @@ def test_out_of_memory_names_what_is_large(files: Path, tmp_path: Path, monkeypa
 def test_overwrite_spares_directories_of_others(files: Path, tmp_path: Path, capsys):
     (tmp_path / "thesis.txt").write_text("years of work")
     assert train.main(words(files, tmp_path, "--overwrite")) == 2
-    assert (tmp_path / "thesis.txt").exists() and "no run of ours" in capsys.readouterr().err
+    assert (tmp_path / "thesis.txt").exists() and "was not created by this library" in capsys.readouterr().err
 
 
 def test_config_file_errors(tmp_path: Path, capsys):

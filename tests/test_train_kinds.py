@@ -127,19 +127,19 @@ def test_a_context_of_solved_examples(folder, tmp_path, capsys):
     assert len(saved.method.context_targets) == 2
     with pytest.raises(AssertionError):
         run(folder, tmp_path / "two", "--data.prompt", r"{text}<soft>\n", *data, *context)
-    assert "must open data.prompt" in capsys.readouterr().err
+    assert "must come first in data.prompt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [
-        (("--data.task", "task"), 2, "go together"),
-        (("--method.name", "multitask_prompt_tuning"), 2, "go together"),
+        (("--data.task", "task"), 2, "need each other"),
+        (("--method.name", "multitask_prompt_tuning"), 2, "need each other"),
         (("--data.task", "tusk", "--method.name", "multitask_prompt_tuning"), 1, "'tusk'; did you mean 'task'"),
         (("--data.task", "answer", "--method.name", "multitask_prompt_tuning", "--method.tasks", "Ann", "Bo"), 1,
          "no prompt for the task 'Bob'; did you mean 'Bo'"),
         (("--data.task", "text", "--method.name", "multitask_prompt_tuning", "--method.tasks", "a/b"), 2, "'a/b'"),
-        ((*HEAD, "--method.head", "span", "--data.reads", "text", "--data.hard-prompt", "{text}"), 2, "no span"),
+        ((*HEAD, "--method.head", "span", "--data.reads", "text", "--data.hard-prompt", "{text}"), 2, "a span head"),
         ((*HEAD, "--method.head", "tagging", "--data.reads", "txt"), 2, "did you mean 'text'"),
         ((*HEAD, "--method.head", "tagging", "--data.reads", "text", "--loss.over", "verbalizers"), 2, "tagging head"),
         ((*HEAD, "--method.head", "span", "--data.reads", "text", "--method.classes", "3"), 2, "method.classes=3"),

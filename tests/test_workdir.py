@@ -54,7 +54,7 @@ def test_overwrite_takes_only_what_is_ours(tmp_path: Path, files: dict[str, str]
     if ours:
         check_workdir(tmp_path, overwrite=True)
         return
-    with pytest.raises(ConfigError, match="no run of ours made it"):
+    with pytest.raises(ConfigError, match="was not created by this library"):
         prepare_workdir(tmp_path, overwrite=True)
     assert {name: (tmp_path / name).read_text() for name in files} == files
 
@@ -75,7 +75,7 @@ def test_overwrite_leaves_what_no_command_writes(tmp_path: Path, capsys: pytest.
     assert "notes.txt" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("relation", ["is", "contains", "lies in", "link"])
+@pytest.mark.parametrize("relation", ["is", "contains", "is inside", "link"])
 def test_overwrite_refuses_what_the_command_reads(tmp_path: Path, relation: str):
     run, away = tmp_path / "run", tmp_path / "away"
     begin(run)
@@ -83,7 +83,7 @@ def test_overwrite_refuses_what_the_command_reads(tmp_path: Path, relation: str)
     (run / "prompt" / "prompt.json").write_text("{}")
     away.mkdir()
     (away / "link").symlink_to(run / "prompt" / "prompt.json")
-    source = {"is": run, "contains": run / "prompt", "lies in": tmp_path, "link": away}[relation]
+    source = {"is": run, "contains": run / "prompt", "is inside": tmp_path, "link": away}[relation]
     named = {"link": "contains"}.get(relation, relation)
     with pytest.raises(ConfigError, match=rf"{named} .*which this command reads"):
         check_workdir(run, overwrite=True, reads=[tmp_path / "absent", source])
@@ -144,7 +144,7 @@ def test_what_is_resumed_is_the_same(tmp_path: Path, settings: dict, inputs: dic
 
 def test_a_run_of_version_0_1_is_resumed_with_a_line(tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / "config.json").write_text(OF_A_RUN)
-    for line in ("recorded no digests", ""):
+    for line in ("without digests", ""):
         with held(tmp_path):
             open_workdir(tmp_path, {**SETTINGS, "mesh": {"data": 2}}, INPUTS, resume=True, overwrite=False)
         assert line in (said := capsys.readouterr().out) and bool(line) == bool(said)
@@ -154,7 +154,7 @@ def test_a_run_of_version_0_1_is_resumed_with_a_line(tmp_path: Path, capsys: pyt
 def test_a_damaged_config_names_a_way(tmp_path: Path, content: str):
     begin(tmp_path)
     (tmp_path / "config.json").write_bytes(content.encode(errors="surrogateescape"))
-    with held(tmp_path), pytest.raises(ConfigError, match=r"config\.json is damaged.*start anew with --overwrite"):
+    with held(tmp_path), pytest.raises(ConfigError, match=r"config\.json is damaged.*start over with --overwrite"):
         open_workdir(tmp_path, SETTINGS, INPUTS, resume=True, overwrite=False)
 
 

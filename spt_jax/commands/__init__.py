@@ -1,1 +1,1 @@
-"""The commands of `python -m spt_jax`, a file for each kind."""
+"""The commands of `python -m spt_jax`."""

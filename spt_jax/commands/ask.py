@@ -1,4 +1,4 @@
-"""`python -m spt_jax generate | evaluate`: asks a saved prompt, or several together."""
+"""`python -m spt_jax generate | evaluate`: runs the base with one saved prompt, or with several in one batch."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -30,14 +30,14 @@ class Generate(Saved):
 
     Attributes:
       texts: one record each, for a template with one field.
-      names: where `prompt` is a folder of prompts, the name of the one for each text: they are all asked together.
-      fields: a record as name=value pairs, for a template with several.
-      max_new_tokens: longest answer.
-      temperature: 0 takes the likeliest token.
-      top_k: sample among so many tokens; 0 for all.
-      top_p: sample among the likeliest tokens that hold this probability.
+      names: if `prompt` is a folder of prompts, the name of the prompt for each text; all run in the same batches.
+      fields: a record as name=value pairs, for a template with several fields.
+      max_new_tokens: most tokens of an answer.
+      temperature: sampling temperature; 0 always takes the likeliest token.
+      top_k: sample only from this number of likeliest tokens; 0 for all.
+      top_p: sample only from the likeliest tokens with this total probability.
       stop: strings that end an answer.
-      seed: of sampling.
+      seed: seed for sampling.
     """
 
     texts: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -80,40 +80,40 @@ class Generate(Saved):
             print(answer.text)
 
     def run_together(self, sampling: SamplingConfig) -> None:
-        """Each text under its own prompt, in the same batches."""
+        """Answers each text under its own prompt, in the same batches."""
         if len(self.names) != len(self.texts):
-            raise ConfigError(f"{len(self.names)} names for {len(self.texts)} texts; give a name for each")
-        different = list(dict.fromkeys(self.names))
-        base, saved = self.load_all(self.named(different))
+            raise ConfigError(f"{len(self.names)} names for {len(self.texts)} texts; give one name per text")
+        unique = list(dict.fromkeys(self.names))
+        base, saved = self.load_all(self.named(unique))
         if len({bool(one.template.verbalizers) for one in saved}) > 1 or any(one.template.reads for one in saved):
-            raise ConfigError("some of these prompts answer with a class and some with words; ask them apart")
+            raise ConfigError("some of these prompts classify and others generate text; run them separately")
         encoders = [encoder_for(one.template, base, one.virtual) for one in saved]
-        index = [different.index(name) for name in self.names]
+        index = [unique.index(name) for name in self.names]
         records = [_records(saved[i].template, [text], {})[0] for i, text in zip(index, self.texts, strict=True)]
         virtuals = [one.virtual for one in saved]
         if not saved[0].template.verbalizers:
-            own = [encoders[i] for i in index]
-            asked = zip(own, records, strict=True)
+            chosen = [encoders[i] for i in index]
+            asked = zip(chosen, records, strict=True)
             prompts = [
                 encoder.prompt_ids(record, room=min(self.max_new_tokens, encoder.max_length // 2))
                 for encoder, record in asked
             ]
-            samplings = [_ended(sampling, encoder) for encoder in own]
+            samplings = [_ended(sampling, encoder) for encoder in chosen]
             for answer in generate(base, prompts, stack_prompts(virtuals), samplings, prompt_index=index):
                 print(answer.text)
             return
         asked = [
-            [encoder.with_any_label(r) for i, r in zip(index, records, strict=True) if i == own]
-            for own, encoder in enumerate(encoders)
+            [encoder.with_any_label(r) for i, r in zip(index, records, strict=True) if i == number]
+            for number, encoder in enumerate(encoders)
         ]
-        sets = [make_evaluation_set(base, encoder, own) for encoder, own in zip(encoders, asked, strict=True)]
-        scores = [iter(own) for own in score_together(base, sets, virtuals)]
+        sets = [make_evaluation_set(base, encoder, labelled) for encoder, labelled in zip(encoders, asked, strict=True)]
+        scores = [iter(values) for values in score_together(base, sets, virtuals)]
         for i in index:
             print(list(saved[i].template.verbalizers)[int(next(scores[i]).argmax())])
 
 
 def _ended(sampling: SamplingConfig, encoder: Encoder) -> SamplingConfig:
-    """With the ends of this encoder's targets."""
+    """Returns the sampling settings with the end ids of this encoder's targets."""
     return dataclasses.replace(sampling, end_ids=encoder.end_ids)
 
 
@@ -145,17 +145,18 @@ def _some(texts: Sequence[str]) -> Sequence[str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate(Saved):
-    """Scores a soft prompt, hand-written prompts and no prompt on a file.
+    """Scores a soft prompt, hand-written prompts and no prompt on a data set.
 
     Attributes:
       data: a .jsonl, .json, .csv, .tsv or .parquet file, or a hub data set id.
-      split: of a hub data set.
-      hard_prompt: prompts to compare with.
-      by: where `prompt` is a folder of prompts, the records' field that names the one for each; all are asked together.
-      others: further prompts of the same task; each is scored, and their ensemble with the first.
-      combine: how the ensemble decides: by mean log-probability, or by vote.
+      split: split of a hub data set.
+      hard_prompt: hand-written prompts to compare with.
+      by: if `prompt` is a folder of prompts, the field with the prompt's name for each record; all run in the same
+        batches.
+      others: further prompts for the same task; each one is scored separately, and all together as an ensemble.
+      combine: how the ensemble decides: by mean log-probability or by vote.
       batch_size: examples per batch.
-      max_new_tokens: of generated answers.
+      max_new_tokens: most tokens of a generated answer.
       output: a JSON file for all metrics.
     """
 
@@ -188,16 +189,16 @@ class Evaluate(Saved):
 
         results: dict[str, Any] = {"soft_prompt": metrics(template, saved.virtual)}
         if self.others:
-            every = [saved, *(load_prompt(path, base, force=self.force) for path in self.others)]
-            for path, other in zip(self.others, every[1:], strict=True):
+            prompts = [saved, *(load_prompt(path, base, force=self.force) for path in self.others)]
+            for path, other in zip(self.others, prompts[1:], strict=True):
                 results[str(path)] = metrics(other.template, other.virtual)
-            sets = [asked(prompt.template, prompt.virtual) for prompt in every]
-            together = evaluate_ensemble(base, sets, [prompt.virtual for prompt in every], self.combine)
-            results[f"{self.combine} of {len(every)} prompts"] = together.metrics
+            sets = [asked(prompt.template, prompt.virtual) for prompt in prompts]
+            together = evaluate_ensemble(base, sets, [prompt.virtual for prompt in prompts], self.combine)
+            results[f"{self.combine} of {len(prompts)} prompts"] = together.metrics
         if template.reads is None:
             results["no_prompt"] = metrics(template.bare(), None)
         elif self.hard_prompt:
-            raise ConfigError(f"--hard-prompt: without a head, the model has no {template.head} to compare with")
+            raise ConfigError(f"--hard-prompt is not compatible with a {template.head} head")
         for text in self.hard_prompt:
             results[f"hard prompt {text!r}"] = metrics(template.bare(text), None)
         self.report(results)
@@ -208,18 +209,18 @@ class Evaluate(Saved):
             write_json(self.output, results)
 
     def run_together(self, records: Sequence[Mapping[str, Any]], config: EvaluationConfig) -> None:
-        """Each record under the prompt that it names, in the same batches."""
+        """Scores each record under the prompt that it names, in the same batches."""
         if self.others or self.hard_prompt:
-            raise ConfigError("--by evaluates a folder of prompts; --others and --hard-prompt go with a single one")
+            raise ConfigError("--by evaluates a folder of prompts; it is not compatible with --others or --hard-prompt")
         check_fields(records, [self.by or ""], self.data)
-        own: dict[str, list[Mapping[str, Any]]] = {}
+        by_prompt: dict[str, list[Mapping[str, Any]]] = {}
         for number, record in enumerate(records):
-            own.setdefault(field_text(record, self.by or "", number), []).append(record)
-        base, saved = self.load_all(self.named(list(own)))
+            by_prompt.setdefault(field_text(record, self.by or "", number), []).append(record)
+        base, saved = self.load_all(self.named(list(by_prompt)))
         sets = []
-        for one, asked in zip(saved, own.values(), strict=True):
+        for one, asked in zip(saved, by_prompt.values(), strict=True):
             check_fields(asked, one.template.fields, self.data)
             sets.append(make_evaluation_set(base, encoder_for(one.template, base, one.virtual), asked, config))
         scores = score_together(base, sets, [one.virtual for one in saved])
         results = [from_scores(asked, values).metrics for asked, values in zip(sets, scores, strict=True)]
-        self.report(dict(zip(own, results, strict=True)))
+        self.report(dict(zip(by_prompt, results, strict=True)))

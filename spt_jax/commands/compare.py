@@ -1,4 +1,4 @@
-"""`python -m spt_jax compare`: soft prompts against everything that one might do instead."""
+"""`python -m spt_jax compare`: compares soft prompts with the alternatives to them."""
 
 import dataclasses
 import shlex
@@ -27,13 +27,13 @@ class Compare(Job[AnyMethod]):
     """Compares soft prompts with no prompt, hand-written prompts, solved examples in context, and a linear probe.
 
     Attributes:
-      prompts: directories of saved soft prompts; the first is what all others are compared with.
-      shots: numbers of solved training examples to put in front of a request; each is a way of asking, but for chats of
-        {messages}.
-      shots_seed: of their choice.
-      probe: for classes, also a linear probe on the frozen base's features.
-      others: NAME=DIRECTORY of systems outside, each with predictions.jsonl as this command writes it, and facts.json:
-        the numbers trainable_parameters, bytes, train_seconds, test_seconds and extra_tokens.
+      prompts: directories of saved soft prompts; everything is compared with the first one.
+      shots: numbers of solved training examples to put before a request; each number is one row of the comparison. Not
+        used for chats of {messages}.
+      shots_seed: seed for the choice of solved examples.
+      probe: for classification, also evaluate a linear probe on the frozen base's features.
+      others: other systems as NAME=DIRECTORY, each with predictions.jsonl in the format of this command, and facts.json
+        with the numbers trainable_parameters, bytes, train_seconds, test_seconds and extra_tokens.
     """
 
     prefix: ClassVar[str] = "compare-"
@@ -45,24 +45,24 @@ class Compare(Job[AnyMethod]):
     others: Pairs = dataclasses.field(default_factory=dict)
 
     def validate(self) -> None:
-        """Checks what no field can say by itself.
+        """Checks fields against each other.
 
         Raises:
-          ConfigError: naming the fields.
+          ConfigError: fields are invalid or missing; the message names them.
         """
         if not self.prompts:
-            raise ConfigError("--prompts names the saved soft prompt to compare, such as out/quickstart/prompt")
+            raise ConfigError("give the saved soft prompts to compare with --prompts, such as out/quickstart/prompt")
         if self.config.data.test is None:
-            raise ConfigError("a comparison is made on test records; give --data.test")
+            raise ConfigError("a comparison needs test records; give --data.test")
         if any(shots < 1 for shots in self.shots):
-            raise ConfigError(f"--shots are {self.shots}; each is 1 or more")
+            raise ConfigError(f"--shots is {self.shots}; each number must be at least 1")
 
 
 def main(argv: Sequence[str]) -> None:
-    """The whole comparison, from words to table.
+    """Runs the comparison from the command line to the table.
 
     Raises:
-      SptError: as the words, the data and the prompts have it.
+      SptError: the command line, the data or a prompt is invalid.
     """
     command = parse_job(Compare, argv, PROGRAM)
     command.validate()
@@ -74,9 +74,9 @@ def main(argv: Sequence[str]) -> None:
     print(describe_base(experiment.base))
     outside = [read_outside(name, folder) for name, folder in others.items()]
     options = {"shots": command.shots, "shots_seed": command.shots_seed, "probe": command.probe}
-    every = baselines(experiment, command.prompts, **options)
+    rows = baselines(experiment, command.prompts, **options)
     with held(command.workdir):
-        entries = [*(ask(experiment.base, way) for way in every), *outside]
+        entries = [*(ask(experiment.base, baseline) for baseline in rows), *outside]
         table = make_table(entries, list(experiment.template.verbalizers))
         prepare_workdir(command.workdir, overwrite=command.overwrite, reads=reads)
         write_results(command.workdir, entries, table, config_json(command), argv)
@@ -91,7 +91,7 @@ def write_results(
     settings: Mapping[str, Any],
     argv: Sequence[str],
 ) -> None:
-    """compare.json, compare.md, compare.png, and predictions.jsonl, from which all of it can be computed again."""
+    """Writes compare.json, compare.md, compare.png, and predictions.jsonl, from which the table can be recomputed."""
     write_json(workdir / CONFIG_FILE, settings)
     write_text(workdir / PREDICTIONS_FILE, predictions_jsonl({entry.name: entry.predictions for entry in entries}))
     write_json(

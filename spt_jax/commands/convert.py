@@ -1,4 +1,4 @@
-"""`python -m spt_jax import | export`: prompts of other libraries, in and out."""
+"""`python -m spt_jax import | export`: converts prompts from and to the formats of other libraries."""
 
 import dataclasses
 from pathlib import Path
@@ -21,17 +21,17 @@ from spt_jax.runtime.files import write_text
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Import:
-    """Makes a prompt directory of a directory of PEFT's or a .npy file of token rows.
+    """Converts a PEFT directory or a .npy file of token rows to a prompt directory.
 
     Attributes:
-      source: that directory or file.
+      source: the PEFT directory or .npy file.
       base: the base that the prompt was trained on: a directory, a hub id or "starter".
-      output: where the prompt goes.
-      template_prompt: how records read; default what PEFT does with a field "text": virtual tokens, BOS, text.
-      template_target: what the model is to say.
-      verbalizers: the text that stands for each class, for a classifier; for a head, all its classes in order.
+      output: the prompt directory to write.
+      template_prompt: the template's prompt; default as in PEFT, for a field "text": virtual tokens, BOS, text.
+      template_target: the text that the model is to generate.
+      verbalizers: for a classifier, the text that stands for each class; for a head, all its classes in order.
       reads: for a tagging or span head, the field that it reads.
-      task: of a PEFT multitask prompt, the number of the task whose prompt to take.
+      task: for a PEFT multitask prompt, the number of the task to import.
       dtype: precision of the base; default by device.
     """
 
@@ -53,7 +53,7 @@ class Import:
             method, virtual = import_npy(self.source, base)
         classes = getattr(method, "classes", None)
         if classes is not None and len(self.verbalizers) != classes:
-            raise ConfigError(f"the head has {classes} classes; name them all, in order, in --verbalizers")
+            raise ConfigError(f"the head has {classes} classes; name all of them, in order, with --verbalizers")
         template = Template(
             prompt=self.template_prompt or default_template(base, method),
             target=self.template_target,
@@ -68,14 +68,14 @@ class Import:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export(Saved):
-    """Writes a saved prompt for other libraries.
+    """Converts a saved prompt to the format of another library.
 
     Attributes:
-      output: a directory for PEFT, a file otherwise.
-      format: peft; npy, the token rows as google-research/prompt-tuning has them; vllm, the embeddings of one whole
-        request as its completions API takes them in `prompt_embeds`.
+      output: a directory for PEFT, otherwise a file.
+      format: peft; npy, token rows as in google-research/prompt-tuning; vllm, the embeddings of a complete request, for
+        `prompt_embeds` of vLLM's completions API.
       fields: for vllm, the request's record as name=value pairs.
-      others: for peft, further prompts: the tasks 1, 2, ... of one multitask prompt whose task 0 is `prompt`.
+      others: for peft, further prompts, which become the tasks 1, 2, ... of a multitask prompt; `prompt` is task 0.
     """
 
     output: Path
@@ -86,7 +86,9 @@ class Export(Saved):
     def run(self) -> None:
         base, saved = self.load()
         if self.others and self.format != "peft":
-            raise ConfigError(f"--others makes a multitask prompt of PEFT's; --format {self.format} has none")
+            raise ConfigError(
+                f"--others writes a PEFT multitask prompt; it is not compatible with --format {self.format}"
+            )
         if self.others:
             others = [load_prompt(path, base, force=self.force) for path in self.others]
             export_peft_tasks(self.output, [saved, *others], base)
@@ -97,4 +99,4 @@ class Export(Saved):
         else:
             check_fields([dict(self.fields)], saved.template.prompt_fields, "--fields")
             write_text(self.output, export_embeddings(saved, base, dict(self.fields)))
-        print(f"written to {self.output}")
+        print(f"wrote {self.output}")

@@ -1,4 +1,4 @@
-"""`python -m spt_jax find-rate`: a learning rate for a config, by a range test."""
+"""`python -m spt_jax find-rate`: suggests a learning rate for a config with a range test."""
 
 import dataclasses
 import shlex
@@ -24,12 +24,12 @@ PROGRAM = "python -m spt_jax find-rate"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FindRate(Job[AnyMethod]):
-    """Trains once, with a learning rate that rises from step to step, and suggests one.
+    """Trains once with a learning rate that increases at each step, and suggests a learning rate.
 
     Attributes:
       low: the first rate.
       high: the last rate.
-      rates: how many steps lie between them.
+      rates: number of steps, each with its own rate.
     """
 
     prefix: ClassVar[str] = "rate-"
@@ -40,10 +40,10 @@ class FindRate(Job[AnyMethod]):
 
 
 def main(argv: Sequence[str]) -> None:
-    """The whole test, from words to a suggestion.
+    """Runs the range test from the command line to the suggestion.
 
     Raises:
-      SptError: as the words, the data and the base have it.
+      SptError: the command line, the data or the base is invalid.
     """
     command = parse_job(FindRate, argv, PROGRAM)
     measure.keep_compiled_programs(command.compilation_cache)

@@ -1,4 +1,4 @@
-"""`python -m spt_jax inspect | similar`: what a saved prompt is, and which others it is like."""
+"""`python -m spt_jax inspect | similar`: describes a saved prompt, and finds similar ones."""
 
 import dataclasses
 from pathlib import Path
@@ -30,15 +30,15 @@ from spt_jax.runtime.files import write_json
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inspect(Saved):
-    """Shows what a saved prompt is: its rows beside the vocabulary and their start, and what each position is worth.
+    """Describes a saved prompt: its rows compared with the vocabulary and their initial values, and each row's effect.
 
     Attributes:
-      nearest: how many tokens to show per row.
-      offline: only what the files say, without loading the base.
-      data: a file or hub data set on which to take each position away, and to see what attention they get.
-      split: of a hub data set.
-      limit: so many of its records at most.
-      others: further prompts, for a map of similarities.
+      nearest: how many of the nearest tokens to show per row.
+      offline: show only the contents of the files, without loading the base.
+      data: a file or hub data set on which to ablate each position and to measure the attention it receives.
+      split: split of a hub data set.
+      limit: most records to read.
+      others: further prompts, for a matrix of similarities.
       output: a directory for inspect.json and inspect.png.
     """
 
@@ -53,7 +53,9 @@ class Inspect(Saved):
     def run(self) -> None:
         if self.offline:
             if self.data is not None or self.others or self.output is not None:
-                raise ConfigError("--offline shows what the files say; --data, --others and --output need the base")
+                raise ConfigError(
+                    "--offline only reads the prompt's files; --data, --others and --output need the base"
+                )
             print(describe_prompt(read_prompt(self.prompt)))
             return
         base, saved = self.load()
@@ -80,14 +82,14 @@ class Inspect(Saved):
             print(f"{self.output}: inspect.json, inspect.png")
 
     def worth(self, base: FrozenBase, saved: SavedPrompt) -> dict[str, Any]:
-        """What each position is worth on the records."""
+        """Returns the effect of ablating each position on the records, and the attention that it receives."""
         assert self.data is not None
         records = read_records(self.data, split=self.split, limit=self.limit)
         check_fields(records, saved.template.fields, self.data)
         data = make_evaluation_set(base, encoder_for(saved.template, base, saved.virtual), records)
         measure, lost = ablate(base, data, saved.virtual)
         print(ablation_lines(measure, lost))
-        report: dict[str, Any] = {"measure": measure, "lost": [dataclasses.asdict(own) for own in lost]}
+        report: dict[str, Any] = {"measure": measure, "lost": [dataclasses.asdict(loss) for loss in lost]}
         if saved.virtual.gated is None:
             received = attention_received(base, data.examples, saved.virtual)
             print(attention_lines(received))
@@ -97,10 +99,10 @@ class Inspect(Saved):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Similar:
-    """Ranks the saved prompts of a folder as starts for a new task, by their similarity to its prompt (SPoT).
+    """Ranks the saved prompts of a folder as initial values for a new task, by similarity to the task's prompt (SPoT).
 
     Attributes:
-      prompt: the new task's prompt, trained for a short while.
+      prompt: the new task's prompt, trained for a few steps.
       bank: a folder of prompt directories for the same base.
     """
 
@@ -114,6 +116,6 @@ class Similar:
             differences = target.fingerprint.differences(saved.fingerprint)
             if differences:
                 fields = "; ".join(differences)
-                raise CheckpointError(f"{folder}: a prompt for another base than {self.prompt}: {fields}")
+                raise CheckpointError(f"{folder}: this prompt is for another base than {self.prompt}: {fields}")
         for folder, value in ranked_sources(target.virtual, {name: saved.virtual for name, saved in bank.items()}):
             print(f"{value:7.4f}  {folder}")

@@ -1,4 +1,4 @@
-"""What the commands share that start from a saved prompt."""
+"""Options and helpers of the commands that read a saved prompt."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ class Saved:
       prompt: the directory of the saved prompt.
       base: where its base is now; default where it was when the prompt was trained.
       dtype: precision of the base; default by device.
-      quantize: int8 keeps the base's matrices in a byte per weight.
-      force: use the prompt on another base than its own, if only the sizes fit.
+      quantize: int8 stores the base's matrices in one byte per weight.
+      force: use the prompt with another base than its own, as long as the sizes match.
     """
 
     prompt: Path
@@ -36,34 +36,38 @@ class Saved:
         return base, saved
 
     def load_all(self, folders: Sequence[Path]) -> tuple[FrozenBase, list[SavedPrompt]]:
-        """The base of the first of these prompts, and all of them."""
+        """Returns the base of the first prompt, and all prompts."""
         info = read_prompt(folders[0]).info["base"]
         revision = None if self.base else info["revision"]
         base = load_base(self.base or info["id"], revision=revision, dtype=self.dtype, quantize=self.quantize)
         return base, [load_prompt(folder, base, force=self.force) for folder in folders]
 
     def named(self, names: Sequence[str]) -> list[Path]:
-        """The prompts of these names in the folder of prompts that `prompt` is.
+        """Returns the directories of the prompts with these names in the folder `prompt`.
 
         Raises:
-          CheckpointError: it holds no prompts, or none of one of the names.
+          CheckpointError: the folder has no prompts, or none with one of the names.
         """
         known = bank_of(self.prompt)
         for name in names:
             if name not in known:
-                raise CheckpointError(f"{self.prompt}: holds no prompt {name!r}; {did_you_mean(name, known)}")
+                raise CheckpointError(f"{self.prompt}: there is no prompt {name!r}; {did_you_mean(name, known)}")
         return [known[name] for name in names]
 
 
 def bank_of(folder: Path) -> dict[str, Path]:
-    """The prompts of a folder, by name."""
+    """Returns the prompt directories of a folder by name.
+
+    Raises:
+      CheckpointError: there are none.
+    """
     found = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{INFO_FILE}"))}
     if not found:
-        raise CheckpointError(f"{folder}: holds no saved prompts")
+        raise CheckpointError(f"{folder}: there are no saved prompts")
     return found
 
 
 def encoder_for(template: Template, base: FrozenBase, virtual: VirtualPrompt | None) -> Encoder:
-    """An encoder for as many positions as the soft prompt leaves of the base's."""
+    """Returns an encoder for the positions of the base that the soft prompt leaves free."""
     taken = 0 if virtual is None else virtual.prefix_length
     return Encoder(template, base.tokenizer, base.config.vocab_size, base.config.max_positions - taken)

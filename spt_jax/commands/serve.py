@@ -1,4 +1,4 @@
-"""`python -m spt_jax serve`: one base and a directory of prompts behind HTTP."""
+"""`python -m spt_jax serve`: serves one base and a directory of prompts over HTTP."""
 
 import dataclasses
 import os
@@ -22,31 +22,34 @@ ADMIN_KEY = "SPT_JAX_ADMIN_KEY"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Serve:
-    """Serves a base and any number of saved prompts, through OpenAI's endpoints and a page at /.
+    """Serves a base and any number of saved prompts, with OpenAI's endpoints and a web page at /.
 
-    The environment's SPT_JAX_ADMIN_KEY, if set, is the key that adds and removes prompts while serving.
+    If the environment variable SPT_JAX_ADMIN_KEY is set, it is the key for adding and removing prompts while serving.
 
     Attributes:
       base: a directory in Hugging Face format, a hub id, or starter.
-      prompts: a directory of prompt directories, ours or PEFT's; nothing else is read for requests.
-      name: of the bare base among the models; default the last part of `base`.
-      revision: of the base on the hub.
-      strict: a prompt that cannot be read ends the start, where it would be left out with a line.
+      prompts: a directory of prompt directories of this library or of PEFT; prompts are loaded from nowhere else.
+      name: name of the bare base among the models; default the last part of `base`.
+      revision: revision of the base on the hub.
+      strict: do not start if a prompt cannot be read; by default, such a prompt is left out with a message.
       host: address to listen on.
-      port: and its port; 0 takes a free one.
-      allowed_hosts: names, without ports, under which web pages may use the server, such as a proxy's. On a loopback
-        address they are added to localhost and the address; on others, any name will do unless some are given.
-      slots: requests answered at once.
-      context: positions of each of them, prompt and answer together; default all that the base has.
-      queue: answers that may wait; more get 429. A client with less than an equal share may always add some.
+      port: port to listen on; 0 takes a free port.
+      allowed_hosts: host names, without ports, under which web pages may use the server, such as a proxy's. On a
+        loopback address, they are allowed in addition to localhost and the address; on other addresses, any name is
+        allowed unless names are given.
+      slots: number of requests that run at once.
+      context: positions per slot, for prompt and answer together; default all positions of the base.
+      queue: number of answers that may wait; further requests get 429. A client with less than an equal share may
+        exceed this.
       dtype: precision of the base; default by device.
-      quantize: int8 keeps the base's matrices in a byte per weight.
-      mesh: devices, and what is split over them.
-      prompt_memory: MiB of prompts on the device, of which the least recently used leave; default no limit.
-      max_body: KiB of a request's body.
-      body_seconds: in which it must have come; and before it, the request's head.
-      drain_seconds: for requests under way after SIGTERM.
-      compilation_cache: a directory where compiled programs are kept, for a quicker start.
+      quantize: int8 stores the base's matrices in one byte per weight.
+      mesh: device mesh.
+      prompt_memory: MiB of prompts on the device; if exceeded, the least recently used are removed from it. Default no
+        limit.
+      max_body: most KiB of a request's body.
+      body_seconds: time limit for a request's body, and for its head.
+      drain_seconds: time limit for running requests after SIGTERM.
+      compilation_cache: a directory for compiled programs, which makes later starts faster.
     """
 
     base: str
@@ -76,7 +79,7 @@ class Serve:
         except ImportError as error:
             raise ConfigError(f"serving needs the extra: pip install 'spt_jax[serve]' ({error})") from error
         if self.prompts is not None and not self.prompts.is_dir():
-            raise ConfigError(f"--prompts {self.prompts} is no directory")
+            raise ConfigError(f"--prompts {self.prompts} is not a directory")
         for name in ("slots", "context", "queue", "prompt_memory", "max_body", "body_seconds", "drain_seconds"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -95,11 +98,11 @@ class Serve:
 
 
 def start(command: Serve) -> "Service":
-    """Loads base and prompts, compiles what the shortest requests need, and starts the engine.
+    """Loads base and prompts, compiles the programs for the shortest requests, and starts the engine.
 
     Raises:
-      ConfigError, CheckpointError: the base or the mesh is wrong.
-      RefusedError: a prompt is, and the command is strict.
+      ConfigError, CheckpointError: the base or the mesh is invalid.
+      RefusedError: a prompt is invalid, and the command is strict.
     """
     from spt_jax.serving.service import Service
     from spt_jax.serving.worker import Worker
@@ -124,7 +127,7 @@ def start(command: Serve) -> "Service":
 
 
 def _load_prompts(service: "Service", *, strict: bool) -> None:
-    """Reads all directories of the directory of prompts, and says which are left out."""
+    """Loads all prompts of the directory of prompts, and prints which are left out."""
     from spt_jax.serving.protocol import NAME
     from spt_jax.serving.service import RefusedError
 
@@ -132,12 +135,12 @@ def _load_prompts(service: "Service", *, strict: bool) -> None:
     for folder in sorted(service.folder.iterdir()) if service.folder is not None else ():
         if folder.is_file():
             continue
-        if not re.fullmatch(NAME, folder.name):  # a save under way, or what a file system keeps for itself
-            print(f"{folder} is left out: this cannot be the name of a prompt")
+        if not re.fullmatch(NAME, folder.name):  # an incomplete save, or a directory of the file system
+            print(f"{folder} is left out: this is not a valid prompt name")
             continue
         try:
             service.load(folder.name)
-            # One prompt of a kind compiles for all.
+            # The first prompt of a kind compiles for all.
             kind = service.bank.entry(folder.name).kind
             if kind not in kinds:
                 service.warm(folder.name)

@@ -1,6 +1,6 @@
-"""`python -m spt_jax sweep`: trains prompts of many settings on one frozen base, and says which are the best.
+"""`python -m spt_jax sweep`: trains prompts with many settings on one frozen base, and reports the best.
 
-Trials of one setting differ in their seed alone. Prompt lengths are tried from the shortest up, until validation stops
+Trials of one setting differ only in the seed. Prompt lengths are tried in ascending order until validation stops
 improving, by the rules of `plateau`.
 """
 
@@ -49,21 +49,20 @@ PROGRAM = "python -m spt_jax sweep"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep(Job[AnyMethod]):
-    """Trains prompts of many settings on one frozen base, and says which are the best.
+    """Trains prompts with many settings on one frozen base, and reports the best.
 
     Attributes:
-      resume: go on with the sweep in workdir.
-      lengths: prompt lengths, tried from the shortest up until validation stops improving.
-      seeds: every setting is trained once with each.
-      over: config fields to vary, FIELD=VALUE,VALUE,... in all combinations. With --trials, drawn from such values, or
-        from FIELD=LOW..HIGH or FIELD=LOW..HIGH:log.
-      trials: draw so many settings.
-      draws_seed: of these draws.
-      patience: a sweep over lengths stops after so many in a row without an improvement; 0 tries them all.
+      resume: resume the sweep in workdir.
+      lengths: prompt lengths, tried in ascending order until validation stops improving.
+      seeds: each setting is trained once with each seed.
+      over: config fields to vary: FIELD=VALUE,VALUE,... in all combinations. With --trials, settings are drawn from
+        these values, or from FIELD=LOW..HIGH or FIELD=LOW..HIGH:log.
+      trials: number of settings to draw.
+      draws_seed: seed for drawing settings.
+      patience: a sweep over lengths stops after this number of lengths in a row without an improvement; 0 tries all.
       resolution: the smallest difference in accuracy that matters in a sweep over lengths.
-      halving: after an eighth, a quarter and a half of the steps, the worse half of the trials that train together
-        stops.
-      ensemble: ask so many of the best trials together in the end.
+      halving: stop the worse half of the trials that train together after an eighth, a quarter and a half of the steps.
+      ensemble: number of the best trials to evaluate as an ensemble at the end.
     """
 
     prefix: ClassVar[str] = "sweep-"
@@ -80,66 +79,71 @@ class Sweep(Job[AnyMethod]):
     ensemble: int = 0
 
     def validate(self) -> None:
-        """Checks what no field can say by itself.
+        """Checks fields against each other.
 
         Raises:
-          ConfigError: naming the fields.
+          ConfigError: fields are invalid or missing; the message names them.
         """
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(f"--seeds are {self.seeds or 'none'}; a sweep trains with at least one, and each once")
+            raise ConfigError(f"--seeds is {self.seeds or 'empty'}; give at least one seed, and each seed only once")
         if list(self.lengths) != sorted(set(self.lengths)) or any(length < 1 for length in self.lengths):
-            raise ConfigError(f"--lengths are {self.lengths}; they go up, from 1 or more")
+            raise ConfigError(f"--lengths is {self.lengths}; lengths must be ascending and at least 1")
         for name in ("patience", "ensemble", "draws_seed"):
             if getattr(self, name) < 0:
-                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it is 0 or more")
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 0")
         if self.halving and self.lengths:
-            raise ConfigError("--halving ends trials early, and --lengths compares trials at their end; give one")
+            raise ConfigError(
+                "--halving is not compatible with --lengths: lengths are compared by trials that run to the end"
+            )
         if self.config.data.validation is None:
-            raise ConfigError("a sweep chooses by validation; give --data.validation")
+            raise ConfigError("a sweep compares trials by validation; give --data.validation")
 
 
 def main(argv: Sequence[str]) -> None:
-    """The whole sweep, from words to results.
+    """Runs the sweep from the command line to the results.
 
     Raises:
-      SptError: as the words, the data and the base have it.
+      SptError: the command line, the data or the base is invalid.
       Stopped: after SIGTERM or SIGINT, with the state saved.
     """
     command = parse_job(Sweep, argv, PROGRAM)
     command.validate()
     measure.keep_compiled_programs(command.compilation_cache)
     workdir, words = command.workdir, shlex.join([*PROGRAM.split(), *argv])
-    way, config_file = {"resume": command.resume, "overwrite": command.overwrite}, Path(argv[0])
-    check_workdir(workdir, **way, reads=input_paths(command.config, config_file))
+    mode, config_file = {"resume": command.resume, "overwrite": command.overwrite}, Path(argv[0])
+    check_workdir(workdir, **mode, reads=input_paths(command.config, config_file))
     stages, prepare = plan_stages(command, argv), Preparation()
     planned = {trial.number: trial for stage in stages for trial in stage}
     if command.ensemble > len(planned):
         raise ConfigError(f"--ensemble is {command.ensemble}; there are {len(planned)} trials")
-    # What does not fit, the longest first, is known before anything is trained.
-    every = [prepare(trial) for trial in reversed(planned.values())]
+    # Prepares the longest prompts first, to fail before training if they do not fit.
+    all_prepared = [prepare(trial) for trial in reversed(planned.values())]
     if command.ensemble:
-        check_ensemble(every)
-    for prepared in every:
+        check_ensemble(all_prepared)
+    for prepared in all_prepared:
         if command.lengths and prepared.experiment.template.verbalizers:
             check_records(len(prepared.asked["validation"].examples), command.resolution)
         elif command.lengths and len(prepared.asked["validation"].examples) < 2:
-            raise ConfigError("a sweep over lengths sees no noise in 1 validation record; 2 are the least")
-    validated = [list(prepared.asked["validation"].records) for prepared in every]
+            raise ConfigError("a sweep over lengths needs at least 2 validation records to estimate the noise")
+    validated = [list(prepared.asked["validation"].records) for prepared in all_prepared]
     if any(records != validated[0] for records in validated):
-        print("trials have validation sets of their own, by which they are compared all the same")
-    elsewhere = ("config", "workdir", "resume", "overwrite", "compilation_cache")
-    options = {name: value for name, value in config_json(command).items() if name not in elsewhere}
+        print("note: trials have different validation sets, and are compared by them anyway")
+    excluded = ("config", "workdir", "resume", "overwrite", "compilation_cache")
+    options = {name: value for name, value in config_json(command).items() if name not in excluded}
     examples = [
-        (own.experiment, {"train": own.examples, **{split: asked.examples for split, asked in own.asked.items()}})
-        for own in every
+        (
+            prepared.experiment,
+            {"train": prepared.examples, **{split: asked.examples for split, asked in prepared.asked.items()}},
+        )
+        for prepared in all_prepared
     ]
     reads = [path for trial in planned.values() for path in input_paths(trial.config, config_file)]
     facts = {"command": first_command([*PROGRAM.split(), *argv])}
-    with held(workdir), signals.advising("Go on with --resume"):
+    with held(workdir), signals.advising("Continue with --resume"):
         settings = {**config_json(command.config), "sweep": options}
-        open_workdir(workdir, settings, input_digests(examples), **way, reads=reads)
+        open_workdir(workdir, settings, input_digests(examples), **mode, reads=reads)
         rows = read_rows(workdir, planned)
-        for described in dict.fromkeys(describe_base(prepared.experiment.base) for prepared in every):
+        for described in dict.fromkeys(describe_base(prepared.experiment.base) for prepared in all_prepared):
             print(described)
         print(f"{len(planned)} trials, {len(rows)} of them done; seeds {', '.join(map(str, command.seeds))}")
         halving = Halving() if command.halving else None
@@ -157,8 +161,8 @@ def main(argv: Sequence[str]) -> None:
                 if score.trials[0] >= stage[0].number:
                     test = "" if score.test is None else f"   test {_shown(score.test)}"
                     print(f"{named(score.settings):40} validation {_shown(score.validation)}{test}")
-            walked = [score.validation for score in by_length(scores)] if command.lengths else []
-            if command.patience and walked and has_plateaued(walked, command.patience):
+            tried = [score.validation for score in by_length(scores)] if command.lengths else []
+            if command.patience and tried and has_plateaued(tried, command.patience):
                 break
         results = finish(command, prepare, ran, rows, scores)
         write_json(
@@ -171,31 +175,31 @@ def main(argv: Sequence[str]) -> None:
                 "command": words,
             },
         )
-        print(f"{workdir}: trials.csv, trials.parquet, results.json, sweep.png, and every trial's prompt under trials/")
+        print(f"{workdir}: trials.csv, trials.parquet, results.json, sweep.png, and each trial's prompt in trials/")
 
 
 def plan_stages(command: Sweep[Any], argv: Sequence[str]) -> list[list[Trial]]:
-    """Every trial, by the lengths that are tried one after the other; without lengths all in one stage.
+    """Returns all trials, one stage per length in the order of trying; without lengths, all in one stage.
 
     Raises:
-      ConfigError: a field or value is wrong, or an option has a field's place.
+      ConfigError: a field or value is invalid, or a field has its own option.
     """
     fields = [parse_field(text, command.config) for text in command.over]
     for name, _ in fields:
         if name == "train.seed" or (name == LENGTH and command.lengths):
-            raise ConfigError(f"--over {name}: --{'seeds' if name == 'train.seed' else 'lengths'} says that")
+            raise ConfigError(f"--over {name}: use --{'seeds' if name == 'train.seed' else 'lengths'} instead")
     drawn = settings(fields, command.trials, command.draws_seed)
     stages: list[list[Trial]] = []
     for length in command.lengths or (None,):
         stage = []
         for one in drawn:
-            own = one if length is None else {LENGTH: str(length), **one}
-            words = [word for name, value in own.items() for word in flag_words(name, value, command.config)]
+            setting = one if length is None else {LENGTH: str(length), **one}
+            words = [word for name, value in setting.items() for word in flag_words(name, value, command.config)]
             config = resolve(parse_job(Sweep, [*argv, *words], PROGRAM).config)
             for seed in command.seeds:
                 number = len(stages) * len(drawn) * len(command.seeds) + len(stage) + 1
                 seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
-                stage.append(Trial(number, own, seeded))
+                stage.append(Trial(number, setting, seeded))
         stages.append(stage)
     return stages
 
@@ -207,49 +211,49 @@ def finish(
     rows: dict[int, Row],
     scores: Sequence[Score],
 ) -> dict[str, Any]:
-    """Chooses, saves the best prompt as `prompt/`, draws `sweep.png`, and asks the best together.
+    """Chooses a setting, saves its best prompt as `prompt/`, draws `sweep.png`, and evaluates the ensemble.
 
     Returns:
-      What `results.json` says of it.
+      The contents of `results.json`.
 
     Raises:
-      TrainingError: no trial came to its end.
+      TrainingError: no trial finished.
     """
     workdir = command.workdir
     if not scores:
-        raise TrainingError(f"no trial came to its end; {workdir}/trials.csv says why")
+        raise TrainingError(f"no trial finished; see the status column of {workdir}/trials.csv")
     best = max(scores, key=lambda score: score.validation.mean)
     chosen, reason = best, "the highest mean on validation"
     if len(best.trials) < len(command.seeds):
-        reason += " of the trials that came to their end; no setting has all of its seeds"
+        reason += " of the trials that finished; no setting has finished with all seeds"
     if command.lengths:
         lengths = by_length(scores)
         chosen = lengths[shortest_of_the_best([score.validation for score in lengths])]
         reason = f"the shortest within one standard error of the best, {named(best.settings)}"
-    number = max(chosen.trials, key=lambda own: trial_score(rows[own]))
+    number = max(chosen.trials, key=lambda trial: trial_score(rows[trial]))
     copy_prompt(trial_folder(workdir, number) / "prompt", workdir / "prompt")
-    print(f"chosen: {named(chosen.settings)}, {reason}; {workdir}/prompt is its trial {number}")
+    print(f"chosen: {named(chosen.settings)}, {reason}; {workdir}/prompt is from trial {number}")
     plot_sweep(
         workdir / "sweep.png",
         [(score.settings, score.validation, score.by_seed) for score in scores],
         chosen.settings,
         chosen.measure.replace("_", " "),
     )
-    out = {trial.number: rows[trial.number]["status"] for trial in ran if not finished(rows[trial.number])}
-    if out:
-        print("not to their end: " + "; ".join(f"trial {number}, {status}" for number, status in out.items()))
+    unfinished = {trial.number: rows[trial.number]["status"] for trial in ran if not finished(rows[trial.number])}
+    if unfinished:
+        print("not finished: " + "; ".join(f"trial {number}, {status}" for number, status in unfinished.items()))
     together = ask_together(command.ensemble, prepare, ran, rows, workdir) if command.ensemble else None
     if together is not None:
         print(
-            f"the best {len(together['trials'])} together: {together['split']} accuracy {together['accuracy']:.3f}, one"
-            f" by one {together['mean_accuracy']:.3f} in the mean"
+            f"ensemble of the best {len(together['trials'])}: {together['split']} accuracy {together['accuracy']:.3f};"
+            f" separately {together['mean_accuracy']:.3f} on average"
         )
     return {
         "measure": chosen.measure,
         "settings": [score.as_json() for score in scores],
         "chosen": {**chosen.as_json(), "trial": number, "reason": reason},
         "ensemble": together,
-        "not_to_their_end": out,
+        "not_to_their_end": unfinished,
         "trials": len(ran),
         "steps": sum(rows[trial.number]["steps"] for trial in ran),
     }

@@ -1,1 +1,1 @@
-"""A run from the command line to its work directory."""
+"""Runs: configs, the command line, and work directories."""

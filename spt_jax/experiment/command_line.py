@@ -1,4 +1,4 @@
-"""From a config file and words on the command line to an experiment."""
+"""Reads a config file and a command line into an experiment."""
 
 import dataclasses
 import difflib
@@ -23,13 +23,13 @@ from spt_jax.training.loop import Stopped
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job(Generic[AnyMethod]):
-    """What a command does that starts from a config and fills a work directory.
+    """Options of a command that starts from a config and writes to a work directory.
 
     Attributes:
-      workdir: where everything is written; default out/ and the config file's name.
-      overwrite: delete the run in workdir and start anew.
-      compilation_cache: where compiled programs wait for the next run; default $JAX_COMPILATION_CACHE_DIR, else, on an
-        accelerator, ~/.cache/spt_jax.
+      workdir: directory for all output; default out/ and the config file's name.
+      overwrite: delete the run in workdir and start over.
+      compilation_cache: directory for compiled programs, which makes later runs start faster; default
+        $JAX_COMPILATION_CACHE_DIR, or on an accelerator ~/.cache/spt_jax.
     """
 
     prefix: ClassVar[str] = ""  # of the default work directory's name
@@ -45,10 +45,10 @@ class Command(Job[AnyMethod]):
     """Trains a soft prompt on a frozen language model.
 
     Attributes:
-      resume: go on with the run in workdir, from its newest checkpoint that is intact.
-      resume_from: go on with the run in workdir from the checkpoint of this step; those after it are removed.
+      resume: resume the run in workdir from its newest intact checkpoint.
+      resume_from: resume the run in workdir from the checkpoint of this step; later checkpoints are removed.
       dry_run: show examples as tokens, the packing and the memory needed, and stop.
-      profile: trace so many steps, once compiled, into the work directory's profile/, for TensorBoard's xprof.
+      profile: number of steps to trace, after compilation, into the work directory's profile/, for TensorBoard's xprof.
       processes: how this process finds the others of its run.
     """
 
@@ -60,40 +60,43 @@ class Command(Job[AnyMethod]):
 
     @property
     def resumes(self) -> bool:
-        """Whether a run goes on, from whichever checkpoint."""
+        """Whether to resume a run, from any checkpoint."""
         return self.resume or self.resume_from is not None
 
     def __post_init__(self) -> None:
         if self.profile < 0:
-            raise ConfigError(f"--profile is {self.profile}; it is a number of steps")
+            raise ConfigError(f"--profile is {self.profile}; it must be at least 0")
         if self.profile and self.config.train.steps <= PROFILE_BEHIND:
             raise ConfigError(
-                f"--profile traces steps behind the first {PROFILE_BEHIND}; train.steps is {self.config.train.steps}"
+                f"--profile traces steps after the first {PROFILE_BEHIND}; train.steps is {self.config.train.steps}"
             )
 
 
 def load_config_file(path: Path) -> ExperimentConfig[Any]:
-    """Runs a config file's `get_config()`.
+    """Returns the result of a config file's `get_config()`.
 
     Raises:
-      ConfigError: no such file (the nearest is named), no `get_config`, or a field that no config has.
+      ConfigError: there is no such file (the message suggests a similar name), it has no `get_config`, or it sets an
+        unknown field.
     """
     if not path.is_file():
         siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         near = difflib.get_close_matches(str(path), siblings, n=1)
         hint = (
-            f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(siblings)) or 'none in that folder'}"
+            f"did you mean {near[0]}?"
+            if near
+            else f"config files there: {', '.join(sorted(siblings)) or 'none in that folder'}"
         )
         raise ConfigError(f"no config file {path}; {hint}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"{path} is no Python file")
+        raise ConfigError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
     except AttributeError as error:
-        raise ConfigError(f"{path}: {error}; a config file defines get_config() -> ExperimentConfig") from error
+        raise ConfigError(f"{path}: {error}; a config file must define get_config() -> ExperimentConfig") from error
     except (TypeError, SyntaxError) as error:
         raise ConfigError(f"{path}: {error}{_nearest_field(str(error))}") from error
     if not isinstance(config, ExperimentConfig):
@@ -102,7 +105,7 @@ def load_config_file(path: Path) -> ExperimentConfig[Any]:
 
 
 def _nearest_field(message: str) -> str:
-    """For "unexpected keyword argument 'stepz'": which field of which config part comes nearest."""
+    """Returns a suggestion for the message "unexpected keyword argument 'stepz'": the most similar config field."""
     if "unexpected keyword argument" not in message:
         return ""
     parts = [ExperimentConfig, *ExperimentConfig.__annotations__.values(), *METHODS.values()]
@@ -111,7 +114,7 @@ def _nearest_field(message: str) -> str:
 
 
 def exit_code(program: Callable[[], None]) -> int:
-    """Runs a program; turns errors into a line on stderr, and everything into an exit code."""
+    """Runs a program; turns errors into a message on stderr, and returns the exit code."""
     try:
         program()
     except SptError as error:
@@ -126,7 +129,7 @@ def exit_code(program: Callable[[], None]) -> int:
             raise
         return 1
     except Stopped as stopped:
-        print(f"{stopped}. Go on with --resume", file=sys.stderr)
+        print(f"{stopped}. Continue with --resume", file=sys.stderr)
         return stopped.exit_code
     return 0
 
@@ -135,22 +138,27 @@ AnyJob = TypeVar("AnyJob", bound=Job[Any])
 
 
 def parse_train(argv: Sequence[str]) -> Command[Any]:
-    """`train.py`'s words, as `parse_job` reads them."""
+    """Parses the command line of `train.py`, as in `parse_job`."""
     return parse_job(Command, argv, "python train.py")
 
 
 def parse_job(kind: type[AnyJob], argv: Sequence[str], program: str) -> AnyJob:
-    """A job's words: a config file, then flags that override its fields or are the job's own.
+    """Parses a job's command line: a config file, then flags that override its fields or set options of the job.
 
-    The method's name is read first, so that only the options of that method exist. Wrong words end the program with
-    exit code 2 and the nearest right ones.
+    The method's name is read first, so that only the options of that method exist. An invalid flag ends the program
+    with exit code 2 and a suggestion.
+
+    Raises:
+      ConfigError: there is no config file, or the method is unknown.
     """
     if not argv or argv[0].startswith("-"):
         usage = f"{program} CONFIG.py"
         if {"-h", "--help"} & set(argv):
             print(f"usage: {usage} [--field value ...]\n\nfields: {usage} --help")
             sys.exit(0)
-        raise ConfigError(f"the first word is a config file: {program} configs/quickstart.py [--field value ...]")
+        raise ConfigError(
+            f"the first argument must be a config file: {program} configs/quickstart.py [--field value ...]"
+        )
     path, words = Path(argv[0]), list(argv[1:])
     config = load_config_file(path)
     name = _method_name(words) or config.method.name
@@ -167,7 +175,7 @@ def parse_job(kind: type[AnyJob], argv: Sequence[str], program: str) -> AnyJob:
 
 
 def _method_name(words: Sequence[str]) -> str | None:
-    """The last that is named."""
+    """Returns the last value of --method.name, or None."""
     name = None
     for i, word in enumerate(words):
         if word == "--method.name" and i + 1 < len(words):
@@ -178,7 +186,7 @@ def _method_name(words: Sequence[str]) -> str | None:
 
 
 def first_command(argv: Sequence[str]) -> str:
-    """The words of a command without --resume, --resume-from and --overwrite: those of the run that it goes on with."""
+    """Returns a command without --resume, --resume-from and --overwrite: the command of the run that is resumed."""
     kept: list[str] = []
     words = iter(argv)
     for word in words:
@@ -191,5 +199,5 @@ def first_command(argv: Sequence[str]) -> str:
 
 
 def config_json(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values, for `config.json` and checkpoints."""
+    """Returns a config as plain JSON values, for `config.json` and checkpoints."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))

@@ -27,12 +27,13 @@ class BaseConfig:
       revision: branch, tag or commit on the hub.
       dtype: precision of the base; default float32 on CPU, bfloat16 on accelerators that compute in it, and float16 on
         those that do not, such as a T4.
-      remat: what the backward pass computes again instead of keeping: none; dots, all but the results of linear maps,
-        which costs little; full, whole layers, for about a third more work and the least memory. auto: the first of
-        them whose estimate fits the device, or dots where its memory is not known, as on CPU.
-      attention: xla, everywhere; cudnn, fused, on NVIDIA GPUs with 16 bits; splash, fused, on TPUs. auto: the fused one
-        of the device where it can run, and xla elsewhere.
-      quantize: int8 keeps the layers' matrices in a byte per weight.
+      remat: rematerialization, what the backward pass recomputes instead of storing. none: nothing; dots: everything
+        but the results of matrix products, which costs little; full: whole layers, with about a third more work and
+        the least memory; auto: the first of these whose estimate fits the device, or dots if the device's memory is
+        unknown, as on CPU.
+      attention: xla, on all devices; cudnn, fused, on NVIDIA GPUs with 16-bit dtypes; splash, fused, on TPUs. auto: the
+        device's fused kernel if it can run, otherwise xla.
+      quantize: int8 stores the layers' matrices in one byte per weight.
     """
 
     path: str
@@ -45,29 +46,29 @@ class BaseConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the examples come from and how they read.
+    """The data sets and the template.
 
     Attributes:
       train: a .jsonl, .json, .csv, .tsv or .parquet file, or a hub data set (id or id:config).
-      validation: likewise; chooses the best prompt and the best hand-written prompt.
-      test: likewise; for the final comparison.
+      validation: likewise; used to choose the best prompt and the best hand-written prompt.
+      test: likewise; used for the final comparison.
       train_split: split of a hub data set to train on.
       validation_split: split of a hub data set to validate on.
       test_split: split of a hub data set to test on.
-      revision: of a hub data set.
+      revision: revision of a hub data set.
       prompt: the template's prompt, with {fields} and <soft> where the virtual tokens go.
-      target: what the model shall say, for example " {label}"; empty for {messages}.
+      target: the text that the model is trained to generate, for example " {label}"; empty for {messages}.
       verbalizers: for classification, the text that stands for each class.
-      hard_prompt: prompts that a person would write, to compare with.
-      reads: the prompt's field that a tagging head reads words of, or a span head a part of.
-      task: the field that names a record's task, for multitask_prompt_tuning.
-      truncate: the field that may be shortened when an example is too long.
-      keep: which end of that field stays.
-      max_length: tokens of an example at most, virtual ones included; default the model's positions.
-      chat: render prompt and target through the tokenizer's chat template.
+      hard_prompt: hand-written prompts to compare with.
+      reads: the prompt's field whose words a tagging head labels, or in which a span head finds the answer.
+      task: the field with a record's task, for multitask_prompt_tuning.
+      truncate: the field that may be truncated if an example is too long.
+      keep: which end of that field is kept.
+      max_length: most tokens of an example, virtual tokens included; default the model's positions.
+      chat: render prompt and target with the tokenizer's chat template.
       system: the system turn of such a chat.
-      packing: several examples share a row.
-      limit: read at most so many records of each source, to try things out.
+      packing: put several examples in one row.
+      limit: most records to read from each source, for quick trials.
     """
 
     train: str
@@ -108,21 +109,21 @@ class ExperimentConfig(Generic[AnyMethod]):
 
 
 def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
-    """Fills in what follows from other fields, and checks what no single part can.
+    """Fills in fields that follow from others, and checks fields against each other.
 
     Raises:
-      ConfigError: naming the fields that do not fit together.
+      ConfigError: fields are incompatible; the message names them.
     """
     data, method, loss = config.data, config.method, config.loss
     placed = virtual_length(data.prompt)
     if not method.token_count:
         if placed:
-            raise ConfigError(f"data.prompt places {placed} virtual tokens, but {method.name} has none: drop <soft:n>")
+            raise ConfigError(f"data.prompt has {placed} virtual tokens, but {method.name} has none: remove <soft:n>")
         data = dataclasses.replace(data, prompt=without_virtual(data.prompt))
     elif method.length is None and not method.needs_tokenizer:
         method = dataclasses.replace(method, length=placed or method.token_count)
     if (data.task is not None) != isinstance(method, MultitaskPromptTuning):
-        raise ConfigError("data.task and method.name=multitask_prompt_tuning go together: give both or neither")
+        raise ConfigError("data.task and method.name=multitask_prompt_tuning need each other: give both or neither")
     init = getattr(method, "init", None)
     if isinstance(init, Initializer) and init.name == "labels" and not init.labels:
         if not data.verbalizers:
@@ -131,16 +132,16 @@ def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
     head = _head(method)
     own_loss = {"classification": "vocabulary", "tagging": "vocabulary", "span": "span"}.get(head)
     if loss.over not in (None, own_loss) and (own_loss or loss.over == "span"):
-        raise ConfigError(f"loss.over={loss.over} does not go with a {head} head; leave it out")
+        raise ConfigError(f"loss.over={loss.over} is not compatible with a {head} head; leave it out")
     if head in ("tagging", "span") and data.hard_prompt:
-        raise ConfigError(f"data.hard_prompt: without a head, the model has no {head} to compare with")
+        raise ConfigError(f"data.hard_prompt is not compatible with a {head} head")
     if own_loss is not None:
         loss = dataclasses.replace(loss, over=own_loss)
     if head in ("classification", "tagging"):
         if method.classes is None and data.verbalizers:
             method = dataclasses.replace(method, classes=len(data.verbalizers))
         if data.verbalizers and method.classes != len(data.verbalizers):
-            raise ConfigError(f"method.classes is {method.classes} for {len(data.verbalizers)} verbalizers")
+            raise ConfigError(f"method.classes is {method.classes}, but there are {len(data.verbalizers)} verbalizers")
     elif loss.over is None:
         loss = dataclasses.replace(loss, over="verbalizers" if data.verbalizers else "vocabulary")
     if loss.over == "verbalizers" and len(data.verbalizers) < 2:
@@ -150,7 +151,7 @@ def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
             f"loss.class_weights has {len(loss.class_weights)} numbers for {len(data.verbalizers)} classes"
         )
     if data.hard_prompt and f"{{{MESSAGES}}}" in data.prompt:
-        raise ConfigError("data.hard_prompt does not go with {messages}: write it as a turn of the chat")
+        raise ConfigError("data.hard_prompt is not compatible with {messages}: write it as a turn of the chat")
     return dataclasses.replace(config, data=data, method=method, loss=loss, train=config.train.resolved())
 
 
@@ -159,7 +160,7 @@ def _head(method: Any) -> Any:
 
 
 def make_template(config: ExperimentConfig[Any]) -> Template:
-    """The template of a resolved config."""
+    """Returns the template of a resolved config."""
     data = config.data
     return Template(
         prompt=data.prompt,

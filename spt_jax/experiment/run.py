@@ -1,4 +1,4 @@
-"""From a config to everything that a run needs, and the comparison at its end."""
+"""Loads the base and data of a config, and compares prompts at the end of a run."""
 
 import contextlib
 import dataclasses
@@ -26,12 +26,12 @@ from spt_jax.training.cost import StepMemory, choose_remat, plan_shape, step_mem
 from spt_jax.training.step import Objective
 
 Records = Sequence[Mapping[str, Any]]
-MAX_REPEATS = 100  # of a record in one batch: more would be a batch size that nobody means
+MAX_REPEATS = 100  # of a record in one batch; more is surely a mistake in the batch size
 
 
 @contextlib.contextmanager
 def _located(source: str | None) -> Iterator[None]:
-    """Says of which file or data set a record is wrong."""
+    """Adds the file or data set to errors about its records."""
     try:
         yield
     except DataError as error:
@@ -51,22 +51,22 @@ class Experiment:
 
     @property
     def hard_prompts(self) -> tuple[str, ...]:
-        """Without validation data to choose by, only the first of the hand-written prompts."""
-        every = self.config.data.hard_prompt
-        return every if self.validation is not None else every[:1]
+        """The hand-written prompts; only the first one if there is no validation data to choose by."""
+        hard_prompts = self.config.data.hard_prompt
+        return hard_prompts if self.validation is not None else hard_prompts[:1]
 
     def encoder(self, template: Template) -> Encoder:
-        """An encoder of this base for a template, up to the run's longest example."""
+        """Returns an encoder for a template, with the run's maximum length."""
         return Encoder(template, self.base.tokenizer, self.base.config.vocab_size, self.max_length)
 
     @property
     def max_length(self) -> int:
-        """Tokens of an example at most, in the positions that the method's own prefix leaves."""
+        """The most tokens of an example, within the positions that the method's prefix leaves free."""
         positions = self.base.config.max_positions - self.config.method.prefix_length
         return min(self.config.data.max_length or positions, positions)
 
     def evaluation_set(self, records: Records, template: Template) -> EvaluationSet:
-        """Records as this template reads them."""
+        """Returns the records encoded with a template."""
         data = self.config.data
         with _located(data.validation if records is self.validation else data.test):
             return make_evaluation_set(
@@ -79,19 +79,25 @@ class Experiment:
             )
 
     def training_set(self) -> tuple[list[Example], BatchPlan]:
-        """Encoded training examples and the shapes of their batches."""
+        """Returns the encoded training examples and the shapes of their batches.
+
+        Raises:
+          ConfigError: the batch size does not fit the mesh or the number of records, or the labels of a context do not
+            come before all fields.
+          DataError: a record cannot be encoded.
+        """
         config = self.config
         options = multiples(self.base.mesh, config.train.microbatches)
         if config.train.batch_size < options["multiple"]:
             raise ConfigError(
-                f"train.batch_size={config.train.batch_size} leaves some of {row_shards(self.base.mesh)} devices along"
-                f" mesh.data and mesh.fsdp without a row in {config.train.microbatches} microbatches;"
-                f" {options['multiple']} works, or a smaller mesh"
+                f"train.batch_size={config.train.batch_size} in {config.train.microbatches} microbatches does not give"
+                f" a row to each of the {row_shards(self.base.mesh)} devices along mesh.data and mesh.fsdp;"
+                f" use at least {options['multiple']}, or a smaller mesh"
             )
         if config.train.batch_size > MAX_REPEATS * len(self.train):
             raise ConfigError(
-                f"train.batch_size is {config.train.batch_size}, and {config.data.train} has {len(self.train)} records,"
-                f" each of which may be in a batch {MAX_REPEATS} times at most; {len(self.train)} takes each once"
+                f"train.batch_size is {config.train.batch_size}, but {config.data.train} has {len(self.train)} records,"
+                f" and a batch may have each at most {MAX_REPEATS} times; {len(self.train)} would take each once"
             )
         encoder = self.encoder(self.template)
         with _located(config.data.train):
@@ -108,28 +114,33 @@ class Experiment:
         )
         virtual = {self.base.config.vocab_size + number for number, _, _ in config.method.context_targets}
         if not virtual <= set(plan.lead_ids.flat):
-            raise ConfigError("a context with labels must open data.prompt: <soft> before any field")
+            raise ConfigError("a context with labels must come first in data.prompt: put <soft> before any field")
         return examples, plan
 
     def virtual(self, params: PromptParams) -> VirtualPrompt:
-        """The soft prompt that the method's parameters stand for."""
+        """Materializes the soft prompt from the method's parameters."""
         return self.config.method.materialize(self.base.module, self.base.params, params)
 
     def save(self, folder: Path, params: PromptParams, extra: Mapping[str, Any]) -> None:
-        """Saves the soft prompt, or that of every task, with `extra`, what was trained, and the seed of its start."""
+        """Saves the soft prompt, or one per task, with `extra`, the number of trained parameters and the seed."""
         virtual = self.virtual(params)
         if not processes.leads():
             return
         template = dataclasses.replace(self.template, task=None, tasks=())
         extra = {"trainable_parameters": self.config.method.trainable_count(params), **extra}
-        for name, (method, own) in self.config.method.artifacts(virtual, params).items():
+        for name, (method, prompt) in self.config.method.artifacts(virtual, params).items():
             start = {"seed": self.config.train.seed} if method == self.config.method else {}
-            save_prompt(folder / name, self.base, method, own, template, extra={**start, **extra})
+            save_prompt(folder / name, self.base, method, prompt, template, extra={**start, **extra})
 
     def fitted(self, plan: BatchPlan, together: int = 1) -> tuple["Experiment", StepMemory]:
-        """The same with its rematerialisation chosen, and an estimate of what a step holds on each device.
+        """Chooses the rematerialization.
 
-        together: how many prompts go through a step at once.
+        Args:
+          plan: the shapes of the batches.
+          together: the number of prompts that are trained in one step.
+
+        Returns:
+          The experiment with the rematerialization set, and the estimated memory of a step on each device.
         """
         config, base = self.config, self.base
 
@@ -150,17 +161,17 @@ class Experiment:
         return dataclasses.replace(self, base=base), estimate(chosen)
 
     def window_note(self, examples: Sequence[Example]) -> str | None:
-        """What to know where examples are longer than a sliding window: the soft prompt slides out of it too."""
+        """Returns a note if examples are longer than a sliding window, since the soft prompt then leaves the window."""
         sizes, longest = self.base.config, max(example.length for example in examples)
         if not sizes.window_layers or longest + self.config.method.prefix_length <= sizes.window:
             return None
         return (
             f"note: {len(sizes.window_layers)} of {sizes.layers} layers see only the last {sizes.window} tokens, and"
-            f" examples have up to {longest}; in those layers the soft prompt is out of sight beyond that"
+            f" examples have up to {longest}; in those layers, later tokens do not attend to the soft prompt"
         )
 
     def objective(self, plan: BatchPlan) -> Objective:
-        """The static part of the loss."""
+        """Returns the static settings of the loss."""
         loss = self.config.loss
         return Objective(
             over=loss.over or "vocabulary",
@@ -171,12 +182,14 @@ class Experiment:
 
 
 def load_experiment(config: ExperimentConfig[Any], base: FrozenBase | None = None) -> Experiment:
-    """Reads what a resolved config names. The data are read first: they are quick to be wrong.
+    """Reads the data and the base of a resolved config. The data are read first, because errors in them show sooner.
 
-    base: what the config's base, mesh and longest example give, where it is loaded already.
+    Args:
+      config: the resolved config.
+      base: the base, if it is already loaded with the config's base, mesh and maximum length.
 
     Raises:
-      ConfigError, DataError, CheckpointError: as the config, the data and the base have it.
+      ConfigError, DataError, CheckpointError: the config, the data or the base is invalid.
     """
     data = config.data
     if config.base.path and config.method.needs_tokenizer:
@@ -217,7 +230,7 @@ def load_experiment(config: ExperimentConfig[Any], base: FrozenBase | None = Non
     )
     positions = base.config.max_positions
     if data.max_length is not None and data.max_length > positions:
-        raise ConfigError(f"data.max_length is {data.max_length}; {base.name} has {positions} positions")
+        raise ConfigError(f"data.max_length is {data.max_length}, but {base.name} has {positions} positions")
     taken = config.method.token_count + config.method.prefix_length
     if taken >= (data.max_length or positions):
         raise ConfigError(f"{taken} virtual tokens leave no room in {data.max_length or positions} positions")
@@ -225,7 +238,7 @@ def load_experiment(config: ExperimentConfig[Any], base: FrozenBase | None = Non
 
 
 def _with_names(config: ExperimentConfig[Any], train: Records) -> ExperimentConfig[Any]:
-    """Names that the config leaves to the training data: of the tasks, and of a tagging head's tags."""
+    """Fills in names that the config takes from the training data: tasks, and the tags of a tagging head."""
     data, method = config.data, config.method
     if data.task is not None and not method.tasks:
         with _located(data.train):
@@ -244,7 +257,13 @@ def _with_names(config: ExperimentConfig[Any], train: Records) -> ExperimentConf
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSets:
-    """One split as each side of the comparison reads it; hand-written prompts by their texts."""
+    """One split, encoded for each side of the comparison.
+
+    Attributes:
+      soft: for the soft prompt.
+      hard: for each hand-written prompt, by its text.
+      bare: without a prompt; None for tagging and span heads.
+    """
 
     soft: EvaluationSet
     hard: Mapping[str, EvaluationSet]
@@ -254,13 +273,14 @@ class EvaluationSets:
 def input_digests(
     read: Sequence[tuple[Experiment, Mapping[str, Sequence[Example]]]],
 ) -> dict[str, dict[str, Any]]:
-    """What tells whether runs read the same data and base.
+    """Returns digests that show whether two runs have the same data and base.
 
     Args:
-      read: experiments with the examples that each encodes from "train", "validation" and "test".
+      read: experiments, each with its encoded examples of "train", "validation" and "test".
 
     Returns:
-      Under "data", by source, the sorted digests of its encoded examples; under "base", by path, its fingerprint.
+      Under "data", for each source, the sorted digests of its encoded examples; under "base", for each path, the
+      fingerprint.
     """
     data: dict[str, set[str]] = {}
     bases: dict[str, Any] = {}
@@ -270,18 +290,18 @@ def input_digests(
             known[id(examples)] = known.get(id(examples)) or digest(examples)
             data.setdefault(getattr(experiment.config.data, split), set()).add(known[id(examples)])
         bases[experiment.config.base.path] = dataclasses.asdict(experiment.base.fingerprint)
-    return {"data": {source: sorted(own) for source, own in data.items()}, "base": bases}
+    return {"data": {source: sorted(digests) for source, digests in data.items()}, "base": bases}
 
 
 def evaluation_sets(experiment: Experiment) -> dict[str, EvaluationSets]:
-    """Everything that `compare` asks, encoded before training, so that bad records do not wait for its end."""
+    """Encodes the data for `compare`. Called before training, so that invalid records are found before it starts."""
     template = experiment.template
     splits = {"validation": experiment.validation, "test": experiment.test}
     return {
         split: EvaluationSets(
             soft=experiment.evaluation_set(records, template),
             hard={text: experiment.evaluation_set(records, template.bare(text)) for text in experiment.hard_prompts},
-            # The model as it is does not tag words or point at spans.
+            # Without a head, the model can neither tag words nor find spans.
             bare=None if template.reads is not None else experiment.evaluation_set(records, template.bare()),
         )
         for split, records in splits.items()
@@ -292,10 +312,10 @@ def evaluation_sets(experiment: Experiment) -> dict[str, EvaluationSets]:
 def compare(
     base: FrozenBase, sets: Mapping[str, EvaluationSets], virtual: VirtualPrompt
 ) -> dict[str, dict[str, Evaluation | None]]:
-    """The soft prompt, the best hand-written prompt and no prompt, on the same records.
+    """Evaluates the soft prompt, the best hand-written prompt and no prompt on the same records.
 
-    The best hand-written prompt is the one that validation prefers; its text stands in its metrics. Without validation
-    data, the first is taken. Answers are generated for the test split alone.
+    The best hand-written prompt is the one with the best validation score, or the first one without validation data;
+    its metrics include its text. Answers are generated only for the test split.
     """
 
     def ask(data: EvaluationSet, virtual: VirtualPrompt | None, split: str, **more: str) -> Evaluation:
@@ -304,13 +324,15 @@ def compare(
 
     chosen: str | None = None
     results: dict[str, dict[str, Evaluation | None]] = {}
-    for split, own in sets.items():
-        hard = {text: ask(data, None, split, text=text) for text, data in own.hard.items() if chosen in (None, text)}
+    for split, encoded in sets.items():
+        hard = {
+            text: ask(data, None, split, text=text) for text, data in encoded.hard.items() if chosen in (None, text)
+        }
         if chosen is None and hard:
             chosen = max(hard, key=lambda text: selection_score(hard[text].metrics))
         results[split] = {
-            "soft_prompt": ask(own.soft, virtual, split),
+            "soft_prompt": ask(encoded.soft, virtual, split),
             "hard_prompt": None if chosen is None else hard[chosen],
-            "no_prompt": None if own.bare is None else ask(own.bare, None, split),
+            "no_prompt": None if encoded.bare is None else ask(encoded.bare, None, split),
         }
     return results

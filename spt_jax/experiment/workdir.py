@@ -1,8 +1,8 @@
-"""Work directories: which are ours, who writes into one, and what a resumed run must share with the one it resumes.
+"""Work directories: which directories may be overwritten, locking, and the checks when a run is resumed.
 
-A work directory holds `.spt_jax`, which marks it as ours. Whatever writes into the directory keeps that file locked
-(flock), so that the lock ends with the process however it ends; the file names the process. Directories of version 0.1
-have no such file and are known by the keys of their config.json.
+A work directory has the file `.spt_jax`, which marks it as created by this library. The process that writes to the
+directory locks this file (flock), so that the lock is released however the process ends; the file has the process's id
+and host. Directories of version 0.1 have no such file and are recognized by the keys of their config.json.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from spt_jax.runtime.files import write_json, writing
 
 CONFIG_FILE = "config.json"
 MARKER = ".spt_jax"
-# Everything that train, sweep, compare and find-rate write: nothing else is deleted. First what makes the directory
-# one that can be resumed.
+# Everything that train, sweep, compare and find-rate write; nothing else is deleted. config.json comes first, because
+# a directory without it cannot be resumed.
 OUTPUTS = (
     CONFIG_FILE, "results.json", "checkpoints", "metrics.jsonl", "prompt", "predictions.jsonl", "curves.png",
     "profile", "tensorboard", "wandb", "wandb-id", "populations", "trials", "trials.jsonl", "trials.csv",
@@ -32,92 +32,92 @@ OUTPUTS = (
 )  # fmt: skip
 _LEFT_BY_A_KILL = [name for own in OUTPUTS for name in (f".{own}.tmp", f".{own}.new", f".{own}.old")]
 _CONFIG_KEYS = {"base", "data", "method", "optimizer", "loss", "train", "evaluation", "mesh"}
-# A run may go on elsewhere, with another attention kernel, and log to other places. "examples" is what sweeps of
-# version 0.1 recorded of their data.
+# Fields that may differ in a resumed run. In version 0.1, sweeps recorded their data in "examples".
 _MAY_DIFFER = ("mesh", "log", "inputs", "examples")
 
 Inputs = Mapping[str, Mapping[str, Any]]
 
 
 def input_paths(config: ExperimentConfig[Any], *more: Path) -> list[Path]:
-    """What a command reads and must never delete: the base, the data and prompts of a config, and `more`."""
+    """Returns the paths that a command reads and must never delete: base, data and prompts of a config, and `more`."""
     data, init = config.data, getattr(config.method, "init", None)
     named = [config.base.path, data.train, data.validation, data.test, getattr(init, "path", None)]
     return [*(Path(name).expanduser() for name in named if name), *more]
 
 
 def check_workdir(path: Path, *, resume: bool | None = None, overwrite: bool, reads: Iterable[Path] = ()) -> None:
-    """Checks that a command may write into a work directory.
+    """Checks that a command may write to a work directory.
 
     Args:
       path: the work directory.
-      resume: None for commands that cannot be resumed.
-      overwrite: delete what an earlier command has written there.
-      reads: `input_paths`.
+      resume: whether to resume a run; None for commands that cannot be resumed.
+      overwrite: whether to delete the output of an earlier command.
+      reads: the paths that the command reads, from `input_paths`.
 
     Raises:
-      ConfigError: it exists and neither resume nor overwrite is asked; there is nothing to resume; another process
-        writes into it; or overwriting would delete files that no command of ours has made, or that this one reads.
+      ConfigError: it exists and neither `resume` nor `overwrite` is set; there is nothing to resume; another process
+        uses it; or overwriting would delete files that this library did not write or that the command reads.
     """
     _check(path, resume=resume, overwrite=overwrite, reads=reads)
     if (path / MARKER).exists():
-        with open(path / MARKER, "r+", encoding="utf-8") as file:  # Locks on NFS need a file that is open for writing.
+        with open(path / MARKER, "r+", encoding="utf-8") as file:  # locks on NFS need a file open for writing
             _lock(file, path)
 
 
 def _check(path: Path, *, resume: bool | None, overwrite: bool, reads: Iterable[Path]) -> None:
     if resume and overwrite:
-        raise ConfigError("--resume and --overwrite exclude each other")
+        raise ConfigError("--resume and --overwrite are mutually exclusive")
     if path.exists() and not path.is_dir():
         raise ConfigError(f"work directory {path} is a file")
     with writing(path):
         exists = path.is_dir() and bool(set(os.listdir(path)) - {MARKER, f".{CONFIG_FILE}.tmp"})
     if exists and not (resume or overwrite):
-        ways = "--overwrite to start anew" if resume is None else "--resume to go on or --overwrite to start anew"
-        raise ConfigError(f"work directory {path} already exists. Use {ways}")
+        options = "--overwrite to start over" if resume is None else "--resume to continue or --overwrite to start over"
+        raise ConfigError(f"work directory {path} already exists. Use {options}")
     if resume and not (path / CONFIG_FILE).exists():
-        raise ConfigError(f"work directory {path} holds no run to resume")
+        raise ConfigError(f"work directory {path} has no run to resume")
     if overwrite and exists:
         if not _is_ours(path):
             raise ConfigError(
-                f"{path} has no {MARKER} and no {CONFIG_FILE} of a run, so no run of ours made it; delete it yourself"
-                " if you mean it"
+                f"{path} has neither {MARKER} nor the {CONFIG_FILE} of a run, so it was not created by this library;"
+                " to overwrite it, delete it yourself first"
             )
         _check_apart(path, reads)
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether one of our commands made this directory. One with the config.json of something else is never ours."""
+    """Whether a command of this library created the directory. Never true if its config.json is something else's."""
     try:
         content = json.loads((path / CONFIG_FILE).read_bytes())
-    except (OSError, ValueError):  # none, or damaged
+    except (OSError, ValueError):  # missing or damaged
         return (path / MARKER).is_file()
     if not isinstance(content, dict):
         return False
-    # compare and find-rate have their own options around the config.
-    return any(isinstance(own, dict) and own.keys() >= _CONFIG_KEYS for own in (content, content.get("config")))
+    # compare and find-rate write the config inside their options.
+    parts = (content, content.get("config"))
+    return any(isinstance(part, dict) and part.keys() >= _CONFIG_KEYS for part in parts)
 
 
 def _check_apart(path: Path, reads: Iterable[Path]) -> None:
-    """Refuses to overwrite what is, contains, or lies in something that the command reads."""
+    """Refuses to overwrite a directory that is, contains, or is inside something that the command reads."""
     here = path.resolve()
     for source in reads:
         if not source.exists():
-            continue  # a hub id, or an error that is reported where it is read
-        # Files of a directory may be links to somewhere else.
+            continue  # a hub id, or an error that is reported on reading
+        # Files of a directory may be links to other places.
         for real in (source.resolve(), *(file.resolve() for file in (source.iterdir() if source.is_dir() else ()))):
             if here == real or here in real.parents or (real.is_dir() and real in here.parents):
-                relation = "is" if here == real else "contains" if here in real.parents else "lies in"
+                relation = "is" if here == real else "contains" if here in real.parents else "is inside"
                 raise ConfigError(
                     f"--overwrite: {path} {relation} {source}, which this command reads; give another --workdir"
                 )
 
 
 def _lock(file: IO[str], path: Path) -> None:
-    """Locks the marker until the file is closed or the process ends.
+    """Locks the marker file until it is closed or the process ends.
 
     Raises:
-      ConfigError: another process holds it.
+      ConfigError: another process has locked it.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -126,28 +126,31 @@ def _lock(file: IO[str], path: Path) -> None:
             file.seek(0)
             holder = json.load(file)
             who = f"process {holder['pid']} on {holder['host']}"
-        except (ValueError, KeyError, TypeError):  # it has just begun and not written it yet
+        except (ValueError, KeyError, TypeError):  # the other process has not written its id yet
             who = "another process"
         raise ConfigError(
-            f"work directory {path} is in use by {who}; wait until it has ended, stop it, or give another --workdir"
+            f"work directory {path} is in use by {who}; wait until it ends, stop it, or give another --workdir"
         ) from error
     except OSError as error:
-        print(f"{path} is on a file system without locks ({error}): nothing else may write into it", file=sys.stderr)
+        print(
+            f"{path} is on a file system without locks ({error}): make sure that no other process writes to it",
+            file=sys.stderr,
+        )
 
 
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Makes the work directory if needed, and keeps every other process from writing into it.
+    """Context manager that creates the work directory if needed and locks it against other processes.
 
-    In a run of several processes, only the first calls this.
+    In a run of several processes, only the first one calls this.
 
     Raises:
-      ConfigError: another process writes into it; names its id and host.
+      ConfigError: another process uses it; the message has its id and host.
       WriteError: the directory cannot be written.
     """
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-        file = open(path / MARKER, "a+", encoding="utf-8")  # noqa: SIM115 (held as long as the lock)
+        file = open(path / MARKER, "a+", encoding="utf-8")  # noqa: SIM115 (open as long as the lock)
     with file:
         _lock(file, path)
         with writing(path / MARKER):
@@ -158,10 +161,10 @@ def held(path: Path) -> Iterator[None]:
 
 
 def prepare_workdir(path: Path, *, resume: bool | None = None, overwrite: bool, reads: Iterable[Path] = ()) -> None:
-    """Empties a work directory that is `held`, unless it is resumed. Files that no command of ours writes stay.
+    """If `overwrite` is set, deletes this library's files in a work directory that is `held`; other files stay.
 
     Raises:
-      ConfigError: as `check_workdir`, for another process may have written before this one held it.
+      ConfigError: as in `check_workdir`, since another process may have written before this one took the lock.
       WriteError: something in it cannot be deleted.
     """
     _check(path, resume=resume, overwrite=overwrite, reads=reads)
@@ -173,9 +176,9 @@ def prepare_workdir(path: Path, *, resume: bool | None = None, overwrite: bool, 
                 shutil.rmtree(path / name)
             else:
                 (path / name).unlink(missing_ok=True)
-        left = sorted(set(os.listdir(path)) - {MARKER})
-    if left:
-        print(f"left in {path}, because no command of ours wrote it: {', '.join(left)}")
+        remaining = sorted(set(os.listdir(path)) - {MARKER})
+    if remaining:
+        print(f"files in {path} that this library did not write are not deleted: {', '.join(remaining)}")
 
 
 def open_workdir(
@@ -187,14 +190,18 @@ def open_workdir(
     overwrite: bool,
     reads: Iterable[Path] = (),
 ) -> None:
-    """`prepare_workdir`, with the settings of a run or sweep, and what it reads, in the directory's config.json.
+    """Prepares a work directory, checks that a resumed run matches, and writes config.json.
 
     Args:
+      path: the work directory.
       settings: the config as plain JSON.
-      inputs: `experiment.input_digests`.
+      inputs: the digests of data and base, from `run.input_digests`.
+      resume: as in `check_workdir`.
+      overwrite: as in `check_workdir`.
+      reads: as in `check_workdir`.
 
     Raises:
-      ConfigError: also, what is resumed has another config, other data or another base.
+      ConfigError: as in `prepare_workdir`, or the resumed run has another config, other data or another base.
       WriteError: the directory cannot be written.
     """
     prepare_workdir(path, resume=resume, overwrite=overwrite, reads=reads)
@@ -204,7 +211,7 @@ def open_workdir(
         if "inputs" in saved:
             _check_inputs(path, inputs, saved["inputs"])
         else:
-            print(f"{path} was made by an older version, which recorded no digests: its data and base are not compared")
+            print(f"{path} was created by an older version without digests: data and base are not compared with it")
     write_json(path / CONFIG_FILE, {**settings, "inputs": inputs})
 
 
@@ -215,23 +222,23 @@ def _saved_settings(path: Path) -> dict[str, Any]:
             raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{path / CONFIG_FILE} is damaged ({error}): restore it from a copy, or start anew with --overwrite"
+            f"{path / CONFIG_FILE} is damaged ({error}): restore it from a copy, or start over with --overwrite"
         ) from error
     return saved
 
 
 def _check_settings(path: Path, settings: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    ours, theirs = ({k: v for k, v in own.items() if k not in _MAY_DIFFER} for own in (settings, saved))
+    ours, theirs = ({k: v for k, v in config.items() if k not in _MAY_DIFFER} for config in (settings, saved))
     different = [
         (name, now, there)
         for name, now, there in differing_fields(ours, theirs)
-        # Version 0.1 recorded no precision where none was asked for.
+        # Version 0.1 did not record the default dtype.
         if name != "base.attention" and not (name == "base.dtype" and there is None)
     ]
     if not different:
         return
     fields = [f"{name}: {there!r} in the work directory, {now!r} now" for name, now, there in different]
-    message = "this is not the config of the run to resume: " + "; ".join(fields)
+    message = "the config differs from that of the run to resume: " + "; ".join(fields)
     if "train.steps" in [name for name, _, _ in different]:
         message += (
             ". The schedule of a run depends on its number of steps; to train its prompt further, start a new run from"
@@ -242,17 +249,17 @@ def _check_settings(path: Path, settings: Mapping[str, Any], saved: Mapping[str,
 
 def _check_inputs(path: Path, inputs: Inputs, saved: Any) -> None:
     there = saved if isinstance(saved, dict) else {}
-    ways = f"Put back what the run in {path} began with, or start anew with --overwrite or another --workdir"
+    advice = f"Restore what the run in {path} started with, or start over with --overwrite or another --workdir"
     for name, digests in inputs["data"].items():
         if digests != there.get("data", {}).get(name):
             raise ConfigError(
-                f"the examples of {name} are not those that the run in {path} began with: the file has changed, or this"
-                f" version of spt_jax reads it differently. {ways}"
+                f"the examples of {name} are not those that the run in {path} started with: the file has changed, or"
+                f" this version of spt_jax reads it differently. {advice}"
             )
     for name, fingerprint in inputs["base"].items():
         old = there.get("base", {}).get(name)
         different = (
-            ["it is not recorded"] if old is None else Fingerprint(**old).differences(Fingerprint(**fingerprint))
+            ["it was not recorded"] if old is None else Fingerprint(**old).differences(Fingerprint(**fingerprint))
         )
         if different:
-            raise ConfigError(f"{name} is not the base that the run began with: {'; '.join(different)}. {ways}")
+            raise ConfigError(f"{name} is not the base that the run started with: {'; '.join(different)}. {advice}")

@@ -1,4 +1,4 @@
-"""Soft prompts in other libraries' files."""
+"""Import and export of soft prompts in the file formats of other libraries."""
 
 from spt_jax.interop.arrays import export_embeddings, export_npy, import_npy
 from spt_jax.interop.peft import import_peft

@@ -1,4 +1,4 @@
-"""Bare arrays: google-research/prompt-tuning's `.npy`, and the embeddings that vLLM takes with a request."""
+"""Arrays: `.npy` files of google-research/prompt-tuning, and embeddings for requests to vLLM."""
 
 import base64
 import io
@@ -21,16 +21,16 @@ from spt_jax.runtime.files import write_bytes
 
 
 def import_npy(path: str | Path, base: FrozenBase) -> tuple[PromptTuning, VirtualPrompt]:
-    """A `.npy` file of shape [P, D], float.
+    """Reads a `.npy` file with a float array of shape [P, D].
 
     Raises:
-      CheckpointError: it is another kind of file, its width is not the base's, or it holds values that are not finite.
+      CheckpointError: it is another kind of file, its width is not the base's, or it has values that are not finite.
     """
     rows = read_npy(Path(path))
     width, most = base.config.width, base.config.max_positions
     if rows.ndim != 2 or rows.shape[1] != width or not 1 <= rows.shape[0] < most or rows.dtype.kind != "f":
         raise CheckpointError(
-            f"{path}: {rows.dtype} {rows.shape}; a prompt for this base is float [P, {width}], P below {most}"
+            f"{path}: {rows.dtype} {rows.shape}; a prompt for this base is float [P, {width}] with P below {most}"
         )
     with np.errstate(over="ignore"):
         values = np.asarray(rows, np.float32)
@@ -39,10 +39,10 @@ def import_npy(path: str | Path, base: FrozenBase) -> tuple[PromptTuning, Virtua
 
 
 def export_npy(path: str | Path, saved: SavedPrompt) -> Path:
-    """Writes the token rows [P, D] as google-research/prompt-tuning does.
+    """Writes the token rows [P, D] in the format of google-research/prompt-tuning.
 
     Raises:
-      ConfigError: the prompt has more than token rows, or none.
+      ConfigError: the prompt has no token rows, or other parts.
       CheckpointError: the file cannot be written.
     """
     path, content = Path(path), io.BytesIO()
@@ -50,20 +50,23 @@ def export_npy(path: str | Path, saved: SavedPrompt) -> Path:
     try:
         write_bytes(path, content.getvalue())
     except OSError as error:
-        raise CheckpointError(f"{path}: not written ({error.strerror or error})") from error
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
     return path
 
 
 def export_embeddings(saved: SavedPrompt, base: FrozenBase, record: dict[str, str]) -> str:
-    """What vLLM's completions API takes as `prompt_embeds`: the embeddings [T, D] of a whole request, base64.
+    """Returns the embeddings [T, D] of a complete request, for `prompt_embeds` of vLLM's completions API.
 
     Args:
-      saved: a prompt of token rows, wherever its template puts them.
+      saved: a prompt of token rows, at any place in its template.
       base: its base.
       record: the fields of the template's prompt.
 
     Returns:
-      The base64 of a tensor as `torch.save` writes it, which is the form that vLLM reads.
+      A tensor in the format of `torch.save`, base64-encoded, as vLLM reads it.
+
+    Raises:
+      ConfigError: the prompt has no token rows, or other parts.
     """
     _token_rows(saved)
     encoder = Encoder(saved.template, base.tokenizer, base.config.vocab_size, base.config.max_positions)
@@ -74,9 +77,9 @@ def export_embeddings(saved: SavedPrompt, base: FrozenBase, record: dict[str, st
 
 
 def torch_file(array: Float[np.ndarray, "T D"]) -> bytes:
-    """One float32 matrix in the zip format of `torch.save`, which `torch.load(weights_only=True)` reads.
+    """Returns a float32 matrix in the zip format of `torch.save`, which `torch.load(weights_only=True)` reads.
 
-    The pickle in it is written opcode by opcode: it calls torch's tensor rebuilder on the one storage, nothing else.
+    The pickle in it is written opcode by opcode: it only calls torch's `_rebuild_tensor_v2` on a single storage.
     """
     rows, columns = array.shape
 
@@ -104,5 +107,5 @@ def _token_rows(saved: SavedPrompt) -> Float[np.ndarray, "P D"]:
     virtual = saved.virtual
     if virtual.tokens is None or any((virtual.prefix, virtual.gated, virtual.head)) or virtual.shift is not None:
         name = saved.info["method"]["name"]
-        raise ConfigError(f"a {name} prompt is not token rows alone, and this format holds nothing else")
+        raise ConfigError(f"a {name} prompt does not consist only of token rows, as this format requires")
     return np.asarray(virtual.tokens)

@@ -1,13 +1,13 @@
-"""Reads directories of Hugging Face PEFT: `adapter_config.json` and `adapter_model.safetensors`, without PEFT.
+"""Reads directories of Hugging Face PEFT, `adapter_config.json` and `adapter_model.safetensors`, without PEFT.
 
     PROMPT_TUNING, P_TUNING, CPT   prompt_embeddings [P, D]
-    PREFIX_TUNING, CARTRIDGE       prompt_embeddings [P, L * 2 * K * H], of every layer keys, then values
+    PREFIX_TUNING, CARTRIDGE       prompt_embeddings [P, L * 2 * K * H], for each layer keys, then values
     MULTITASK_PROMPT_TUNING        prompt_embeddings [P, D], prefix_task_cols [S, P, r], prefix_task_rows [S, r, D]
-    ADAPTION_PROMPT                of each of the last layers adaption_prompt [1, P, D] and adaption_gate [1]
+    ADAPTION_PROMPT                adaption_prompt [1, P, D] and adaption_gate [1] for each of the last layers
 
-Beside a prefix there may be a head: score, classifier or qa_outputs, weight [C, D] and mostly bias [C]. Copies of the
-base's embeddings and output matrix, which PEFT saves when they may have changed, are compared with the base's.
-Nothing of a file is trusted: names, dtypes and shapes are checked against the base before any tensor is read.
+A prefix may come with a head: score, classifier or qa_outputs, with weight [C, D] and usually bias [C]. PEFT saves
+copies of the base's embeddings and output matrix if they may have changed; they are compared with the base's.
+Files are not trusted: names, dtypes and shapes are checked against the base before any tensor is read.
 """
 
 import reprlib
@@ -41,31 +41,32 @@ ADAPTER_TYPE = "ADAPTION_PROMPT"
 KNOWN_TYPES = (*TOKEN_TYPES, *PREFIX_TYPES, MULTITASK_TYPE, ADAPTER_TYPE)
 ADAPTER_PLACE = "base_model.model.model.layers.{}.self_attn.adaption_{}"
 DTYPES = ("float32", "float16", "bfloat16")
-# Kinds of head by what PEFT calls the task.
+# Kinds of head by PEFT's task type.
 HEADS: dict[str, HeadKind] = {"SEQ_CLS": "classification", "TOKEN_CLS": "tagging", "QUESTION_ANS": "span"}
 
 
 def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = None) -> tuple[Method, VirtualPrompt]:
-    """Reads what PEFT saved for this base.
+    """Reads a soft prompt that PEFT saved for this base.
 
-    Token rows become a `PromptTuning` prompt, keys and values a `PrefixTuning` one, or with a head beside them a
-    `DeepPrompts` one, gated rows a `LlamaAdapter` one.
+    Token rows become a `PromptTuning` prompt, keys and values a `PrefixTuning` prompt (with a head, a `DeepPrompts`
+    prompt), and gated rows a `LlamaAdapter` prompt.
 
     Args:
-      directory: PEFT's.
-      base: the base that the prompt was trained on. PEFT records no fingerprint of it, so only sizes are checked.
-      task: of a multitask prompt, the number of the task whose prompt is wanted.
+      directory: the PEFT directory.
+      base: the base that the prompt was trained on. PEFT does not record its fingerprint, so only sizes are checked.
+      task: for a multitask prompt, the number of the task to read.
 
     Raises:
-      CheckpointError: a file is missing or damaged, the kind is not one of the above, tensors are missing, unknown,
-        misshapen or not finite.
+      CheckpointError: a file is missing or damaged, `peft_type` is not one of those above, or tensors are missing,
+        unknown, of the wrong shape or not finite.
+      ConfigError: `task` is missing or does not exist, or the prompt is not a multitask prompt.
     """
     directory = Path(directory)
     config = _read_config(directory)
     kind, where = config.get("peft_type"), directory / CONFIG_FILE
     if kind not in KNOWN_TYPES:
         advice = (
-            "; such adapters change a base's weights: merge it with PEFT's merge_and_unload, and use the result as base"
+            "; other adapters change the base's weights: merge with PEFT's merge_and_unload, and use the result as base"
         )
         raise CheckpointError(
             f"{where}: peft_type is {reprlib.repr(kind)}; PEFT's soft prompts are {', '.join(KNOWN_TYPES)}"
@@ -76,14 +77,14 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
     path = directory / WEIGHTS_FILE
     if not path.exists() and (directory / "adapter_model.bin").exists():
         raise CheckpointError(
-            f"{directory}: adapter_model.bin is a pickle, which can run anything, and is not read; load it with PEFT"
+            f"{directory}: adapter_model.bin is a pickle, which can run code, and is not read; load it with PEFT"
             " and save it again with save_pretrained(safe_serialization=True)"
         )
     if kind == ADAPTER_TYPE:
         return _import_adapter(path, config, base)
     length = _count(config, "num_virtual_tokens", where, base.config.max_positions)
     if _count(config, "num_transformer_submodules", where, 2, default=1) != 1:
-        raise CheckpointError(f"{where}: num_transformer_submodules is 2: a prompt for an encoder-decoder")
+        raise CheckpointError(f"{where}: num_transformer_submodules is 2: the prompt is for an encoder-decoder model")
     sizes = base.config
     if kind in TOKEN_TYPES:
         rows = _read_arrays(path, {EMBEDDINGS: (length, sizes.width)}, base)[EMBEDDINGS]
@@ -108,14 +109,16 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
     kernel = arrays[f"{name}.weight"].T
     bias = arrays.get(f"{name}.bias", np.zeros(kernel.shape[1], np.float32))
     if bias.shape != kernel.shape[1:] or (head == "span" and len(bias) != 2):
-        raise CheckpointError(f"{path}: no {head} head: a weight for {kernel.shape[1]} classes, a bias for {len(bias)}")
+        raise CheckpointError(
+            f"{path}: not a {head} head: the weight has {kernel.shape[1]} classes, the bias {len(bias)}"
+        )
     classes = None if head == "span" else len(bias)
     method = DeepPrompts(length=length, head=head, classes=classes, head_bias=head != "classification")
     return method, VirtualPrompt(prefix=prefix, head=Head(jnp.asarray(kernel), jnp.asarray(bias)))
 
 
 def head_name(head: HeadKind | None, sizes: DecoderConfig) -> str:
-    """Where transformers' model of this family for the task has its head, in PEFT's names."""
+    """Returns the name, in PEFT's files, of the head of the transformers model for this family and task."""
     if head == "span":
         return "base_model.qa_outputs"
     return "base_model.classifier" if head == "tagging" and sizes.family == "gpt2" else "base_model.score"
@@ -128,7 +131,7 @@ def _task_rows(
     tasks = _count(config, "num_tasks", where, 100_000)
     rank = _count(config, "num_ranks", where, max(length, width))
     if task is None or not 0 <= task < tasks:
-        raise ConfigError(f"{where}: holds the prompts of {tasks} tasks; choose one, from 0 to {tasks - 1}")
+        raise ConfigError(f"{where}: there are prompts of {tasks} tasks; choose one, from 0 to {tasks - 1}")
     cols, rows = {"prefix_task_cols": (tasks, length, rank)}, {"prefix_task_rows": (tasks, rank, width)}
     arrays = _read_arrays(path, {EMBEDDINGS: (length, width), **cols, **rows}, base)
     return jnp.asarray(arrays[EMBEDDINGS] * (arrays["prefix_task_cols"][task] @ arrays["prefix_task_rows"][task]))
@@ -156,24 +159,24 @@ def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_FILE
     check_directory(directory)
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file, so this is no directory of PEFT's{_instead(directory)}")
+        raise CheckpointError(f"{path}: no such file, so this is not a PEFT directory{_instead(directory)}")
     return read_json(path)
 
 
 def _instead(directory: Path) -> str:
-    """The end of a message that misses the config: what to do about what is there."""
+    """Returns advice for a directory without the config, depending on its contents."""
     named = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
     if named:
-        return f"; it holds the named adapters {', '.join(named[:5])}: give {directory / named[0]} or another of them"
+        return f"; it has the named adapters {', '.join(named[:5])}: give {directory / named[0]} or another of them"
     if (directory / INFO_FILE).exists():
         return "; it is a prompt of this library, which needs no import"
     if (directory / "config.json").exists():
-        return "; it is a model: give it as the base, and the adapter's directory as the source"
+        return "; it is a model: use it as the base, and the adapter's directory as the source"
     return ""
 
 
 def _read_arrays(path: Path, shapes: Mapping[str, tuple[int | None, ...]], base: FrozenBase) -> dict[str, np.ndarray]:
-    """The named tensors, float32; None is any size. The file's header is checked before a tensor is read."""
+    """Returns the named tensors as float32. In a shape, None is any size. Checks the header before reading tensors."""
     found = tensor_headers(path)
     for name in sorted(set(found) - set(shapes)):
         _check_extra(path, name, found[name], base)
@@ -182,7 +185,7 @@ def _read_arrays(path: Path, shapes: Mapping[str, tuple[int | None, ...]], base:
 
 
 def _check_extra(path: Path, name: str, found: tuple[str, tuple[int, ...]], base: FrozenBase) -> None:
-    """Refuses a tensor beside the prompt, unless it is a copy of the base's own embeddings or output matrix."""
+    """Refuses a tensor outside the prompt, unless it is a copy of the base's embeddings or output matrix."""
     leaf = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
     where = f"{path}: {name[:200]!r}"
     if leaf in ("embed_tokens", "wte", "lm_head"):
@@ -190,24 +193,24 @@ def _check_extra(path: Path, name: str, found: tuple[str, tuple[int, ...]], base
         dtype, shape = found
         if shape != own.shape:
             raise CheckpointError(
-                f"{where} has the shape {shape}, the base's {own.shape}: the vocabulary was resized with the prompt."
-                " Save the resized model, and import the prompt for it"
+                f"{where} has the shape {shape}, but the base's has {own.shape}: the vocabulary was resized for the"
+                " prompt. Save the resized model, and import the prompt for it"
             )
         coarser = dtype if dtype in ("float16", "bfloat16") else own.dtype
         stored, ours = read_tensors(path, [name])[name], to_host(own)
         if not np.array_equal(stored.astype(coarser), ours.astype(coarser)):
             raise CheckpointError(
-                f"{where} is not the base's: it was trained with the prompt, and a soft prompt cannot hold it. Save a"
+                f"{where} is not the base's: it was trained with the prompt, but is not part of a soft prompt. Save a"
                 " model with these weights, and import the prompt for it"
             )
         return
     if leaf in ("score", "classifier", "qa_outputs"):
         raise CheckpointError(
-            f"{where} is a task head, which belongs to a model for {sorted(HEADS)}; this library has heads beside"
-            " prefixes (PREFIX_TUNING) of such a task, with the tensors that transformers has there"
+            f"{where} is a task head of a model for {sorted(HEADS)}; this library imports heads only with prefixes"
+            " (PREFIX_TUNING) for such a task, with the tensors that transformers has there"
         )
     if ".lora_" in name:
-        raise CheckpointError(f"{where} belongs to LoRA, which changes the base's weights and is no soft prompt")
+        raise CheckpointError(f"{where} belongs to LoRA, which changes the base's weights and is not a soft prompt")
     raise CheckpointError(f"{where} is unknown: a soft prompt of this kind has no such tensor")
 
 
@@ -216,18 +219,18 @@ def _count(config: Mapping[str, Any], name: str, where: Path, most: int, default
     value = default if value is None else value
     if type(value) is not int or not 1 <= value <= most:
         raise CheckpointError(
-            f"{where}: {name} is {reprlib.repr(value)}; for this base it is an integer from 1 to {most}"
+            f"{where}: {name} is {reprlib.repr(value)}; for this base it must be an integer from 1 to {most}"
         )
     return value
 
 
 def template_front(tokenizer: Any) -> str:
-    """How a template begins that has PEFT's ids. Without a BOS, a literal space stands for the dummy space."""
+    """Returns the beginning of a template with PEFT's ids. Without BOS, a literal space replaces the dummy space."""
     if adds_bos(tokenizer):
         return "<soft><bos>"
     return "<soft> " if tokenization_of(tokenizer).adds_dummy_space else "<soft>"
 
 
 def default_template(base: FrozenBase, method: Method) -> str:
-    """The prompt side of a template with the ids that PEFT has: virtual tokens, then `tokenizer(text)`."""
+    """Returns a template's prompt that gives the same ids as PEFT: virtual tokens, then `tokenizer(text)`."""
     return f"{template_front(base.tokenizer) if method.token_count else ''}{{text}}"

@@ -34,9 +34,9 @@ def export_peft(directory: str | Path, saved: SavedPrompt, base: FrozenBase) -> 
     """Writes a directory that `peft.PeftModel.from_pretrained` loads.
 
     Raises:
-      ConfigError: PEFT cannot express the prompt: it puts virtual tokens before everything, BOS included, and has no
-        prompts of several parts.
-      CheckpointError: the directory holds other things, or cannot be written.
+      ConfigError: PEFT has no such prompt. In PEFT, virtual tokens come before all other tokens, BOS included, and a
+        prompt has only one part.
+      CheckpointError: the directory has other files, or cannot be written.
     """
     _check_tokens(saved, base)
     virtual, sizes = saved.virtual, base.config
@@ -62,27 +62,31 @@ def export_peft(directory: str | Path, saved: SavedPrompt, base: FrozenBase) -> 
         common = {k: v for k, v in prompt_learning.items() if not k.startswith("num_")}
         config, tensors = _adapter_files(virtual, sizes, common)
     else:
-        raise ConfigError(f"PEFT has no prompt of these parts together: {', '.join(parts)}")
+        raise ConfigError(f"PEFT has no prompts with this combination of parts: {', '.join(parts)}")
     return _write(directory, config, tensors)
 
 
 def export_peft_tasks(directory: str | Path, prompts: Sequence[SavedPrompt], base: FrozenBase) -> Path:
-    """Writes prompts of token rows, all of one length, as the tasks 0, 1, ... of one multitask prompt of PEFT's.
+    """Writes prompts of token rows, all of one length, as the tasks 0, 1, ... of a PEFT multitask prompt.
 
-    PEFT multiplies shared rows with a matrix per task of rank r: here ones, and each task's own rows (r = P).
+    PEFT multiplies shared rows with a matrix of rank r per task. Here, the shared rows are ones, and the matrix is the
+    task's rows (r = P).
 
     Raises:
-      ConfigError: a prompt is not token rows alone, lengths differ, or PEFT does not have the template's order.
-      CheckpointError: as `export_peft`.
+      ConfigError: a prompt does not consist only of token rows, lengths differ, or the template's order is not PEFT's.
+      CheckpointError: as in `export_peft`.
     """
     rows = []
     for saved in prompts:
         if saved.virtual.tokens is None or len(jax.tree.leaves(saved.virtual)) > 1:
-            raise ConfigError(f"a {saved.method.name} prompt is not token rows alone, so it is no task of PEFT's")
+            raise ConfigError(
+                f"a {saved.method.name} prompt does not consist only of token rows, as a PEFT multitask prompt requires"
+            )
         _check_tokens(saved, base)
         rows.append(np.asarray(saved.virtual.tokens))
-    if len({own.shape for own in rows}) > 1:
-        raise ConfigError(f"tasks of PEFT's have prompts of one length; these have {[len(own) for own in rows]}")
+    if len({array.shape for array in rows}) > 1:
+        lengths = [len(array) for array in rows]
+        raise ConfigError(f"the tasks of a PEFT multitask prompt have one length; these prompts have {lengths}")
     stacked = np.stack(rows)
     tasks, length, width = stacked.shape
     config = {
@@ -119,7 +123,7 @@ def _head_tensors(head: Head, kind: HeadKind, sizes: DecoderConfig) -> dict[str,
     if kind != "classification":
         return {**weight, f"{name}.bias": bias}
     if np.any(bias):
-        raise ConfigError("transformers' classifiers have a head without a bias; train with --method.no-head-bias")
+        raise ConfigError("transformers' classifiers have heads without a bias; train with --method.no-head-bias")
     return weight
 
 
@@ -134,9 +138,9 @@ def _adapter_files(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     gated = virtual.gated
     if gated is None or gated.rows is None:
-        raise ConfigError("this gated prompt has lost the rows it was made from, which PEFT's files hold")
+        raise ConfigError("this gated prompt no longer has the rows that it was computed from, which PEFT saves")
     if sizes.family not in ("llama", "mistral"):
-        raise ConfigError(f"PEFT's adaption prompts are not what this library's are for the family {sizes.family}")
+        raise ConfigError(f"for the family {sizes.family}, PEFT's adaption prompts differ from this library's")
     layers, length, _ = gated.rows.shape
     tensors = {}
     for i, place in enumerate(range(sizes.layers - layers, sizes.layers)):
@@ -147,9 +151,9 @@ def _adapter_files(
 
 
 def _check_tokens(saved: SavedPrompt, base: FrozenBase) -> None:
-    """Refuses a template whose ids PEFT does not have: all virtual tokens, then `tokenizer(text)`.
+    """Refuses a template whose ids differ from PEFT's: all virtual tokens, then `tokenizer(text)`.
 
-    Around a chat only the order is compared: the ids of its turns come from the chat template on both sides.
+    For a chat, only the order is compared, because the ids of the turns come from the chat template on both sides.
     """
     template, tokenizer, vocab_size = saved.template, base.tokenizer, base.config.vocab_size
     chat = template.chat or template.is_conversation
@@ -166,12 +170,12 @@ def _check_tokens(saved: SavedPrompt, base: FrozenBase) -> None:
     if front != virtual or any(id_ in ours for id_ in virtual):
         where = " inside the chat template" if chat else ""
         raise ConfigError(
-            f"{cause} all virtual tokens before everything, and here they stand elsewhere{where}; train with a prompt"
+            f"{cause} all virtual tokens before everything, but here they are elsewhere{where}; train with a prompt"
             f" that begins with {template_front(tokenizer)!r}"
         )
     if not chat and ours not in theirs:
         raise ConfigError(
-            f"{cause} the virtual tokens before the tokens of the whole text, {_tokens(tokenizer, theirs[0])}, and this"
+            f"{cause} the virtual tokens before the tokens of the whole text, {_tokens(tokenizer, theirs[0])}, but this"
             f" template has {_tokens(tokenizer, ours)} there; train with a prompt that begins with"
             f" {template_front(tokenizer) if virtual else '{text}'!r}"
         )

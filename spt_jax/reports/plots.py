@@ -1,4 +1,4 @@
-"""The pictures of runs, sweeps and comparisons."""
+"""Plots of runs, sweeps, comparisons and inspections."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,12 @@ LIGHT, DARK, ACCENT, GREY = "#9bbad9", "#1f4e79", "#b3541e", "#555555"
 
 
 def plot_curves(path: Path, lines: Sequence[Mapping[str, Any]], references: Mapping[str, float]) -> None:
-    """Draws `curves.png`: training loss, and the validation metric with the scores of other prompts as lines.
+    """Draws `curves.png`: the training loss, and the validation metric with other prompts' scores as lines.
 
     Args:
       path: the PNG to write.
       lines: the contents of `metrics.jsonl`.
-      references: name -> value of the validation metric, such as the best hand-written prompt's.
+      references: values of the validation metric by name, such as the best hand-written prompt's.
     """
     training = [line for line in lines if "loss" in line]
     validation = [line for line in lines if "validation" in line]
@@ -55,13 +55,13 @@ def plot_sweep(
     chosen: Mapping[str, str],
     measure: str,
 ) -> None:
-    """Draws `sweep.png`: validation scores against every field that was swept.
+    """Draws `sweep.png`: validation scores against each field of the sweep.
 
     Args:
       path: the PNG to write.
-      settings: values by field, the mean over seeds, and each seed's score.
-      chosen: the setting that was chosen.
-      measure: what the scores are.
+      settings: for each setting, the values by field, the mean over seeds, and each seed's score.
+      chosen: the chosen setting.
+      measure: the name of the score.
     """
     fields = list(settings[0][0]) or ["seeds"]
     figure, panes = _panes(len(fields))
@@ -69,7 +69,7 @@ def plot_sweep(
         written = [_plain(own.get(field, "all")) for own, _, _ in settings]
         places, labels = _places(written)
         for place, (_, _, by_seed) in zip(places, settings, strict=True):
-            pane.plot([place] * len(by_seed), by_seed, ".", color=LIGHT, zorder=1, label="a seed")
+            pane.plot([place] * len(by_seed), by_seed, ".", color=LIGHT, zorder=1, label="one seed")
         means = np.asarray([estimate.mean for _, estimate, _ in settings])
         spread = np.abs(np.asarray([estimate.interval for _, estimate, _ in settings]).T - means)
         style = {"fmt": "o", "color": DARK, "markersize": 4, "capsize": 3, "linewidth": 1, "zorder": 2}
@@ -78,7 +78,7 @@ def plot_sweep(
         band = {"color": LIGHT, "alpha": 0.3, "linewidth": 0, "zorder": 0}
         pane.axhspan(best.mean - best.standard_error, best.mean, label="one standard error below the best", **band)
         taken = [own for own, _, _ in settings].index(chosen)
-        label = f"chosen: {means[taken]:.3f} at " + _plain(", ".join(chosen.values()))
+        label = f"chosen: {means[taken]:.3f} with " + _plain(", ".join(chosen.values()))
         pane.plot(places[taken], means[taken], "o", color=ACCENT, markersize=7, zorder=3, label=label)
         pane.set(xlabel=field, ylabel=f"validation {measure}")
         if labels is None and min(places) > 0 and max(places) / min(places) > 30:
@@ -118,11 +118,11 @@ def plot_comparison(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
 
 
 def plot_inspection(path: Path, report: Mapping[str, Any]) -> None:
-    """Draws `inspect.png`: a pane for every part of a report that is there.
+    """Draws `inspect.png`: a pane for each part of the report that exists.
 
     Args:
       path: the PNG to write.
-      report: what `inspect.json` holds: rows, lost, attention, similarity.
+      report: the contents of `inspect.json`: rows, lost, attention, similarity.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -134,17 +134,17 @@ def plot_inspection(path: Path, report: Mapping[str, Any]) -> None:
         pane.bar(places, [row["norm"] for row in rows], color=LIGHT, label="norm")
         if rows[0]["drift"] is not None:
             pane.plot(places, [row["drift"] for row in rows], "o", color=ACCENT, markersize=4, label="drift from start")
-        pane.set(xlabel="virtual token", ylabel="in median norms of the vocabulary", title="Norms")
+        pane.set(xlabel="virtual token", ylabel="multiples of the vocabulary's median norm", title="Norms")
         pane.xaxis.set_major_locator(MaxNLocator(integer=True))
         pane.legend(frameon=False, fontsize="small")
     if lost:
         pane = next(left)
-        values = np.asarray([own["interval"]["value"] for own in lost])
-        ends = np.asarray([[own["interval"]["low"], own["interval"]["high"]] for own in lost]).T
+        values = np.asarray([loss["interval"]["value"] for loss in lost])
+        ends = np.asarray([[loss["interval"]["low"], loss["interval"]["high"]] for loss in lost]).T
         pane.errorbar(range(len(lost)), values, np.abs(ends - values), fmt="o", color=DARK, markersize=4, linewidth=1)
         pane.axhline(0, color=GREY, linewidth=0.8, linestyle=":")
         measure = report["measure"].replace("_", " ")
-        pane.set(xlabel="position taken away", ylabel=f"{measure} lost, 95 % interval", title="Worth")
+        pane.set(xlabel="ablated position", ylabel=f"{measure} lost, 95 % interval", title="Ablation")
     if attention:
         pane = next(left)
         image = pane.imshow(np.asarray(attention["by_layer_and_position"]), aspect="auto", cmap="Blues")
@@ -169,7 +169,7 @@ def plot_range_test(
     smoothed: Float[np.ndarray, " N"],
     suggested: float,
 ) -> None:
-    """Draws `rates.png`: the loss against a rate that rose from step to step, and the suggested rate."""
+    """Draws `rates.png`: the loss against the increasing learning rate, and the suggested rate."""
     figure, (pane,) = _panes(1)
     pane.plot(rates, losses, color=LIGHT, linewidth=0.8, label="each step")
     pane.plot(rates, smoothed, color=DARK, label="smoothed")
@@ -180,7 +180,7 @@ def plot_range_test(
 
 
 def _places(written: Sequence[str]) -> tuple[list[float], list[tuple[int, str]] | None]:
-    """Where values stand along an axis: numbers at themselves, others one behind the other, with their labels."""
+    """Returns the positions of values on an axis; values that are not all numbers are evenly spaced, with labels."""
     try:
         return [float(value) for value in written], None
     except ValueError:
@@ -189,12 +189,12 @@ def _places(written: Sequence[str]) -> tuple[list[float], list[tuple[int, str]] 
 
 
 def _plain(text: str) -> str:
-    """Text in which no dollar begins a formula."""
+    """Escapes dollar signs, which matplotlib would read as formulas."""
     return text.replace("$", r"\$")
 
 
 def _panes(count: int) -> tuple[Any, list[Any]]:
-    """A figure with so many panes side by side."""
+    """Returns a figure with `count` panes side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -204,7 +204,7 @@ def _panes(count: int) -> tuple[Any, list[Any]]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Writes a PNG that is never there by half."""
+    """Writes a figure as a PNG atomically."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()

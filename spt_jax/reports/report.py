@@ -1,4 +1,4 @@
-"""Results as a person reads them."""
+"""Results as text."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,10 +8,10 @@ ROWS = {"soft_prompt": "soft prompt", "hard_prompt": "best hand-written prompt",
 
 
 def comparison_table(metrics: Mapping[str, Metrics]) -> str:
-    """The three ways of asking, a line each, on test data if there are any, else on validation data."""
+    """Returns a table of soft prompt, hand-written prompt and no prompt on test data, or else on validation data."""
     split = "test" if "test" in metrics else "validation"
     if split not in metrics:
-        return "no validation or test data, so nothing to compare on"
+        return "no comparison, because there is no validation or test data"
     results = {name: result for name, result in metrics[split].items() if result is not None}
     if any("accuracy" in result for result in results.values()):
         known = ("accuracy", "macro_f1", "entity_f1")
@@ -21,7 +21,7 @@ def comparison_table(metrics: Mapping[str, Metrics]) -> str:
     columns = [column for column in known if column in first]
     lines = [f"{split:26}" + "".join(f"{column:>22}" for column in columns)]
     for name, result in results.items():
-        tasks = {f"  {task}": own for task, own in result.get("tasks", {}).items()}
+        tasks = {f"  {task}": figures for task, figures in result.get("tasks", {}).items()}
         for label, figures in {ROWS.get(name, name): result, **tasks}.items():
             lines.append(f"{label:26}" + "".join(f"{_cell(figures, column):>22}" for column in columns))
     hard = results.get("hard_prompt")
@@ -38,7 +38,7 @@ def _cell(result: Mapping[str, Any], column: str) -> str:
 
 
 def reference_lines(metrics: Metrics) -> dict[str, float]:
-    """What the validation curve is compared with."""
+    """Returns the scores of the other prompts that the validation curve is compared with."""
     found = {}
     for name in ("hard_prompt", "no_prompt"):
         result = metrics.get(name)

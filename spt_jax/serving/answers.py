@@ -1,4 +1,4 @@
-"""An answer as it grows: texts that can be shown already, and what tokens they are made of."""
+"""Answers while they are generated: the text that can already be shown, and the tokens it consists of."""
 
 import asyncio
 import dataclasses
@@ -21,13 +21,13 @@ Finished = Literal["stop", "length"]
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A token of an answer.
+    """One token of an answer.
 
     Attributes:
-      text: what it adds to the answer's text; a character comes with the last of its bytes.
-      name: this text, or the token's bytes, escaped, where it is a part of a character.
-      bytes: the token's own.
-      is_partial: whether it is a part of a character.
+      text: the text that it adds to the answer; a character is added by the token with its last byte.
+      name: this text, or the token's escaped bytes if it is part of a character.
+      bytes: the token's bytes.
+      is_partial: whether the token is only part of a character.
     """
 
     text: str
@@ -40,12 +40,15 @@ class Piece:
 class Choice:
     """One of the texts that answer a request.
 
-    text_of, named: the text of its ids, and the name of one that it might have had.
-    stop: texts that end it.
-    log_probabilities: of the ids; NaN for one that nothing precedes.
-    alternatives: by the likeliest ids of each step, their log-probabilities, where they were asked for.
-    text: what of it can be shown, since neither more tokens nor a stop string would change it.
-    finished: why it ended, in OpenAI's words; None before the end.
+    Attributes:
+      text_of: returns the text of token ids.
+      named: returns the name of a token id.
+      stop: strings that end the answer.
+      ids: the token ids so far.
+      log_probabilities: one per id; NaN for an id with no token before it.
+      alternatives: for each step, the log-probabilities of the likeliest ids, if they were requested.
+      text: the text that can be shown: neither further tokens nor a stop string can change it.
+      finished: the finish reason, as in OpenAI's API; None while the answer is unfinished.
     """
 
     text_of: Callable[[list[int]], str]
@@ -63,7 +66,7 @@ class Choice:
         return self.finished
 
     def add(self, update: Update) -> str:
-        """Takes in new tokens, and returns what can be shown of them."""
+        """Adds new tokens and returns the text that can now be shown."""
         before = len(self.text)
         if update.result is None:
             self.ids += update.ids
@@ -80,36 +83,39 @@ class Choice:
         self.finished = "length" if result.finished == "length" else "stop"
 
     def pieces(self, since: int = 0) -> list[Piece]:
-        """The tokens from one on."""
+        """Returns the tokens from index `since` on."""
         texts = [self.text_up_to(count) for count in range(since, len(self.ids) + 1)]
         names = [self.named(id_) for id_ in self.ids]
         found = []
-        for place, (before, after) in enumerate(itertools.pairwise(texts), since):
-            text, own = after[len(before) :], names[place]
-            if own.is_partial and own.bytes is not None:
-                found.append(Piece(text, own.text, own.bytes, True))
+        for index, (before, after) in enumerate(itertools.pairwise(texts), since):
+            text, name = after[len(before) :], names[index]
+            if name.is_partial and name.bytes is not None:
+                found.append(Piece(text, name.text, name.bytes, True))
                 continue
-            # Parts of a character that were never completed are shown with what follows them.
-            follows = place > 0 and names[place - 1].is_partial and not own.text.startswith("\ufffd")
+            # An incomplete character is shown with the token after it.
+            follows = index > 0 and names[index - 1].is_partial and not name.text.startswith("\ufffd")
             whole = text.lstrip("\ufffd") if follows else text
             found.append(Piece(text, whole, whole.encode(), False))
         return found
 
     def text_up_to(self, count: int) -> str:
-        """Of the first tokens, without half characters unless these are all tokens there will be."""
+        """Returns the text of the first `count` tokens; an incomplete character counts only at the answer's end."""
         text = self.text_of(self.ids[:count])
         return text if self.finished and count == len(self.ids) else text.rstrip("\ufffd")
 
 
 def shown(text: str, stop: Sequence[str]) -> str:
-    """What of a text more tokens will not change: without half characters, and no beginning of a stop string."""
+    """Returns the part of a text that further tokens cannot change.
+
+    An incomplete character, or the beginning of a stop string, at the end is held back.
+    """
     text = text.rstrip("\ufffd")
-    held = max((n for own in stop for n in range(len(own)) if text.endswith(own[:n])), default=0)
-    return text[: len(text) - held]
+    held_back = max((n for string in stop for n in range(len(string)) if text.endswith(string[:n])), default=0)
+    return text[: len(text) - held_back]
 
 
 class Answer:
-    """The choices of one HTTP request, each a request of the engine's."""
+    """The choices of one HTTP request; each choice is one engine request."""
 
     def __init__(self, worker: Worker, requests: Sequence[Request], metrics: Metrics, *, each: int, grows: bool):
         self._worker, self._requests, self._metrics = worker, requests, metrics
@@ -123,15 +129,17 @@ class Answer:
     async def begin(
         cls, worker: Worker, requests: Sequence[Request], metrics: Metrics, *, each: int = 1, grows: bool = False
     ) -> "Answer":
-        """Hands all of them to the engine, or none.
+        """Submits either all of the requests to the engine or none.
 
         Args:
-          worker, requests, metrics: who answers what, and who counts it.
-          each: so many requests in a row ask the same.
-          grows: texts are wanted while they grow.
+          worker: the worker that answers.
+          requests: the engine requests, one per choice.
+          metrics: counts the answers and their tokens.
+          each: the number of consecutive requests that share one prompt.
+          grows: whether to report the text while it is generated.
 
         Raises:
-          QueueFullError, EngineFailedError, ConfigError, DataError: as `Worker.submit`.
+          QueueFullError, EngineFailedError, ConfigError, DataError: as in `Worker.submit`.
         """
         answer, loop = cls(worker, requests, metrics, each=each, grows=grows), asyncio.get_running_loop()
 
@@ -152,17 +160,17 @@ class Answer:
         return answer
 
     def cancel(self) -> None:
-        """Ends what has no answer yet."""
+        """Cancels all unfinished choices."""
         for ticket, choice in zip(self._tickets, self.choices, strict=True):
             if choice.finished is None:
                 self._worker.cancel(ticket)
 
     async def changes(self) -> AsyncGenerator[tuple[int, str, int, Finished | None]]:
-        """Choices as they grow: which, the text that is new, its first new token, and why it ended if it has.
+        """Yields the choices' changes: choice index, new text, index of the first new token, and finish reason or None.
 
         Raises:
-          EngineFailedError: there will be no more.
-          ConfigError: numbers overflow.
+          EngineFailedError: the engine has stopped.
+          ConfigError: values overflow the base's dtype.
         """
         first = True
         while any(choice.finished is None for choice in self.choices):
@@ -181,24 +189,24 @@ class Answer:
         self._metrics.answered(len(self.choices), self.usage(), time.perf_counter() - self._began)
 
     async def finish(self) -> None:
-        """Waits for all."""
+        """Waits until all choices are finished."""
         async for _ in self.changes():
             pass
 
     def usage(self) -> api.Usage:
-        """Tokens that came in, virtual ones too, and that went out."""
+        """Returns the number of prompt tokens, virtual ones included, and of generated tokens."""
         prompts = sum(len(request.ids) for request in self._requests[:: self._each])
         new = sum(len(choice.ids) for choice in self.choices)
         return api.Usage(prompt_tokens=prompts, completion_tokens=new, total_tokens=prompts + new)
 
 
 def completion_logprobs(choice: Choice, since: int = 0, offset: int = 0) -> api.CompletionLogprobs:
-    """Of the tokens from one on, as completions have it.
+    """Returns the log-probabilities of the tokens from `since` on, in the format of the completions API.
 
     Args:
       choice: the answer.
-      since: the first token.
-      offset: characters in front of the answer's text.
+      since: the index of the first token.
+      offset: the number of characters before the answer's text.
     """
     pieces = choice.pieces(since)
     values = [None if math.isnan(value) else value for value in choice.log_probabilities[since:]]
@@ -206,7 +214,7 @@ def completion_logprobs(choice: Choice, since: int = 0, offset: int = 0) -> api.
     top = None
     if choice.alternatives:
         top = [
-            # Of ids with one name, the likeliest counts.
+            # If several ids have the same name, the likeliest is used.
             {_legacy(choice.named(id_)): other for id_, other in reversed(others.items()) if id_ != own}
             | ({} if value is None else {_legacy(piece): value})
             if others
@@ -222,13 +230,13 @@ def completion_logprobs(choice: Choice, since: int = 0, offset: int = 0) -> api.
 
 
 def _legacy(token: Piece | TokenName) -> str:
-    """A token's name in completions, where a part of a character is written bytes:\\xf0\\x9f."""
+    """Returns a token's name in the completions API, where a partial character is written bytes:\\xf0\\x9f."""
     name = token.name if isinstance(token, Piece) else token.text
     return f"bytes:{name}" if token.is_partial else name
 
 
 def chat_logprobs(choice: Choice, since: int) -> api.ChatLogprobs:
-    """Of the tokens from one on, as chat completions have it."""
+    """Returns the log-probabilities of the tokens from `since` on, in the format of the chat completions API."""
     pieces, values = choice.pieces(since), choice.log_probabilities[since:]
     alternatives = choice.alternatives[since:] or [{}] * len(pieces)
 

@@ -1,4 +1,4 @@
-"""Prompts by name: what their files hold is on the host, the keys and values that requests begin with on the device."""
+"""Prompts by name: trained arrays on the host, and the keys and values that requests share on the device."""
 
 import collections
 import dataclasses
@@ -28,13 +28,16 @@ from spt_jax.runtime.sharding import replicated
 
 @dataclasses.dataclass(frozen=True)
 class DevicePrompt:
-    """What a prompt's requests share, on the device. Lengths are rounded up, so that few programs serve all prompts.
+    """The arrays that a prompt's requests share, on the device.
 
-    prefix: keys and values of the prompt and of the leading ids of its template; padding stands at NEVER.
-    virtual: what is left of it: rows for virtual ids further on, shifts, gates, a head.
-    rows: how many virtual ids there are, those among the leading ids included.
-    lead: the leading ids.
-    start: the position behind them.
+    Lengths are rounded up, so that a few compiled programs serve all prompts.
+
+    Attributes:
+      prefix: keys and values of the prompt and of the leading ids of its template; padding has the position NEVER.
+      virtual: the other parts of the prompt: rows for later virtual ids, shifts, gates, a head.
+      rows: the number of virtual ids, including those among the leading ids.
+      lead: the leading ids.
+      start: the position after them.
     """
 
     prefix: Prefix | None
@@ -45,18 +48,18 @@ class DevicePrompt:
 
     @property
     def generates(self) -> bool:
-        """Whether requests can share a decode step: they need neither shifts nor gates nor a head."""
-        own = self.virtual
-        return own is None or (own.shift is None and own.gated is None and own.head is None)
+        """Whether requests can share a decode step: they need no shifts, gates or head."""
+        virtual = self.virtual
+        return virtual is None or (virtual.shift is None and virtual.gated is None and virtual.head is None)
 
     @property
     def bytes(self) -> int:
-        """On the device."""
+        """Size on the device."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves((self.prefix, self.virtual)))
 
 
 class UnknownPromptError(ConfigError):
-    """There is no prompt of this name."""
+    """There is no prompt with this name."""
 
 
 NOTHING = DevicePrompt(None, None, 0, np.zeros(0, np.int32), 0)
@@ -64,7 +67,7 @@ NOTHING = DevicePrompt(None, None, 0, np.zeros(0, np.int32), 0)
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A prompt of the bank: its parts on the host, and how requests are read."""
+    """A prompt of the bank: its arrays on the host, and the template and encoder that read requests."""
 
     virtual: VirtualPrompt | None
     template: Template
@@ -72,30 +75,36 @@ class Entry:
 
     @property
     def bytes(self) -> int:
-        """Of the numbers that were trained."""
+        """Size of the trained arrays."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.virtual))
 
     @property
     def classifies(self) -> bool:
-        """Whether its template tells classes of whole records apart."""
+        """Whether its template classifies whole records."""
         return bool(self.template.verbalizers) and self.template.reads is None
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Prompts of one kind need the same programs."""
+        """A key that is equal for prompts that use the same compiled programs."""
         leaves, structure = jax.tree.flatten(self.virtual)
         sizes = (len(self.encoder.fixed_lead()), *(size for leaf in leaves for size in leaf.shape))
         return structure, tuple(round_up(size, BUCKET) for size in sizes)
 
 
 class PromptBank:
-    """The prompts of one base. The least recently used leave the device where all together would not fit a budget.
+    """The prompts of one base.
 
-    Any thread may use it.
+    If the prompts on the device exceed the budget, the least recently used ones are removed from the device.
+    All methods are thread-safe.
     """
 
     def __init__(self, base: FrozenBase, *, budget_bytes: int | None = None):
-        """budget_bytes: for keys, values and rows on the device; None for no limit."""
+        """Creates an empty bank.
+
+        Args:
+          base: the frozen base.
+          budget_bytes: device memory for keys, values and rows; None for no limit.
+        """
         self.base = base
         self._budget = budget_bytes
         self._entries: dict[str | None, Entry] = {}
@@ -112,21 +121,21 @@ class PromptBank:
 
     @property
     def device_bytes(self) -> int:
-        """Of the prompts that are on the device now."""
+        """Size of the prompts that are on the device now."""
         return self._bytes
 
     def load(self, name: str, folder: Path) -> None:
-        """Takes in a prompt directory, ours or PEFT's, whose text stands behind the virtual tokens.
+        """Loads a prompt directory of this library or of PEFT; in a PEFT prompt, the text follows the virtual tokens.
 
         Raises:
-          CheckpointError: it is damaged, for another base, has a head whose classes have no names, or its template is
-            no text or too long for the base.
+          CheckpointError: the directory is damaged or for another base, a head's classes have no names, or the
+            template is not valid text or too long for the base.
         """
         if (folder / PEFT_CONFIG).exists():
             method, virtual = import_peft(folder, self.base)
             if virtual.head is not None:
                 raise CheckpointError(
-                    f"{folder}: a head of PEFT names no classes; `python -m spt_jax import` takes --verbalizers"
+                    f"{folder}: a PEFT head has no class names; use `python -m spt_jax import` with --verbalizers"
                 )
             prompt = default_template(self.base, method)
             self._put(name, virtual, Template(prompt=prompt, target="{target}", virtual_tokens=method.token_count))
@@ -134,10 +143,10 @@ class PromptBank:
             self.add(name, load_prompt(folder, self.base))
 
     def add(self, name: str, saved: SavedPrompt) -> None:
-        """Takes a prompt in, or another one under a name that there is. Nothing is computed yet.
+        """Adds a prompt, or replaces the one with this name. Nothing is computed yet.
 
         Raises:
-          CheckpointError: it is for another base, or its template is no text or too long for the base.
+          CheckpointError: it is for another base, or its template is not valid text or too long for the base.
         """
         differences = saved.fingerprint.differences(self.base.fingerprint)
         if differences:
@@ -147,8 +156,10 @@ class PromptBank:
     def _put(self, name: str, virtual: VirtualPrompt, template: Template) -> None:
         texts = [template.prompt, template.target, template.system or "", *template.verbalizers.values()]
         if not all(map(_is_text, texts)):
-            raise CheckpointError(f"prompt {name!r}: its template holds half a surrogate pair, which is no character")
-        # On the host: what requests need of it is made on the device when they come.
+            raise CheckpointError(
+                f"prompt {name!r}: its template has half of a surrogate pair, which is not a character"
+            )
+        # On the host: the arrays on the device are made at the first request.
         entry = self._entry(template, jax.tree.map(np.asarray, virtual))
         self._check_length(name, entry)
         with self._lock:
@@ -156,15 +167,15 @@ class PromptBank:
             self._forget(name)
 
     def _check_length(self, name: str, entry: Entry) -> None:
-        """Whether a template with empty fields leaves a position for an answer."""
+        """Checks that the template with empty fields leaves a position for an answer."""
         template, positions = entry.template, self.base.config.max_positions
         if template.is_conversation:
-            return  # a chat template may refuse a chat that is empty
+            return  # a chat template may reject an empty chat
         ids = entry.encoder.prompt_ids(dict.fromkeys(template.prompt_fields, ""))
         taken = len(ids) + (0 if entry.virtual is None else entry.virtual.prefix_length)
         if taken >= positions:
             raise CheckpointError(
-                f"prompt {name!r}: its template takes {taken} positions without any text; the base has {positions}"
+                f"prompt {name!r}: its template takes {taken} positions without any text, but the base has {positions}"
             )
 
     def _forget(self, name: str) -> None:
@@ -177,10 +188,10 @@ class PromptBank:
         return Entry(virtual, template, Encoder(template, base.tokenizer, base.config.vocab_size, positions))
 
     def remove(self, name: str) -> None:
-        """Forgets a prompt. Requests under way keep what they have of it.
+        """Removes a prompt. Running requests are not affected.
 
         Raises:
-          ConfigError: there is none of this name.
+          UnknownPromptError: there is no prompt with this name.
         """
         self.entry(name)
         with self._lock:
@@ -188,19 +199,19 @@ class PromptBank:
             self._forget(name)
 
     def request_ids(self, name: str | None, record: Mapping[str, Any]) -> np.ndarray:
-        """A record's ids, as the prompt's template reads it; the bare base reads {text}, or {messages} as a chat.
+        """Returns the ids of a record under the prompt's template; the bare base reads {text}, or {messages} as a chat.
 
         Raises:
-          ConfigError: there is no prompt of this name, or a chat for a base without a chat template.
+          ConfigError: there is no prompt with this name, or the record is a chat and the base has no chat template.
           DataError: the record lacks a field.
         """
         return self.encoder(name, record).prompt_ids(record)
 
     def encoder(self, name: str | None, record: Mapping[str, Any]) -> Encoder:
-        """What reads a record: the prompt's encoder, or one of the bare base's two.
+        """Returns the prompt's encoder, or for the bare base its encoder for texts or for chats.
 
         Raises:
-          ConfigError: as `request_ids`.
+          ConfigError: as in `request_ids`.
         """
         if name is not None or MESSAGES not in record:
             return self.entry(name).encoder
@@ -209,18 +220,21 @@ class PromptBank:
         return self._chat.encoder
 
     def held(self, name: str | None) -> DevicePrompt:
-        """What requests under this prompt share, made if it is not on the device; None names the bare base.
+        """Returns the arrays that requests under this prompt share, and computes them if they are not on the device.
+
+        Args:
+          name: the prompt's name; None for the bare base.
 
         Raises:
-          UnknownPromptError: there is no prompt of this name.
+          UnknownPromptError: there is no prompt with this name.
         """
         return self.take(name)[1]
 
     def take(self, name: str | None) -> tuple[Entry, DevicePrompt]:
-        """A prompt and what its requests share, which belong together whatever becomes of the name.
+        """Returns a prompt and its shared arrays, which match even if the prompt is replaced meanwhile.
 
         Raises:
-          UnknownPromptError: there is no prompt of this name.
+          UnknownPromptError: there is no prompt with this name.
         """
         entry = self.entry(name)
         return entry, NOTHING if name is None else self._held_of(name, entry)
@@ -235,7 +249,7 @@ class PromptBank:
                     held = hold(self.base, entry.virtual, entry.encoder.fixed_lead())
         with self._lock:
             if self._entries.get(name) is not entry:
-                return held  # it was replaced meanwhile; this request still has it
+                return held  # replaced meanwhile; this request still uses the old one
             if name not in self._held:
                 self._held[name] = held
                 self._bytes += held.bytes
@@ -249,10 +263,10 @@ class PromptBank:
             return self._held.get(name) if self._entries.get(name) is entry else None
 
     def entry(self, name: str | None) -> Entry:
-        """The prompt of this name; None names the bare base.
+        """Returns the prompt with this name; None is the bare base.
 
         Raises:
-          UnknownPromptError: there is none.
+          UnknownPromptError: there is no prompt with this name.
         """
         with self._lock:
             if name in self._entries:
@@ -269,9 +283,9 @@ def _is_text(text: str) -> bool:
 
 
 def overflow(base: FrozenBase, name: str | None) -> ConfigError:
-    """What to say of numbers that are not finite."""
-    whose = "the base alone" if name is None else f"prompt {name!r}"
-    return ConfigError(f"{whose} gives numbers beyond what {jnp.dtype(base.dtype).name} holds; take another dtype")
+    """Returns the error for values that are not finite."""
+    source = "the bare base" if name is None else f"prompt {name!r}"
+    return ConfigError(f"{source} produces values that overflow {jnp.dtype(base.dtype).name}; use another dtype")
 
 
 def hold(base: FrozenBase, virtual: VirtualPrompt, lead: np.ndarray) -> DevicePrompt:
@@ -286,14 +300,14 @@ def hold(base: FrozenBase, virtual: VirtualPrompt, lead: np.ndarray) -> DevicePr
         prefix = encode(base.module, base.params, padded, ids, np.asarray([len(lead)], np.int32))
         prefix = jax.tree.map(lambda array: array[0], prefix)
     count = 0 if virtual.tokens is None else virtual.tokens.shape[0]
-    done = count == int((lead >= base.config.vocab_size).sum())
-    left = dataclasses.replace(padded, prefix=None, tokens=None if done else padded.tokens)
-    left = jax.tree.map(lambda array: array[0], left) if jax.tree.leaves(left) else None
-    return DevicePrompt(prefix, left, count, lead, first + len(lead))
+    all_in_lead = count == int((lead >= base.config.vocab_size).sum())
+    remaining = dataclasses.replace(padded, prefix=None, tokens=None if all_in_lead else padded.tokens)
+    remaining = jax.tree.map(lambda array: array[0], remaining) if jax.tree.leaves(remaining) else None
+    return DevicePrompt(prefix, remaining, count, lead, first + len(lead))
 
 
 def _padded(virtual: VirtualPrompt) -> VirtualPrompt:
-    """Rows, keys and values up to a multiple of `BUCKET`; how many of them are real is said elsewhere."""
+    """Pads rows, keys and values to a multiple of `BUCKET`; the caller knows the true lengths."""
 
     def up(array: Any, axis: int) -> Any:
         missing = round_up(array.shape[axis], BUCKET) - array.shape[axis]

@@ -1,4 +1,4 @@
-"""Classes of records in one pass: the log-probability of every verbalizer, or of every class of a head."""
+"""Classifies records in one pass: the log-probability of each verbalizer, or of each class of a head."""
 
 import dataclasses
 import functools
@@ -22,12 +22,13 @@ _row_scores = functools.partial(jax.jit, static_argnums=(0, 1))(row_scores)
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """Records that were read for a prompt.
+    """Records that were tokenized for a prompt.
 
     Attributes:
-      name: the prompt's.
-      entry, held: what the prompt was when they were read.
-      examples: the records, each with some label.
+      name: the prompt's name.
+      entry: the prompt at the time the records were read.
+      held: its arrays on the device at that time.
+      examples: the encoded records, each with an arbitrary label.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Asked:
 
 
 class Classifier:
-    """Scores a bank's prompts, one call after another. Any thread may call it."""
+    """Scores records under a bank's prompts, one call at a time. All methods are thread-safe."""
 
     def __init__(self, bank: PromptBank):
         self._bank = bank
@@ -47,28 +48,29 @@ class Classifier:
         """Tokenizes records.
 
         Raises:
-          ConfigError: no such prompt, its template has no classes for whole records, or a record is too long.
+          ConfigError: no such prompt, its template does not classify whole records, or a record is too long.
           DataError: a record lacks a field.
         """
         entry, held = self._bank.take(name)
         if not entry.classifies:
-            raise ConfigError(f"prompt {name!r} tells no classes of whole texts apart")
+            raise ConfigError(f"prompt {name!r} does not classify whole texts")
         asked = [entry.encoder.with_any_label(record) for record in records]
         if entry.template.truncate is None:
             self._check_lengths(held, [entry.encoder.prompt_ids(record) for record in records])
         return Asked(name, entry, held, entry.encoder.encode_all(asked))
 
     def score(self, asked: Asked, first: int = 0, last: int | None = None) -> list[dict[str, float]]:
-        """The log-probability of every class of some records: summed over a verbalizer's tokens, or a head's.
+        """Returns the log-probability of each class for each record, from a head or summed over a verbalizer's tokens.
 
-        Each record's own ids run once, behind the keys and values that its prompt's requests share.
+        Each record's ids run once, after the keys and values that the prompt's requests share.
 
         Args:
           asked: the records.
-          first, last: from which to before which of them; default all.
+          first: the index of the first record to score.
+          last: the index after the last record to score; None for all.
 
         Raises:
-          ConfigError: numbers overflow.
+          ConfigError: values overflow the base's dtype.
         """
         base, held, template = self._bank.base, asked.held, asked.entry.template
         examples = asked.examples[first:last]
@@ -96,4 +98,4 @@ class Classifier:
         for ids in prompts:
             total = held.start - len(held.lead) + len(ids)
             if total > limit:
-                raise ConfigError(f"{total} tokens of the prompt; the base has {limit} positions")
+                raise ConfigError(f"the prompt has {total} tokens, but the base has {limit} positions")

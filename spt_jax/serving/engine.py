@@ -1,4 +1,4 @@
-"""Continuous batching: requests come and go while others are being answered, each under a prompt of its own."""
+"""Continuous batching: requests start and end independently, each under its own prompt."""
 
 import collections
 import dataclasses
@@ -46,27 +46,28 @@ from spt_jax.serving.slots import (
     empty_slots,
 )
 
-# Seconds between two looks of the host: at new requests, and at what has ended.
+# Target seconds per decode call; between calls the host admits new requests and collects finished ones.
 POLL_SECONDS = 0.02
 
-# How many requests at a time one program lets in, and how many ids these may then have together.
+# Numbers of requests that one program admits at a time, and the most ids that they may have in total.
 SIZES = (1, 4, 16)
 TOGETHER = 2048
 
-# Whose turn it is among requests that name no sender: all take turns in the order in which they came.
+# The sender of requests that name none; they are served in the order of arrival.
 NOBODY = Sender("", -1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
-    """What to answer.
+    """A request to generate one answer.
 
-    ids: real and virtual, as from `PromptBank.request_ids`.
-    prompt: whose virtual ids they are; None for the bare base.
-    sampling: how, and when to end.
-    held: what the prompt's requests share, from `PromptBank.take`; None looks it up when the request comes.
-    alternatives: how many of each step's likeliest tokens to tell besides, at most `decoding.ALTERNATIVES`.
-    sender: whose turn it has to wait for; None for a program's own requests, which may take all slots.
+    Attributes:
+      ids: real and virtual ids, as from `PromptBank.request_ids`.
+      prompt: the name of the soft prompt that the virtual ids belong to; None for the bare base.
+      sampling: how tokens are chosen and when the answer ends.
+      held: the arrays that the prompt's requests share, from `PromptBank.take`; None looks them up in `submit`.
+      alternatives: how many of each step's likeliest tokens to report, at most `decoding.ALTERNATIVES`.
+      sender: used for fair scheduling; None for in-process requests, which may take all slots.
     """
 
     ids: np.ndarray
@@ -79,12 +80,19 @@ class Request:
 
 @dataclasses.dataclass(eq=False)
 class Ticket:
-    """A request under way: the ids that it has got, and in the end what came of it; None if it was cancelled.
+    """A submitted request and its progress.
 
-    error: why nothing came of it.
-    held: what its prompt was when it came, whatever becomes of the prompt.
-    ends: what ends the answer.
-    text_of: the text of its ids.
+    Attributes:
+      request: the request.
+      held: the prompt's arrays at the time of submission, even if the prompt is replaced or removed later.
+      ends: the ids and strings that end the answer.
+      text_of: returns the text of token ids.
+      ids: the generated ids so far.
+      log_probabilities: one per generated id.
+      alternatives: per generated id, the log-probabilities of the likeliest ids.
+      done: whether the request has ended.
+      result: the answer; None before the end, and if the request was cancelled or has failed.
+      error: the error, if the request has failed.
     """
 
     request: Request
@@ -104,38 +112,41 @@ class Ticket:
 
 
 class Engine:
-    """Answers requests in a fixed number of slots. Any thread may `submit`; one thread steps and cancels.
+    """Answers requests in a fixed number of slots.
 
-    The program that decodes takes any mixture of prompts, lengths and sampling; there is one for the fullest slot's
-    entries rounded up to 64, 96, 128, 192, ... A request's own ids run once, in a program per length rounded up to 16,
-    32, 64, ... for 1, 4 or 16 of them at once. Its prompt's keys and values are copied, and computed once.
+    Any thread may call `submit`; only one thread may call `step` and `cancel`.
 
-    Senders take turns. With 16 slots or more, two are not given to a request of many answers that has others already,
-    and one of these only to a client that has none: a short request does not wait for others' long answers. With 8 to
-    15 slots it is one; fewer are all given.
+    The decode program takes any mixture of prompts, lengths and sampling settings. There is one program for each cache
+    length: the number of entries in the fullest slot, rounded up to 64, 96, 128, 192, ... A request's ids are run once,
+    in a program per length (rounded up to 16, 32, 64, ...) and number of requests (1, 4 or 16). The prompt's keys and
+    values are computed once and then copied.
+
+    Senders take turns. With 16 or more slots, two slots are reserved: an HTTP request that already has a slot gets
+    neither of them, and a client that already has a slot gets at most one. A short request therefore does not wait for
+    the long answers of others. With 8 to 15 slots one slot is reserved, with fewer slots none.
     """
 
     def __init__(self, bank: PromptBank, *, slots: int = 16, context: int | None = None):
-        """Makes room on the device.
+        """Allocates the slots on the device.
 
         Args:
-          bank: the prompts; they may come and go meanwhile.
-          slots: requests under way at once.
-          context: positions of each, prompts and answers together; default all of the base's.
+          bank: the prompts; they may be added and removed while the engine runs.
+          slots: the number of requests that run at once.
+          context: positions per slot, for prompt and answer together; None for all positions of the base.
 
         Raises:
-          ConfigError: not one slot for each part of the mesh's rows.
+          ConfigError: `slots` is not a multiple of the number of parts into which the mesh splits rows.
         """
         self.bank, base = bank, bank.base
         if slots < 1 or slots % row_shards(base.mesh):
             shards = row_shards(base.mesh)
             raise ConfigError(
-                f"{slots} slots; a multiple of {shards}, the parts that the mesh splits rows in, is needed"
+                f"slots is {slots}; it must be a multiple of {shards}, the number of parts the mesh splits rows into"
             )
         self.context = min(context or base.config.max_positions, base.config.max_positions)
         self._capacity = round_up(self.context, BUCKET) + 3 * BUCKET
         self._let_in = False
-        self._steps = MAX_STEPS  # that take POLL_SECONDS seconds, as the newest did
+        self._steps = MAX_STEPS  # steps that take POLL_SECONDS, estimated from the latest decode call
         self._compiling = threading.Lock()
         self._programs = _programs(base.mesh)
         self._slots = self._programs.empty(base.module, base.dtype, slots, self._capacity)
@@ -147,50 +158,52 @@ class Engine:
 
     @property
     def slots(self) -> int:
-        """Requests that can be under way at once."""
+        """The number of requests that can run at once."""
         return len(self._busy)
 
     @property
     def waiting(self) -> int:
-        """Requests that have no slot yet."""
+        """The number of requests that wait for a slot."""
         return len(self._waiting)
 
     @property
     def under_way(self) -> int:
-        """Requests that have a slot."""
+        """The number of requests that have a slot."""
         return sum(ticket is not None for ticket in self._busy)
 
     def submit(self, request: Request) -> Ticket:
-        """Takes a request in; `step` answers it.
+        """Queues a request; `step` answers it.
 
         Raises:
-          ConfigError: no such prompt, one that cannot share a decode step (shifts, gates, a head), more tokens than
-            the base or a slot has positions, or more alternatives than are found.
-          DataError: no ids, or ids that the base and the prompt do not have.
+          ConfigError: there is no such prompt, the prompt cannot generate text (it has shifts, gates or a head), the
+            request has more tokens than the base or a slot has positions, or it wants too many alternatives.
+          DataError: there are no ids, or ids that neither the base nor the prompt has.
         """
         base, held = self.bank.base, request.held or self.bank.held(request.prompt)
         ids = np.asarray(request.ids, np.int32)
         if not 0 <= request.alternatives <= ALTERNATIVES:
-            raise ConfigError(f"alternatives is {request.alternatives}; it must lie between 0 and {ALTERNATIVES}")
+            raise ConfigError(f"alternatives is {request.alternatives}; it must be between 0 and {ALTERNATIVES}")
         if not held.generates:
-            raise ConfigError(f"prompt {request.prompt!r} has shifts, gates or a head: it only classifies")
+            raise ConfigError(f"prompt {request.prompt!r} has shifts, gates or a head: it cannot generate text")
         check_prompt(
             base, ids, 0, None if request.prompt is None else held.rows, held.start - len(held.lead), request.sampling
         )
         if not np.array_equal(ids[: len(held.lead)], held.lead) or len(ids) == len(held.lead):
-            raise ConfigError(f"these ids do not begin as the template of prompt {request.prompt!r} does, or end there")
-        own = ids[len(held.lead) :]
-        if held.virtual is None and own.max() >= base.config.vocab_size:
-            raise DataError(f"id {own.max()}: no virtual ids stand behind the leading ones of {request.prompt!r}")
-        needed = held.start + len(own) + request.sampling.max_new_tokens
+            raise ConfigError(
+                f"the ids do not begin with the leading ids of prompt {request.prompt!r}'s template, or end after them"
+            )
+        own_ids = ids[len(held.lead) :]
+        if held.virtual is None and own_ids.max() >= base.config.vocab_size:
+            raise DataError(f"id {own_ids.max()}: {request.prompt!r} has no virtual ids after its leading ids")
+        needed = held.start + len(own_ids) + request.sampling.max_new_tokens
         if needed > self.context:
-            raise ConfigError(f"the request takes {needed} positions; a slot has {self.context}")
+            raise ConfigError(f"the request needs {needed} positions, but a slot has {self.context}")
         ticket = self._ticket(dataclasses.replace(request, ids=ids), held)
         self._waiting.add(ticket.sender, ticket)
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
-        """Ends a request without an answer; its slot is free at once."""
+        """Cancels a request; its slot becomes free at once."""
         self._waiting.remove(ticket.sender, ticket)
         if ticket in self._busy:
             self._busy[self._busy.index(ticket)] = None
@@ -198,11 +211,11 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to do."""
+        """Whether no request is waiting or running."""
         return not self._waiting and not any(self._busy)
 
     def step(self) -> list[Ticket]:
-        """Lets waiting requests into free slots, or chooses a few tokens for all, in turn; returns what has ended."""
+        """Alternates between admitting waiting requests and decoding a few tokens for all; returns ended tickets."""
         base = self.bank.base
         groups = [] if self._let_in else self._groups()
         self._let_in = bool(groups)
@@ -226,10 +239,11 @@ class Engine:
         return ended
 
     def generate(self, requests: Sequence[Request]) -> list[Generated]:
-        """Answers requests, in their order; others that were submitted are answered with them.
+        """Answers requests and returns the results in order; other submitted requests run along with them.
 
         Raises:
-          ConfigError, DataError: as `submit`, and then none is answered; or one whose numbers overflow.
+          ConfigError, DataError: as in `submit`, in which case no request is answered.
+          ConfigError: values of a request overflow the base's dtype.
         """
         tickets: list[Ticket] = []
         try:
@@ -249,12 +263,12 @@ class Engine:
         return [result for result in results if result is not None]
 
     def is_warm(self, held: DevicePrompt, length: int) -> bool:
-        """Whether what `warm` compiles is there."""
+        """Whether the programs that `warm` compiles exist already."""
         key = self._key(held, max(length, len(held.lead) + 1))
         return all((size, key) in self._compiled for size in self._sizes(key))
 
     def warm(self, held: DevicePrompt, length: int) -> None:
-        """Compiles what a request of so many ids under this prompt needs, if nothing has yet. Any thread may do so."""
+        """Compiles the programs for a request of `length` ids under this prompt, unless they exist. Thread-safe."""
         if self.is_warm(held, length):
             return
         base, request = self.bank.base, Request(np.zeros(max(length, len(held.lead) + 1), np.int32))
@@ -267,7 +281,7 @@ class Engine:
                     self._compiled[size, key] = program.compile()
 
     def warm_decoding(self) -> None:
-        """Compiles what requests of any length need besides. Not while there are any."""
+        """Compiles the decode programs, which do not depend on requests. Call it only while there are none."""
         base, idle, reach = self.bank.base, np.zeros(len(self._busy), bool), 0
         while reach < self._capacity:
             reach = self._reach(reach + 1)
@@ -275,28 +289,28 @@ class Engine:
             self._slots, *_ = self._programs.decode(base.module, reach, base.params, *inputs)
 
     def _until(self, tickets: Sequence[Ticket], room: int) -> Until:
-        """When the host looks again at these requests, behind whose entries there is so much room."""
+        """Returns when the next decode call ends for these requests; the slots have room for `room` more entries."""
         ends = [ticket.ends for ticket in tickets]
-        left = [ticket.request.sampling.max_new_tokens - len(ticket.ids) for ticket in tickets]
-        every = sorted(frozenset().union(*(end.ids for end in ends)))
+        remaining = [ticket.request.sampling.max_new_tokens - len(ticket.ids) for ticket in tickets]
+        end_ids = sorted(frozenset().union(*(end.ids for end in ends)))
         steps = [room, self._steps]
-        if any(end.texts for end in ends) or len(every) > MAX_ENDS:
-            steps.append(MIN_STEPS)  # the device does not see these ends
-        # A slot that comes free is worth a look only to those who wait.
-        steps.append(max(min(left), MIN_STEPS) if self._waiting else max(left, default=0))
-        seen = np.full(MAX_ENDS, NO_ID, np.int32)
-        seen[: len(every)] = every[:MAX_ENDS]
-        until: Any = np.int32(min(steps)), np.int32(1 if self._waiting else len(tickets)), seen
+        if any(end.texts for end in ends) or len(end_ids) > MAX_ENDS:
+            steps.append(MIN_STEPS)  # the device does not detect these ends
+        # Returning early for a free slot only helps if requests wait.
+        steps.append(max(min(remaining), MIN_STEPS) if self._waiting else max(remaining, default=0))
+        detected = np.full(MAX_ENDS, NO_ID, np.int32)
+        detected[: len(end_ids)] = end_ids[:MAX_ENDS]
+        until: Any = np.int32(min(steps)), np.int32(1 if self._waiting else len(tickets)), detected
         return Until(*until)
 
     def _reach(self, entries: int) -> int:
-        """How much of the slots the program for so many entries reads."""
+        """Returns how many cache entries per slot the decode program for `entries` entries reads."""
         most = bucket(entries, 2 * BUCKET)
         fewer = 3 * most // 4
         return min(fewer if 2 * BUCKET < entries <= fewer else most, self._capacity)
 
     def _groups(self) -> list[tuple[list[int], list[Ticket]]]:
-        """Free slots, and the waiting requests that one program lets into them."""
+        """Returns groups of free slots and waiting requests, each group admitted by one program call."""
         free = [slot for slot, ticket in enumerate(self._busy) if ticket is None]
         alike: dict[Any, list[Ticket]] = {}
         for ticket in self._next(len(free)):
@@ -310,7 +324,7 @@ class Engine:
         return groups
 
     def _next(self, free: int) -> list[Ticket]:
-        """Takes from the waiting requests those whose turn it is to enter so many free slots."""
+        """Removes and returns the waiting requests that are next to enter `free` free slots."""
         holders = collections.Counter(ticket.sender for ticket in self._busy if ticket is not None)
         clients = collections.Counter(ticket.sender.client for ticket in self._busy if ticket is not None)
         found: list[Ticket] = []
@@ -328,7 +342,7 @@ class Engine:
         return found
 
     def _admit(self, slots: list[int], tickets: list[Ticket]) -> tuple[list[int], NewTokens]:
-        """Puts requests into slots; these, and the first tokens."""
+        """Puts requests into slots; returns the slots and the first tokens."""
         base, first = self.bank.base, tickets[0]
         program = self._compiled.get((len(tickets), self._key(first.held, len(first.request.ids))))
         program = program or functools.partial(self._programs.admit, base.module)
@@ -338,34 +352,34 @@ class Engine:
         return slots, firsts
 
     def _key(self, held: DevicePrompt, length: int) -> tuple[Any, ...]:
-        """What tells the programs apart that let requests of so many ids in, besides how many requests."""
+        """Returns the key of the program that admits requests of `length` ids, apart from the number of requests."""
         leaves, structure = jax.tree.flatten((held.virtual, held.prefix))
         return structure, tuple(leaf.shape for leaf in leaves), self._bucket(held, length)
 
     def _sizes(self, key: tuple[Any, ...]) -> list[int]:
-        """How many requests at a time these programs let in."""
+        """Returns the numbers of requests that the programs of this key admit at a time."""
         return [size for size in SIZES if size == 1 or (size <= self.slots and size * key[-1] <= TOGETHER)]
 
     def _bucket(self, held: DevicePrompt, length: int) -> int:
-        """The own ids of requests of so many ids, rounded up."""
+        """Returns the number of ids after the leading ones, rounded up."""
         return min(bucket(length - len(held.lead), BUCKET // 2), self._capacity - _taken(held))
 
     def _inputs(self, tickets: Sequence[Ticket], slots: Sequence[int]) -> tuple[Any, ...]:
-        """What `slots.admit` takes of requests for some slots."""
-        owns = [ticket.request.ids[len(ticket.held.lead) :] for ticket in tickets]
-        how = [ticket.request.sampling for ticket in tickets]
+        """Returns the arguments of `slots.admit` for requests and their slots."""
+        own_ids = [ticket.request.ids[len(ticket.held.lead) :] for ticket in tickets]
+        configs = [ticket.request.sampling for ticket in tickets]
         padded = np.zeros((len(tickets), self._bucket(tickets[0].held, len(tickets[0].request.ids))), np.int32)
-        for row, own in zip(padded, owns, strict=True):
-            row[: len(own)] = own
-        # Host numbers, which a compiled program takes faster than device arrays made of them.
-        lengths = np.asarray([len(own) for own in owns], np.int32)
+        for row, ids in zip(padded, own_ids, strict=True):
+            row[: len(ids)] = ids
+        # NumPy arrays: a compiled program takes them faster than converting them to device arrays first.
+        lengths = np.asarray([len(ids) for ids in own_ids], np.int32)
         starts = np.asarray([ticket.held.start for ticket in tickets], np.int32)
         sampling: Any = (
-            np.asarray([own.temperature for own in how], np.float32),
-            np.asarray([min(own.top_k, self.bank.base.config.vocab_size) for own in how], np.int32),
-            np.asarray([own.top_p for own in how], np.float32),
-            np.asarray([own.seed for own in how], np.uint32),
-            np.zeros(len(how), np.int32),
+            np.asarray([config.temperature for config in configs], np.float32),
+            np.asarray([min(config.top_k, self.bank.base.config.vocab_size) for config in configs], np.int32),
+            np.asarray([config.top_p for config in configs], np.float32),
+            np.asarray([config.seed for config in configs], np.uint32),
+            np.zeros(len(configs), np.int32),
         )
         prompts = [(ticket.held.virtual, ticket.held.prefix) for ticket in tickets]
         requests: Any = padded, lengths, starts
@@ -379,7 +393,7 @@ class Engine:
         return Ticket(request, held, ends, text_of)
 
     def _take(self, slot: int, new: NewTokens, column: int) -> list[Ticket]:
-        """Adds a column's new tokens to a slot's request up to its end; if that has come, returns it, the slot free."""
+        """Adds a column of new tokens to the request in a slot; if it ends, frees the slot and returns its ticket."""
         ticket = self._busy[slot]
         assert ticket is not None
         ends, checked, last = ticket.ends, len(ticket.ids), False
@@ -413,17 +427,17 @@ class Engine:
 
 
 def _wanted(tickets: Iterable[Ticket]) -> np.ndarray:
-    """Whether one of them asks for the likeliest tokens."""
+    """Whether any of these requests wants alternatives."""
     return np.asarray(any(ticket.request.alternatives for ticket in tickets))
 
 
 def _taken(held: DevicePrompt) -> int:
-    """Places of a slot that a prompt takes, padding included."""
+    """Returns the number of cache entries that a prompt takes, padding included."""
     return 0 if held.prefix is None else held.prefix.positions.shape[0]
 
 
 def _filled(ticket: Ticket) -> int:
-    """Entries of its slot that a request has filled; its newest token comes next."""
+    """Returns the number of cache entries that a request has filled; its newest token is not among them yet."""
     return _taken(ticket.held) + len(ticket.request.ids) - len(ticket.held.lead) + len(ticket.ids) - 1
 
 
@@ -436,7 +450,7 @@ class _Programs:
 
 @functools.cache
 def _programs(mesh: Mesh) -> _Programs:
-    """The compiled functions of `slots`, each of which takes the slots over."""
+    """Returns the compiled functions of `slots`; `admit` and `decode` donate the slots' buffers."""
     rows: Any = row_sharding(mesh)
     everywhere: Any = replicated(mesh)
     heads: Any = NamedSharding(mesh, PartitionSpec(None, *rows.spec, "tensor"))

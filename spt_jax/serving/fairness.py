@@ -1,4 +1,4 @@
-"""Whose turn it is: clients take turns, and so do the HTTP requests of one client."""
+"""Fair scheduling: clients take turns, and so do the HTTP requests of one client."""
 
 import asyncio
 import collections
@@ -17,11 +17,11 @@ _numbers = itertools.count()
 
 @dataclasses.dataclass(frozen=True)
 class Sender:
-    """Where work comes from.
+    """The origin of a piece of work.
 
     Attributes:
-      client: who sent it; clients take turns.
-      request: the number of the HTTP request; the requests of a client take turns, each with one answer at a time.
+      client: identifies the client; clients take turns.
+      request: the number of the HTTP request; a client's requests take turns, one answer at a time.
     """
 
     client: str
@@ -29,10 +29,10 @@ class Sender:
 
 
 def sender_of(scope: Scope) -> Sender:
-    """The sender of an HTTP request.
+    """Returns the sender of an HTTP request.
 
-    A client is an address with an Authorization header, whatever the connection. Uvicorn reads the address from
-    X-Forwarded-For where a proxy on a trusted address has set it.
+    A client is identified by its address and Authorization header, not by the connection. Uvicorn reads the address
+    from X-Forwarded-For if a proxy on a trusted address has set it.
     """
     address = (scope.get("client") or ("",))[0]
     keys = [value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"]
@@ -40,28 +40,28 @@ def sender_of(scope: Scope) -> Sender:
 
 
 def has_share(taken: Mapping[str, int], client: str, count: int, limit: int) -> bool:
-    """Whether a client may add `count` pieces of work to those that wait or are under way.
+    """Whether a client may add `count` pieces of work to those that wait or run.
 
-    The limit is for all clients together. A client with less than an equal share of it may go beyond, so that another
-    that has used it up shuts nobody out; never beyond twice the limit.
+    The limit applies to all clients together. A client with less than an equal share may exceed it, so that a client
+    that has used up the limit does not shut out the others. The total never exceeds twice the limit.
 
     Args:
-      taken: how many pieces each client has.
-      client: who asks.
-      count: pieces to add.
-      limit: of all pieces.
+      taken: the number of pieces that each client has.
+      client: the client that adds work.
+      count: the number of pieces to add.
+      limit: the most pieces of all clients together.
     """
     total = sum(taken.values()) + count
     if total <= limit:
         return True
-    clients = {name for name, own in taken.items() if own} | {client}
+    clients = {name for name, pieces in taken.items() if pieces} | {client}
     return total <= 2 * limit and taken.get(client, 0) + count <= limit // len(clients)
 
 
 class Turns(Generic[T]):
-    """Items that wait. Clients take turns, their requests take turns, and items of one request stay in order.
+    """A queue in which clients take turns, each client's requests take turns, and a request's items stay in order.
 
-    Any thread may use it.
+    All methods are thread-safe.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Turns(Generic[T]):
             return sum(len(items) for requests in self._waiting.values() for items in requests.values())
 
     def add(self, sender: Sender, item: T) -> None:
-        """Adds an item behind the others of its request."""
+        """Adds an item after the others of its request."""
         with self._lock:
             self._waiting.setdefault(sender.client, {}).setdefault(sender.request, collections.deque()).append(item)
 
@@ -90,7 +90,7 @@ class Turns(Generic[T]):
                     del self._waiting[sender.client]
 
     def take(self, may: Callable[[Sender], bool] = lambda _: True) -> T | None:
-        """Removes and returns the item whose turn it is, of senders that may; None if there is none."""
+        """Removes and returns the next item of a sender for which `may` is true; None if there is none."""
         with self._lock:
             for client, requests in self._waiting.items():
                 for request, items in requests.items():
@@ -102,7 +102,7 @@ class Turns(Generic[T]):
         return None
 
     def _move_back(self, sender: Sender) -> None:
-        """Puts a client after the other clients, and a request after the client's others; drops what is empty."""
+        """Moves the client after all others, and the request after the client's other requests; drops empty queues."""
         requests = self._waiting.pop(sender.client)
         items = requests.pop(sender.request)
         if items:
@@ -112,15 +112,15 @@ class Turns(Generic[T]):
 
 
 class Lane:
-    """A thread that does one piece of work after another, senders in turn. Any thread may submit."""
+    """A thread that runs one piece of work at a time; senders take turns. Any thread may submit work."""
 
     def __init__(self, name: str):
-        """name: of the thread."""
+        """Creates the thread with this name."""
         self._thread = ThreadPoolExecutor(1, name)
         self._turns: Turns[tuple[Future[Any], Callable[[], Any]]] = Turns()
 
     async def run(self, sender: Sender, work: Callable[[], T]) -> T:
-        """Does a piece of work in its turn, and returns its result. Work that is cancelled before does not begin."""
+        """Runs a piece of work in its turn and returns its result. Work that is cancelled before that never runs."""
         future: Future[T] = Future()
         self._turns.add(sender, (future, work))
         self._thread.submit(self._next)

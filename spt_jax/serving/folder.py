@@ -1,4 +1,4 @@
-"""Follows a directory of prompts: what is new, changed or gone there is so among a service's prompts too."""
+"""Watches a directory of prompts, and loads, reloads or removes a service's prompts accordingly."""
 
 import asyncio
 import contextlib
@@ -16,11 +16,12 @@ from spt_jax.serving.service import Service
 
 @dataclasses.dataclass(frozen=True)
 class Changes:
-    """What a look at the directory has changed.
+    """The changes of one look at the directory.
 
-    loaded: prompts that are new or other ones.
-    removed: prompts that are gone.
-    refused: why a prompt directory was not read, by name, if that is new. What was read of it before stays.
+    Attributes:
+      loaded: prompts that are new or have changed.
+      removed: prompts that are gone.
+      refused: by name, why a prompt directory was not read, if the reason is new. The version read before stays.
     """
 
     loaded: tuple[str, ...] = ()
@@ -28,20 +29,25 @@ class Changes:
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def lines(self) -> list[str]:
-        """For a log."""
+        """Returns the changes as lines for a log."""
         loaded = [f"loaded prompt {name!r}" for name in self.loaded]
         removed = [f"removed prompt {name!r}" for name in self.removed]
-        return loaded + removed + [f"kept prompt {name!r} as it was: {why}" for name, why in self.refused.items()]
+        return loaded + removed + [f"prompt {name!r} is unchanged: {why}" for name, why in self.refused.items()]
 
 
 class FolderWatch:
-    """Compares a service's directory with what was read of it. Any thread may look.
+    """Compares a service's directory with the prompts that were read from it. All methods are thread-safe.
 
-    A prompt that was removed from the service by other means comes back when its directory changes.
+    A prompt that was removed from the service by other means is loaded again when its directory changes.
     """
 
     def __init__(self, service: Service, seen: Mapping[str, str] | None = None):
-        """seen: `marks` of what the service holds already, made before it was read; default it holds nothing."""
+        """Creates a watch.
+
+        Args:
+          service: the service, which has a directory of prompts.
+          seen: the `marks` of the prompts that the service has loaded, taken before loading; None if it has none.
+        """
         assert service.folder is not None
         self._service, self._folder = service, service.folder
         self._seen = dict(seen or {})
@@ -51,10 +57,10 @@ class FolderWatch:
         self._lock = threading.Lock()
 
     def look(self) -> Changes:
-        """Loads and removes what the directory asks for.
+        """Loads new and changed prompts and removes those that are gone.
 
-        A prompt that cannot be read is tried again at the next look. One is gone when two looks in a row miss it,
-        since for a moment a save leaves none in place.
+        A prompt that cannot be read is tried again at the next look. A prompt is removed when two looks in a row do
+        not find it, because it is absent for a moment while it is saved.
 
         Raises:
           OSError: the directory of prompts cannot be listed; nothing changes.
@@ -71,34 +77,34 @@ class FolderWatch:
             return Changes(loaded, self._remove(set(self._seen) - set(found)), new)
 
     def _load(self, name: str) -> str | None:
-        """Why not, if a prompt cannot be loaded."""
+        """Loads a prompt; returns the reason if that fails."""
         try:
             self._service.load(name)
-            # One prompt of a kind compiles for all; what else a prompt needs is made when its first request comes.
+            # The first prompt of a kind compiles for all; the other arrays are computed at a prompt's first request.
             kind = self._service.bank.entry(name).kind
             if kind not in self._kinds:
                 self._service.warm(name)
                 self._kinds.add(kind)
-        except Exception as error:  # whatever is wrong with it, others are still looked at
+        except Exception as error:  # the other prompts are still loaded
             return str(error) or repr(error)
         return None
 
     def _remove(self, missing: set[str]) -> tuple[str, ...]:
         gone, self._missing = sorted(missing & self._missing), missing
         for name in gone:
-            with contextlib.suppress(ConfigError):  # someone else has removed it
+            with contextlib.suppress(ConfigError):  # already removed by other means
                 self._service.remove(name)
             del self._seen[name]
         return tuple(gone)
 
 
 async def follow(watch: FolderWatch, seconds: float, tell: Callable[[str], object]) -> None:
-    """Looks now and every so many seconds until cancelled, and tells what it has changed, line by line."""
+    """Looks now and then every `seconds` seconds until cancelled; passes each line about changes to `tell`."""
     while True:
         try:
             changes = await asyncio.to_thread(watch.look)
-        except Exception as error:  # such as a share that is away for a while
-            tell(f"the prompts stay as they are: {error}")
+        except Exception as error:  # for example, a network share that is temporarily unavailable
+            tell(f"the prompts are unchanged: {error}")
         else:
             for line in changes.lines():
                 tell(line)
@@ -106,11 +112,12 @@ async def follow(watch: FolderWatch, seconds: float, tell: Callable[[str], objec
 
 
 def marks(folder: Path) -> dict[str, str]:
-    """What tells two states of every prompt directory in a folder apart.
+    """Returns a string for each prompt directory in a folder, which changes when the directory's files change.
 
-    Hidden ones are left out: saves and synchronisation keep there what is not ready.
+    Hidden directories are skipped: saves and synchronization use them for incomplete files.
     """
-    return {own.name: _mark(own) for own in sorted(folder.iterdir()) if own.is_dir() and not own.name.startswith(".")}
+    paths = sorted(folder.iterdir())
+    return {path.name: _mark(path) for path in paths if path.is_dir() and not path.name.startswith(".")}
 
 
 def _mark(folder: Path) -> str:
@@ -122,7 +129,7 @@ def _mark(folder: Path) -> str:
 
 
 def _state(file: Path) -> object:
-    """Size and time, and of `prompt.json`, which holds the tensors' hash, the content: clocks may be coarse."""
+    """Returns size and time, and for `prompt.json`, which has the tensors' hash, the content: clocks may be coarse."""
     try:
         state = file.stat()
         return state.st_size, state.st_mtime_ns, file.read_bytes() if file.name == INFO_FILE else None

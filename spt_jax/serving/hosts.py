@@ -1,9 +1,13 @@
-"""Which web pages may use the server: those that it served itself, under a name that it knows.
+"""Checks that only the server's own web pages, under known host names, use the server.
 
-A browser sends requests for any page that it shows. A page of another site whose name resolves to this machine (DNS
-rebinding) could read the answers, so Host is compared with the names of the server; a page of another site that sends
-requests without reading the answers names itself in Origin; and JSON has to be announced as such, which browsers do
-for another site's page only if the server allows it, which this one never does.
+A browser sends requests on behalf of any page that it shows. There are three checks:
+
+- Host must be a name of the server. Otherwise, a page of another site whose name resolves to this machine could read
+  the answers (DNS rebinding).
+- Origin must be the server's or an allowed host. It identifies pages of other sites that send requests without reading
+  the answers.
+- Bodies must have the content type application/json, which a browser sends for another site's page only if the server
+  allows it (CORS). This server never does.
 """
 
 import ipaddress
@@ -22,11 +26,11 @@ _HOST = re.compile(r"(?P<name>[\w.-]+|\[[0-9a-fA-F:.]+\])(:\d+)?", re.ASCII)
 
 
 def allowed_hosts(host: str, names: Collection[str]) -> tuple[str, ...] | None:
-    """The names under which a server on an address is used; None for any.
+    """Returns the host names that requests to a server may use; None for any.
 
     Args:
-      host: the address.
-      names: those that were given; without any, only a loopback address has known names.
+      host: the server's address.
+      names: the names given by the user; without any, the names are known only for a loopback address.
 
     Raises:
       ConfigError: a name has a scheme, a port or a path.
@@ -35,7 +39,7 @@ def allowed_hosts(host: str, names: Collection[str]) -> tuple[str, ...] | None:
         if not name or _name(name) != name.lower():
             raise ConfigError(
                 f"--allowed-hosts {name}: give an ASCII host name, an IPv4 address, or an"
-                " IPv6 address in brackets, without scheme, port and path"
+                " IPv6 address in brackets, without a scheme, port or path"
             )
     own = f"[{host}]" if ":" in host else host
     address = ipaddress.ip_address(host)
@@ -45,15 +49,20 @@ def allowed_hosts(host: str, names: Collection[str]) -> tuple[str, ...] | None:
 
 
 class BrowserChecks:
-    """ASGI middleware that answers 403 to foreign names and sites, and 415 to a body that is not announced as JSON."""
+    """ASGI middleware that answers 403 to other host names and sites, and 415 to a body not declared as JSON."""
 
     def __init__(self, app: ASGIApp, *, hosts: Collection[str] | None):
-        """hosts: names and addresses, without ports, that Host and Origin may have; None for any."""
+        """Wraps an application.
+
+        Args:
+          app: the application.
+          hosts: names and addresses, without ports, that Host and Origin may have; None for any.
+        """
         self._app = app
         self._hosts = None if hosts is None else {host.lower() for host in hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Probes of an orchestrator use addresses, or no name at all.
+        # An orchestrator's probes use addresses, or no host name at all.
         checked = scope["type"] == "http" and scope["path"] not in ("/healthz", "/readyz")
         if checked and (refusal := self._refusal(scope["method"], Headers(scope=scope))):
             status, message = refusal
@@ -65,21 +74,21 @@ class BrowserChecks:
         host, origin = headers.get("host", ""), headers.get("origin")
         if self._hosts is not None:
             if _name(host) not in self._hosts:
-                return 403, f"{host[:100]!r} is no name of this server; --allowed-hosts adds names"
+                return 403, f"{host[:100]!r} is not a host name of this server; add names with --allowed-hosts"
             if origin is not None and not self._is_own(origin, host):
-                return 403, f"a page of {origin[:100]!r} may not use this server; --allowed-hosts adds names"
+                return 403, f"pages of {origin[:100]!r} may not use this server; add names with --allowed-hosts"
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if method == "POST" and kind != "application/json":
             return 415, "send the body as JSON, with the header Content-Type: application/json"
         return None
 
     def _is_own(self, origin: str, host: str) -> bool:
-        """Whether a page is this server's, or of a site that was named. Loopback names hold for this server's port."""
+        """Whether a page belongs to this server or an allowed host. Loopback names must have this server's port."""
         site = origin.lower().partition("://")[2]
         return site == host.lower() or _name(site) in (self._hosts or set()) - set(LOOPBACK)
 
 
 def _name(host: str) -> str:
-    """A host without its port, in lower case; '' for what is none."""
+    """Returns a host without its port, in lower case; '' if it is not a host."""
     found = _HOST.fullmatch(host)
     return found["name"].lower().rstrip(".") if found else ""

@@ -1,4 +1,4 @@
-"""What cannot fit is found from the bytes of its text, before it is tokenized."""
+"""Rejects texts that are too long from their size in bytes, before they are tokenized."""
 
 import dataclasses
 import json
@@ -13,23 +13,23 @@ _NFC = 3
 
 @dataclasses.dataclass(frozen=True)
 class TextBound:
-    """How few tokens a text may have.
+    """A lower bound on the number of tokens of a text.
 
     Attributes:
-      longest: bytes of text that one token stands for at most.
-      folds_spaces: spaces may be dropped or joined, so that they are not counted.
+      longest: the most bytes of text that one token can stand for.
+      folds_spaces: whether spaces may be dropped or joined; if so, they are not counted.
     """
 
     longest: int
     folds_spaces: bool
 
     def bytes(self, text: str) -> int:
-        """Bytes of a text that tokens must stand for."""
+        """Returns the number of bytes of a text that tokens must stand for."""
         return size(text.replace(" ", "") if self.folds_spaces else text)
 
 
 def text_bound(tokenizer: Any) -> TextBound | None:
-    """The bound of a fast tokenizer; None if it may drop or join other characters than spaces."""
+    """Returns the bound of a fast tokenizer; None if it may drop or join characters other than spaces."""
     specification = json.loads(tokenizer.backend_tokenizer.to_str())
     steps = [*_steps(specification["normalizer"]), *_steps(specification["pre_tokenizer"])]
     kinds = {step["type"] for step in steps}
@@ -52,18 +52,18 @@ def text_bound(tokenizer: Any) -> TextBound | None:
 
 
 def texts_of(record: Mapping[str, Any]) -> list[str]:
-    """The texts of a record: its fields, or the contents of its chat."""
+    """Returns the texts of a record: its fields, or the contents of its chat."""
     values = [turn["content"] for turn in record[MESSAGES]] if MESSAGES in record else record.values()
     return [value for value in values if isinstance(value, str)]
 
 
 def size(text: str) -> int:
-    """Bytes of a text in UTF-8."""
+    """Returns the number of bytes of a text in UTF-8."""
     return len(text.encode())
 
 
 def _steps(step: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """A normalizer or pre-tokenizer, or those that it consists of."""
+    """Yields a normalizer or pre-tokenizer, or the parts of a sequence."""
     if step is None:
         return
     if step["type"] != "Sequence":
@@ -74,7 +74,7 @@ def _steps(step: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
 
 
 def _folds_spaces(step: Mapping[str, Any]) -> bool:
-    """Whether a step removes or joins spaces, and nothing else."""
+    """Whether a step only removes or joins spaces."""
     return (
         step["type"] == "Replace"
         and set(step["pattern"].get("Regex", "x")) <= set(" +^$|")
@@ -83,7 +83,7 @@ def _folds_spaces(step: Mapping[str, Any]) -> bool:
 
 
 def _keeps_text(step: Mapping[str, Any]) -> bool:
-    """Whether a step leaves at least as many bytes as it gets, NFC aside."""
+    """Whether a step's output has at least as many bytes as its input, apart from NFC."""
     if step["type"] == "Replace":
         return "String" in step["pattern"] and size(step["content"]) >= size(step["pattern"]["String"])
     if step["type"] in ("Split", "Punctuation"):

@@ -1,4 +1,4 @@
-"""What a client may send, and for how long: bodies are read whole, up to a size and a time, before anything is done."""
+"""Limits on the size and duration of requests; a body is read completely before the request is processed."""
 
 import asyncio
 from typing import Any
@@ -9,7 +9,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 class BodyLimits:
-    """ASGI middleware that answers 413 to a body that is too large, and 408 to one that does not come."""
+    """ASGI middleware that answers 413 to a body that is too large, and 408 to one that does not arrive in time."""
 
     def __init__(self, app: ASGIApp, *, max_bytes: int, seconds: float):
         self._app, self._max_bytes, self._seconds = app, max_bytes, seconds
@@ -27,7 +27,7 @@ class BodyLimits:
             async with asyncio.timeout(self._seconds):
                 messages = await self._read(receive)
         except TimeoutError:
-            await refuse(408, f"the body did not come within {self._seconds:g} seconds")
+            await refuse(408, f"the body did not arrive within {self._seconds:g} seconds")
             return
         if messages is None:
             await refuse(413, f"the body has more than {self._max_bytes} bytes")
@@ -39,7 +39,7 @@ class BodyLimits:
         await self._app(scope, replay, send)
 
     async def _read(self, receive: Receive) -> list[Message] | None:
-        """All of the body; None if it is too large."""
+        """Returns the messages of the body; None if it is too large."""
         messages, size = [], 0
         while True:
             message = await receive()
@@ -52,18 +52,19 @@ class BodyLimits:
 
 
 class TimedHeads(H11Protocol):
-    """Uvicorn's HTTP connection, closed if a request's head does not come in time.
+    """Uvicorn's HTTP connection, closed if a request's head does not arrive in time.
 
-    Uvicorn itself closes only connections that stay silent after an answer.
+    Uvicorn itself only closes connections that stay idle after an answer.
 
     Attributes:
-      seconds: from the connection, or from the first byte of a further request, to the end of a request's head.
+      seconds: the time limit for a request's head, counted from the connection or, for a further request on the
+        connection, from its first byte.
     """
 
     seconds = 30.0
-    _closing: Any = None  # a timer of the loop's
+    _closing: Any = None  # a timer of the event loop
 
-    def connection_made(self, transport: Any) -> None:  # uvloop's transports are no asyncio.Transport
+    def connection_made(self, transport: Any) -> None:  # uvloop's transports are not asyncio.Transport
         super().connection_made(transport)
         self._closing = self.loop.call_later(self.seconds, self._close)
 
@@ -94,7 +95,7 @@ class TimedHeads(H11Protocol):
 
 
 def timed_heads(within: float) -> type[TimedHeads]:
-    """The connections of a server on which a request's head must come within so many seconds."""
+    """Returns a connection class that allows `within` seconds for a request's head."""
 
     class Timed(TimedHeads):
         seconds = within
@@ -103,5 +104,5 @@ def timed_heads(within: float) -> type[TimedHeads]:
 
 
 def error_body(message: str, kind: str, **more: Any) -> dict[str, Any]:
-    """An error as OpenAI's API has it."""
+    """Returns an error body in the format of OpenAI's API."""
     return {"error": {"message": message, "type": kind, "param": None, "code": None, **more}}

@@ -1,4 +1,4 @@
-"""What the server counts, as Prometheus reads it."""
+"""The server's metrics, in Prometheus format."""
 
 import contextlib
 import time
@@ -32,42 +32,48 @@ class CountedResponses:
         try:
             await self._app(scope, receive, counted)
         except Exception:
-            if not started:  # it is answered further out
+            if not started:  # an outer middleware sends the answer
                 self._counter.labels(500).inc()
             raise
 
 
 class Metrics:
-    """Counters of one server, in a registry of their own."""
+    """The metrics of one server, in a separate registry."""
 
     def __init__(self, worker: Worker):
         self._registry = own = CollectorRegistry()
         self.first_token = Histogram(
             "spt_jax_first_token_seconds",
-            "From a request's tokens to its first new one.",
+            "Seconds from the submission of a request to its first token.",
             registry=own,
             buckets=_SECONDS,
         )
-        self._seconds = Histogram("spt_jax_answer_seconds", "Until an answer's end.", registry=own, buckets=_SECONDS)
-        self._new = Counter("spt_jax_generated_tokens", "Tokens of finished answers.", registry=own)
-        self._read = Counter("spt_jax_prompt_tokens", "Tokens of answered requests, virtual ones too.", registry=own)
+        self._seconds = Histogram(
+            "spt_jax_answer_seconds", "Seconds until an answer is complete.", registry=own, buckets=_SECONDS
+        )
+        self._new = Counter("spt_jax_generated_tokens", "Generated tokens of finished answers.", registry=own)
+        self._read = Counter(
+            "spt_jax_prompt_tokens", "Prompt tokens of answered requests, virtual tokens included.", registry=own
+        )
         self._answers = Counter("spt_jax_answers", "Finished answers.", registry=own)
         self._classified = Counter("spt_jax_classified", "Classified texts.", registry=own)
-        self.responses = Counter("spt_jax_responses", "By HTTP status, refusals too.", ["status"], registry=own)
+        self.responses = Counter(
+            "spt_jax_responses", "Responses by HTTP status, refusals included.", ["status"], registry=own
+        )
         self._classify_seconds = Histogram(
-            "spt_jax_classify_seconds", "Of a request to classify.", registry=own, buckets=_SECONDS
+            "spt_jax_classify_seconds", "Seconds of a request to classify.", registry=own, buckets=_SECONDS
         )
         engine = worker.engine
         for name, words, read in (
-            ("waiting", "Requests without a slot.", lambda: engine.waiting),
-            ("under_way", "Requests in a slot.", lambda: engine.under_way),
+            ("waiting", "Requests that wait for a slot.", lambda: engine.waiting),
+            ("under_way", "Requests that have a slot.", lambda: engine.under_way),
             ("prompts", "Prompts in the bank.", lambda: len(engine.bank.names)),
-            ("prompt_device_bytes", "Of prompts on the device.", lambda: engine.bank.device_bytes),
+            ("prompt_device_bytes", "Bytes of the prompts on the device.", lambda: engine.bank.device_bytes),
         ):
             Gauge(f"spt_jax_{name}", words, registry=own).set_function(read)
 
     def answered(self, choices: int, usage: Usage, seconds: float) -> None:
-        """Counts the choices of an answer and its tokens."""
+        """Records the choices, tokens and seconds of an answer."""
         self._answers.inc(choices)
         self._new.inc(usage.completion_tokens)
         self._read.inc(usage.prompt_tokens)
@@ -75,12 +81,12 @@ class Metrics:
 
     @contextlib.contextmanager
     def classifying(self, texts: int) -> Iterator[None]:
-        """Counts and times texts that are classified meanwhile."""
+        """Context manager that counts and times the texts that are classified inside it."""
         began = time.perf_counter()
         yield
         self._classified.inc(texts)
         self._classify_seconds.observe(time.perf_counter() - began)
 
     def text(self) -> str:
-        """Everything, in Prometheus' text format."""
+        """Returns all metrics in Prometheus' text format."""
         return generate_latest(self._registry).decode()

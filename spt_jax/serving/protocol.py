@@ -1,6 +1,6 @@
-"""What the server reads and writes: OpenAI's completions and chat completions, and what a bank of prompts adds.
+"""Request and response bodies: OpenAI's completions and chat completions, and additions for a bank of prompts.
 
-A field that the server would not act on is refused, unless its value asks for nothing.
+A field that the server does not support is refused, unless its value has no effect.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from spt_jax.inference.decoding import ALTERNATIVES
 MAX_TEXTS = 64
 MAX_FIELDS = 100
 
-# As file names everywhere, none of them hidden or a path.
+# Valid file names on all systems, neither hidden nor a path.
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 Zero = Annotated[float, Field(ge=0, le=0)]
@@ -32,21 +32,21 @@ def _encodable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError("half a surrogate pair is no character") from error
+        raise ValueError("half of a surrogate pair is not a character") from error
     return text
 
 
 def _few_keys(given: Any) -> Any:
-    """Refuses what has very many keys, before each of them becomes an error."""
+    """Refuses a mapping with too many keys, before each key can become an error of its own."""
     if isinstance(given, dict) and len(given) > MAX_FIELDS:
-        raise ValueError(f"{len(given)} keys, of which at most {MAX_FIELDS} may be given")
+        raise ValueError(f"{len(given)} keys; at most {MAX_FIELDS} are allowed")
     return given
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
 Name = Annotated[Text, StringConstraints(max_length=200)]
 Fields = Annotated[dict[Text, Text], BeforeValidator(_few_keys)]
-# Lists end at their first error: one per item would be as many as a body has room for.
+# Validation of a list stops at its first error; one error per item could be very many.
 Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)]
 TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0, lt=2**31)]], Field(min_length=1, fail_fast=True)]
 ManyTokenIds = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)]
@@ -55,14 +55,14 @@ Stop = Annotated[Text, StringConstraints(min_length=1, max_length=200)]
 
 
 class Strict(BaseModel):
-    """A body without fields that are not known."""
+    """A body that refuses unknown fields."""
 
     model_config = ConfigDict(extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, given: Any) -> Any:
-        """A field that is null is one that was not given."""
+        """Treats a null field as one that was not given."""
         given = _few_keys(given)
         return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
 
@@ -72,9 +72,10 @@ class StreamOptions(Strict):
 
 
 class Sampled(Strict):
-    """How an answer is chosen. `top_k` is an addition to OpenAI's.
+    """Sampling parameters. `top_k` is an addition to OpenAI's API.
 
-    seed: the same one gives the same answer again; without it, answers differ.
+    Attributes:
+      seed: requests with the same seed get the same answer; without a seed, answers differ.
     """
 
     model: Name
@@ -97,11 +98,12 @@ class Sampled(Strict):
 
 
 class CompletionRequest(Sampled):
-    """A body of /v1/completions.
+    """The body of a request to /v1/completions.
 
-    prompt: texts, or token ids, which take the place of the text in a template and of everything for the bare base.
-    fields: an addition to OpenAI's: the record of a template with several fields.
-    max_tokens: 0 is for `echo`, which puts the prompt and its log-probabilities in front of the answer.
+    Attributes:
+      prompt: texts or token ids. Token ids replace the text in a template; for the bare base they are the whole prompt.
+      fields: an addition to OpenAI's API: the record for a template with several fields.
+      max_tokens: 0 is allowed with `echo`, which puts the prompt and its log-probabilities before the answer.
     """
 
     prompt: Text | Texts | TokenIds | ManyTokenIds | None = None
@@ -114,7 +116,7 @@ class CompletionRequest(Sampled):
 
     @property
     def texts(self) -> Sequence[str | list[int]] | None:
-        """The prompts one by one."""
+        """The prompts as a list."""
         prompt: Any = self.prompt
         return [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
 
@@ -129,7 +131,7 @@ class TextFormat(Strict):
 
 
 class Message(Strict):
-    """A turn. What clients add to it without asking for anything is taken and left."""
+    """A turn of a chat. Fields that clients add without effect are accepted and ignored."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
@@ -144,7 +146,7 @@ class Message(Strict):
 
 
 class ChatRequest(Sampled):
-    """A body of /v1/chat/completions."""
+    """The body of a request to /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=1000, fail_fast=True)
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
@@ -160,14 +162,14 @@ class ChatRequest(Sampled):
 
 
 class ClassifyRequest(Strict):
-    """A body of /v1/classify: texts for a template with one field, or records."""
+    """The body of a request to /v1/classify: texts for a template with one field, or records."""
 
     model: Name
     input: Text | Annotated[list[Text | Fields], Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)]
 
 
 class AddPrompt(Strict):
-    """A body of /v1/prompts: the name of a directory in the server's directory of prompts."""
+    """The body of a request to /v1/prompts: the name of a directory in the server's directory of prompts."""
 
     name: str = Field(pattern=NAME)
 
@@ -271,8 +273,9 @@ class ChatChunk(BaseModel):
 class Classified(BaseModel):
     """The likeliest class of a text.
 
-    log_probabilities: of each class's verbalizer as a continuation, or of a head's class, as in evaluation.
-    probabilities: their shares among the classes.
+    Attributes:
+      log_probabilities: of each class's verbalizer as a continuation, or of each class of a head, as in evaluation.
+      probabilities: the same, normalized over the classes.
     """
 
     index: int
@@ -288,11 +291,14 @@ class Classification(BaseModel):
 
 
 class Model(BaseModel):
-    """The base or a prompt, as /v1/models lists it.
+    """The base or a prompt, as listed by /v1/models.
 
-    fields: what its template reads; classes: what it tells apart.
-    bytes: of the numbers that were trained.
-    generates, classifies: what it can be asked for.
+    Attributes:
+      fields: the fields that its template reads.
+      classes: the classes that it distinguishes.
+      bytes: size of the trained arrays.
+      generates: whether it can generate text.
+      classifies: whether it can classify texts.
     """
 
     id: str

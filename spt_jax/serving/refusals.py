@@ -1,4 +1,4 @@
-"""Errors as answers: their status, and a message of bounded length that says what to do."""
+"""Exception handlers: each error becomes a response with a status and a message of bounded length."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,12 +15,12 @@ from spt_jax.serving.service import RefusedError
 from spt_jax.serving.worker import EngineFailedError, QueueFullError
 
 RETRY_SECONDS = 1
-# What an answer says of a bad body: problems, characters of the name of a field, characters in all.
+# Limits of a message about an invalid body: problems, characters of a field's name, characters in total.
 PROBLEMS, NAME_LENGTH, LENGTH = 10, 60, 2000
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Makes an application answer errors as OpenAI's API does."""
+    """Adds exception handlers that answer in the format of OpenAI's API."""
 
     def answer(status: int, message: str, headers: Mapping[str, str] | None = None, **more: Any) -> JSONResponse:
         kind = "server_error" if status >= 500 else "invalid_request_error"
@@ -46,7 +46,7 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unforeseen(_: Request, error: Exception) -> JSONResponse:
-        return answer(500, "the server has failed at this request; its log says why")
+        return answer(500, "the server failed to answer this request; see its log")
 
     @app.exception_handler(SptError)
     async def wrong(_: Request, error: SptError) -> JSONResponse:
@@ -73,7 +73,7 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def _field(place: Sequence[str | int]) -> str:
-    """The name of a field from where pydantic found it wrong, without the types that it tried."""
+    """Returns a field's name from the location of a pydantic error, without the types that pydantic tried."""
     types = ("str", "int", "float", "bool")
     parts = [part for part in place[1:] if isinstance(part, int) or (part.isidentifier() and part not in types)]
     return ".".join(map(str, parts))[:NAME_LENGTH] or "body"

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens that a client gives, for requests that want their prompt back with its scores."""
+"""Log-probabilities of the tokens of a prompt, for requests with `echo`."""
 
 import dataclasses
 import functools
@@ -23,11 +23,11 @@ from spt_jax.serving.bank import NOTHING, Entry, hold, overflow
 
 @dataclasses.dataclass(frozen=True)
 class TokenScores:
-    """What a base says of given tokens.
+    """Scores of given tokens under a base.
 
     Attributes:
-      log_probabilities: of each, after those before it; NaN for a first token.
-      alternatives: the likeliest ids in the place of each and their log-probabilities; empty for a first token.
+      log_probabilities: of each token given the tokens before it; NaN for the first token.
+      alternatives: for each token, the likeliest ids in its place and their log-probabilities; empty for the first.
     """
 
     log_probabilities: list[float]
@@ -39,14 +39,15 @@ def score_tokens(base: FrozenBase, name: str | None, entry: Entry, ids: np.ndarr
 
     Args:
       base: the frozen base.
-      name, entry: the soft prompt whose virtual ids are among them.
-      ids: real and virtual; no real one follows the positions of the base.
-      alternatives: how many of the likeliest ids to find.
+      name: the name of the soft prompt; None for the bare base.
+      entry: the soft prompt whose virtual ids are among `ids`.
+      ids: real and virtual ids, which must fit the positions of the base.
+      alternatives: how many of the likeliest ids to return per token.
 
     Raises:
-      ConfigError: numbers overflow.
+      ConfigError: values overflow the base's dtype.
     """
-    # The whole prompt runs here: of leading ids that are shared, the server keeps no hidden states.
+    # The whole prompt runs here, because the server has no hidden states of the shared leading ids.
     held = NOTHING if entry.virtual is None else hold(base, entry.virtual, np.zeros(0, np.int32))
     padded = np.zeros(bucket(len(ids), BUCKET), np.int32)
     padded[: len(ids)] = ids
@@ -57,8 +58,8 @@ def score_tokens(base: FrozenBase, name: str | None, entry: Entry, ids: np.ndarr
     if not np.isfinite(scores[1:]).all():
         raise overflow(base, name)
     likely = [
-        dict(zip(own_ids.tolist(), own_values.tolist(), strict=True)) if place else {}
-        for place, (own_ids, own_values) in enumerate(zip(*(a[: len(ids), :alternatives] for a in found), strict=True))
+        dict(zip(top_ids.tolist(), top_values.tolist(), strict=True)) if index else {}
+        for index, (top_ids, top_values) in enumerate(zip(*(a[: len(ids), :alternatives] for a in found), strict=True))
     ]
     return TokenScores(scores.tolist(), likely)
 
@@ -74,21 +75,21 @@ def _scores(
     start: Int[Array, ""],
     wanted: Bool[Array, ""],
 ) -> tuple[Float[Array, " T"], tuple[Int[Array, "T A"], Float[Array, "T A"]]]:
-    """The log-probability of each id after those before it, and the likeliest ids there. The first has none."""
+    """Returns the log-probability of each id given those before it, and the likeliest ids; the first row is unused."""
     places = jnp.arange(ids.shape[0], dtype=jnp.int32)[None]
     real = (places < length).astype(jnp.int32)
     stream = Stream(start + places, real, jnp.zeros_like(places))
     hidden, _ = run_stream(module, frozen, virtual, ids[None], stream, prefix)
 
     def part(inputs: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-        """Of a few positions, so that the logits of all are never there at once."""
-        states, own = inputs
+        """Scores a few positions, so that the logits of all positions are never in memory at once."""
+        states, targets = inputs
         scores = logits(module, frozen, states)
-        # A virtual id has no score, and is never echoed.
-        own = jnp.where(own < scores.shape[1], own, 0)
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), own[:, None], axis=1)[:, 0]
+        # A virtual id has no score and is never echoed.
+        targets = jnp.where(targets < scores.shape[1], targets, 0)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), targets[:, None], axis=1)[:, 0]
         return chosen, likeliest(scores, wanted)
 
-    before = jnp.roll(hidden[0], 1, axis=0)  # what predicts each id
+    before = jnp.roll(hidden[0], 1, axis=0)  # the hidden state that predicts each id
     parts = jax.tree.map(lambda array: array.reshape(-1, BUCKET, *array.shape[1:]), (before, ids))
     return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), jax.lax.map(part, parts))

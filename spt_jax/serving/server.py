@@ -1,4 +1,4 @@
-"""The HTTP server: OpenAI's endpoints over a bank of prompts, where a request's `model` names the prompt."""
+"""The HTTP server: OpenAI's endpoints for a bank of prompts; a request's `model` is the name of a prompt."""
 
 import asyncio
 import contextlib
@@ -31,7 +31,7 @@ from spt_jax.serving.service import RefusedError, Service
 
 
 class Events(StreamingResponse):
-    """A stream of events whose answer is cancelled whatever ends it, a client that left before it began too."""
+    """A stream of events that cancels its answer however it ends, even if the client disconnects before the start."""
 
     def __init__(self, pieces: AsyncGenerator[str], answer: Answer):
         super().__init__(pieces, media_type="text/event-stream", headers={"cache-control": "no-store"})
@@ -56,12 +56,12 @@ def _service(request: Request) -> Service:
 
 @router.post("/v1/completions", response_model=api.Completion)
 async def completions(body: api.CompletionRequest, request: Request) -> Any:
-    """Continues texts under the prompt that `model` names, or under none."""
+    """Continues texts under the prompt named by `model`, or under the bare base."""
     service, sender = _service(request), sender_of(request.scope)
     if body.max_tokens == 0 and not body.echo:
-        raise RefusedError(422, "max_tokens is 0, which is only of use with echo: true", param="max_tokens")
+        raise RefusedError(422, "max_tokens is 0, which is only allowed with echo: true", param="max_tokens")
     if body.stream and body.echo:
-        raise RefusedError(422, "echo is not possible with stream: true", param="echo")
+        raise RefusedError(422, "echo cannot be combined with stream: true", param="echo")
 
     def records() -> list[dict[str, Any]]:
         service.worker.check_room(body.n * len(body.texts or [0]), sender.client)
@@ -110,14 +110,14 @@ async def completions(body: api.CompletionRequest, request: Request) -> Any:
 
 
 def _completion_choice(body: api.CompletionRequest, index: int, *parts: Choice | None) -> api.CompletionChoice:
-    """A choice of an echoed prompt and an answer, or of one of them."""
-    own, text, logprobs = [part for part in parts if part is not None], "", None
-    for part in own:
+    """Returns a choice made of an echoed prompt and an answer, or of one of them."""
+    given, text, logprobs = [part for part in parts if part is not None], "", None
+    for part in given:
         if body.logprobs is not None:
             more = completion_logprobs(part, offset=len(text))
             logprobs = more if logprobs is None else _joined(logprobs, more)
         text += part.text
-    return api.CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=own[-1].finished)
+    return api.CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=given[-1].finished)
 
 
 def _joined(first: api.CompletionLogprobs, second: api.CompletionLogprobs) -> api.CompletionLogprobs:
@@ -132,7 +132,7 @@ def _joined(first: api.CompletionLogprobs, second: api.CompletionLogprobs) -> ap
 
 @router.post("/v1/chat/completions", response_model=api.ChatCompletion)
 async def chat_completions(body: api.ChatRequest, request: Request) -> Any:
-    """Answers a chat under the prompt that `model` names, or under none."""
+    """Answers a chat under the prompt named by `model`, or under the bare base."""
     service, sender = _service(request), sender_of(request.scope)
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise RefusedError(422, "give max_completion_tokens or max_tokens, not both", param="max_tokens")
@@ -180,7 +180,7 @@ async def chat_completions(body: api.ChatRequest, request: Request) -> Any:
 
 
 async def _json(whole: BaseModel, choice: Callable[[int], BaseModel], count: int) -> Response:
-    """An answer with choices, which are written one by one in another thread: together they may be many megabytes."""
+    """Returns a response with choices, serialized one by one in another thread, since they can be many megabytes."""
 
     def content() -> str:
         outer = json.dumps(whole.model_dump(exclude={"choices"}))
@@ -198,7 +198,7 @@ def _streamed(pieces: AsyncGenerator[Any], answer: Answer) -> Events:
                     choice.setdefault("finish_reason", None)
                 yield f"data: {json.dumps(content)}\n\n"
             yield "data: [DONE]\n\n"
-        except SptError as error:  # the status is long sent
+        except SptError as error:  # the status has already been sent
             yield f"data: {json.dumps(error_body(str(error), 'server_error'))}\n\n"
         finally:
             await pieces.aclose()
@@ -207,27 +207,31 @@ def _streamed(pieces: AsyncGenerator[Any], answer: Answer) -> Events:
 
 
 async def _whole(answer: Answer, request: Request) -> None:
-    """Waits for an answer as long as the client does."""
+    """Waits for an answer, and cancels it if the client disconnects.
+
+    Raises:
+      RefusedError: the client has disconnected.
+    """
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    done, left = asyncio.ensure_future(answer.finish()), asyncio.ensure_future(gone())
+    finishing, leaving = asyncio.ensure_future(answer.finish()), asyncio.ensure_future(gone())
     try:
-        await asyncio.wait({done, left}, return_when=asyncio.FIRST_COMPLETED)
-        if not done.done():
-            raise RefusedError(499, "the client has gone")
-        done.result()
+        await asyncio.wait({finishing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not finishing.done():
+            raise RefusedError(499, "the client has disconnected")
+        finishing.result()
     finally:
-        done.cancel()
-        left.cancel()
+        finishing.cancel()
+        leaving.cancel()
         answer.cancel()
 
 
 @router.post("/v1/classify", response_model=api.Classification)
 async def classify(body: api.ClassifyRequest, request: Request) -> Any:
-    """The class of every text, and the log-probability of each."""
+    """Returns the class of each text and the log-probabilities of all classes."""
     service, sender = _service(request), sender_of(request.scope)
     given = [body.input] if isinstance(body.input, str) else body.input
 
@@ -260,14 +264,14 @@ def _shares(scores: Mapping[str, float]) -> dict[str, float]:
 
 @router.get("/v1/models", response_model=api.Models)
 async def models(request: Request) -> Any:
-    """The base and every prompt."""
+    """Lists the base and all prompts."""
     service = _service(request)
     return api.Models(data=[service.model(name) for name in (None, *service.bank.names)])
 
 
 @router.get("/v1/models/{name}", response_model=api.Model)
 async def model(name: str, request: Request) -> Any:
-    """One of them."""
+    """Describes the base or one prompt."""
     service = _service(request)
     return service.model(service.known(name))
 
@@ -279,12 +283,12 @@ def _check_admin(request: Request) -> None:
     kind, _, given = request.headers.get("authorization", "").partition(" ")
     right = hmac.compare_digest(given.strip().encode("latin-1"), service.admin_key.encode())
     if kind.lower() != "bearer" or not right:
-        raise RefusedError(401, "give the admin key as Authorization: Bearer KEY", code="invalid_api_key")
+        raise RefusedError(401, "send the admin key as Authorization: Bearer KEY", code="invalid_api_key")
 
 
 @router.post("/v1/prompts", response_model=api.Model, status_code=201)
 async def add_prompt(request: Request, body: api.AddPrompt) -> Any:
-    """Loads, or loads anew, a prompt directory of the server's. Requests under way keep what they had."""
+    """Loads or reloads a prompt from the server's directory of prompts. Running requests are not affected."""
     service = _service(request)
     _check_admin(request)
     await asyncio.to_thread(service.load, body.name)
@@ -294,18 +298,18 @@ async def add_prompt(request: Request, body: api.AddPrompt) -> Any:
 
 @router.delete("/v1/prompts/{name}", response_model=api.Deleted)
 async def remove_prompt(name: str, request: Request) -> Any:
-    """Forgets a prompt; its files stay."""
+    """Removes a prompt from the server; its files stay."""
     service = _service(request)
     _check_admin(request)
     if service.known(name) is None:
-        raise RefusedError(422, f"{name!r} is the base", param="name")
+        raise RefusedError(422, f"{name!r} is the base, which cannot be removed", param="name")
     service.remove(name)
     return api.Deleted(id=name, deleted=True)
 
 
 @router.get("/healthz", response_model=api.Health)
 async def healthz(request: Request) -> Any:
-    """Whether the process can answer at all."""
+    """Reports whether the engine is running."""
     if _service(request).worker.failure is not None:
         raise RefusedError(503, str(_service(request).worker.failure))
     return api.Health()
@@ -313,13 +317,13 @@ async def healthz(request: Request) -> Any:
 
 @router.get("/readyz", response_model=api.Health)
 async def readyz(request: Request) -> Any:
-    """Whether to send requests here: base and prompts were loaded before the first connection."""
+    """Reports whether the server accepts requests; base and prompts are loaded before it listens."""
     return await healthz(request)
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Any:
-    """Counters and gauges, as Prometheus reads them."""
+    """Returns the metrics in Prometheus format."""
     return PlainTextResponse(_service(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -330,7 +334,7 @@ def _page() -> str:
 
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)
 async def playground() -> Any:
-    """A page on which models answer side by side. No other page may show it in a frame."""
+    """Serves a page that shows the answers of models side by side. Other pages cannot show it in a frame."""
     frames = {"content-security-policy": "frame-ancestors 'none'", "x-frame-options": "DENY"}
     return HTMLResponse(_page(), headers={"cache-control": "no-cache", **frames})
 
@@ -342,13 +346,13 @@ def make_app(
     body_seconds: float = 30.0,
     hosts: Collection[str] | None = LOOPBACK,
 ) -> FastAPI:
-    """The application, for uvicorn or any other ASGI server.
+    """Returns the application, for uvicorn or any other ASGI server.
 
     Args:
-      service: what it serves; its worker has been started.
-      max_body_bytes: of a request.
-      body_seconds: in which a request's body must have come.
-      hosts: names and addresses under which browsers may use it, as from `hosts.allowed_hosts`; None for any.
+      service: the service; its worker must have been started.
+      max_body_bytes: the largest body of a request.
+      body_seconds: the time limit for a request's body.
+      hosts: names and addresses under which browsers may use the server, as from `hosts.allowed_hosts`; None for any.
     """
 
     @contextlib.asynccontextmanager
@@ -368,28 +372,28 @@ def make_app(
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket that `run` will listen on; port 0 takes a free one.
+    """Returns a socket bound to an address; port 0 takes a free port.
 
     Raises:
-      ConfigError: the address is not to be had.
+      ConfigError: the address is not available.
     """
-    own = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound_socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        own.bind((host, port))
+        bound_socket.bind((host, port))
     except (OSError, OverflowError) as error:
-        own.close()
+        bound_socket.close()
         raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
-    return own
+    return bound_socket
 
 
 def server_of(app: FastAPI, *, head_seconds: float = 30.0, drain_seconds: int = 60) -> uvicorn.Server:
-    """What serves an application until SIGTERM or SIGINT, and then answers what is under way.
+    """Returns a server that runs until SIGTERM or SIGINT and then completes the running requests.
 
     Args:
-      app: from `make_app`.
-      head_seconds: in which the head of a request must have come.
-      drain_seconds: for what is under way.
+      app: the application, from `make_app`.
+      head_seconds: the time limit for a request's head.
+      drain_seconds: the time limit for running requests after the signal.
     """
     config = uvicorn.Config(
         app,

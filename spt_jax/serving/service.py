@@ -1,4 +1,4 @@
-"""What a server serves: a bank of prompts, read from one directory, and how requests are read for them."""
+"""The service behind the endpoints: a bank of prompts loaded from one directory, and the reading of requests."""
 
 import asyncio
 import collections
@@ -33,16 +33,22 @@ from spt_jax.serving.worker import QueueFullError, Worker
 
 logger = logging.getLogger(__name__)
 
-# Bytes of text that are tokenized beside others. Longer ones take turns in one thread, which bounds the memory.
+# Texts of more bytes than this take turns in one thread to be tokenized, which bounds the memory.
 LONG = 2**15
-# Texts that are classified in one turn.
+# Number of texts that are classified in one turn.
 TOGETHER = 16
 
 T = TypeVar("T")
 
 
 class RefusedError(SptError):
-    """A request that gets an error for an answer."""
+    """A request that is answered with an error.
+
+    Attributes:
+      status: the HTTP status.
+      code: the error code, as in OpenAI's API.
+      param: the field that is wrong.
+    """
 
     def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None):
         super().__init__(message)
@@ -51,11 +57,11 @@ class RefusedError(SptError):
 
 @dataclasses.dataclass(frozen=True)
 class Echo:
-    """A prompt that is given back.
+    """An echoed prompt.
 
     Attributes:
-      choice: the prompt, as if it were an answer.
-      prompt_tokens: of it and of its template.
+      choice: the prompt in the form of an answer.
+      prompt_tokens: the number of tokens of the prompt and its template.
     """
 
     choice: Choice
@@ -64,7 +70,7 @@ class Echo:
 
 @dataclasses.dataclass(frozen=True)
 class _Echoed:
-    """The ids of a prompt, of which those from `first` to before `last` are given back."""
+    """The ids of a prompt, of which `ids[first:last]` are echoed."""
 
     name: str | None
     entry: Entry
@@ -74,15 +80,17 @@ class _Echoed:
 
 
 class Service:
-    """What the endpoints share.
+    """The state that all endpoints share.
 
     Attributes:
-      bank, worker: the prompts, and who answers.
-      name: of the bare base among the models.
-      folder: of prompt directories, the only place that prompts are read from.
-      admin_key: what adds and removes prompts; None lets nobody.
-      max_prompt_bytes: the largest prompt directory that is read.
-      reading, scoring: threads that tokenize long texts, and that score classes and given tokens; senders take turns.
+      bank: the prompts.
+      worker: the worker that runs the engine.
+      name: the name of the bare base among the models.
+      folder: the directory of prompt directories; prompts are loaded from nowhere else.
+      admin_key: the key for adding and removing prompts; None forbids both.
+      max_prompt_bytes: the size of the largest prompt directory that is loaded.
+      reading: a thread that tokenizes long texts; senders take turns.
+      scoring: a thread that scores classes and echoed tokens; senders take turns.
     """
 
     def __init__(
@@ -104,10 +112,10 @@ class Service:
         self.created = {name: int(time.time())}
 
     def load(self, name: str) -> None:
-        """Takes in a prompt of the folder.
+        """Loads a prompt from the directory of prompts.
 
         Raises:
-          RefusedError: the name, the directory or what it holds is wrong.
+          RefusedError: the name, the directory or its contents are invalid.
         """
         if self.folder is None:
             raise RefusedError(403, "the server was started without a directory of prompts", code="no_prompts")
@@ -120,14 +128,14 @@ class Service:
             raise
         except (SptError, OSError) as error:
             raise RefusedError(400, f"prompt {name!r}: {error}", code="invalid_prompt") from error
-        except Exception as error:  # whatever else its files make of the code that reads them
+        except Exception as error:  # anything that the code that reads the files may raise
             logger.info("prompt %r cannot be read", name, exc_info=error)
             why = f"{type(error).__name__}: {error}"
             raise RefusedError(400, f"prompt {name!r} cannot be read ({why})", code="invalid_prompt") from error
         self.created[name] = int(time.time())
 
     def _check_files(self, name: str) -> None:
-        """Whether a prompt's directory is one, lies in the directory of prompts and is not too large."""
+        """Checks that a prompt's directory exists, is inside the directory of prompts and is not too large."""
         assert self.folder is not None
         root = self.folder.resolve()
         folder = root / name
@@ -139,28 +147,34 @@ class Service:
         if any(not path.resolve().is_relative_to(root) for path in files):
             raise RefusedError(403, f"{name!r} leads out of the directory of prompts")
         if any(path.exists() and not (path.is_file() or path.is_dir()) for path in files):
-            raise RefusedError(400, f"prompt {name!r} holds something that is no file", code="invalid_prompt")
+            raise RefusedError(
+                400, f"prompt {name!r} contains something that is not a regular file", code="invalid_prompt"
+            )
         total = sum(path.stat().st_size for path in files if path.is_file())
         if total > self.max_prompt_bytes:
-            raise RefusedError(413, f"prompt {name!r} has {total} bytes; {self.max_prompt_bytes} are allowed")
+            raise RefusedError(413, f"prompt {name!r} has {total} bytes; at most {self.max_prompt_bytes} are allowed")
 
     def remove(self, name: str) -> None:
-        """Forgets a prompt.
+        """Removes a prompt.
 
         Raises:
-          UnknownPromptError: there is none of this name.
+          UnknownPromptError: there is no prompt with this name.
         """
         self.bank.remove(name)
         self.created.pop(name, None)
 
     def warm(self, name: str) -> None:
-        """Computes what a prompt's requests share, and compiles what the shortest of them need."""
+        """Computes the arrays that a prompt's requests share, and compiles the programs for the shortest requests."""
         held = self.bank.held(name)
         if held.generates:
             self.worker.engine.warm(held, len(held.lead) + 1)
 
     def known(self, model: str) -> str | None:
-        """The name of a prompt; None for the bare base."""
+        """Returns the prompt's name for a model's name; None for the bare base.
+
+        Raises:
+          RefusedError: there is no such model.
+        """
         names = self.bank.names
         if model != self.name and model not in names:
             hint = did_you_mean(model, [self.name, *names])
@@ -170,10 +184,10 @@ class Service:
     def records(
         self, model: str, texts: Sequence[str | Sequence[int]] | None, fields: Mapping[str, str] | None
     ) -> list[dict[str, Any]]:
-        """What a template reads, from texts (or their token ids) or from its fields.
+        """Returns the records for a template, from texts (or their token ids) or from its fields.
 
         Raises:
-          RefusedError: the template reads something else, or a text cannot fit whatever its tokens are.
+          RefusedError: the template needs other fields, or a text is too long however it is tokenized.
         """
         template = self.bank.entry(self.known(model)).template
         names = template.prompt_fields
@@ -183,36 +197,36 @@ class Service:
             for name in fields:
                 if name not in names:
                     hint = did_you_mean(name, names)
-                    raise RefusedError(422, f"{model!r} reads no field {name!r}; {hint}", param="fields")
+                    raise RefusedError(422, f"{model!r} has no field {name!r}; {hint}", param="fields")
             return [self._bounded(model, template, dict(fields))]
         assert texts is not None
         if template.is_conversation:
             if not all(isinstance(text, str) for text in texts):
-                raise RefusedError(422, f"{model!r} reads a chat, so that it takes no token ids", param="prompt")
+                raise RefusedError(422, f"{model!r} reads a chat and does not take token ids", param="prompt")
             turns = [{MESSAGES: [{"role": "user", "content": text}]} for text in texts]
             return [self._bounded(model, template, record) for record in turns]
         if len(names) != 1:
             listed = ", ".join(names) or "none"
-            raise RefusedError(422, f"{model!r} reads the fields {listed}; give them as fields", param="prompt")
+            raise RefusedError(422, f"{model!r} has the fields {listed}; give them as fields", param="prompt")
         return [self._bounded(model, template, {names[0]: text}) for text in texts]
 
     def chat_record(self, model: str, messages: Sequence[api.Message]) -> dict[str, Any]:
-        """What a template reads of a chat: all of it, or the one user's turn."""
+        """Returns the record for a template from a chat: the whole chat, or the text of its only user turn."""
         name = self.known(model)
         if messages[-1].role == "assistant":
-            raise RefusedError(422, "the last turn is the assistant's: nothing is left to say", param="messages")
+            raise RefusedError(422, "the last turn is the assistant's, so there is nothing to answer", param="messages")
         template = self.bank.entry(name).template
         if name is None or template.is_conversation:
             turns = [{"role": turn.role, "content": turn.text} for turn in messages]
             return self._bounded(model, template, {MESSAGES: turns})
         if len(messages) > 1 or messages[0].role != "user":
             raise RefusedError(
-                422, f"{model!r} takes one user's turn: its template has a place for one text", param="messages"
+                422, f"{model!r} takes a single user turn, because its template reads one text", param="messages"
             )
         return self.records(model, [messages[0].text], None)[0]
 
     def _bounded(self, model: str, template: Template, record: dict[str, Any]) -> dict[str, Any]:
-        """The record, if its texts can fit; a field that may be shortened is cut to what can fit at most."""
+        """Returns the record if its texts can fit; the field that may be truncated is cut to the most that can fit."""
         if self._bound is None:
             return record
         limit, name = self.bank.base.config.max_positions, template.truncate
@@ -224,17 +238,17 @@ class Service:
         if given > most:
             raise RefusedError(
                 400,
-                f"{given} bytes of text are too long: {model!r} has {limit} positions, and no token stands for more"
-                f" than {self._bound.longest} bytes",
+                f"{given} bytes of text are too long: {model!r} has {limit} positions, and a token stands for at most"
+                f" {self._bound.longest} bytes",
                 code="context_length_exceeded",
             )
         return record
 
     async def read(self, sender: Sender, records: Sequence[Mapping[str, Any]], work: Callable[[], T]) -> T:
-        """Does work that tokenizes records, in another thread; for long texts in the sender's turn.
+        """Runs work that tokenizes records in another thread; with long texts, in the sender's turn.
 
         Raises:
-          QueueFullError: as many requests wait for their turn as may.
+          QueueFullError: too many requests wait for their turn.
         """
         if sum(size(text) for record in records for text in texts_of(record)) > LONG:
             with self._place(sender.client):
@@ -249,17 +263,17 @@ class Service:
         alternatives: int = 0,
         sender: Sender | None = None,
     ) -> list[Request]:
-        """The engine's requests: `n` for every record. Without `max_tokens`, as many as there is room for."""
+        """Returns the engine's requests: `n` for each record. Without `max_tokens`, an answer may fill its slot."""
         name, entry, held = self._generator(body.model)
         seed, found = secrets.randbits(32) if body.seed is None else body.seed, []
-        # Positions of the base that a slot does not have.
+        # The number of the base's positions that a slot does not have.
         beyond = self.bank.base.config.max_positions - self.worker.engine.context
         for record in records:
             encoder = entry.encoder if name else self.bank.encoder(None, record)
-            # At most half of a slot, so that a field that may be shortened is never shortened to nothing.
+            # At most half of a slot, so that a field that may be truncated is never truncated to nothing.
             wanted = min(max_tokens or SamplingConfig.max_new_tokens, self.worker.engine.context // 2)
-            kept_free = wanted + beyond
-            ids, _ = self._prompt_ids(name, encoder, record, kept_free)
+            reserved = wanted + beyond
+            ids, _ = self._prompt_ids(name, encoder, record, reserved)
             room = self._room(held, ids, max_tokens or 1)
             greedy = body.temperature == 0
             for number in range(body.n):
@@ -276,20 +290,28 @@ class Service:
         return found
 
     def _generator(self, model: str) -> tuple[str | None, Entry, DevicePrompt]:
-        """A prompt that writes text, or the bare base."""
+        """Returns a prompt that can generate text, or the bare base.
+
+        Raises:
+          RefusedError: there is no such model, or it only classifies.
+        """
         name = self.known(model)
         entry, held = self.bank.take(name)
         if not held.generates or entry.template.verbalizers:
-            raise RefusedError(400, f"{model!r} only tells classes apart: ask /v1/classify", param="model")
+            raise RefusedError(400, f"{model!r} only classifies; use /v1/classify", param="model")
         return name, entry, held
 
     def _room(self, held: DevicePrompt, ids: np.ndarray, max_tokens: int) -> int:
-        """How many tokens an answer may have after these ids, at least `max_tokens`."""
+        """Returns how many tokens an answer may have after these ids.
+
+        Raises:
+          RefusedError: it is fewer than `max_tokens`.
+        """
         limit, before = self.worker.engine.context, held.start - len(held.lead) + len(ids)
         if limit - before < max_tokens:
             raise RefusedError(
                 400,
-                f"{before} tokens of the prompt and max_tokens={max_tokens} make {before + max_tokens};"
+                f"the prompt's {before} tokens and max_tokens={max_tokens} add up to {before + max_tokens}, but"
                 f" {self.name!r} has {limit} positions",
                 code="context_length_exceeded",
             )
@@ -298,7 +320,7 @@ class Service:
     def _prompt_ids(
         self, name: str | None, encoder: Encoder, record: Mapping[str, Any], room: int = 0
     ) -> tuple[np.ndarray, int | None]:
-        """The ids of a record's texts; or those around the token ids that it gives instead, and where these begin."""
+        """Returns the prompt's ids, and the index of the first given token id; None if the record has texts."""
         given = next((value for value in record.values() if not isinstance(value, str)), None)
         if given is None or MESSAGES in record:
             return encoder.prompt_ids(record, room=room), None
@@ -311,17 +333,18 @@ class Service:
     async def echo(
         self, model: str, records: Sequence[Mapping[str, Any]], alternatives: int | None, sender: Sender
     ) -> list[Echo]:
-        """The texts or token ids of records, with their log-probabilities unless `alternatives` is None.
+        """Returns the texts or token ids of records, with log-probabilities unless `alternatives` is None.
 
         Raises:
-          RefusedError: a template puts words around a text, whose tokens could merge with them; or it is too long.
-          QueueFullError: as many requests wait for their turn as may.
-          ConfigError: numbers overflow.
+          RefusedError: the text's tokens could merge with the words that the template puts around it, or the prompt is
+            empty or too long.
+          QueueFullError: too many requests wait for their turn.
+          ConfigError: values overflow the base's dtype.
         """
         found = await self.read(sender, records, lambda: [self._to_echo(model, record) for record in records])
         with self._place(sender.client):
-            work = [functools.partial(self._echo, own, alternatives) for own in found]
-            return [await self.scoring.run(sender, own) for own in work]
+            work = [functools.partial(self._echo, echoed, alternatives) for echoed in found]
+            return [await self.scoring.run(sender, piece) for piece in work]
 
     def _to_echo(self, model: str, record: Mapping[str, Any]) -> _Echoed:
         name, entry, held = self._generator(model)
@@ -330,39 +353,39 @@ class Service:
             if name is not None:
                 raise RefusedError(
                     422,
-                    f"echo needs the prompt as token ids: the template of {model!r} puts words around a text, with"
-                    " which its tokens could merge",
+                    f"echo needs the prompt as token ids: the template of {model!r} puts words around the text, and the"
+                    " text's tokens could merge with them",
                     param="echo",
                 )
             place = len(entry.encoder.prompt_ids(dict.fromkeys(record, "")))
         self._room(held, ids, 0)
         if not len(ids):
-            raise RefusedError(400, "the prompt is empty, so that there is nothing to echo", param="prompt")
+            raise RefusedError(400, "the prompt is empty, so there is nothing to echo", param="prompt")
         given = next((len(value) for value in record.values() if not isinstance(value, str)), len(ids) - place)
         return _Echoed(name, entry, ids, place, place + given)
 
-    def _echo(self, own: _Echoed, alternatives: int | None) -> Echo:
-        base, part = self.bank.base, slice(own.first, own.last)
+    def _echo(self, echoed: _Echoed, alternatives: int | None) -> Echo:
+        base, part = self.bank.base, slice(echoed.first, echoed.last)
         choice = Choice(
-            functools.partial(continuation_text, base.tokenizer, opens=is_opening(base, own.ids[: own.first])),
+            functools.partial(continuation_text, base.tokenizer, opens=is_opening(base, echoed.ids[: echoed.first])),
             functools.partial(token_name, base.tokenizer),
             (),
-            own.ids[part].tolist(),
+            echoed.ids[part].tolist(),
             finished="length",
         )
         choice.text = choice.text_of(choice.ids)
         if alternatives is not None:
-            scores = score_tokens(base, own.name, own.entry, own.ids, alternatives)
+            scores = score_tokens(base, echoed.name, echoed.entry, echoed.ids, alternatives)
             choice.log_probabilities = scores.log_probabilities[part]
             choice.alternatives = scores.alternatives[part] if alternatives else []
-        return Echo(choice, len(own.ids))
+        return Echo(choice, len(echoed.ids))
 
     async def classify(self, name: str, records: Sequence[Mapping[str, Any]], sender: Sender) -> list[dict[str, float]]:
-        """The log-probability of every class of every record, a few records in each of the sender's turns.
+        """Returns the log-probabilities of all classes for each record; a few records are scored per turn.
 
         Raises:
-          QueueFullError: as many requests wait for their turn as may.
-          ConfigError, DataError: as `Classifier`.
+          QueueFullError: too many requests wait for their turn.
+          ConfigError, DataError: as in `Classifier`.
         """
         asked = await self.read(sender, records, lambda: self.classifier.read(name, records))
         with self._place(sender.client):
@@ -374,22 +397,22 @@ class Service:
 
     @contextlib.contextmanager
     def _place(self, client: str) -> Iterator[None]:
-        """Counts a request among those that wait for their turn. In the thread of the event loop.
+        """Counts a request as waiting for its turn. Call it in the event loop's thread.
 
         Raises:
-          QueueFullError: as many wait as may wait for a slot.
+          QueueFullError: as many requests wait as may wait for a slot.
         """
         if not has_share(self._placed, client, 1, self.worker.queue):
-            raise QueueFullError(f"{self._placed.total()} requests wait already")
+            raise QueueFullError(f"{self._placed.total()} requests are already waiting")
         self._placed[client] += 1
         try:
             yield
         finally:
             self._placed[client] -= 1
-            self._placed += collections.Counter()  # forgets clients that have none
+            self._placed += collections.Counter()  # removes clients that have none
 
     def model(self, name: str | None) -> api.Model:
-        """As /v1/models lists it."""
+        """Returns the description of a model for /v1/models."""
         entry = self.bank.entry(name)
         template, virtual = entry.template, entry.virtual
         parts = () if virtual is None else (virtual.shift, virtual.gated, virtual.head)

@@ -1,10 +1,10 @@
-"""The compiled half of serving: cache slots that requests come into and leave, and one decode step for all of them.
+"""The compiled functions of serving: `admit` puts requests into cache slots, `decode` generates for all slots at once.
 
     a prompt's keys and values --+
-    a request's own ids ---------+--admit--> its slot --decode--> a token per slot and step, whatever prompt each has
+    a request's own ids ---------+--admit--> its slot --decode--> a token per slot and step, for any mixture of prompts
 
-A slot holds the keys and values of its prompt, then of the request, then of new tokens; positions say where each
-stands, and segment 0 marks what holds nothing. Pure functions that take the frozen parameters as an argument.
+A slot's cache has the keys and values of its prompt, then of the request, then of new tokens, with their positions;
+entries of segment 0 are empty. The functions are pure and take the frozen parameters as an argument.
 """
 
 import dataclasses
@@ -26,13 +26,15 @@ from spt_jax.prompts.virtual import VirtualPrompt
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """Requests under way, one per slot.
+    """The running requests, one per slot.
 
-    cache: keys and values of each slot's tokens so far.
-    filled: the entry of its cache that a slot fills next.
-    ids: the id that a slot runs next, and where it stands (positions).
-    steps: how many tokens a slot has got.
-    sampling: of each slot's request.
+    Attributes:
+      cache: keys and values of each slot's tokens so far.
+      filled: the index of the cache entry that each slot fills next.
+      ids: the id that each slot runs next.
+      positions: the position of that id.
+      steps: the number of tokens generated in each slot.
+      sampling: the sampling parameters of each slot's request.
     """
 
     cache: Cache
@@ -46,10 +48,12 @@ class Slots:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NewTokens:
-    """What a step has chosen for some requests.
+    """The tokens that one or more steps have chosen.
 
-    log_probabilities: under the model's own distribution.
-    likeliest: ids, most likely first, and their log-probabilities, where a request wants them.
+    Attributes:
+      ids: the token ids.
+      log_probabilities: under the model's distribution, before sampling parameters are applied.
+      likeliest: the likeliest ids, in descending order, and their log-probabilities, if any request wants them.
     """
 
     ids: Int[Array, "*N B"]
@@ -57,19 +61,21 @@ class NewTokens:
     likeliest: tuple[Int[Array, "*N B A"], Float[Array, "*N B A"]]
 
 
-# The most steps of one call of `decode`, and how many it takes before it returns for those that have ended.
+# The most steps of one call of `decode`, and the fewest before it returns because requests have ended.
 MAX_STEPS, MIN_STEPS = 16, 4
-# How many different ids that end an answer a call of `decode` looks for.
+# The most different end ids that a call of `decode` detects.
 MAX_ENDS = 8
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Until:
-    """When a call of `decode` returns: whatever comes first.
+    """When a call of `decode` returns: at the first of two conditions.
 
-    steps: after so many, at most MAX_STEPS.
-    ends: once so many busy slots have got one of `end_ids`, the ends of all of them, but not before MIN_STEPS steps.
+    Attributes:
+      steps: this number of steps, at most MAX_STEPS, has been taken.
+      ends: this number of busy slots have reached an end id, and at least MIN_STEPS steps have been taken.
+      end_ids: the end ids of all slots.
     """
 
     steps: Int[Array, ""]
@@ -80,10 +86,12 @@ class Until:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RequestIds:
-    """Requests' ids behind what their prompts' prefixes hold.
+    """The ids of requests that follow their prompts' prefixes.
 
-    ids: right-padded; lengths: how many of them are real, at least 1.
-    starts: the position of the first.
+    Attributes:
+      ids: the ids, right-padded.
+      lengths: the number of real ids of each request, at least 1.
+      starts: the position of each request's first id.
     """
 
     ids: Int[Array, "N T"]
@@ -92,7 +100,7 @@ class RequestIds:
 
 
 def empty_slots(module: Decoder, dtype: jnp.dtype, count: int, capacity: int) -> Slots:
-    """Slots of which none holds a request, with room for so many positions in each."""
+    """Returns `count` empty slots with `capacity` cache entries each."""
     config = module.config
     empty = jnp.zeros((config.layers, count, capacity, config.kv_heads, config.head_size), dtype)
     places = jnp.zeros((count, capacity), jnp.int32)
@@ -112,17 +120,21 @@ def admit(
     wanted: Bool[Array, ""],
     slots: Slots,
 ) -> tuple[Slots, NewTokens]:
-    """Runs N requests' own ids behind their prompts' prefixes, puts both into slots, and chooses their first tokens.
+    """Runs N requests' ids after their prompts' prefixes, stores both in slots, and chooses the first tokens.
 
     Args:
-      prompts: of each request, in shapes that are alike: rows for virtual ids among the request's; the prompt's keys
-        and values, of which those at NEVER are padding.
-      sampling: the requests'.
-      at: their slots.
+      module: the base's module.
+      frozen: the base's parameters.
+      prompts: for each request, the rows for its virtual ids, and the prompt's keys and values, padded at position
+        NEVER. All requests must have the same shapes.
+      requests: the requests' ids.
+      sampling: the requests' sampling parameters.
+      at: the slots to use.
       wanted: whether to find the likeliest tokens.
+      slots: the current slots.
 
     Returns:
-      The slots and the first tokens.
+      The new slots and the first tokens.
     """
     count, length = requests.ids.shape
     places = jnp.arange(length, dtype=jnp.int32)[None]
@@ -156,12 +168,12 @@ def admit(
 
 
 def _finite(values: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Values that the next request in a slot, which weighs them with 0, can stand: 0 times inf is NaN."""
+    """Replaces non-finite values by 0: the slot's next request gives them weight 0, and 0 times inf is NaN."""
     return jnp.where(jnp.isfinite(values), values, 0)
 
 
 def _side_by_side(prefixes: Sequence[Prefix]) -> Cache | None:
-    """Prefixes of as many rows; None where there are none."""
+    """Stacks the prefixes of several rows into a cache; None if there are none."""
     if not prefixes:
         return None
     keys, values = (jnp.stack([getattr(prefix, name) for prefix in prefixes], axis=1) for name in ("keys", "values"))
@@ -179,17 +191,19 @@ def decode(
     until: Until,
     slots: Slots,
 ) -> tuple[Slots, NewTokens, Int[Array, ""]]:
-    """Chooses tokens for every slot, step after step. What slots that are not busy get means nothing.
-
-    Only the first `reach` entries of the slots are read: those of busy slots are all among them, new ones included.
+    """Generates tokens for all slots, step by step. The tokens of slots that are not busy have no meaning.
 
     Args:
-      busy: slots that hold a request.
+      module: the base's module.
+      reach: the number of cache entries per slot to read; it must cover all entries of busy slots, new ones included.
+      frozen: the base's parameters.
+      busy: whether each slot has a request.
       wanted: whether to find the likeliest tokens.
-      until: how many steps.
+      until: when to stop.
+      slots: the current slots.
 
     Returns:
-      The slots; the new tokens, N = MAX_STEPS of each; how many of them there are.
+      The new slots; the new tokens, with N = MAX_STEPS; the number of steps taken.
     """
     batch = slots.ids.shape[0]
     numbers = jnp.arange(batch)
@@ -200,7 +214,7 @@ def decode(
         (jnp.zeros((MAX_STEPS, batch, found), jnp.int32), jnp.zeros((MAX_STEPS, batch, found))),
     )
 
-    def goes_on(state: tuple[Slots, NewTokens, Array, Array]) -> Bool[Array, ""]:
+    def unfinished(state: tuple[Slots, NewTokens, Array, Array]) -> Bool[Array, ""]:
         _, _, step, ended = state
         return (step < until.steps) & ((step < MIN_STEPS) | (jnp.sum(ended) < until.ends))
 
@@ -227,5 +241,5 @@ def decode(
         return moved, chosen, step + 1, ended | (busy & jnp.any(new.ids[:, None] == until.end_ids[None], axis=1))
 
     state = slots, room, jnp.int32(0), jnp.zeros(batch, bool)
-    slots, chosen, steps, _ = jax.lax.while_loop(goes_on, advance, state)
+    slots, chosen, steps, _ = jax.lax.while_loop(unfinished, advance, state)
     return slots, chosen, steps

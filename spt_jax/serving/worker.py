@@ -1,4 +1,4 @@
-"""The thread that runs an engine, and tells those who asked what their requests have got."""
+"""The thread that runs an engine and notifies listeners of their requests' progress."""
 
 import collections
 import dataclasses
@@ -16,19 +16,23 @@ logger = logging.getLogger(__name__)
 
 
 class QueueFullError(SptError):
-    """As many requests wait as may."""
+    """Too many requests are waiting."""
 
 
 class EngineFailedError(SptError):
-    """The engine has stopped, and answers nothing any more."""
+    """The engine has stopped and answers no more requests."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """What a request has got since it was last told.
+    """The progress of a request since the last update.
 
-    result: the whole answer, at its end.
-    error: why there will be none.
+    Attributes:
+      ids: the new token ids.
+      log_probabilities: one per new id.
+      alternatives: per new id, the log-probabilities of the likeliest ids.
+      result: the complete answer, in the last update.
+      error: the error, if there will be no answer.
     """
 
     ids: tuple[int, ...] = ()
@@ -42,16 +46,22 @@ Listener = Callable[[Update], None]
 
 
 class Worker:
-    """Steps an engine in a thread of its own. Everything here may be called from any thread.
+    """Steps an engine in a separate thread. All methods are thread-safe.
 
     Attributes:
-      failure: why it has stopped, if it has.
-      queue: how many requests may wait for a slot, of all clients together; see `fairness.has_share`.
-      compiling: a thread for `prepare`, which many requests may wait for without taking up others' threads.
+      engine: the engine.
+      failure: the reason, if the engine has stopped.
+      queue: how many requests of all clients together may wait for a slot; see `fairness.has_share`.
+      compiling: a thread for `prepare`, so that requests that wait for a compilation do not occupy other threads.
     """
 
     def __init__(self, engine: Engine, *, queue: int = 256):
-        """queue: requests that may wait for a slot."""
+        """Creates a worker that is not yet started.
+
+        Args:
+          engine: the engine.
+          queue: how many requests may wait for a slot.
+        """
         self.engine = engine
         self.failure: EngineFailedError | None = None
         self.queue = queue
@@ -63,51 +73,52 @@ class Worker:
         self.compiling = ThreadPoolExecutor(1, "compiling")
 
     def start(self) -> None:
-        """Begins to answer."""
+        """Starts the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Waits for the step under way; requests without an answer are told that there will be none."""
+        """Stops the thread after the current step; unfinished requests get an error."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
         self._thread.join()
 
     def check_room(self, count: int, client: str = NOBODY.client) -> None:
-        """Whether so many requests more of a client can be taken now.
+        """Checks that a client may add `count` requests now.
 
         Raises:
-          QueueFullError, EngineFailedError: not now; not any more.
-          ConfigError: never so many at once.
+          QueueFullError: too many requests are waiting.
+          EngineFailedError: the engine has stopped.
+          ConfigError: `count` is more than the server ever takes at once.
         """
         most = self.queue + self.engine.slots
         if self.failure is not None:
             raise self.failure
         if count > most:
-            raise ConfigError(f"this asks for {count} answers at once; the server takes at most {most}")
+            raise ConfigError(f"the request needs {count} answers at once, but the server allows at most {most}")
         with self._changed:
             taken = collections.Counter(ticket.sender.client for ticket in self._listeners)
         if not has_share(taken, client, count, most):
-            raise QueueFullError(f"{self.engine.waiting} requests wait already")
+            raise QueueFullError(f"{self.engine.waiting} requests are already waiting")
 
     def is_prepared(self, request: Request) -> bool:
-        """Whether what a request needs is compiled; so it counts if the engine would refuse it."""
+        """Whether the programs that a request needs are compiled; also true if the engine would refuse it."""
         held = request.held or self.engine.bank.held(request.prompt)
         unfit = not held.generates or len(request.ids) > self.engine.context
         return unfit or self.engine.is_warm(held, len(request.ids))
 
     def prepare(self, request: Request) -> None:
-        """Compiles what a request needs."""
+        """Compiles the programs that a request needs."""
         if not self.is_prepared(request):
             self.engine.warm(request.held or self.engine.bank.held(request.prompt), len(request.ids))
 
     def submit(self, requests: Sequence[tuple[Request, Listener]]) -> list[Ticket]:
-        """Takes requests in, all or none. Listeners are called in the engine's thread, and must not wait.
+        """Submits either all of the requests or none. Listeners are called in the engine's thread and must not block.
 
-        What they need is compiled here, if `prepare` has not, so that others need not wait for it.
+        Programs that `prepare` has not compiled are compiled here, so that the engine's thread does not wait for them.
 
         Raises:
-          QueueFullError, EngineFailedError, ConfigError, DataError: as `check_room` and `Engine.submit`.
+          QueueFullError, EngineFailedError, ConfigError, DataError: as in `check_room` and `Engine.submit`.
         """
         for request, _ in requests:
             self.prepare(request)
@@ -127,7 +138,7 @@ class Worker:
         return tickets
 
     def cancel(self, ticket: Ticket) -> None:
-        """Ends a request without an answer, before the next step; one that has its answer stays as it is."""
+        """Cancels a request before the next step; has no effect on a finished one."""
         with self._changed:
             self._forget(ticket)
 
@@ -152,7 +163,7 @@ class Worker:
             self._notify(listener, Update(error=error))
 
     def _wait(self) -> bool:
-        """Until there is something to do; False if nothing more is to be done."""
+        """Waits for work and cancels tickets; returns False if the worker is stopping."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopping or self._cancelled or not self.engine.idle)
             for ticket in self._cancelled:
@@ -162,24 +173,24 @@ class Worker:
 
     def _tell(self) -> None:
         with self._changed:
-            told = list(self._listeners.items())
-        for ticket, (listener, seen) in told:
+            listeners = list(self._listeners.items())
+        for ticket, (listener, seen) in listeners:
             if len(ticket.ids) == seen and not ticket.done:
                 continue
             ids, log_probabilities = tuple(ticket.ids[seen:]), tuple(ticket.log_probabilities[seen:])
             update = Update(ids, log_probabilities, tuple(ticket.alternatives[seen:]), ticket.result, ticket.error)
-            heard = self._notify(listener, update)
+            delivered = self._notify(listener, update)
             with self._changed:
                 if ticket.done:
                     self._listeners.pop(ticket, None)
-                elif not heard:
+                elif not delivered:
                     self._forget(ticket)
                 elif ticket in self._listeners:
                     self._listeners[ticket] = listener, len(ticket.ids)
 
     @staticmethod
     def _notify(listener: Listener, update: Update) -> bool:
-        """Whether a listener could be told: one that fails ends its own request alone."""
+        """Returns whether the listener accepted the update; a listener that raises ends only its own request."""
         try:
             listener(update)
         except Exception:

@@ -1,1 +1,1 @@
-"""Many runs or many prompts: sweeps, comparison, and the probe of a base."""
+"""Studies with many runs or prompts: sweeps, comparisons, and linear probes."""

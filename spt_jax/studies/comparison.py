@@ -1,4 +1,4 @@
-"""A soft prompt against everything that one might do instead, on the same test records."""
+"""Compares soft prompts with the alternatives to them on the same test records."""
 
 import dataclasses
 import json
@@ -28,13 +28,14 @@ FACTS_FILE, PREDICTIONS_FILE = "facts.json", "predictions.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a way of asking costs; None where that is not known.
+    """The costs of a baseline; None if unknown.
 
-    trainable_parameters: numbers that were trained.
-    bytes: of what has to be kept besides the base.
-    train_seconds: that its training took.
-    test_seconds: that the test records took, compilation included.
-    extra_tokens: positions of a request, in the mean, beyond those of the bare request.
+    Attributes:
+      trainable_parameters: the number of trained parameters.
+      bytes: the size of what must be stored in addition to the base.
+      train_seconds: the duration of training.
+      test_seconds: the duration of the evaluation on the test records, compilation included.
+      extra_tokens: the average number of positions of a request beyond those of the bare request.
     """
 
     trainable_parameters: int | None = 0
@@ -46,7 +47,7 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True)
 class Baseline:
-    """A way of asking: its name, the test records as it reads them, and its soft prompt or probe, if any."""
+    """One row of the comparison: its name, the encoded test records, its soft prompt or probe if any, and its costs."""
 
     name: str
     data: EvaluationSet
@@ -56,7 +57,7 @@ class Baseline:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What came of a way of asking: what was predicted for every test record, and what it costs."""
+    """The result of a baseline: its predictions for all test records, and its costs."""
 
     name: str
     predictions: Sequence[Prediction]
@@ -71,23 +72,24 @@ def baselines(
     shots_seed: int = 0,
     probe: bool = True,
 ) -> list[Baseline]:
-    """Every way of asking that runs here, in the order of the table.
+    """Returns the baselines to evaluate, in the order of the table.
 
     Args:
-      experiment: the base, the data, and the template without its virtual tokens.
+      experiment: the base, the data and the template.
       prompts: directories of saved soft prompts.
-      shots: numbers of solved examples to ask with, behind the hand-written prompt that validation prefers; a chat of
-        {messages} takes none.
-      shots_seed: of their choice.
-      probe: for classes, also a linear probe.
+      shots: numbers of solved examples, each a baseline that uses the hand-written prompt with the best validation
+        score; ignored for a chat of {messages}.
+      shots_seed: seed for the choice of solved examples.
+      probe: for classification, whether to include a linear probe.
 
     Raises:
-      DataError, CheckpointError: a way cannot read the test records, or a prompt is for another base.
+      DataError: the test records cannot be encoded.
+      CheckpointError: a prompt is damaged or for another base.
     """
     bare, template = bare_tokens(experiment), experiment.template
     found = [_soft(experiment, path, bare) for path in prompts]
     if template.reads is not None:
-        return found  # without a head, the model neither tags nor points
+        return found  # without a head, the model can neither tag words nor find spans
     found.append(_written(experiment, "no prompt", bare, template.bare()))
     texts = experiment.config.data.hard_prompt
     found += [_written(experiment, f"hand-written: {text}", bare, template.bare(text)) for text in texts]
@@ -102,7 +104,7 @@ def baselines(
 
 
 def ask(base: FrozenBase, baseline: Baseline) -> Entry:
-    """Asks all test records."""
+    """Evaluates a baseline on all test records."""
     begun = time.perf_counter()
     result = evaluate(base, baseline.data, baseline.virtual)
     seconds = round(time.perf_counter() - begun, 2)
@@ -110,7 +112,7 @@ def ask(base: FrozenBase, baseline: Baseline) -> Entry:
 
 
 def bare_tokens(experiment: Experiment) -> float:
-    """Tokens of a test request without any prompt, in the mean."""
+    """Returns the average number of tokens of a test request without a prompt."""
     assert experiment.test is not None
     template = experiment.template
     encoder = _encoder(experiment, dataclasses.replace(template.bare(), head=template.head, reads=template.reads))
@@ -122,7 +124,7 @@ def _mean_length(examples: Sequence[Example]) -> float:
 
 
 def _encoder(experiment: Experiment, template: Template, shots: Records = (), taken: int = 0) -> Encoder:
-    """Up to the run's longest example, to which solved examples add their own length."""
+    """Returns an encoder with the run's maximum length, increased by the length of the solved examples."""
     base, asked = experiment.base, experiment.config.data.max_length
     positions = base.config.max_positions - taken
 
@@ -133,8 +135,8 @@ def _encoder(experiment: Experiment, template: Template, shots: Records = (), ta
         return encoder(positions, shots)
     added = 0
     if shots:
-        bare, whole = (len(encoder(positions, own).prompt_ids(shots[0])) for own in ((), shots))
-        added = whole - bare
+        without, with_shots = (len(encoder(positions, solved).prompt_ids(shots[0])) for solved in ((), shots))
+        added = with_shots - without
     return encoder(min(asked + added, positions), shots)
 
 
@@ -164,16 +166,16 @@ def _written(experiment: Experiment, name: str, bare: float, template: Template,
         data = _set(experiment, _encoder(experiment, template, shots), experiment.test)
     except DataError as error:
         if shots:
-            raise DataError(f"{len(shots)} solved examples: {error}, or ask with fewer --shots") from error
+            raise DataError(f"{len(shots)} solved examples: {error}, or use fewer --shots") from error
         raise
-    # What one would keep: the words of the prompt and of the examples.
+    # The texts that one would have to store: the prompt and the examples.
     words = [template.prompt, *(field_text(shot, field, 0) for shot in shots for field in template.fields)]
     size = 0 if name == "no prompt" else sum(len(word.encode()) for word in words)
     return Baseline(name, data, None, Facts(bytes=size, extra_tokens=round(_mean_length(data.examples) - bare, 3)))
 
 
 def _probe(experiment: Experiment) -> Baseline:
-    """The penalty is the one that validation prefers; without validation records the middle one."""
+    """Trains a linear probe, with the penalty of the best validation score, or the middle one without validation."""
     base, template = experiment.base, dataclasses.replace(experiment.template.bare(), head="classification")
     encoder = _encoder(experiment, template)
     data = _set(experiment, encoder, experiment.test)
@@ -191,7 +193,7 @@ def _probe(experiment: Experiment) -> Baseline:
 
 
 def best_text(experiment: Experiment) -> str | None:
-    """The hand-written prompt that validation prefers, the first without validation; None without any."""
+    """Returns the hand-written prompt with the best validation score, or the first without validation; None if none."""
     texts = experiment.config.data.hard_prompt
     if len(texts) < 2 or experiment.validation is None:
         return texts[0] if texts else None
@@ -205,29 +207,29 @@ def best_text(experiment: Experiment) -> str | None:
 
 
 def draw_shots(records: Records, template: Template, count: int, seed: int) -> list[Mapping[str, Any]]:
-    """So many training records in random order; of every class as many as of any other, or one more.
+    """Returns `count` training records in random order; class counts differ by at most one.
 
     Raises:
-      ConfigError: there are too few.
+      ConfigError: there are too few records.
     """
     order = [records[i] for i in np.random.default_rng(seed).permutation(len(records))]
     if template.verbalizers:
         by_class: dict[str, list[Mapping[str, Any]]] = {}
         for record in order:
             by_class.setdefault(field_text(record, template.label_field or "", 0), []).append(record)
-        rank = {id(record): place for own in by_class.values() for place, record in enumerate(own)}
+        rank = {id(record): place for members in by_class.values() for place, record in enumerate(members)}
         order = sorted(order, key=lambda record: rank[id(record)])
     if len(order) < count:
-        raise ConfigError(f"--shots {count}: there are {len(order)} training records")
+        raise ConfigError(f"--shots {count}: there are only {len(order)} training records")
     return order[:count]
 
 
 def read_outside(name: str, folder: Path) -> Entry:
-    """A system that ran elsewhere.
+    """Reads the results of a system that was evaluated outside this library.
 
     Raises:
-      ConfigError: a file is not there, or facts are no numbers by the names of `Facts`.
-      DataError: predictions cannot be read.
+      ConfigError: a file is missing, or facts.json does not have numbers with the names of `Facts`.
+      DataError: the predictions cannot be read.
     """
     for file in (FACTS_FILE, PREDICTIONS_FILE):
         if not (folder / file).is_file():
@@ -236,30 +238,33 @@ def read_outside(name: str, folder: Path) -> Entry:
     try:
         facts = dict(json.loads((folder / FACTS_FILE).read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{folder / FACTS_FILE}: {error}; it holds {', '.join(known)}") from error
+        raise ConfigError(f"{folder / FACTS_FILE}: {error}; the known fields are {', '.join(known)}") from error
     for field, value in facts.items():
         if field not in known:
-            raise ConfigError(f"{folder / FACTS_FILE}: no fact {field!r}; it holds {', '.join(known)}")
+            raise ConfigError(
+                f"{folder / FACTS_FILE}: unknown field {field!r}; the known fields are {', '.join(known)}"
+            )
         if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
-            raise ConfigError(f"{folder / FACTS_FILE}: {field} is {value!r}, and no number")
-    predictions = [own for every in read_predictions(folder / PREDICTIONS_FILE).values() for own in every]
+            raise ConfigError(f"{folder / FACTS_FILE}: {field} is {value!r}, not a number")
+    groups = read_predictions(folder / PREDICTIONS_FILE).values()
+    predictions = [prediction for group in groups for prediction in group]
     return Entry(name, predictions, Facts(**(dict.fromkeys(known) | facts)))
 
 
 def make_table(entries: Sequence[Entry], classes: Sequence[str]) -> list[dict[str, Any]]:
-    """A row per way of asking, computed from its predictions alone, each against the first.
+    """Returns one row per entry, computed only from its predictions; each entry is compared with the first.
 
-    Ways are compared by accuracy, else by exact matches, else by log-probability.
+    Entries are compared by accuracy, or else by exact match, or else by log-probability.
 
     Raises:
-      DataError: the ways were not asked the same records.
+      DataError: the entries were not evaluated on the same records.
     """
     first = entries[0].predictions
     shared = [name for name in ("accuracy", "exact_match", "log_probability") if name in measures(first)]
     kind = shared[0]
     for entry in entries:
         if kind not in measures(entry.predictions) or _answers(entry.predictions, kind) != _answers(first, kind):
-            raise DataError(f"{entry.name} was not asked the same records as {entries[0].name}")
+            raise DataError(f"{entry.name} was not evaluated on the same records as {entries[0].name}")
     ours = record_values(first, kind)
     table = []
     for entry in entries:
@@ -282,7 +287,7 @@ def make_table(entries: Sequence[Entry], classes: Sequence[str]) -> list[dict[st
 
 
 def _answers(predictions: Sequence[Prediction], kind: str) -> list[Any]:
-    """What was right, by which two sets of predictions show that they are about the same records."""
+    """Returns the correct answers, which must be equal for predictions on the same records."""
     return [prediction.get(SHOWN_BY[kind]) for prediction in predictions]
 
 
@@ -291,7 +296,7 @@ def _interval(name: str, interval: metrics.Interval) -> dict[str, Any]:
 
 
 def markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    """The table as a person reads it."""
+    """Returns the table in Markdown."""
     kind = table[0]["measure"]
     second = next((name for name in ("macro_f1", "token_f1") if name in table[0]), None)
     columns = [

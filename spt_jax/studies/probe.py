@@ -1,4 +1,4 @@
-"""A linear probe: logistic regression on the frozen base's own features, which a trained prompt should beat."""
+"""A linear probe: logistic regression on the frozen base's features, a baseline that a trained prompt should beat."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 def features(base: FrozenBase, data: EvaluationSet) -> Float[np.ndarray, "N D"]:
-    """Normalised hidden states of the last token of every example, for a template with a classification head."""
+    """Returns the normalized hidden state of each example's last token, for a template with a classification head."""
     width = base.config.width
     identity = VirtualPrompt(head=Head(jnp.eye(width), jnp.zeros(width)))
     return np.concatenate(head_logits(base, data, identity)).astype(np.float64)
@@ -23,10 +23,10 @@ def features(base: FrozenBase, data: EvaluationSet) -> Float[np.ndarray, "N D"]:
 def fit_probe(
     states: Float[np.ndarray, "N D"], labels: Int[np.ndarray, " N"], classes: int, penalty: float
 ) -> VirtualPrompt:
-    """Minimises mean cross-entropy + penalty / 2 |kernel|^2 over standardised features, by L-BFGS.
+    """Minimizes mean cross-entropy + penalty / 2 |kernel|^2 over standardized features, by L-BFGS.
 
     Returns:
-      A prompt of nothing but the head, in units of the features as they are.
+      A soft prompt that consists only of a head, scaled for features that are not standardized.
     """
     from scipy.optimize import minimize
 

@@ -1,4 +1,4 @@
-"""What came of the trials of a sweep: scores of settings, the best trials, and these together."""
+"""Results of the trials of a sweep: scores of settings, and the ensemble of the best trials."""
 
 import dataclasses
 import json
@@ -24,10 +24,15 @@ LENGTH = "method.length"
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A setting, its trials that came to their end, and their scores on validation and test.
+    """The scores of a setting.
 
-    measure: what is scored, a name of `predictions.measures`.
-    by_seed: each trial's score on validation.
+    Attributes:
+      settings: the setting.
+      trials: the numbers of its finished trials.
+      measure: the name of the score, from `predictions.measures`.
+      by_seed: each trial's validation score.
+      validation: mean validation score.
+      test: mean test score; None without test data.
     """
 
     settings: Settings
@@ -38,7 +43,7 @@ class Score:
     test: Estimate | None
 
     def as_json(self) -> dict[str, Any]:
-        """As `results.json` has it."""
+        """Returns the scores in the format of `results.json`."""
         return {
             "settings": self.settings,
             "trials": self.trials,
@@ -48,70 +53,73 @@ class Score:
 
 
 def scored(workdir: Path, rows: dict[int, Row], trials: Sequence[Trial]) -> list[Score]:
-    """Every setting all of whose trials came to their end; if there is none, those of which any did, by these."""
+    """Returns the scores of the settings whose trials have all finished.
+
+    If there is no such setting, returns those with any finished trial, scored by the finished ones.
+    """
     by_setting: dict[str, list[Trial]] = {}
     for trial in trials:
         by_setting.setdefault(json.dumps(trial.settings), []).append(trial)
-    ended = [[trial for trial in own if finished(rows[trial.number])] for own in by_setting.values()]
-    whole = [own for own, planned in zip(ended, by_setting.values(), strict=True) if len(own) == len(planned)]
-    every = whole or [own for own in ended if own]
-    if not every:
+    ended = [[trial for trial in planned if finished(rows[trial.number])] for planned in by_setting.values()]
+    complete = [done for done, planned in zip(ended, by_setting.values(), strict=True) if len(done) == len(planned)]
+    chosen = complete or [done for done in ended if done]
+    if not chosen:
         return []
     read = [
-        [read_predictions(trial_folder(workdir, trial.number) / PREDICTIONS_FILE, by="split") for trial in own]
-        for own in every
+        [read_predictions(trial_folder(workdir, trial.number) / PREDICTIONS_FILE, by="split") for trial in done]
+        for done in chosen
     ]
     measure = measures(read[0][0]["validation"])[0]
 
     def values(split: str) -> list[Float[np.ndarray, "R N"]]:
-        return [np.stack([record_values(one[split], measure) for one in own]) for own in read]
+        return [np.stack([record_values(one[split], measure) for one in predictions]) for predictions in read]
 
     validation = values("validation")
-    tests = estimates(values("test")) if "test" in read[0][0] else [None] * len(every)
+    tests = estimates(values("test")) if "test" in read[0][0] else [None] * len(chosen)
     return [
         Score(
-            settings=own[0].settings,
-            trials=tuple(trial.number for trial in own),
+            settings=done[0].settings,
+            trials=tuple(trial.number for trial in done),
             measure=measure,
             by_seed=tuple(scores.mean(axis=1).tolist()),
             validation=estimate,
             test=test,
         )
-        for own, scores, estimate, test in zip(every, validation, estimates(validation), tests, strict=True)
+        for done, scores, estimate, test in zip(chosen, validation, estimates(validation), tests, strict=True)
     ]
 
 
 def check_ensemble(every: Sequence[Prepared]) -> None:
-    """Whether the prompts of any of these can be asked together.
+    """Checks that the prompts of these trials can form an ensemble.
 
     Raises:
-      ConfigError: their answers are no classes, several tasks have prompts of their own, or there are several bases,
-        sets of records, classes or kinds of prompts.
+      ConfigError: the task is not classification, there is one prompt per task, or the trials differ in base, records,
+        classes or head.
     """
     first = every[0]
     for prepared in every:
         template, base = prepared.experiment.template, prepared.experiment.base
         if not template.verbalizers or template.reads:
-            raise ConfigError("--ensemble combines answers that are classes, and this task has none")
+            raise ConfigError("--ensemble needs a classification task, and this is not one")
         if template.task is not None:
-            raise ConfigError("--ensemble combines prompts of one task; here every task has its own")
+            raise ConfigError("--ensemble is not compatible with data.task, which gives each task its own prompt")
         if base.fingerprint != first.experiment.base.fingerprint:
-            raise ConfigError("--ensemble asks one base, and these trials have several")
-        if any(list(own.records) != list(first.asked[split].records) for split, own in prepared.asked.items()):
-            raise ConfigError("--ensemble asks the same records, and these trials have different ones")
+            raise ConfigError("--ensemble needs the same base for all trials, and these have different ones")
+        if any(list(data.records) != list(first.asked[split].records) for split, data in prepared.asked.items()):
+            raise ConfigError("--ensemble needs the same records for all trials, and these have different ones")
         if tuple(template.verbalizers) != tuple(first.experiment.template.verbalizers):
-            raise ConfigError("--ensemble combines answers in the same classes, and these trials have different ones")
+            raise ConfigError("--ensemble needs the same classes for all trials, and these have different ones")
         if template.head != first.experiment.template.head:
-            raise ConfigError("--ensemble combines prompts with a head, or prompts without, and not both")
+            raise ConfigError("--ensemble needs the same head for all trials, and these have different ones")
 
 
 def finished(row: Row) -> bool:
-    """Neither halved nor dropped, and with a prompt to show for it."""
+    """Whether a trial ran to the end, neither halved nor dropped, and has a validation score."""
     return not row["status"].startswith(("halved", "dropped")) and trial_score(row) > -math.inf
 
 
 def by_length(scores: Sequence[Score]) -> list[Score]:
-    """The best setting of every length, shortest first."""
+    """Returns the best setting of each length, shortest first."""
     best: dict[str, Score] = {}
     for score in scores:
         length = score.settings[LENGTH]
@@ -121,13 +129,13 @@ def by_length(scores: Sequence[Score]) -> list[Score]:
 
 
 def trial_score(row: Row) -> float:
-    """By which a trial is better than another."""
+    """Returns the validation score for ranking trials; -inf if there is none."""
     metrics = {name.removeprefix("validation."): value for name, value in row.items() if name.startswith("validation.")}
     return selection_score(metrics) if metrics else -math.inf
 
 
 def copy_prompt(source: Path, target: Path) -> None:
-    """A saved prompt, or those of several tasks."""
+    """Copies a saved prompt, or the prompts of several tasks."""
     for info in source.rglob(INFO_FILE):
         files = {file.name: file.read_bytes() for file in info.parent.iterdir()}
         (target / info.parent.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
@@ -137,27 +145,27 @@ def copy_prompt(source: Path, target: Path) -> None:
 def ask_together(
     count: int, prepare: Preparation, ran: Sequence[Trial], rows: dict[int, Row], workdir: Path
 ) -> dict[str, Any]:
-    """So many of the best trials by validation, asked together, on test records if there are any.
+    """Evaluates an ensemble of the `count` best trials by validation, on test records if there are any.
 
-    Those that came to their end are before those that were stopped with a prompt.
+    Finished trials rank before trials that were stopped early.
     """
 
     def rank(trial: Trial) -> tuple[bool, float]:
         row = rows[trial.number]
         return finished(row), trial_score(row)
 
-    having = [trial for trial in ran if trial_score(rows[trial.number]) > -math.inf]
-    chosen = sorted(having, key=rank, reverse=True)[:count]
-    every = [prepare(trial) for trial in chosen]
-    base = every[0].experiment.base
-    split = "test" if "test" in every[0].asked else "validation"
+    with_prompt = [trial for trial in ran if trial_score(rows[trial.number]) > -math.inf]
+    chosen = sorted(with_prompt, key=rank, reverse=True)[:count]
+    members = [prepare(trial) for trial in chosen]
+    base = members[0].experiment.base
+    split = "test" if "test" in members[0].asked else "validation"
     prompts = [load_prompt(trial_folder(workdir, trial.number) / "prompt", base).virtual for trial in chosen]
-    together = evaluate_ensemble(base, [own.asked[split] for own in every], prompts)
-    alone = [rows[trial.number][f"{split}.accuracy"] for trial in chosen]
+    together = evaluate_ensemble(base, [member.asked[split] for member in members], prompts)
+    accuracies = [rows[trial.number][f"{split}.accuracy"] for trial in chosen]
     return {
         "trials": [trial.number for trial in chosen],
         "split": split,
         "accuracy": together.metrics["accuracy"],
         "accuracy_interval": together.metrics["accuracy_interval"],
-        "mean_accuracy": float(np.mean(alone)),
+        "mean_accuracy": float(np.mean(accuracies)),
     }

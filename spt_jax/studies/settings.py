@@ -1,4 +1,4 @@
-"""Which settings a sweep tries: fields of a config, with values to combine or ranges to draw from."""
+"""The settings that a sweep tries: config fields with values to combine or ranges to draw from."""
 
 import dataclasses
 import itertools
@@ -13,14 +13,21 @@ from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.experiment.config import ExperimentConfig
 from spt_jax.prompts import METHODS
 
-Settings = dict[str, str]  # values by the dotted names of fields, as a command line has them
+Settings = dict[str, str]  # values by dotted field name, as written on a command line
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _RANGE = re.compile(rf"(?P<low>{_NUMBER})\.\.(?P<high>{_NUMBER})(?P<log>:log)?")
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Numbers between two ends, which belong to it: whole ones where both ends are; log: uniform in the logarithm."""
+    """A range of numbers to draw from, ends included.
+
+    Attributes:
+      low: the lower end.
+      high: the upper end.
+      whole: draw integers; set if both ends are integers.
+      log: draw uniformly in the logarithm.
+    """
 
     low: float
     high: float
@@ -37,12 +44,12 @@ class Range:
 
 
 def parse_field(text: str, config: ExperimentConfig[Any]) -> tuple[str, list[str] | Range]:
-    """Reads FIELD=VALUE,VALUE (`\\,` is a comma in a value), FIELD=LOW..HIGH or FIELD=LOW..HIGH:log.
+    """Parses FIELD=VALUE,VALUE (`\\,` is a comma in a value), FIELD=LOW..HIGH or FIELD=LOW..HIGH:log.
 
-    A value of a field that takes several words has spaces between them.
+    If a field takes several words, they are separated by spaces in a value.
 
     Raises:
-      ConfigError: it reads otherwise, there is no such field, a range is empty, or a value comes twice.
+      ConfigError: the text has another form, there is no such field, a range is empty, or a value occurs twice.
     """
     name, equals, written = text.partition("=")
     name = name.strip().removeprefix("--").replace("-", "_")
@@ -55,17 +62,17 @@ def parse_field(text: str, config: ExperimentConfig[Any]) -> tuple[str, list[str
     if found is None:
         values = [value.replace("\\,", ",") for value in re.split(r"(?<!\\),", written)]
         if len(set(values)) < len(values) or "" in values:
-            raise ConfigError(f"--over {text!r}: a value is empty or comes twice")
+            raise ConfigError(f"--over {text!r}: a value is empty or occurs twice")
         return name, values
     low, high = found["low"], found["high"]
     if float(low) >= float(high) or (found["log"] and float(low) <= 0):
-        raise ConfigError(f"--over {text!r}: a range goes up, and with :log it begins above 0")
+        raise ConfigError(f"--over {text!r}: LOW must be less than HIGH, and with :log greater than 0")
     whole = all(re.fullmatch(r"[-+]?\d+", end) for end in (low, high))
     return name, Range(float(low), float(high), whole, bool(found["log"]))
 
 
 def config_fields(config: ExperimentConfig[Any]) -> dict[str, Any]:
-    """A config's fields by their dotted names, and those of every other method with their defaults."""
+    """Returns a config's fields by dotted name, including those of all other methods, with their defaults."""
     found: dict[str, Any] = {}
     for method in METHODS.values():
         found |= _fields(dataclasses.replace(config, method=method()))
@@ -81,26 +88,27 @@ def _fields(part: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def flag_words(name: str, value: str, config: ExperimentConfig[Any]) -> list[str]:
-    """A field and its value as a command line has them.
+    """Returns the command-line words that set a field.
 
     Raises:
-      ConfigError: a switch that is neither True nor False.
+      ConfigError: the value of a boolean field is neither True nor False.
     """
     group, _, field = name.replace("_", "-").rpartition(".")
     default = config_fields(config)[name]
     if isinstance(default, bool):
         if value not in ("True", "False"):
-            raise ConfigError(f"--over {name}={value}: it is True or False")
+            raise ConfigError(f"--over {name}={value}: the value must be True or False")
         return [f"--{group}.{'' if value == 'True' else 'no-'}{field}"]
     several = isinstance(default, (tuple, Mapping))
     return [f"--{group}.{field}", *(value.split() if several else [value])]
 
 
 def settings(fields: Sequence[tuple[str, list[str] | Range]], trials: int | None, seed: int) -> list[Settings]:
-    """All combinations of the fields' values, or so many different draws of each.
+    """Returns all combinations of the fields' values, or `trials` different random settings.
 
     Raises:
-      ConfigError: a field twice, a range without a number of trials, or fewer different settings than trials.
+      ConfigError: a field occurs twice, there is a range but no number of trials, or there are fewer different settings
+        than trials.
     """
     names = [name for name, _ in fields]
     if len(set(names)) < len(names):
@@ -109,11 +117,13 @@ def settings(fields: Sequence[tuple[str, list[str] | Range]], trials: int | None
         values: list[list[str]] = []
         for name, of_field in fields:
             if isinstance(of_field, Range):
-                raise ConfigError(f"--over {name} is a range to draw from; say how many settings to draw with --trials")
+                raise ConfigError(f"--over {name} is a range; give the number of settings to draw with --trials")
             values.append(of_field)
         return [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values)]
     if trials < 1 or not fields:
-        raise ConfigError(f"--trials is {trials}; it is how many settings to draw, at least 1, of fields in --over")
+        raise ConfigError(
+            f"--trials is {trials}; it must be at least 1, the number of settings to draw, and needs fields in --over"
+        )
     rng = np.random.default_rng(seed)
     drawn: list[Settings] = []
     for _ in range(100 * trials):
@@ -122,9 +132,9 @@ def settings(fields: Sequence[tuple[str, list[str] | Range]], trials: int | None
             drawn.append(one)
         if len(drawn) == trials:
             return drawn
-    raise ConfigError(f"--over has no {trials} different settings to draw; it gave {len(drawn)}")
+    raise ConfigError(f"--over does not have {trials} different settings to draw, only {len(drawn)}")
 
 
 def named(chosen: Settings) -> str:
-    """A setting in words."""
+    """Returns a setting as text."""
     return ", ".join(f"{name} {value}" for name, value in chosen.items()) or "the config as it is"

@@ -10,7 +10,7 @@ from spt_jax.runtime.files import write_bytes
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted names; lists and empty mappings become JSON."""
+    """Flattens nested mappings into one with dotted names; lists and empty mappings become JSON."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
@@ -21,9 +21,9 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes `path`.csv and `path`.parquet, a column for every name in any row, in the order in which names come.
+    """Writes `path`.csv and `path`.parquet, with a column for each name in any row, in order of first occurrence.
 
-    A column of values of more than one kind holds texts.
+    The values of a column with more than one type are converted to strings.
     """
     import pyarrow
     import pyarrow.csv

@@ -1,4 +1,4 @@
-"""Trials: runs of one sweep, trained side by side where one compiled step can train them."""
+"""Trials: the runs of a sweep, trained together if one compiled step can train them."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ ROWS_FILE = "trials.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A run of a sweep: its number from 1, the fields that it sets, and its resolved config, seed included."""
+    """A run of a sweep: its number, from 1, the fields that it sets, and its resolved config with the seed."""
 
     number: int
     settings: Settings
@@ -39,7 +39,7 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A trial's experiment, its examples, the shapes of their batches, and what it is asked, by split."""
+    """A trial's experiment, its training examples, the shapes of their batches, and its evaluation sets by split."""
 
     experiment: Experiment
     examples: list[Example]
@@ -48,17 +48,17 @@ class Prepared:
 
 
 class Preparation:
-    """Prepares trials. Those that differ in seed and optimizer alone share data, those on one base the base."""
+    """Prepares trials. Trials that differ only in seed and optimizer share their data; trials on one base share it."""
 
     def __init__(self) -> None:
         self._bases: dict[str, FrozenBase] = {}
         self._prepared: dict[str, Prepared] = {}
 
     def __call__(self, trial: Trial) -> Prepared:
-        """The trial, ready to train.
+        """Returns the trial, ready to train.
 
         Raises:
-          ConfigError, DataError, CheckpointError: as `load_experiment`.
+          ConfigError, DataError, CheckpointError: as in `load_experiment`.
         """
         config = trial.config
         fields = config_json(config)
@@ -70,8 +70,8 @@ class Preparation:
         found = self._prepared[key]
         loaded, base = found.experiment.config, found.experiment.base
         optimizer = resolve_optimizer(config.optimizer, base.config.family, loaded.method.recipe)
-        own = dataclasses.replace(loaded, train=config.train, optimizer=optimizer)
-        return dataclasses.replace(found, experiment=dataclasses.replace(found.experiment, config=own))
+        updated = dataclasses.replace(loaded, train=config.train, optimizer=optimizer)
+        return dataclasses.replace(found, experiment=dataclasses.replace(found.experiment, config=updated))
 
 
 def _prepared(config: ExperimentConfig[Any], base: FrozenBase | None) -> Prepared:
@@ -87,7 +87,7 @@ def _prepared(config: ExperimentConfig[Any], base: FrozenBase | None) -> Prepare
 
 
 def populations(trials: Sequence[Trial], prepare: Preparation) -> list[list[Trial]]:
-    """Trials that one compiled step can train together: they differ in start, rate, seed and data alone."""
+    """Groups trials that one compiled step can train: they differ only in initializer, learning rate, seed and data."""
     found: dict[str, list[Trial]] = {}
     for trial in trials:
         fields = config_json(prepare(trial).experiment.config)
@@ -108,37 +108,40 @@ def train_population(
     halving: Halving | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> list[Row]:
-    """Trains trials side by side, or goes on with them, and saves what each has come to.
+    """Trains trials together, or resumes them, and saves their results.
 
     Args:
-      workdir: gets `populations/NNN/` with checkpoints and logs, and `trials/NNN/` with each trial's prompt and
+      trials: the trials, from one of the `populations`.
+      prepare: prepares trials.
+      workdir: receives `populations/NNN/` with checkpoints and logs, and `trials/NNN/` with each trial's prompt and
         predictions.
-      facts: what else a saved prompt says of itself.
+      halving: when to stop the worse half of the trials; None to train all to the end.
+      facts: further entries for the metadata of saved prompts.
 
     Returns:
-      A row of the sweep's table for each.
+      A row of the sweep's table for each trial.
 
     Raises:
       Stopped: after SIGTERM or SIGINT, with the state saved.
     """
-    every = [prepare(trial) for trial in trials]
-    experiment, config = every[0].experiment, every[0].experiment.config
+    all_prepared = [prepare(trial) for trial in trials]
+    experiment, config = all_prepared[0].experiment, all_prepared[0].experiment.config
 
     def validate(number: int, params: Any) -> dict[str, Any]:
-        own = every[number]
-        virtual = own.experiment.virtual(params)
-        return evaluate(experiment.base, own.asked["validation"], virtual, generated=False).metrics
+        prepared = all_prepared[number]
+        virtual = prepared.experiment.virtual(params)
+        return evaluate(experiment.base, prepared.asked["validation"], virtual, generated=False).metrics
 
     members = [
         Member(
-            own.experiment.config.method,
-            own.examples,
-            own.plan,
+            prepared.experiment.config.method,
+            prepared.examples,
+            prepared.plan,
             trial.config.train.seed,
-            own.experiment.config.optimizer.learning_rate or 0.0,  # resolved, and never 0
+            prepared.experiment.config.optimizer.learning_rate or 0.0,  # resolved, never 0
             config.loss.class_weights or None,
         )
-        for trial, own in zip(trials, every, strict=True)
+        for trial, prepared in zip(trials, all_prepared, strict=True)
     ]
     folder = workdir / "populations" / f"{trials[0].number:03d}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +149,7 @@ def train_population(
         experiment.base,
         members,
         config.optimizer,
-        experiment.objective(every[0].plan),
+        experiment.objective(all_prepared[0].plan),
         config.train,
         workdir=folder,
         validate=validate,
@@ -156,20 +159,20 @@ def train_population(
         names=[f"trial {trial.number} ({named(trial.settings)})" for trial in trials],
     )
     return [
-        _ended(trial, own, standing, trial_folder(workdir, trial.number), facts or {})
-        for trial, own, standing in zip(trials, every, standings, strict=True)
+        _ended(trial, prepared, standing, trial_folder(workdir, trial.number), facts or {})
+        for trial, prepared, standing in zip(trials, all_prepared, standings, strict=True)
     ]
 
 
 def trial_folder(workdir: Path, number: int) -> Path:
-    """Where a trial's prompt and predictions are."""
+    """Returns the directory of a trial's prompt and predictions."""
     return workdir / "trials" / f"{number:03d}"
 
 
 def _ended(trial: Trial, prepared: Prepared, standing: Standing, folder: Path, facts: Mapping[str, Any]) -> Row:
     experiment, best = prepared.experiment, standing.best
     results = {}
-    if best.metrics is not None:  # else it broke before its first validation
+    if best.metrics is not None:  # None if it failed before its first validation
         folder.mkdir(parents=True, exist_ok=True)
         extra = {"step": best.step, "validation": best.metrics, "settings": trial.settings, **facts}
         experiment.save(folder / "prompt", best.params, extra)
@@ -202,7 +205,7 @@ def _ended(trial: Trial, prepared: Prepared, standing: Standing, folder: Path, f
 
 
 def _without_lists(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The ends of intervals under names of their own."""
+    """Replaces each interval by two entries, its low and high ends."""
     found: dict[str, Any] = {}
     for name, value in metrics.items():
         if name.endswith("_interval"):
@@ -213,17 +216,17 @@ def _without_lists(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_rows(workdir: Path, planned: dict[int, Trial], rows: dict[int, Row]) -> None:
-    """The table: as lines, from which the sweep goes on, as CSV and as Parquet."""
+    """Writes the table as JSON lines, from which a sweep is resumed, as CSV and as Parquet."""
     lines = [{**_identity(planned[number]), "row": rows[number]} for number in sorted(rows)]
     write_text(workdir / ROWS_FILE, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     write_table(workdir / "trials", [line["row"] for line in lines])
 
 
 def read_rows(workdir: Path, planned: dict[int, Trial]) -> dict[int, Row]:
-    """The rows of the trials that have ended.
+    """Returns the rows of the trials that have ended.
 
     Raises:
-      CheckpointError: the table is damaged, or that of another sweep.
+      CheckpointError: the table is damaged or belongs to another sweep.
     """
     path = workdir / ROWS_FILE
     found: dict[int, Row] = {}
@@ -233,11 +236,13 @@ def read_rows(workdir: Path, planned: dict[int, Trial]) -> dict[int, Row]:
             saved = json.loads(line)
             row = saved.pop("row")
         except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{path}, line {number}, is damaged ({error}); --overwrite starts anew") from error
+            raise CheckpointError(
+                f"{path}, line {number}, is damaged ({error}); start over with --overwrite"
+            ) from error
         here = _identity(planned[row["trial"]]) if row["trial"] in planned else None
         if saved != here:
             raise CheckpointError(
-                f"{path} is a table from another sweep: trial {row['trial']} is {saved} there and"
+                f"{path} is from another sweep: trial {row['trial']} is {saved} there, but"
                 f" {here or 'none'} here. Give another --workdir, or --overwrite"
             )
         found[row["trial"]] = row

@@ -115,14 +115,14 @@ def test_what_it_will_not_start_with(folder, tmp_path, capsys):
         assert main(["serve", "--base", str(STARTER), *words]) in (1, 2)
         return capsys.readouterr().err
 
-    assert "no directory" in said("--prompts", str(tmp_path / "none"))
+    assert "not a directory" in said("--prompts", str(tmp_path / "none"))
     assert "must be more than 0" in said("--slots", "0")
     assert "must be more than 0" in said("--queue", "-1")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "prompt.json").write_text("{")
     assert "'broken'" in said("--prompts", str(tmp_path), "--slots", "1", "--port", "0", "--strict")
     for name in ("http://example.com", "example.com:80", "a/b", ""):
-        assert "without scheme, port and path" in said("--port", "0", "--allowed-hosts", name)
+        assert "without a scheme, port or path" in said("--port", "0", "--allowed-hosts", name)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert f"127.0.0.1:{port}" in said("--port", port)

@@ -114,7 +114,7 @@ def test_a_stopped_sweep_goes_on_to_the_same_end(files, lengths, tmp_path, monke
     place = halving.place_batch
     monkeypatch.setattr(halving, "place_batch", place_and_signal)
     assert sweep(files, tmp_path / "run", *LENGTHS) == 143
-    assert "Go on with --resume" in capsys.readouterr().err
+    assert "Continue with --resume" in capsys.readouterr().err
     assert [row["trial"] for row in table(tmp_path / "run")] == ["1", "2"]
     monkeypatch.setattr(halving, "place_batch", place)
     assert sweep(files, tmp_path / "run", *LENGTHS) == 2
@@ -147,7 +147,7 @@ def test_a_sweep_goes_on_with_the_same_data_and_base(files, lengths, tmp_path, c
     (workdir / "config.json").write_text(json.dumps(moved))
     assert sweep(own, workdir, *LENGTHS, "--resume") == 2
     message = capsys.readouterr().err
-    assert f"{own / 'model'} is not the base that the run began with: weights is '" in message
+    assert f"{own / 'model'} is not the base that the run started with: weights is '" in message
     assert "' here, '0000000000000000' there" in message
     prepare_workdir(workdir, overwrite=True)
     assert os.listdir(workdir) == [MARKER]
@@ -161,7 +161,7 @@ def test_a_table_from_another_sweep_is_refused(files, lengths, tmp_path, capsys)
     lines = (workdir / "trials.jsonl").read_text().replace('"seed": 1', '"seed": 7', 1)
     (workdir / "trials.jsonl").write_text(lines)
     assert sweep(files, workdir, *LENGTHS, "--resume") == 1
-    assert "a table from another sweep: trial 2" in capsys.readouterr().err
+    assert "is from another sweep: trial 2" in capsys.readouterr().err
     (workdir / "trials.jsonl").write_text(lines[:500])
     assert sweep(files, workdir, *LENGTHS, "--resume") == 1
     assert "trials.jsonl, line 1, is damaged" in capsys.readouterr().err
@@ -202,12 +202,12 @@ def test_a_broken_trial_is_named_and_the_others_stand(files, lengths, tmp_path, 
     assert broken["status"].startswith("dropped at step") and broken["test.accuracy"] == ""
     said = capsys.readouterr().out
     assert said.count("trial 2 (optimizer.learning_rate 1e30) is dropped at step") == 1
-    assert "not to their end: trial 2, dropped at step" in said
+    assert "not finished: trial 2, dropped at step" in said
     assert sound["test.loss"] == table(lengths)[3]["test.loss"]  # the default rate is 0.1
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["chosen"]["settings"] == {"optimizer.learning_rate": "0.1"}
     assert sweep(files, tmp_path / "none", "--over", "optimizer.learning_rate=1e30", "--seeds", "1") == 1
-    assert "no trial came to its end" in capsys.readouterr().err
+    assert "no trial finished" in capsys.readouterr().err
 
 
 def test_any_field_can_be_swept_and_losers_stop(files, tmp_path):
@@ -258,22 +258,22 @@ def test_dollars_and_switches_and_lists_can_be_swept(files, tmp_path):
     ("more", "message"),
     [
         (("--over", "optimizer.lerning_rate=0.1"), "did you mean 'optimizer.learning_rate'"),
-        (("--seeds",), "a sweep trains with at least one"),
-        (("--lengths", "4", "2"), "they go up"),
+        (("--seeds",), "give at least one seed"),
+        (("--lengths", "4", "2"), "must be ascending"),
         (("--lengths", "2", "4000"), "4000 virtual tokens leave no room"),
-        (("--lengths", "2", "4"), "100 records would do"),
-        (("--lengths", "2", "--over", "method.length=3"), "--lengths says that"),
-        (("--over", "train.seed=1,2"), "--seeds says that"),
-        (("--lengths", "2", "--halving"), "give one"),
+        (("--lengths", "2", "4"), "At least 100 records are needed"),
+        (("--lengths", "2", "--over", "method.length=3"), "use --lengths instead"),
+        (("--over", "train.seed=1,2"), "use --seeds instead"),
+        (("--lengths", "2", "--halving"), "not compatible with --lengths"),
         (("--ensemble", "9"), "there are 3 trials"),
         (("--seeds", "-1", "--overwrite"), "train.seed is -1"),
         (("--draws-seed", "-1"), "--draws-seed is -1"),
-        (("--ensemble", "2", "--over", "data.limit=20,30"), "asks the same records"),
+        (("--ensemble", "2", "--over", "data.limit=20,30"), "needs the same records"),
         (
             ("--ensemble", "2", "--over", "data.verbalizers=good=H bad=L,bad=L good=H"),
             "different ones",
         ),
-        (("--trials", "2", "--over", "method.length=3"), "no 2 different settings"),
+        (("--trials", "2", "--over", "method.length=3"), "does not have 2 different settings"),
     ],
 )
 def test_wrong_sweeps_say_what_is_wrong(files, tmp_path, capsys, more, message):

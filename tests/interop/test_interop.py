@@ -146,7 +146,7 @@ def test_text_after_virtual_tokens_continues(prompt):
 ROWS = {"prompt_embeddings": noise(P, D)}
 BAD = [
     ({"peft_type": "LORA"}, None, "peft_type is 'LORA'; PEFT's soft prompts are PROMPT_TUNING, .*merge_and_unload"),
-    ({"num_virtual_tokens": 10**12}, None, "num_virtual_tokens is 1000000000000; for this base it is an integer"),
+    ({"num_virtual_tokens": 10**12}, None, "num_virtual_tokens is 1000000000000; for this base it must be an integer"),
     ({"num_virtual_tokens": "4"}, None, "num_virtual_tokens is '4'"),
     ({"num_virtual_tokens": None}, None, "num_virtual_tokens is None"),
     ({"num_virtual_tokens": 5}, None, r"is float32 \(4, 32\); it must be .* \(5, 32\)"),
@@ -158,7 +158,7 @@ BAD = [
     ({}, {"other": noise(P, D)}, "'other' is unknown"),
     ({}, {}, "the tensor 'prompt_embeddings' is missing"),
     ({}, {"prompt_embeddings": np.zeros((P, 0), np.float32)}, r"\(4, 0\); it must be"),
-    ({}, {**ROWS, "base_model.score.weight": noise(2, D)}, "'base_model.score.weight' is a task head, .*PREFIX_TUNING"),
+    ({}, {**ROWS, "base_model.score.weight": noise(2, D)}, "'base_model.score.weight' is a task head .*PREFIX_TUNING"),
     ({}, {**ROWS, "base_model.lm_head.weight": noise(320, D)}, "lm_head.weight' is not the base's: it was trained"),
     ({}, {**ROWS, "base_model.model.embed_tokens.weight": noise(324, D)}, r"the base's \(320, 32\): .*resized"),
     ({}, {**ROWS, "base_model.model.layers.0.q_proj.lora_A.weight": noise(2, D)}, "belongs to LoRA"),
@@ -194,7 +194,7 @@ def test_tasks_go_out_together(tmp_path, base):
     export_peft_tasks(tmp_path / "peft", prompts, base)
     _, virtual = import_peft(tmp_path / "peft", base, task=1)
     np.testing.assert_allclose(virtual.tokens, prompts[1].virtual.tokens, rtol=1e-6)
-    with pytest.raises(ConfigError, match="prefix_tuning prompt is not token rows alone"):
+    with pytest.raises(ConfigError, match="prefix_tuning prompt does not consist only of token rows"):
         export_peft_tasks(tmp_path / "bad", [*prompts, saved_prompt(tmp_path / "b", base, "prefix_tuning")], base)
     assert not (tmp_path / "bad").exists()
 
@@ -229,14 +229,14 @@ def test_heads_come_in_and_go_out(tmp_path, base, task, name, classes, options):
 
 
 def test_bad_heads(tmp_path, base):
-    with pytest.raises(CheckpointError, match="no span head: a weight for 3 classes"):
+    with pytest.raises(CheckpointError, match="not a span head: the weight has 3 classes"):
         import_peft(head_directory(tmp_path / "a", "QUESTION_ANS", "qa_outputs", 3), base)
     with pytest.raises(CheckpointError, match=r"'base_model\.score\.bias' is a task head"):
         import_peft(head_directory(tmp_path / "b", "SEQ_CLS", "score", 3), base)
     method, virtual = import_peft(head_directory(tmp_path / "c", "TOKEN_CLS", "score", 3), base)
     template = Template(prompt="{a}", target="{l}", head="classification", verbalizers={"a": "A", "b": "B", "c": "C"})
     saved = save_prompt(tmp_path / "ours", base, method, virtual, template)
-    with pytest.raises(ConfigError, match="a head without a bias; train with --method"):
+    with pytest.raises(ConfigError, match="heads without a bias; train with --method"):
         export_peft(tmp_path / "out", load_prompt(saved, base), base)
 
 
@@ -258,9 +258,9 @@ def test_what_is_not_the_directory_says_what_it_is(tmp_path, base):
     saved_prompt(tmp_path / "ours", base, "prompt_tuning")
     write_tiny_checkpoint(tmp_path / "model")
     for source, message in {
-        "named": "holds the named adapters task_a: give .*named/task_a",
+        "named": "has the named adapters task_a: give .*named/task_a",
         "ours": "is a prompt of this library, which needs no import",
-        "model": "is a model: give it as the base",
+        "model": "is a model: use it as the base",
         "nothing": "nothing/adapter_config.json: no such file",
         "peft/adapter_model.safetensors": "is a file; give the directory .*peft$",
     }.items():
@@ -350,7 +350,7 @@ def test_pickles_and_damaged_files_are_refused(tmp_path, base):
     (folder / "adapter_config.json").write_text("[")
     with pytest.raises(CheckpointError, match=r"adapter_config\.json, line 1, column 2"):
         import_peft(folder, base)
-    with pytest.raises(CheckpointError, match="no directory of PEFT's"):
+    with pytest.raises(CheckpointError, match="not a PEFT directory"):
         import_peft(tmp_path, base)
 
 
@@ -360,7 +360,7 @@ def test_npy_files(tmp_path, base):
     method, virtual = import_npy(tmp_path / "rows.npy", base)
     assert method.length == P
     np.testing.assert_array_equal(virtual.tokens, saved.virtual.tokens)
-    with pytest.raises(ConfigError, match="prefix_tuning prompt is not token rows alone"):
+    with pytest.raises(ConfigError, match="prefix_tuning prompt does not consist only of token rows"):
         export_npy(tmp_path / "other.npy", saved_prompt(tmp_path / "prefix", base, "prefix_tuning"))
     for bad, message in [
         (noise(P, D + 1), r"float32 \(4, 33\)"),

@@ -154,5 +154,5 @@ def test_a_chat_is_exported_where_the_prompt_comes_first(base, tmp_path):
         for template in (conversation, turn)
     )
     export_peft(tmp_path / "again", first, base)
-    with pytest.raises(ConfigError, match="they stand elsewhere inside the chat template"):
+    with pytest.raises(ConfigError, match="they are elsewhere inside the chat template"):
         export_peft(tmp_path / "other", inside, base)

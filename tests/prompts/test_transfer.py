@@ -71,4 +71,4 @@ def test_the_command_proposes_the_nearest_source(tmp_path, capsys):
     assert [line.split()[-1] for line in lines] == [str(tmp_path / "bank" / name) for name in ("near", "far")]
     assert float(lines[0].split()[0]) == pytest.approx(similarity(prompt(0), near), abs=1e-3)
     assert main(["similar", "--prompt", str(tmp_path / "new"), "--bank", str(tmp_path / "model")]) == 1
-    assert "holds no saved prompts" in capsys.readouterr().err
+    assert "there are no saved prompts" in capsys.readouterr().err

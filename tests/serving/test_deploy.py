@@ -173,7 +173,7 @@ def test_following_outlives_a_share_that_is_away(base, service, watch, tmp_path)
 
     asyncio.run(asyncio.wait_for(run(), 60))
     assert told[0] == "loaded prompt 'front'" and told[-1] == "loaded prompt 'more'"
-    assert set(told[1:-1]) == {told[1]} and "stay as they are" in told[1]
+    assert set(told[1:-1]) == {told[1]} and "the prompts are unchanged" in told[1]
     assert service.bank.names == ["front", "more"]
 
 
@@ -284,7 +284,7 @@ def test_errors_pass_the_proxy(cluster):
         full = [error for error in pool.map(ask, range(16)) if error is not None]
     assert 0 < len(full) < 16
     assert all(error.response.headers["retry-after"] == "1" and error.code == "queue_full" for error in full)
-    with pytest.raises(openai.BadRequestError, match="asks for 16 answers at once"):
+    with pytest.raises(openai.BadRequestError, match="needs 16 answers at once"):
         client.completions.create(model="tiny", prompt="a question", n=16)
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="nobody", prompt="a question")

@@ -121,7 +121,7 @@ def test_a_prompt_that_overflows_ends_its_own_requests_alone(bank: PromptBank, t
     spt_jax.save_prompt(tmp_path / "huge", base, method, huge, template)
     bank.add("huge", spt_jax.load_prompt(tmp_path / "huge", base))
     engine, bare = Engine(bank, slots=1), Request(np.asarray([1, 40, 41], np.int32), None, GREEDY)
-    with pytest.raises(ConfigError, match="'huge' gives numbers beyond what float32 holds"):
+    with pytest.raises(ConfigError, match="'huge' produces values that overflow float32"):
         engine.generate([Request(bank.request_ids("huge", {"text": "a question"}), "huge", GREEDY)])
     assert engine.idle
     (found,) = engine.generate([bare])
@@ -171,7 +171,7 @@ def test_the_likeliest_tokens_of_each_step(bank: PromptBank):
         assert list(found) == np.argsort(-expected)[:4].tolist()
         np.testing.assert_allclose(list(found.values()), np.sort(expected)[::-1][:4], atol=1e-4)
     assert token_text(bank.base.tokenizer, 10**6) == "<1000000>"  # a base's vocabulary may be padded
-    with pytest.raises(ConfigError, match="alternatives is 21; it must lie between 0 and 20"):
+    with pytest.raises(ConfigError, match="alternatives is 21; it must be between 0 and 20"):
         Engine(bank, slots=1).submit(Request(ids, alternatives=21))
 
 
@@ -304,7 +304,7 @@ def test_what_is_refused(bank: PromptBank, tmp_path):
     ids = bank.request_ids("front", {"text": "the"})
     with pytest.raises(ConfigError, match="did you mean 'front'"):
         engine.submit(Request(ids, "frond"))
-    with pytest.raises(ConfigError, match="do not begin as the template"):
+    with pytest.raises(ConfigError, match="do not begin with the leading ids"):
         engine.submit(Request(ids[2:], "front"))
     stray = np.append(ids, bank.base.config.vocab_size + 20).astype(np.int32)
     with pytest.raises(DataError, match="the soft prompt 3"):

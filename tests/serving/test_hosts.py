@@ -19,7 +19,7 @@ def test_the_names_of_a_server():
     assert allowed_hosts("0.0.0.0", ()) is None
     assert set(allowed_hosts("192.168.1.5", ["example.com"]) or ()) == {"192.168.1.5", "example.com"}
     for name in ("example.com:80", "https://example.com", "example.com/x", "user@example.com", "", "a b"):
-        with pytest.raises(ConfigError, match="without scheme, port and path"):
+        with pytest.raises(ConfigError, match="without a scheme, port or path"):
             allowed_hosts("127.0.0.1", [name])
 
 

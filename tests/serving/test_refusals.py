@@ -88,16 +88,16 @@ def test_null_is_what_was_not_given(server):
             "/v1/chat/completions",
             {"model": "front", "messages": [{"role": "system", "content": "a"}]},
             422,
-            "one user's turn",
+            "a single user turn",
         ),
         (
             "/v1/chat/completions",
             {"model": "tiny", "messages": [{"role": "assistant", "content": "a"}]},
             422,
-            "nothing is left",
+            "nothing to answer",
         ),
         ("/v1/classify", {"model": "tiny", "input": "a"}, 400, "bare base"),
-        ("/v1/classify", {"model": "front", "input": "a"}, 400, "no classes"),
+        ("/v1/classify", {"model": "front", "input": "a"}, 400, "does not classify"),
         ("/v1/classify", {"model": "verdict", "input": "a " * 300}, 400, "128"),
         ("/v1/classify", {"model": "verdict", "input": []}, 422, "input"),
     ],
@@ -236,10 +236,12 @@ def test_a_prompt_whose_numbers_overflow_is_named(base, tmp_path, path):
         entry = own.service.bank.entry(name)
         own.service.bank._put("huge", jax.tree.map(lambda a: np.full_like(a, np.inf), entry.virtual), entry.template)
         refused = own.post(path, {"model": "huge", "prompt" if path.endswith("completions") else "input": "the"})
-        assert refused.status_code == 400 and "'huge' gives numbers beyond" in refused.json()["error"]["message"]
+        assert (
+            refused.status_code == 400 and "'huge' produces values that overflow" in refused.json()["error"]["message"]
+        )
         if path == "/v1/completions":
             streamed = own.post(path, {"model": "huge", "prompt": "the", "stream": True})
-            assert "'huge' gives numbers beyond" in streamed.text and "NaN" not in streamed.text
+            assert "'huge' produces values that overflow" in streamed.text and "NaN" not in streamed.text
         body = {"model": name, "prompt" if path.endswith("completions") else "input": "the"}
         assert own.post(path, body).status_code == 200
 

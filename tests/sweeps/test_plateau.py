@@ -61,7 +61,7 @@ def test_the_shortest_within_one_standard_error_is_taken():
 
 @pytest.mark.parametrize(("resolution", "enough"), [(0.05, 100), (0.02, 625), (0.1, 25)])
 def test_too_few_records_are_told_how_many_would_do(resolution: float, enough: int):
-    with pytest.raises(ConfigError, match=f"{enough} records would do"):
+    with pytest.raises(ConfigError, match=f"At least {enough} records are needed"):
         check_records(enough - 1, resolution)
     check_records(enough, resolution)
     # At worst, half of the answers are right: then this is the standard error of their share.

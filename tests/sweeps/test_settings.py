@@ -37,10 +37,10 @@ def test_values_and_ranges():
         ("optimizer.lerning_rate=0.1", "did you mean 'optimizer.learning_rate'"),
         ("learning_rate", "neither FIELD=VALUE"),
         ("train.batch_size=", "neither FIELD=VALUE"),
-        ("train.batch_size=8,8", "comes twice"),
+        ("train.batch_size=8,8", "occurs twice"),
         ("train.batch_size=8,,16", "is empty"),
-        ("optimizer.learning_rate=0.5..0.1", "goes up"),
-        ("optimizer.learning_rate=0..0.1:log", "begins above 0"),
+        ("optimizer.learning_rate=0.5..0.1", "LOW must be less than HIGH"),
+        ("optimizer.learning_rate=0..0.1:log", "greater than 0"),
     ],
 )
 def test_wrong_fields_say_what_is_wrong(text: str, message: str):
@@ -71,7 +71,7 @@ def test_draws_lie_in_their_ranges_and_follow_from_their_seed():
     [
         ([("a", ["1"]), ("a", ["2"])], None, "twice"),
         ([("a", Range(0.0, 1.0, False, False))], None, "--trials"),
-        ([("a", ["1", "2"])], 3, "no 3 different settings"),
+        ([("a", ["1", "2"])], 3, "does not have 3 different settings"),
         ([("a", ["1"])], 0, "at least 1"),
         ([], 4, "at least 1"),
     ],
@@ -88,5 +88,5 @@ def test_values_become_the_words_of_their_flags():
     assert flag_words("data.verbalizers", "good=H bad=L", CONFIG) == ["--data.verbalizers", "good=H", "bad=L"]
     assert flag_words("loss.class_weights", "1 2", CONFIG) == ["--loss.class-weights", "1", "2"]
     assert flag_words("data.prompt", "<soft>{text} is", CONFIG) == ["--data.prompt", "<soft>{text} is"]
-    with pytest.raises(ConfigError, match="it is True or False"):
+    with pytest.raises(ConfigError, match="must be True or False"):
         flag_words("data.packing", "no", CONFIG)
