@@ -5,11 +5,9 @@
 Expect a download of about 2.5 GB on the first run. No results have been measured yet.
 """
 
-from spt_jax.evaluation.evaluate import EvaluationConfig
-from spt_jax.experiment.config import BaseConfig, DataConfig, ExperimentConfig
+from spt_jax.config import BaseConfig, DataConfig, EvaluationConfig, ExperimentConfig, TrainConfig
 from spt_jax.prompts import PromptTuning
 from spt_jax.prompts.initializers import text
-from spt_jax.training.config import TrainConfig
 
 
 def get_config() -> ExperimentConfig[PromptTuning]:

@@ -6,8 +6,8 @@ On the shipped model and task:  python train.py configs/llama_adapter.py
 import dataclasses
 from pathlib import Path
 
+from spt_jax.config import ExperimentConfig
 from spt_jax.experiment.command_line import load_config_file
-from spt_jax.experiment.config import ExperimentConfig
 from spt_jax.prompts import LlamaAdapter
 
 

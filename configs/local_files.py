@@ -7,7 +7,7 @@
         --data.hard-prompt "Question: {text}\\nKind of question:" --train.steps 1200
 """
 
-from spt_jax.experiment.config import BaseConfig, DataConfig, ExperimentConfig
+from spt_jax.config import BaseConfig, DataConfig, ExperimentConfig
 from spt_jax.prompts import PromptTuning
 
 

@@ -9,7 +9,7 @@ start a new task from them: --method.name prompt_tuning --method.init.name promp
 --method.init.path out/tasks/prompt/shared
 """
 
-from spt_jax.experiment.config import BaseConfig, DataConfig, ExperimentConfig
+from spt_jax.config import BaseConfig, DataConfig, ExperimentConfig
 from spt_jax.prompts import MultitaskPromptTuning
 
 

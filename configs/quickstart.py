@@ -6,9 +6,8 @@ make quickstart        or        python train.py configs/quickstart.py
 from pathlib import Path
 
 import spt_jax
-from spt_jax.experiment.config import BaseConfig, DataConfig, ExperimentConfig
+from spt_jax.config import BaseConfig, DataConfig, ExperimentConfig, TrainConfig
 from spt_jax.prompts import PromptTuning
-from spt_jax.training.config import TrainConfig
 
 REQUESTS = Path(spt_jax.__file__).parent / "assets" / "requests"
 # Each topic's word is one token of the starter's vocabulary, so a request is scored in a single pass.

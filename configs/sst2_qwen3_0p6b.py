@@ -6,9 +6,8 @@ Expect a download of about 1.5 GB on the first run. Add --mesh.data N to use N G
 measured yet.
 """
 
-from spt_jax.experiment.config import BaseConfig, DataConfig, ExperimentConfig
+from spt_jax.config import BaseConfig, DataConfig, ExperimentConfig, TrainConfig
 from spt_jax.prompts import PromptTuning
-from spt_jax.training.config import TrainConfig
 
 
 def get_config() -> ExperimentConfig[PromptTuning]:

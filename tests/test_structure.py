@@ -20,6 +20,7 @@ ORDER = (
     "evaluation",
     "training",
     "experiment",
+    "config",
     "studies",
     "reports",
     "interop",

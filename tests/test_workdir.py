@@ -94,7 +94,7 @@ def test_overwrite_refuses_what_the_command_reads(tmp_path: Path, relation: str)
 def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path):
     begin(tmp_path / "run")
     program = (
-        "import sys, time; from pathlib import Path; from spt_jax.workdir import held\n"
+        "import sys, time; from pathlib import Path; from spt_jax.experiment.workdir import held\n"
         "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -1,0 +1,20 @@
+"""What a config file imports: the dataclasses that make up an experiment."""
+
+from spt_jax.evaluation.evaluate import EvaluationConfig
+from spt_jax.experiment.config import BaseConfig, DataConfig, ExperimentConfig
+from spt_jax.runtime.sharding import MeshConfig
+from spt_jax.training.config import LogConfig, TrainConfig
+from spt_jax.training.losses import LossConfig
+from spt_jax.training.optimizers import OptimizerConfig
+
+__all__ = [
+    "BaseConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "ExperimentConfig",
+    "LogConfig",
+    "LossConfig",
+    "MeshConfig",
+    "OptimizerConfig",
+    "TrainConfig",
+]
