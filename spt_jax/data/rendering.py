@@ -66,7 +66,8 @@ def render_chat(
     answer = _worker.ask(line)
     if answer is None:
         raise ConfigError(
-            f"the tokenizer's chat template was stopped: it exceeded {SECONDS} seconds or {MEMORY_BYTES >> 20} MiB"
+            f"the tokenizer's chat template was stopped after {SECONDS} seconds, or because it used more than"
+            f" {MEMORY_BYTES >> 20} MiB"
         )
     if "error" in answer:
         raise ConfigError(f"the tokenizer's chat template: {answer['error']}")
