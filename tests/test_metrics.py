@@ -112,7 +112,7 @@ def test_bad_bootstraps():
     with pytest.raises(DataError, match="no examples"):
         metrics.bootstrap_interval([])
     for wrong in ({"resamples": 0}, {"confidence": 1.0}, {"confidence": 95.0}):
-        with pytest.raises(ConfigError, match="resamples is 0|it must be between"):
+        with pytest.raises(ConfigError, match=r"resamples is 0|it must be between"):
             metrics.bootstrap_interval([1.0, 2.0], **wrong)
     with pytest.raises(ConfigError, match="must return one value each"):
         metrics.bootstrap_interval(np.ones((3, 2)))
