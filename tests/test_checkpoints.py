@@ -179,7 +179,7 @@ def test_a_step_is_saved_once(tmp_path):
         assert checkpoints.restore(None, state)[2] == {"why": "every 2 steps"}
         other = at(trained(OPTIMIZERS["adam"], step=3), 2)
         for again, data_state in ((other, {"a": 1}), (state, {"a": 2})):
-            with pytest.raises(CheckpointError, match="2 is there already, with another state"):
+            with pytest.raises(CheckpointError, match="2 already exists, with another state"):
                 checkpoints.save(again, data_state, {})
         assert checkpoints.best_step() == 2
         assert_same(checkpoints.restore(None, state)[0], state)
@@ -210,7 +210,7 @@ def test_an_empty_or_foreign_directory_is_told_apart(tmp_path):
     (tmp_path / "7").mkdir()
     (tmp_path / "7" / "weights").write_text("something else")
     with Checkpoints(tmp_path) as checkpoints:
-        with pytest.raises(CheckpointError, match="7: damaged, or no checkpoint of this library"):
+        with pytest.raises(CheckpointError, match="7: damaged, or not a checkpoint of this library"):
             checkpoints.restore(None, state)
         assert_same(checkpoints.restore(2, state)[0], state)
 
@@ -218,14 +218,14 @@ def test_an_empty_or_foreign_directory_is_told_apart(tmp_path):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda: trained(OPTIMIZERS["sgd"]), r"train/optimizer_state/0/count is int32\[\] there, absent here"),
+        (lambda: trained(OPTIMIZERS["sgd"]), r"train/optimizer_state/0/count is int32\[\] in the .*, absent in"),
         (
             lambda: trained(OPTIMIZERS["adam"], length=5),
-            r"prompt/tokens is float32\[12, 16\] there, float32\[5, 16\] here",
+            r"prompt/tokens is float32\[12, 16\] in the checkpoint, float32\[5, 16\] in this run",
         ),
         (
             lambda: jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.ndim else a, trained(OPTIMIZERS["adam"])),
-            r"prompt/tokens is float32\[12, 16\] there, bfloat16\[12, 16\] here",
+            r"prompt/tokens is float32\[12, 16\] in the checkpoint, bfloat16\[12, 16\] in this run",
         ),
     ],
     ids=["optimizer", "length", "dtype"],

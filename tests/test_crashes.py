@@ -121,7 +121,7 @@ def test_a_damaged_newest_checkpoint(job, crashed, tmp_path: Path, capsys: pytes
         assert job(workdir, "--train.keep", "3", "--resume") == 0
         error = capsys.readouterr().err
         if file.name in ("_CHECKPOINT_METADATA", "_METADATA", "data.json"):
-            assert "4: damaged" in error and "Going on from step 3, the newest that is intact" in error
+            assert "4: damaged" in error and "Resuming from step 3, the newest intact" in error
         assert {**end(workdir), "checkpoints": None} == {**whole, "checkpoints": None}, file
     assert job(workdir, "--train.keep", "3", "--resume-from", "7") == 1
     assert "no checkpoint of step 7; there are" in capsys.readouterr().err

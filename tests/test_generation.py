@@ -448,7 +448,7 @@ def test_the_frozen_base_is_no_constant_of_the_programs():
         ({"top_p": 1.1, "temperature": 1.0}, "top_p is 1.1"),
         ({"top_p": 0.9}, "need temperature > 0"),
         ({"top_k": 5}, "need temperature > 0"),
-        ({"stop": ("a", "")}, "none of them empty"),
+        ({"stop": ("a", "")}, "tuple of non-empty strings"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**32}, "seed is 4294967296"),
     ],

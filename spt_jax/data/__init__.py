@@ -1,1 +1,1 @@
-"""Text to batches: sources, templates, tokenization, packing."""
+"""From text to batches: sources, templates, tokenization, packing."""

@@ -1,7 +1,7 @@
-"""Examples to rows of static shape: packing, placement on the devices, and the resumable stream of training batches.
+"""Packs examples into rows of static shape, places batches on devices, and streams training batches resumably.
 
-A batch is always `batch_size` examples, packed or not, so that packing never changes what a step learns from. Rows hold
-several examples that cannot see each other; a row's shape comes from a small set of buckets, so that a step is traced
+A batch always has `batch_size` examples, packed or not, so packing never changes what a step learns from. A row holds
+several examples, which cannot attend to each other. The number of rows is one of a few buckets, so a step is traced
 once per bucket.
 """
 
@@ -27,11 +27,15 @@ from spt_jax.runtime.sharding import ROWS, replicated, row_sharding, row_shards
 class Rows:
     """B packed rows of T tokens, without the leading tokens that all examples share.
 
-    outputs: the Q positions of a row whose next-token distribution, or class, is needed (padded with 0).
-    target_*: M next tokens, or classes: which output predicts it, its id, its weight (0 for padding), and its group. A
-      group is one scored sequence, an example's target or one of its choices: example in row * choices + choice.
-    labels, example_weights, examples: the right choice of each of a row's E examples, its weight (0 for padding) and
-      its record number (-1 for padding).
+    Attributes:
+      ids: the token ids.
+      stream: the positions and segments of the tokens.
+      outputs: the Q positions of a row at which a next-token or class distribution is needed (padded with 0).
+      target_outputs, target_ids, target_weights, target_groups: for each of M target tokens or classes, the index of
+        the output that predicts it, its id, its weight (0 for padding) and its group. A group is one scored sequence,
+        which is an example's target or one of its choices, numbered example in row * choices + choice.
+      labels, example_weights, examples: for each of a row's E examples, its correct choice, its weight (0 for padding)
+        and its record number (-1 for padding).
     """
 
     ids: Int[Array, "B T"]
@@ -49,10 +53,13 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What a step takes: the leading ids that all examples share, once, and the rows that continue them.
+    """The input of a step: the leading ids that all examples share, and the rows that continue them.
 
-    Where rows have different prompts (`Stream.prompt_index`), there are leading ids for each, padded on the right
-    beyond their `lead_length`.
+    Attributes:
+      lead_ids: the leading ids. If rows have different prompts (`Stream.prompt_index`), there are leading ids for each
+        of the S prompts, padded on the right.
+      rows: the rows.
+      lead_length: how many leading ids of each prompt are real; None if none are padding.
     """
 
     lead_ids: Int[Array, "*S P"]
@@ -62,7 +69,7 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """What an example takes up in a row, and the prompt that the whole row must have."""
+    """The space that an example takes up in a row, and the prompt that the whole row must have."""
 
     tokens: int
     outputs: int
@@ -71,16 +78,18 @@ class Slots:
 
 
 def slots(example: Example, lead: int) -> Slots:
-    """The room for an example whose first `lead` ids are shared. The last id of a sequence is never an input.
+    """Returns the space that an example needs if its first `lead` ids are shared.
+
+    The last id of a sequence is only a target, never an input.
 
     Raises:
-      DataError: it has nothing to predict, or no id of its own to predict it from.
+      DataError: the example has nothing to predict, or no id after the shared ones to predict it from.
     """
     if not example.choices and example.reads is None and not example.predicted.any():
-        raise DataError(f"record {example.index + 1}: nothing to predict, the target has no tokens")
+        raise DataError(f"record {example.index + 1}: nothing to predict: the target has no tokens")
     if example.first_target <= lead:
         raise DataError(
-            f"record {example.index + 1}: nothing stands before the first token to predict; begin the prompt with text"
+            f"record {example.index + 1}: no token precedes the first token to predict; begin the prompt with text"
         )
     if example.choices:
         extra = sum(len(choice) - 1 for choice in example.choices)
@@ -95,12 +104,13 @@ def slots(example: Example, lead: int) -> Slots:
 class BatchPlan:
     """Static shapes for a set of examples.
 
-    lead_ids: the leading ids that all examples share [P], or those of each of S prompts share [S, P].
-    lead_length: of the latter, how many are real [S]; None where all examples have one prompt.
-    length, outputs, targets, examples: T, Q, M, E of every row.
-    choices: scored sequences per example at most, 1 without verbalizers.
-    row_buckets: numbers of rows B to choose from, ascending.
-    multiple: what B must be a multiple of: row shards times microbatches.
+    Attributes:
+      lead_ids: the leading ids that all examples share [P], or that the examples of each of S prompts share [S, P].
+      lead_length: in the latter case, how many of them are real [S]; None if all examples have one prompt.
+      length, outputs, targets, examples: the sizes T, Q, M and E of each row.
+      choices: the maximum number of scored sequences per example; 1 without verbalizers.
+      row_buckets: the numbers of rows B to choose from, ascending.
+      multiple: B is a multiple of this: row shards times microbatches.
     """
 
     lead_ids: Any
@@ -114,11 +124,11 @@ class BatchPlan:
     multiple: int
 
     def lead(self, example: Example) -> int:
-        """How many of an example's ids are among the leading ids."""
+        """Returns how many of an example's ids are leading ids."""
         return len(self.lead_ids) if self.lead_length is None else int(self.lead_length[example.prompt])
 
     def rows_for(self, needed: int) -> int:
-        """The smallest bucket that holds `needed` rows; beyond the last, the next multiple."""
+        """Returns the smallest bucket of at least `needed` rows; if none is large enough, the next multiple."""
         for bucket in self.row_buckets:
             if bucket >= needed:
                 return bucket
@@ -135,22 +145,23 @@ def plan_batches(
     length_multiple: int = 1,
     max_length: int | None = None,
 ) -> BatchPlan:
-    """Chooses shapes that waste little for these examples.
+    """Chooses shapes with little padding for these examples.
 
-    The row length holds the longest example and, packed, at least four of mean length, so that little of a row stays
-    empty. The numbers of rows are quantiles of what consecutive batches need: two or three programs to compile.
+    A row is long enough for the longest example and, with packing, for four of average length, so that little of a row
+    is padding. The numbers of rows are quantiles of what consecutive batches need, so that only two or three programs
+    are compiled.
 
     Args:
-      examples: all that will be batched.
-      lead: how many leading ids all share; for examples of S prompts, those that each prompt's share.
+      examples: all examples that will be batched.
+      lead: the number of leading ids that all examples share; a list with one number per prompt if there are several.
       batch_size: examples per batch.
-      packing: False puts every example in a row of its own.
+      packing: whether examples share rows; otherwise each has a separate row.
       multiple: row shards times microbatches.
-      length_multiple: devices along a row, which tokens and outputs must divide over.
-      max_length: the model's positions; rows never need to be longer.
+      length_multiple: the number of devices along a row; tokens and outputs are a multiple of it.
+      max_length: the number of the model's positions; rows need not be longer.
 
     Raises:
-      DataError: an example has nothing to predict, or nothing before it.
+      DataError: an example has nothing to predict, or no token before its first target.
     """
     lead_ids, lead_length = _leads(examples, lead)
     needs = [slots(example, lead if isinstance(lead, int) else lead[example.prompt]) for example in examples]
@@ -194,7 +205,7 @@ def plan_batches(
 
 
 def _leads(examples: Sequence[Example], lead: int | Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
-    """Leading ids and, for several prompts, their numbers; a prompt without examples has none."""
+    """Returns the leading ids and, for several prompts, how many each has; a prompt without examples has none."""
     if isinstance(lead, int):
         return examples[0].ids[:lead], None
     firsts = {example.prompt: example.ids for example in reversed(examples)}
@@ -206,19 +217,19 @@ def _leads(examples: Sequence[Example], lead: int | Sequence[int]) -> tuple[np.n
 
 
 def round_up(number: int, multiple: int) -> int:
-    """The smallest multiple that is not below the number."""
+    """Rounds a number up to the next multiple."""
     return -(-number // multiple) * multiple
 
 
 def bucket(number: int, least: int) -> int:
-    """The smallest of `least`, twice, four times, ... of it that is not below the number."""
+    """Rounds a number up to `least` times a power of 2."""
     return least * 2 ** ((number - 1) // least).bit_length()
 
 
 def assign_rows(needs: Sequence[Slots], plan: BatchPlan) -> list[list[int]]:
-    """First-fit decreasing: which examples go into which row. Each must fit a row of its own.
+    """Assigns examples to rows by first-fit decreasing. Each example must fit in an empty row.
 
-    Only examples of one prompt share a row.
+    Only examples with the same prompt share a row.
     """
     rows: list[list[int]] = []
     room: list[list[int]] = []
@@ -238,22 +249,23 @@ def assign_rows(needs: Sequence[Slots], plan: BatchPlan) -> list[list[int]]:
 
 
 def pack(examples: Sequence[Example], plan: BatchPlan, class_weights: Sequence[float] | None = None) -> Batch:
-    """Lays examples out in rows, as numpy arrays.
+    """Packs examples into rows of numpy arrays.
 
     Args:
-      examples: those of one batch.
+      examples: the examples of one batch.
       plan: the shapes.
-      class_weights: a weight per class, which multiplies all weights of an example, or of a head's read, of that class.
+      class_weights: a weight per class. It multiplies all weights of an example of that class; for a task head, the
+        weight of each position of that class.
 
     Raises:
-      DataError: an example does not fit a row of the plan, or has nothing to predict.
+      DataError: an example does not fit in a row of the plan, or has nothing to predict.
     """
     needs = [slots(example, plan.lead(example)) for example in examples]
     for example, need in zip(examples, needs, strict=True):
         if need.tokens > plan.length or need.outputs > plan.outputs or need.targets > plan.targets:
             raise DataError(
                 f"record {example.index + 1}: {need.tokens} tokens and {need.targets} targets; rows were planned for"
-                f" {plan.length} and {plan.targets}; plan the batches with this example among those given"
+                f" {plan.length} and {plan.targets}; include this example when planning the batches"
             )
     assigned = assign_rows(needs, plan)
     count = plan.rows_for(len(assigned))
@@ -292,7 +304,7 @@ def pack(examples: Sequence[Example], plan: BatchPlan, class_weights: Sequence[f
 
 @dataclasses.dataclass
 class _RowWriter:
-    """Appends examples to one row of numpy arrays."""
+    """Writes examples one after another into one row of numpy arrays."""
 
     rows: Rows
     row: int
@@ -302,7 +314,14 @@ class _RowWriter:
     segments: int = 0
 
     def add(self, example: Example, lead: int, group: int, weight: Any) -> None:
-        """Writes the example's tokens, and its targets from group `group` on, with one weight or one for each."""
+        """Writes an example's tokens and targets.
+
+        Args:
+          example: the example.
+          lead: how many of its ids are leading ids, which are not written.
+          group: the number of its first group.
+          weight: the weight of all targets, or one weight per target.
+        """
         last = len(example.ids) - int(bool(len(example.predicted)) and example.predicted[-1])
         start = self._tokens(example.ids[lead:last], first_position=lead, parent=0)
         if example.reads is not None:
@@ -350,7 +369,13 @@ class _RowWriter:
 
 
 def place_batch(batch: Batch, mesh: Mesh, *, stacked: bool = False) -> Batch:
-    """Puts a host batch, or several stacked in front, on the mesh: rows split over data and fsdp, leading ids whole."""
+    """Places a host batch on the mesh: rows are split over data and fsdp, leading ids are replicated.
+
+    Args:
+      batch: the batch; if `stacked`, several batches with an additional leading axis.
+      mesh: the mesh.
+      stacked: see `batch`.
+    """
     of_rows = NamedSharding(mesh, PartitionSpec(None, ROWS)) if stacked else row_sharding(mesh)
 
     def put(array: Any, sharding: NamedSharding) -> jax.Array:
@@ -369,21 +394,21 @@ def training_batches(
     seed: int,
     class_weights: Sequence[float] | None = None,
 ) -> "grain.DatasetIterator[Batch]":
-    """An endless, shuffled stream of packed batches, each epoch in a new order.
+    """Returns an endless stream of packed batches, reshuffled each epoch.
 
-    Its `get_state()` is plain JSON and `set_state` goes on exactly there. Every process packs the same batch and takes
-    its own rows when the batch is placed, so that the result does not depend on the number of processes.
+    `get_state()` returns plain JSON, and `set_state` resumes exactly there. Each process packs the same batch and takes
+    its own rows when the batch is placed, so the result does not depend on the number of processes.
     """
     dataset = grain.MapDataset.source(_Source(examples)).seed(seed).shuffle().repeat()
-    # In chunks of one, the endless stream would be one longer than grain's length can be.
-    chunks = dataset.map(lambda own: [own]) if batch_size == 1 else dataset.batch(batch_size, batch_fn=list)
+    # With a batch size of 1, `batch` would make the endless dataset longer than the maximum length in grain.
+    chunks = dataset.map(lambda example: [example]) if batch_size == 1 else dataset.batch(batch_size, batch_fn=list)
     dataset = chunks.map(lambda chunk: pack(chunk, plan, class_weights))
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """Random access for grain, which would otherwise print the whole list in its messages."""
+    """Random access for grain. Its short repr keeps grain from printing the whole list in messages."""
 
     examples: Sequence[Example]
 
@@ -398,12 +423,12 @@ class _Source:
 
 
 def evaluation_batches(examples: Sequence[Example], plan: BatchPlan, batch_size: int) -> Iterator[Batch]:
-    """Every example once, in order of length so that rows fill well."""
+    """Yields packed batches with each example once, sorted by length so that rows are well filled."""
     ordered = sorted(examples, key=lambda example: (example.length, example.index))
     for start in range(0, len(ordered), batch_size):
         yield pack(ordered[start : start + batch_size], plan)
 
 
 def multiples(mesh: Mesh, microbatches: int = 1) -> dict[str, Any]:
-    """Options of `plan_batches`: what the numbers of rows and of their tokens must be multiples of on a mesh."""
+    """Returns options of `plan_batches`: the multiples that numbers of rows and tokens need on a mesh."""
     return {"multiple": row_shards(mesh) * microbatches, "length_multiple": mesh.shape["sequence"]}

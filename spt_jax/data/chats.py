@@ -1,7 +1,8 @@
-"""Chats as a tokenizer's chat template renders them, cut into pieces.
+"""Chats rendered by a tokenizer's chat template and split into pieces.
 
-The template renders the real contents, so that its filters and conditions see them. What must not be text is marked in
-the contents by noncharacters: virtual tokens, the ends of a content, and control tokens that are a content's own text.
+The template renders the real contents, so its filters and conditions apply to them. Three things that are not ordinary
+text are marked in the contents with Unicode noncharacters: virtual tokens, the two ends of a content, and names of
+control tokens that are part of a content's text.
 """
 
 import dataclasses
@@ -15,11 +16,11 @@ from spt_jax.data.tokenization import ControlTokens
 from spt_jax.data.values import is_list, text_of
 from spt_jax.errors import ConfigError, DataError
 
-_BREAK = "\ufdd0"  # inside a control token's name that is a content's own text
+_BREAK = "\ufdd0"  # splits the name of a control token that is part of a content's text
 _SLOT = re.compile("\ufdd1(\\d+)\ufdd2")
 _MARKS = re.compile("[\ufdd0-\ufdd2]")
 
-# What a message may hold besides text that this library would have to render: it is refused.
+# Keys of messages that the template would have to render, and that this library does not support.
 _CALLS = ("tool_calls", "function_call", "tools", "documents")
 
 Spans = Sequence[tuple[int, int]]
@@ -30,10 +31,12 @@ class Turn:
     """A turn of a chat.
 
     Attributes:
-      role: as the template knows it.
-      content: pieces; those that are neither `Text` nor `Plain` are seen by the template as one character each.
-      more: other texts that a template may read, such as `reasoning_content`.
-      opened, closed: whether the first and the last character that is not blank can be found in the rendering.
+      role: the role, as named in the template.
+      content: the pieces of the content. The template sees a marker in place of each piece other than `Text` and
+        `Plain`.
+      more: other texts that the template may read, such as `reasoning_content`.
+      opened, closed: whether the beginning and the end of the content, without surrounding whitespace, are marked in
+        the rendering.
     """
 
     role: str
@@ -53,28 +56,39 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Edge:
-    """Where the content of turn number `turn` begins or ends in the rendering, blanks aside."""
+    """Where the content of turn number `turn` begins or ends in the rendering, without surrounding whitespace."""
 
     turn: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Rendering:
-    """A chat's text with slots, what stands in each of them, and the `{% generation %}` blocks."""
+    """A rendered chat.
+
+    Attributes:
+      text: the text, with numbered slots.
+      slots: what each slot stands for.
+      spans: the character spans (start, end) of the template's `{% generation %}` blocks.
+    """
 
     text: str
     slots: Sequence[Piece | Edge]
     spans: Spans
 
     def edges(self, turn: int) -> list[tuple[int, int]]:
-        """The characters (from, to) of the slots at the edges of a turn's content."""
+        """Returns the character spans (start, end) of the slots that mark the edges of a turn's content."""
         numbers = [str(i) for i, slot in enumerate(self.slots) if slot == Edge(turn)]
         return [match.span() for match in _SLOT.finditer(self.text) if match[1] in numbers]
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What follows a generation prompt: the words, and the token that ends them, if the template writes one."""
+    """What follows a generation prompt.
+
+    Attributes:
+      words: the pieces of the answer.
+      end: the token that ends it, if the template writes one.
+    """
 
     words: list[Piece]
     end: list[Piece]
@@ -82,7 +96,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """A part of a chat, and whether the model shall predict it."""
+    """A part of a chat, and whether the model learns to predict it."""
 
     pieces: list[Piece]
     predicted: bool
@@ -96,23 +110,23 @@ class ChatTemplate:
         self._controls = ControlTokens(tokenizer)
 
     def prompt(self, turns: Sequence[Turn]) -> list[Piece]:
-        """A chat up to where the next answer begins.
+        """Returns the pieces of a chat up to where the next answer begins.
 
         Raises:
-          ConfigError: the template refuses the turns, or does not show each of them once and in order.
-          DataError: a content has one of the noncharacters that are used as marks.
+          ConfigError: the template rejects the turns, or does not render each of them once and in order.
+          DataError: a content contains one of the noncharacters that are used as markers.
         """
         rendering = self._rendered(turns, True)
         return self._pieces(rendering, 0, len(rendering.text))
 
     def answer(self, turns: Sequence[Turn], content: Sequence[Piece]) -> Answer:
-        """What the template makes of an assistant's content after the generation prompt of these turns.
+        """Renders an assistant's content as the answer that follows the generation prompt of these turns.
 
-        Blanks between the two belong to the answer, for a template may end the prompt in `[/INST]` and write ` yes`.
+        Whitespace between the two belongs to the answer: a template may end the prompt in `[/INST]` and write ` yes`.
         Other text that the template puts there is left out: an answer follows the generation prompt directly.
 
         Raises:
-          ConfigError, DataError: as `prompt`.
+          ConfigError, DataError: see `prompt`.
         """
         rendering = self._rendered([*turns, Turn("assistant", content, opened=True, closed=True)], False)
         front = self._rendered(turns, True).text
@@ -120,28 +134,32 @@ class ChatTemplate:
         before, words = rendering.text[:opening], self._marked(content, [])
         lead = before[len(front) :] if before.startswith(front) else None
         if lead is None or lead.strip():
-            own = words[: len(words) - len(words.lstrip())]
-            lead = own if before.endswith(own) else ""
+            space = words[: len(words) - len(words.lstrip())]
+            lead = space if before.endswith(space) else ""
         lead = lead[self._controls.swallowed(front + lead, len(front)) :]
         found = self._controls.end(rendering.text, closed)
         end = [] if found is None else self._pieces(rendering, closed, found[0])
         return Answer([*([Plain(lead)] if lead else []), *self._pieces(rendering, begin, close)], end)
 
     def conversation(self, turns: Sequence[Turn], eos: Sequence[int]) -> list[Segment]:
-        """A whole chat, of which the assistant's turns are predicted: all that follows their generation prompts.
+        """Splits a whole chat into segments: the assistant turns, which are predicted, and everything else.
 
-        Where the template has `{% generation %}` blocks, only what is in these is predicted. Where no token of its own
-        ends the last answer, EOS does.
+        An assistant turn is everything after its generation prompt. If the template has `{% generation %}` blocks, only
+        their contents are predicted. If the template writes no token that ends the last answer, EOS ends it.
+
+        Args:
+          turns: the turns of the chat.
+          eos: the ids of EOS; empty if there is none.
 
         Raises:
-          ConfigError: as `prompt`; or what stands before an answer is not what the template writes to ask for it.
-          DataError: as `prompt`.
+          ConfigError: see `prompt`; or the text before an answer differs from its generation prompt.
+          DataError: see `prompt`.
         """
         marked = [dataclasses.replace(turn, closed=turn.is_answer or not turn.is_blank) for turn in turns]
         rendering, plain = self._rendered(marked, False), self._rendered(turns, False).text
         if _SLOT.sub("", rendering.text) != plain:
             raise ConfigError(
-                f"the chat template reads the last characters of a turn: {_parting(rendering.text, plain)}"
+                f"the chat template depends on the last characters of a turn: {_difference(rendering.text, plain)}"
             )
         text, targets, ended = rendering.text, [], True
         for number, turn in enumerate(marked):
@@ -150,8 +168,8 @@ class ChatTemplate:
             front = self._rendered(marked[:number], True).text
             if not text.startswith(front):
                 raise ConfigError(
-                    f"before the answer of turn {number + 1}, the chat template writes another text in the whole chat"
-                    f" than when it asks for that answer: {_parting(text, front)}"
+                    f"before the answer of turn {number + 1}, the chat template writes other text in the whole chat"
+                    f" than in the prompt for that answer: {_difference(text, front)}"
                 )
             ((_, closed),) = rendering.edges(number)
             end = self._controls.end(text, closed)
@@ -168,9 +186,10 @@ class ChatTemplate:
         return [*segments, Segment(self._pieces(rendering, last, len(text)), predicted=False)]
 
     def turn_ends(self, before: Sequence[Turn]) -> list[int]:
-        """Tokens that end an assistant's turn: the last of a chat, or one that a user's turn follows.
+        """Returns the ids that end an assistant turn: the last turn of a chat, or one before a user turn.
 
-        before: the turns that the assistant answers; any where there are none.
+        Args:
+          before: the turns before the assistant turn; if empty, a user turn is made up.
         """
         front = list(before) or [Turn("user", [Plain("a")])]
         turns = [*front, Turn("assistant", [Plain("b")], closed=True), Turn("user", [Plain("c")])]
@@ -178,7 +197,7 @@ class ChatTemplate:
         for some in (turns[:-1], turns):
             try:
                 rendering = self._rendered(some, False)
-            except ConfigError:  # a template for other chats, such as those that begin with a system turn
+            except ConfigError:  # the template needs other turns, such as a system turn at the beginning
                 continue
             ((_, closed),) = rendering.edges(len(front))
             end = self._controls.end(rendering.text, closed)
@@ -206,11 +225,11 @@ class ChatTemplate:
         except ConfigError as error:
             raise ConfigError(f"{error} (a chat of the roles {', '.join(roles)})") from error
         if [int(match[1]) for match in _SLOT.finditer(text)] != list(range(len(slots))):
-            raise ConfigError(f"the tokenizer's chat template does not show the turns {roles} once each, in order")
+            raise ConfigError(f"the tokenizer's chat template does not render each of the turns {roles} once, in order")
         return Rendering(text, slots, spans)
 
     def _marked(self, content: Sequence[Piece], slots: list[Piece | Edge]) -> str:
-        """A content as the template gets it. What is not text is appended to `slots`."""
+        """Returns a content as the template receives it, and appends pieces that are not text to `slots`."""
         text = ""
         for piece in content:
             if isinstance(piece, Text | Plain) and _MARKS.search(piece.text):
@@ -225,15 +244,15 @@ class ChatTemplate:
         return text
 
     def _pieces(self, rendering: Rendering, begin: int, stop: int) -> list[Piece]:
-        """A part of a rendering."""
+        """Returns the pieces of a rendering between two characters."""
         pieces: list[Piece] = []
         for number, part in enumerate(_SLOT.split(rendering.text[begin:stop])):
             if number % 2:
                 slot = rendering.slots[int(part)]
                 pieces += [] if isinstance(slot, Edge) else [slot]
                 continue
-            for own in self._controls.split(part):
-                pieces.append(Plain(own.replace(_BREAK, "")) if isinstance(own, str) else Control(own))
+            for token in self._controls.split(part):
+                pieces.append(Plain(token.replace(_BREAK, "")) if isinstance(token, str) else Control(token))
         return pieces
 
 
@@ -242,24 +261,28 @@ def _slot(number: int) -> str:
 
 
 def _within_blocks(targets: Sequence[tuple[int, int]], blocks: Spans) -> list[tuple[int, int]]:
-    """The parts of blocks that stand after the newest generation prompt."""
+    """Returns the parts of the generation blocks that come after the latest generation prompt."""
     newest = [max((begin for begin, _ in targets if begin < last), default=last) for _, last in blocks]
     parts = [(max(first, begin), last) for (first, last), begin in zip(blocks, newest, strict=True)]
     return [(first, last) for first, last in parts if first < last]
 
 
-def _parting(one: str, other: str) -> str:
-    """Where two renderings differ first."""
+def _difference(one: str, other: str) -> str:
+    """Shows the first place where two renderings differ."""
     one, other = (_MARKS.sub("", _SLOT.sub("", text)) for text in (one, other))
     at = next((i for i in range(len(one)) if one[: i + 1] != other[: i + 1]), len(one))
     return f"{one[max(at - 30, 0) : at + 30]!r} and {other[max(at - 30, 0) : at + 30]!r}"
 
 
 def turns_of(record: Mapping[str, Any], index: int) -> list[Turn]:
-    """The turns of a record.
+    """Returns the turns of a record's chat.
+
+    Args:
+      record: the record.
+      index: its number from 0, for error messages.
 
     Raises:
-      DataError: they are not a list of mappings with "role" and "content", a content is not text, or a turn calls
+      DataError: the chat is not a list of mappings with "role" and "content", a content is not text, or a turn calls
         tools.
     """
     messages = record.get(MESSAGES)
@@ -276,7 +299,7 @@ def turns_of(record: Mapping[str, Any], index: int) -> list[Turn]:
         if message["content"] is None:
             raise DataError(f"record {index + 1}: the content of {where} is null (tool calls are not supported)")
         if calls is not None:
-            raise DataError(f"record {index + 1}: {where} has {calls!r}, and tool calls are not supported")
+            raise DataError(f"record {index + 1}: {where} has {calls!r}, but tool calls are not supported")
         role, content = (
             text_of(message[name], f"record {index + 1}: the {name} of {where}") for name in ("role", "content")
         )

@@ -1,4 +1,4 @@
-"""Records to token ids, some of them virtual, as a template reads them."""
+"""Encodes records as token ids, some of them virtual, according to a template."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -15,17 +15,18 @@ from spt_jax.data.tokenization import check_ids
 from spt_jax.data.values import field_of, field_text
 from spt_jax.errors import ConfigError, DataError, did_you_mean
 
-# What stands after each solved example of a context, and ends an answer that follows them.
+# Follows each solved example of a few-shot prompt, and so also ends a generated answer.
 SEPARATOR = "\n\n"
 
 
 class Encoder:
     """Turns records into examples for one tokenizer, vocabulary and template.
 
-    shots: solved records that stand in front of every prompt, as turns of their own in a chat.
-
     Attributes:
-      end_ids: the ids that end a target: EOS, and in a chat what ends an assistant's turn.
+      template: the template.
+      max_length: the maximum number of tokens of an example.
+      shots: solved records that precede each prompt; in a chat, as separate turns.
+      end_ids: the ids that end a target: EOS, and in a chat also the tokens that end an assistant turn.
     """
 
     def __init__(
@@ -46,18 +47,18 @@ class Encoder:
         self._pieces = PieceEncoder(tokenizer, vocab_size, template.virtual_tokens, adds_bos=not is_chat)
         self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         if template.chat and template.is_conversation:
-            raise ConfigError("data.chat renders a prompt and a target as a chat; {messages} is one already")
+            raise ConfigError("data.chat renders a prompt and a target as a chat, but {messages} already is one")
         if (template.chat or template.is_conversation) and not tokenizer.chat_template:
             raise ConfigError("this base's tokenizer has no chat template")
         if shots and (template.is_conversation or template.virtual_tokens or template.head != "language_model"):
-            raise ConfigError("solved examples stand in front of a written prompt, with neither {messages} nor a head")
+            raise ConfigError("solved examples need a written prompt, without virtual tokens, {messages} or a head")
         if template.is_conversation and parse(template.prompt)[-1] != Field(MESSAGES):
             raise ConfigError("{messages} must come last in a prompt: the answer follows the chat directly")
         self._prompt: list[Piece | int] = (
             [*self._chat.prompt(self._turns(None))] if template.chat else self._with_shots(parse(template.prompt))
         )
-        own_ends = self._chat.turn_ends(self._turns(None)) if is_chat else []
-        self.end_ids = tuple(sorted({*self._eos, *own_ends}))
+        turn_ends = self._chat.turn_ends(self._turns(None)) if is_chat else []
+        self.end_ids = tuple(sorted({*self._eos, *turn_ends}))
         self._choices = [
             np.asarray(self._target({template.label_field: text}, ends=False), np.int32)
             for text in template.verbalizers.values()
@@ -66,15 +67,19 @@ class Encoder:
             check_ids(tokenizer, choice, vocab_size)
         self._classes = list(template.verbalizers)
         if any(len(choice) == 0 for choice in self._choices):
-            raise ConfigError("a verbalizer without tokens: every class needs some text")
+            raise ConfigError("a verbalizer has no tokens; each class needs some text")
         if len({tuple(choice) for choice in self._choices}) < len(self._choices):
             raise ConfigError(f"two verbalizers have the same token ids: {dict(template.verbalizers)}")
 
     def encode(self, record: Mapping[str, Any], index: int) -> Example:
-        """One record.
+        """Encodes one record.
+
+        Args:
+          record: the record.
+          index: its number from 0.
 
         Raises:
-          DataError: a field is absent, the label has no verbalizer, or the example cannot fit.
+          DataError: a field is missing, the label has no verbalizer, or the example is too long.
         """
         example = self._encode(record, index)
         try:
@@ -89,8 +94,8 @@ class Encoder:
                 f"record {index + 1}: {example.length} tokens, at most {self.max_length} fit; name a field that may be"
                 " shortened (data.truncate), or raise data.max_length"
             )
-        fits = self._shortened(record, index, lambda own: self._encode(own, index).length <= self.max_length)
-        example = self._encode(fits, index)
+        shortened = self._shortened(record, index, lambda part: self._encode(part, index).length <= self.max_length)
+        example = self._encode(shortened, index)
         if example.length > self.max_length:
             raise DataError(
                 f"record {index + 1}: {example.length} tokens even without its field {field!r}; at most"
@@ -99,7 +104,7 @@ class Encoder:
         return example
 
     def encode_all(self, records: Sequence[Mapping[str, Any]]) -> list[Example]:
-        """Every record, numbered from 0, with its task's prompt."""
+        """Encodes all records, numbered from 0, each with the index of its task's prompt."""
         examples = [self.encode(record, index) for index, record in enumerate(records)]
         if self.template.task is None:
             return examples
@@ -107,29 +112,30 @@ class Encoder:
         return [dataclasses.replace(e, prompt=prompt) for e, prompt in zip(examples, prompts, strict=True)]
 
     def leads(self, examples: Sequence[Example]) -> int | list[int]:
-        """`head_length` of all examples, or of those of each task."""
+        """Returns `head_length` of all examples; with tasks, that of the examples of each task."""
         if self.template.task is None:
             return self.head_length(examples)
         by_task: list[list[Example]] = [[] for _ in self.template.tasks]
         for example in examples:
             by_task[example.prompt].append(example)
-        return [self.head_length(own) for own in by_task]
+        return [self.head_length(group) for group in by_task]
 
     def prompt_ids(self, record: Mapping[str, Any], room: int = 0) -> np.ndarray:
-        """The prompt, to generate from. A chat's last assistant turn is left for the model to say.
+        """Returns the ids of the prompt, to generate from. If a chat ends in an assistant turn, that turn is left out.
 
         Args:
-          record: its fields.
-          room: for so many new tokens. Where the template names a field that may be shortened, it is shortened until
-            the prompt and these fit in `max_length`, or nothing is left of it; else the prompt stays as it is.
+          record: the record.
+          room: the number of new tokens to leave room for. The template's `truncate` field, if there is one, is
+            shortened until the prompt and the new tokens fit in `max_length`, or the field is empty. Without such a
+            field, the prompt is not shortened.
 
         Raises:
-          DataError: a field is absent or not text.
+          DataError: a field is missing or not text.
         """
         ids, most = self._prompt_ids(record), self.max_length - room
         if len(ids) <= most or self.template.truncate is None:
             return ids
-        return self._prompt_ids(self._shortened(record, 0, lambda own: len(self._prompt_ids(own)) <= most))
+        return self._prompt_ids(self._shortened(record, 0, lambda part: len(self._prompt_ids(part)) <= most))
 
     def _prompt_ids(self, record: Mapping[str, Any]) -> np.ndarray:
         if self.template.is_conversation:
@@ -143,18 +149,18 @@ class Encoder:
         return np.asarray(ids, np.int32)
 
     def up_to_answer(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The record, a chat without what follows its last assistant turn."""
+        """Returns the record; if it is a chat, without the turns after the last assistant turn."""
         if not self.template.is_conversation:
             return record
         answers = [number for number, turn in enumerate(turns_of(record, 0), 1) if turn.is_answer]
         return {**record, MESSAGES: record[MESSAGES][: max(answers, default=0)]}
 
     def answers(self, record: Mapping[str, Any]) -> int:
-        """How many answers a record has: the assistant's turns of a chat, else 1."""
+        """Returns the number of answers of a record: the assistant turns of a chat, otherwise 1."""
         return sum(turn.is_answer for turn in turns_of(record, 0)) if self.template.is_conversation else 1
 
     def reference(self, record: Mapping[str, Any]) -> str:
-        """What the model should say after `prompt_ids`, as text without control tokens."""
+        """Returns the text that should follow `prompt_ids`, without control tokens."""
         if self.template.is_conversation:
             segments = self._chat.conversation(turns_of(record, 0), self._eos)
             pieces = [segment.pieces for segment in segments if segment.predicted][-1]
@@ -166,9 +172,9 @@ class Encoder:
         return "".join(texts).strip()
 
     def fixed_lead(self) -> np.ndarray:
-        """Leading ids that every prompt of this template begins with, whatever its fields hold; never all of them.
+        """Returns the leading ids that all prompts of this template share, whatever their fields; never a whole prompt.
 
-        Text that touches a field may merge with it, and is not among them.
+        Text next to a field may merge with it, so it is not included.
         """
         if self.template.is_conversation:
             return np.zeros(0, np.int32)
@@ -177,13 +183,13 @@ class Encoder:
         while 0 < first < len(pieces) and isinstance(pieces[first - 1], (Text, Plain)):
             first -= 1
         ids = np.asarray(self._ids(pieces[:first], {}, opens=True), np.int32)
-        # Where fields may be empty, or are none, the last id is left to the request.
+        # If fields may be empty, or there are none, the last id is left to the request.
         return ids[:-1] if all(isinstance(piece, Field) for piece in pieces[first:]) else ids
 
     def head_length(self, examples: Sequence[Example]) -> int:
-        """How many leading ids are the same for all examples and independent of their fields.
+        """Returns how many leading ids all examples share, independently of their fields.
 
-        The last of them stays in the rows where its output predicts a first target.
+        An id whose output predicts an example's first target is not counted: it stays in the rows.
         """
         constant = []
         for piece in self._prompt:
@@ -201,7 +207,7 @@ class Encoder:
     def _shortened(
         self, record: Mapping[str, Any], index: int, fits: Callable[[Mapping[str, Any]], bool]
     ) -> Mapping[str, Any]:
-        """The record with the most characters of the template's `truncate` field that fit; none if none do."""
+        """Returns the record with the longest `truncate` field that fits; with an empty field if none fits."""
         field = self.template.truncate or ""
         value = field_text(record, field, index)
 
@@ -236,7 +242,7 @@ class Encoder:
         target = self._target(fields)
         predicted = np.arange(len(prompt) + len(target)) >= len(prompt)
         if not len(prompt):
-            predicted[0] = False  # nothing stands before the first id to predict it from
+            predicted[0] = False  # there is no id before the first one to predict it from
         return Example(np.asarray(prompt + target, np.int32), predicted, (), 0, index)
 
     def _fields(self, record: Mapping[str, Any], names: Sequence[str], index: int) -> dict[str, str]:
@@ -254,7 +260,7 @@ class Encoder:
         return self.template.head == "tagging" and name == self.template.reads
 
     def _read(self, record: Mapping[str, Any], index: int) -> Example:
-        """An example for a head that reads a field."""
+        """Encodes a record for a head that reads a field."""
         name, label = self.template.reads or "", self.template.label_field or ""
         fields = self._fields(record, self.template.prompt_fields, index)
         ids, spans, _ = self._pieces.aligned(*self._filled(fields), opens=True, field=name)
@@ -270,7 +276,7 @@ class Encoder:
         return Example(np.asarray(ids, np.int32), np.zeros(len(ids), bool), (), 0, index, reads=reads, classes=classes)
 
     def read_text(self, record: Mapping[str, Any], first: int, last: int) -> str:
-        """The part of a span head's field from its token number `first` to `last`."""
+        """Returns the text of a span head's field from its token number `first` to `last`, inclusive."""
         fields = self._fields(record, self.template.prompt_fields, 0)
         text = fields[self.template.reads or ""]
         covered = self._pieces.aligned(*self._filled(fields), opens=True, field=self.template.reads)[1]
@@ -278,24 +284,24 @@ class Encoder:
         return text[spans[first][0] : spans[last][1]].strip()
 
     def prompt_ids_around(self, ids: Sequence[int]) -> tuple[np.ndarray, int]:
-        """The prompt with real token ids in the place of its one field, and where these begin."""
+        """Returns the prompt with real token ids in place of its only field, and the position where these begin."""
         at = next(i for i, piece in enumerate(self._prompt) if isinstance(piece, Field))
         front, rest = [*self._prompt[:at], *ids], self._prompt[at + 1 :]
         whole = self._ids([*front, *rest], {}, opens=True)
         return np.asarray(whole, np.int32), len(self._ids(front, {}, opens=True)) - len(ids)
 
     def with_any_label(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """A record to ask about, with some label in the place of the one that is not known.
+        """Returns a record to predict, with an arbitrary label in place of the unknown one.
 
         Raises:
-          DataError: there is nothing to read.
+          DataError: the field that the head reads is empty.
         """
         name = self.template.label_field or ""
         if self.template.reads is None:
             return {**record, name: self._classes[0]}
         words = self._fields(record, [self.template.reads], 0)[self.template.reads].split()
         if not words:
-            raise DataError(f"the field {self.template.reads!r} is empty, so that there is nothing to read")
+            raise DataError(f"the field {self.template.reads!r} is empty, so there is nothing to read")
         return {**record, name: words[0] if self.template.head == "span" else [self._classes[0]] * len(words)}
 
     def _task(self, record: Mapping[str, Any], index: int) -> int:
@@ -316,7 +322,7 @@ class Encoder:
         return self._classes.index(value)
 
     def _target(self, fields: Mapping[Any, str], *, ends: bool = True) -> list[int]:
-        """Ids of the target, with those that end it if asked."""
+        """Returns the ids of the target, with those that end it if `ends`."""
         pieces = parse(self.template.target)
         if not self.template.chat:
             return self._ids(pieces, fields, opens=False) + (self._eos if ends else [])
@@ -329,7 +335,7 @@ class Encoder:
         return self._pieces.aligned(pieces, fields, opens=opens)[0]
 
     def _solved(self, record: Mapping[str, Any], side: str) -> list[Piece]:
-        """A side of the template with the record's fields in their places, a class as its verbalizer."""
+        """Fills a record's fields into the prompt or the target; a class is filled in as its verbalizer."""
         known = dict(record)
         if self.template.verbalizers:
             name = self.template.label_field or ""
@@ -341,7 +347,7 @@ class Encoder:
         return [Plain(field_text(known, p.name, 0)) if isinstance(p, Field) else p for p in parse(side)]
 
     def _with_shots(self, prompt: Sequence[Piece]) -> list[Piece | int]:
-        """The prompt after the solved examples, whose targets have the ids that they have by themselves."""
+        """Returns the prompt after the solved examples, whose targets are encoded separately."""
         pieces: list[Piece | int] = []
         for record in self.shots:
             question = [piece for piece in self._solved(record, self.template.prompt) if piece != Bos()]
@@ -351,7 +357,7 @@ class Encoder:
         return [*prompt[:front], *pieces, *prompt[front:]]
 
     def _turns(self, fields: Mapping[str, str] | None) -> list[Turn]:
-        """The turns of a written chat before its answer, with their fields filled in if given; none of {messages}."""
+        """Returns the turns before the answer, with fields filled in if given; no turns if the chat is {messages}."""
         template = self.template
         if template.is_conversation:
             return []
@@ -372,11 +378,11 @@ class Encoder:
         return [*turns, Turn("user", content)]
 
     def _filled(self, fields: Mapping[str, str]) -> tuple[Sequence[Piece | int], Mapping[str, str]]:
-        """The prompt's pieces, and the fields that are to be filled in."""
+        """Returns the pieces of the prompt, and the fields that still have to be filled in."""
         return (self._chat.prompt(self._turns(fields)), {}) if self.template.chat else (self._prompt, fields)
 
     def _around(self, pieces: list[Piece]) -> list[Piece]:
-        """A chat after what the prompt has before {messages}; BOS, if the chat begins with it, goes first."""
+        """Puts the part of the prompt before {messages} before a chat; a BOS that begins the chat goes first."""
         before = parse(self.template.prompt)[:-1]
         bos = self._tokenizer.bos_token_id
         if bos is None or pieces[:1] != [Control(bos)]:
@@ -384,7 +390,7 @@ class Encoder:
         return [*([] if Bos() in before else pieces[:1]), *before, *pieces[1:]]
 
     def _conversation(self, record: Mapping[str, Any], index: int) -> Example:
-        """A chat, of which the model shall predict the assistant's turns, with what ends them."""
+        """Encodes a chat whose assistant turns the model learns to predict, including the tokens that end them."""
         turns = turns_of(record, index)
         try:
             first, *others = self._chat.conversation(turns, self._eos)
@@ -398,5 +404,5 @@ class Encoder:
         for segment, begin, end in zip(others, edges[:-1], edges[1:], strict=True):
             predicted[begin:end] = segment.predicted
         if not predicted.any():
-            raise DataError(f"record {index + 1}: no assistant turn to learn from")
+            raise DataError(f"record {index + 1}: there is no assistant turn to learn from")
         return Example(np.asarray(ids, np.int32), predicted, (), 0, index)

@@ -1,4 +1,4 @@
-"""A record as token ids."""
+"""Records as token ids."""
 
 import dataclasses
 import hashlib
@@ -9,16 +9,17 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A record as ids.
+    """A record as token ids.
 
-    ids: the prompt, and for a generation target (no choices) the target after it.
-    predicted: True for those ids that the model shall predict.
-    choices: for classification, the ids of every verbalizer, each a continuation of `ids`.
-    label: the index of the right choice, 0 where there is none.
-    index: the record's number in its source.
-    prompt: which of several soft prompts it is for.
-    reads: for a task head, the positions whose hidden states it reads, ascending.
-    classes: the right class at each of them.
+    Attributes:
+      ids: the prompt, followed by the target if it is generated text (no choices).
+      predicted: True for the ids that the model learns to predict.
+      choices: for classification, the ids of each verbalizer, each a continuation of `ids`.
+      label: the index of the correct choice; 0 if there are no choices.
+      index: the record's number in its source, from 0.
+      prompt: the index of its soft prompt, if there are several.
+      reads: for a task head, the positions of the hidden states that it reads, ascending.
+      classes: the correct class at each of these positions.
     """
 
     ids: np.ndarray
@@ -32,18 +33,18 @@ class Example:
 
     @property
     def length(self) -> int:
-        """Tokens of the longest sequence: the context and its longest continuation."""
+        """The number of tokens of the longest sequence: the ids and the longest choice."""
         return len(self.ids) + max((len(choice) for choice in self.choices), default=0)
 
     @property
     def first_target(self) -> int:
-        """The position after the first token whose hidden state is needed."""
+        """The position after the first token from whose hidden state something is predicted."""
         if self.reads is not None:
             return int(self.reads[0]) + 1
         return len(self.ids) if self.choices else int(np.argmax(self.predicted))
 
     def as_target(self) -> "Example":
-        """The same example with the right choice, if it has choices, as its one target."""
+        """Returns the example with its correct choice as its only target; unchanged if it has no choices."""
         if not self.choices:
             return self
         right = self.choices[self.label]
@@ -52,7 +53,7 @@ class Example:
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """SHA-256 of examples, by which two processes tell that they read the same."""
+    """Returns the SHA-256 of examples, with which processes check that they read the same data."""
     sha = hashlib.sha256()
     for example in examples:
         for value in dataclasses.astuple(example):

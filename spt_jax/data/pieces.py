@@ -1,4 +1,4 @@
-"""Pieces of a prompt, a target or a chat to token ids, some of them virtual."""
+"""Encodes the pieces of a prompt, a target or a chat as token ids, some of them virtual."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,15 +10,15 @@ from spt_jax.errors import ConfigError
 
 
 class PieceEncoder:
-    """Encodes pieces for one tokenizer. Text and fields that touch are encoded as one text."""
+    """Encodes pieces with one tokenizer. Adjacent text and fields are encoded as one text."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, virtual_tokens: int, *, adds_bos: bool):
         """Args:
-        tokenizer: the base's.
+        tokenizer: the base's tokenizer.
         vocab_size: virtual token i has the id `vocab_size + i`.
-        virtual_tokens: what a `Virtual` without a number stands for.
-        adds_bos: BOS opens a sequence whose pieces do not say where it goes, if the tokenizer itself adds one. In a
-          chat, it stands only where the chat template writes it.
+        virtual_tokens: the number of virtual tokens that a `Virtual` without a count stands for.
+        adds_bos: whether BOS goes first in a sequence that has no `Bos` piece, if the tokenizer itself adds one. False
+          for chats, which have BOS only where the chat template writes it.
         """
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
@@ -28,26 +28,27 @@ class PieceEncoder:
         self._adds_bos = adds_bos and tokenizer_adds_bos(tokenizer)
 
     def after(self, front: Sequence[Piece | int], pieces: Sequence[Piece]) -> list[int]:
-        """Ids of pieces that follow others, which are encoded without regard to them."""
+        """Returns the ids of pieces that follow `front`, encoded without merging across the boundary."""
         opens = isinstance(front[-1], Control) and self._tokenization.opens_after_control
         return self._run(pieces, {}, opens, None)[0]
 
     def aligned(
         self, pieces: Sequence[Piece | int], fields: Mapping[Any, str], *, opens: bool, field: str | None = None
     ) -> tuple[list[int], list[tuple[int, int]], list[int]]:
-        """Ids of pieces, and where their parts are.
+        """Returns the ids of pieces, and the positions of a field and of the cuts.
 
         Args:
-          pieces: in order; integers are ids.
-          fields: the text of every `Field`.
-          opens: the pieces start the sequence, so that BOS goes first unless a piece says where.
-          field: one of the fields, for which the second result says which of its characters each id covers.
+          pieces: the pieces in order; integers are ids.
+          fields: the text of each `Field`.
+          opens: whether the pieces start the sequence; BOS then goes first, unless there is a `Bos` piece.
+          field: the name of the field whose character spans are returned.
 
         Returns:
-          The ids, the characters (from, to) of the field, and for every `Cut` the number of ids before it.
+          The ids, for each id the character span (start, end) of the field that it covers, and for each `Cut` the
+          number of ids before it.
 
         Raises:
-          ConfigError: a `Bos`, and the tokenizer has none.
+          ConfigError: there is a `Bos` piece, but the tokenizer has no BOS.
         """
         ids, spans, cuts = self._run(pieces, fields, opens, field)
         if not (opens and self._adds_bos) or Bos() in pieces:
@@ -55,7 +56,7 @@ class PieceEncoder:
         return [self._tokenizer.bos_token_id, *ids], [(0, 0), *spans], [cut + 1 for cut in cuts]
 
     def split_controls(self, pieces: Sequence[Piece | int]) -> Iterator[Piece | int]:
-        """Cuts literal text at the tokenizer's control tokens, which become ids."""
+        """Splits literal text at the tokenizer's control tokens, which become ids."""
         for piece in pieces:
             if isinstance(piece, Text):
                 yield from (Text(part) if isinstance(part, str) else part for part in self._controls.split(piece.text))
@@ -69,7 +70,7 @@ class PieceEncoder:
         spans: list[tuple[int, int]] = []
         cuts: list[int] = []
         run, next_virtual = "", 0
-        read: tuple[int, int, int] | None = None  # where the field begins in the run, its length, and what it skips
+        read: tuple[int, int, int] | None = None  # the field's start in the run, its length, its skipped characters
         for piece in [*self.split_controls(pieces), Cut()]:
             if isinstance(piece, Field):
                 value = fields[piece.name]
@@ -90,7 +91,7 @@ class PieceEncoder:
                     cuts.append(len(ids))
                 elif isinstance(piece, Bos):
                     ids.append(self._bos())
-                    # PEFT puts its virtual tokens before the ids of `tokenizer(text)`, in which text follows the BOS.
+                    # PEFT puts virtual tokens before the ids of `tokenizer(text)`, where the text directly follows BOS.
                     at_start = at_start or next_virtual > 0
                 elif isinstance(piece, Control):
                     ids.append(piece.id)
@@ -117,12 +118,12 @@ class PieceEncoder:
 
 
 def _within(spans: Sequence[tuple[int, int]], begin: int, length: int, skipped: int) -> list[tuple[int, int]]:
-    """What of a field each span covers; (0, 0) for nothing.
+    """Converts character spans of a text to spans of a field in it; (0, 0) for spans outside the field.
 
     Args:
-      spans: characters (from, to) of a text.
-      begin, length: the characters of the text that are the field's.
-      skipped: characters of the field before those.
+      spans: character spans (start, end) of the text.
+      begin, length: where the field begins in the text, and how many of its characters are there.
+      skipped: how many characters of the field come before those.
     """
     clipped = [(max(first - begin, 0), min(last - begin, length)) for first, last in spans]
     return [(first + skipped, last + skipped) if last > first else (0, 0) for first, last in clipped]

@@ -1,4 +1,4 @@
-"""What a run would train on: a few examples as tokens, their lengths, how well they pack, and the memory of a step."""
+"""A preview of the training data: a few examples as tokens, their lengths, and how well they pack into batches."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,17 +10,18 @@ from spt_jax.data.examples import Example
 
 
 def show_example(example: Example, tokenizer: Any, vocab_size: int) -> str:
-    """One line: tokens apart by `|`, virtual ones as <soft 0>, ids to predict in [[ ]]; then the choices.
+    """Formats an example as one line, followed by one line per choice.
 
-    A head's classes stand behind the tokens that it reads.
+    Tokens are separated by `|`. Virtual tokens are shown as <soft 0>, and tokens to predict in [[ ]]. For a task head,
+    the class follows each token that the head reads.
     """
     words = []
     for token, predicted in zip(example.ids.tolist(), example.predicted.tolist(), strict=True):
         word = f"<soft {token - vocab_size}>" if token >= vocab_size else _word(tokenizer, token)
         words.append(f"[[{word}]]" if predicted else word)
     if example.reads is not None and example.classes is not None:
-        for place, number in zip(example.reads.tolist(), example.classes.tolist(), strict=True):
-            words[place] += f" [[class {number}]]"
+        for position, number in zip(example.reads.tolist(), example.classes.tolist(), strict=True):
+            words[position] += f" [[class {number}]]"
     line = "|".join(words)
     for number, choice in enumerate(example.choices):
         mark = "  (the label)" if number == example.label else ""
@@ -33,7 +34,7 @@ def _word(tokenizer: Any, token: int) -> str:
 
 
 def describe(examples: Sequence[Example], plan: BatchPlan, batch_size: int, tokenizer: Any, vocab_size: int) -> str:
-    """The first three examples, the lengths of all, and the rows that batches are packed into."""
+    """Describes the first three examples, the lengths of all examples, and the rows that batches are packed into."""
     lines = [f"example {example.index + 1}: {show_example(example, tokenizer, vocab_size)}" for example in examples[:3]]
     lengths = np.asarray([example.length for example in examples])
     quantiles = ", ".join(f"{name} {int(np.quantile(lengths, q))}" for name, q in (("median", 0.5), ("90 %", 0.9)))
@@ -42,9 +43,9 @@ def describe(examples: Sequence[Example], plan: BatchPlan, batch_size: int, toke
     chunks = [examples[i : i + batch_size] for i in range(0, min(len(examples), 50 * batch_size), batch_size)]
     batches = [pack(chunk, plan).rows for chunk in chunks]
     used = sum(int((rows.stream.segments > 0).sum()) for rows in batches)
-    held = sum(rows.ids.size for rows in batches)
+    capacity = sum(rows.ids.size for rows in batches)
     rows = sorted({rows.ids.shape[0] for rows in batches})
     lines.append(
-        f"batches of {batch_size} examples in {rows} rows of {plan.length} tokens; packing rate {used / held:.0%}"
+        f"batches of {batch_size} examples in {rows} rows of {plan.length} tokens; packing rate {used / capacity:.0%}"
     )
     return "\n".join(lines)

@@ -1,6 +1,7 @@
-"""Where a tagging or span head reads, and what is right there.
+"""The positions that a tagging or span head reads, and the correct class at each.
 
-`spans` gives, for every token of an example, the characters of the read field that it covers; (0, 0) for none.
+In this module, `spans` holds for each token of an example the character span of the read field that it covers, or
+(0, 0).
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from jaxtyping import Int
 from spt_jax.data.values import is_list, text_of
 from spt_jax.errors import DataError, did_you_mean
 
-# Classes of a span head's reads are sums of these.
+# The class of a position that a span head reads is the sum of these flags.
 START, END = 1, 2
 
 Spans = Sequence[tuple[int, int]]
@@ -20,14 +21,14 @@ Reads = tuple[Int[np.ndarray, " R"], Int[np.ndarray, " R"]]
 
 
 def words_of(value: Any, what: str) -> list[str]:
-    """The words of a field that holds a list of them, or text with spaces between them.
+    """Returns the words of a field that holds a list of words, or text with words separated by spaces.
 
     Args:
-      value: of the field.
-      what: names it in errors.
+      value: the value of the field.
+      what: the name of the field in error messages.
 
     Raises:
-      DataError: it, or one of its words, is not text.
+      DataError: the value, or one of its words, is not text.
     """
     if not is_list(value):
         return text_of(value, what).split()
@@ -35,21 +36,25 @@ def words_of(value: Any, what: str) -> list[str]:
 
 
 def tag_reads(words: Sequence[str], tags: Sequence[str], classes: Sequence[str], spans: Spans) -> Reads:
-    """The last token of every word, which has seen the whole word, and the class of the word's tag.
+    """Returns for each word its last token, whose hidden state depends on the whole word, and the class of its tag.
 
-    words: what the field holds, with one space between two of them.
+    Args:
+      words: the words of the field; in its text they are separated by single spaces.
+      tags: a tag per word.
+      classes: the names of the classes, in order.
+      spans: see the module docstring.
 
     Raises:
-      DataError: there are not as many tags as words, none at all, an unknown tag, or a word without tokens.
+      DataError: there are not as many tags as words, there are no words, a tag is unknown, or a word has no tokens.
     """
     if len(words) != len(tags) or not words:
-        raise DataError(f"{len(words)} words and {len(tags)} tags; a tag for each word is needed, and a word at least")
+        raise DataError(f"{len(words)} words and {len(tags)} tags; each word needs a tag, and there must be a word")
     reads, end = [], -1
     for word in words:
         end += len(word) + (1 if reads else 0)
         covering = [i for i, (first, last) in enumerate(spans) if first <= end < last]
         if not word or not covering:
-            raise DataError(f"the tokenizer leaves nothing of the word {word!r}")
+            raise DataError(f"the tokenizer makes no token of the word {word!r}")
         reads.append(covering[-1])
     for tag in tags:
         if tag not in classes:
@@ -60,35 +65,38 @@ def tag_reads(words: Sequence[str], tags: Sequence[str], classes: Sequence[str],
 
 
 def span_reads(text: str, answer: Any, spans: Spans) -> Reads:
-    """Every token of the field, and whether the answer starts or ends there.
+    """Returns the tokens of the field, and for each whether the answer starts or ends there.
 
-    answer: a part of the text, of which the first place where it stands is meant; or as SQuAD has it, a mapping with
-      lists "text" and "answer_start", of which the first entries are taken.
+    Args:
+      text: the text of the field.
+      answer: a substring of the text, whose first occurrence counts; or, in the format of SQuAD, a mapping with lists
+        "text" and "answer_start", whose first entries are used.
+      spans: see the module docstring.
 
     Raises:
-      DataError: the text does not hold the answer, or there is none.
+      DataError: there is no answer, or the text does not contain it.
     """
     words, start = _located(text, answer)
     reads = [i for i, (first, last) in enumerate(spans) if last > first]
     starts = [i for i in reads if spans[i][1] > start]
     ends = [i for i in reads if spans[i][0] < start + len(words)]
     if not starts or not ends:
-        raise DataError(f"the tokenizer leaves nothing of the answer {words!r}")
+        raise DataError(f"the tokenizer makes no token of the answer {words!r}")
     classes = [START * (i == starts[0]) + END * (i == ends[-1]) for i in reads]
     return np.asarray(reads, np.int32), np.asarray(classes, np.int32)
 
 
 def answer_text(answer: Any) -> str:
-    """The words of an answer in either form of `span_reads`.
+    """Returns the text of an answer in either format of `span_reads`.
 
     Raises:
-      DataError: it has no words.
+      DataError: the answer is missing or empty.
     """
     if isinstance(answer, Mapping):
         texts = answer.get("text")
         answer = texts[0] if isinstance(texts, Sequence) and not isinstance(texts, str) and len(texts) else ""
     if not isinstance(answer, str) or not answer:
-        raise DataError("there is no answer; a span head always finds one, so leave such records out")
+        raise DataError("there is no answer; a span head always finds one, so remove such records")
     return answer
 
 
@@ -99,5 +107,5 @@ def _located(text: str, answer: Any) -> tuple[str, int]:
         starts = answer.get("answer_start")
         start = starts[0] if isinstance(starts, Sequence) and len(starts) else -1
     if type(start) is not int or start < 0 or text[start : start + len(words)] != words:
-        raise DataError(f"the answer {words[:60]!r} does not stand in the text that the head reads")
+        raise DataError(f"the answer {words[:60]!r} does not occur in the text that the head reads")
     return words, start

@@ -1,9 +1,9 @@
 """Chat templates, rendered with limits on time and memory.
 
-A chat template is a program in Jinja that comes with a tokenizer. Jinja's sandbox keeps it from files and from Python's
-own objects, but bounds neither time nor memory: nested loops run for days, and doubled strings fill the machine. So
-templates are rendered in a process of their own, which the system ends when it exceeds its limits. It is started at the
-first chat and serves all that follow.
+A chat template is a Jinja program that comes with a tokenizer. Jinja's sandbox keeps it from reading files and from
+reaching Python internals, but limits neither time nor memory: nested loops can run for days, and repeatedly doubled
+strings can fill the memory. Templates are therefore rendered in a separate process, which the operating system kills
+when it exceeds its limits. The process is started for the first chat and reused for all later ones.
 """
 
 import atexit
@@ -20,9 +20,9 @@ from typing import Any
 
 from spt_jax.errors import ConfigError
 
-SECONDS = 10  # for one chat
-MEMORY_BYTES = 512 << 20  # beside what Python and the libraries take
-TEXT_CHARACTERS = 4 << 20  # of a rendered chat
+SECONDS = 10  # per chat
+MEMORY_BYTES = 512 << 20  # in addition to what Python and the libraries use
+TEXT_CHARACTERS = 4 << 20  # per rendered chat
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _WORKER = Path(__file__).with_name("rendering_worker.py")
 
@@ -33,21 +33,23 @@ def render_chat(
     *,
     add_generation_prompt: bool = False,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """A chat as the tokenizer's own template writes it: the text of transformers' `apply_chat_template`.
+    """Renders a chat with the tokenizer's template; the text equals that of transformers' `apply_chat_template`.
 
-    May be called from any thread.
+    Thread-safe.
 
     Args:
-      tokenizer: has a chat template.
-      messages: mappings with "role" and "content", and whatever else the template reads; all of it JSON.
-      add_generation_prompt: end with the header of an assistant's turn.
+      tokenizer: a tokenizer with a chat template.
+      messages: mappings with "role", "content" and any other keys that the template reads. All values must be
+        JSON-serializable.
+      add_generation_prompt: whether to end with the header of an assistant turn.
 
     Returns:
-      The text, and the characters (from, to) of it that an assistant says, in order: those inside the template's
-      `{% generation %}` blocks; none where it has no such blocks.
+      The text, and the character spans (start, end) inside the template's `{% generation %}` blocks, in order. There
+      are no spans if the template has no such blocks.
 
     Raises:
-      ConfigError: there is no template, or it refuses the chat, is wrong, or exceeds its time, memory or length.
+      ConfigError: there is no template, the template rejects the chat or is invalid, or rendering exceeds its limit on
+        time, memory or length.
     """
     try:
         template = tokenizer.get_chat_template()
@@ -64,7 +66,8 @@ def render_chat(
     answer = _worker.ask(line)
     if answer is None:
         raise ConfigError(
-            f"the tokenizer's chat template was stopped after {SECONDS} seconds, or at {MEMORY_BYTES >> 20} MiB"
+            f"the tokenizer's chat template was stopped after {SECONDS} seconds, or because it used more than"
+            f" {MEMORY_BYTES >> 20} MiB"
         )
     if "error" in answer:
         raise ConfigError(f"the tokenizer's chat template: {answer['error']}")
@@ -72,7 +75,7 @@ def render_chat(
 
 
 class _Worker:
-    """The process that renders; started when it is needed, and again after it was ended by a limit or a fork."""
+    """The rendering process. It is started on first use, and restarted after a limit killed it or after a fork."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -80,7 +83,7 @@ class _Worker:
         self._owner = 0
 
     def ask(self, line: str) -> dict[str, Any] | None:
-        """The answer to one request; None when the process was ended by its limits."""
+        """Returns the answer to one request, or None if the process was killed by its limits."""
         with self._lock:
             process = self._running()
             assert process.stdin is not None and process.stdout is not None
@@ -90,7 +93,7 @@ class _Worker:
                     process.stdin.write(line.encode() + b"\n")
                     process.stdin.flush()
                     answer = process.stdout.readline()
-            except BaseException:  # an interrupt: the answer to this request must not become that of the next
+            except BaseException:  # on an interrupt: this answer must not be read as the answer to the next request
                 self.close()
                 raise
             if not answer.endswith(b"\n"):
@@ -102,7 +105,7 @@ class _Worker:
         if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
             self.close()
             limits = [str(limit) for limit in (SECONDS, MEMORY_BYTES, TEXT_CHARACTERS)]
-            # A session of its own: the terminal's interrupt is for the program, which ends the process by its pipe.
+            # In a new session, the process does not receive the terminal's interrupt: it ends when its pipe closes.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(_WORKER), *limits],
                 stdin=subprocess.PIPE,
@@ -117,7 +120,7 @@ class _Worker:
         return self._process
 
     def close(self) -> None:
-        """Ends the process, if this one started it."""
+        """Kills the rendering process, if the current process started it."""
         process, self._process = self._process, None
         if process is None or self._owner != os.getpid():
             return

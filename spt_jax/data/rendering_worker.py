@@ -1,7 +1,7 @@
-"""Renders chat templates, one request a line, within limits: the process behind `rendering.render_chat`.
+"""Renders chat templates within limits, one request per line. `rendering.render_chat` runs it as a process.
 
-Run as `rendering_worker.py SECONDS BYTES CHARACTERS`. Requests and answers are JSON. A request that exceeds its time
-ends the process by the alarm's default action; memory fails in Python, or ends it too.
+Run as `rendering_worker.py SECONDS BYTES CHARACTERS`. Requests and answers are JSON. SIGALRM's default action kills the
+process when a request exceeds its time. Running out of memory raises MemoryError, or also kills the process.
 """
 
 import json
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def _limit_memory(more: int) -> None:
-    """Bounds the address space to what is taken already and `more`; where the system tells how much that is."""
+    """Limits the address space to its current size plus `more` bytes; only on Linux, which reports the size."""
     if sys.platform == "linux":
         with open("/proc/self/statm") as file:
             taken = int(file.read().split()[0]) * resource.getpagesize()
@@ -41,11 +41,11 @@ def _answer(line: str, characters: int) -> dict[str, Any]:
     except MemoryError:
         return {"error": "it takes too much memory"}
     except RecursionError:
-        return {"error": "it calls itself without end"}
-    except Exception as error:  # the template's own `raise_exception`, and whatever is wrong in it
+        return {"error": "it recurses too deeply"}
+    except Exception as error:  # from the template's `raise_exception`, or any error in the template
         return {"error": str(error)[:MESSAGE_CHARACTERS] or type(error).__name__}
     if len(text) > characters:
-        return {"error": f"it writes {len(text):,} characters; at most {characters:,} are read"}
+        return {"error": f"it writes {len(text):,} characters; at most {characters:,} are allowed"}
     return {"text": text, "spoken": spoken[0] if spoken else []}
 
 

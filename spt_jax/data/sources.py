@@ -1,4 +1,4 @@
-"""Files and hub data sets, read into records: plain dicts from field name to value."""
+"""Reads files and Hugging Face data sets into records: plain dicts that map field names to values."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ Record = dict[str, Any]
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _STRING_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity')
-# What else may separate columns, and what to do then.
+# Separators that a CSV or TSV file may use instead, each with the end of the error message that names it.
 _SEPARATORS = {
     ",": "commas here; let the file's name end in .csv",
     "\t": "tabs here; let the file's name end in .tsv",
@@ -25,32 +25,32 @@ _SEPARATORS = {
     "|": "'|' here; put a line 'sep=|' before the header, or save the file with commas",
 }
 _SEPARATOR_LINE = re.compile(r'"?sep=([^\w\s"]|\t)"?\r?')
-# Parquet files may expand by orders of magnitude: no further than this, or 100 times the file's own size.
+# Parquet files may expand by orders of magnitude: the limit is this size, or 100 times the file size if larger.
 _MAX_EXPANDED_BYTES = 512 << 20
 _MAX_EXPANSION = 100
-_RECORD_BYTES, _VALUE_BYTES = 256, 8  # that a dict and a reference to a value take
+_RECORD_BYTES, _VALUE_BYTES = 256, 8  # the size of a dict, and of a reference to a value
 _BATCH_ROWS = 1024
 
 
 def read_records(
     source: str, *, split: str = "train", revision: str | None = None, limit: int | None = None
 ) -> list[Record]:
-    """Reads a local file, by its ending, or a data set of the Hugging Face hub.
+    """Reads a local file, whose suffix determines the format, or a data set from the Hugging Face hub.
 
-    CSV and TSV have a header row and their values stay strings; values of the other formats stay as they are stored
-    (a hub data set's class labels are integers). Blank lines of JSONL and CSV are skipped, as are CSV columns without
-    a name. A first line `sep=;`, as Excel writes it, says what separates a CSV file's columns.
+    CSV and TSV files have a header row, and their values are strings. In the other formats, values keep their stored
+    types (class labels of hub data sets are integers). Blank lines in JSONL and CSV files are skipped, as are CSV
+    columns without a name. A first line `sep=;`, as Excel writes it, sets the separator of a CSV file.
 
     Args:
       source: a .jsonl, .json (a list of objects), .csv, .tsv or .parquet file, or a hub id such as "gsm8k" or
-        "glue:sst2", with its configuration after the colon.
-      split: which split of a hub data set. A file is one split already.
-      revision: branch, tag or commit of a hub data set.
-      limit: reads the first so many records; all when None.
+        "glue:sst2", with the configuration after the colon.
+      split: the split of a hub data set; ignored for files.
+      revision: the branch, tag or commit of a hub data set.
+      limit: the maximum number of records to read; None reads all.
 
     Raises:
-      ConfigError: `limit` below 1, or a revision for a local file.
-      DataError: the source is not there, is unreadable (with the line) or has no records.
+      ConfigError: `limit` is below 1, or a revision was given for a local file.
+      DataError: the source does not exist, cannot be parsed (the message names the line) or has no records.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}; it must be at least 1, or None for all records")
@@ -69,10 +69,15 @@ def read_records(
 
 
 def check_fields(records: Iterable[Mapping[str, Any]], fields: Sequence[str], source: str) -> None:
-    """Makes sure that every record has a value for each field that a template needs.
+    """Checks that every record has a value for each field that a template needs.
+
+    Args:
+      records: the records.
+      fields: the names of the needed fields.
+      source: the name of the source in error messages.
 
     Raises:
-      DataError: a field is absent or null, with the source, the record's number (from 1) and the nearest known field.
+      DataError: a field is missing or null. The message names the record (from 1) and a similar field.
     """
     for number, record in enumerate(records, 1):
         for field in fields:
@@ -96,7 +101,7 @@ def _file_records(path: Path) -> Iterator[Record]:
         hint = did_you_mean(path.name, _data_files(path.parent)) if here else f"there is no folder {path.parent}"
         raise DataError(f"{path}: no such file; {hint}")
     if path.suffix.lower() not in READERS:
-        raise DataError(f"{path}: unknown ending {path.suffix!r}; the endings read here are {', '.join(READERS)}")
+        raise DataError(f"{path}: unknown file suffix {path.suffix!r}; supported are {', '.join(READERS)}")
     try:
         if path.stat().st_size == 0:
             raise DataError(f"{path}: the file is empty")
@@ -120,12 +125,12 @@ def _read_text(path: Path) -> str:
 def _object(pairs: list[tuple[str, Any]]) -> Record:
     record = dict(pairs)
     if len(record) < len(pairs):
-        raise ValueError(f"the field {_repeated([name for name, _ in pairs])!r} comes twice")
+        raise ValueError(f"the field {_repeated([name for name, _ in pairs])!r} occurs twice")
     return record
 
 
 def _repeated(names: Iterable[str]) -> str | None:
-    """The first name that is there for the second time."""
+    """Returns the first name that occurs a second time, or None."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -135,10 +140,11 @@ def _repeated(names: Iterable[str]) -> str | None:
 
 
 def _parse_json(text: str) -> Any:
-    """Strict JSON.
+    """Parses strict JSON.
 
     Raises:
-      ValueError: it is not JSON, holds NaN or Infinity, a field twice in one object, or is nested too deeply.
+      ValueError: the text is not JSON, contains NaN or Infinity, has an object with a repeated field, or is nested too
+        deeply.
     """
     try:
         return json.loads(text, object_pairs_hook=_object, parse_constant=partial(_refuse_constant, text))
@@ -153,7 +159,7 @@ def _refuse_constant(text: str, name: str) -> Any:
 
 def _checked_object(value: Any, where: str) -> Record:
     if not isinstance(value, dict):
-        raise DataError(f"{where}: an object with named fields is needed, not {reprlib.repr(value)}")
+        raise DataError(f"{where}: expected an object with named fields, not {reprlib.repr(value)}")
     for name, part in value.items():
         if _has_lone_surrogate(name) or _has_lone_surrogate(part):
             raise DataError(f"{where}, field {name!r}: half of a surrogate pair is not a character")
@@ -161,7 +167,7 @@ def _checked_object(value: Any, where: str) -> Record:
 
 
 def _has_lone_surrogate(value: Any) -> bool:
-    """Whether a string in a JSON value does. Such escapes cannot be written as UTF-8, so no tokenizer takes them."""
+    """Whether a JSON value contains a lone surrogate, which UTF-8 cannot encode and no tokenizer accepts."""
     waiting = [value]
     while waiting:
         part = waiting.pop()
@@ -175,7 +181,7 @@ def _has_lone_surrogate(value: Any) -> bool:
 
 
 def _jsonl(path: Path) -> Iterator[Record]:
-    # str.splitlines would also cut at the Unicode line separators that JSON strings may hold.
+    # str.splitlines would also split at the Unicode line separators that JSON strings may contain.
     for number, line in enumerate(_read_text(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -193,12 +199,12 @@ def _json(path: Path) -> Iterator[Record]:
     try:
         values = _parse_json(text)
     except json.JSONDecodeError as error:
-        hint = "; a file with one object a line ends in .jsonl" if error.msg == "Extra data" else ""
+        hint = "; a file with one object per line needs the suffix .jsonl" if error.msg == "Extra data" else ""
         raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg} at column {error.colno}){hint}") from error
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error})") from error
     if not isinstance(values, list):
-        raise DataError(f"{path}: a list of objects is needed, and this is {type(values).__name__}")
+        raise DataError(f"{path}: expected a list of objects, not {type(values).__name__}")
     for number, value in enumerate(values, 1):
         yield _checked_object(value, f"{path}, record {number}")
 
@@ -208,7 +214,7 @@ def _csv(path: Path, separator: str = ",") -> Iterator[Record]:
     first, _, rest = text.partition("\n")
     if named := _SEPARATOR_LINE.fullmatch(first):
         separator, text, skipped = named[1], rest, 1
-    csv.field_size_limit(2**31 - 1)  # of the process: a reader has none of its own
+    csv.field_size_limit(2**31 - 1)  # process-wide: there is no limit per reader
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     header: list[str] = []
     line = 1 + skipped
@@ -226,19 +232,19 @@ def _csv(path: Path, separator: str = ",") -> Iterator[Record]:
     except csv.Error as error:
         if not header:
             _check_separator(text.partition("\n")[0], separator, f"{path}, line {line}")
-        raise DataError(f"{path}, line {line}: {error}; a quote mark in a quoted value is written twice") from error
+        raise DataError(f"{path}, line {line}: {error}; in a quoted value, write each quotation mark twice") from error
 
 
 def _checked_header(row: Sequence[str], separator: str, where: str) -> list[str]:
-    """The columns' names, "" for those that have none: pandas' index, or what Excel keeps of cleared columns."""
+    """Returns the column names, "" for unnamed columns such as pandas' index or columns cleared in Excel."""
     if len(row) == 1:
         _check_separator(row[0], separator, where)
     names = [name if name.strip() else "" for name in row]
     named = [name for name in names if name]
     if not named:
-        raise DataError(f"{where}: the header names no column")
+        raise DataError(f"{where}: the header has no column names")
     if repeated := _repeated(named):
-        raise DataError(f"{where}: the header names two columns {repeated!r}; give each a name of its own")
+        raise DataError(f"{where}: the header names two columns {repeated!r}; give each a different name")
     return names
 
 
@@ -260,7 +266,7 @@ def _parquet(path: Path) -> Iterator[Record]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         schema, columns = file.schema_arrow, [file.schema.column(i) for i in range(len(file.schema))]
-        # A text that many rows share stays one text until its rows are counted.
+        # Texts stay dictionary-encoded, so a text that many rows share is stored once until its rows are counted.
         texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
         file, expanded = pyarrow.parquet.ParquetFile(path, read_dictionary=texts), 0
         for group in range(file.num_row_groups):
@@ -279,10 +285,10 @@ def _parquet(path: Path) -> Iterator[Record]:
 
 
 def _expanded_bytes(array: Any) -> int:
-    """Bytes of an Arrow array's values, each counted wherever a dictionary is referred to."""
+    """Returns the bytes of an Arrow array's values; a dictionary's value counts once per reference to it."""
     import pyarrow.compute
 
-    compute: Any = pyarrow.compute  # Its functions are made when it is imported.
+    compute: Any = pyarrow.compute  # Its functions are created at import, so type checkers do not see them.
     kinds = pyarrow.types
     if kinds.is_dictionary(array.type):
         if not (kinds.is_string(array.type.value_type) or kinds.is_binary(array.type.value_type)):
@@ -301,8 +307,8 @@ def _expanded_bytes(array: Any) -> int:
 def _check_expansion(size: int, limit: int, path: Path) -> None:
     if size > limit:
         raise DataError(
-            f"{path}: expands to more than {limit >> 20:,} MiB of records; split the file, or read the first records"
-            " (data.limit)"
+            f"{path}: expands to more than {limit >> 20:,} MiB of records; split the file, or read only the first"
+            " records (data.limit)"
         )
 
 
@@ -315,7 +321,7 @@ def _hub_records(source: str, split: str, revision: str | None, limit: int | Non
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise DataError(
-            f"{source!r} is no file here, and the hub did not give its split {split!r} ({reason})"
+            f"{source!r} is not a local file, and the hub did not return its split {split!r} ({reason})"
         ) from error
     return rows.select(range(min(limit or len(rows), len(rows)))).to_list()
 

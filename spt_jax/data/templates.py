@@ -1,8 +1,8 @@
-"""Templates: two strings that say how a record reads, and where the virtual tokens stand.
+"""Templates: how a record becomes a prompt and a target, and where the virtual tokens go.
 
-A template is a prompt and a target. `{field}` is a field of the record, `<soft>` stands for all virtual tokens,
-`<soft:5>` for the next five, `<bos>` for the tokenizer's BOS (first by default, if the tokenizer adds one), `{{` and
-`}}` for braces. Virtual token i has the id `vocab_size + i`.
+A template has a prompt and a target string. In them, `{field}` stands for a field of the record, `<soft>` for all
+virtual tokens, `<soft:5>` for the next five, `<bos>` for the tokenizer's BOS (which goes first by default, if the
+tokenizer adds one), and `{{` and `}}` for braces. Virtual token i has the id `vocab_size + i`.
 """
 
 import dataclasses
@@ -17,28 +17,28 @@ MESSAGES = "messages"
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Literal text, in which the tokenizer's control tokens count as such."""
+    """Literal text in which the names of the tokenizer's control tokens become control tokens."""
 
     text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-    """Literal text in which nothing counts as a control token."""
+    """Literal text in which nothing becomes a control token."""
 
     text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """A record's field, always plain text."""
+    """A field of the record, encoded as plain text."""
 
     name: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Virtual:
-    """The next `count` virtual tokens; None for all of them."""
+    """The next `count` virtual tokens, or all of them if None."""
 
     count: int | None
 
@@ -50,14 +50,14 @@ class Bos:
 
 @dataclasses.dataclass(frozen=True)
 class Control:
-    """A control token that a chat template writes. Text after it is encoded as the tokenizer itself does there."""
+    """A control token written by a chat template. Text after it is encoded as the tokenizer itself would."""
 
     id: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """The part of a chat that a head reads: a field without the `skipped` blanks that it begins with."""
+    """The part of a chat that a head reads: a field without its leading whitespace, of `skipped` characters."""
 
     text: str
     skipped: int
@@ -65,7 +65,7 @@ class Read:
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """Where text is cut: what stands before is encoded without regard to what follows."""
+    """A boundary: the text before it and the text after it are encoded separately."""
 
 
 Piece = Text | Plain | Field | Virtual | Bos | Control | Read | Cut
@@ -73,10 +73,10 @@ _MARKUP = re.compile(r"<soft(?::(?P<count>\d+))?>|(?P<bos><bos>)|(?P<brace>\{\{|
 
 
 def parse(template: str) -> list[Piece]:
-    """The pieces of one side of a template, in order.
+    """Parses a prompt or a target into its pieces, in order.
 
     Raises:
-      ConfigError: a brace that is neither doubled nor around a field name, or `<soft:0>`.
+      ConfigError: there is a `<soft:0>`, or a brace that is neither doubled nor part of a field.
     """
     pieces: list[Piece] = []
     text, last = "", 0
@@ -105,22 +105,20 @@ def parse(template: str) -> list[Piece]:
 
 
 def virtual_length(template: str) -> int | None:
-    """The sum of a template's `<soft:n>`; None if it has none.
+    """Returns the sum over all `<soft:n>` of a template; None if it has none.
 
     Raises:
-      ConfigError: a bare `<soft>` twice, or beside `<soft:n>`.
+      ConfigError: the template has `<soft>` twice, or together with `<soft:n>`.
     """
     counts = [piece.count for piece in parse(template) if isinstance(piece, Virtual)]
     if None in counts and len(counts) > 1:
-        raise ConfigError(
-            f"template {template!r}: <soft> stands for all virtual tokens, so it can stand there only once"
-        )
+        raise ConfigError(f"template {template!r}: <soft> stands for all virtual tokens, so it can occur only once")
     numbers = [count for count in counts if count is not None]
     return sum(numbers) if numbers else None
 
 
 def without_virtual(template: str) -> str:
-    """The same template for the bare model."""
+    """Removes `<soft>` and `<soft:n>` from a template."""
     return re.sub(r"<soft(:\d+)?>", "", template)
 
 
@@ -131,20 +129,22 @@ HeadKind = Literal["language_model", "classification", "tagging", "span"]
 class Template:
     """How records become prompts and targets.
 
-    prompt, target: the two sides. A prompt that holds `{messages}` takes a chat from the record's `messages`, whose
-      assistant turns are the targets; `target` is then empty.
-    virtual_tokens: how many there are, P.
-    verbalizers: class -> text, for classification; the target's one field is then the label.
-    truncate: the field that may be shortened when an example is too long; None refuses such examples.
-    keep: which end of that field stays.
-    task: the field that names a record's task, where every task has a prompt of its own.
-    tasks: the tasks, in the order of their prompts.
-    head: what a head of the soft prompt's own reads: classification the class off the prompt's last token, tagging a
-      class off every word of a field, span the start and the end of a part of a field. The verbalizers then only name
-      the classes, in the head's order. The target's one field holds the class, the tags or the answer.
-    reads: the prompt's field that a tagging or span head reads.
-    chat: render prompt and target as a user's and an assistant's turn through the tokenizer's chat template.
-    system: the system turn of a chat.
+    Attributes:
+      prompt, target: the two template strings. A prompt with `{messages}` takes a chat from the record's `messages`,
+        and the assistant turns are the targets; `target` is then empty.
+      virtual_tokens: the number of virtual tokens.
+      verbalizers: maps each class to its text, for classification; the target's only field is then the label.
+      truncate: the field that is shortened if an example is too long; if None, such examples are refused.
+      keep: which end of the truncated field is kept.
+      task: the field that names a record's task, if each task has its own soft prompt.
+      tasks: the tasks, in the order of their soft prompts.
+      head: which head the soft prompt has. A classification head predicts a class at the last token of the prompt, a
+        tagging head a class for each word of a field, and a span head the start and the end of a substring of a field.
+        With a head, the verbalizers only name the classes, in the head's order, and the target's only field holds the
+        class, the tags or the answer.
+      reads: the prompt field that a tagging or span head reads.
+      chat: whether to render prompt and target as a user and an assistant turn with the tokenizer's chat template.
+      system: the system turn of such a chat.
     """
 
     prompt: str
@@ -167,48 +167,48 @@ class Template:
                 f"template {self.prompt!r} places {placed} virtual tokens, the soft prompt has {self.virtual_tokens}"
             )
         if self.virtual_tokens and placed is None and "<soft>" not in self.prompt:
-            raise ConfigError(f"template {self.prompt!r} has no <soft>: say where the virtual tokens go")
+            raise ConfigError(f"template {self.prompt!r} has no <soft>; put it where the virtual tokens go")
         if any(isinstance(piece, Virtual) for piece in parse(self.target)):
             raise ConfigError(f"target {self.target!r}: virtual tokens belong to the prompt")
         if self.verbalizers and self.label_field is None:
             raise ConfigError(
-                f"target {self.target!r}: with verbalizers, the target holds exactly one field, the label"
+                f"target {self.target!r}: with verbalizers, the target needs exactly one field, the label"
             )
         if self.head == "classification" and len(self.verbalizers) < 2:
-            raise ConfigError("a classification head needs verbalizers, whose names are the classes: at least 2")
+            raise ConfigError("a classification head needs at least 2 verbalizers, whose names are the classes")
         if (self.reads is not None) != (self.head in ("tagging", "span")):
             raise ConfigError(
-                "data.reads names what a tagging or span head reads: it goes with such a head, and only so"
+                "data.reads names the field that a tagging or span head reads: set it with such a head, and only then"
             )
         if self.reads is not None:
             if self.reads not in self.prompt_fields:
                 raise ConfigError(
-                    f"data.reads={self.reads!r} is no prompt field; {did_you_mean(self.reads, self.prompt_fields)}"
+                    f"data.reads={self.reads!r} is not a prompt field; {did_you_mean(self.reads, self.prompt_fields)}"
                 )
             if self.label_field is None:
                 raise ConfigError(f"target {self.target!r}: a {self.head} head needs exactly one field there")
             if self.truncate is not None:
                 raise ConfigError(
-                    f"data.truncate might cut off what a {self.head} head is asked for; split such records"
+                    f"data.truncate might cut off what a {self.head} head has to predict; split long records instead"
                 )
         if self.truncate == MESSAGES:
-            raise ConfigError("data.truncate cannot shorten a chat: leave turns out of the long records")
+            raise ConfigError("data.truncate cannot shorten a chat: remove turns from long records")
         if self.truncate is not None and self.truncate not in self.prompt_fields:
             raise ConfigError(
-                f"truncate={self.truncate!r} is no prompt field; {did_you_mean(self.truncate, self.prompt_fields)}"
+                f"truncate={self.truncate!r} is not a prompt field; {did_you_mean(self.truncate, self.prompt_fields)}"
             )
         if not self.target and not self.is_conversation:
-            raise ConfigError('an empty target: name what the model shall learn to say, for example "{label}"')
+            raise ConfigError('the target is empty: set what the model should learn to generate, such as "{label}"')
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Fields of the prompt, then of the target, each once."""
+        """The fields of the prompt, then those of the target, without repetitions."""
         pieces = parse(self.prompt) + parse(self.target)
         return tuple(dict.fromkeys(piece.name for piece in pieces if isinstance(piece, Field)))
 
     @property
     def prompt_fields(self) -> tuple[str, ...]:
-        """Fields of the prompt, each once."""
+        """The fields of the prompt, without repetitions."""
         return tuple(dict.fromkeys(piece.name for piece in parse(self.prompt) if isinstance(piece, Field)))
 
     @property
@@ -221,7 +221,7 @@ class Template:
         return Field(MESSAGES) in parse(self.prompt)
 
     def bare(self, prompt: str | None = None) -> "Template":
-        """The same task without a soft prompt, asked by `prompt` or by this template's own words."""
+        """Returns the template without virtual tokens and head, with `prompt` in place of its own prompt if given."""
         prompt = without_virtual(self.prompt if prompt is None else prompt)
         truncate = self.truncate if Field(self.truncate or "") in parse(prompt) else None
         changes: dict[str, Any] = {"task": None, "tasks": (), "head": "language_model", "reads": None}

@@ -1,4 +1,4 @@
-"""Text to ids, for text that opens a sequence and for text that continues one."""
+"""Encodes text as ids, both at the start of a sequence and as the continuation of other text."""
 
 import functools
 import re
@@ -11,17 +11,17 @@ import tokenizers
 from spt_jax.bases.tokenizer import tokenizer_panics
 from spt_jax.errors import DataError
 
-# Text that is encoded in front of a continuation and cut off again. The first that does not merge with it is used.
+# Text that is encoded before a continuation and then removed. The first that does not merge with it is used.
 _ANCHORS = ("\n", "a", ".", "0", "\x00")
 
-# From how many characters on a text is encoded as a batch of one: other threads run meanwhile, which `encode` prevents.
+# Texts of at least this many characters are encoded as a batch of one: unlike `encode`, that lets other threads run.
 _LONG = 2**12
 
 
 class Tokenization:
-    """A tokenizer's plain text encoding, with no BOS, EOS, truncation or padding.
+    """Encodes plain text with a tokenizer, without BOS, EOS, truncation or padding.
 
-    Control tokens that appear in text are text: "</s>" in a user's message encodes as its characters.
+    The names of control tokens are encoded as ordinary text: "</s>" in a user's message becomes its characters.
     """
 
     def __init__(self, tokenizer: Any):
@@ -33,9 +33,9 @@ class Tokenization:
 
     @functools.cached_property
     def opens_after_control(self) -> bool:
-        """True for tokenizers that encode a text after a control token as one that opens a sequence.
+        """Whether the tokenizer encodes text after a control token as at the start of a sequence.
 
-        Those of the Llama 2 kind, which normalize each text between control tokens by itself.
+        Tokenizers like that of Llama 2 do: they normalize each text between control tokens separately.
         """
         names = control_tokens(self._whole)
         if not names or not self.adds_dummy_space:
@@ -45,29 +45,33 @@ class Tokenization:
 
     @functools.cached_property
     def adds_dummy_space(self) -> bool:
-        """True for tokenizers that put a space in front of a text's first word (SentencePiece, as in Llama 2)."""
+        """Whether the tokenizer adds a space before the first word of a text (SentencePiece, as in Llama 2)."""
         normalizer, splitter = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
         text = normalizer.normalize_str("a") if normalizer else "a"
         first = splitter.pre_tokenize_str(text)[0][0] if splitter else text
         return first.startswith(("\u2581", "\u0120", " "))
 
     def opening(self, text: str) -> list[int]:
-        """Ids of a text that opens a sequence, with whatever space the tokenizer puts there."""
+        """Returns the ids of a text that starts a sequence, with the space that the tokenizer may add there."""
         return self._encoding(text).ids
 
     def continuation(self, text: str) -> list[int]:
-        """Ids of a text that follows something else: no space is put in front of it.
+        """Returns the ids of a text that follows something else: no space is added before it.
 
         Raises:
-          DataError: the tokenizer merges the text with everything tried in front of it.
+          DataError: the tokenizer merges the text with every anchor that is tried before it.
         """
         return self.aligned(text, opens=False)[0] if self.adds_dummy_space else self.opening(text)
 
     def aligned(self, text: str, *, opens: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of an opening text or a continuation, and for each the characters (from, to) of the text it stands for.
+        """Returns the ids of a text, and for each id the character span (start, end) that it covers.
+
+        Args:
+          text: the text.
+          opens: whether the text starts a sequence; otherwise it is a continuation.
 
         Raises:
-          DataError: as `continuation`.
+          DataError: see `continuation`.
         """
         for anchor in ("",) if opens or not self.adds_dummy_space else _ANCHORS:
             front, whole = self.opening(anchor), self._encoding(anchor + text)
@@ -82,33 +86,33 @@ class Tokenization:
                 if len(text) >= _LONG:
                     return self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
                 return self._tokenizer.encode(text, add_special_tokens=False)
-        except TypeError as error:  # the binding's way to refuse what is not valid Unicode
-            raise DataError(f"{text[:40]!r} holds half of a surrogate pair, which is not a character") from error
+        except TypeError as error:  # raised by the Rust binding for invalid Unicode
+            raise DataError(f"{text[:40]!r} contains half of a surrogate pair, which is not a character") from error
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether `tokenizer(text)` puts the BOS token first. GPT-2 has a BOS token and does not."""
+    """Whether `tokenizer(text)` starts with the BOS token. GPT-2's tokenizer has a BOS token but does not add it."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
 @functools.lru_cache(maxsize=4)
 def tokenization_of(tokenizer: Any) -> Tokenization:
-    """One for all encoders of a base: a large vocabulary takes tens of megabytes."""
+    """Returns a cached `Tokenization`, shared by all encoders of a base: a large vocabulary takes tens of megabytes."""
     return Tokenization(tokenizer)
 
 
 def check_ids(tokenizer: Any, ids: Sequence[int] | np.ndarray, vocab_size: int, virtual_tokens: int = 0) -> None:
-    """Refuses tokens that a tokenizer has and its model does not, such as a padding token that was added later.
+    """Checks that the model has an embedding for each id; a padding token that was added later may not have one.
 
     Args:
-      tokenizer: the base's.
-      ids: of a text or an example.
-      vocab_size: rows of the embedding table; virtual token i has the id `vocab_size + i`.
-      virtual_tokens: how many virtual tokens are among the ids, in order.
+      tokenizer: the base's tokenizer.
+      ids: the ids of a text or an example.
+      vocab_size: the number of rows of the embedding table; virtual token i has the id `vocab_size + i`.
+      virtual_tokens: the number of virtual tokens among the ids, which must be in order.
 
     Raises:
-      DataError: there is another id of `vocab_size` or above.
+      DataError: another id is `vocab_size` or above.
     """
     beyond = [int(id_) for id_ in ids if id_ >= vocab_size]
     for number, id_ in enumerate(beyond):
@@ -120,13 +124,13 @@ def check_ids(tokenizer: Any, ids: Sequence[int] | np.ndarray, vocab_size: int, 
 
 
 def control_tokens(tokenizer: Any) -> dict[str, int]:
-    """The tokenizer's special tokens, named ones and all others that were added as special ones, and their ids."""
+    """Returns the ids of a tokenizer's special tokens by name: the named ones, and all others added as special."""
     added = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
     return {**added, **{name: tokenizer.convert_tokens_to_ids(name) for name in tokenizer.all_special_tokens}}
 
 
 class ControlTokens:
-    """Finds a tokenizer's control tokens in literal text, as the tokenizer itself does: leftmost, then longest."""
+    """Finds a tokenizer's control tokens in literal text like the tokenizer itself: leftmost first, then longest."""
 
     def __init__(self, tokenizer: Any):
         self._ids = control_tokens(tokenizer)
@@ -137,9 +141,9 @@ class ControlTokens:
         self.pattern, self._end = _any_of(self._ids), _any_of(self._ends)
 
     def split(self, text: str) -> list[str | int]:
-        """The texts between control tokens, none empty, and the ids of these.
+        """Splits text into the ids of its control tokens and the non-empty texts between them.
 
-        A token that was added with `lstrip` or `rstrip` takes the blanks on that side with it.
+        A token that was added with `lstrip` or `rstrip` includes the whitespace on that side.
         """
         parts: list[str | int] = []
         last = 0
@@ -154,9 +158,12 @@ class ControlTokens:
         return parts + ([text[last:]] if text[last:] else [])
 
     def end(self, text: str, at: int) -> tuple[int, int] | None:
-        """The position after the token that follows position `at`, blanks aside, and its id; None if text follows.
+        """Finds the added token that follows position `at`, ignoring whitespace between them.
 
-        It may be any added token: not all that end a turn are declared as special ones.
+        Tokens that are not declared special are found too, since such a token may end a turn.
+
+        Returns:
+          The position after the token, and its id; None if other text follows.
         """
         match = self._end.match(text, len(text) - len(text[at:].lstrip()))
         if match is None:
@@ -166,12 +173,12 @@ class ControlTokens:
         return stop, self._ends[match[0]]
 
     def swallowed(self, text: str, at: int) -> int:
-        """How many blanks from position `at` on belong to a control token before it, blanks aside."""
+        """Returns how many whitespace characters from position `at` belong to a control token before it."""
         front, rest = text[:at].rstrip(), text[at:]
         return len(rest) - len(rest.lstrip()) if front.endswith(tuple(self._rstrip)) else 0
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:
-    """Matches the longest of these texts."""
+    """Returns a pattern that matches any of the names, preferring the longest."""
     longest_first = sorted(names, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) if longest_first else "(?!)")

@@ -1,4 +1,4 @@
-"""Values of a record's fields as text. A value that is not text is never turned into a string in silence."""
+"""Field values as text. Values that are neither text nor numbers are refused, never converted silently."""
 
 import decimal
 import math
@@ -11,14 +11,14 @@ from spt_jax.errors import DataError, did_you_mean
 
 
 def text_of(value: object, what: str) -> str:
-    """A value as text: itself, a number or boolean as JSON writes it, or text parts joined.
+    """Returns a value as text: a string as it is, a number or boolean as in JSON, or the text parts of a chat joined.
 
     Args:
-      value: from a record. Text parts are a list of {"type": "text", "text": ...}, as chats have them.
-      what: names the value in errors.
+      value: a value of a record. Text parts are a list of {"type": "text", "text": ...}.
+      what: the name of the value in error messages.
 
     Raises:
-      DataError: there is no value (null or NaN), or it is a list, a mapping or anything else that is not text.
+      DataError: the value is null or NaN, or a list, a mapping or anything else that is not text.
     """
     if isinstance(value, np.generic):
         value = value.item()
@@ -29,43 +29,43 @@ def text_of(value: object, what: str) -> str:
     if isinstance(value, int):
         return str(value)
     if value is None or (isinstance(value, float | decimal.Decimal) and math.isnan(value)):
-        raise DataError(f"{what} is {'null' if value is None else 'NaN'}; fill it in or leave the record out")
+        raise DataError(f"{what} is {'null' if value is None else 'NaN'}; fill it in or remove the record")
     if isinstance(value, float | decimal.Decimal) and math.isfinite(value):
         return str(value)
     if is_list(value) and value and all(_is_text_part(part) for part in value):
         return "".join(part["text"] for part in value)
-    raise DataError(f"{what} is {_described(value)}, and text or a number is needed")
+    raise DataError(f"{what} is {_described(value)}; it must be text or a number")
 
 
 def field_of(record: Mapping[str, object], name: str, index: int) -> object:
-    """A record's field, whatever it holds.
+    """Returns the value of a record's field, of any type.
 
     Args:
       record: the record.
-      name: of the field.
-      index: the record's number from 0, for errors.
+      name: the name of the field.
+      index: the record's number from 0, for error messages.
 
     Raises:
-      DataError: there is no such field, or it is null.
+      DataError: the record has no such field, or the field is null.
     """
     if name not in record:
         raise DataError(f"record {index + 1}: no field {name!r}; {did_you_mean(name, record)}")
     if record[name] is None:
-        raise DataError(f"record {index + 1}: the field {name!r} is null; fill it in or leave the record out")
+        raise DataError(f"record {index + 1}: the field {name!r} is null; fill it in or remove the record")
     return record[name]
 
 
 def field_text(record: Mapping[str, object], name: str, index: int) -> str:
-    """A record's field as text. Args are those of `field_of`.
+    """Returns a record's field as text. Takes the arguments of `field_of`.
 
     Raises:
-      DataError: as `field_of` and `text_of`.
+      DataError: see `field_of` and `text_of`.
     """
     return text_of(field_of(record, name, index), f"record {index + 1}: the field {name!r}")
 
 
 def is_list(value: object) -> TypeGuard[Sequence[Any]]:
-    """Whether a value is a list, and not text."""
+    """Whether a value is a sequence other than text."""
     return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes)
 
 

@@ -1,1 +1,1 @@
-"""What a soft prompt answers, and how good that is."""
+"""Evaluates and inspects soft prompts: scores, generated answers, metrics and attribution."""

@@ -1,4 +1,4 @@
-"""What the positions of a soft prompt are worth: what is lost without each, and how much attention they get."""
+"""Attributes the effect of a soft prompt to its positions: the loss without each one, and the attention to each."""
 
 import dataclasses
 import functools
@@ -24,47 +24,48 @@ from spt_jax.prompts.virtual import VirtualPrompt
 
 
 def position_count(virtual: VirtualPrompt) -> int:
-    """Positions of a prompt: of its keys and values, if it has them, else its virtual tokens.
+    """Returns the number of positions of a prompt: of its keys and values if it has them, otherwise of virtual tokens.
 
     Raises:
-      ConfigError: it has neither.
+      ConfigError: the prompt has neither.
     """
     if virtual.prefix is not None:
         return virtual.prefix_length
     if virtual.gated is not None:
         return virtual.gated.keys.shape[-3]
     if virtual.tokens is None:
-        raise ConfigError("this prompt has no positions to take away")
+        raise ConfigError("this prompt has no positions to remove")
     return virtual.tokens.shape[0]
 
 
 def ablate(base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt) -> tuple[str, list[Difference]]:
-    """What is lost when each position is taken away.
+    """Measures how much worse the prompt is without each of its positions.
 
-    Virtual tokens are taken away as if they had never been there, and those behind them move up. Of keys and values,
-    the others keep the rotation that they have; what follows moves up by one position.
+    Without a virtual token, everything after it moves up by one position. Without a key and value, the other keys keep
+    their rotation, and the tokens after the prefix move up by one position.
 
     Returns:
-      What is measured (`predictions.measures`), and for each position how much higher it is with it.
+      The name of the measure (`predictions.measures`), and for each position how much higher it is with that position
+      than without.
 
     Raises:
-      ConfigError: the prompt has no positions, or one alone; or it shifts embeddings by their place (DePT), and its
-        tokens have no fixed places.
+      ConfigError: the prompt has no positions or only one; or it shifts embeddings by position (DePT), and its virtual
+        tokens are not at fixed positions.
     """
     count = position_count(virtual)
     if count == 1:
-        raise ConfigError("a prompt of one position is no prompt without it")
+        raise ConfigError("this prompt has only one position, so it cannot be evaluated without it")
 
     def values(data: EvaluationSet, virtual: VirtualPrompt) -> tuple[str, np.ndarray]:
         predictions = evaluate(base, data, virtual, generated=False).predictions
         measure = measures(predictions)[0]
         return measure, record_values(predictions, measure)
 
-    measure, whole = values(data, virtual)
+    measure, full = values(data, virtual)
     lost = []
     for number in range(count):
-        _, left = values(*_without(base, data, virtual, number))
-        lost.append(paired_bootstrap(whole, left, resamples=1000))
+        _, ablated = values(*_without(base, data, virtual, number))
+        lost.append(paired_bootstrap(full, ablated, resamples=1000))
     return measure, lost
 
 
@@ -80,7 +81,7 @@ def _without(
     if virtual.shift is not None:
         places = {int(np.flatnonzero(example.ids == absent)[0]) for example in data.examples}
         if len(places) > 1:
-            raise ConfigError("without a token, this prompt's shifts meet other tokens; put <soft> before any field")
+            raise ConfigError("without a token, this prompt's shifts reach other tokens; put <soft> before any field")
         shift = jnp.delete(virtual.shift, min(places), axis=0) if min(places) < len(virtual.shift) else virtual.shift
         virtual = dataclasses.replace(virtual, shift=shift)
     examples = [_without_id(example, absent) for example in data.examples]
@@ -103,10 +104,12 @@ def _without_id(example: Example, absent: int) -> Example:
 
 @dataclasses.dataclass(frozen=True)
 class Received:
-    """Attention that the positions of a prompt get in every layer, as the mean over heads and records.
+    """Attention to the positions of a prompt, averaged over heads and records.
 
-    by_position: of the last token of each request, from which its answer is read.
-    even: the share of all positions that the last token sees, which attention would be that looked everywhere alike.
+    Attributes:
+      by_position: for each layer, the attention of the last token of a request, which predicts the answer, to each
+        position.
+      even: the prompt's share of the positions that the last token sees: its total attention if that were uniform.
     """
 
     by_position: Float[np.ndarray, "L P"]
@@ -116,10 +119,10 @@ class Received:
 def attention_received(
     base: FrozenBase, examples: Sequence[Example], virtual: VirtualPrompt, *, batch_size: int = 8
 ) -> Received:
-    """How the last token of every example attends to a prompt of token rows or of keys and values.
+    """Measures how the last token of each example attends to a prompt of token rows or of keys and values.
 
     Raises:
-      ConfigError: the prompt has neither; gated keys and values have a softmax of their own.
+      ConfigError: the prompt has neither. Gated keys and values do not count, since they have a separate softmax.
     """
     if virtual.prefix is None and virtual.tokens is None:
         raise ConfigError("this prompt has no positions in the base's own attention")

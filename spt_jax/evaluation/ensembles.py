@@ -1,6 +1,6 @@
-"""Several prompts asked together, in the same batches: each about records of its own, or all about the same ones.
+"""Evaluates several prompts in the same batches, on different records or, as an ensemble, on the same ones.
 
-Lester et al. 2021, section 6: one base answers for all prompts of an ensemble in one call.
+As in Lester et al. 2021, section 6, one call of the base serves all prompts of an ensemble.
 """
 
 import dataclasses
@@ -22,16 +22,19 @@ from spt_jax.prompts.stacking import stack_prompts
 def score_together(
     base: FrozenBase, sets: Sequence[EvaluationSet], prompts: Sequence[VirtualPrompt]
 ) -> list[Float[np.ndarray, "_ _"]]:
-    """What `evaluation.score` gives for each prompt on its own set, from batches that hold them all.
+    """Computes `evaluate.score` of each prompt on its set, in batches that mix all prompts.
 
     Args:
       base: the frozen base.
-      sets: for each prompt, what it is asked.
-      prompts: of any methods and lengths.
+      sets: one evaluation set per prompt.
+      prompts: the prompts, of any methods and lengths.
+
+    Returns:
+      The scores of each prompt.
 
     Raises:
-      ConfigError: not as many sets as prompts, a tagging or span head, or prompts that do not go together
-        (`stack_prompts`).
+      ConfigError: there are not as many sets as prompts, a set has a tagging or span head, or the prompts cannot be
+        stacked (see `stack_prompts`).
     """
     if len(sets) != len(prompts) or not sets:
         raise ConfigError(f"{len(sets)} sets for {len(prompts)} prompts; each prompt needs one")
@@ -62,13 +65,17 @@ def evaluate_ensemble(
     prompts: Sequence[VirtualPrompt],
     combine: Literal["mean", "vote"] = "mean",
 ) -> Evaluation:
-    """Classification by several prompts.
+    """Evaluates classification by an ensemble of prompts.
 
-    combine: mean takes the class of the highest mean log-probability among the classes; vote the class that most
-      prompts choose, and among equals the one of the higher mean.
+    Args:
+      base: the frozen base.
+      sets: one evaluation set per prompt, all with the same records and classes.
+      prompts: the prompts.
+      combine: "mean" predicts the class with the highest mean log-probability, normalized over the classes. "vote"
+        predicts the class that most prompts choose; ties are decided by the higher mean.
 
     Raises:
-      ConfigError: the task has no classes, or the sets have unequal records or classes.
+      ConfigError: the task has no classes, or the sets have different numbers of records or different classes.
     """
     if not sets or not sets[0].encoder.template.verbalizers:
         raise ConfigError("an ensemble votes on classes, and this task has no verbalizers")
@@ -86,5 +93,5 @@ def evaluate_ensemble(
     result = classification(sets[0], combined.astype(np.float32))
     if combine == "mean":
         return result
-    # Votes are no probabilities.
+    # Votes are not log-probabilities, so there is no loss.
     return dataclasses.replace(result, metrics={k: v for k, v in result.metrics.items() if k != "loss"})

@@ -1,6 +1,6 @@
-"""How good a prompt is: verbalizer scoring, perplexity, and generated answers against references.
+"""Evaluates prompts by verbalizer scoring, perplexity, and comparison of generated answers with references.
 
-The same functions run with a soft prompt, with a hand-written prompt and with none: that comparison is the point.
+The same functions evaluate a soft prompt, a hand-written prompt, and no prompt, so the results are comparable.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ class EvaluationConfig:
 
     Attributes:
       batch_size: examples per batch.
-      max_new_tokens: of generated answers.
-      generate: how many test records to generate answers for; loss and perplexity always use all.
+      max_new_tokens: the maximum length of generated answers, and of the answers that a span head predicts.
+      generate: the number of records to generate answers for; loss and perplexity always use all records.
     """
 
     batch_size: int = 64
@@ -51,9 +51,15 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSet:
-    """Records as one template reads them, ready to be scored again and again.
+    """Records encoded with one template, ready to be scored repeatedly.
 
-    prompts: ids to generate answers from, for the first records of a task whose answers are text.
+    Attributes:
+      encoder: how records are encoded.
+      records: the records.
+      examples: the encoded records.
+      plan: the shapes of batches.
+      config: how the evaluation is run.
+      prompts: the ids to generate answers from, for the first records of a task with free-text answers.
     """
 
     encoder: Encoder
@@ -66,7 +72,7 @@ class EvaluationSet:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Metrics as plain JSON values, and what was predicted for every record, in the records' order."""
+    """Metrics as plain JSON values, and the prediction for each record, in order."""
 
     metrics: dict[str, Any]
     predictions: list[dict[str, Any]]
@@ -81,18 +87,18 @@ def make_evaluation_set(
     packing: bool = True,
     taken: int = 0,
 ) -> EvaluationSet:
-    """Encodes records, and what asks for their answers, and plans their batches.
+    """Encodes records and the prompts to generate their answers from, and plans batches.
 
     Args:
       base: the frozen base.
-      encoder: how records are read.
+      encoder: how records are encoded.
       records: the records.
-      config: how they are asked.
-      packing: several examples share a row.
-      taken: positions of the keys and values that the soft prompt puts before every record.
+      config: how the evaluation is run.
+      packing: whether examples share rows.
+      taken: the number of positions that the soft prompt's keys and values take before each record.
 
     Raises:
-      DataError: a record lacks a field, has an unknown label or cannot fit.
+      DataError: a record lacks a field, has an unknown label or is too long.
     """
     config = config or EvaluationConfig()
     examples = encoder.encode_all(records)
@@ -104,29 +110,29 @@ def make_evaluation_set(
         **multiples(base.mesh),
         max_length=base.config.max_positions,
     )
-    says_text = not encoder.template.verbalizers and encoder.template.head == "language_model"
-    asked = zip(records[: config.generate] if says_text else [], examples, strict=False)
-    beyond = base.config.max_positions - taken - encoder.max_length
-    prompts = [_prompt(encoder, *pair, room=config.max_new_tokens - beyond) for pair in asked]
+    has_text_answers = not encoder.template.verbalizers and encoder.template.head == "language_model"
+    pairs = zip(records[: config.generate] if has_text_answers else [], examples, strict=False)
+    unused = base.config.max_positions - taken - encoder.max_length
+    prompts = [_prompt(encoder, *pair, room=config.max_new_tokens - unused) for pair in pairs]
     return EvaluationSet(encoder, records, examples, plan, config, prompts)
 
 
 def _prompt(encoder: Encoder, record: Mapping[str, Any], example: Example, room: int) -> np.ndarray:
-    """The ids that ask for a record's answer: those before the target of its example.
+    """Returns the ids to generate a record's answer from: those before the target of its example.
 
-    Only a prompt that was shortened to fit in with its target is shortened otherwise: to leave room for new tokens, of
-    which there may be half as many as the encoder's longest example has.
+    If the example was shortened to fit with its target, the prompt is instead shortened to leave room for new tokens,
+    at most half of the encoder's maximum length.
     """
     record = encoder.up_to_answer(record)
     prompt = encoder.prompt_ids(record)
     trained = example.ids[: len(prompt)]
-    # Earlier answers of a chat are targets in training, and merge with the text before them when they are only read.
+    # In training, earlier answers of a chat are targets. In a prompt, they may merge with the text before them.
     if np.array_equal(prompt, trained) or encoder.answers(record) > 1:
         return prompt
     if encoder.template.truncate is None:
         at = int(np.argmin(prompt[: len(trained)] == trained))
         raise DataError(
-            f"record {example.index + 1}: the prompt to ask with and the one to train with part at token {at + 1}"
+            f"record {example.index + 1}: the prompts for generation and for training differ from token {at + 1} on"
         )
     return encoder.prompt_ids(record, room=min(max(room, 1), encoder.max_length // 2))
 
@@ -135,7 +141,7 @@ def _prompt(encoder: Encoder, record: Mapping[str, Any], example: Example, room:
 def _batch_scores(
     module: Decoder, choices: int, frozen: Params, virtual: VirtualPrompt | None, batch: Batch
 ) -> Float[Array, "B E C"] | Float[Array, "B M C"]:
-    """Log-probabilities of every example's choices; with a head, its logits at every place that it reads."""
+    """Returns the log-probabilities of each example's choices; with a task head, its logits where it reads."""
     prefix = encode_prefix(module, frozen, virtual, batch.lead_ids, batch.lead_length)
     return row_scores(module, choices, frozen, virtual, prefix, batch.rows)
 
@@ -143,15 +149,15 @@ def _batch_scores(
 def row_scores(
     module: Decoder, choices: int, frozen: Params, virtual: VirtualPrompt | None, prefix: Prefix | None, rows: Rows
 ) -> Float[Array, "B E C"] | Float[Array, "B M C"]:
-    """`_batch_scores` behind a prefix that is there already."""
+    """`_batch_scores` with a prefix that was encoded before."""
     scores = target_scores(module, frozen, virtual, prefix, rows)
     return group_scores(scores, rows, choices) if scores.logits is None else scores.logits
 
 
 def score(base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt | None) -> Float[np.ndarray, "N C"]:
-    """Summed log-probability of every choice of every example, or of its target (C = 1), in the examples' order.
+    """Returns the summed log-probability of each choice of each example, or of its target (C = 1), in order.
 
-    With a classification head, the log-probability of every class.
+    With a classification head, it is the log-probability of each class.
     """
     if virtual is not None and virtual.head is not None:
         return log_softmax(np.concatenate(head_logits(base, data, virtual)))
@@ -163,19 +169,19 @@ def score(base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt | None) 
 
 
 def head_logits(base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt) -> list[Float[np.ndarray, "_ C"]]:
-    """The head's logits at the R places that it reads of every example, in the examples' order."""
+    """Returns for each example the task head's logits at the positions that it reads."""
     found = {}
     for rows, values in _scored(base, data, virtual):
         for row, slot in zip(*np.nonzero(rows.examples >= 0), strict=True):
-            own = (rows.target_groups[row] == slot) & (rows.target_weights[row] > 0)
-            found[int(rows.examples[row, slot])] = values[row, own]
+            mask = (rows.target_groups[row] == slot) & (rows.target_weights[row] > 0)
+            found[int(rows.examples[row, slot])] = values[row, mask]
     return [found[number] for number in range(len(data.examples))]
 
 
 def _scored(
     base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt | None
 ) -> Iterator[tuple[Rows, Float[np.ndarray, "B _ C"]]]:
-    """Every batch's rows and `_batch_scores`, all started before the first is waited for."""
+    """Yields the rows and `_batch_scores` of each batch. All batches are dispatched before the first is waited for."""
     pending = [
         (batch.rows, _batch_scores(base.module, data.plan.choices, base.params, virtual, place_batch(batch, base.mesh)))
         for batch in evaluation_batches(data.examples, data.plan, data.config.batch_size)
@@ -184,7 +190,7 @@ def _scored(
 
 
 def log_softmax(logits: Float[np.ndarray, "N C"]) -> Float[np.ndarray, "N C"]:
-    """On the host, along the classes."""
+    """Computes the log-softmax over the classes, on the host."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
@@ -192,13 +198,21 @@ def log_softmax(logits: Float[np.ndarray, "N C"]) -> Float[np.ndarray, "N C"]:
 def evaluate(
     base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt | None, *, generated: bool = True
 ) -> Evaluation:
-    """Scores a set with a soft prompt, or without one.
+    """Evaluates a soft prompt, or the base without one, on a set.
 
-    Classification gives accuracy and macro-F1 with 95 % bootstrap intervals, accuracy by mean log-probability per
-    token, and the cross-entropy among the verbalizers. Other tasks give loss per token and perplexity over the targets
-    and, unless `generated` is False, exact match, token F1, BLEU and ROUGE of greedy answers. A tagging head gives
-    accuracy and macro-F1 over words and, for tags as B-X, I-X and O, F1 of whole entities; a span head exact match and
-    token F1 of the text between the likeliest start and end.
+    The metrics depend on the task:
+      Classification: accuracy and macro-F1 with 95 % bootstrap intervals, accuracy by mean log-probability per token,
+        and the cross-entropy among the verbalizers.
+      Tagging head: accuracy and macro-F1 over words and, for tags such as B-X, I-X and O, F1 over whole entities.
+      Span head: exact match and token F1 of the text between the likeliest start and end.
+      Other tasks: loss per token and perplexity over the targets and, if `generated`, exact match, token F1, BLEU and
+        ROUGE of greedily generated answers.
+
+    Args:
+      base: the frozen base.
+      data: the set.
+      virtual: the soft prompt; None for none.
+      generated: whether to generate answers.
     """
     if virtual is not None and data.encoder.template.head == "tagging":
         return _by_task(data, _tagging(data, head_logits(base, data, virtual)))
@@ -210,12 +224,12 @@ def evaluate(
 
 
 def from_scores(data: EvaluationSet, scores: Float[np.ndarray, "N C"]) -> Evaluation:
-    """What follows from `score`: of classification its metrics, else loss and perplexity."""
+    """Computes metrics from the result of `score`: those of classification, or loss and perplexity."""
     return classification(data, scores) if data.encoder.template.verbalizers else _likelihood(data, scores[:, 0])
 
 
 def _by_task(data: EvaluationSet, result: Evaluation) -> Evaluation:
-    """With the accuracy, or the perplexity, of every task beside the metrics of all."""
+    """Adds the accuracy or the perplexity of each task to the metrics over all."""
     tasks: dict[str, Any] = {}
     for number, name in enumerate(data.encoder.template.tasks):
         own = [p for p, e in zip(result.predictions, data.examples, strict=True) if e.prompt == number]
@@ -229,9 +243,9 @@ def _by_task(data: EvaluationSet, result: Evaluation) -> Evaluation:
 
 
 def selection_score(result: Mapping[str, Any]) -> float:
-    """What is better on validation: higher accuracy, ties by lower loss; lower loss where there are no classes.
+    """Returns the score that validation maximizes: accuracy, with ties broken by lower loss; otherwise minus the loss.
 
-    A loss that is not finite is worse than anything.
+    A loss that is not finite scores -inf.
     """
     if not math.isfinite(result["loss"]):
         return -math.inf
@@ -246,7 +260,7 @@ def _interval(interval: metrics.Interval) -> list[float]:
 
 
 def classification(data: EvaluationSet, scores: Float[np.ndarray, "N C"]) -> Evaluation:
-    """Metrics and predictions from a score of every class for every example."""
+    """Computes metrics and predictions from the score of each class for each example."""
     classes = list(data.encoder.template.verbalizers)
     labels = np.asarray([example.label for example in data.examples])
     tokens = np.asarray([len(choice) for choice in data.examples[0].choices]) if data.examples[0].choices else 1
@@ -274,7 +288,7 @@ def classification(data: EvaluationSet, scores: Float[np.ndarray, "N C"]) -> Eva
 
 
 def _tagging(data: EvaluationSet, logits: Sequence[Float[np.ndarray, "_ C"]]) -> Evaluation:
-    """Metrics over all words."""
+    """Computes the metrics of a tagging head over all words."""
     names = list(data.encoder.template.verbalizers)
     labels = [np.asarray(example.classes) for example in data.examples]
     guesses = [own.argmax(axis=-1) for own in logits]
@@ -295,7 +309,7 @@ def _tagging(data: EvaluationSet, logits: Sequence[Float[np.ndarray, "_ C"]]) ->
 
 
 def _spans(data: EvaluationSet, logits: Sequence[Float[np.ndarray, "_ 2"]]) -> Evaluation:
-    """The likeliest span of every example, at most `max_new_tokens` long, against the answer."""
+    """Compares the likeliest span of each example, of at most `max_new_tokens` tokens, with the answer."""
     losses, predictions = [], []
     for own, example, record in zip(logits, data.examples, data.records, strict=True):
         start, end = log_softmax(own.T)

@@ -1,4 +1,4 @@
-"""What a saved prompt is: its method, its rows beside the vocabulary, how far training took it, how like others."""
+"""Describes saved prompts: method, nearest vocabulary tokens, drift from the start, similarity to other prompts."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from spt_jax.prompts.virtual import VirtualPrompt
 def nearest_tokens(
     rows: Float[np.ndarray, "P D"], table: Float[np.ndarray, "V D"], count: int
 ) -> list[list[tuple[int, float]]]:
-    """For every row, the ids whose embeddings have the highest cosine with it, and those cosines."""
+    """Returns for each row the ids whose embeddings have the highest cosine with it, and these cosines."""
 
     def unit(x: np.ndarray) -> np.ndarray:
         return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
@@ -44,12 +44,13 @@ def _parts(virtual: VirtualPrompt) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A virtual token beside the vocabulary.
+    """A virtual token compared to the vocabulary and to its initial value.
 
-    norm: in units of the vocabulary's median norm.
-    drift: how far it is from where it started, in the same units; None where its start is not known.
-    start_cosine: its cosine with where it started.
-    nearest: the tokens of the highest cosines, and these.
+    Attributes:
+      norm: its norm, in units of the vocabulary's median norm.
+      drift: its distance from its initial value, in the same units; None if that value is unknown.
+      start_cosine: its cosine with its initial value; None if that value is unknown.
+      nearest: the tokens with the highest cosines, and these cosines.
     """
 
     norm: float
@@ -59,7 +60,17 @@ class Row:
 
 
 def compared_rows(saved: SavedPrompt, start: VirtualPrompt | None, base: FrozenBase, nearest: int) -> list[Row]:
-    """Every virtual token of a prompt that has some, beside what it started from, where that is known."""
+    """Compares each virtual token of a prompt to the vocabulary, and to its initial value if `start` is given.
+
+    Args:
+      saved: the prompt.
+      start: the prompt before training; None if unknown.
+      base: the base that it was trained on.
+      nearest: how many nearest tokens to list.
+
+    Returns:
+      One `Row` per virtual token; an empty list if the prompt has none.
+    """
     if saved.virtual.tokens is None:
         return []
     rows, table = np.asarray(saved.virtual.tokens), embedding_table(base)
@@ -69,18 +80,18 @@ def compared_rows(saved: SavedPrompt, start: VirtualPrompt | None, base: FrozenB
     for number, row in enumerate(rows):
         drift = cosine = None
         if start is not None:
-            own = np.asarray(start.tokens)[number]
-            drift = float(np.linalg.norm(row - own)) / unit
-            cosine = float(row @ own / max(np.linalg.norm(row) * np.linalg.norm(own), 1e-12))
+            initial = np.asarray(start.tokens)[number]
+            drift = float(np.linalg.norm(row - initial)) / unit
+            cosine = float(row @ initial / max(np.linalg.norm(row) * np.linalg.norm(initial), 1e-12))
         words = [(base.tokenizer.convert_ids_to_tokens(i), cos) for i, cos in near[number]]
         found.append(Row(float(np.linalg.norm(row)) / unit, drift, cosine, words))
     return found
 
 
 def layer_drift(saved: SavedPrompt, start: VirtualPrompt | None) -> list[tuple[float, float]]:
-    """Of a prompt of keys and values, how far each layer's moved from their start, as a share of the start's norm.
+    """Returns how far the keys and the values of each layer moved in training, relative to their initial norm.
 
-    Nothing where the start is not known, or is 0.
+    The list is empty if the prompt has no keys and values, or if their initial values are unknown or 0.
     """
     if start is None or start.prefix is None or saved.virtual.prefix is None:
         return []
@@ -98,24 +109,24 @@ def layer_drift(saved: SavedPrompt, start: VirtualPrompt | None) -> list[tuple[f
 
 
 def started_from(saved: SavedPrompt, base: FrozenBase) -> VirtualPrompt | None:
-    """The prompt as training began it, made again from its method and seed; None where they do not tell."""
+    """Recreates the prompt before training from its method and seed; returns None if that is not possible."""
     seed = (saved.info.get("extra") or {}).get("seed")
     if seed is None:
         return None
     try:
         params = saved.method.init_params(jax.random.key(seed), base)
-    except SptError:  # the file that it started from is gone, or it started from rows in memory
+    except SptError:  # the file with its initial rows no longer exists, or these were given in memory
         return None
     return saved.method.materialize(base.module, base.params, params)
 
 
 def similarity_map(prompts: Sequence[VirtualPrompt]) -> Float[np.ndarray, "S S"]:
-    """Cosines between prompts of one kind: of mean token rows, or of mean keys and values of all layers.
+    """Returns cosines between prompts of one kind: between mean token rows, or mean keys and values of all layers.
 
-    Between token rows it is SPoT's measure (Vu et al. 2022, arXiv 2110.07904).
+    For token rows, this is the measure of SPoT (Vu et al. 2022, arXiv 2110.07904).
 
     Raises:
-      ConfigError: the prompts are of several kinds or sizes, or have neither rows nor keys and values.
+      ConfigError: the prompts differ in kind or size, or have neither token rows nor keys and values.
     """
 
     def summary(virtual: VirtualPrompt) -> np.ndarray:
@@ -124,17 +135,17 @@ def similarity_map(prompts: Sequence[VirtualPrompt]) -> Float[np.ndarray, "S S"]
         if virtual.prefix is not None:
             both = np.stack([np.asarray(virtual.prefix.keys), np.asarray(virtual.prefix.values)])
             return both.astype(np.float64).mean(axis=2).ravel()
-        raise ConfigError("a map of similarities needs prompts of token rows, or of keys and values")
+        raise ConfigError("a similarity map needs prompts of token rows, or of keys and values")
 
     summaries = [summary(virtual) for virtual in prompts]
     if len({(own.shape, prompt.tokens is None) for own, prompt in zip(summaries, prompts, strict=True)}) > 1:
-        raise ConfigError("a map of similarities needs prompts of one kind, for one base")
+        raise ConfigError("a similarity map needs prompts of one kind, for one base")
     units = np.stack([own / max(np.linalg.norm(own), 1e-12) for own in summaries])
     return units @ units.T
 
 
 def describe_prompt(saved: SavedPrompt) -> str:
-    """Method, base, template and training facts: what the files say."""
+    """Describes a saved prompt from its files: method, base, template and facts about its training."""
     info = saved.info
     lines = [
         f"method        {info['method']['name']}: {_parts(saved.virtual)}",
@@ -157,9 +168,9 @@ def describe_prompt(saved: SavedPrompt) -> str:
 
 
 def row_lines(rows: Sequence[Row]) -> str:
-    """Each virtual token's norm, drift and nearest vocabulary."""
+    """Formats each virtual token's norm, drift and nearest tokens."""
     lines = [
-        "norm and drift in units of the vocabulary's median norm; cosines behind the tokens:",
+        "norm and drift in units of the vocabulary's median norm; cosines after the tokens:",
         "       norm  drift  nearest tokens",
     ]
     for number, row in enumerate(rows):
@@ -170,7 +181,7 @@ def row_lines(rows: Sequence[Row]) -> str:
 
 
 def drift_lines(drifts: Sequence[tuple[float, float]]) -> str:
-    """How far the keys and values of each layer moved."""
+    """Formats how far the keys and values of each layer moved."""
     return "\n".join(
         f"  layer {number:3d}: keys moved by {keys:.2f} of their norm, values by {values:.2f}"
         for number, (keys, values) in enumerate(drifts)
@@ -178,10 +189,10 @@ def drift_lines(drifts: Sequence[tuple[float, float]]) -> str:
 
 
 def ablation_lines(measure: str, lost: Sequence[Difference]) -> str:
-    """What is lost without each position, and whose interval leaves out 0."""
+    """Formats what is lost without each position, and marks intervals that exclude 0."""
     lines = [
-        f"{measure.replace('_', ' ')} lost without each position, with its 95 % interval; * where that leaves out 0, as"
-        " chance alone does for one position in 20:"
+        f"{measure.replace('_', ' ')} lost without each position, with its 95 % interval; * if the interval excludes 0"
+        " (by chance, 1 position in 20 does):"
     ]
     for number, own in enumerate(lost):
         low, high = own.interval.low, own.interval.high
@@ -191,14 +202,14 @@ def ablation_lines(measure: str, lost: Sequence[Difference]) -> str:
 
 
 def attention_lines(received: Received) -> str:
-    """Attention of the last token to the whole prompt, layer by layer."""
-    lines = [f"attention of the last token to the prompt; even attention would be {received.even:.2f}:"]
+    """Formats the attention of the last token to the whole prompt, layer by layer."""
+    lines = [f"attention of the last token to the prompt; uniform attention would be {received.even:.2f}:"]
     lines += [f"  layer {number:3d}  {share:.2f}" for number, share in enumerate(received.by_position.sum(axis=1))]
     return "\n".join(lines)
 
 
 def similarity_lines(names: Sequence[str], cosines: Float[np.ndarray, "S S"]) -> str:
-    """Cosines between prompts, a line each."""
+    """Formats cosines between prompts, one line per prompt."""
     lines = ["cosines between prompts:"]
     for name, row in zip(names, cosines, strict=True):
         lines.append("  " + " ".join(f"{cosine:6.3f}" for cosine in row) + f"  {name}")

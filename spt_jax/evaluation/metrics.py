@@ -1,4 +1,4 @@
-"""Scores of predictions, and bootstrap intervals around them. Numbers in, numbers out; no model is run here."""
+"""Metrics of predictions, and their bootstrap intervals. No model is run here."""
 
 import dataclasses
 import re
@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from spt_jax.errors import ConfigError, DataError, did_you_mean
 
-BLOCK = 2_000_000  # indices drawn at once, so that large test sets do not fill the memory
+BLOCK = 2_000_000  # indices drawn at once, which limits the memory needed for large test sets
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 References = Sequence[str | Sequence[str]]
 Classes = Sequence[Hashable] | np.ndarray
@@ -22,7 +22,7 @@ Number = float | int | np.number
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A score and the ends of its bootstrap interval."""
+    """A score and the bounds of its bootstrap interval."""
 
     value: float
     low: float
@@ -31,7 +31,7 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RougeScores:
-    """Mean F-measures, 0 to 1."""
+    """Mean F-measures, from 0 to 1."""
 
     rouge1: float
     rouge2: float
@@ -39,46 +39,50 @@ class RougeScores:
 
 
 def accuracy(predictions: Classes, labels: Classes) -> float:
-    """Share of predictions that equal their label.
+    """Returns the share of predictions that equal their label.
 
     Raises:
-      DataError: no examples, or not as many predictions as labels.
+      DataError: there are no examples, or not as many predictions as labels.
     """
     _check_lengths(predictions, labels)
     return float(np.mean([prediction == label for prediction, label in zip(predictions, labels, strict=True)]))
 
 
 def confusion_counts(predictions: Classes, labels: Classes, classes: Classes) -> Int[np.ndarray, "C C+1"]:
-    """How often each class (row) was predicted as each class (column); the last column counts predictions of no class.
+    """Counts how often each class (row) was predicted as each class (column).
+
+    The last column counts predictions that are not a class.
 
     Raises:
-      DataError: no examples, not as many predictions as labels, or a label outside the classes (example from 1).
+      DataError: there are no examples, not as many predictions as labels, or a label is not a class. The message
+        numbers examples from 1.
     """
     cells, size = _cells(predictions, labels, classes)
     return np.bincount(cells, minlength=size * (size + 1)).reshape(size, size + 1)
 
 
 def macro_f1(predictions: Classes, labels: Classes, classes: Classes) -> float:
-    """Unweighted mean over the classes of F1 = 2 TP / (2 TP + FP + FN), which is 0 for a class that never occurs.
+    """Returns the unweighted mean over classes of F1 = 2 TP / (2 TP + FP + FN), which is 0 for absent classes.
 
     Raises:
-      DataError: as `confusion_counts`.
+      DataError: see `confusion_counts`.
     """
     return float(_macro_f1(confusion_counts(predictions, labels, classes)))
 
 
 def has_entities(tags: Sequence[str]) -> bool:
-    """Whether tags name the beginnings and insides of entities: B-X, I-X and O."""
+    """Whether the tags use the scheme B-X, I-X and O for the beginning, inside and outside of entities."""
     return any(tag.startswith("B-") for tag in tags) and all(tag == "O" or tag[:2] in ("B-", "I-") for tag in tags)
 
 
 def entity_f1(predictions: Sequence[Sequence[str]], labels: Sequence[Sequence[str]]) -> float:
-    """F1 = 2 TP / (2 TP + FP + FN) over whole entities, right only with their type and both ends; 0 without any.
+    """Returns F1 = 2 TP / (2 TP + FP + FN) over whole entities; 0 if there are none.
 
-    As the CoNLL shared tasks have it (conlleval), an I-X that follows no tag of the type X begins an entity.
+    An entity is correct only if its type and both ends are. As in the CoNLL shared tasks (conlleval), an I-X that does
+    not follow a tag of type X begins an entity.
 
     Raises:
-      DataError: not as many sequences of predictions as of labels, or sequences of unequal length.
+      DataError: there are not as many sequences of predictions as of labels, or their lengths differ.
     """
     _check_lengths(predictions, labels)
     for guessed, right in zip(predictions, labels, strict=True):
@@ -91,7 +95,7 @@ def entity_f1(predictions: Sequence[Sequence[str]], labels: Sequence[Sequence[st
 
 
 def _entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Type, first and last place of every entity."""
+    """Returns the type and the first and last position of each entity."""
     entities: list[tuple[str, int, int]] = []
     before = "O"
     for place, tag in enumerate(tags):
@@ -113,7 +117,7 @@ def macro_f1_interval(
     resamples: int = 1000,
     confidence: float = 0.95,
 ) -> Interval:
-    """`macro_f1` with its bootstrap interval."""
+    """Returns `macro_f1` with its bootstrap interval."""
     cells, size = _cells(predictions, labels, classes)
 
     def statistic(indices: Int[np.ndarray, "R N"]) -> Float[np.ndarray, " R"]:
@@ -125,10 +129,10 @@ def macro_f1_interval(
 
 
 def bootstrap_interval(values: Values, *, seed: int = 0, resamples: int = 1000, confidence: float = 0.95) -> Interval:
-    """The mean of one value per example, [N], with its percentile bootstrap interval.
+    """Returns the mean of one value per example, [N], with its percentile bootstrap interval.
 
     Raises:
-      ConfigError, DataError: as `bootstrap_statistic`.
+      ConfigError, DataError: see `bootstrap_statistic`.
     """
     array = np.asarray(values, np.float64)
     return bootstrap_statistic(
@@ -144,21 +148,27 @@ def bootstrap_statistic(
     resamples: int = 1000,
     confidence: float = 0.95,
 ) -> Interval:
-    """Percentile bootstrap (Efron & Tibshirani 1993, chapter 13) of any statistic of a set of examples.
+    """Computes any statistic of a set of examples with its percentile bootstrap interval.
+
+    The method is described in Efron & Tibshirani 1993, chapter 13.
 
     Args:
-      statistic: maps R resamples, as example numbers [R, N], to their R values. `value` is that of 0, 1, ..., N - 1.
-      examples: N.
-      seed: equal seeds give equal intervals.
+      statistic: maps R resamples, given as example numbers [R, N], to R values.
+      examples: the number N of examples.
+      seed: the random seed; equal seeds produce equal intervals.
       resamples: how many times N examples are drawn with replacement.
       confidence: the share of resamples inside the interval.
 
+    Returns:
+      The statistic of the examples 0, 1, ..., N - 1, with its interval.
+
     Raises:
-      ConfigError: `resamples` below 1, `confidence` not between 0 and 1, or not one value per resample.
-      DataError: no examples.
+      ConfigError: `resamples` is below 1, `confidence` is not between 0 and 1, or the statistic does not return one
+        value per resample.
+      DataError: there are no examples.
     """
     if not 0 < confidence < 1:
-        raise ConfigError(f"confidence is {confidence}; it lies between 0 and 1")
+        raise ConfigError(f"confidence is {confidence}; it must be between 0 and 1")
     drawn = _resampled(statistic, examples, seed, resamples)
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(value=float(statistic(np.arange(examples)[None])[0]), low=float(low), high=float(high))
@@ -168,7 +178,7 @@ def _resampled(
     statistic: Callable[[Int[np.ndarray, "R N"]], Float[np.ndarray, " R"]], examples: int, seed: int, resamples: int
 ) -> Float[np.ndarray, " R"]:
     if resamples < 1:
-        raise ConfigError(f"{resamples} resamples: at least 1 is needed")
+        raise ConfigError(f"resamples is {resamples}; it must be at least 1")
     if examples < 1:
         raise DataError("no examples to score")
     rng = np.random.default_rng(seed)
@@ -176,16 +186,19 @@ def _resampled(
     sizes = [min(block, resamples - start) for start in range(0, resamples, block)]
     drawn = np.concatenate([statistic(rng.integers(examples, size=(size, examples))) for size in sizes])
     if drawn.shape != (resamples,):
-        raise ConfigError(f"the statistic gave an array {drawn.shape} for {resamples} resamples, not one value each")
+        raise ConfigError(
+            f"the statistic returned shape {drawn.shape} for {resamples} resamples; it must return one value each"
+        )
     return drawn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Difference:
-    """How much higher one mean is than another of the same examples, and whether chance alone might do that.
+    """The difference of two means over the same examples, and its significance.
 
-    interval: of the difference, by paired bootstrap.
-    p: the share of resamples in which the difference has the other sign or none, twice, at most 1.
+    Attributes:
+      interval: the difference with its paired bootstrap interval.
+      p: twice the share of resamples in which the difference is zero or has the opposite sign, at most 1.
     """
 
     interval: Interval
@@ -195,10 +208,10 @@ class Difference:
 def paired_bootstrap(
     ours: Values, theirs: Values, *, seed: int = 0, resamples: int = 10_000, confidence: float = 0.95
 ) -> Difference:
-    """Compares two systems by a value per example of each, [N], resampling examples (Efron & Tibshirani 1993).
+    """Compares two systems by resampling their values per example, [N] each (Efron & Tibshirani 1993).
 
     Raises:
-      DataError: not as many values, or none.
+      DataError: there are no values, or not equally many.
     """
     _check_lengths(ours, theirs)
     values = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
@@ -210,15 +223,15 @@ def paired_bootstrap(
 
 
 def mcnemar(ours: Values, theirs: Values) -> float:
-    """Two-sided p of the exact test of McNemar (1947): whether two systems are right equally often.
+    """Returns the two-sided p-value of McNemar's exact test (1947): whether two systems are correct equally often.
 
-    Only examples that one has right and the other wrong count; under the null hypothesis either is as likely.
+    Only examples on which exactly one system is correct count. Under the null hypothesis, either is equally likely.
 
     Args:
-      ours, theirs: whether each example was right, [N].
+      ours, theirs: whether each example was correct, [N].
 
     Raises:
-      DataError: not as many values, or none.
+      DataError: there are no values, or not equally many.
     """
     from scipy.stats import binomtest
 
@@ -229,58 +242,71 @@ def mcnemar(ours: Values, theirs: Values) -> float:
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without ASCII punctuation, English articles and extra spaces (SQuAD, Rajpurkar et al. 2016)."""
+    """Lowercases text and removes ASCII punctuation, English articles and extra spaces.
+
+    This is the normalization of SQuAD (Rajpurkar et al. 2016).
+    """
     plain = text.lower().translate(NO_PUNCTUATION)
     return " ".join(re.sub(r"\b(?:an?|the)\b", " ", plain).split())
 
 
 def exact_match(predictions: Sequence[str], references: References) -> float:
-    """Share of predictions that equal one of their references once both are normalized. Errors as `bleu`."""
+    """Returns the share of predictions that equal one of their references after normalization.
+
+    Raises:
+      DataError: see `bleu`.
+    """
     return float(np.mean(exact_match_values(predictions, references)))
 
 
 def exact_match_values(predictions: Sequence[str], references: References) -> Float[np.ndarray, " N"]:
-    """1 or 0 per example, for `bootstrap_interval`."""
+    """Returns 1 or 0 per example, for `bootstrap_interval`."""
     return _best_of(predictions, references, lambda prediction, reference: float(prediction == reference))
 
 
 def token_f1(predictions: Sequence[str], references: References) -> float:
-    """Mean over examples of the best F1 between the words of a prediction and of a reference, both normalized.
+    """Returns the mean over examples of the best F1 between the words of the prediction and of a reference.
 
-    As in SQuAD 2.0, two texts without words agree (1), and a text without words agrees with no other (0).
-    Errors as `bleu`.
+    Both are normalized. As in SQuAD 2.0, F1 is 1 if both texts have no words, and 0 if only one has none.
+
+    Raises:
+      DataError: see `bleu`.
     """
     return float(np.mean(token_f1_values(predictions, references)))
 
 
 def token_f1_values(predictions: Sequence[str], references: References) -> Float[np.ndarray, " N"]:
-    """F1 per example, 0 to 1, for `bootstrap_interval`."""
+    """Returns F1 per example, from 0 to 1, for `bootstrap_interval`."""
     return _best_of(predictions, references, _token_f1)
 
 
 def bleu(predictions: Sequence[str], references: References) -> float:
-    """Corpus BLEU by sacrebleu with its default settings (Post 2018), 0 to 100.
+    """Returns corpus BLEU by sacrebleu with its default settings (Post 2018), from 0 to 100.
 
     Args:
       predictions: N texts.
-      references: for each prediction a text, or one or more texts; their numbers may differ.
+      references: for each prediction a text, or a sequence of one or more texts.
 
     Raises:
-      DataError: no examples, not as many predictions as references, or an example without a reference (from 1).
+      DataError: there are no examples, not as many predictions as references, or an example has no reference. The
+        message numbers examples from 1.
     """
     import sacrebleu
 
     lists = _reference_lists(predictions, references)
     most = max(len(texts) for texts in lists)
-    # sacrebleu takes the i-th references of all examples together, None where an example has fewer.
+    # sacrebleu takes one list per reference number i, with None for examples that have fewer references.
     streams: Any = [[texts[i] if i < len(texts) else None for texts in lists] for i in range(most)]
     return float(sacrebleu.corpus_bleu(list(predictions), streams).score)
 
 
 def rouge(predictions: Sequence[str], references: References) -> RougeScores:
-    """Means of the ROUGE-1, -2 and -L F-measures by rouge-score, without stemming (Lin 2004).
+    """Returns the means of the ROUGE-1, -2 and -L F-measures by rouge-score, without stemming (Lin 2004).
 
-    Of several references the one with the best F-measure counts, for each score by itself. Errors as `bleu`.
+    If there are several references, the one with the best F-measure counts, separately for each score.
+
+    Raises:
+      DataError: see `bleu`.
     """
     from rouge_score import rouge_scorer
 
@@ -292,14 +318,14 @@ def rouge(predictions: Sequence[str], references: References) -> RougeScores:
 
 
 def perplexity(log_probabilities: Values | Number, token_counts: Values | Number) -> float:
-    """exp of the mean negative log-probability of a token; infinite when that overflows.
+    """Returns exp of the mean negative log-probability of a token; infinity if that overflows.
 
     Args:
-      log_probabilities: natural log-probabilities, summed over all tokens or over those of each example.
-      token_counts: how many tokens each sum is over.
+      log_probabilities: natural log-probabilities, summed over all tokens or over the tokens of each example.
+      token_counts: the number of tokens in each sum.
 
     Raises:
-      DataError: no tokens.
+      DataError: there are no tokens.
     """
     tokens = np.sum(np.asarray(token_counts, np.int64))
     if tokens < 1:
@@ -316,15 +342,15 @@ def _check_lengths(predictions: Values, others: Values) -> None:
 
 
 def _cells(predictions: Classes, labels: Classes, classes: Classes) -> tuple[Int[np.ndarray, " N"], int]:
-    """Each example's place in the flattened [C, C + 1] confusion counts, and C."""
+    """Returns each example's index in the flattened [C, C + 1] confusion counts, and C."""
     _check_lengths(predictions, labels)
     index = {name: i for i, name in enumerate(classes)}
     if len(index) < len(classes):
-        raise DataError(f"a class comes twice: {list(classes)}")
+        raise DataError(f"a class occurs twice: {list(classes)}")
     for number, label in enumerate(labels, 1):
         if label not in index:
             hint = did_you_mean(str(label), map(str, classes))
-            raise DataError(f"the label {label!r} of example {number} is none of the classes; {hint}")
+            raise DataError(f"the label {label!r} of example {number} is not one of the classes; {hint}")
     size = len(index)
     pairs = zip(labels, predictions, strict=True)
     return np.array([index[label] * (size + 1) + index.get(predicted, size) for label, predicted in pairs]), size

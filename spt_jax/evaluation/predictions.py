@@ -1,4 +1,4 @@
-"""What was predicted for every record, as lines of JSON from which every metric can be computed again."""
+"""Predictions for each record as lines of JSON, from which every metric can be recomputed."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,12 @@ from spt_jax.evaluation import metrics
 
 Prediction = Mapping[str, Any]
 
-# Every measure of predictions, and the field whose presence says that it can be computed.
+# Each measure of predictions, and the field that must be present to compute it.
 SHOWN_BY = {"accuracy": "label", "log_probability": "tokens", "exact_match": "reference"}
 
 
 def predictions_jsonl(results: Mapping[str, Sequence[Prediction]], by: str = "prompt") -> str:
-    """A line per record and result, which says in the field `by` which result it belongs to."""
+    """Formats predictions as JSON lines, one per record and result, with the name of the result in the field `by`."""
     lines = []
     for name, predictions in results.items():
         for number, prediction in enumerate(predictions):
@@ -27,10 +27,10 @@ def predictions_jsonl(results: Mapping[str, Sequence[Prediction]], by: str = "pr
 
 
 def read_predictions(path: Path, by: str = "prompt") -> dict[str, list[dict[str, Any]]]:
-    """The predictions of every result in such a file, in the records' order.
+    """Reads the predictions of each result from such a file, in the order of the records.
 
     Raises:
-      DataError: a line is no JSON, or lacks `by` or "record".
+      DataError: a line is not JSON, or lacks `by` or "record".
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
@@ -41,21 +41,21 @@ def read_predictions(path: Path, by: str = "prompt") -> dict[str, list[dict[str,
             found.setdefault(prediction.pop(by), []).append(prediction)
             int(prediction["record"])
         except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"{path}, line {number}: no prediction with {by!r} and 'record': {error}") from error
-    ordered = {name: sorted(own, key=lambda prediction: int(prediction["record"])) for name, own in found.items()}
-    return {name: [{k: v for k, v in p.items() if k != "record"} for p in own] for name, own in ordered.items()}
+            raise DataError(f"{path}, line {number}: not a prediction with {by!r} and 'record': {error}") from error
+    ordered = {name: sorted(lines, key=lambda prediction: int(prediction["record"])) for name, lines in found.items()}
+    return {name: [{k: v for k, v in p.items() if k != "record"} for p in lines] for name, lines in ordered.items()}
 
 
 def measures(predictions: Sequence[Prediction]) -> tuple[str, ...]:
-    """What `record_values` can say of them: of classes, of targets, of answers."""
+    """Returns the measures that `record_values` can compute from these predictions."""
     return tuple(name for name, field in SHOWN_BY.items() if predictions and field in predictions[0])
 
 
 def record_values(predictions: Sequence[Prediction], measure: str) -> Float[np.ndarray, " N"]:
-    """One value per record, higher where it went better, whose mean is that of all.
+    """Returns one value per record, higher for better ones, whose mean is the measure over all records.
 
-    Accuracy is that of words where every word has a class. The log-probability is per token, so that its mean is minus
-    the loss. Exact matches are of the first records alone if no more were generated.
+    If each word has a class, accuracy is that over words. The log-probability is per token, so its mean is minus the
+    loss. Exact match covers only the records for which an answer was generated.
     """
     if measure == "accuracy":
         pairs = [(_listed(p["label"]), _listed(p["prediction"])) for p in predictions]
@@ -68,9 +68,10 @@ def record_values(predictions: Sequence[Prediction], measure: str) -> Float[np.n
 
 
 def _ratio_values(sums: Sequence[float | int], counts: Sequence[int]) -> Float[np.ndarray, " N"]:
-    """Values whose mean is the ratio of the totals and whose spread is that of the ratio, to first order.
+    """Returns values whose mean is the ratio of the totals, and whose variance is that of the ratio, to first order.
 
-    The length of a record moves the sum and the count together, and so hardly their ratio: Cochran 1977, section 2.11.
+    A record's length changes the sum and the count together, and therefore hardly their ratio (Cochran 1977, section
+    2.11).
     """
     total, size = np.asarray(sums, float), np.asarray(counts, float)
     if (size == 1).all():

@@ -1,1 +1,1 @@
-"""From a soft prompt to logits and text."""
+"""Computes logits and generates text with a soft prompt."""

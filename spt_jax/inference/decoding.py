@@ -1,9 +1,9 @@
-"""The compiled half of generation: a prefix that all rows share, a static cache, and one loop over both.
+"""The compiled part of generation: a prefix shared by all rows, a static cache, and a loop that decodes with both.
 
     lead ids, the same for all --encode_lead--> Prefix --+---> decode: one token per row and step, until all have ended
     rows, right-padded ----------prefill------> Cache ---+
 
-Pure functions that take the frozen parameters as an argument: bind them outside `jax.jit`, as `generate` does.
+The functions are pure and take the frozen parameters as an argument. Bind them outside `jax.jit`, as `generate` does.
 """
 
 import dataclasses
@@ -23,13 +23,14 @@ from spt_jax.prompts.virtual import VirtualPrompt
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PromptRows:
-    """Prompts without the leading ids that the prefix holds, and without their last, which is a row's first query.
+    """Prompts without the leading ids, which are in the prefix, and without their last id, the first one to decode.
 
-    ids: right-padded.
-    lengths: how many of a row's ids are real; 0 is fine.
-    last: every prompt's last id.
-    starts: the position of a row's first id, behind the soft prompt's own prefix and the leading ids.
-    prompt_index: which of several soft prompts a row has; None for the same.
+    Attributes:
+      ids: the ids, right-padded.
+      lengths: how many ids of each row are real; may be 0.
+      last: the last id of each prompt.
+      starts: the position of each row's first id, after the soft prompt's prefix and the leading ids.
+      prompt_index: the index of each row's soft prompt; None if all rows have the same.
     """
 
     ids: Int[Array, "B T"]
@@ -42,7 +43,7 @@ class PromptRows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowSampling:
-    """The traced part of every row's `SamplingConfig`, and each row's number among all prompts."""
+    """The traced part of each row's `SamplingConfig`, and each row's number among all prompts."""
 
     temperature: Float[Array, "*B"]
     top_k: Int[Array, "*B"]
@@ -54,14 +55,15 @@ class RowSampling:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """The loop's state.
+    """The state of the decoding loop.
 
-    step: how many tokens every row has got so far.
-    ids: the prompt's last id, then the new ones; id `step` is the one to run next.
-    log_probabilities: of the new ones.
-    ended: rows whose newest token, or an earlier one, is an end.
-    cache: slots [0, T) hold the prompts and slot T + i is for id i, in every row alike: positions say where each token
-      stands, and a step writes one slice.
+    Attributes:
+      step: the number of tokens generated per row so far.
+      ids: the last id of the prompt, followed by the new ids; id `step` is the next input.
+      log_probabilities: the log-probabilities of the new ids.
+      ended: whether the row has ended.
+      cache: slots [0, T) hold the prompts, and slot T + i holds id i. Slots are the same in all rows, whatever the
+        tokens' positions, so a step writes a single slice.
     """
 
     step: Int[Array, ""]
@@ -78,7 +80,7 @@ def encode_lead(
     lead_ids: Int[Array, "*S P"],
     lead_length: Int[Array, "*S"],
 ) -> Prefix | None:
-    """`encode_prefix` in the base's dtype: without a gradient, float32 would only be more to read in every step."""
+    """`encode_prefix` in the base's dtype. Without a gradient, float32 would only mean reading more in each step."""
     prefix = encode_prefix(module, frozen, virtual, lead_ids, lead_length)
     if prefix is None:
         return None
@@ -94,14 +96,17 @@ def prefill(
     prefix: Prefix | None,
     rows: PromptRows,
 ) -> DecodeState:
-    """Runs all prompts but for their last ids in one pass and keeps their keys and values.
+    """Encodes all prompts without their last ids in one pass, and caches their keys and values.
 
     Args:
       module, frozen: the base.
-      capacity: M, room for new tokens.
-      virtual: rows for virtual ids among `rows.ids`.
-      prefix: keys and values of the ids before, shared by all rows.
+      capacity: the maximum number M of new tokens.
+      virtual: the soft prompt, if `rows.ids` contain virtual ids.
+      prefix: keys and values of the preceding ids, shared by all rows.
       rows: the prompts.
+
+    Returns:
+      The state before the first new token.
     """
     batch, length = rows.ids.shape
     lengths = rows.lengths[:, None]
@@ -135,13 +140,13 @@ def decode(
     prompt_index: Int[Array, " B"] | None,
     state: DecodeState,
 ) -> DecodeState:
-    """Chooses tokens until there are `until` per row, or every row has ended or is `stopped`.
+    """Generates tokens until there are `until` per row, or every row has ended or is `stopped`.
 
-    A row ends with one of its E `end_ids`, or when it has as many tokens as its limit.
+    A row ends with one of its E `end_ids`, or when it reaches its entry of `limits`, a number of tokens.
     """
     put = jax.lax.dynamic_update_slice_in_dim
 
-    def goes_on(state: DecodeState) -> Bool[Array, ""]:
+    def continues(state: DecodeState) -> Bool[Array, ""]:
         return (state.step < until) & ~jnp.all(state.ended | stopped)
 
     def advance(state: DecodeState) -> DecodeState:
@@ -149,8 +154,8 @@ def decode(
         slot = cache.positions.shape[1] - state.log_probabilities.shape[1] + state.step
         ids = jax.lax.dynamic_slice_in_dim(state.ids, state.step, 1, axis=1)
         positions = jax.lax.dynamic_slice_in_dim(cache.positions, slot, 1, axis=1)
-        own = jnp.ones_like(ids)
-        stream = Stream(positions, own, jnp.zeros_like(ids), prompt_index)
+        segments = jnp.ones_like(ids)
+        stream = Stream(positions, segments, jnp.zeros_like(ids), prompt_index)
         hidden, new = run_stream(module, frozen, virtual, ids, stream, prefix, cache, return_keys_values=True)
         keys, values = to_cache(*new)
         chosen, found = next_tokens(logits(module, frozen, hidden[:, 0]), state.step, sampling)
@@ -163,27 +168,27 @@ def decode(
                 put(cache.keys, keys, slot, axis=4),
                 put(cache.values, values, slot, axis=3),
                 cache.positions,
-                put(cache.segments, own, slot, axis=1),
+                put(cache.segments, segments, slot, axis=1),
             ),
         )
 
-    return jax.lax.while_loop(goes_on, advance, state)
+    return jax.lax.while_loop(continues, advance, state)
 
 
 def next_tokens(
     scores: Float[Array, "B V"], step: Int[Array, "*B"], sampling: RowSampling
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """The next id of each row, and its log-probability under the model's own distribution."""
+    """Returns the next id of each row, and its log-probability under the model's unmodified distribution."""
     chosen = choose(scores, step, sampling)
     return chosen, jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), chosen[:, None], axis=1)[:, 0]
 
 
-# How many of a step's likeliest tokens can be asked for.
+# The maximum number of alternatives that can be requested per step.
 ALTERNATIVES = 20
 
 
 def likeliest(scores: Float[Array, "B V"], wanted: Bool[Array, ""]) -> tuple[Int[Array, "B A"], Float[Array, "B A"]]:
-    """The ALTERNATIVES likeliest ids of each row and their log-probabilities, in order; zeros unless wanted."""
+    """Returns the ALTERNATIVES likeliest ids of each row and their log-probabilities, in order; zeros unless wanted."""
     count = min(ALTERNATIVES, scores.shape[1])
 
     def found() -> tuple[Array, Array]:
@@ -199,21 +204,21 @@ def likeliest(scores: Float[Array, "B V"], wanted: Bool[Array, ""]) -> tuple[Int
 
 @jax.named_scope("choose")
 def choose(scores: Float[Array, "B V"], step: Int[Array, "*B"], sampling: RowSampling) -> Int[Array, " B"]:
-    """The next id of each row. Random numbers are drawn, and scores sorted, only where the sampling needs it."""
+    """Chooses the next id of each row. Random numbers are drawn, and scores sorted, only if the sampling needs it."""
     options = sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed, sampling.numbers, step
     temperature, top_k, top_p, seeds, numbers, steps = (jnp.broadcast_to(o, scores.shape[:1]) for o in options)
 
     def greedy() -> Int[Array, " B"]:
-        """The first of the highest scores. Two reductions: `jnp.argmax`, one over pairs, takes twice as long on CPU."""
+        """Takes the first id with the highest score. On CPU, these two reductions take half the time of `argmax`."""
         ids = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         highest = jnp.max(scores, axis=-1, keepdims=True)
         return jnp.min(jnp.where(scores == highest, ids, scores.shape[1] - 1), axis=-1)
 
     def sampled() -> Int[Array, " B"]:
-        """The maximum of scores and Gumbel noise is a sample of their softmax."""
-        # The highest score is taken off first: a tiny temperature then gives -inf, and no inf.
-        below = scores - jnp.max(scores, axis=-1, keepdims=True)
-        scaled = below / jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)[:, None]
+        """Samples with the Gumbel-max trick."""
+        # The highest score is subtracted first, so that a tiny temperature produces -inf, but never inf.
+        shifted = scores - jnp.max(scores, axis=-1, keepdims=True)
+        scaled = shifted / jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)[:, None]
         noise = jax.vmap(gumbel)(seeds, numbers, steps)
         chosen = jax.lax.cond(jnp.any((top_k > 0) | (top_p < 1)), among_likeliest, among_all, scaled, noise)
         return jnp.where(temperature > 0, chosen, greedy())
@@ -233,7 +238,7 @@ def choose(scores: Float[Array, "B V"], step: Int[Array, "*B"], sampling: RowSam
         ranked = jnp.where((count == 0) | (ranks < count), ranked, -jnp.inf)
         probabilities = jax.nn.softmax(ranked, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        # Rounding of the sum must drop no token where top_p drops none.
+        # With top_p = 1, rounding of the sum must not drop tokens.
         ranked = jnp.where((share == 1) | (before < share), ranked, -jnp.inf)
         rank = jnp.argmax(ranked + jnp.take_along_axis(noise, order, axis=-1), axis=-1)
         return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)

@@ -1,7 +1,7 @@
-"""The pure functions between a soft prompt and the logits of a batch.
+"""Pure functions that compute the logits of a batch under a soft prompt.
 
-Each takes the frozen parameters as an argument. Bind them outside `jax.jit`, never by a closure inside it: an array
-that is closed over becomes a literal of the compiled program.
+Each takes the frozen parameters as an argument. Bind them outside `jax.jit`, never in a closure inside it: an array in
+a closure becomes a literal of the compiled program.
 """
 
 import dataclasses
@@ -30,9 +30,9 @@ def embed_stream(
     ids: Int[Array, "B T"],
     stream: Stream,
 ) -> Float[Array, "B T D"]:
-    """Embeddings of a stream of real and virtual ids, in the base's dtype.
+    """Returns the embeddings of a stream of real and virtual ids, in the base's dtype.
 
-    Ids are masked before they index: out of range, `jnp.take` gives NaN and `[]` clamps in silence.
+    Ids are masked before indexing: out of range, `jnp.take` returns NaN, and `[]` clamps silently.
     """
     vocab_size = module.config.vocab_size
     is_virtual = ids >= vocab_size
@@ -50,7 +50,7 @@ def embed_stream(
 def _rows(
     table: Float[Array, "*S P D"], numbers: Int[Array, "B T"], prompt_index: Int[Array, " B"] | None
 ) -> Float[Array, "B T D"]:
-    """Rows of a prompt's table, or of that of each row's own prompt."""
+    """Looks up rows in the table of the prompt, or, with several prompts, in that of each row's prompt."""
     return jnp.take(table, numbers, axis=0) if prompt_index is None else table[prompt_index[:, None], numbers]
 
 
@@ -66,7 +66,20 @@ def run_stream(
     return_keys_values: bool = False,
     return_hidden: bool = True,
 ) -> Any:
-    """Hidden states of a stream under a soft prompt: its token rows, its gated prefix, and `prefix` as encoded."""
+    """Runs the layers on a stream under a soft prompt.
+
+    Args:
+      module, frozen: the base.
+      virtual: the soft prompt; its token rows and gated prefix are applied.
+      ids: real and virtual ids.
+      stream: positions and segments of the ids.
+      prefix: keys and values before the stream, such as those from `encode_prefix`.
+      cache: keys and values of earlier ids.
+      return_keys_values, return_hidden: what to return.
+
+    Returns:
+      The hidden states, and the keys and values, as `run_layers` returns them.
+    """
     x = embed_stream(module, frozen, virtual, ids, stream)
     gated = None if virtual is None else virtual.gated
     return run_layers(
@@ -90,16 +103,16 @@ def encode_prefix(
     lead_ids: Int[Array, "*S P"],
     lead_length: Int[Array, "*S"] | None = None,
 ) -> Prefix | None:
-    """Keys and values of the prompt's own prefix and of the leading ids behind it, computed once for all rows.
+    """Computes keys and values of the prompt's prefix and of the leading ids after it, once for all rows.
 
     Args:
       module, frozen: the base.
-      virtual: the soft prompt, or S of them.
-      lead_ids: the ids that all rows of a prompt begin with; what lies beyond `lead_length` is padding.
-      lead_length: how many of them are real; None for all.
+      virtual: the soft prompt, or S stacked ones.
+      lead_ids: the ids that all rows of a prompt begin with, padded on the right.
+      lead_length: how many of them are real; None if all are.
 
     Returns:
-      The prefix, float32; None where there is nothing to encode.
+      The prefix in float32; None if there is nothing to encode.
     """
     if lead_ids.ndim == 2:
         return jax.vmap(lambda *one: encode_prefix(module, frozen, *one))(virtual, lead_ids, lead_length)
@@ -112,8 +125,8 @@ def encode_prefix(
     if length == 0:
         return prefix
     positions = start + jnp.arange(length, dtype=jnp.int32)
-    own = jnp.ones_like(positions)[None]
-    stream = Stream(positions[None], own, jnp.zeros_like(own))
+    segments = jnp.ones_like(positions)[None]
+    stream = Stream(positions[None], segments, jnp.zeros_like(segments))
     _, keys_values = run_stream(
         module, frozen, virtual, lead_ids[None], stream, prefix, return_keys_values=True, return_hidden=False
     )
@@ -134,7 +147,7 @@ def encode_prefix(
 def lead_logits(
     module: Decoder, frozen: Params, virtual: VirtualPrompt, lead_ids: Int[Array, " P"]
 ) -> Float[Array, "P V"]:
-    """Logits, float32, of the token behind each leading id, for a prompt without a prefix of its own."""
+    """Returns the float32 logits of the token after each leading id, for a soft prompt without a prefix."""
     positions = jnp.arange(lead_ids.shape[0], dtype=jnp.int32)[None]
     stream = Stream(positions, jnp.ones_like(positions), jnp.zeros_like(positions))
     hidden, _ = run_stream(module, frozen, virtual, lead_ids[None], stream)
@@ -145,7 +158,7 @@ def lead_logits(
 def output_states(
     module: Decoder, frozen: Params, virtual: VirtualPrompt | None, prefix: Prefix | None, rows: Rows
 ) -> Float[Array, "B Q D"]:
-    """Normalised hidden states at the output positions alone."""
+    """Returns the hidden states at the output positions, after the final norm."""
     stream = rows.stream
     if virtual is not None:
         start = virtual.first_position
@@ -157,14 +170,14 @@ def output_states(
         states = take_tokens(module.mesh, hidden, rows.outputs)
     else:
         states = jnp.take_along_axis(hidden, rows.outputs[:, :, None], axis=1)
-    # Taken where they are; then fsdp, which splits the vocabulary that they meet, has them all.
+    # First gathered on the devices that hold the rows, then replicated over fsdp, which splits the output matrix.
     return constrain(module.mesh, constrain(module.mesh, states, ROWS, "sequence"), "data", "sequence")
 
 
 def output_logits(
     module: Decoder, frozen: Params, virtual: VirtualPrompt | None, prefix: Prefix | None, rows: Rows
 ) -> Float[Array, "B Q V"]:
-    """Logits, float32, at the output positions alone: of the next token, or of the prompt's head over its C classes."""
+    """Returns the float32 logits at the output positions: of the next token, or of the C classes of the task head."""
     states = output_states(module, frozen, virtual, prefix, rows)
     if virtual is None or virtual.head is None:
         return logits(module, frozen, states)
@@ -175,12 +188,12 @@ def output_logits(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TargetScores:
-    """What losses and scores read of the logits, float32.
+    """What losses and scores need of the logits, in float32.
 
-    log_probabilities: of every target.
-    means: the mean log-probability of all V tokens, or C classes, where each target is predicted; None where logits
-      are capped.
-    logits: of a head's classes at every target; None of a vocabulary's tokens.
+    Attributes:
+      log_probabilities: the log-probability of each target.
+      means: for each target, the mean log-probability of all V tokens or C classes; None if logits are capped.
+      logits: for each target, the logits of a task head's classes; None for a vocabulary.
     """
 
     log_probabilities: Float[Array, "B M"]
@@ -189,7 +202,7 @@ class TargetScores:
 
 
 def scores_of_logits(all_logits: Float[Array, "B Q V"], rows: Rows) -> TargetScores:
-    """TargetScores of logits that are there as a whole."""
+    """Returns the TargetScores of fully materialized logits."""
     at_targets = jnp.take_along_axis(all_logits, rows.target_outputs[:, :, None], axis=1)
     log_sums = jax.nn.logsumexp(at_targets, axis=-1)
     chosen = jnp.take_along_axis(at_targets, rows.target_ids[:, :, None], axis=2)[..., 0]
@@ -199,7 +212,7 @@ def scores_of_logits(all_logits: Float[Array, "B Q V"], rows: Rows) -> TargetSco
 def target_scores(
     module: Decoder, frozen: Params, virtual: VirtualPrompt | None, prefix: Prefix | None, rows: Rows
 ) -> TargetScores:
-    """TargetScores at the output positions. The logits of a large vocabulary are never there as a whole."""
+    """Returns the TargetScores at the output positions, by a chunked log-sum-exp over a large vocabulary."""
     if virtual is not None and virtual.head is not None:
         return scores_of_logits(output_logits(module, frozen, virtual, prefix, rows), rows)
     states = output_states(module, frozen, virtual, prefix, rows)
@@ -209,8 +222,8 @@ def target_scores(
         at_targets = partial(jnp.take_along_axis, indices=rows.target_outputs, axis=1)
         cap = module.config.logit_cap
         log_sums = at_targets(log_sum_exp(states, matrix, cap))
-        own = jnp.take_along_axis(states, rows.target_outputs[:, :, None], axis=1)
-        chosen = jnp.einsum("bmd,bmd->bm", own, targets, preferred_element_type=jnp.float32)
+        states_at_targets = jnp.take_along_axis(states, rows.target_outputs[:, :, None], axis=1)
+        chosen = jnp.einsum("bmd,bmd->bm", states_at_targets, targets, preferred_element_type=jnp.float32)
         chosen = soft_capped(chosen, cap)
         if cap is not None:
             return TargetScores(chosen - log_sums, None)
@@ -219,7 +232,7 @@ def target_scores(
 
 
 def group_scores(scores: TargetScores, rows: Rows, choices: int) -> Float[Array, "B E C"]:
-    """Summed log-probability of every scored sequence: C = `choices` of each example, 1 for a plain target."""
+    """Sums the log-probabilities of each scored sequence: C = `choices` per example, or 1 for a plain target."""
     examples = rows.labels.shape[1]
 
     def of_row(values: Float[Array, " M"], groups: Int[Array, " M"]) -> Float[Array, " G"]:

@@ -1,7 +1,7 @@
 """Batched text generation: prompts in, texts out.
 
-The host's half: checks, buckets, batches, stop strings and text. The compiled half is `decoding`. Shapes come from
-buckets and everything in a `SamplingConfig` is traced, so that few programs are ever compiled.
+This module is the part on the host: checks, buckets, batches, stop strings and detokenization. The compiled part is
+`decoding`. Shapes are bucketed and the values in a `SamplingConfig` are traced, so few programs are compiled.
 """
 
 import dataclasses
@@ -24,26 +24,27 @@ from spt_jax.models.attention import Cache, Prefix
 from spt_jax.prompts.virtual import VirtualPrompt
 from spt_jax.runtime.sharding import replicated, row_sharding, row_shards, to_host
 
-# Lengths are rounded up to a multiple of this: one program per bucket.
+# Lengths are rounded up to a multiple of this, so that there is one program per bucket.
 BUCKET = 32
-# Steps between two looks of the host at the text, where there are stop strings.
+# With stop strings, the host checks the text every this many steps.
 CHUNK = 16
-# What no token's id is.
+# Padding that equals no token's id.
 NO_ID = -1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How next tokens are chosen, and when to end.
+    """How the next token is chosen, and when generation ends.
 
-    max_new_tokens: at most so many per prompt.
-    temperature: 0 takes the likeliest token (greedy); above, logits are divided by it and sampled from.
-    top_k: sample among the k likeliest tokens alone; 0 for all.
-    top_p: sample among the fewest likeliest tokens that hold this share of the probability left by top_k (nucleus
-      sampling, Holtzman et al. 2020, arXiv 1904.09751); 1 for all.
-    stop: texts that end a row as soon as it contains one. The tokenizer's control tokens may be named too.
-    end_ids: ids that end a row besides those that the base declares, as `Encoder.end_ids`.
-    seed: of the random numbers. Those of a prompt depend on the seed, the prompt's number and the step alone.
+    Attributes:
+      max_new_tokens: the maximum number of new tokens per prompt.
+      temperature: 0 takes the likeliest token (greedy); otherwise logits are divided by it before sampling.
+      top_k: sample only from the k likeliest tokens; 0 for all.
+      top_p: sample only from the smallest set of likeliest tokens whose probability, after top_k, reaches this share
+        (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751); 1 for all.
+      stop: strings that end a row as soon as its text contains one; may include names of control tokens.
+      end_ids: ids that end a row in addition to those that the base declares, such as `Encoder.end_ids`.
+      seed: the random seed. A prompt's random numbers depend only on the seed, the prompt's number and the step.
     """
 
     max_new_tokens: int = 64
@@ -56,30 +57,31 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; generate at least 1")
+            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ConfigError(f"temperature is {self.temperature}; it is 0 (greedy) or a number above")
+            raise ConfigError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
         if self.top_k < 0:
-            raise ConfigError(f"top_k is {self.top_k}; it is 0 (all tokens) or the number of tokens to choose from")
+            raise ConfigError(f"top_k is {self.top_k}; it must be 0 (all tokens) or a positive number of tokens")
         if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p is {self.top_p}; it lies in (0, 1]")
+            raise ConfigError(f"top_p is {self.top_p}; it must be in (0, 1]")
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
             raise ConfigError("top_k and top_p need temperature > 0; temperature 0 always takes the likeliest token")
         if not isinstance(self.stop, tuple) or not all(self.stop):
-            raise ConfigError(f"stop is {self.stop!r}; it is a tuple of texts, none of them empty")
+            raise ConfigError(f"stop is {self.stop!r}; it must be a tuple of non-empty strings")
         if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed is {self.seed}; it lies in [0, 2**32)")
+            raise ConfigError(f"seed is {self.seed}; it must be in [0, 2**32)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
     """What was generated after one prompt.
 
-    text: the new text, without control tokens, cut before a stop string.
-    ids: every new token, the one that ended the row (EOS, the end of a turn or of a stop string) included.
-    log_probabilities: of each of them under the model's own distribution, whatever the sampling.
-    finished: what ended the row: EOS or the end of a turn, a stop string, or `max_new_tokens`.
-    alternatives: the likeliest ids of each step and their log-probabilities, where a server's request asks for them.
+    Attributes:
+      text: the new text, without control tokens, cut before a stop string.
+      ids: the new ids, including the one that ended the row (EOS, the end of a turn or of a stop string).
+      log_probabilities: the log-probability of each id under the model's distribution, before any sampling options.
+      finished: what ended the row: "eos" is EOS or the end of a turn, "stop" a stop string, "length" `max_new_tokens`.
+      alternatives: the likeliest ids of each step and their log-probabilities, if a request to a server asks for them.
     """
 
     text: str
@@ -91,7 +93,10 @@ class Generated:
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The compiled functions of `decoding`: `encode_leads` for several prompts; `decode` takes its state."""
+    """The compiled functions of `decoding`.
+
+    `encode_leads` is `encode_lead` for several soft prompts. `decode` donates its state.
+    """
 
     encode_lead: Callable[..., Prefix]
     encode_leads: Callable[..., Prefix]
@@ -101,7 +106,7 @@ class Programs:
 
 @functools.cache
 def programs(mesh: Mesh) -> Programs:
-    """One set per mesh. Where a state lies is said, for a compiler left to itself may move it from call to call."""
+    """Returns the programs of a mesh. Shardings are explicit, since the compiler might otherwise change them."""
     rows: Any = row_sharding(mesh)
     everywhere: Any = replicated(mesh)
     row_heads: Any = NamedSharding(mesh, PartitionSpec(None, *rows.spec, "tensor"))
@@ -129,42 +134,44 @@ def generate(
     lead: int | None = None,
     batch_size: int = 32,
 ) -> list[Generated]:
-    """Continues prompts, in batches of rows of about equal length.
+    """Generates text after prompts, in batches of rows of similar length.
 
     Programs are compiled once per base, number of rows (`batch_size`, or the next power of two for fewer prompts) and
-    lengths rounded up to multiples of 32; nothing else in `sampling` than `max_new_tokens` can make a new one.
+    lengths rounded up to multiples of 32. In `sampling`, only `max_new_tokens` can cause a new compilation.
 
     Args:
       base: the frozen base.
-      prompts: ids, virtual ones (`vocab_size + i`) among them, as from `Encoder.prompt_ids`.
-      virtual: the soft prompt that those stand for.
-      sampling: how tokens are chosen, and when to end, for all prompts or for each; default `SamplingConfig()`, greedy.
-      prompt_index: which soft prompt each has, where `virtual` is several (`stack_prompts`).
-      lead: how many leading ids are encoded once for all prompts of one soft prompt; None takes all that they share.
-      batch_size: rows at a time. Results do not depend on it, beyond rounding.
+      prompts: ids, which may include virtual ones (`vocab_size + i`), such as those from `Encoder.prompt_ids`.
+      virtual: the soft prompt, or several from `stack_prompts`.
+      sampling: one config for all prompts, or one for each; default `SamplingConfig()`, which is greedy.
+      prompt_index: the index of each prompt's soft prompt, if `virtual` holds several.
+      lead: the number of leading ids to encode once for all prompts with the same soft prompt; None for as many as they
+        share.
+      batch_size: rows at a time. Apart from rounding, results do not depend on it.
 
     Returns:
-      What was generated after each prompt, in their order.
+      What was generated after each prompt, in the order of the prompts.
 
     Raises:
-      ConfigError: more tokens than the model has positions, a `lead` that is not shared, virtual ids without a soft
-        prompt, `batch_size` below 1, or not one `sampling` for each prompt.
-      DataError: an empty prompt, or an id that the base and the soft prompt do not have.
+      ConfigError: a prompt needs more positions than the model has, the prompts do not share `lead` ids, there are
+        virtual ids without a soft prompt, the soft prompt has a task head, `batch_size` is below 1, or the number of
+        `sampling` configs is wrong.
+      DataError: a prompt is empty, or has an id that neither the base nor the soft prompt has.
     """
     sampling = sampling or SamplingConfig()
     samplings = [sampling] * len(prompts) if isinstance(sampling, SamplingConfig) else list(sampling)
     if len(samplings) != len(prompts):
         raise ConfigError(f"{len(samplings)} samplings for {len(prompts)} prompts; give one for all or one for each")
     if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}; it is at least 1")
+        raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
     if not len(prompts):
         return []
     prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
     if virtual is not None and virtual.head is not None:
-        raise ConfigError("this soft prompt has a task head in the place of the output matrix, and says no text")
+        raise ConfigError("this soft prompt has a task head in place of the output matrix and cannot generate text")
     index = _checked_index(prompt_index, len(prompts), virtual)
     first = 0 if virtual is None else virtual.first_position
-    firsts = [first if isinstance(first, int) else int(first[own]) for own in index]
+    firsts = [first if isinstance(first, int) else int(first[prompt]) for prompt in index]
     rows = None if virtual is None else 0 if virtual.tokens is None else virtual.tokens.shape[-2]
     for number, prompt in enumerate(prompts):
         check_prompt(base, prompt, number, rows, firsts[number], samplings[number])
@@ -175,7 +182,7 @@ def generate(
         virtual = jax.device_put(virtual, replicated(base.mesh))
     prefix = _encoded_leads(base, requests, virtual, mixed=prompt_index is not None)
     size = round_up(min(batch_size, 2 ** (len(prompts) - 1).bit_length()), row_shards(base.mesh))
-    # Rows of like length go together, so that little of a batch is padding.
+    # Rows of similar length are batched together, so that there is little padding.
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     results: dict[int, Generated] = {}
     for start in range(0, len(order), size):
@@ -188,9 +195,15 @@ def generate(
 
 @dataclasses.dataclass(frozen=True)
 class _Request:
-    """One prompt: its ids and number, its sampling and soft prompt, how many leading ids the prefix holds.
+    """One prompt to continue.
 
-    first_position: of the first id, behind the soft prompt's own prefix.
+    Attributes:
+      ids: its ids.
+      number: its number among all prompts.
+      sampling: its sampling config.
+      prompt: the index of its soft prompt.
+      lead: how many of its leading ids are in the prefix.
+      first_position: the position of its first id, after the soft prompt's prefix.
     """
 
     ids: np.ndarray
@@ -202,11 +215,18 @@ class _Request:
 
 
 def _checked_index(prompt_index: Sequence[int] | None, count: int, virtual: VirtualPrompt | None) -> list[int]:
-    """Each prompt's soft prompt; 0 where all have the same."""
+    """Returns the index of each prompt's soft prompt; 0 if all have the same.
+
+    Raises:
+      ConfigError: `prompt_index` has the wrong length or an entry out of range, or there is no soft prompt.
+    """
     if prompt_index is None:
         return [0] * count
     if virtual is None or len(prompt_index) != count:
-        raise ConfigError(f"prompt_index has {len(prompt_index)} entries for {count} prompts, and needs soft prompts")
+        raise ConfigError(
+            f"prompt_index has {len(prompt_index)} entries for {count} prompts; it needs one per prompt, and soft"
+            " prompts to choose from"
+        )
     stacked = len(jax.tree.leaves(virtual)[0])
     if not all(0 <= prompt < stacked for prompt in prompt_index):
         raise ConfigError(f"prompt_index {list(prompt_index)} names soft prompts outside 0 to {stacked - 1}")
@@ -214,16 +234,16 @@ def _checked_index(prompt_index: Sequence[int] | None, count: int, virtual: Virt
 
 
 def _shared_leads(prompts: list[np.ndarray], index: list[int], lead: int | None) -> list[int]:
-    """Of every prompt, how many leading ids are encoded once for all prompts with its soft prompt."""
-    alike = {own: [ids for ids, other in zip(prompts, index, strict=True) if other == own] for own in set(index)}
-    shared = {own: _shared_lead(group, lead) for own, group in alike.items()}
+    """Returns for each prompt how many leading ids are encoded once for all prompts with its soft prompt."""
+    groups = {own: [ids for ids, other in zip(prompts, index, strict=True) if other == own] for own in set(index)}
+    shared = {own: _shared_lead(group, lead) for own, group in groups.items()}
     return [shared[own] for own in index]
 
 
 def _encoded_leads(
     base: FrozenBase, requests: list[_Request], virtual: VirtualPrompt | None, *, mixed: bool
 ) -> Prefix | None:
-    """Keys and values of every soft prompt's own prefix and of the leading ids behind it; None if there are none."""
+    """Computes keys and values of each soft prompt's prefix and the leading ids after it; None if there are none."""
     firsts = {request.prompt: request for request in reversed(requests)}
     longest = round_up(max(request.lead for request in firsts.values()), BUCKET)
     if not longest and (virtual is None or virtual.prefix is None):
@@ -247,7 +267,7 @@ def _generate_batch(
     prefix: Prefix | None,
     mixed: bool,
 ) -> list[Generated]:
-    """At most `size` prompts, in rows of their own; the rows left over have ended from the start."""
+    """Generates after at most `size` prompts, one per row; rows beyond these are padding that is stopped at once."""
     place = functools.partial(jax.device_put, device=row_sharding(base.mesh))
     prompts = [request.ids for request in requests]
     cached = [request.ids[request.lead : -1] for request in requests]
@@ -259,21 +279,21 @@ def _generate_batch(
         starts=place(_padded([request.first_position + request.lead for request in requests], size)),
         prompt_index=place(_padded([request.prompt for request in requests], size)) if mixed else None,
     )
-    how = [request.sampling for request in requests]
-    filler = [SamplingConfig()] * (size - len(how))
+    samplings = [request.sampling for request in requests]
+    filler = [SamplingConfig()] * (size - len(samplings))
     traced = RowSampling(
-        temperature=place(np.asarray([own.temperature for own in how + filler], np.float32)),
-        top_k=place(np.asarray([min(own.top_k, base.config.vocab_size) for own in how + filler], np.int32)),
-        top_p=place(np.asarray([own.top_p for own in how + filler], np.float32)),
-        seed=place(np.asarray([own.seed for own in how + filler], np.uint32)),
+        temperature=place(np.asarray([row.temperature for row in samplings + filler], np.float32)),
+        top_k=place(np.asarray([min(row.top_k, base.config.vocab_size) for row in samplings + filler], np.int32)),
+        top_p=place(np.asarray([row.top_p for row in samplings + filler], np.float32)),
+        seed=place(np.asarray([row.seed for row in samplings + filler], np.uint32)),
         numbers=place(_padded([request.number for request in requests], size)),
     )
-    ends = [endings(base.tokenizer, base.end_ids + own.end_ids, own.stop) for own in how]
+    ends = [endings(base.tokenizer, base.end_ids + row.end_ids, row.stop) for row in samplings]
     width = round_up(max(len(own.ids) for own in ends), 8)
     end_ids = np.full((size, width), NO_ID, np.int32)
     for row, own in zip(end_ids, ends, strict=False):
         row[: len(own.ids)] = sorted(own.ids)
-    limits = [own.max_new_tokens for own in how]
+    limits = [row.max_new_tokens for row in samplings]
     limit = max(limits)
     places = place(end_ids), place(_padded(limits, size)), rows.prompt_index
     state = programs(base.mesh).prefill(base.module, round_up(limit, BUCKET), base.params, virtual, prefix, rows)
@@ -302,7 +322,13 @@ def _generate_batch(
 
 @dataclasses.dataclass(frozen=True)
 class Endings:
-    """What ends an answer: ids, of which `stop_ids` are control tokens that were named as stop strings, and texts."""
+    """What ends an answer.
+
+    Attributes:
+      ids: all ids that end it.
+      stop_ids: those of the ids that were given as stop strings.
+      texts: the other stop strings.
+    """
 
     ids: frozenset[int]
     stop_ids: frozenset[int]
@@ -311,7 +337,7 @@ class Endings:
 
 @functools.lru_cache
 def endings(tokenizer: Any, end_ids: tuple[int, ...], stop: tuple[str, ...]) -> Endings:
-    """What ends an answer with these ids and stop strings, of which some may be control tokens."""
+    """Returns what ends an answer, given end ids and stop strings, some of which may name control tokens."""
     control = control_tokens(tokenizer)
     named = frozenset(control[text] for text in stop if text in control)
     texts = tuple(text for text in stop if text not in control)
@@ -325,7 +351,15 @@ def answer(
     ends: Endings,
     log_probabilities: Sequence[float],
 ) -> Generated:
-    """What was generated, from ids up to the first that ended it, or up to `end`, where a stop string stands."""
+    """Builds the result of one prompt.
+
+    Args:
+      text_of: decodes new ids.
+      row: the new ids, up to and including the first that ended the answer.
+      end: the number of ids up to the end of the first stop string; None without one.
+      ends: what ends the answer.
+      log_probabilities: the log-probability of each id.
+    """
     row = row[:end]
     ended = end is None and row[-1] in ends.ids
     text, finished = text_of(row[:-1] if ended else row), "length"
@@ -337,14 +371,14 @@ def answer(
 
 
 def continuation_text(tokenizer: Any, ids: Sequence[int], *, opens: bool = False) -> str:
-    """The text of ids that continue another text, without control tokens. A space in front is part of it.
+    """Decodes ids that continue another text, without control tokens. A leading space is preserved.
 
     Args:
-      tokenizer: the base's.
+      tokenizer: the base's tokenizer.
       ids: real token ids.
-      opens: the ids open a sequence, so that a tokenizer's dummy space in front is none of the text's.
+      opens: whether the ids start a sequence, so that the tokenizer's dummy space is removed.
     """
-    # A tokenizer takes the dummy space off the first token, whatever it is: here that one is of another text.
+    # Decoding removes the dummy space from the first token, whatever it is, so other text is put first.
     front = [] if opens else tokenizer.encode("a", add_special_tokens=False)
     before, whole = (
         tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -355,27 +389,35 @@ def continuation_text(tokenizer: Any, ids: Sequence[int], *, opens: bool = False
 
 @functools.lru_cache(2**16)
 def token_text(tokenizer: Any, id_: int) -> str:
-    """The text of one token behind others; of a control token or a part of a character, its name in the vocabulary.
+    """Returns the text of one token after others, or its name in the vocabulary.
 
-    Models may have more ids than the tokenizer: these are called <ID>.
+    Control tokens and parts of a character have no text, so their names are returned. Models may have more ids than the
+    tokenizer; the names of these are <ID>.
     """
     text = continuation_text(tokenizer, [id_])
     return text if text.strip("\ufffd") else tokenizer.convert_ids_to_tokens(id_) or f"<{id_}>"
 
 
 def is_opening(base: FrozenBase, prompt: np.ndarray) -> bool:
-    """Nothing but BOS stands before the new text."""
+    """Whether the prompt consists only of BOS, so that the new text starts the sequence."""
     return bool(np.all(prompt == base.tokenizer.bos_token_id))
 
 
 def until_end(ids: list[int], end_ids: frozenset[int]) -> list[int]:
-    """The ids up to the first that ends a row, that one included."""
+    """Returns the ids up to and including the first one that ends a row."""
     end = next((i + 1 for i, token in enumerate(ids) if token in end_ids), None)
     return ids[:end]
 
 
 def stop_end(text_of: Callable[[list[int]], str], ids: list[int], checked: int, stop: Sequence[str]) -> int | None:
-    """The least number of ids whose text contains a stop string, where the first `checked` ids' does not."""
+    """Returns the smallest number of ids whose text contains a stop string; None if there is none.
+
+    Args:
+      text_of: decodes ids.
+      ids: the new ids.
+      checked: how many of them are known to contain no stop string.
+      stop: the stop strings.
+    """
 
     def stops(count: int) -> bool:
         text = text_of(ids[:count])
@@ -394,13 +436,21 @@ def check_prompt(
     prefix: int,
     sampling: SamplingConfig,
 ) -> None:
-    """Whether the base can continue a prompt, with so many rows for virtual ids, None without a soft prompt.
+    """Checks that the base can continue a prompt.
+
+    Args:
+      base: the frozen base.
+      prompt: the ids.
+      number: the prompt's number, for error messages.
+      rows: the number of virtual tokens of the soft prompt; None without a soft prompt.
+      prefix: the number of positions of the soft prompt's prefix.
+      sampling: the sampling config.
 
     Raises:
-      ConfigError, DataError: as `generate`.
+      ConfigError, DataError: see `generate`.
     """
     if not len(prompt):
-        raise DataError(f"prompt {number} is empty, and nothing can predict its first token; begin it with BOS or text")
+        raise DataError(f"prompt {number} is empty, so nothing predicts the first new token; begin it with BOS or text")
     vocab_size, highest, length = base.config.vocab_size, int(prompt.max()), len(prompt)
     if rows is None and highest >= vocab_size:
         raise ConfigError(f"prompt {number} has virtual token {highest - vocab_size}, but no soft prompt was given")
@@ -418,9 +468,9 @@ def check_prompt(
 
 
 def _shared_lead(prompts: list[np.ndarray], lead: int | None) -> int:
-    """How many leading ids to encode once: all that are shared, or as many as asked for. Rows keep their last id."""
+    """Returns how many leading ids to encode once: `lead`, or all that are shared except a prompt's last id."""
     if lead is None and len(prompts) == 1:
-        return 0  # nothing to share: one pass is enough
+        return 0  # nothing is shared, and one pass is enough
     most = min(map(len, prompts)) - 1
     first = prompts[0][:most]
     differs = np.any([prompt[:most] != first for prompt in prompts], axis=0)
@@ -428,7 +478,7 @@ def _shared_lead(prompts: list[np.ndarray], lead: int | None) -> int:
     if lead is None:
         return shared
     if not 0 <= lead <= shared:
-        raise ConfigError(f"lead is {lead}; these prompts share {shared} leading ids, a prompt's last not counted")
+        raise ConfigError(f"lead is {lead}; these prompts share {shared} leading ids, not counting a prompt's last id")
     return lead
 
 

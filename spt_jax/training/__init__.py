@@ -1,1 +1,1 @@
-"""Losses, optimizers, the step and the loop."""
+"""Losses, optimizers, the training step and the training loop."""

@@ -1,8 +1,8 @@
-"""Training checkpoints through Orbax: asynchronous, atomic, exact. The last few and the best are kept.
+"""Training checkpoints with Orbax: asynchronous, atomic, and bit-exact. The last few and the best are kept.
 
 The checkpoint of step n is the directory `n/` with the items `prompt` (the method's parameters), `train` (step and
-optimizer state) and `data` (where the stream of batches stands), and with JSON metadata. Orbax notices most damage to
-its files but not all; a SHA-256 of all that was saved notices the rest.
+optimizer state) and `data` (the state of the stream of batches), and with JSON metadata. Orbax detects most damage to
+its files; a SHA-256 of everything that was saved detects all of it.
 """
 
 import contextlib
@@ -31,42 +31,43 @@ FORMAT = 1
 
 T = TypeVar("T")
 
-_TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax lists nothing with this in its name.
+_TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax does not list directories with this in their name.
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
     return "/orbax/" not in Path(record.pathname).as_posix() and "tensorstore" not in record.getMessage()
 
 
-# Of one damaged file or full disk, Orbax logs dozens of tracebacks before it raises the error that is reported here.
+# For one damaged file or full disk, Orbax logs dozens of tracebacks before it raises the error, which is reported here.
 for _name in ("absl", "asyncio"):
     logging.getLogger(_name).addFilter(_not_of_orbax)
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint is not what was saved."""
+    """The contents of a checkpoint differ from what was saved."""
 
 
 class Checkpoints:
-    """The checkpoints of a work directory. Every process of a run makes one and calls the same methods.
+    """The checkpoints of a work directory. Each process of a run creates one and calls the same methods.
 
-    A save copies the state to the host and returns; the files are written meanwhile and appear under their final name
-    when they are complete. An error of that writing is raised by the next `save`, `wait`, `restore` or `close`.
+    `save` copies the state to the host and returns. The files are written in the background and appear under their
+    final name when they are complete. If writing fails, the next `save`, `wait`, `restore` or `close` raises the error.
     """
 
     def __init__(self, directory: str | Path, *, keep: int = 2) -> None:
-        """Opens a directory of checkpoints, which is made if absent.
+        """Opens a directory of checkpoints, and creates it if it does not exist.
 
         Args:
-          directory: holds one directory per step.
-          keep: how many of the last checkpoints stay, and with each the one with the highest metric up to it.
+          directory: contains one directory per step.
+          keep: how many of the last checkpoints to keep, each together with the checkpoint that has the highest metric
+            up to it.
 
         Raises:
-          ConfigError: keep is below 1.
-          CheckpointError: the directory cannot be made or read.
+          ConfigError: `keep` is below 1.
+          CheckpointError: the directory cannot be created or read.
         """
         if keep < 1:
-            raise ConfigError(f"keep is {keep}; at least the last checkpoint must stay")
+            raise ConfigError(f"keep is {keep}; it must be at least 1")
         self.directory = Path(directory).absolute()
         self._keep = keep
         self._saving: tuple[int, float | None, Any] | None = None
@@ -91,44 +92,44 @@ class Checkpoints:
         self.close()
 
     def steps(self) -> list[int]:
-        """All steps with a checkpoint, ascending. Like the next two, it first waits for the one being written."""
+        """Returns all steps with a checkpoint, ascending. Like the next two methods, it waits for a running save."""
         self.wait()
         return sorted(self._metrics)
 
     def latest_step(self) -> int | None:
-        """The last step with a checkpoint; None if there is none."""
+        """Returns the last step with a checkpoint; None if there is none."""
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """The step with the highest metric, the first of equals; None if none has a metric."""
+        """Returns the step with the highest metric, the earliest one for ties; None if no checkpoint has a metric."""
         return _best(self._metrics, self.steps())
 
     def save(
         self, state: TrainState, data_state: Any, metadata: Mapping[str, Any], *, metric: float | None = None
     ) -> None:
-        """Starts to save a checkpoint under `state.step`, once the one before it is written.
+        """Starts saving a checkpoint of `state.step`, after the previous one is written.
 
-        The state may be donated as soon as this returns. A step that was saved already, with the same state, is left as
-        it is, its metadata too.
+        The state may be donated as soon as this returns. If the step was already saved with the same state, nothing is
+        changed, including the metadata.
 
         Args:
           state: the training state.
-          data_state: what the iterator's `get_state()` gave: JSON.
-          metadata: JSON that `restore` gives back, such as the config and the best metric so far.
-          metric: what `best_step` goes by; higher is better.
+          data_state: the JSON value that the iterator's `get_state()` returned.
+          metadata: a JSON value that `restore` returns, such as the config and the best metric so far.
+          metric: the metric by which `best_step` is chosen; higher is better.
 
         Raises:
-          CheckpointError: this or the previous checkpoint cannot be written; those before are intact. Or the step is
-            there with another state, the metric is NaN, or data state or metadata are no JSON.
+          CheckpointError: this or the previous checkpoint cannot be written (older ones are intact), the step was saved
+            with another state, the metric is NaN, or the data state or the metadata is not JSON.
         """
         self.wait()
         self.remove_cut_off_saves()
-        items = jax.tree.map(np.array, _items(state))  # Copies: the buffers of the state may be donated.
+        items = jax.tree.map(np.array, _items(state))  # Copied, since the buffers of the state may be donated.
         step = int(state.step)
         if metric is not None and math.isnan(metric):
             raise CheckpointError(f"the metric of step {step} is NaN, which is neither better nor worse than others")
         with _as_checkpoint_error(f"step {step}: data state and metadata must be JSON"):
-            data, metadata = json.loads(json.dumps([{"state": data_state}, metadata]))  # Orbax takes no None.
+            data, metadata = json.loads(json.dumps([{"state": data_state}, metadata]))  # Orbax does not accept None.
         record = {
             "format": FORMAT,
             "leaves": _described(items),
@@ -137,7 +138,7 @@ class Checkpoints:
         }
         if step in self._metrics:
             if self._record(step)["sha256"].get("state") != record["sha256"]["state"]:
-                raise CheckpointError(f"{self.directory / str(step)} is there already, with another state")
+                raise CheckpointError(f"{self.directory / str(step)} already exists, with another state")
             return
         with self._saving_reported(step):
             response = self._orbax.save_checkpointables_async(
@@ -150,7 +151,7 @@ class Checkpoints:
         self._saving = step, metric, response
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more.
+        """Waits until the last save is complete.
 
         Raises:
           CheckpointError: the last save failed; the checkpoints before it are intact.
@@ -161,25 +162,25 @@ class Checkpoints:
         with self._saving_reported(step):
             response.result()
             if jax.process_index() == 0:
-                sync_tree(self.directory / str(step))  # Orbax syncs its arrays only.
+                sync_tree(self.directory / str(step))  # Orbax syncs only its arrays.
         self._saving = None
         self._metrics[step] = metric
         self._remove_old()
 
     def restore(self, step: int | None, like: TrainState) -> tuple[TrainState, Any, dict[str, Any]]:
-        """Reads a checkpoint, every array bit for bit.
+        """Reads a checkpoint; all arrays are restored bit for bit.
 
         Args:
-          step: which one; None for the latest.
-          like: a state of the same structure, shapes and dtypes (arrays or `jax.ShapeDtypeStruct`s); its shardings say
-            where the arrays go, on any mesh.
+          step: the step; None for the latest.
+          like: a state of the same structure, shapes and dtypes (arrays or `jax.ShapeDtypeStruct`s). The arrays are
+            restored with its shardings, on any mesh.
 
         Returns:
-          The state, the data state and the metadata as given to `save`.
+          The state, the data state and the metadata that were passed to `save`.
 
         Raises:
-          CheckpointError: there is no such checkpoint, or it is damaged, of another format, or for a state of another
-            structure.
+          CheckpointError: there is no such checkpoint, it is damaged or has another format version, or its state has
+            another structure.
         """
         self.wait()
         step = self.latest_step() if step is None else step
@@ -191,29 +192,29 @@ class Checkpoints:
         record = self._record(step)
         items = jax.tree.map(_abstract, _items(like))
         _check_structure(path, record["leaves"], _described(items))
-        # One by one: where one of several cannot be read, Orbax leaves the others' coroutines to be warned about.
+        # Loaded one by one: if one of several items cannot be read, Orbax never awaits the others' coroutines.
         loaded = {name: self._load(step, name, item) for name, item in items.items()}
         data = self._load(step, "data", None)
         if _digests(loaded, data, record["metadata"]) != record["sha256"]:
-            raise DamagedError(f"{path}: damaged: its contents are not those that were saved (SHA-256 differs)")
+            raise DamagedError(f"{path}: damaged: its contents differ from what was saved (SHA-256 mismatch)")
         train = loaded["train"]
         state = TrainState(train["step"], loaded["prompt"], train["optimizer_state"])
         return state, data["state"], record["metadata"]
 
     def restore_intact(self, step: int | None, restore: Callable[[int], T]) -> T | None:
-        """Restores the newest checkpoint that is intact, and removes those after it.
+        """Restores the newest intact checkpoint, and removes those after it.
 
-        Training is deterministic: what goes on from an earlier checkpoint comes to the same later ones.
+        Training is deterministic, so a run resumed from an earlier checkpoint recreates the same later ones.
 
         Args:
-          step: take the checkpoint of this step instead, even if later ones are intact.
-          restore: called with a step, until it does not raise `DamagedError`.
+          step: restore the checkpoint of this step instead, even if later ones are intact.
+          restore: called with steps, newest first, until it does not raise `DamagedError`.
 
         Returns:
-          What `restore` gives; None where there is nothing to go on from, or only a damaged checkpoint of step 0.
+          The result of `restore`; None if there is no checkpoint, or only a damaged one of step 0.
 
         Raises:
-          CheckpointError: no checkpoint is intact, or that of `step` is damaged or absent; or what `restore` raises.
+          CheckpointError: no checkpoint is intact, the one of `step` is damaged or missing, or `restore` raised it.
         """
         problem: DamagedError | None = None
         for candidate in reversed(self.steps()) if step is None else [step]:
@@ -225,23 +226,23 @@ class Checkpoints:
             self._remove_after(candidate, problem)
             return found
         if step is None and self.steps() in ([], [0]):
-            self._remove_after(-1, problem)  # nothing was trained before step 0
+            self._remove_after(-1, problem)  # no training is lost with step 0
             return None
         if step is None:
-            raise CheckpointError(f"{problem}; no other is intact. Start anew with --overwrite") from problem
-        raise CheckpointError(f"{problem}; there are those of steps {self.steps()}") from problem
+            raise CheckpointError(f"{problem}; no other is intact. Start over with --overwrite") from problem
+        raise CheckpointError(f"{problem}; there are checkpoints of steps {self.steps()}") from problem
 
     def _remove_after(self, step: int, problem: DamagedError | None) -> None:
         later = [other for other in self.steps() if other > step]
         if problem is not None and jax.process_index() == 0:
-            print(f"{problem}. Going on from step {max(step, 0)}, the newest that is intact", file=sys.stderr)
+            print(f"{problem}. Resuming from step {max(step, 0)}, the newest intact checkpoint", file=sys.stderr)
         if later and jax.process_count() > 1:
-            multihost_utils.sync_global_devices("restored")  # before that, others may still read them
+            multihost_utils.sync_global_devices("restored")  # other processes may still be reading them
         self._remove(later)
-        self._orbax.reload()  # It keeps a list of steps of its own, and saves none twice.
+        self._orbax.reload()  # Orbax has its own list of steps, and refuses to save a step twice.
 
     def close(self) -> None:
-        """Waits for the last save and lets go of threads and files.
+        """Waits for the last save, and releases threads and files.
 
         Raises:
           CheckpointError: the last save failed; the checkpoints before it are intact.
@@ -254,17 +255,17 @@ class Checkpoints:
     def _load(self, step: int, name: str, abstract: Any) -> Any:
         try:
             return self._orbax.load_checkpointables(step, {name: abstract})[name]
-        except (MemoryError, PermissionError) as error:  # The checkpoint itself may be intact.
+        except (MemoryError, PermissionError) as error:  # the checkpoint itself may be intact
             raise CheckpointError(
                 f"{self.directory / str(step)}: {name!r} cannot be read ({_reason(error)})"
             ) from error
-        except Exception as error:  # TensorStore and Orbax raise many types, and say little.
+        except Exception as error:  # TensorStore and Orbax raise many types, with messages of little help
             raise DamagedError(f"{self.directory / str(step)}: damaged: {name!r} cannot be read") from error
 
     def _record(self, step: int) -> dict[str, Any]:
-        """The checkpoint's metadata with its format version and digest."""
+        """Returns the checkpoint's metadata with its format version and digest."""
         path = self.directory / str(step)
-        problem = f"{path}: damaged, or no checkpoint of this library"
+        problem = f"{path}: damaged, or not a checkpoint of this library"
         try:
             record = self._orbax.checkpointables_metadata(step).custom_metadata
         except Exception as error:
@@ -280,30 +281,30 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _saving_reported(self, step: int) -> Iterator[None]:
-        """Turns a failure into a CheckpointError; older checkpoints are still there, the half-written one is not."""
+        """Turns a failed save into a CheckpointError, and removes the incomplete checkpoint; older ones are intact."""
         try:
             with _as_checkpoint_error(f"{self.directory / str(step)}: the checkpoint was not saved"):
                 yield
         except CheckpointError as error:
             self._saving = None
-            with contextlib.suppress(Exception):  # Orbax raises the same error once in every thread that asks.
+            with contextlib.suppress(Exception):  # Orbax raises the same error again in each thread that waits.
                 self._orbax.wait()
             self._cleaned = False
             self.remove_cut_off_saves()
-            self._cleaned = False  # Threads of the failed save may still be writing; the next save looks again.
-            left = self.latest_step()
-            intact = "there was none before it" if left is None else f"the one of step {left} is intact"
+            self._cleaned = False  # Threads of the failed save may still be writing; the next save cleans up again.
+            latest = self.latest_step()
+            intact = "there was none before it" if latest is None else f"the one of step {latest} is intact"
             raise CheckpointError(f"{error}; {intact}") from error.__cause__
 
     def _remove_old(self) -> None:
-        """Removes all but the last few and, for each of these, the best up to it, from which a run would resume."""
+        """Removes all but the last few checkpoints and, for each of these, the best up to it, which a resume reads."""
         steps = self.steps()
         last = steps[-self._keep :]
         best = {_best(self._metrics, [other for other in steps if other <= step]) for step in last}
         self._remove(set(steps) - {*last, *best})
 
     def _remove(self, steps: Iterable[int]) -> None:
-        """Removes checkpoints, renaming each first: half a checkpoint is never listed."""
+        """Removes checkpoints, renaming each first so that a partially removed one is never listed."""
         for step in steps:
             del self._metrics[step]
             if jax.process_index() == 0:
@@ -312,7 +313,7 @@ class Checkpoints:
                     shutil.rmtree(path.rename(f"{path}{_TEMPORARY}-removed"))
 
     def remove_cut_off_saves(self) -> None:
-        """Removes what killed or failed saves left. Not done on opening: another process may be saving here."""
+        """Removes files of killed or failed saves. Not called on opening, since another process may be saving."""
         if not self._cleaned and jax.process_index() == 0:
             for path in self.directory.glob(f"*{_TEMPORARY}*"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -325,7 +326,7 @@ def _best(metrics: Mapping[int, float | None], steps: Sequence[int]) -> int | No
 
 
 def _remove_without_metric(directory: Path) -> None:
-    """Removes checkpoints whose metric is damaged, with a line: Orbax cannot open a directory that holds one."""
+    """Removes checkpoints with a damaged metric and reports them, since Orbax cannot open a directory with one."""
     for file in directory.glob("*/metrics/metrics"):
         try:
             json.loads(file.read_bytes())
@@ -336,10 +337,10 @@ def _remove_without_metric(directory: Path) -> None:
 
 
 def _metric(checkpoint: Any) -> float | None:
-    """Of a checkpoint as Orbax lists it; None also where its file is damaged."""
+    """Returns the metric of a checkpoint in Orbax's list; None if it has none or its file is damaged."""
     try:
         return float(checkpoint.metrics["metric"])
-    except Exception:  # whatever a reader of JSON may raise
+    except Exception:  # any error from reading the JSON file
         return None
 
 
@@ -357,7 +358,7 @@ def _leaves(tree: Any) -> dict[str, Any]:
 
 
 def _digests(items: Any, data: Any, metadata: Any) -> dict[str, str]:
-    """SHA-256 of the state that training goes on from, and of the metadata."""
+    """Returns the SHA-256 of the state that training resumes from, and of the metadata."""
     state = hashlib.sha256(json.dumps(data, sort_keys=True).encode())
     for name, leaf in sorted(_leaves(items).items()):
         array = np.asarray(leaf)
@@ -372,19 +373,19 @@ def _described(items: Any) -> dict[str, str]:
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _leaves(items).items()}
 
 
-def _check_structure(path: Path, there: dict[str, str], here: dict[str, str]) -> None:
-    """Orbax would cast another dtype in silence, and names no leaf when trees differ."""
-    for name in sorted(there | here):
-        if there.get(name) != here.get(name):
+def _check_structure(path: Path, saved: dict[str, str], expected: dict[str, str]) -> None:
+    """Checks all leaves. Orbax would silently cast another dtype, and does not name leaves when trees differ."""
+    for name in sorted(saved | expected):
+        if saved.get(name) != expected.get(name):
             raise CheckpointError(
-                f"{path}: {name} is {there.get(name, 'absent')} there, {here.get(name, 'absent')} here; the checkpoint"
-                " is of another method, length, base or optimizer"
+                f"{path}: {name} is {saved.get(name, 'absent')} in the checkpoint, {expected.get(name, 'absent')} in"
+                " this run; the checkpoint is of another method, length, base or optimizer"
             )
 
 
 @contextlib.contextmanager
 def _as_checkpoint_error(what: str) -> Iterator[None]:
-    """Orbax and TensorStore raise many types, from OSError to ValueError, for files that they cannot use."""
+    """Turns any error into a CheckpointError: Orbax and TensorStore raise many types, from OSError to ValueError."""
     try:
         yield
     except CheckpointError:

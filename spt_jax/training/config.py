@@ -1,4 +1,4 @@
-"""What the loop and the log of a run may be told."""
+"""Configuration of the training loop and of logging."""
 
 import dataclasses
 
@@ -7,17 +7,17 @@ from spt_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The loop.
+    """Options of the training loop.
 
     Attributes:
       steps: optimizer steps.
       batch_size: examples per step.
-      microbatches: parts that a batch is split in, one after the other: less memory, the same result.
-      seed: of initialisation and data order.
+      microbatches: the number of parts that a batch is split into, which saves memory and has the same result.
+      seed: the random seed of initialization and data order.
       evaluate_every: steps between validations; default a tenth of the run.
-      patience: stop after so many validations without a better one; 0 never stops early.
-      checkpoint_every: steps between checkpoints; default as evaluate_every.
-      keep: how many of the latest checkpoints stay, beside the best.
+      patience: stop after this many validations without improvement; 0 never stops early.
+      checkpoint_every: steps between checkpoints; defaults to evaluate_every.
+      keep: how many of the latest checkpoints to keep in addition to the best.
     """
 
     steps: int = 1000
@@ -42,18 +42,18 @@ class TrainConfig:
             raise ConfigError(f"train.steps is {self.steps}; steps are counted in 32 bits, so it must be below 2**31")
 
     def resolved(self) -> "TrainConfig":
-        """With the defaults that follow from the length of the run."""
+        """Returns the config with defaults filled in that depend on the length of the run."""
         every = self.evaluate_every or max(1, self.steps // 10)
         return dataclasses.replace(self, evaluate_every=every, checkpoint_every=self.checkpoint_every or every)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """Where metrics go besides `metrics.jsonl`.
+    """Where metrics are logged in addition to `metrics.jsonl`.
 
     Attributes:
-      tensorboard: write event files into the work directory.
-      wandb: log to this Weights & Biases project.
+      tensorboard: whether to write TensorBoard event files to the work directory.
+      wandb: the Weights & Biases project to log to.
     """
 
     tensorboard: bool = False

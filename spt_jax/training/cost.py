@@ -1,4 +1,4 @@
-"""What a training step costs, by formula."""
+"""Estimates the operations and the memory of a training step by formula."""
 
 import dataclasses
 import math
@@ -18,10 +18,15 @@ from spt_jax.runtime.sharding import row_shards, sharded_shapes
 
 @dataclasses.dataclass(frozen=True)
 class StepShape:
-    """Static sizes of a step: B rows of T tokens with Q outputs each, behind S prompts.
+    """Static sizes of a step.
 
-    lead: leading ids P of every prompt, which go through the layers once.
-    prefix: positions of a prompt's own keys and values, which do not.
+    Attributes:
+      rows: the number of rows B.
+      length: the number of tokens T of a row.
+      outputs: the number of outputs Q of a row.
+      lead: the number of leading ids P of each prompt, which go through the layers once.
+      prefix: the number of positions of a prompt's keys and values, which do not go through the layers.
+      prompts: the number of prompts S.
     """
 
     rows: int
@@ -33,28 +38,30 @@ class StepShape:
 
 
 def step_shape(batch: Batch, prefix: int = 0) -> StepShape:
-    """Sizes of a batch's arrays, for a method with so many positions of its own keys and values."""
+    """Returns the sizes of a batch, for a method whose keys and values have `prefix` positions."""
     rows, length = batch.rows.ids.shape
     *prompts, lead = batch.lead_ids.shape
     return StepShape(rows, length, batch.rows.outputs.shape[1], lead, prefix, *prompts)
 
 
 def plan_shape(plan: BatchPlan, prefix: int = 0) -> StepShape:
-    """Sizes of the largest batch of a plan."""
+    """Returns the sizes of the largest batch of a plan."""
     *prompts, lead = plan.lead_ids.shape
     return StepShape(plan.row_buckets[-1], plan.length, plan.outputs, lead, prefix, *prompts)
 
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-    """Floating-point operations of the matrix products of a step, on all devices together.
+    """Floating-point operations of the matrix products of a step, summed over all devices.
 
-    The base is frozen: a linear map costs 2 per weight and token forward and 2 backward, where full training has 4.
+    The base is frozen, so a linear map costs 2 operations per weight and token in the forward pass and 2 in the
+    backward pass, where full training needs 4.
 
-    lead: linear maps of the leading ids; of the last layer only keys and values.
-    rows: linear maps of the rows.
-    attention: scores and mixtures, of all keys alike: masks save nothing.
-    output: the output matrix, at the output positions alone.
+    Attributes:
+      lead: linear maps of the leading ids; in the last layer, only those of keys and values.
+      rows: linear maps of the rows.
+      attention: attention scores and weighted sums over all keys, since masks save nothing.
+      output: the output matrix, only at the output positions.
     """
 
     lead: int
@@ -68,15 +75,15 @@ class StepFlops:
 
 
 def step_flops(config: DecoderConfig, shape: StepShape) -> StepFlops:
-    """What a step has to compute, without what rematerialisation computes again.
+    """Returns the operations that a step needs, without those repeated by rematerialization.
 
-    Padding counts; a method's own network, its head, and gated prefixes do not.
+    Padding is included. The method's network, task heads and gated prefixes are not.
     """
     per_layer = config.matmul_parameters // config.layers
     keys_values = 2 * config.width * config.kv_heads * config.head_size
     leading = shape.prompts * shape.lead
     tokens = shape.rows * shape.length
-    # A query and a key: 2 H each for score and mixture of every head forward, twice that backward.
+    # Per query, key and head: 2 H each for the score and the weighted sum in the forward pass, twice that backward.
     pair = 12 * config.heads * config.head_size
     seen = shape.prefix + shape.lead
     return StepFlops(
@@ -89,16 +96,17 @@ def step_flops(config: DecoderConfig, shape: StepShape) -> StepFlops:
 
 @dataclasses.dataclass(frozen=True)
 class StepMemory:
-    """An estimate of the bytes that a step holds on each device at its peak.
+    """An estimate of the peak memory of a step in bytes per device.
 
-    It is from above, except for bfloat16 on CPU, where XLA computes in float32.
+    It is an upper bound, except for bfloat16 on CPU, where XLA computes in float32.
 
-    weights: of the frozen base; where fsdp splits them, with two layers gathered.
-    kept: what the forward pass over a microbatch keeps for the backward pass, of all layers.
-    layer: what one layer holds while it runs backward.
-    logits: of one chunk of outputs, and the hidden states of all of them, which meet each device's part of the
-      vocabulary.
-    prefix: the leading ids' part of the above, and keys and values of the prefix with their cotangents.
+    Attributes:
+      weights: the weights of the frozen base; with fsdp, including two gathered layers.
+      kept: activations of all layers that the forward pass of a microbatch saves for the backward pass.
+      layer: the memory of one layer during its backward pass.
+      logits: the logits of one chunk of outputs over a device's part of the vocabulary, and the hidden states of all
+        outputs.
+      prefix: the share of the leading ids in the above, and the keys and values of the prefix with their cotangents.
     """
 
     weights: int
@@ -112,9 +120,9 @@ class StepMemory:
         return sum(dataclasses.astuple(self))
 
     def of_prompts(self, count: int) -> "StepMemory":
-        """Of a step of so many prompts together, which share the weights."""
-        own = {name: count * size for name, size in dataclasses.asdict(self).items() if name != "weights"}
-        return dataclasses.replace(self, **own)
+        """Returns the estimate for a step of `count` prompts together, which share the weights."""
+        sizes = {name: count * size for name, size in dataclasses.asdict(self).items() if name != "weights"}
+        return dataclasses.replace(self, **sizes)
 
     def __str__(self) -> str:
         parts = sorted(dataclasses.asdict(self).items(), key=lambda part: -part[1])
@@ -125,7 +133,7 @@ class StepMemory:
 _PARTS = {
     "weights": "weights",
     "kept": "activations kept for the backward pass",
-    "layer": "one layer at work",
+    "layer": "one layer's backward pass",
     "logits": "logits",
     "prefix": "leading tokens",
 }
@@ -140,15 +148,15 @@ def step_memory(
     mesh: Mesh,
     microbatches: int = 1,
 ) -> StepMemory:
-    """What a step holds.
+    """Estimates the peak memory of a step.
 
     Args:
-      config: the base's sizes.
-      shape: of the whole batch.
-      remat: what the backward pass computes again.
-      itemsize: bytes of a number in the base's precision.
-      mesh: where the base lies.
-      microbatches: parts of a batch, one after the other.
+      config: the base's config.
+      shape: the sizes of the whole batch.
+      remat: what the backward pass recomputes.
+      itemsize: bytes per number in the base's dtype.
+      mesh: the mesh of the base.
+      microbatches: the number of parts that a batch is split into.
     """
     tensor = mesh.shape["tensor"]
     leaves = sharded_shapes(mesh, parameter_shapes(config), jnp.float32)
@@ -181,11 +189,14 @@ def step_memory(
 
 
 def choose_remat(estimate: Callable[[Remat], StepMemory], limit: int | None) -> Remat:
-    """What computes least again among what fits a device of so many bytes, with some room for what no estimate sees.
+    """Returns the kind of rematerialization that recomputes least among those that fit in the memory of a device.
+
+    Of the memory, 15 % is left free for what the estimate does not include.
 
     Args:
-      estimate: the memory under each.
-      limit: None where it is not known: "dots", which on CPU is also faster than "none".
+      estimate: returns the memory that a kind needs.
+      limit: the memory of a device in bytes. If None, it is unknown and the result is "dots", which on CPU is also
+        faster than "none".
     """
     if limit is None:
         return "dots"
@@ -195,19 +206,19 @@ def choose_remat(estimate: Callable[[Remat], StepMemory], limit: int | None) -> 
 
 
 def _linear_outputs(config: DecoderConfig, tensor: int) -> int:
-    """Numbers per token that a layer's linear maps give."""
+    """Returns how many numbers per token a layer's linear maps output."""
     heads = (config.heads + 2 * config.kv_heads) * config.head_size // tensor
     return 2 * config.width + heads + (2 if config.gated_mlp else 1) * config.mlp_width // tensor
 
 
 def _layer_bytes(config: DecoderConfig, tokens: int, keys: int, itemsize: int, tensor: int, scores: int = 4) -> int:
-    """What a layer computes: linear maps twice over, norms, and so many arrays of scores in float32."""
+    """Returns the bytes of a layer's linear outputs (twice), norms, and `scores` float32 arrays of attention scores."""
     scores = scores * 4 * tokens * keys * config.heads // tensor
     return tokens * (2 * itemsize * _linear_outputs(config, tensor) + 4 * 4 * config.width) + scores
 
 
 def _kept_bytes(config: DecoderConfig, tokens: int, keys: int, remat: Remat, itemsize: int, tensor: int) -> int:
-    """What a layer leaves for its backward pass: its input, and what rematerialisation does not compute again."""
+    """Returns the bytes that a layer saves for its backward pass: its input, and what is not rematerialized."""
     if remat == "full":
         return itemsize * tokens * config.width
     if remat == "dots":

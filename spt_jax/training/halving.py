@@ -1,7 +1,4 @@
-"""Trains a population, of which losers may stop early.
-
-Successive halving: Jamieson & Talwalkar 2016, arXiv 1502.07943.
-"""
+"""Trains a population, optionally with successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943)."""
 
 import contextlib
 import dataclasses
@@ -41,11 +38,11 @@ from spt_jax.training.step import Objective, TrainState
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Halving:
-    """When members that lag behind stop.
+    """Options of successive halving.
 
     Attributes:
-      rungs: shares of the run after which it is decided; none lets all members finish.
-      keep: the share of the members, by their newest validation, that goes on from each.
+      rungs: the shares of the run after which the worst members are stopped; if empty, all members finish.
+      keep: the share of members that continues after each rung, ranked by their latest validation.
     """
 
     rungs: tuple[float, ...] = (0.125, 0.25, 0.5)
@@ -53,23 +50,24 @@ class Halving:
 
     def __post_init__(self) -> None:
         if not all(0 < rung < 1 for rung in self.rungs) or sorted(set(self.rungs)) != list(self.rungs):
-            raise ConfigError(f"halving.rungs are {self.rungs}; they are shares of the run between 0 and 1, ascending")
+            raise ConfigError(f"halving.rungs are {self.rungs}; they must be ascending shares between 0 and 1")
         if not 0 < self.keep < 1:
-            raise ConfigError(f"halving.keep is {self.keep}; it lies between 0 and 1")
+            raise ConfigError(f"halving.keep is {self.keep}; it must be between 0 and 1")
 
     def steps(self, run: int) -> list[int]:
-        """The rungs of a run of so many steps."""
+        """Returns the rungs as steps of a run of `run` steps."""
         return sorted({max(1, round(rung * run)) for rung in self.rungs})
 
 
 @dataclasses.dataclass(frozen=True)
 class Standing:
-    """How far a member has come.
+    """The progress of a member.
 
-    best: its best prompt by validation.
-    steps: how many it has done.
-    score: of its newest validation; higher is better.
-    ended: why it goes on no more; None while it does.
+    Attributes:
+      best: its best prompt by validation.
+      steps: the number of steps done.
+      score: the score of its latest validation; higher is better.
+      ended: why it stopped; None while it is training.
     """
 
     best: Best
@@ -94,31 +92,34 @@ def fit_population(
     resume: bool = False,
     names: Sequence[str] | None = None,
 ) -> list[Standing]:
-    """Trains every member until the last step, or until it is out of the race.
+    """Trains each member until the last step, or until it is stopped.
 
     Args:
-      optimizer: resolved; members have their own learning rates.
-      config: steps, batch size, validation, patience and checkpoints of every member; its seed is not used.
-      workdir: where checkpoints go.
-      validate: metrics of the parameters of the member of this number on its validation set.
-      halving: default, no member stops early.
-      group_size: members that go through a step together; default by device.
-      log: opens the metrics log at the step that the run starts or goes on from; default none.
-      metadata: plain JSON that goes into every checkpoint.
-      resume: go on from the newest checkpoint in workdir that is intact, bit for bit.
-      names: of the members, for what is said of them; default their numbers from 0.
+      base: the frozen base.
+      members: the members.
+      optimizer: a resolved config; its learning rate is replaced by the members' rates.
+      objective: the loss.
+      config: steps, batch size, validation, patience and checkpoints of all members; its seed is not used.
+      workdir: the directory in which checkpoints are stored.
+      validate: returns metrics on the validation set, given a member's number and parameters.
+      halving: options of successive halving; by default, no member is halved.
+      group_size: the number of members per call of the step; the default depends on the device.
+      log: opens the metrics log at the step from which the run starts or resumes; by default, nothing is logged.
+      metadata: plain JSON that is stored in each checkpoint.
+      resume: whether to resume, bit for bit, from the newest intact checkpoint in workdir.
+      names: the members' names in messages; by default, their numbers from 0.
 
     Returns:
-      Where each member stands in the end. One whose loss is not finite is dropped, and keeps its best prompt.
+      The final standing of each member. A member whose metrics are not finite is dropped, and keeps its best prompt.
 
     Raises:
-      ConfigError: the members do not go together.
+      ConfigError: the members are not compatible.
       CheckpointError: a checkpoint cannot be written or read.
       Stopped: after SIGTERM or SIGINT, with the state saved.
     """
     method, size = common_method(members), group_size or default_group_size()
     if size < 1:
-        raise ConfigError(f"group_size is {size}; a group has at least one member")
+        raise ConfigError(f"group_size is {size}; it must be at least 1")
     config = config.resolved()
     rungs = [] if halving is None else halving.steps(config.steps)
     states = init_members(base, members, optimizer, config.steps)
@@ -149,22 +150,22 @@ def fit_population(
         pending: list[tuple[list[int], Any]] = []
 
         def settle() -> None:
-            """Reads the losses of the last step, and drops members that have none."""
+            """Reads the metrics of the last step, and drops members whose metrics are not finite."""
             losses = {}
             for numbers, metrics in pending:
                 values = {name: np.asarray(value) for name, value in metrics.items()}
-                for place, number in enumerate(numbers):
+                for slot, number in enumerate(numbers):
                     if standings[number].ended is not None:
-                        continue  # it was in the step that was under way when it broke
+                        continue  # the member was dropped after this step had been dispatched
                     at = standings[number].steps
-                    own = {name: float(value[place]) for name, value in values.items()}
-                    broken = explain(at, own, base.dtype)
-                    if broken is not None:
-                        ended = f"dropped at step {at}: {broken}"
+                    member_values = {name: float(value[slot]) for name, value in values.items()}
+                    problem = explain(at, member_values, base.dtype)
+                    if problem is not None:
+                        ended = f"dropped at step {at}: {problem}"
                         standings[number] = dataclasses.replace(standings[number], ended=ended)
                         tqdm.write(f"{names[number] if names else f'member {number}'} is {ended}")
                     else:
-                        losses[str(number)] = float(values["loss"][place])
+                        losses[str(number)] = float(values["loss"][slot])
             if pending:
                 metrics_log.write(done, {"loss": losses})
             pending.clear()
@@ -244,7 +245,7 @@ def _validated(
 
 
 def _halved(standings: Sequence[Standing], keep: float, step: int) -> list[Standing]:
-    """Stops those below the best `keep` share of the ones that still race; the earlier of equals stays."""
+    """Stops the active members below the best `keep` share; ties are decided for the earlier member."""
     racing = _racing(standings)
     ranked = sorted(racing, key=lambda number: -standings[number].score)
     losers = set(ranked[math.ceil(keep * len(ranked)) :])
@@ -255,17 +256,17 @@ def _halved(standings: Sequence[Standing], keep: float, step: int) -> list[Stand
 
 
 def _stacked(step: int, states: Sequence[TrainState], standings: Sequence[Standing]) -> TrainState:
-    """Everything that a checkpoint holds in arrays, members in front."""
+    """Returns all arrays of a checkpoint, stacked over members along the first axis."""
     params, optimizer_states = [state.params for state in states], [state.optimizer_state for state in states]
     together = {
         "now": jax.tree.map(lambda *leaves: jnp.stack(leaves), *params),
         "best": jax.tree.map(lambda *leaves: np.stack(leaves), *(standing.best.params for standing in standings)),
     }
     sharding = jax.tree.leaves(params)[0].sharding
-    whole: Any = TrainState(
+    stacked: Any = TrainState(
         jnp.asarray(step, jnp.int32), together, jax.tree.map(lambda *leaves: jnp.stack(leaves), *optimizer_states)
     )
-    return jax.device_put(whole, sharding)
+    return jax.device_put(stacked, sharding)
 
 
 def _unstacked(
@@ -274,12 +275,12 @@ def _unstacked(
     states, standings = [], []
     for number, detail in enumerate(details):
 
-        def own(tree: Any, number: int = number) -> Any:
+        def of_member(tree: Any, number: int = number) -> Any:
             return jax.tree.map(lambda leaf: leaf[number], tree)
 
         step = jnp.asarray(detail["steps"], jnp.int32)
-        states.append(TrainState(step, own(stacked.params["now"]), own(stacked.optimizer_state)))
-        params = jax.tree.map(np.asarray, own(stacked.params["best"]))
+        states.append(TrainState(step, of_member(stacked.params["now"]), of_member(stacked.optimizer_state)))
+        params = jax.tree.map(np.asarray, of_member(stacked.params["best"]))
         best = Best(params, detail["best_step"], detail["metrics"], detail["since"])
         score = -math.inf if detail["score"] is None else detail["score"]
         standings.append(Standing(best, detail["steps"], score, detail["ended"]))
@@ -287,7 +288,7 @@ def _unstacked(
 
 
 def _described(standing: Standing) -> dict[str, Any]:
-    """What a checkpoint's metadata says of a member."""
+    """Returns the metadata of a member in a checkpoint."""
     return {
         "steps": standing.steps,
         "score": None if standing.score == -math.inf else standing.score,

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: `metrics.jsonl` always, TensorBoard and Weights & Biases on request."""
+"""Logs the metrics of a run to `metrics.jsonl` and, on request, to TensorBoard and Weights & Biases."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from spt_jax.training.config import LogConfig
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line cut short by a kill is left out.
+    """Returns the lines of a `metrics.jsonl`. A last line that was cut short when the run was killed is skipped.
 
     Raises:
       CheckpointError: another line is not a JSON object with a step.
@@ -28,14 +28,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if number == len(content):
                 break
             raise CheckpointError(
-                f"{path}, line {number}, is damaged ({error}): delete that line, or the file, which only records what"
-                " was measured"
+                f"{path}, line {number}, is damaged ({error}): delete that line, or the file, which only holds metrics"
             ) from error
     return lines
 
 
 class MetricsLog:
-    """Appends a line per event. Opened at a resumed step, it drops what a killed run wrote beyond that step."""
+    """Appends one line per event.
+
+    When it is opened to resume from a step, it deletes the lines that the killed run wrote after that step.
+    """
 
     def __init__(self, workdir: Path, config: LogConfig, *, from_step: int, run_config: Mapping[str, Any]):
         self._path = workdir / "metrics.jsonl"
@@ -50,7 +52,10 @@ class MetricsLog:
             self._wandb = _wandb(config.wandb, workdir, run_config)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One line {"step": step, ...}; nested mappings become names with a slash outside the file."""
+        """Writes the line {"step": step, ...}.
+
+        For TensorBoard and Weights & Biases, nested mappings are flattened to names with slashes.
+        """
         with writing(self._path):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
@@ -62,7 +67,7 @@ class MetricsLog:
             self._wandb.log(flat, step=step)
 
     def sync(self) -> None:
-        """Makes the lines so far last through a loss of power, as a checkpoint after them does."""
+        """Flushes all lines to disk, so that they survive a power failure like the checkpoint saved after them."""
         with writing(self._path):
             os.fsync(self._file.fileno())
 
@@ -77,7 +82,7 @@ class MetricsLog:
 
 
 class NoLog(MetricsLog):
-    """For the processes of a run that do not write."""
+    """A log that writes nothing, for the processes of a run other than the first."""
 
     def __init__(self) -> None:
         pass
@@ -123,7 +128,7 @@ def _wandb(project: str, workdir: Path, run_config: Mapping[str, Any]) -> Any:
 
 
 def _run_id(path: Path) -> str:
-    """Unique to the work directory, and the same when its run is resumed."""
+    """Returns an id that is unique to the work directory and is reused when its run is resumed."""
     if not path.exists():
         write_text(path, uuid.uuid4().hex)
     return path.read_text()

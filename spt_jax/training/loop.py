@@ -1,4 +1,4 @@
-"""The loop around the step: progress, validation, checkpoints, and stopping without losing anything."""
+"""The training loop: progress, validation, checkpoints, and stopping without loss of state."""
 
 import contextlib
 import dataclasses
@@ -30,8 +30,8 @@ from spt_jax.training.overflow import explain
 from spt_jax.training.step import Objective, TrainState, init_state, make_train_step
 
 
-class Stopped(Exception):  # noqa: N818 (no error: somebody asked)
-    """A signal asked the run to stop, and its state is saved; raised in all processes of a run alike."""
+class Stopped(Exception):  # noqa: N818 (not an error: the stop was requested)
+    """Raised in all processes of a run when a signal requested a stop, after the state was saved."""
 
     all_processes = True
 
@@ -42,7 +42,13 @@ class Stopped(Exception):  # noqa: N818 (no error: somebody asked)
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """Examples, how they are batched, and a weight per class if classes weigh differently."""
+    """Training data.
+
+    Attributes:
+      examples: the examples.
+      plan: the shapes of batches.
+      class_weights: a weight per class; None weighs all classes equally.
+    """
 
     examples: Sequence[Example]
     plan: BatchPlan
@@ -51,7 +57,14 @@ class TrainingData:
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """The best prompt so far by validation, and how many validations have passed since."""
+    """The best prompt so far by validation.
+
+    Attributes:
+      params: its parameters.
+      step: the step after which it was validated.
+      metrics: its metrics; None if nothing was validated.
+      since: the number of validations since then.
+    """
 
     params: PromptParams
     step: int = 0
@@ -65,11 +78,13 @@ class Best:
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Per second, since the first step came back, which is when the program was compiled; without validation.
+    """Rates per second. Compilation, which ends with the first step, validation and saving are excluded.
 
-    tokens: those of examples, without padding and the leading ones that examples share.
-    utilization: matrix products that a step needs (`cost.step_flops`), of what the devices can do
-      (`measure.peak_flops`).
+    Attributes:
+      examples: examples per second.
+      tokens: tokens per second, without padding and the leading tokens that examples share.
+      utilization: the matrix operations that steps need (`cost.step_flops`), as a share of the peak of the devices
+        (`measure.peak_flops`).
     """
 
     examples: float = 0.0
@@ -79,11 +94,12 @@ class Rates:
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """The time that a run has taken and what it did in it, since its very start, as its checkpoints keep it.
+    """Time and work of a run since its first start, as stored in its checkpoints.
 
-    seconds: in training, without validation and saving.
-    warm_seconds: those of them since the first step of each start came back, which is when the program was compiled.
-    examples, tokens, flops: done in the latter, as of `Rates`.
+    Attributes:
+      seconds: the training time, without validation and saving.
+      warm_seconds: the part of it after the first step of each start, without compilation.
+      examples, tokens, flops: the work done in `warm_seconds`, counted as in `Rates`.
     """
 
     seconds: float = 0.0
@@ -93,16 +109,20 @@ class Speed:
     flops: float = 0.0
 
     def rates(self, peak_flops: float) -> Rates:
-        """Per second; peak_flops: operations per second of all devices at most."""
+        """Returns the work per second.
+
+        Args:
+          peak_flops: the peak operations per second of all devices together.
+        """
         if not self.warm_seconds:
             return Rates()
-        examples, tokens, flops = (own / self.warm_seconds for own in (self.examples, self.tokens, self.flops))
+        examples, tokens, flops = (work / self.warm_seconds for work in (self.examples, self.tokens, self.flops))
         return Rates(examples, tokens, flops / peak_flops)
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What training gave: the best prompt, steps done, seconds in them, and how fast it was."""
+    """The result of training: the best prompt, the steps done, their total time in seconds, and the rates."""
 
     best: Best
     steps: int
@@ -112,15 +132,16 @@ class Outcome:
 
 @contextlib.contextmanager
 def graceful_stop() -> Iterator[Callable[[int], int | None]]:
-    """Catches SIGTERM and SIGINT instead of ending at once; SIGINT after another signal does end the process at once.
+    """Handles SIGTERM and SIGINT gracefully; SIGINT after another signal still ends the process at once.
 
-    Of several processes, one that gets either stops all, as by SIGTERM.
+    If a run has several processes, either signal in one of them stops all, like SIGTERM.
 
     Yields:
-      Called after every step with its number, and after the last with the next: the signal that asks to stop, or None.
+      A function to call with the step's number after each step, and with the next number after the last step. It
+      returns the signal that requested a stop, or None.
     """
     several = jax.process_count() > 1
-    # JAX has a handler of its own for SIGTERM where there are several processes.
+    # With several processes, JAX handles SIGTERM itself.
     numbers = (signal.SIGINT,) if several else signals.NUMBERS
     with signals.held(numbers, lambda: signal.raise_signal(signal.SIGTERM) if several else None) as caught:
 
@@ -152,16 +173,23 @@ def fit(
     """Trains until `config.steps`, an early stop or a signal.
 
     Args:
-      log: opens the metrics log at the step that the run starts or goes on from.
-      validate: metrics of a prompt on the validation set; None keeps the last prompt as the best.
-      save_best: called with every new best prompt.
-      metadata: plain JSON that goes into every checkpoint.
-      resume: go on from the newest checkpoint in workdir that is intact.
-      resume_from: with resume, go on from the checkpoint of this step instead.
-      profile: steps to trace into workdir's profile/.
+      base: the frozen base.
+      method: the method.
+      optimizer: the optimizer.
+      objective: the loss.
+      data: the training data.
+      config: options of the loop, resolved.
+      workdir: the directory in which checkpoints are stored.
+      log: opens the metrics log at the step from which the run starts or resumes.
+      validate: returns metrics of a prompt on the validation set; if None, the last prompt counts as the best.
+      save_best: called with each new best prompt.
+      metadata: plain JSON that is stored in each checkpoint.
+      resume: whether to resume from the newest intact checkpoint in workdir.
+      resume_from: with `resume`, the step of the checkpoint to resume from instead.
+      profile: the number of steps to trace into `workdir/profile`.
 
     Raises:
-      TrainingError: a loss, gradient or prompt is not finite; the last checkpoint and the best prompt are kept.
+      TrainingError: a loss, gradient or prompt is not finite; the last checkpoint and the best prompt are not lost.
       CheckpointError: a checkpoint cannot be written or read.
       Stopped: after SIGTERM or SIGINT, with the state saved.
     """
@@ -213,7 +241,7 @@ def fit(
                 with run.pause():
                     best = _validated(best, _to_host(state.params), done, validate, metrics_log, save_best)
             ended = last or stop is not None or _out_of_patience(config, best)
-            # A new best is always checkpointed: that is where a resumed run finds it.
+            # A new best prompt is always checkpointed, since a resumed run reads it from its checkpoint.
             if done % config.checkpoint_every == 0 or ended or best.step == done:  # type: ignore[operator]
                 run.settle()
                 speed = save(state, best)
@@ -233,7 +261,7 @@ def fit(
 
 
 def _work(base: FrozenBase, method: Method, batch: Batch) -> np.ndarray:
-    """Examples, tokens and operations of a batch."""
+    """Returns the numbers of examples, tokens and operations of a batch."""
     flops = step_flops(base.config, step_shape(batch, method.prefix_length)).total
     return np.asarray([np.sum(batch.rows.examples >= 0), np.sum(batch.rows.stream.segments > 0), flops], float)
 
@@ -247,7 +275,10 @@ def _out_of_patience(config: TrainConfig, best: Best) -> bool:
 
 
 def _restored(checkpoints: Checkpoints, step: int, like: TrainState) -> tuple[TrainState, Any, Best, Speed]:
-    """State, place in the data, best prompt and speed; the best is that of the best checkpoint, kept for this."""
+    """Restores the state, the data state, the best prompt and the speed.
+
+    The best prompt is read from the checkpoint of its step, which is kept for this purpose.
+    """
     state, data_state, saved = checkpoints.restore(step, like)
     speed = Speed(**saved.get("speed", {}))  # version 0.1 saved none
     details = saved["best"]
@@ -255,7 +286,7 @@ def _restored(checkpoints: Checkpoints, step: int, like: TrainState) -> tuple[Tr
         return state, data_state, Best(_to_host(state.params)), speed
     if details["step"] not in checkpoints.steps():
         raise DamagedError(
-            f"{checkpoints.directory}: the best prompt up to step {step}, of step {details['step']}, is gone"
+            f"{checkpoints.directory}: the best prompt up to step {step}, of step {details['step']}, is missing"
         )
     params = checkpoints.restore(details["step"], like)[0].params
     return state, data_state, Best(_to_host(params), details["step"], details["metrics"], details["since"]), speed
@@ -279,8 +310,8 @@ def _validated(
 
 
 def progress_bar(steps: int, first: int) -> tqdm:
-    """Of the steps of a run, some of which are done."""
-    seconds = 0.5 if sys.stderr.isatty() else 10.0  # a log file gets a line now and then
+    """Returns a progress bar over the steps of a run, of which `first` are done."""
+    seconds = 0.5 if sys.stderr.isatty() else 10.0  # fewer lines in log files
     return tqdm(
         total=steps,
         initial=first,
@@ -293,7 +324,7 @@ def progress_bar(steps: int, first: int) -> tqdm:
 
 
 class _Run:
-    """Progress bar and clock of a run. A step's metrics are read after the next step is dispatched."""
+    """The progress bar and the clock of a run. A step's metrics are read after the next step is dispatched."""
 
     def __init__(self, config: TrainConfig, log: MetricsLog, first: int, before: Speed, base: FrozenBase):
         self._log, self._before, self._dtype = log, before, base.dtype
@@ -302,17 +333,17 @@ class _Run:
         self._work = np.zeros(3)
         self._warm: float | None = None
         self._paused = 0.0
-        self._begun = time.perf_counter()
+        self._started = time.perf_counter()
         self.bar = progress_bar(config.steps, first)
 
     @property
     def seconds(self) -> float:
         """Seconds since this start, without validation and saving."""
-        return time.perf_counter() - self._begun - self._paused
+        return time.perf_counter() - self._started - self._paused
 
     @property
     def speed(self) -> Speed:
-        """Since the run's very start."""
+        """Time and work since the first start of the run."""
         seconds, before = self.seconds, self._before
         if self._warm is None or not self._work.any():
             return dataclasses.replace(before, seconds=before.seconds + seconds)
@@ -326,7 +357,7 @@ class _Run:
         )
 
     def dispatched(self, step: int, metrics: dict[str, Any], work: np.ndarray) -> None:
-        """Takes a step's metrics, still being computed, and reads those of the step before."""
+        """Registers a step whose metrics are still being computed, and reads those of the previous step."""
         previous, self._pending = self._pending, (step, metrics, work)
         if previous is not None:
             self._read(*previous)
@@ -339,16 +370,16 @@ class _Run:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Time spent inside counts neither as training nor for the rate."""
-        begun = time.perf_counter()
+        """Excludes the time spent inside the context from the training time and the rates."""
+        started = time.perf_counter()
         yield
-        self._paused += time.perf_counter() - begun
+        self._paused += time.perf_counter() - started
 
     def _read(self, step: int, metrics: dict[str, Any], work: np.ndarray) -> None:
         values = {name: float(value) for name, value in metrics.items()}
-        broken = explain(step, values, self._dtype)
-        if broken is not None:
-            raise TrainingError(f"step {step}: {broken}. The last checkpoint and the best prompt so far are kept")
+        problem = explain(step, values, self._dtype)
+        if problem is not None:
+            raise TrainingError(f"step {step}: {problem}. The last checkpoint and the best prompt so far are kept")
         if self._warm is None:
             self._warm = self.seconds
         else:

@@ -1,4 +1,4 @@
-"""Losses as (sum, weight), to be divided once, so that microbatches, packing and devices never change the mean."""
+"""Losses as pairs (sum, weight), divided only once: microbatches, packing and devices do not change the mean."""
 
 import dataclasses
 import math
@@ -20,14 +20,14 @@ Loss = tuple[Float[Array, ""], Float[Array, ""]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """What is minimised.
+    """Which loss is minimized.
 
     Attributes:
-      over: vocabulary is next-token cross-entropy of the target; verbalizers is cross-entropy of the right class among
-        the verbalizers' sequence probabilities. Default verbalizers where there are some. A span head's loss is over
-        the places of its text, and any head's is set by itself.
-      label_smoothing: share of the target distribution spread evenly over the vocabulary or the classes.
-      class_weights: weight per class, in the verbalizers' order; none weighs all classes alike.
+      over: "vocabulary" is the next-token cross-entropy of the target; "verbalizers" is the cross-entropy of the
+        correct class, given the sequence probabilities of the verbalizers; "span" is over the positions of the text
+        that a span head reads. Defaults to "verbalizers" if there are any. With a task head it is set automatically.
+      label_smoothing: the share of the target distribution that is spread evenly over the vocabulary or the classes.
+      class_weights: a weight per class, in the order of the verbalizers; if empty, all classes have equal weight.
     """
 
     over: Literal["vocabulary", "verbalizers", "span"] | None = None
@@ -36,21 +36,23 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
-            raise ConfigError(f"loss.label_smoothing is {self.label_smoothing}; it lies in [0, 1)")
+            raise ConfigError(f"loss.label_smoothing is {self.label_smoothing}; it must be in [0, 1)")
         finite = all(0 <= weight < math.inf for weight in self.class_weights)
         if not finite or (self.class_weights and not any(self.class_weights)):
-            raise ConfigError("loss.class_weights must be numbers of at least 0, one of them above")
+            raise ConfigError("loss.class_weights must be finite numbers of at least 0, and not all 0")
 
 
 def vocabulary_loss(scores: TargetScores, rows: Rows, choices: int, smoothing: float) -> Loss:
-    """Weighted cross-entropy of the targets over the vocabulary, and the sum of the weights.
+    """Returns the weighted cross-entropy of the targets over the vocabulary, and the sum of the weights.
 
-    Smoothing as in Szegedy et al. 2016 (arXiv 1512.00567).
+    Label smoothing is that of Szegedy et al. 2016 (arXiv 1512.00567).
     """
     if choices > 1:
-        raise ConfigError("over the vocabulary, examples have one target: batch `Example.as_target()`")
+        raise ConfigError("a loss over the vocabulary needs examples with one target: batch `Example.as_target()`")
     if smoothing and scores.means is None:
-        raise ConfigError("loss.label_smoothing over the vocabulary does not go with a base whose logits are capped")
+        raise ConfigError(
+            "loss.label_smoothing over the vocabulary is not compatible with a base whose logits are capped"
+        )
     losses = -(1 - smoothing) * scores.log_probabilities
     if scores.means is not None:
         losses -= smoothing * scores.means
@@ -59,12 +61,12 @@ def vocabulary_loss(scores: TargetScores, rows: Rows, choices: int, smoothing: f
 
 
 def verbalizer_loss(scores: TargetScores, rows: Rows, choices: int, smoothing: float) -> Loss:
-    """Weighted cross-entropy of the right class, and the sum of the examples' weights.
+    """Returns the weighted cross-entropy of the correct class, and the sum of the examples' weights.
 
-    A class's score is the log-probability of its verbalizer, so that for verbalizers of one token this is the softmax
-    over their logits alone.
+    The score of a class is the log-probability of its verbalizer. With verbalizers of one token, the distribution over
+    classes is therefore the softmax over only their logits.
     """
-    # The scores ignore class weights, which weigh whole examples.
+    # Class weights do not enter the scores: they multiply the losses of examples.
     choice_scores = group_scores(scores, rows, choices)
     log_probabilities = jax.nn.log_softmax(choice_scores, axis=-1)
     right = jnp.take_along_axis(log_probabilities, rows.labels[:, :, None], axis=-1)[..., 0]
@@ -73,17 +75,17 @@ def verbalizer_loss(scores: TargetScores, rows: Rows, choices: int, smoothing: f
 
 
 def span_loss(scores: TargetScores, rows: Rows, choices: int, smoothing: float) -> Loss:
-    """Cross-entropy of the answer's start, and of its end, among all places of its text: the mean of the two.
+    """Returns the mean of the cross-entropies of the answer's start and end over the positions of the text.
 
-    As transformers' question-answering models have it, but over the text that is read alone.
+    It is the loss of transformers' question-answering models, but only over the text that the head reads.
     """
     del choices
     if smoothing:
-        raise ConfigError("loss.label_smoothing does not go with a span head")
+        raise ConfigError("loss.label_smoothing is not compatible with a span head")
     examples = rows.labels.shape[1]
     real = rows.target_weights > 0
     if scores.logits is None:
-        raise ConfigError("a loss over spans needs a head")
+        raise ConfigError("a loss over spans needs a span head")
     at_reads = scores.logits
     flags = jnp.stack([rows.target_ids & START, rows.target_ids & END], axis=-1) > 0
 
@@ -106,17 +108,22 @@ def context_loss(
     vocab_size: int,
     targets: Sequence[tuple[int, int, float]],
 ) -> Loss:
-    """Weighted cross-entropy of virtual tokens that stand for real ones, and how many of them there are.
+    """Returns the weighted cross-entropy of virtual tokens that stand for real ones, and how many are counted.
 
-    targets: `Method.context_targets`. The first token of a sequence, which nothing predicts, does not count; where one
-      is not among the leading ids, the loss is NaN.
+    The first token of a sequence is not counted, since nothing predicts it.
+
+    Args:
+      logits: the logits after each leading id.
+      lead_ids: the leading ids. If one of the virtual tokens is not among them, the loss is NaN.
+      vocab_size: virtual token i has the id `vocab_size + i`.
+      targets: `Method.context_targets`.
     """
     numbers, ids, weights = (np.asarray(column) for column in zip(*targets, strict=True))
-    is_there = lead_ids[None, :] == vocab_size + numbers[:, None]
-    places = jnp.argmax(is_there, axis=1)
-    losses = -jax.nn.log_softmax(logits)[jnp.maximum(places - 1, 0), ids]
-    losses = jnp.where(is_there.any(axis=1), jnp.where(places > 0, weights * losses, 0.0), jnp.nan)
-    return jnp.sum(losses), jnp.sum((places > 0).astype(jnp.float32))
+    matches = lead_ids[None, :] == vocab_size + numbers[:, None]
+    positions = jnp.argmax(matches, axis=1)
+    losses = -jax.nn.log_softmax(logits)[jnp.maximum(positions - 1, 0), ids]
+    losses = jnp.where(matches.any(axis=1), jnp.where(positions > 0, weights * losses, 0.0), jnp.nan)
+    return jnp.sum(losses), jnp.sum((positions > 0).astype(jnp.float32))
 
 
 LOSSES: dict[str, Callable[..., Loss]] = {

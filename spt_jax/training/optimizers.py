@@ -14,7 +14,7 @@ from spt_jax.errors import ConfigError, did_you_mean
 OptimizerName = Literal["adafactor", "adamw", "adam", "sgd", "lion"]
 ScheduleName = Literal["constant", "cosine", "linear", "inverse_sqrt"]
 
-# Every option that an optimizer has, with its default. Adafactor is that of Lester et al. 2021.
+# The options of each optimizer, with their defaults. Adafactor's are those of Lester et al. 2021.
 OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "adafactor": {"learning_rate": 0.3, "weight_decay": 1e-5, "momentum": 0.0, "clip_norm": 0.0},
     "adamw": {"learning_rate": 0.03, "weight_decay": 0.01, "b1": 0.9, "b2": 0.999, "clip_norm": 0.0},
@@ -24,29 +24,30 @@ OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 SCHEDULE_DEFAULTS: dict[str, Any] = {"schedule": "constant", "warmup_steps": 0}
 
-# What a base is tuned with by default, and the families that do better with something else.
+# The default optimizer, and the families with another one: options that override the tables above if that optimizer is
+# used.
 BASE_DEFAULTS: dict[str, Any] = {"name": "adam", "learning_rate": 0.1, "schedule": "linear"}
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {"gpt2": {"name": "adam", "learning_rate": 0.03}}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """How the prompt is trained. None means the default of the base's family, or else of the optimizer.
+    """Optimizer and learning-rate schedule. None is the default of the base's family, or else of the optimizer.
 
     Attributes:
       name: the optimizer.
-      learning_rate: the highest rate of the schedule.
+      learning_rate: the peak learning rate of the schedule.
       schedule: cosine and linear fall to 0 at the last step; inverse_sqrt falls as 1 / sqrt(step) after the warm-up.
-      warmup_steps: steps over which the rate rises in a line from 0; 0 starts at the full rate.
-      weight_decay: adamw and lion subtract rate * decay * parameter, adafactor decay * parameter (as T5X does); sgd
+      warmup_steps: linear warm-up steps; 0 starts at the peak rate.
+      weight_decay: adamw and lion subtract rate * decay * parameter, adafactor decay * parameter (as in T5X); sgd
         adds decay * parameter to the gradient; adam has none.
-      clip_norm: largest global norm of the gradient; 0 is off.
-      momentum: of sgd and adafactor.
-      b1: decay of the first moment of adam, adamw and lion.
-      b2: decay of the second moment of adam and adamw, of the first moment kept by lion.
+      clip_norm: the maximum global norm of the gradient; 0 disables clipping.
+      momentum: the momentum of sgd and adafactor.
+      b1: the decay of the first moment of adam and adamw; for lion, the weight of the momentum in the update.
+      b2: the decay of the second moment of adam and adamw; for lion, the decay of the momentum.
 
     Raises:
-      ConfigError: a value out of range, or an option that the named optimizer does not have.
+      ConfigError: a value is out of range, or the named optimizer does not have the option.
     """
 
     name: OptimizerName | None = None
@@ -63,55 +64,55 @@ class OptimizerConfig:
         _check_name("name", self.name, get_args(OptimizerName))
         _check_name("schedule", self.schedule, get_args(ScheduleName))
         if self.learning_rate == 0:
-            raise ConfigError("optimizer.learning_rate is 0, and nothing would be trained; it must be above 0")
+            raise ConfigError("optimizer.learning_rate is 0, so nothing would be trained; it must be above 0")
         for field in ("learning_rate", "weight_decay", "clip_norm"):
             _check_number(field, getattr(self, field), math.inf)
         for field in ("momentum", "b1", "b2"):
             _check_number(field, getattr(self, field), 1.0)
         warmup = self.warmup_steps
         if warmup is not None and (isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0):
-            raise ConfigError(f"optimizer.warmup_steps is {warmup!r}; it must be a whole number, 0 or more")
+            raise ConfigError(f"optimizer.warmup_steps is {warmup!r}; it must be an integer, 0 or more")
         for field in ("weight_decay", "momentum", "b1", "b2"):
-            # A 0 asks for nothing, so that it may be said of any optimizer.
+            # 0 disables an option, so it is accepted for every optimizer.
             if self.name and getattr(self, field) and field not in OPTIMIZER_DEFAULTS[self.name]:
                 having = [name for name, options in OPTIMIZER_DEFAULTS.items() if field in options]
                 raise ConfigError(f"optimizer {self.name} has no {field}; {', '.join(having)} have it")
 
 
 def resolve_optimizer(config: OptimizerConfig, family: str, recipe: Mapping[str, Any] | None = None) -> OptimizerConfig:
-    """Fills in what the config leaves open, for a base of this family (`DecoderConfig.family`).
+    """Fills in defaults for a base of this family (`DecoderConfig.family`).
 
-    The family's own rate and schedule hold for the family's own optimizer; another optimizer takes its general ones.
-    What the method's `recipe` says goes before the family's. Options that the optimizer does not have stay None.
+    The family's rate and schedule apply only to the family's optimizer; other optimizers have general defaults. The
+    method's `recipe` takes precedence over the family's defaults. Options that the optimizer does not have stay None.
 
     Raises:
-      ConfigError: for an option that the family's optimizer does not have.
+      ConfigError: the family's optimizer does not have an option that the config sets.
     """
-    own = {**FAMILY_DEFAULTS.get(family, BASE_DEFAULTS), **(recipe or {})}
-    name = config.name or own["name"]
+    family_defaults = {**FAMILY_DEFAULTS.get(family, BASE_DEFAULTS), **(recipe or {})}
+    name = config.name or family_defaults["name"]
     defaults: Mapping[str, Any] = {**SCHEDULE_DEFAULTS, **OPTIMIZER_DEFAULTS[name], "name": name}
-    if name == own["name"]:
-        defaults = {**defaults, **own}
+    if name == family_defaults["name"]:
+        defaults = {**defaults, **family_defaults}
     return dataclasses.replace(
         config, **{field: value for field, value in defaults.items() if getattr(config, field) is None}
     )
 
 
 def make_schedule(config: OptimizerConfig, steps: int, rate: Any = None) -> optax.Schedule:
-    """The learning rate of each update, as a function of how many updates came before it.
+    """Returns a schedule that maps the number of previous updates to the learning rate.
 
     With w = warmup_steps, update t has the rate
 
-        learning_rate * min(t / w, 1) * decay(t),       without the ramp when w = 0
+        learning_rate * min(t / w, 1) * decay(t),       or learning_rate * decay(t) if w = 0
 
-    where decay is 1 (constant); 1 - p (linear) or (1 + cos(pi p)) / 2 (cosine) for p = (t - w) / (steps - w), held
-    between 0 and 1; or sqrt(w) / sqrt(max(t, w)) with w at least 1 (inverse_sqrt: Vaswani et al. 2017 with the warm-up,
+    where decay is 1 (constant); 1 - p (linear) or (1 + cos(pi p)) / 2 (cosine) for p = (t - w) / (steps - w), clipped
+    to [0, 1]; or sqrt(w) / sqrt(max(t, w)) with w at least 1 (inverse_sqrt: Vaswani et al. 2017 with the warm-up,
     Raffel et al. 2020 after it).
 
     Args:
-      config: resolved.
+      config: a resolved config.
       steps: the length of the run, in updates.
-      rate: a learning rate in the place of the config's; it may be traced.
+      rate: a learning rate that replaces the config's; it may be traced.
 
     Raises:
       ConfigError: the config is not resolved, or the warm-up is longer than the run.
@@ -119,7 +120,7 @@ def make_schedule(config: OptimizerConfig, steps: int, rate: Any = None) -> opta
     _check_resolved(config)
     rate, warmup = config.learning_rate or 0.0 if rate is None else rate, config.warmup_steps or 0
     if steps < 1 or warmup > steps:
-        raise ConfigError(f"optimizer.warmup_steps is {warmup}, which does not fit into a run of {steps} steps")
+        raise ConfigError(f"optimizer.warmup_steps is {warmup}, which does not fit in a run of {steps} steps")
 
     def schedule(count: Any) -> Float[Array, ""]:
         step = jnp.asarray(count, jnp.float32)
@@ -139,22 +140,23 @@ def make_schedule(config: OptimizerConfig, steps: int, rate: Any = None) -> opta
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, rate: Any = None) -> optax.GradientTransformation:
-    """Clipping by global norm, then the optimizer under its schedule. `update` needs the parameters.
+    """Returns gradient clipping by global norm followed by the optimizer with its schedule.
 
-    Adafactor is that of Lester et al. 2021 (google-research/prompt-tuning): no scaling by the parameters, second-moment
-    decay 1 - t^-0.8, updates clipped to a root mean square of 1, factored when both dimensions are 128 or more. Adam:
-    Kingma & Ba 2015; AdamW: Loshchilov & Hutter 2019; Lion: Chen et al. 2023; SGD with classical momentum.
+    Its `update` needs the parameters. Adafactor is configured as in Lester et al. 2021 (google-research/prompt-tuning):
+    no scaling by the parameters, second-moment decay 1 - t^-0.8, updates clipped to a root mean square of 1, factored
+    if both dimensions are at least 128. Adam: Kingma & Ba 2015; AdamW: Loshchilov & Hutter 2019; Lion: Chen et al.
+    2023; SGD with classical momentum.
 
     Args:
-      config: resolved.
+      config: a resolved config.
       steps: the length of the run, in updates.
-      rate: as for `make_schedule`.
+      rate: see `make_schedule`.
 
     Raises:
-      ConfigError: as `make_schedule`.
+      ConfigError: see `make_schedule`.
     """
     rate = make_schedule(config, steps, rate)
-    # None where the optimizer does not have the option.
+    # Options that the optimizer does not have are None.
     momentum, weight_decay = config.momentum or None, config.weight_decay or 0.0
     b1, b2 = config.b1 or 0.0, config.b2 or 0.0
     if config.name == "adafactor":
@@ -187,12 +189,12 @@ def _check_number(field: str, value: Any, end: float) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < end:
-        reach = "0 or more" if end == math.inf else f"at least 0 and below {end:g}"
-        raise ConfigError(f"optimizer.{field} is {value!r}; it must be a number, {reach}")
+        limits = "0 or more" if end == math.inf else f"at least 0 and below {end:g}"
+        raise ConfigError(f"optimizer.{field} is {value!r}; it must be a number, {limits}")
 
 
 def _check_resolved(config: OptimizerConfig) -> None:
     needed = {"name", *SCHEDULE_DEFAULTS, *OPTIMIZER_DEFAULTS.get(config.name or "", ())}
     missing = sorted(field for field in needed if getattr(config, field) is None)
     if missing:
-        raise ConfigError(f"the optimizer config leaves open {', '.join(missing)}; call resolve_optimizer first")
+        raise ConfigError(f"the optimizer config does not set {', '.join(missing)}; call resolve_optimizer first")

@@ -1,4 +1,4 @@
-"""What to say of a step whose numbers are not finite, and what helps."""
+"""Explains steps whose metrics are not finite, and suggests a remedy."""
 
 import math
 from collections.abc import Mapping
@@ -10,15 +10,15 @@ import jax.numpy as jnp
 def explain(step: int, metrics: Mapping[str, float], dtype: Any) -> str | None:
     """Names the metrics that are not finite, the likely cause and the remedy.
 
-    The loss and the gradient of step 1 come before any update, so the learning rate has no part in them.
+    The loss and the gradient of step 1 precede any update, so they do not depend on the learning rate.
 
     Args:
-      step: of the run, from 1.
-      metrics: of the step, as `train_step` returns them.
-      dtype: the base's.
+      step: the step, from 1.
+      metrics: the metrics that `train_step` returned.
+      dtype: the dtype of the base.
 
     Returns:
-      Sentences without a final stop; None if all are finite.
+      The explanation, without a final period; None if all metrics are finite.
     """
     broken = {name: value for name, value in metrics.items() if not math.isfinite(value)}
     if not broken:
@@ -35,7 +35,7 @@ def explain(step: int, metrics: Mapping[str, float], dtype: Any) -> str | None:
         )
     if untrained:
         return (
-            f"{found} before any update, so the learning rate is not the cause: the base's weights, the start of the"
-            f" prompt or the weights of the examples give numbers that are not finite in {name}"
+            f"{found} before any update, so the learning rate is not the cause: the base's weights, the initial prompt"
+            f" or the weights of the examples produce numbers that are not finite in {name}"
         )
     return f"{found}. A lower optimizer.learning_rate usually helps"

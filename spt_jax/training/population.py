@@ -1,8 +1,8 @@
-"""Many prompts trained side by side on one frozen base: a population.
+"""Trains a population: many prompts on one frozen base.
 
-Members differ in seed, start, learning rate, length or data, and are compiled once for all. They take turns in groups
-of `group_size`, each group one call of a step that is mapped over its members: large on an accelerator, which a single
-prompt leaves idle, and 1 on a CPU, which is faster one by one. A member's losses are those of a run of its own.
+Members may differ in seed, initialization, learning rate, length or data, but share one compiled step. Each call of the
+step is vectorized over a group of `group_size` members. Large groups suit accelerators, where a single prompt would
+leave the device underused; on CPUs, a group size of 1 is faster. A member's losses equal those of a separate run.
 """
 
 import dataclasses
@@ -29,13 +29,14 @@ from spt_jax.training.step import Metrics, Objective, TrainState, train_step
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One prompt of a population: what may differ from the others.
+    """One prompt of a population, with the settings that may differ between members.
 
-    method: those of a population differ in their start (`init`) alone, and in length if they are prompt tuning.
-    examples, plan: its data, and the shapes of its batches.
-    seed: of its start and of the order of its data.
-    learning_rate: the highest of its schedule.
-    class_weights: a weight per class if classes weigh differently.
+    Attributes:
+      method: the method. Within a population, methods may differ only in `init`, and for prompt tuning in length.
+      examples, plan: the data, and the shapes of batches.
+      seed: the random seed of initialization and data order.
+      learning_rate: the peak learning rate of the schedule.
+      class_weights: a weight per class; None weights all classes equally.
     """
 
     method: Method
@@ -47,15 +48,15 @@ class Member:
 
 
 def default_group_size() -> int:
-    """How many members go through a step together: 8 on an accelerator, 1 on a CPU."""
+    """Returns the default number of members per group: 8 on an accelerator, 1 on a CPU."""
     return 1 if jax.default_backend() == "cpu" else 8
 
 
 def common_method(members: Sequence[Member]) -> Method:
-    """The method that stands for all members: that of the longest.
+    """Returns the method used to train all members: that of the longest member.
 
     Raises:
-      ConfigError: there are none, or they differ in more than start and length.
+      ConfigError: there are no members, or their methods differ in more than initialization and length.
     """
     if not members:
         raise ConfigError("the population is empty; it needs at least one member")
@@ -63,18 +64,18 @@ def common_method(members: Sequence[Member]) -> Method:
     free = {name: getattr(longest, name) for name in ("init", "length") if hasattr(longest, name)}
     for number, member in enumerate(members):
         if type(member.method) is not type(longest) or dataclasses.replace(member.method, **free) != longest:
-            raise ConfigError(f"member {number} has another method than the others; only start and length may differ")
+            raise ConfigError(f"member {number} has another method than the others; only init and length may differ")
         lengths = {(method.token_count, method.prefix_length) for method in (member.method, longest)}
         if len(lengths) > 1 and not isinstance(longest, PromptTuning):
-            raise ConfigError(f"members of {longest.name} must be of one length; prompt_tuning alone is padded")
+            raise ConfigError(f"members of {longest.name} must be of one length; only prompt_tuning is padded")
     return longest
 
 
 def aligned_plans(members: Sequence[Member]) -> list[BatchPlan]:
-    """Plans of equal row shapes, each the largest of all, so that members' batches can be stacked.
+    """Returns the members' plans with equal row shapes, the largest of each, so that their batches can be stacked.
 
     Raises:
-      ConfigError: the members' examples have unequal numbers of choices.
+      ConfigError: the members' examples have different numbers of choices.
     """
     plans = [member.plan for member in members]
     if len({plan.choices for plan in plans}) > 1:
@@ -87,12 +88,12 @@ def aligned_plans(members: Sequence[Member]) -> list[BatchPlan]:
 def init_members(
     base: FrozenBase, members: Sequence[Member], optimizer: OptimizerConfig, steps: int
 ) -> list[TrainState]:
-    """Every member's fresh state.
+    """Initializes the state of each member.
 
-    Parameters of shorter members are padded with zero rows, which no template names and no gradient reaches.
+    Parameters of shorter members are padded with zero rows, which are unused and receive no gradient.
 
     Raises:
-      ConfigError: the members do not go together, or their lengths not with the optimizer.
+      ConfigError: the members are not compatible, or have different lengths, which the optimizer does not support.
     """
     longest = common_method(members).token_count
     if optimizer.name == "adafactor" and any(member.method.token_count < longest for member in members):
@@ -108,13 +109,13 @@ def init_members(
 
 
 def own_params(params: PromptParams, method: Method) -> PromptParams:
-    """A member's parameters on the host, without padding."""
-    own = jax.tree.map(np.asarray, params)
-    return {"tokens": own["tokens"][: method.token_count]} if isinstance(method, PromptTuning) else own
+    """Returns a member's parameters on the host, without padding."""
+    host = jax.tree.map(np.asarray, params)
+    return {"tokens": host["tokens"][: method.token_count]} if isinstance(method, PromptTuning) else host
 
 
 def stack_batches(batches: Sequence[Batch]) -> Batch:
-    """Batches of aligned plans with an axis G in front; leading ids of unequal number are padded on the right."""
+    """Stacks batches of aligned plans along a new first axis G; leading ids are padded on the right if necessary."""
     lengths = [batch.lead_ids.shape[0] for batch in batches]
     if len(set(lengths)) > 1:
         batches = [_with_lead(batch, max(lengths)) for batch in batches]
@@ -123,14 +124,14 @@ def stack_batches(batches: Sequence[Batch]) -> Batch:
 
 
 def _with_lead(batch: Batch, length: int) -> Batch:
-    """The batch with so many leading ids, the last of which are padding."""
-    own = len(batch.lead_ids)
-    ids: Any = np.pad(batch.lead_ids, (0, length - own))
-    return Batch(ids, batch.rows, np.asarray(own, np.int32))  # type: ignore[arg-type]
+    """Pads the leading ids of a batch to `length`."""
+    real = len(batch.lead_ids)
+    ids: Any = np.pad(batch.lead_ids, (0, length - real))
+    return Batch(ids, batch.rows, np.asarray(real, np.int32))  # type: ignore[arg-type]
 
 
 def _with_rows(batch: Batch, count: int) -> Batch:
-    """The batch with so many rows, the last of which are empty."""
+    """Pads a batch with empty rows to `count` rows."""
 
     def pad(array: Any, fill: int = 0) -> np.ndarray:
         return np.pad(array, [(0, count - len(array))] + [(0, 0)] * (array.ndim - 1), constant_values=fill)
@@ -150,12 +151,18 @@ def population_step(
     rates: Float[Array, " G"],
     batches: Batch,
 ) -> tuple[list[TrainState], dict[str, Float[Array, " G"]]]:
-    """One step of G members, each with its own state, rate and batch. Pure: jit it with `frozen` as an argument.
+    """Takes one step of G members, each with a separate state, rate and batch.
+
+    The function is pure: jit it with `frozen` as an argument.
 
     Args:
-      method: `common_method`'s.
-      optimizer, steps: what all share but the rate.
-      batches: with an axis G in front, as `stack_batches` makes it.
+      module, frozen: the base.
+      method: the result of `common_method`.
+      objective: the loss.
+      optimizer, steps: the optimizer and the length of the run, which all members share.
+      states: the members' states.
+      rates: the members' peak learning rates.
+      batches: the members' batches, stacked by `stack_batches`.
 
     Returns:
       The members' states and their metrics [G].
@@ -165,7 +172,7 @@ def population_step(
         return train_step(module, method, objective, make_optimizer(optimizer, steps, rate), frozen, state, batch)
 
     inputs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), rates, batches
-    if len(states) == 1:  # the very program of a run of its own
+    if len(states) == 1:  # not vectorized, so the program is the same as in a separate run
         state, metrics = of_member(*jax.tree.map(lambda leaf: leaf[0], inputs))
         return [state], jax.tree.map(lambda leaf: leaf[None], metrics)
     stacked, metrics = jax.vmap(of_member)(*inputs)
@@ -175,7 +182,7 @@ def population_step(
 def make_population_step(
     base: FrozenBase, method: Method, optimizer: OptimizerConfig, steps: int, objective: Objective
 ) -> Callable[..., tuple[list[TrainState], Metrics]]:
-    """`population_step` compiled around the frozen base. The states given to it are donated."""
+    """Returns a compiled `population_step` bound to a frozen base. It donates the states that it is called with."""
     function = functools.partial(population_step, base.module, method, objective, optimizer, steps)
     compiled = jax.jit(function, donate_argnums=1, out_shardings=replicated(base.mesh))
     return functools.partial(compiled, base.params)

@@ -1,4 +1,4 @@
-"""A learning rate by a range test: one short run whose rate rises from step to step (Smith 2015, arXiv 1506.01186)."""
+"""Finds a learning rate by a range test: a short run with increasing rates (Smith 2015, arXiv 1506.01186)."""
 
 import dataclasses
 import math
@@ -19,16 +19,17 @@ from spt_jax.training.step import Objective
 
 SMOOTHING = 0.9
 MAX_STEPS = 100_000
-BLOWN_UP = 4.0  # times the lowest smoothed loss
+BLOWN_UP = 4.0  # the smoothed loss that counts as blown up, relative to its minimum
 
 
 @dataclasses.dataclass(frozen=True)
 class RangeTest:
-    """What came of each rate until the loss blew up.
+    """The result of a range test.
 
-    rates, losses: of every step.
-    smoothed: the losses' exponential mean, in which the weights of the first steps are made up for.
-    suggested: a tenth of the rate at which the smoothed loss is lowest: beyond it, the rate begins to do harm.
+    Attributes:
+      rates, losses: the rate and the loss of each step until the loss blew up.
+      smoothed: the exponential moving average of the losses, with bias correction.
+      suggested: a tenth of the rate at which the smoothed loss is lowest. Above that rate, the loss rises.
     """
 
     rates: Float[np.ndarray, " N"]
@@ -49,12 +50,17 @@ def range_test(
     steps: int = 100,
     progress: Callable[[int], Any] = lambda step: None,
 ) -> RangeTest:
-    """Trains one prompt at rates that rise geometrically from `low` to `high`, and stops where the loss blows up.
+    """Trains one prompt at rates that increase geometrically from `low` to `high`, until the loss blows up.
 
     Args:
-      member: method, data and seed; its own rate is not used.
-      optimizer: resolved; its schedule is not used.
-      progress: called after every step.
+      base: the frozen base.
+      member: method, data and seed; its learning rate is not used.
+      optimizer: a resolved config; its schedule is not used.
+      objective: the loss.
+      batch_size: examples per step.
+      low, high: the range of rates.
+      steps: the number of rates.
+      progress: called after each step with its number.
 
     Raises:
       ConfigError: the range is empty, or has fewer than 10 steps or more than `MAX_STEPS`.
@@ -62,7 +68,8 @@ def range_test(
     """
     if not 0 < low < high < math.inf or not 10 <= steps <= MAX_STEPS:
         raise ConfigError(
-            f"a range test goes up from a rate above 0, in 10 to {MAX_STEPS:,} steps; not {low} to {high} in {steps}"
+            f"a range test needs rates that rise from above 0, and 10 to {MAX_STEPS:,} steps, not {low} to {high} in"
+            f" {steps} steps"
         )
     optimizer = dataclasses.replace(optimizer, schedule="constant", warmup_steps=0)
     states = init_members(base, [member], optimizer, steps)
@@ -73,7 +80,7 @@ def range_test(
     rates = np.geomspace(low, high, steps)
     losses: list[float] = []
     smoothed: list[float] = []
-    mean = 0.0
+    average = 0.0
     for number, rate in enumerate(rates, 1):
         batch = place_batch(stack_batches([next(stream)]), base.mesh, stacked=True)
         states, metrics = step(states, np.asarray([rate], np.float32), batch)
@@ -82,30 +89,30 @@ def range_test(
         if number == 1 and not math.isfinite(loss):
             raise TrainingError(f"step 1: {explain(1, values, base.dtype)}")
         progress(number)
-        mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
-        now = mean / (1 - SMOOTHING**number)
-        if not math.isfinite(loss) or (smoothed and now > BLOWN_UP * min(smoothed)):
+        average = SMOOTHING * average + (1 - SMOOTHING) * loss
+        corrected = average / (1 - SMOOTHING**number)
+        if not math.isfinite(loss) or (smoothed and corrected > BLOWN_UP * min(smoothed)):
             break
         losses.append(loss)
-        smoothed.append(now)
+        smoothed.append(corrected)
     if len(losses) < 10:
-        raise TrainingError(f"the loss blew up at a rate of {rates[len(losses)]:.2g}; begin lower than {low}")
+        raise TrainingError(f"the loss blew up at a rate of {rates[len(losses)]:.2g}; start lower than {low}")
     seen, lowest = rates[: len(losses)], int(np.argmin(smoothed))
     if lowest == 0:
-        raise TrainingError(f"no rate from {low} to {seen[-1]:.2g} lowered the loss; begin lower, or take more steps")
+        raise TrainingError(f"no rate from {low} to {seen[-1]:.2g} lowered the loss; start lower, or take more steps")
     fall, needed = _fall(np.asarray(losses), smoothed[lowest])
     if fall <= needed:
         raise TrainingError(
             f"the curve is too flat to choose from: from {low:g} to {seen[-1]:.2g} the loss fell by {fall:.3g}, and its"
-            f" noise is {needed:.3g}. Go to higher rates (--high), or take more steps (--rates) or larger batches"
+            f" noise is {needed:.3g}. Try higher rates (--high), more steps (--rates) or larger batches"
         )
     return RangeTest(seen, np.asarray(losses), np.asarray(smoothed), float(seen[lowest]) / 10)
 
 
 def _fall(losses: Float[np.ndarray, " N"], lowest: float) -> tuple[float, float]:
-    """How far the loss fell from its first tenth to its lowest exponential mean, and three standard errors of that.
+    """Returns how far the loss fell from its first tenth to its lowest moving average, and 3 standard errors of that.
 
-    The deviation of one loss is taken from the differences between neighbours, by their median, so that neither a trend
+    The deviation of a loss is estimated from the median difference between consecutive losses, so that neither a trend
     nor the end of the curve counts as noise.
     """
     first = max(3, len(losses) // 10)

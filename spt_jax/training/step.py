@@ -1,10 +1,11 @@
-"""The training step: the frozen base is captured, the prompt's few parameters are differentiated.
+"""The training step, which differentiates with respect to the prompt's parameters only.
 
     params --materialize--> VirtualPrompt --encode_prefix--> Prefix --rows--> loss
                (vjp once)                    (vjp once)       (scan over microbatches)
 
-The leading run that all examples share goes through the model once per step, whatever the number of rows and
-microbatches; the cotangents of its keys and values, and of virtual rows further on, are summed and sent back once.
+The leading ids that all examples share go through the model once per step, whatever the number of rows and
+microbatches. The cotangents of their keys and values, and those of virtual tokens elsewhere, are summed over
+microbatches and propagated back once.
 """
 
 import dataclasses
@@ -29,8 +30,8 @@ from spt_jax.training.losses import LOSSES, context_loss
 
 Metrics = dict[str, Float[Array, ""]]
 
-# What a float16 base's cotangents are multiplied with. They are those of a sum over targets, of the order of an
-# embedding's entries, which the smallest normal number, 6e-5, would cut off; the largest is 65504.
+# The initial loss scale for a float16 base. Unscaled cotangents are gradients of a sum over targets, of the order of an
+# embedding's entries, and many would be below the smallest normal number, 6e-5. The largest number is 65504.
 LOSS_SCALE = 2.0**8
 SCALE_STEP = 2.0**8
 LEAST_SCALE = 2.0**-16
@@ -39,7 +40,13 @@ LEAST_SCALE = 2.0**-16
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step changes: optimizer steps done, the prompt's parameters (float32) and the optimizer's state."""
+    """The state that a step updates.
+
+    Attributes:
+      step: the number of optimizer steps done.
+      params: the prompt's parameters, in float32.
+      optimizer_state: the state of the optimizer.
+    """
 
     step: Int[Array, ""]
     params: PromptParams
@@ -48,7 +55,14 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-    """The static part of a loss: over `vocabulary` or `verbalizers`, choices per example, smoothing, microbatches."""
+    """The static options of a loss.
+
+    Attributes:
+      over: a key of `LOSSES`.
+      choices: scored sequences per example.
+      label_smoothing: see `LossConfig`.
+      microbatches: the number of parts that a batch is split into.
+    """
 
     over: str = "vocabulary"
     choices: int = 1
@@ -59,7 +73,7 @@ class Objective:
 def init_state(
     key: Key[Array, ""], base: FrozenBase, method: Method, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Fresh parameters and optimizer state, on every device of the base's mesh."""
+    """Initializes parameters and optimizer state, replicated over the base's mesh."""
     params = method.init_params(key, base)
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     return jax.device_put(state, replicated(base.mesh))
@@ -68,13 +82,13 @@ def init_state(
 def loss_and_gradient(
     module: Decoder, method: Method, objective: Objective, frozen: Params, params: PromptParams, batch: Batch
 ) -> tuple[Float[Array, ""], PromptParams, Float[Array, ""]]:
-    """Mean loss of a batch, its gradient for the prompt's parameters alone, and the weight that the mean was over.
+    """Returns the mean loss of a batch, its gradient for the prompt's parameters, and the total weight of the mean.
 
-    Pure and unbound, for loops of your own: jit it with `frozen` as an argument.
+    The function is pure, for use in custom loops: jit it with `frozen` as an argument.
 
-    In a float16 base, small cotangents would become zero. There the loss is scaled by `LOSS_SCALE` (Micikevicius et al.
-    2018, arXiv 1710.03740), and where the gradient overflows, it is computed again with smaller scales: no update is
-    skipped, and a step depends on nothing but its state and batch.
+    In a float16 base, small cotangents would underflow. The loss is therefore scaled by `LOSS_SCALE` (Micikevicius et
+    al. 2018, arXiv 1710.03740). If the gradient overflows, it is recomputed with smaller scales, so no update is
+    skipped, and a step depends only on its state and batch.
     """
 
     def with_scale(scale: Any) -> tuple[Array, PromptParams, Array]:
@@ -88,14 +102,14 @@ def loss_and_gradient(
         finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient)]).all()
         return ~finite & jnp.isfinite(loss) & (scale > LEAST_SCALE)
 
-    def again(carry: Any) -> Any:
+    def retry(carry: Any) -> Any:
         scale = carry[0] / SCALE_STEP
         return scale, with_scale(scale)
 
     zero = jnp.zeros((), jnp.float32)
-    none_yet = zero, jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params), zero
-    start = jnp.asarray(LOSS_SCALE * SCALE_STEP, jnp.float32), none_yet
-    return jax.lax.while_loop(overflows, again, start)[1]
+    placeholder = zero, jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params), zero
+    start = jnp.asarray(LOSS_SCALE * SCALE_STEP, jnp.float32), placeholder
+    return jax.lax.while_loop(overflows, retry, start)[1]
 
 
 def _scaled_loss_and_gradient(
@@ -107,7 +121,7 @@ def _scaled_loss_and_gradient(
     batch: Batch,
     scale: float | Float[Array, ""],
 ) -> tuple[Float[Array, ""], PromptParams, Float[Array, ""]]:
-    """`loss_and_gradient`, with cotangents that are `scale` times as large on their way through the model."""
+    """`loss_and_gradient`, with cotangents scaled by `scale` in the backward pass."""
 
     def encode(virtual: VirtualPrompt) -> Any:
         prefix = encode_prefix(module, frozen, virtual, batch.lead_ids, batch.lead_length)
@@ -127,16 +141,16 @@ def _scaled_loss_and_gradient(
         return jax.tree.map(jnp.add, carry, ((loss, weight), pull(seed))), None
 
     zero, seed = jnp.zeros((), jnp.float32), jnp.asarray(scale, jnp.float32)
-    nothing = ((zero, zero), jax.tree.map(jnp.zeros_like, (keys_values, virtual)))
+    zeros = ((zero, zero), jax.tree.map(jnp.zeros_like, (keys_values, virtual)))
     microbatches = _split(batch.rows, objective.microbatches)
-    ((total, weight), (of_prefix, of_virtual)), _ = jax.lax.scan(accumulate, nothing, microbatches)
+    ((total, weight), (of_prefix, of_virtual)), _ = jax.lax.scan(accumulate, zeros, microbatches)
     if method.context_targets:
 
         def of_context(virtual: VirtualPrompt) -> tuple[Array, Array]:
             logits = lead_logits(module, frozen, virtual, batch.lead_ids)
             return context_loss(logits, batch.lead_ids, module.config.vocab_size, method.context_targets)
 
-        # Every example has the context before it, and what it costs.
+        # The context precedes each example, so its loss counts once per example.
         examples = jnp.sum(batch.rows.example_weights)
         loss, pull, count = jax.vjp(of_context, virtual, has_aux=True)
         (slope,) = pull(seed)
@@ -149,7 +163,10 @@ def _scaled_loss_and_gradient(
 
 
 def _split(rows: Rows, count: int) -> Rows:
-    """[B, ...] to [count, B / count, ...]. Neighbours go to different microbatches: each device keeps its own."""
+    """Reshapes [B, ...] to [count, B / count, ...].
+
+    Neighboring rows go to different microbatches, so that each row stays on its device.
+    """
     return jax.tree.map(lambda a: jnp.swapaxes(a.reshape(a.shape[0] // count, count, *a.shape[1:]), 0, 1), rows)
 
 
@@ -162,7 +179,7 @@ def train_step(
     state: TrainState,
     batch: Batch,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step: the pure, unbound function behind `make_train_step`."""
+    """Takes one optimizer step. `make_train_step` compiles this pure function."""
     loss, gradient, weight = loss_and_gradient(module, method, objective, frozen, state.params, batch)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
     trainable = method.trainable(state.params)
@@ -180,10 +197,10 @@ def train_step(
 def make_train_step(
     base: FrozenBase, method: Method, optimizer: optax.GradientTransformation, objective: Objective | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """A compiled step with the frozen base inside. The state given to it is donated: use the one that it returns.
+    """Returns a compiled `train_step` bound to a frozen base. It donates its state: use the one that it returns.
 
-    The weights are an argument of the compiled program, bound out here. Wrapping the result in another `jax.jit` would
-    make them literals; jit `train_step` yourself then.
+    The weights are an argument of the compiled program. Wrapping the result in another `jax.jit` would make them
+    literals; jit `train_step` instead in that case.
     """
     function = functools.partial(train_step, base.module, method, objective or Objective(), optimizer)
     compiled = jax.jit(function, donate_argnums=1, out_shardings=replicated(base.mesh))

@@ -135,7 +135,7 @@ def test_a_target_with_nothing_before_it_is_refused():
     choices = (np.asarray([7], np.int32), np.asarray([8], np.int32))
     empty = Example(np.zeros(0, np.int32), np.zeros(0, bool), choices, 1, 41)
     for example in (empty, empty.as_target()):
-        with pytest.raises(DataError, match=r"record 42: .*nothing stands before"):
+        with pytest.raises(DataError, match=r"record 42: .*no token precedes"):
             plan_batches([example], lead=0, batch_size=1)
 
 

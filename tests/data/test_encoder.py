@@ -218,5 +218,5 @@ def test_a_solved_example_of_no_class_is_named():
 
 
 def test_solved_examples_go_with_a_written_prompt():
-    with pytest.raises(ConfigError, match="in front of a written prompt"):
+    with pytest.raises(ConfigError, match="solved examples need a written prompt"):
         encoder("<soft>{t}", shots=SHOTS)

@@ -80,7 +80,7 @@ def test_the_answer_that_squad_means(request):
 BAD = [
     ({"words": WORDS, "tags": TAGS[:-1]}, "record 3: 7 words and 6 tags"),
     ({"words": [], "tags": []}, "0 words"),
-    ({"words": ["a", ""], "tags": ["O", "O"]}, "leaves nothing of the word ''"),
+    ({"words": ["a", ""], "tags": ["O", "O"]}, "makes no token of the word ''"),
     ({"words": ["a"], "tags": ["B-PERS"]}, "the tag 'B-PERS' is neither .*; did you mean 'B-PER'"),
     ({"words": ["a"]}, "no field 'tags'"),
 ]
@@ -96,11 +96,11 @@ def test_bad_tags(record, message):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ("dog", "'dog' does not stand in the text"),
+        ("dog", "'dog' does not occur in the text"),
         ("", "there is no answer"),
         ({"text": [], "answer_start": []}, "there is no answer"),
-        ({"text": ["cat"], "answer_start": [3]}, "does not stand"),
-        ({"text": ["cat"]}, "does not stand"),
+        ({"text": ["cat"], "answer_start": [3]}, "does not occur"),
+        ({"text": ["cat"]}, "does not occur"),
     ],
 )
 def test_bad_answers(answer, message):
@@ -114,7 +114,7 @@ def test_bad_answers(answer, message):
     [
         ({"head": "tagging"}, "data.reads names"),
         ({"reads": "text"}, "data.reads names"),
-        ({"head": "span", "reads": "txt"}, "data.reads='txt' is no prompt field; did you mean 'text'"),
+        ({"head": "span", "reads": "txt"}, "data.reads='txt' is not a prompt field; did you mean 'text'"),
         ({"head": "span", "reads": "text", "target": "{a} {b}"}, "exactly one field"),
         ({"head": "span", "reads": "text", "truncate": "text"}, "data.truncate might cut off"),
     ],

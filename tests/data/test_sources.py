@@ -107,12 +107,12 @@ BAD = {
         (b" \n\n", "the file is empty"),
         (b'{"a": 1}\n\n{"a": 1,}\n', r"a\.jsonl, line 3: not JSON \(.* at column 9\)"),
         (b'{"a": 1}\n{"a": "cut', r"line 2: not JSON \(Unterminated"),
-        (b'{"a": 1}\n[1, 2]\n', r"line 2: an object .* not \[1, 2\]"),
-        (b'{"a": 1}\n{"b": 1, "a": 1, "b": 2}\n', "line 2: .*field 'b' comes twice"),
+        (b'{"a": 1}\n[1, 2]\n', r"line 2: expected an object .* not \[1, 2\]"),
+        (b'{"a": 1}\n{"b": 1, "a": 1, "b": 2}\n', "line 2: .*field 'b' occurs twice"),
         (b'{"a": 1}\n{"a": "\xff"}\n', r"line 2: not UTF-8 \(byte 16 of the file\)"),
         (b'\xef\xbb\xbf{"a": "\xff"}\n', r"line 1: not UTF-8 \(byte 10 of the file\)"),
         (b'{"a": ' * 200_000, r"line 1: not JSON \(nested too deeply\)"),
-        (b'{"a": 1}\n' + b"[" * 900 + b"]" * 900, "line 2: an object .* not "),
+        (b'{"a": 1}\n' + b"[" * 900 + b"]" * 900, "line 2: expected an object .* not "),
         (b'{"a": "NaN"}\n{"a": NaN}\n', r"line 2: not JSON \(NaN is not a JSON value; write null .* column 7\)"),
         (b'{"a": [-Infinity]}\n', "line 1: not JSON .-Infinity is not"),
         (b'{"a": 1}\n{"a": 1, "b": "x\\ud83d y"}\n', "line 2, field 'b': half of a surrogate pair"),
@@ -122,11 +122,11 @@ BAD = {
     ],
     "a.json": [
         (b"[]", "no records"),
-        (b'{"a": 1}', "list of objects is needed, and this is dict"),
+        (b'{"a": 1}', "expected a list of objects, not dict"),
         (b'[{"a": 1},\n {"a": }]', "line 2: not JSON .* column 8"),
-        (b'{"a": 1}\n{"a": 2}\n', r"line 2: not JSON .*ends in \.jsonl"),
-        (b'[{"a": 1}, "b"]', "record 2: an object .* not 'b'"),
-        (b'[{"a": 1, "a": 2}]', "field 'a' comes twice"),
+        (b'{"a": 1}\n{"a": 2}\n', r"line 2: not JSON .*needs the suffix \.jsonl"),
+        (b'[{"a": 1}, "b"]', "record 2: expected an object .* not 'b'"),
+        (b'[{"a": 1, "a": 2}]', "field 'a' occurs twice"),
         (b'[{"a": "NaN"},\n {"a": NaN}]', "line 2: not JSON .NaN is not a JSON value; .* column 8"),
         (b'[{"a": 1}, {"a": "\\ud800"}]', "record 2, field 'a': half of a surrogate pair"),
         (b"[" * 200_000, "nested too deeply"),
@@ -138,7 +138,7 @@ BAD = {
         (b'text,label\nfine,a\n"never closed,b\nmore,c\n', "line 3: unexpected end of data"),
         (b'text,label\nfine,a\n"in"side,b\n', "line 3: .*expected after"),
         (b"text,,text,\na,b,c,d\n", "line 1: the header names two columns 'text'"),
-        (b",\na,b\n", "line 1: the header names no column"),
+        (b",\na,b\n", "line 1: the header has no column names"),
         (b"text;label\na, b;c\n", "line 1: the columns are separated by ';' here; put a line 'sep=;'"),
         (b'"text";"label"\n"a";"b"\n', "line 1: the columns are separated by ';' here"),
         (b"text\tlabel\na\tb\n", r"line 1: the columns are separated by tabs here; .*\.tsv"),
@@ -147,8 +147,8 @@ BAD = {
     ],
     "a.tsv": [(b"text\tlabel\na\tb\tc\n", "line 2: 3 columns"), (b"text,label\n", r"by commas here; .*\.csv")],
     "a.parquet": [(b"", "the file is empty"), (b"PAR1 and no more", r"a\.parquet: not readable as parquet")],
-    "a.txt": [(b"text", r"unknown ending '\.txt'.*\.jsonl, \.json, \.csv, \.tsv, \.parquet")],
-    "a": [(b"text", "unknown ending ''")],
+    "a.txt": [(b"text", r"unknown file suffix '\.txt'.*\.jsonl, \.json, \.csv, \.tsv, \.parquet")],
+    "a": [(b"text", "unknown file suffix ''")],
 }
 
 
@@ -201,7 +201,7 @@ def test_hub_failure_says_why(monkeypatch):
         raise ValueError(f"Unknown split {kwargs['split']!r}")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match=r"'glue:sst2' is no file here, .* \(ValueError: Unknown split 'dev'\)"):
+    with pytest.raises(DataError, match=r"'glue:sst2' is not a local file, .* \(ValueError: Unknown split 'dev'\)"):
         read_records("glue:sst2", split="dev")
 
 

@@ -36,7 +36,7 @@ def test_bad_templates():
         Template(prompt="{a}", target="x", verbalizers={"a": "b"})
     with pytest.raises(ConfigError, match="did you mean 'text'"):
         Template(prompt="{text}", target="{label}", truncate="txt")
-    with pytest.raises(ConfigError, match="empty target"):
+    with pytest.raises(ConfigError, match="target is empty"):
         Template(prompt="{text}")
 
 

@@ -104,7 +104,7 @@ HOSTILE = {
     "a wide number": ("{{ '%1000000000d' % 1 }}", "memory"),
     "a wide format": ("{{ '{:1000000000}'.format(1) }}", "memory"),
     "much text": ("{{ 'a' * 5000000 }}", "5,000,000 characters"),
-    "a macro without end": ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "calls itself"),
+    "a macro without end": ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "recurses too deeply"),
     "its own refusal": ("{{ raise_exception('only users') }}", "only users"),
     "its own long refusal": ("{{ raise_exception('no ' * 10**6) }}", "no no no"),
     "Python's own": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),

@@ -70,10 +70,10 @@ def test_a_curve_that_falls_by_less_than_its_noise_suggests_nothing(monkeypatch)
 def test_tests_that_cannot_be(monkeypatch):
     base = base_of()
     for wrong in ({"low": 0.0}, {"low": 1.0, "high": 0.1}, {"steps": 5}):
-        with pytest.raises(ConfigError, match="a range test goes up"):
+        with pytest.raises(ConfigError, match="a range test needs rates"):
             range_test(base, member(), ADAM, Objective(), batch_size=BATCH, **wrong)
     monkeypatch.setattr(rate_finder, "BLOWN_UP", 0.5)
-    with pytest.raises(TrainingError, match="begin lower than"):
+    with pytest.raises(TrainingError, match="start lower than"):
         range_test(base, member(), ADAM, Objective(), batch_size=BATCH, steps=20)
 
 
