@@ -78,7 +78,7 @@ def make_replica_app(settings: Settings) -> FastAPI:
       ConfigError, CheckpointError: the settings or the base are wrong.
     """
     if not settings.prompts.is_dir():
-        raise ConfigError(f"prompts: {settings.prompts} is no directory here")
+        raise ConfigError(f"prompts: {settings.prompts} is not a directory here")
     measure.keep_compiled_programs(settings.compilation_cache)
     service = start(Serve(**settings.model_dump(exclude={"prompts", "allowed_hosts"})))
     service.folder = settings.prompts

@@ -73,11 +73,11 @@ def _facts(kind: type, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class FrozenBase:
-    """What `load_base` returns. `params` are the only arrays; pass them on as an argument, never close over them.
+    """What `load_base` returns. `params` are the only arrays; pass them as an argument, never close over them.
 
     Attributes:
       end_ids: every id that the model's files declare to end an answer.
-      attention_note: the words that say why `load_base` chose `module.attention`; empty if there is nothing to say.
+      attention_note: why `load_base` chose `module.attention`; empty if the caller chose it.
     """
 
     name: str
@@ -92,7 +92,7 @@ class FrozenBase:
 
     @property
     def mesh(self) -> Mesh:
-        """Where the weights lie, and how activations are split."""
+        """The mesh of the weights, which also splits the activations."""
         assert self.module.mesh is not None
         return self.module.mesh
 
@@ -112,7 +112,7 @@ def embed(module: Decoder, frozen: Params, ids: Int[Array, "*B T"]) -> Float[Arr
 
 
 def embedding_table(base: FrozenBase) -> np.ndarray:
-    """What `embed` gives for every id, float32 [V, D], on the host."""
+    """The result of `embed` for every id, float32 [V, D], on the host."""
     return to_host(base.params["embedding"]).astype(np.float32) * (base.config.embedding_scale or 1.0)
 
 
@@ -135,7 +135,7 @@ def logits(module: Decoder, frozen: Params, hidden: Float[Array, "*B D"]) -> Flo
 
 
 def output_matrix(module: Decoder, frozen: Params) -> Float[Array, "V D"]:
-    """What hidden states are multiplied with to give logits; the embedding table where they are tied."""
+    """The matrix that maps hidden states to logits; the embedding table if they are tied."""
     return frozen["embedding"] if module.config.tied else frozen["output"].T
 
 
@@ -154,7 +154,7 @@ def default_dtype(device: Any) -> str:
 
 
 def describe_base(base: FrozenBase) -> str:
-    """Two lines for whoever starts a run: size, precision and devices; which attention, and why."""
+    """Two lines that a run prints at its start: size, precision and devices; which attention, and why."""
     device = base.mesh.devices.flat[0]
     lacks = base.dtype == jnp.float16 and device.platform != "cpu" and not measure.computes_in_bfloat16(device)
     why = f" ({device.device_kind} does not compute in bfloat16)" if lacks else ""
@@ -184,14 +184,14 @@ def load_base(
         and float16 on those that do not, such as a T4.
       mesh: where the weights go; default one device.
       max_length: the longest sequence of the run, which fixes the frequencies of `dynamic` RoPE.
-      remat: what the backward pass computes again: "none", "dots" (all but the results of linear maps) or "full" (whole
-        layers: the least memory, about a third more work).
-      attention: "xla" anywhere; fused, "cudnn" on NVIDIA GPUs and "splash" on TPUs; "auto" is the fused one of the
-        device where it can run, and "xla" elsewhere.
-      quantize: "int8" keeps the layers' matrices as whole numbers with a scale per output channel; embeddings, the
-        output matrix and all sums stay in `dtype`.
+      remat: what the backward pass recomputes: "none", "dots" (everything except the results of linear maps) or "full"
+        (whole layers: the least memory, about a third more work).
+      attention: "xla" runs anywhere; "cudnn" (NVIDIA GPUs) and "splash" (TPUs) are fused; "auto" is the fused kernel
+        of the device if it supports the model, otherwise "xla".
+      quantize: "int8" stores the layers' matrices as integers with a scale per output channel; embeddings, the output
+        matrix and all sums stay in `dtype`.
 
-    On an accelerator, XLA's persistent compilation cache is turned on, unless a directory for it is set already.
+    On an accelerator, XLA's persistent compilation cache is turned on, unless its directory is already set.
 
     Raises:
       ConfigError: unsupported architecture, option, dtype or mesh.
@@ -237,10 +237,10 @@ def _leaf_sharding(mesh: Mesh, shapes: Params, path: tuple[str, ...]) -> Any:
 
 
 def local_directory(path_or_hub_id: str, revision: str | None) -> Path:
-    """Where a base's files are: a directory, what the hub gives for an id, or the starter's.
+    """The directory of a base's files: the given one, the hub's download for an id, or the starter's.
 
     Raises:
-      CheckpointError: there is no such directory, it is a file, or the hub does not give it.
+      CheckpointError: there is no such directory, it is a file, or the hub does not have it.
     """
     if path_or_hub_id == "starter":
         return STARTER
@@ -266,7 +266,8 @@ def local_directory(path_or_hub_id: str, revision: str | None) -> Path:
         return Path(huggingface_hub.snapshot_download(path_or_hub_id, revision=revision, allow_patterns=patterns))
     except Exception as error:
         raise CheckpointError(
-            f"{path_or_hub_id!r} is no directory here, and the hub did not give it ({type(error).__name__}: {error})"
+            f"{path_or_hub_id!r} is not a directory here, and the hub did not return it"
+            f" ({type(error).__name__}: {error})"
         ) from error
 
 

@@ -1,8 +1,8 @@
 """Hugging Face checkpoints to stacked, sharded parameters, and back.
 
-One table per family says where each of our leaves lies in the checkpoint. Every tensor is read once, hashed as stored
-and cast into its leaf, which goes to its place on the devices before the next leaf is begun; a key that the table does
-not know, or that is missing, twice there, of another shape or not finite raises with its name.
+Each family has a table of where our leaves are stored in a checkpoint. Every tensor is read once, hashed as stored and
+cast into its leaf, which is placed on the devices before the next leaf is read. A tensor that is missing, unknown,
+duplicate, misshapen or not finite raises an error with its name.
 """
 
 import contextlib
@@ -49,14 +49,14 @@ _FLOATS = ("float64", "float32", "bfloat16", "float16")
 
 
 def _canonical(key: str, config: DecoderConfig) -> str:
-    """The key with its `model.` or `transformer.`, which models that `AutoModel` saved are without."""
+    """Returns the key with its prefix, which checkpoints saved from `AutoModel` lack."""
     prefix = family_of(config.family).prefix
     return key if key.startswith((prefix, "lm_head.")) else prefix + key
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A part of one stored tensor and the leaf, and layer of it, that it fills."""
+    """A leaf, or one layer of it, that a stored tensor or a part of one fills."""
 
     path: LeafPath
     origin: Origin
@@ -64,7 +64,7 @@ class Place:
 
 
 def places(config: DecoderConfig) -> dict[str, list[Place]]:
-    """For every key that a checkpoint must hold, what it fills."""
+    """Returns what each key of a checkpoint fills."""
     table: dict[str, list[Place]] = {}
     for path, origin in origins(config).items():
         layers = range(config.layers) if "{i}" in origin.key else [None]
@@ -84,7 +84,7 @@ class Stored:
 def _find_tensors(
     files: list[Path], config: DecoderConfig, expected: Mapping[str, list[Place]], shapes: Mapping[LeafPath, Any]
 ) -> dict[str, Stored]:
-    """Where each key of the family's table is stored; names and shapes are checked before any tensor is read.
+    """Returns where each key of the family's table is stored. Names and shapes are checked before any tensor is read.
 
     The output matrix of a tied checkpoint is among them, if it is stored.
     """
@@ -105,7 +105,7 @@ def _find_tensors(
     _check_complete(config, sorted(set(expected) - set(found)), files[0].parent)
     if unknown:
         raise CheckpointError(
-            f"checkpoint holds {len(unknown)} tensors that a {config.family} model has no place for: {listed(unknown)}"
+            f"checkpoint holds {len(unknown)} tensors that a {config.family} model does not have: {listed(unknown)}"
         )
     return found
 
@@ -184,7 +184,7 @@ def _placed(buffer: np.ndarray, sharding: Sharding) -> jax.Array:
 
 
 def _quantized(kernel: np.ndarray, sharding: NamedSharding) -> Quantized:
-    """Layer by layer, so that the host holds little more than the kernels; the largest of a channel becomes 127."""
+    """Quantizes one layer at a time to save host memory; the largest value of a channel becomes 127."""
     values = _aligned_empty(kernel.shape, np.int8)
     scale = _aligned_empty((kernel.shape[0], kernel.shape[2]), np.float32)
     for own, rounded, largest in zip(kernel, values, scale, strict=True):
@@ -199,7 +199,7 @@ def _quantized(kernel: np.ndarray, sharding: NamedSharding) -> Quantized:
 def _groups(
     expected: Mapping[str, list[Place]], shapes: Mapping[LeafPath, Any]
 ) -> list[tuple[tuple[LeafPath, ...], list[str]]]:
-    """Leaves that are filled from the same tensors, with the keys of those; the largest first."""
+    """Groups leaves that are filled from the same tensors, with the keys of the tensors; the largest group first."""
     groups: dict[tuple[LeafPath, ...], list[str]] = {}
     for key, fills in expected.items():
         groups.setdefault(tuple(place.path for place in fills), []).append(key)
@@ -211,7 +211,7 @@ def _flat(params: Params) -> dict[LeafPath, Any]:
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Memory on a 64-byte boundary, which JAX on CPU takes over instead of copying it."""
+    """Returns memory on a 64-byte boundary, which JAX on CPU uses without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -229,13 +229,13 @@ def _get(files: Mapping[Path, Any], at: Stored) -> np.ndarray:
 
 
 def _chunks(tensor: np.ndarray) -> Iterator[np.ndarray]:
-    """The values in order, in parts that stay in a processor's cache."""
+    """Yields the values in order, in chunks that fit in a processor's cache."""
     flat, step = np.ascontiguousarray(tensor).reshape(-1), (128 << 10) // tensor.dtype.itemsize
     return (flat[start : start + step] for start in range(0, flat.size, step))
 
 
 def _finite(chunk: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite, by the largest bit pattern of either sign: faster than `np.isfinite`."""
+    """Returns whether all values are finite. Compares the largest bit patterns, which is faster than `np.isfinite`."""
     size = chunk.dtype.itemsize
     bits, infinity = chunk.view(f"u{size}"), int(np.asarray(np.inf, chunk.dtype).view(f"u{size}"))
     return bool(bits.max() < infinity + (1 << 8 * size - 1) and bits.view(f"i{size}").max() < infinity)
@@ -265,7 +265,7 @@ def _check_tied(output: str, digests: Mapping[str, str], directory: Path, config
 
 
 def _check_shape(stored: tuple[int, ...], at: Stored, fills: list[Place], shapes: Mapping[LeafPath, Any]) -> None:
-    """The parts that a tensor fills must cover it exactly."""
+    """Checks that the leaves that a tensor fills cover it exactly."""
     place = fills[0]
     shape = shapes[place.path].shape[0 if place.layer is None else 1 :]
     shape = shape[::-1] if place.origin.transpose else shape
@@ -276,7 +276,7 @@ def _check_shape(stored: tuple[int, ...], at: Stored, fills: list[Place], shapes
 
 
 def _digest(tensor: np.ndarray, at: Stored) -> str:
-    """SHA-256 of a tensor, whose values are checked on the way."""
+    """Returns the SHA-256 of a tensor after checking that its values are finite."""
     digest, finite = hashlib.sha256(f"{tensor.dtype} {tensor.shape} ".encode()), True
     for chunk in _chunks(tensor):
         digest.update(chunk.view(np.uint8).data)
@@ -291,7 +291,7 @@ def _digest(tensor: np.ndarray, at: Stored) -> str:
 
 @functools.lru_cache(maxsize=8)
 def parameter_shapes(config: DecoderConfig) -> Params:
-    """The tree of `Decoder(config)`'s parameters as `jax.ShapeDtypeStruct`s; computes nothing."""
+    """Returns the parameter tree of `Decoder(config)` as `jax.ShapeDtypeStruct`s, without computing anything."""
 
     def init() -> Any:
         x, place = jnp.zeros((1, 1, config.width)), jnp.zeros((1, 1), jnp.int32)

@@ -1,4 +1,4 @@
-"""The files of a model directory: found, named and read within bounds, since strangers write them."""
+"""Finds and reads the files of a model directory. They are untrusted, so that sizes are bounded."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ TOKENIZER_BYTES = 64 << 20
 
 
 def read_json(file: Path, max_bytes: int) -> dict[str, Any]:
-    """A file that holds one JSON object.
+    """Reads a file that holds one JSON object.
 
     Raises:
       CheckpointError: it is larger than `max_bytes`, cannot be read, or holds something else.
@@ -80,12 +80,12 @@ def checkpoint_files(directory: Path) -> list[Path]:
         raise CheckpointError(f"{index}: 'weight_map' must be an object that names the file of each tensor")
     for name in set(names.values()):
         if Path(name).name != name or "\0" in name or not (directory / name).is_file():
-            raise CheckpointError(f"{directory}: {index.name} names {name[:200]!r}, which is not there")
+            raise CheckpointError(f"{directory}: {index.name} names {name[:200]!r}, which does not exist")
     return [directory / name for name in sorted(set(names.values()))]
 
 
 def _instead(directory: Path) -> str:
-    """The end of a message that misses a file: what the directory holds, and what to do about it."""
+    """Returns the end of a message about a missing file: what the directory holds, and what to do about it."""
     names = sorted(entry.name for entry in directory.iterdir())
     if "adapter_config.json" in names:
         return _adapter(directory)

@@ -1,4 +1,4 @@
-"""Tokenizers of model directories, which strangers write: read within bounds, and tried before they are used."""
+"""Reads tokenizers of model directories. They are untrusted: sizes are bounded, and they are tried before use."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ _GROWTH = 256  # times that the rules of a normalizer may lengthen a text
 
 
 def read_tokenizer(directory: Path, hf: Any) -> Any:
-    """The fast tokenizer of a model directory. Reads local files only, runs none of their code and asks nothing.
+    """Reads the fast tokenizer of a model directory. Reads local files only, never runs their code and never prompts.
 
     Args:
       directory: holds the tokenizer's files.
@@ -62,7 +62,7 @@ def _absent(directory: Path) -> str:
 
 
 def _check_growth(file: Path, normalizer: Any) -> None:
-    """Refuses normalizers that would make a text many times longer, for they run in memory that nothing bounds."""
+    """Refuses normalizers that make a text many times longer, because their memory cannot be bounded."""
     growth, parts = 1, [normalizer]
     while parts:
         part = parts.pop()

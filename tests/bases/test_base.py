@@ -125,7 +125,7 @@ def test_missing_directory(tmp_path):
 
 
 def test_hub_without_a_network():
-    with pytest.raises(CheckpointError, match=r"'nobody/nothing' is no directory here, and the hub did not give it"):
+    with pytest.raises(CheckpointError, match="'nobody/nothing' is not a directory here, and the hub did not"):
         load_base("nobody/nothing")
 
 
