@@ -136,6 +136,7 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
                 " memory, use more --train.microbatches, --base.remat full, a smaller --evaluation.batch-size, or"
                 " --mesh.fsdp over more devices"
             ) from error
+        signals.reclaim()
         results = compare(base, asked, experiment.virtual(outcome.best.params))
         if processes.leads():
             finish(experiment, outcome, results, workdir, argv, compile_seconds())

@@ -2,7 +2,8 @@
 
     base = spt_jax.load_base("starter")
     method = spt_jax.PromptTuning(length=20, init=spt_jax.init.text("What is this request about?"))
-    optimizer = spt_jax.make_optimizer(spt_jax.OptimizerConfig(name="adam", learning_rate=0.1), steps=1000)
+    config = spt_jax.resolve_optimizer(spt_jax.OptimizerConfig(learning_rate=0.1), base.config.family)
+    optimizer = spt_jax.make_optimizer(config, steps=1000)
     state = spt_jax.init_state(jax.random.key(0), base, method, optimizer)
     step = spt_jax.make_train_step(base, method, optimizer)
     state, metrics = step(state, batch)

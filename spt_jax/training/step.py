@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from spt_jax.bases.base import FrozenBase
 from spt_jax.bases.checkpoint import Params
 from spt_jax.data.batches import Batch, Rows
+from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.inference.forward import encode_prefix, lead_logits, target_scores
 from spt_jax.models.attention import Prefix
 from spt_jax.models.decoder import Decoder
@@ -62,12 +63,24 @@ class Objective:
       choices: scored sequences per example.
       label_smoothing: see `LossConfig`.
       microbatches: the number of parts that a batch is split into.
+
+    Raises:
+      ConfigError: a field is out of its range, or there is no such loss.
     """
 
     over: str = "vocabulary"
     choices: int = 1
     label_smoothing: float = 0.0
     microbatches: int = 1
+
+    def __post_init__(self) -> None:
+        if self.over not in LOSSES:
+            raise ConfigError(f"Objective.over is {self.over!r}; {did_you_mean(self.over, LOSSES)}")
+        for name in ("choices", "microbatches"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"Objective.{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"Objective.label_smoothing is {self.label_smoothing}; it must be in [0, 1)")
 
 
 def init_state(

@@ -12,9 +12,11 @@ import optax
 import pytest
 from flax import traverse_util
 
+import spt_jax
 from spt_jax.bases.checkpoint import parameter_shapes
 from spt_jax.bases.config import decoder_config
 from spt_jax.data.batches import Batch, multiples, pack, place_batch, plan_batches
+from spt_jax.errors import ConfigError
 from spt_jax.inference.forward import embed_stream, encode_prefix, output_logits
 from spt_jax.models.attention import Stream
 from spt_jax.models.decoder import Decoder
@@ -164,6 +166,28 @@ def test_one_logit_row_for_each_position_that_predicts():
     assert scores.shape == (*rows.outputs.shape, VOCAB)
     assert (rows.target_weights > 0).sum() == sum(example.predicted.sum() for example in examples)
     assert rows.outputs.size < rows.ids.size / 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"over": "verbalisers"}, r"over is 'verbalisers'; did you mean 'verbalizers'"),
+        ({"choices": 0}, "choices is 0; it must be at least 1"),
+        ({"microbatches": 0}, "microbatches is 0"),
+        ({"label_smoothing": 1.0}, r"label_smoothing is 1\.0; it must be in \[0, 1\)"),
+    ],
+)
+def test_a_wrong_objective_is_refused_before_tracing(options, message):
+    with pytest.raises(ConfigError, match=message):
+        Objective(**options)
+
+
+def test_the_example_of_the_package_runs():
+    lines = [line[4:] for line in spt_jax.__doc__.splitlines() if line.startswith("    ")]
+    names = {"spt_jax": spt_jax, "jax": jax}
+    exec("\n".join(lines[:-1]), names)  # the last line needs a batch
+    assert lines[-1] == "state, metrics = step(state, batch)"
+    assert names["state"].params["tokens"].shape == (20, names["base"].config.width)
 
 
 def test_a_step_is_the_optimizer_applied_to_the_gradient():
