@@ -11,8 +11,8 @@ import spt_jax
 from spt_jax.__main__ import main
 from spt_jax.bases.base import embedding_table
 from spt_jax.errors import ConfigError
-from spt_jax.evaluation.inspection import compared_rows, layer_drift, similarity_map, started_from
-from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning, VirtualPrompt
+from spt_jax.evaluation.inspection import compared_rows, describe_prompt, layer_drift, similarity_map, started_from
+from spt_jax.prompts import DecomposedPromptTuning, LlamaAdapter, PrefixTuning, PromptTuning, VirtualPrompt
 from spt_jax.prompts.transfer import similarity
 from spt_jax.testing import tiny_base, write_tiny_checkpoint
 
@@ -40,6 +40,14 @@ def test_drift_is_the_distance_from_the_start(tmp_path):
         assert row.norm == pytest.approx(np.linalg.norm(now) / unit, rel=1e-5)
         assert row.start_cosine == pytest.approx(now @ then / np.linalg.norm(now) / np.linalg.norm(then), rel=1e-5)
         assert len(row.nearest) == 2
+
+
+def test_the_update_of_a_decomposed_prompt_is_described(tmp_path):
+    base, method = tiny_base(), DecomposedPromptTuning(length=2, span=5, rank=1)
+    prompt = saved(tmp_path / "moved", base, method, moved=0.5)
+    norm = np.linalg.norm(np.asarray(prompt.virtual.shift), axis=1).mean()
+    described = f"an update of the real tokens' embeddings at the first 5 positions, norm {norm:.3g}"
+    assert described in describe_prompt(prompt)
 
 
 def test_a_start_that_is_not_known(tmp_path):

@@ -29,10 +29,13 @@ def nearest_tokens(
 
 
 def _parts(virtual: VirtualPrompt) -> str:
-    tokens, prefix, gated, head = virtual.tokens, virtual.prefix, virtual.gated, virtual.head
+    tokens, shift, prefix, gated, head = virtual.tokens, virtual.shift, virtual.prefix, virtual.gated, virtual.head
     parts = []
     if tokens is not None:
         parts.append(f"{tokens.shape[0]} virtual tokens of width {tokens.shape[1]}")
+    if shift is not None:
+        norm = float(np.linalg.norm(np.asarray(shift), axis=1).mean())
+        parts.append(f"an update of the real tokens' embeddings at the first {len(shift)} positions, norm {norm:.3g}")
     if prefix is not None:
         parts.append(f"keys and values of {prefix.keys.shape[0]} layers at {prefix.keys.shape[1]} positions")
     if gated is not None:
