@@ -40,16 +40,18 @@ class Tokenization:
         names = control_tokens(self._whole)
         if not names or not self.adds_dummy_space:
             return False
-        ids = self._whole(next(iter(names)) + "a", add_special_tokens=False)["input_ids"]
+        with tokenizer_panics():
+            ids = self._whole(next(iter(names)) + "a", add_special_tokens=False)["input_ids"]
         return ids[1:] == self.opening("a") != self.continuation("a")
 
     @functools.cached_property
     def adds_dummy_space(self) -> bool:
         """Whether the tokenizer adds a space before the first word of a text (SentencePiece, as in Llama 2)."""
         normalizer, splitter = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
-        text = normalizer.normalize_str("a") if normalizer else "a"
-        first = splitter.pre_tokenize_str(text)[0][0] if splitter else text
-        return first.startswith(("\u2581", "\u0120", " "))
+        with tokenizer_panics():
+            text = normalizer.normalize_str("a") if normalizer else "a"
+            pieces = [piece for piece, _ in splitter.pre_tokenize_str(text)] if splitter else [text]
+        return "".join(pieces).startswith(("\u2581", "\u0120", " "))
 
     def opening(self, text: str) -> list[int]:
         """Returns the ids of a text that starts a sequence, with the space that the tokenizer may add there."""

@@ -302,7 +302,7 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
     columns = [
         *(kind.replace("_", " "), second.replace("_", "-") if second else ""),
         *("first is ahead by", "McNemar p", "bootstrap p"),
-        *("trained numbers", "bytes", "training s", "test s", "extra tokens"),
+        *("trained parameters", "bytes", "training s", "test s", "extra tokens"),
     ]
     lines = ["| | " + " | ".join(column for column in columns if column) + " |"]
     lines.append("|---" * (1 + sum(map(bool, columns))) + "|")
