@@ -46,7 +46,8 @@ from spt_jax.prompts.stacking import stack_prompts
 from spt_jax.prompts.storage import SavedPrompt, load_prompt, save_prompt
 from spt_jax.runtime.sharding import MeshConfig, make_mesh
 from spt_jax.serving.bank import PromptBank
-from spt_jax.serving.engine import Engine, Request
+from spt_jax.serving.engine import Engine
+from spt_jax.serving.requests import Request
 from spt_jax.training.config import TrainConfig
 from spt_jax.training.halving import Halving, Standing, fit_population
 from spt_jax.training.optimizers import OptimizerConfig, make_optimizer, resolve_optimizer

@@ -13,7 +13,8 @@ from spt_jax.bases.base import embed, load_base
 from spt_jax.data.tokenization import Tokenization
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.inference import generation
-from spt_jax.inference.generation import Generated, SamplingConfig, continuation_text, generate, programs
+from spt_jax.inference.answers import Generated, continuation_text
+from spt_jax.inference.generation import SamplingConfig, generate, programs
 from spt_jax.prompts import VirtualPrompt
 from spt_jax.runtime.sharding import MeshConfig, make_mesh
 from spt_jax.testing import BOS_ID, EOS_ID, PAD_ID, tiny_base, tiny_tokenizer

@@ -25,7 +25,8 @@ from benchmarks.accelerator_stages.right_models import (
     prompt_params,
     reference_base,
 )
-from spt_jax.inference.generation import Generated, SamplingConfig
+from spt_jax.inference.answers import Generated
+from spt_jax.inference.generation import SamplingConfig
 from spt_jax.prompts import PrefixTuning, PromptTuning
 from spt_jax.prompts.storage import SavedPrompt
 from spt_jax.runtime.sharding import replicated

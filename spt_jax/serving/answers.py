@@ -9,10 +9,10 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Literal
 
-from spt_jax.inference.generation import Generated
+from spt_jax.inference.answers import Generated
 from spt_jax.serving import protocol as api
-from spt_jax.serving.engine import Request, Ticket
 from spt_jax.serving.metrics import Metrics
+from spt_jax.serving.requests import Request, Ticket
 from spt_jax.serving.tokens import TokenName, token_name
 from spt_jax.serving.worker import Listener, Update, Worker
 

@@ -18,15 +18,16 @@ import numpy as np
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.templates import MESSAGES, Template
 from spt_jax.errors import SptError, did_you_mean
-from spt_jax.inference.generation import SamplingConfig, continuation_text, is_opening
+from spt_jax.inference.answers import continuation_text, is_opening
+from spt_jax.inference.generation import SamplingConfig
 from spt_jax.serving import protocol as api
 from spt_jax.serving.answers import Choice
 from spt_jax.serving.bank import DevicePrompt, Entry, PromptBank
 from spt_jax.serving.classify import Classifier
-from spt_jax.serving.engine import Request
 from spt_jax.serving.fairness import Lane, Sender, has_share
 from spt_jax.serving.lengths import size, text_bound, texts_of
 from spt_jax.serving.metrics import Metrics
+from spt_jax.serving.requests import Request
 from spt_jax.serving.scoring import score_tokens
 from spt_jax.serving.tokens import token_name
 from spt_jax.serving.worker import QueueFullError, Worker

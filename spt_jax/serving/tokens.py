@@ -5,7 +5,7 @@ import functools
 import re
 from typing import Any
 
-from spt_jax.inference.generation import continuation_text, token_text
+from spt_jax.inference.answers import continuation_text, token_text
 
 
 @dataclasses.dataclass(frozen=True)

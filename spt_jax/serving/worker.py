@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from spt_jax.errors import ConfigError, SptError
-from spt_jax.inference.generation import Generated
-from spt_jax.serving.engine import NOBODY, Engine, Request, Ticket
+from spt_jax.inference.answers import Generated
+from spt_jax.serving.engine import Engine
 from spt_jax.serving.fairness import has_share
+from spt_jax.serving.requests import NOBODY, Request, Ticket
 
 logger = logging.getLogger(__name__)
 

@@ -82,7 +82,7 @@ def test_missing_tensor_is_named(checkpoint):
 
 def test_unknown_tensor_is_named(checkpoint):
     edit(checkpoint, lambda t: t | {"model.layers.0.mlp.extra.weight": np.zeros(3, np.float32)})
-    with pytest.raises(CheckpointError, match=r"no place for: 'model\.layers\.0\.mlp\.extra\.weight' in model\.safet"):
+    with pytest.raises(CheckpointError, match=r"does not have: 'model\.layers\.0\.mlp\.extra\.weight' in model\.safet"):
         read(checkpoint)
 
 

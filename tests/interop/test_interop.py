@@ -160,7 +160,7 @@ BAD = [
     ({}, {"prompt_embeddings": np.zeros((P, 0), np.float32)}, r"\(4, 0\); it must be"),
     ({}, {**ROWS, "base_model.score.weight": noise(2, D)}, "'base_model.score.weight' is a task head .*PREFIX_TUNING"),
     ({}, {**ROWS, "base_model.lm_head.weight": noise(320, D)}, "lm_head.weight' is not the base's: it was trained"),
-    ({}, {**ROWS, "base_model.model.embed_tokens.weight": noise(324, D)}, r"the base's \(320, 32\): .*resized"),
+    ({}, {**ROWS, "base_model.model.embed_tokens.weight": noise(324, D)}, r"the base's has \(320, 32\): .*resized"),
     ({}, {**ROWS, "base_model.model.layers.0.q_proj.lora_A.weight": noise(2, D)}, "belongs to LoRA"),
     ({"peft_type": "ADAPTION_PROMPT", "adapter_len": P, "adapter_layers": 9}, None, "adapter_layers is 9"),
 ]  # fmt: skip
@@ -267,8 +267,8 @@ def test_what_is_not_the_directory_says_what_it_is(tmp_path, base):
         with pytest.raises(CheckpointError, match=message):
             import_peft(tmp_path / source, base)
     for source, message in {
-        "peft/adapter_model.safetensors": "is a part of a prompt's directory; give the directory .*peft$",
-        "ours/prompt.safetensors": "is a part of a prompt's directory; give the directory .*ours$",
+        "peft/adapter_model.safetensors": "is part of a prompt directory; give the directory .*peft$",
+        "ours/prompt.safetensors": "is part of a prompt directory; give the directory .*ours$",
         "model/model.safetensors": "is a safetensors file; a .npy file of one float array",
         "peft": "is a directory; a .npy file",
         "nothing.npy": "missing",

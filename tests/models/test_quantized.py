@@ -14,7 +14,8 @@ from spt_jax.models.layers import Quantized, dense
 from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning
 from spt_jax.runtime.sharding import MeshConfig, make_mesh
 from spt_jax.serving.bank import PromptBank
-from spt_jax.serving.engine import Engine, Request
+from spt_jax.serving.engine import Engine
+from spt_jax.serving.requests import Request
 from spt_jax.testing import tiny_base
 from tests.jobs import losses, words, write_task
 

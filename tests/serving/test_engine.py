@@ -10,10 +10,12 @@ import pytest
 
 import spt_jax
 from spt_jax.errors import CheckpointError, ConfigError, DataError
-from spt_jax.inference.generation import SamplingConfig, generate, token_text
+from spt_jax.inference.answers import token_text
+from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning
 from spt_jax.serving.bank import PromptBank
-from spt_jax.serving.engine import Engine, Request
+from spt_jax.serving.engine import Engine
+from spt_jax.serving.requests import Request
 from spt_jax.serving.slots import MAX_STEPS, MIN_STEPS, Until
 from spt_jax.testing import tiny_base
 from tests.layouts import Run, forward, lay_out

@@ -10,8 +10,9 @@ import pytest
 
 from spt_jax.inference.generation import SamplingConfig
 from spt_jax.serving.bank import PromptBank
-from spt_jax.serving.engine import Engine, Request
+from spt_jax.serving.engine import Engine
 from spt_jax.serving.fairness import Lane, Sender, Turns, has_share, sender_of
+from spt_jax.serving.requests import Request
 from tests.serving.conftest import serving
 
 

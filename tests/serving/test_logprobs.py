@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spt_jax.inference.answers import continuation_text
 from spt_jax.inference.forward import lead_logits
-from spt_jax.inference.generation import continuation_text
 from spt_jax.serving.answers import Choice, chat_logprobs, completion_logprobs
 from spt_jax.serving.tokens import token_name
 from spt_jax.testing import tiny_tokenizer

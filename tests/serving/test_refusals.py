@@ -15,8 +15,9 @@ import pytest
 
 from spt_jax.errors import ConfigError
 from spt_jax.inference.generation import SamplingConfig
-from spt_jax.serving.engine import Engine, Request
+from spt_jax.serving.engine import Engine
 from spt_jax.serving.protocol import CompletionRequest
+from spt_jax.serving.requests import Request
 from spt_jax.serving.worker import EngineFailedError, Worker
 from tests.serving.conftest import KEY, PROMPTS, TEXTS, alone, save, serving
 

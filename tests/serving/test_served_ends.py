@@ -10,8 +10,9 @@ import pytest
 import spt_jax
 from spt_jax.data.templates import MESSAGES
 from spt_jax.serving.bank import PromptBank
-from spt_jax.serving.engine import Engine, Request
+from spt_jax.serving.engine import Engine
 from spt_jax.serving.protocol import ChatRequest, CompletionRequest
+from spt_jax.serving.requests import Request
 from spt_jax.serving.service import RefusedError, Service
 from spt_jax.serving.slots import MAX_ENDS
 from spt_jax.serving.worker import Worker
