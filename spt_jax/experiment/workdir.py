@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -65,6 +66,10 @@ def check_workdir(path: Path, *, resume: bool | None = None, overwrite: bool, re
 
 
 def _check(path: Path, *, resume: bool | None, overwrite: bool, reads: Iterable[Path]) -> None:
+    if remote := re.match(r"[a-z][a-z0-9]+:/", str(path)):  # pathlib drops the second slash of a URL
+        raise ConfigError(
+            f"work directory {remote[0]}/{str(path)[remote.end() :]} is remote; only local ones can be used"
+        )
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite are mutually exclusive")
     if path.exists() and not path.is_dir():
