@@ -294,6 +294,13 @@ def test_config_file_errors(tmp_path: Path, capsys):
     bad.write_text("from spt_jax.config import TrainConfig\ndef get_config():\n    return TrainConfig(stepz=1)\n")
     assert train.main([str(bad)]) == 2
     assert "did you mean 'steps'" in capsys.readouterr().err
+    bad.write_text("from spt_jax.sharding import MeshConfig\n")
+    assert train.main([str(bad)]) == 2
+    message = capsys.readouterr().err
+    assert "No module named 'spt_jax.sharding'; modules have moved: config files import from spt_jax.config" in message
+    bad.write_text("import absent_library\n")
+    assert train.main([str(bad)]) == 2
+    assert capsys.readouterr().err.endswith("bad.py: No module named 'absent_library'\n")
 
 
 def test_dry_run_shows_tokens_and_writes_nothing(files: Path, tmp_path: Path, capsys):

@@ -76,8 +76,8 @@ def load_config_file(path: Path) -> ExperimentConfig[Any]:
     """Returns the result of a config file's `get_config()`.
 
     Raises:
-      ConfigError: there is no such file (the message suggests a similar name), it has no `get_config`, or it sets an
-        unknown field.
+      ConfigError: there is no such file (the message suggests a similar name), it has no `get_config`, it imports what
+        does not exist, or it sets an unknown field.
     """
     if not path.is_file():
         siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
@@ -97,6 +97,10 @@ def load_config_file(path: Path) -> ExperimentConfig[Any]:
         config = module.get_config()
     except AttributeError as error:
         raise ConfigError(f"{path}: {error}; a config file must define get_config() -> ExperimentConfig") from error
+    except ImportError as error:
+        moved = (error.name or "").startswith("spt_jax")
+        hint = "; modules have moved: config files import from spt_jax.config and spt_jax.prompts" if moved else ""
+        raise ConfigError(f"{path}: {error}{hint}") from error
     except (TypeError, SyntaxError) as error:
         raise ConfigError(f"{path}: {error}{_nearest_field(str(error))}") from error
     if not isinstance(config, ExperimentConfig):

@@ -67,9 +67,8 @@ def check_workdir(path: Path, *, resume: bool | None = None, overwrite: bool, re
 
 def _check(path: Path, *, resume: bool | None, overwrite: bool, reads: Iterable[Path]) -> None:
     if remote := re.match(r"[a-z][a-z0-9]+:/", str(path)):  # pathlib drops the second slash of a URL
-        raise ConfigError(
-            f"work directory {remote[0]}/{str(path)[remote.end() :]} is remote; only local ones can be used"
-        )
+        url = f"{remote[0]}/{str(path)[remote.end() :]}"
+        raise ConfigError(f"work directory {url} is remote; use a local one, and copy it there afterwards")
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite are mutually exclusive")
     if path.exists() and not path.is_dir():
