@@ -1,6 +1,8 @@
 """The package's folders depend on each other in one direction, and every file is about one thing."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,3 +87,20 @@ def test_no_file_is_too_long():
 
 def test_the_top_level_holds_few_modules():
     assert len(list(PACKAGE.glob("*.py"))) <= 6
+
+
+def test_the_package_needs_no_extra():
+    """Training works after `pip install spt_jax`, without what the server, the tests and the logs need."""
+    extras = (
+        "starlette",
+        "fastapi",
+        "pydantic",
+        "uvicorn",
+        "prometheus_client",
+        "httpx",
+        "tensorboardX",
+        "wandb",
+        "ray",
+    )
+    program = f"import sys\nsys.modules.update(dict.fromkeys({extras}))\nimport spt_jax, spt_jax.__main__, train"
+    subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, check=True)

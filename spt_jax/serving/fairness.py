@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
-from starlette.types import Scope
-
 T = TypeVar("T")
 _numbers = itertools.count()
 
@@ -28,7 +26,7 @@ class Sender:
     request: int
 
 
-def sender_of(scope: Scope) -> Sender:
+def sender_of(scope: Mapping[str, Any]) -> Sender:
     """Returns the sender of an HTTP request.
 
     A client is identified by its address and Authorization header, not by the connection. Uvicorn reads the address
