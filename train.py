@@ -75,7 +75,7 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
         print(note)
     experiment, memory = experiment.fitted(plan)
     base = experiment.base
-    print(f"estimated memory of a step per device: {memory}; rematerialization: {base.module.remat}")
+    print(f"estimated memory of a step per device: {memory}; rematerialization: {base.model.module.remat}")
     if command.dry_run:
         dry_run(experiment, examples, plan, optimizer)
         return
@@ -84,7 +84,7 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
         [(experiment, {"train": examples, **{name: sets.soft.examples for name, sets in asked.items()}})]
     )
     processes.check_agreement(
-        "inputs", lambda: {**digests, "dtype": str(base.dtype), "attention": base.module.attention}
+        "inputs", lambda: {**digests, "dtype": str(base.dtype), "attention": base.model.module.attention}
     )
     # The default dtype depends on the device, and a run may be resumed on another one.
     settings = config_json(dataclasses.replace(config, base=dataclasses.replace(config.base, dtype=str(base.dtype))))
@@ -131,9 +131,10 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
+            remat = base.model.module.remat
             raise TrainingError(
-                f"the device ran out of memory. Estimated: {memory}; rematerialization: {base.module.remat}. To reduce"
-                " memory, use more --train.microbatches, --base.remat full, a smaller --evaluation.batch-size, or"
+                f"the device ran out of memory. Estimated: {memory}; rematerialization: {remat}. To reduce memory, use"
+                "  more --train.microbatches, --base.remat full, a smaller --evaluation.batch-size, or"
                 " --mesh.fsdp over more devices"
             ) from error
         signals.reclaim()
@@ -171,7 +172,7 @@ def finish(
             "trainable_parameters": experiment.config.method.trainable_count(outcome.best.params),
             "base_parameters": experiment.base.parameter_count,
             "base_dtype": str(experiment.base.dtype),
-            "attention": experiment.base.module.attention,
+            "attention": experiment.base.model.module.attention,
             "prompt_bytes": prompt_bytes,
             "train_seconds": round(outcome.train_seconds, 2),
             "compile_seconds": round(compile_seconds, 2),

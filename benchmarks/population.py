@@ -71,7 +71,7 @@ def train(numbers: Sequence[int], steps: int, halved: bool, validated: bool, wor
     def validate(number: int, params: Any) -> dict[str, Any]:
         if asked is None:
             return {"loss": 0.0}
-        return evaluate(base, asked, config.method.materialize(base.module, base.params, params)).metrics
+        return evaluate(base, asked, config.method.materialize(params, base.model)).metrics
 
     standings = fit_population(
         base,

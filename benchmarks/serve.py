@@ -53,7 +53,7 @@ def write_prompts(folder: Path, count: int) -> None:
     noise = np.random.default_rng(0)
     for number in range(count):
         moved = jax.tree.map(lambda a: a + 0.02 * noise.standard_normal(a.shape).astype(np.float32), rows)
-        virtual = method.materialize(base.module, base.params, moved)
+        virtual = method.materialize(moved, base.model)
         spt_jax.save_prompt(folder / f"p{number:04d}", base, method, virtual, template)
 
 

@@ -12,6 +12,7 @@ from spt_jax.data.batches import Batch, Rows
 from spt_jax.models.attention import Stream
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.decoder import Decoder, Remat
+from spt_jax.models.decoder_model import DecoderModel
 from spt_jax.models.kernels import Kernel
 from spt_jax.prompts import Method, PrefixTuning, PromptTuning
 from spt_jax.runtime.sharding import make_mesh, replicated, row_sharding, sharded_shapes
@@ -58,22 +59,21 @@ def lower_step(
     """Lowers a step with Adam: prefix tuning if the shape has a prefix, else prompt tuning of its leading ids."""
     mesh = mesh or make_mesh()
     method: Method = PromptTuning(length=shape.lead)
-    params: dict[str, Shape] = {"tokens": Shape((shape.lead, config.width), jnp.float32)}
+    own: dict[str, Shape] = {"tokens": Shape((shape.lead, config.width), jnp.float32)}
     if shape.prefix:
         method = PrefixTuning(length=shape.prefix)
         free = Shape((2, config.layers, shape.prefix, config.kv_heads, config.head_size), jnp.float32)
-        params = {"free": free, "scale": Shape((), jnp.float32)}
+        own = {"free": free, "scale": Shape((), jnp.float32)}
     optimizer = optax.adam(0.1)
-    state = TrainState(Shape((), jnp.int32), params, jax.eval_shape(optimizer.init, params))  # type: ignore[arg-type]
+    state = TrainState(Shape((), jnp.int32), own, jax.eval_shape(optimizer.init, own))  # type: ignore[arg-type]
     state = jax.tree.map(lambda leaf: Shape(leaf.shape, leaf.dtype, sharding=replicated(mesh)), state)
     step = jax.jit(
         train_step,
-        static_argnums=(0, 1, 2, 3),
-        donate_argnums=5,
+        static_argnames=("method", "objective", "optimizer"),
+        donate_argnames="state",
         out_shardings=replicated(mesh),
         compiler_options=compiler_options,
     )
-    module = Decoder(config, remat=remat, mesh=mesh, attention=attention)
-    objective = Objective(microbatches=microbatches)
-    frozen, batch = sharded_shapes(mesh, parameter_shapes(config), dtype), batch_shapes(shape, mesh)
-    return step.lower(module, method, objective, optimizer, frozen, state, batch)
+    params, batch = sharded_shapes(mesh, parameter_shapes(config), dtype), batch_shapes(shape, mesh)
+    model = DecoderModel(params, Decoder(config, remat=remat, mesh=mesh, attention=attention))
+    return step.lower(method, Objective(microbatches=microbatches), optimizer, model, state, batch)

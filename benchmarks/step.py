@@ -121,7 +121,7 @@ def measure(
         packing=variant.pack,
         multiple=variant.microbatches,
     )
-    base = dataclasses.replace(base, module=base.module.clone(remat=variant.remat))
+    base = dataclasses.replace(base, model=base.model.with_options(remat=variant.remat))
     method, optimizer = PromptTuning(length=length), optax.adam(0.03)
     step = make_train_step(base, method, optimizer, Objective(microbatches=variant.microbatches))
     batches = []

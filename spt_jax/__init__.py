@@ -27,12 +27,14 @@ from spt_jax.evaluation.ensembles import evaluate_ensemble, score_together
 from spt_jax.evaluation.evaluate import evaluate, make_evaluation_set
 from spt_jax.inference.forward import encode_prefix, output_logits
 from spt_jax.inference.generation import SamplingConfig, generate
+from spt_jax.models.model import Model
 from spt_jax.prompts import (
     ContextPromptTuning,
     DecomposedPromptTuning,
     DeepPrompts,
     LlamaAdapter,
     LowRankPromptTuning,
+    Method,
     MultitaskPromptTuning,
     PrefixTuning,
     PromptTuning,
@@ -73,6 +75,8 @@ __all__ = [
     "LowRankPromptTuning",
     "Member",
     "MeshConfig",
+    "Method",
+    "Model",
     "MultitaskPromptTuning",
     "Objective",
     "OptimizerConfig",

@@ -17,12 +17,13 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from spt_jax.bases.base import FrozenBase, load_base
-from spt_jax.bases.checkpoint import Params, parameter_shapes, write_checkpoint
+from spt_jax.bases.checkpoint import parameter_shapes, write_checkpoint
 from spt_jax.bases.config import decoder_config
 from spt_jax.bases.families import FAMILIES
 from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.decoder import Remat
+from spt_jax.models.model import Params
 
 TokenizerKind = Literal["byte", "sentencepiece"]
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spt_jax.bases.base import FrozenBase, embed, logits, run_layers
+from spt_jax.bases.base import FrozenBase
 from spt_jax.data.examples import Example
 from spt_jax.models.attention import Stream
 
@@ -56,26 +56,26 @@ def random_examples(kind: str, count: int, seed: int = 0, lengths: tuple[int, ..
 QUICK_COMPILE = {"xla_backend_optimization_level": 0}
 
 
-def _logits(module, frozen, tokens, ids):
+def _logits(model, tokens, ids):
     positions = jnp.arange(ids.shape[0])[None]
     stream = Stream(positions, jnp.ones_like(positions), jnp.zeros_like(positions))
-    table = jnp.concatenate([embed(module, frozen, jnp.arange(VOCAB)), tokens])
-    hidden, _ = run_layers(module, frozen, table[ids][None], stream)
-    return logits(module, frozen, hidden)[0]
+    table = jnp.concatenate([model.embed(jnp.arange(VOCAB)), tokens])
+    hidden, _ = model.run(table[ids][None], stream)
+    return model.logits(hidden)[0]
 
 
-_compiled_logits = jax.jit(_logits, static_argnums=0, compiler_options=QUICK_COMPILE)
+_compiled_logits = jax.jit(_logits, compiler_options=QUICK_COMPILE)
 
 
 def sequence_logits(base: FrozenBase, tokens, ids) -> np.ndarray:
     """Next-token logits [T, V] at every position of one sequence, of which some ids stand for `tokens` [P, D]."""
-    return np.asarray(_compiled_logits(base.module, base.params, tokens, np.asarray(ids, np.int32)))
+    return np.asarray(_compiled_logits(base.model, tokens, np.asarray(ids, np.int32)))
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)
-def _score(module, frozen, tokens, ids, predicted):
+@functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+def _score(model, tokens, ids, predicted):
     def total(tokens):
-        log_probabilities = jax.nn.log_softmax(_logits(module, frozen, tokens, ids)[:-1])
+        log_probabilities = jax.nn.log_softmax(_logits(model, tokens, ids)[:-1])
         chosen = jnp.take_along_axis(log_probabilities, ids[1:, None], axis=-1)[:, 0]
         return jnp.sum(jnp.where(predicted[1:], chosen, 0.0))
 
@@ -92,7 +92,7 @@ def sequence_score(base: FrozenBase, tokens, ids, predicted) -> tuple[np.float64
     assert filler > 0
     ids = np.append(ids, np.arange(100, 100 + filler, dtype=np.int32))
     predicted = np.append(predicted, np.zeros(filler, bool))
-    score, gradient = _score(base.module, base.params, tokens, ids, predicted)
+    score, gradient = _score(base.model, tokens, ids, predicted)
     return np.float64(score), np.asarray(gradient, np.float64)
 
 

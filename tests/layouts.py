@@ -1,13 +1,12 @@
 """Rows of tokens in the layouts that a batch can have, and the decoder run over them."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spt_jax.bases.base import FrozenBase, embed, logits, run_layers
+from spt_jax.bases.base import FrozenBase
 from spt_jax.models.attention import Stream
 
 
@@ -62,17 +61,15 @@ def every_layout(ids: np.ndarray) -> dict[str, list[Run]]:
     }
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _forward(module, params, ids, stream, prefix, cache):
-    hidden, keys_values = run_layers(
-        module, params, embed(module, params, ids), stream, prefix, cache, return_keys_values=True
-    )
-    return logits(module, params, hidden), keys_values
+@jax.jit
+def _forward(model, ids, stream, prefix, cache):
+    hidden, keys_values = model.run(model.embed(ids), stream, prefix, cache, return_keys_values=True)
+    return model.logits(hidden), keys_values
 
 
 def forward(base: FrozenBase, ids, stream: Stream, prefix=None, cache=None):
     """Logits [B, T, V] of every position, and the rows' keys and values."""
-    return _forward(base.module, base.params, jnp.asarray(ids), stream, prefix, cache)
+    return _forward(base.model, jnp.asarray(ids), stream, prefix, cache)
 
 
 def row_logits(base: FrozenBase, ids: np.ndarray) -> np.ndarray:

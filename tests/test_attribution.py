@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import spt_jax
-from spt_jax.bases.base import layer_attention
 from spt_jax.errors import ConfigError
 from spt_jax.evaluation.attribution import ablate, attention_received
 from spt_jax.evaluation.evaluate import evaluate
@@ -31,7 +30,7 @@ def asked(base, prompt: str, tokens: int):
 
 def prompt_of(base, method) -> VirtualPrompt:
     params = jax.tree.map(lambda a: a + 0.3, method.init_params(jax.random.key(0), base))
-    return method.materialize(base.module, base.params, params)
+    return method.materialize(params, base.model)
 
 
 def right(base, data, virtual) -> np.ndarray:
@@ -76,14 +75,14 @@ def test_attention_weights_are_those_that_mix_the_values():
     ids = jnp.asarray([[1, 5, 9, 300, 7]], jnp.int32)
     ones = jnp.ones_like(ids)
     stream = Stream(jnp.arange(5, dtype=jnp.int32)[None], ones, jnp.zeros_like(ids))
-    x = embed_stream(base.module, base.params, None, ids, stream)
-    weights = np.asarray(layer_attention(base.module, base.params, x, stream, None))
+    x = embed_stream(base.model, None, ids, stream)
+    weights = np.asarray(base.model.attention_weights(x, stream, None))
     assert weights.shape == (base.config.layers, 1, 5, 5)
     np.testing.assert_allclose(weights.sum(-1), 1.0, atol=1e-5)
     assert np.abs(np.triu(weights[:, 0], 1)).max() == 0.0
     blind = jax.tree.map(lambda a: a, base.params)
     blind["layers"]["attention"]["key"] = jax.tree.map(jnp.zeros_like, base.params["layers"]["attention"]["key"])
-    even = np.asarray(layer_attention(base.module, blind, x, stream, None))
+    even = np.asarray(dataclasses.replace(base.model, params=blind).attention_weights(x, stream, None))
     np.testing.assert_allclose(
         even[:, 0], np.tril(np.ones((5, 5))) / np.arange(1, 6)[:, None] * np.ones((even.shape[0], 1, 1)), atol=1e-5
     )
@@ -96,7 +95,7 @@ def test_attention_to_tokens_and_to_their_keys_and_values_is_the_same():
     # BOS comes first unless the template says where.
     by_tokens = attention_received(base, asked(base, "<soft><bos>{text}\n", 3).examples, virtual, batch_size=4)
     lead = jnp.asarray(base.config.vocab_size + np.arange(3), jnp.int32)
-    prefix = spt_jax.encode_prefix(base.module, base.params, virtual, lead)
+    prefix = spt_jax.encode_prefix(base.model, virtual, lead)
     assert prefix is not None
     bare = asked(base, "{text}\n", 0).examples
     by_keys = attention_received(base, bare, VirtualPrompt(prefix=KeysValues(prefix.keys, prefix.values)))

@@ -27,7 +27,7 @@ def members(base):
     for seed, method in enumerate(METHODS):
         params = method.init_params(jax.random.key(seed), base)
         params = jax.tree.map(lambda a: a + 0.3, params)
-        prompts.append(method.materialize(base.module, base.params, params))
+        prompts.append(method.materialize(params, base.model))
         prompt = "<soft>{text}\n" if method.token_count else "{text}\n"
         template = spt_jax.Template(
             prompt=prompt, target="{label}", virtual_tokens=method.token_count, verbalizers=VERBALIZERS

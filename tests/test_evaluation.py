@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import spt_jax
-from spt_jax.bases.base import logits, run_layers
 from spt_jax.evaluation.evaluate import EvaluationConfig, make_evaluation_set, score, selection_score
 from spt_jax.inference.forward import embed_stream
 from spt_jax.models.attention import Stream
@@ -33,7 +32,7 @@ def base(request):
 @pytest.fixture(scope="module")
 def virtual(base):
     method = spt_jax.PromptTuning(length=3)
-    return method.materialize(base.module, base.params, method.init_params(jax.random.key(0), base))
+    return method.materialize(base.model, method.init_params(jax.random.key(0), base))
 
 
 def encoder(base, prompt="<soft>{text}\n", verbalizers=None, **options):
@@ -47,8 +46,8 @@ def log_probability(base, virtual, ids, start) -> float:
     ids = jnp.asarray(ids)[None]
     own = jnp.ones_like(ids)
     rows = Stream(jnp.arange(ids.shape[1])[None], own, jnp.zeros_like(own))
-    hidden, _ = run_layers(base.module, base.params, embed_stream(base.module, base.params, virtual, ids, rows), rows)
-    table = np.asarray(jax.nn.log_softmax(logits(base.module, base.params, hidden[0])))
+    hidden, _ = base.model.run(embed_stream(base.model, virtual, ids, rows), rows)
+    table = np.asarray(jax.nn.log_softmax(base.model.logits(hidden[0])))
     return float(sum(table[t - 1, int(ids[0, t])] for t in range(start, ids.shape[1])))
 
 

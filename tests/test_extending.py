@@ -43,7 +43,7 @@ def test_the_family_is_the_function_that_llama_is_with_its_activation(page, tmp_
     examples = encoder.encode_all(RECORDS)
     plan = spt_jax.plan_batches(examples, lead=0, batch_size=3)
     rows = spt_jax.place_batch(spt_jax.pack(examples, plan), ours.mesh).rows
-    one, other = (output_logits(base.module, base.params, None, None, rows) for base in (ours, theirs))
+    one, other = (output_logits(base.model, None, None, rows) for base in (ours, theirs))
     np.testing.assert_array_equal(one, other)
 
 
@@ -64,7 +64,7 @@ def test_the_method_trains_and_its_prompt_is_saved_and_answers(page, tmp_path):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.8 * losses[0]
-    virtual = method.materialize(base.module, base.params, state.params)
+    virtual = method.materialize(state.params, base.model)
     np.testing.assert_allclose(jnp.linalg.norm(virtual.tokens, axis=1), state.params["length"], rtol=1e-5)
     spt_jax.save_prompt(tmp_path / "prompt", base, method, virtual, template)
     saved = spt_jax.load_prompt(tmp_path / "prompt", base)

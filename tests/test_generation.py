@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spt_jax.bases.base import embed, load_base
+from spt_jax.bases.base import load_base
 from spt_jax.data.tokenization import Tokenization
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.inference import generation
@@ -78,7 +78,7 @@ def speaker(says: dict[int, int]):
         params["embedding"][last, place] = 1
         params["output"][place, following] = 10
     placed = jax.tree.map(lambda rigged, own: jax.device_put(rigged, own.sharding), params, base.params)
-    return dataclasses.replace(base, params=placed)
+    return dataclasses.replace(base, model=dataclasses.replace(base.model, params=placed))
 
 
 LETTERS = "abcdefghijklmnopqrstuvwx"
@@ -430,7 +430,7 @@ def test_the_frozen_base_is_no_constant_of_the_programs():
             warnings.simplefilter("error")
             generate(base, PROMPTS[:1], virtual_of(base), SamplingConfig(max_new_tokens=2))
             with pytest.raises(UserWarning, match="constants were captured"):
-                jax.jit(lambda ids: embed(base.module, base.params, ids)).lower(jnp.zeros((1, 1), jnp.int32))
+                jax.jit(lambda ids: base.model.embed(ids)).lower(jnp.zeros((1, 1), jnp.int32))
     finally:
         jax.config.update("jax_captured_constants_warn_bytes", before)
 

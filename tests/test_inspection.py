@@ -9,7 +9,6 @@ import pytest
 
 import spt_jax
 from spt_jax.__main__ import main
-from spt_jax.bases.base import embedding_table
 from spt_jax.errors import ConfigError
 from spt_jax.evaluation.inspection import compared_rows, describe_prompt, layer_drift, similarity_map, started_from
 from spt_jax.prompts import DecomposedPromptTuning, LlamaAdapter, PrefixTuning, PromptTuning, VirtualPrompt
@@ -22,7 +21,7 @@ CLASSES = {"good": "H", "bad": "L"}
 def saved(folder, base, method, *, moved=0.0, extra=None):
     """A prompt whose every number was moved from where seed 7 puts it."""
     params = jax.tree.map(lambda a: a + moved, method.init_params(jax.random.key(7), base))
-    virtual = method.materialize(base.module, base.params, params)
+    virtual = method.materialize(params, base.model)
     prompt = "<soft>{text}\n" if method.token_count else "{text}\n"
     template = spt_jax.Template(prompt=prompt, target="{label}", virtual_tokens=method.token_count, verbalizers=CLASSES)
     spt_jax.save_prompt(folder, base, method, virtual, template, extra=extra or {})
@@ -33,7 +32,7 @@ def test_drift_is_the_distance_from_the_start(tmp_path):
     base = tiny_base()
     prompt = saved(tmp_path / "moved", base, PromptTuning(length=3), moved=0.5, extra={"seed": 7})
     rows = compared_rows(prompt, started_from(prompt, base), base, 2)
-    unit = np.median(np.linalg.norm(embedding_table(base), axis=1))
+    unit = np.median(np.linalg.norm(base.model.embedding_table(), axis=1))
     start = np.asarray(prompt.virtual.tokens) - 0.5
     for row, now, then in zip(rows, np.asarray(prompt.virtual.tokens), start, strict=True):
         assert row.drift == pytest.approx(0.5 * np.sqrt(base.config.width) / unit, rel=1e-5)
@@ -82,12 +81,12 @@ def test_similarities_are_cosines_of_means():
             assert found[i, j] == pytest.approx(similarity(one, other), abs=1e-6)
     base = tiny_base()
     prefix = PrefixTuning(length=3)
-    virtual = prefix.materialize(base.module, base.params, prefix.init_params(jax.random.key(0), base))
+    virtual = prefix.materialize(base.model, prefix.init_params(jax.random.key(0), base))
     np.testing.assert_allclose(similarity_map([virtual, virtual]), 1.0, atol=1e-6)
     with pytest.raises(ConfigError, match="of one kind"):
         similarity_map([prompts[0], virtual])
     gated = LlamaAdapter(length=2, layers=1)
-    own = gated.materialize(base.module, base.params, gated.init_params(jax.random.key(0), base))
+    own = gated.materialize(base.model, gated.init_params(jax.random.key(0), base))
     with pytest.raises(ConfigError, match="token rows, or of keys and values"):
         similarity_map([own, own])
 

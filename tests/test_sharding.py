@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from spt_jax.bases.base import embed, logits, run_layers
 from spt_jax.errors import ConfigError
 from spt_jax.runtime.sharding import (
     AXES,
@@ -35,13 +34,13 @@ def sharded_logits(family, axes, seed=7):
     runs = [Run(i, 0, generator.integers(3, 320, 20 - i).astype(np.int32)) for i in range(4)]
     ids, stream = lay_out(runs, 20)
 
-    def forward(params, ids, stream):
-        hidden, _ = run_layers(base.module, params, embed(base.module, params, ids), stream)
-        return logits(base.module, params, hidden)
+    def forward(model, ids, stream):
+        hidden, _ = model.run(model.embed(ids), stream)
+        return model.logits(hidden)
 
     with jax.set_mesh(mesh):
         ids, stream = jax.device_put((jnp.asarray(ids), stream), row_sharding(mesh))
-        out = jax.jit(forward)(base.params, ids, stream)
+        out = jax.jit(forward)(base.model, ids, stream)
     return np.asarray(out)
 
 

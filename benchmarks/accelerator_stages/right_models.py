@@ -14,7 +14,9 @@ import numpy as np
 from spt_jax.bases.base import DTYPES, FrozenBase
 from spt_jax.data.batches import Batch, pack, place_batch, plan_batches
 from spt_jax.inference.forward import encode_prefix, output_logits
+from spt_jax.models.decoder_model import DecoderModel
 from spt_jax.models.layers import Quantized
+from spt_jax.models.model import Model
 from spt_jax.prompts import PromptTuning
 from spt_jax.runtime.sharding import make_mesh, replicated
 from spt_jax.testing import tiny_base
@@ -87,14 +89,15 @@ def moved_base(base: FrozenBase, device: Any, *, dtype: str = "float32", attenti
         return jax.device_put(np.asarray(leaf).astype(DTYPES[dtype]), replicated(mesh))
 
     params = jax.tree.map(move, base.params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
-    return dataclasses.replace(base, params=params, module=base.module.clone(mesh=mesh, attention=attention))
+    model = DecoderModel(params, base.model.module.clone(mesh=mesh, attention=attention))
+    return dataclasses.replace(base, model=model)
 
 
-def _figures(module: Any, method: Any, objective: Objective, frozen: Any, params: Any, batch: Batch) -> Any:
-    loss, gradient, _ = loss_and_gradient(module, method, objective, frozen, params, batch)
-    virtual = method.materialize(module, frozen, params)
-    prefix = encode_prefix(module, frozen, virtual, batch.lead_ids, batch.lead_length)
-    return loss, gradient, output_logits(module, frozen, virtual, prefix, batch.rows)
+def _figures(method: Any, objective: Objective, model: Model, params: Any, batch: Batch) -> Any:
+    loss, gradient, _ = loss_and_gradient(method, objective, model, params, batch)
+    virtual = method.materialize(params, model)
+    prefix = encode_prefix(model, virtual, batch.lead_ids, batch.lead_length)
+    return loss, gradient, output_logits(model, virtual, prefix, batch.rows)
 
 
 @once
@@ -105,7 +108,7 @@ def compiled(platform: str) -> Callable[..., Any]:
         jax.jit(jnp.sin, compiler_options=options)(1.0)
     except Exception:
         options = None
-    return jax.jit(_figures, static_argnums=(0, 1, 2), compiler_options=options)
+    return jax.jit(_figures, static_argnames=("method", "objective"), compiler_options=options)
 
 
 def figures(base: FrozenBase, method: Any, objective: Objective, params: Any, batch: Batch) -> Any:
@@ -113,7 +116,7 @@ def figures(base: FrozenBase, method: Any, objective: Objective, params: Any, ba
     device = base.mesh.devices.flat[0]
     with on_device(device):
         params = jax.device_put(params, replicated(base.mesh))
-        found = compiled(device.platform)(base.module, method, objective, base.params, params, batch)
+        found = compiled(device.platform)(method, objective, base.model, params, batch)
         return jax.tree.map(np.asarray, found)
 
 

@@ -60,7 +60,7 @@ def generation() -> Mapping[str, float]:
 
     def answers(base: Any) -> list[Generated]:
         with on_device(base.mesh.devices.flat[0]):
-            virtual = method.materialize(base.module, base.params, {"tokens": rows})
+            virtual = method.materialize({"tokens": rows}, base.model)
             return spt_jax.generate(base, prompts, virtual, GREEDY)
 
     return answers_apart(answers(moved_base(reference, accelerator())), answers(reference))
@@ -74,7 +74,7 @@ def engine(names: Sequence[str] = tuple(PROMPTS)) -> Mapping[str, float]:
         info = {"base": {"fingerprint": dataclasses.asdict(base.fingerprint)}}
         for name in names:
             method, prompt = PROMPTS[name]
-            virtual = method.materialize(base.module, base.params, moved_params(method, base))
+            virtual = method.materialize(moved_params(method, base), base.model)
             template = spt_jax.Template(prompt=prompt, target="{label}", virtual_tokens=method.token_count)
             bank.add(name, SavedPrompt(method, virtual, template, info))
         requests = []

@@ -125,6 +125,7 @@ def random_base(of: Workload, *, remat: Any = "dots", attention: Any = "xla", to
     from spt_jax.bases.checkpoint import origins, parameter_shapes
     from spt_jax.bases.config import decoder_config
     from spt_jax.models.decoder import Decoder
+    from spt_jax.models.decoder_model import DecoderModel
     from spt_jax.models.kernels import check_kernel
     from spt_jax.runtime.sharding import make_mesh, replicated
 
@@ -156,9 +157,7 @@ def random_base(of: Workload, *, remat: Any = "dots", attention: Any = "xla", to
     return FrozenBase(
         name="random",
         revision=None,
-        config=config,
-        module=Decoder(config, remat=remat, mesh=mesh, attention=attention),
-        params=params,
+        model=DecoderModel(params, Decoder(config, remat=remat, mesh=mesh, attention=attention)),
         tokenizer=tokenizer,
         end_ids=(),
         fingerprint=Fingerprint(sizes, "random", "" if tokenizer is None else tokenizer_hash(tokenizer)),

@@ -11,22 +11,21 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
 
-from spt_jax.bases.checkpoint import Params, parameter_shapes, read_params
+from spt_jax.bases.checkpoint import parameter_shapes, read_params
 from spt_jax.bases.config import decoder_config, hf_config
 from spt_jax.bases.ends import declared_ends
 from spt_jax.bases.files import CONFIG_BYTES, config_file, model_directory, read_json
 from spt_jax.bases.tokenizer import read_tokenizer as tokenizer_of
 from spt_jax.errors import CheckpointError, ConfigError, differing_fields
-from spt_jax.models.attention import Prefix, Stream
 from spt_jax.models.config import DecoderConfig, RopeConfig
-from spt_jax.models.decoder import ATTENTION, Decoder, Remat
+from spt_jax.models.decoder import Decoder, Remat
+from spt_jax.models.decoder_model import DecoderModel
 from spt_jax.models.kernels import KernelChoice, check_kernel, choose_kernel
+from spt_jax.models.model import Params
 from spt_jax.runtime import measure
-from spt_jax.runtime.sharding import check_divides, make_mesh, parameter_sharding, to_host
+from spt_jax.runtime.sharding import check_divides, make_mesh, parameter_sharding
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 STARTER = Path(__file__).parents[1] / "assets" / "starter"
@@ -73,77 +72,46 @@ def _facts(kind: type, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class FrozenBase:
-    """What `load_base` returns. `params` are the only arrays; pass them as an argument, never close over them.
+    """What `load_base` returns. Only `model` holds arrays; pass it to compiled functions as an argument.
 
     Attributes:
+      model: architecture and weights.
       end_ids: every id that the model's files declare to end an answer.
-      attention_note: why `load_base` chose `module.attention`; empty if the caller chose it.
+      attention_note: why `load_base` chose the attention kernel; empty if the caller chose it.
     """
 
     name: str
     revision: str | None
-    config: DecoderConfig
-    module: Decoder
-    params: Params
+    model: DecoderModel
     tokenizer: Any
     end_ids: tuple[int, ...]
     fingerprint: Fingerprint
     attention_note: str = ""
 
     @property
-    def mesh(self) -> Mesh:
-        """The mesh of the weights, which also splits the activations."""
-        assert self.module.mesh is not None
-        return self.module.mesh
+    def config(self) -> DecoderConfig:
+        """Sizes and options of the architecture."""
+        return self.model.config
 
     @property
-    def dtype(self) -> Any:
+    def params(self) -> Params:
+        """The frozen arrays."""
+        return self.model.params
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh of the weights, which also splits the activations."""
+        assert self.model.mesh is not None
+        return self.model.mesh
+
+    @property
+    def dtype(self) -> jnp.dtype:
         """The precision that the base runs in."""
-        return self.params["embedding"].dtype
+        return self.model.dtype
 
     @property
     def parameter_count(self) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
-
-
-def embed(module: Decoder, frozen: Params, ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
-    """Embedding rows of real token ids."""
-    return module.apply({"params": frozen}, ids, method=Decoder.embed)  # type: ignore[return-value]
-
-
-def embedding_table(base: FrozenBase) -> np.ndarray:
-    """The result of `embed` for every id, float32 [V, D], on the host."""
-    return to_host(base.params["embedding"]).astype(np.float32) * (base.config.embedding_scale or 1.0)
-
-
-def run_layers(module: Decoder, frozen: Params, *args: Any, **kwargs: Any) -> Any:
-    """`Decoder.__call__` on explicit parameters."""
-    return module.apply({"params": frozen}, *args, **kwargs)
-
-
-def layer_attention(
-    module: Decoder, frozen: Params, x: Float[Array, "B T D"], rows: Stream, prefix: Prefix | None
-) -> Float[Array, "L B T S"]:
-    """Attention weights of every layer, means over heads, float32, over S keys: the prefix's, then the row's own."""
-    _, kept = module.apply({"params": frozen}, x, rows, prefix, mutable=[ATTENTION])
-    return kept[ATTENTION]["layers"]["attention"]["weights"][0]  # type: ignore[index, return-value]
-
-
-def logits(module: Decoder, frozen: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-    """Next-token logits, float32."""
-    return module.apply({"params": frozen}, hidden, method=Decoder.logits)  # type: ignore[return-value]
-
-
-def output_matrix(module: Decoder, frozen: Params) -> Float[Array, "V D"]:
-    """The matrix that maps hidden states to logits; the embedding table if they are tied."""
-    return frozen["embedding"] if module.config.tied else frozen["output"].T
-
-
-def output_rows(module: Decoder, frozen: Params, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-    """Rows of `output_matrix`, without a transposed copy of it."""
-    if module.config.tied:
-        return jnp.take(frozen["embedding"], ids, axis=0)
-    return jnp.moveaxis(jnp.take(frozen["output"], ids, axis=1), 0, -1)
 
 
 def default_dtype(device: Any) -> str:
@@ -160,7 +128,7 @@ def describe_base(base: FrozenBase) -> str:
     why = f" ({device.device_kind} does not compute in bfloat16)" if lacks else ""
     return (
         f"{base.name}: {base.parameter_count:,} frozen parameters in {base.dtype}{why} on {base.mesh.size} x"
-        f" {measure.device_name(device)}\nattention: {base.module.attention}{base.attention_note}"
+        f" {measure.device_name(device)}\nattention: {base.model.module.attention}{base.attention_note}"
     )
 
 
@@ -219,9 +187,7 @@ def load_base(
     return FrozenBase(
         name=str(path_or_hub_id),
         revision=revision,
-        config=config,
-        module=Decoder(config, remat=remat, mesh=mesh, attention=kernel),
-        params=params,
+        model=DecoderModel(params, Decoder(config, remat=remat, mesh=mesh, attention=kernel)),
         tokenizer=tokenizer,
         end_ids=declared_ends(directory, tokenizer, config.vocab_size),
         fingerprint=Fingerprint(json.loads(json.dumps(dataclasses.asdict(config))), digest, tokenizer_hash(tokenizer)),

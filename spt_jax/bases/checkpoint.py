@@ -33,8 +33,8 @@ from spt_jax.models.attention import Stream
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.layers import Quantized
+from spt_jax.models.model import Params
 
-Params = Mapping[str, Any]
 LeafPath = tuple[str, ...]
 
 

@@ -1,7 +1,6 @@
 """Attributes the effect of a soft prompt to its positions: the loss without each one, and the attention to each."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -9,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from spt_jax.bases.base import FrozenBase, layer_attention
-from spt_jax.bases.checkpoint import Params
+from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import multiples, plan_batches
 from spt_jax.data.examples import Example
 from spt_jax.errors import ConfigError
@@ -19,7 +17,7 @@ from spt_jax.evaluation.metrics import Difference, paired_bootstrap
 from spt_jax.evaluation.predictions import measures, record_values
 from spt_jax.inference.forward import embed_stream, encode_prefix
 from spt_jax.models.attention import Stream
-from spt_jax.models.decoder import Decoder
+from spt_jax.models.model import Model
 from spt_jax.prompts.virtual import VirtualPrompt
 
 
@@ -129,32 +127,32 @@ def attention_received(
     # A request ends where its answer begins.
     requests = [e.ids if e.reads is not None else e.ids[: e.first_target] for e in examples]
     length = max(map(len, requests))
-    module = base.module.clone(attention="xla", remat="none", mesh=None)
+    model = base.model.with_options(attention="xla", remat="none", mesh=None)
     sums, shares = [], []
     for start in range(0, len(requests), batch_size):
         own = requests[start : start + batch_size]
         ids, last = np.zeros((batch_size, length), np.int32), np.zeros(batch_size, np.int32)
         for row, request in enumerate(own):
             ids[row, : len(request)], last[row] = request, len(request) - 1
-        found = np.asarray(_received(module, base.params, virtual, ids, last), np.float64)
+        found = np.asarray(_received(model, virtual, ids, last), np.float64)
         sums.append(found[:, : len(own)].sum(axis=1))
         taken = found.shape[-1] if virtual.prefix is not None else 0
         shares += [found.shape[-1] / (taken + len(request)) for request in own]
     return Received(sum(sums[1:], sums[0]) / len(requests), float(np.mean(shares)))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@jax.jit
 def _received(
-    module: Decoder, frozen: Params, virtual: VirtualPrompt, ids: Int[Array, "B T"], last: Int[Array, " B"]
+    model: Model, virtual: VirtualPrompt, ids: Int[Array, "B T"], last: Int[Array, " B"]
 ) -> Float[Array, "L B P"]:
-    prefix = encode_prefix(module, frozen, virtual, jnp.zeros(0, jnp.int32))
+    prefix = encode_prefix(model, virtual, jnp.zeros(0, jnp.int32))
     places = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
     real = (places <= last[:, None]).astype(jnp.int32)
     stream = Stream(places + virtual.first_position, real, jnp.zeros_like(real))
-    weights = layer_attention(module, frozen, embed_stream(module, frozen, virtual, ids, stream), stream, prefix)
+    weights = model.attention_weights(embed_stream(model, virtual, ids, stream), stream, prefix)
     at_last = jnp.take_along_axis(weights, last[None, :, None, None], axis=2)[:, :, 0]  # [L, B, keys]
     if prefix is not None:
         return at_last[..., : prefix.positions.shape[0]]
     assert virtual.tokens is not None
-    numbers = module.config.vocab_size + jnp.arange(virtual.tokens.shape[0])[None, None]
+    numbers = model.layout.vocab_size + jnp.arange(virtual.tokens.shape[0])[None, None]
     return jnp.einsum("lbt,btp->lbp", at_last, (ids[..., None] == numbers).astype(at_last.dtype))

@@ -14,7 +14,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.bases.checkpoint import Params
 from spt_jax.data.batches import Batch, BatchPlan, Rows, evaluation_batches, multiples, place_batch, plan_batches
 from spt_jax.data.encoder import SEPARATOR, Encoder
 from spt_jax.data.examples import Example
@@ -24,7 +23,7 @@ from spt_jax.evaluation import metrics
 from spt_jax.inference.forward import encode_prefix, group_scores, target_scores
 from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.models.attention import Prefix
-from spt_jax.models.decoder import Decoder
+from spt_jax.models.model import Model
 from spt_jax.prompts import VirtualPrompt
 from spt_jax.runtime.sharding import to_host
 
@@ -137,20 +136,20 @@ def _prompt(encoder: Encoder, record: Mapping[str, Any], example: Example, room:
     return encoder.prompt_ids(record, room=min(max(room, 1), encoder.max_length // 2))
 
 
-@functools.partial(jax.jit, static_argnames=("module", "choices"))
+@functools.partial(jax.jit, static_argnames="choices")
 def _batch_scores(
-    module: Decoder, choices: int, frozen: Params, virtual: VirtualPrompt | None, batch: Batch
+    model: Model, choices: int, virtual: VirtualPrompt | None, batch: Batch
 ) -> Float[Array, "B E C"] | Float[Array, "B M C"]:
     """Returns the log-probabilities of each example's choices; with a task head, its logits where it reads."""
-    prefix = encode_prefix(module, frozen, virtual, batch.lead_ids, batch.lead_length)
-    return row_scores(module, choices, frozen, virtual, prefix, batch.rows)
+    prefix = encode_prefix(model, virtual, batch.lead_ids, batch.lead_length)
+    return row_scores(model, choices, virtual, prefix, batch.rows)
 
 
 def row_scores(
-    module: Decoder, choices: int, frozen: Params, virtual: VirtualPrompt | None, prefix: Prefix | None, rows: Rows
+    model: Model, choices: int, virtual: VirtualPrompt | None, prefix: Prefix | None, rows: Rows
 ) -> Float[Array, "B E C"] | Float[Array, "B M C"]:
     """`_batch_scores` with a prefix that was encoded before."""
-    scores = target_scores(module, frozen, virtual, prefix, rows)
+    scores = target_scores(model, virtual, prefix, rows)
     return group_scores(scores, rows, choices) if scores.logits is None else scores.logits
 
 
@@ -183,7 +182,7 @@ def _scored(
 ) -> Iterator[tuple[Rows, Float[np.ndarray, "B _ C"]]]:
     """Yields the rows and `_batch_scores` of each batch. All batches are dispatched before the first is waited for."""
     pending = [
-        (batch.rows, _batch_scores(base.module, data.plan.choices, base.params, virtual, place_batch(batch, base.mesh)))
+        (batch.rows, _batch_scores(base.model, data.plan.choices, virtual, place_batch(batch, base.mesh)))
         for batch in evaluation_batches(data.examples, data.plan, data.config.batch_size)
     ]
     return ((rows, to_host(values)) for rows, values in pending)

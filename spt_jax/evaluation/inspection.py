@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from spt_jax.bases.base import FrozenBase, embedding_table
+from spt_jax.bases.base import FrozenBase
 from spt_jax.errors import ConfigError, SptError
 from spt_jax.evaluation.attribution import Received
 from spt_jax.evaluation.metrics import Difference
@@ -76,7 +76,7 @@ def compared_rows(saved: SavedPrompt, start: VirtualPrompt | None, base: FrozenB
     """
     if saved.virtual.tokens is None:
         return []
-    rows, table = np.asarray(saved.virtual.tokens), embedding_table(base)
+    rows, table = np.asarray(saved.virtual.tokens), base.model.embedding_table()
     unit = float(np.median(np.linalg.norm(table, axis=1)))
     near = nearest_tokens(rows, table[: len(base.tokenizer)], nearest)
     found = []
@@ -120,7 +120,7 @@ def started_from(saved: SavedPrompt, base: FrozenBase) -> VirtualPrompt | None:
         params = saved.method.init_params(jax.random.key(seed), base)
     except SptError:  # the file with its initial rows no longer exists, or these were given in memory
         return None
-    return saved.method.materialize(base.module, base.params, params)
+    return saved.method.materialize(params, base.model)
 
 
 def similarity_map(prompts: Sequence[VirtualPrompt]) -> Float[np.ndarray, "S S"]:

@@ -119,7 +119,7 @@ class Experiment:
 
     def virtual(self, params: PromptParams) -> VirtualPrompt:
         """Materializes the soft prompt from the method's parameters."""
-        return self.config.method.materialize(self.base.module, self.base.params, params)
+        return self.config.method.materialize(params, self.base.model)
 
     def save(self, folder: Path, params: PromptParams, extra: Mapping[str, Any]) -> None:
         """Saves the soft prompt, or one per task, with `extra`, the number of trained parameters and the seed."""
@@ -157,7 +157,7 @@ class Experiment:
         limit = processes.from_first("memory limit", measure.memory_limit)
         remat = config.base.remat
         chosen = choose_remat(estimate, limit) if remat == "auto" else remat
-        base = dataclasses.replace(base, module=base.module.clone(remat=chosen))
+        base = dataclasses.replace(base, model=base.model.with_options(remat=chosen))
         return dataclasses.replace(self, base=base), estimate(chosen)
 
     def window_note(self, examples: Sequence[Example]) -> str | None:

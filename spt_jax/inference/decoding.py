@@ -3,7 +3,7 @@
     lead ids, the same for all --encode_lead--> Prefix --+---> decode: one token per row and step, until all have ended
     rows, right-padded ----------prefill------> Cache ---+
 
-The functions are pure and take the frozen parameters as an argument. Bind them outside `jax.jit`, as `generate` does.
+The functions are pure and take the model as an argument.
 """
 
 import dataclasses
@@ -12,11 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from spt_jax.bases.base import logits
-from spt_jax.bases.checkpoint import Params
 from spt_jax.inference.forward import encode_prefix, run_stream
 from spt_jax.models.attention import Cache, Prefix, Stream, to_cache
-from spt_jax.models.decoder import Decoder
+from spt_jax.models.model import Model
 from spt_jax.prompts.virtual import VirtualPrompt
 
 
@@ -74,24 +72,21 @@ class DecodeState:
 
 
 def encode_lead(
-    module: Decoder,
-    frozen: Params,
+    model: Model,
     virtual: VirtualPrompt | None,
     lead_ids: Int[Array, "*S P"],
     lead_length: Int[Array, "*S"],
 ) -> Prefix | None:
     """`encode_prefix` in the base's dtype. Without a gradient, float32 would only mean reading more in each step."""
-    prefix = encode_prefix(module, frozen, virtual, lead_ids, lead_length)
+    prefix = encode_prefix(model, virtual, lead_ids, lead_length)
     if prefix is None:
         return None
-    dtype = frozen["embedding"].dtype
-    return Prefix(prefix.keys.astype(dtype), prefix.values.astype(dtype), prefix.positions)
+    return Prefix(prefix.keys.astype(model.dtype), prefix.values.astype(model.dtype), prefix.positions)
 
 
 def prefill(
-    module: Decoder,
+    model: Model,
     capacity: int,
-    frozen: Params,
     virtual: VirtualPrompt | None,
     prefix: Prefix | None,
     rows: PromptRows,
@@ -99,7 +94,7 @@ def prefill(
     """Encodes all prompts without their last ids in one pass, and caches their keys and values.
 
     Args:
-      module, frozen: the base.
+      model: the base.
       capacity: the maximum number M of new tokens.
       virtual: the soft prompt, if `rows.ids` contain virtual ids.
       prefix: keys and values of the preceding ids, shared by all rows.
@@ -114,9 +109,7 @@ def prefill(
     positions = rows.starts[:, None] + jnp.where(slots < length, slots, lengths + slots - length)
     segments = (slots < lengths).astype(jnp.int32)
     stream = Stream(positions[:, :length], segments[:, :length], jnp.zeros_like(rows.ids), rows.prompt_index)
-    _, keys_values = run_stream(
-        module, frozen, virtual, rows.ids, stream, prefix, return_keys_values=True, return_hidden=False
-    )
+    _, keys_values = run_stream(model, virtual, rows.ids, stream, prefix, return_keys_values=True, return_hidden=False)
     keys, values = to_cache(*(jnp.pad(a, [(0, 0), (0, 0), (0, capacity), (0, 0), (0, 0)]) for a in keys_values))
     return DecodeState(
         step=jnp.zeros((), jnp.int32),
@@ -128,8 +121,7 @@ def prefill(
 
 
 def decode(
-    module: Decoder,
-    frozen: Params,
+    model: Model,
     virtual: VirtualPrompt | None,
     prefix: Prefix | None,
     until: Int[Array, ""],
@@ -156,9 +148,9 @@ def decode(
         positions = jax.lax.dynamic_slice_in_dim(cache.positions, slot, 1, axis=1)
         segments = jnp.ones_like(ids)
         stream = Stream(positions, segments, jnp.zeros_like(ids), prompt_index)
-        hidden, new = run_stream(module, frozen, virtual, ids, stream, prefix, cache, return_keys_values=True)
+        hidden, new = run_stream(model, virtual, ids, stream, prefix, cache, return_keys_values=True)
         keys, values = to_cache(*new)
-        chosen, found = next_tokens(logits(module, frozen, hidden[:, 0]), state.step, sampling)
+        chosen, found = next_tokens(model.logits(hidden[:, 0]), state.step, sampling)
         return DecodeState(
             step=state.step + 1,
             ids=put(state.ids, chosen[:, None], state.step + 1, axis=1),

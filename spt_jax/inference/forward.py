@@ -1,31 +1,27 @@
 """Pure functions that compute the logits of a batch under a soft prompt.
 
-Each takes the frozen parameters as an argument. Bind them outside `jax.jit`, never in a closure inside it: an array in
-a closure becomes a literal of the compiled program.
+Each takes the model as an argument. Pass it through `jax.jit`, never in a closure inside it: an array in a closure
+becomes a literal of the compiled program.
 """
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from spt_jax.bases.base import embed, logits, output_matrix, output_rows, run_layers
-from spt_jax.bases.checkpoint import Params
 from spt_jax.data.batches import Rows
-from spt_jax.models.attention import NEVER, Cache, Prefix, Stream, soft_capped
-from spt_jax.models.decoder import Decoder, of_row
+from spt_jax.models.attention import NEVER, Cache, Prefix, Stream
+from spt_jax.models.decoder import of_row
+from spt_jax.models.model import Model, TargetScores
 from spt_jax.models.ring import splits, take_tokens
-from spt_jax.models.vocabulary import log_sum_exp
 from spt_jax.prompts.virtual import VirtualPrompt
 from spt_jax.runtime.sharding import ROWS, constrain
 
 
 def embed_stream(
-    module: Decoder,
-    frozen: Params,
+    model: Model,
     virtual: VirtualPrompt | None,
     ids: Int[Array, "B T"],
     stream: Stream,
@@ -34,9 +30,9 @@ def embed_stream(
 
     Ids are masked before indexing: out of range, `jnp.take` returns NaN, and `[]` clamps silently.
     """
-    vocab_size = module.config.vocab_size
+    vocab_size = model.layout.vocab_size
     is_virtual = ids >= vocab_size
-    real = embed(module, frozen, jnp.where(is_virtual, 0, ids))
+    real = model.embed(jnp.where(is_virtual, 0, ids))
     if virtual is not None and virtual.shift is not None:
         reach = virtual.shift.shape[-2]
         shift = _rows(virtual.shift, jnp.minimum(stream.positions, reach - 1), stream.prompt_index)
@@ -55,8 +51,7 @@ def _rows(
 
 
 def run_stream(
-    module: Decoder,
-    frozen: Params,
+    model: Model,
     virtual: VirtualPrompt | None,
     ids: Int[Array, "B T"],
     stream: Stream,
@@ -69,7 +64,7 @@ def run_stream(
     """Runs the layers on a stream under a soft prompt.
 
     Args:
-      module, frozen: the base.
+      model: the base.
       virtual: the soft prompt; its token rows and gated prefix are applied.
       ids: real and virtual ids.
       stream: positions and segments of the ids.
@@ -78,13 +73,11 @@ def run_stream(
       return_keys_values, return_hidden: what to return.
 
     Returns:
-      The hidden states, and the keys and values, as `run_layers` returns them.
+      The hidden states, and the keys and values, as `Model.run` returns them.
     """
-    x = embed_stream(module, frozen, virtual, ids, stream)
+    x = embed_stream(model, virtual, ids, stream)
     gated = None if virtual is None else virtual.gated
-    return run_layers(
-        module,
-        frozen,
+    return model.run(
         x,
         stream,
         prefix,
@@ -97,8 +90,7 @@ def run_stream(
 
 @jax.named_scope("prefix")
 def encode_prefix(
-    module: Decoder,
-    frozen: Params,
+    model: Model,
     virtual: VirtualPrompt | None,
     lead_ids: Int[Array, "*S P"],
     lead_length: Int[Array, "*S"] | None = None,
@@ -106,7 +98,7 @@ def encode_prefix(
     """Computes keys and values of the prompt's prefix and of the leading ids after it, once for all rows.
 
     Args:
-      module, frozen: the base.
+      model: the base.
       virtual: the soft prompt, or S stacked ones.
       lead_ids: the ids that all rows of a prompt begin with, padded on the right.
       lead_length: how many of them are real; None if all are.
@@ -115,7 +107,7 @@ def encode_prefix(
       The prefix in float32; None if there is nothing to encode.
     """
     if lead_ids.ndim == 2:
-        return jax.vmap(lambda *one: encode_prefix(module, frozen, *one))(virtual, lead_ids, lead_length)
+        return jax.vmap(lambda *one: encode_prefix(model, *one))(virtual, lead_ids, lead_length)
     length = lead_ids.shape[0]
     prefix, start = None, 0
     if virtual is not None and virtual.prefix is not None:
@@ -128,7 +120,7 @@ def encode_prefix(
     segments = jnp.ones_like(positions)[None]
     stream = Stream(positions[None], segments, jnp.zeros_like(segments))
     _, keys_values = run_stream(
-        module, frozen, virtual, lead_ids[None], stream, prefix, return_keys_values=True, return_hidden=False
+        model, virtual, lead_ids[None], stream, prefix, return_keys_values=True, return_hidden=False
     )
     keys, values = (a[:, 0].astype(jnp.float32) for a in keys_values)
     if lead_length is not None:
@@ -144,19 +136,17 @@ def encode_prefix(
 
 
 @jax.named_scope("lead")
-def lead_logits(
-    module: Decoder, frozen: Params, virtual: VirtualPrompt, lead_ids: Int[Array, " P"]
-) -> Float[Array, "P V"]:
+def lead_logits(model: Model, virtual: VirtualPrompt, lead_ids: Int[Array, " P"]) -> Float[Array, "P V"]:
     """Returns the float32 logits of the token after each leading id, for a soft prompt without a prefix."""
     positions = jnp.arange(lead_ids.shape[0], dtype=jnp.int32)[None]
     stream = Stream(positions, jnp.ones_like(positions), jnp.zeros_like(positions))
-    hidden, _ = run_stream(module, frozen, virtual, lead_ids[None], stream)
-    return logits(module, frozen, hidden)[0]
+    hidden, _ = run_stream(model, virtual, lead_ids[None], stream)
+    return model.logits(hidden)[0]
 
 
 @jax.named_scope("rows")
 def output_states(
-    module: Decoder, frozen: Params, virtual: VirtualPrompt | None, prefix: Prefix | None, rows: Rows
+    model: Model, virtual: VirtualPrompt | None, prefix: Prefix | None, rows: Rows
 ) -> Float[Array, "B Q D"]:
     """Returns the hidden states at the output positions, after the final norm."""
     stream = rows.stream
@@ -165,40 +155,24 @@ def output_states(
         if not isinstance(start, int):
             start = of_row(stream.prompt_index, start).reshape(-1, 1)
         stream = dataclasses.replace(stream, positions=stream.positions + start)
-    hidden, _ = run_stream(module, frozen, virtual, rows.ids, stream, prefix)
-    if module.mesh is not None and splits(module.mesh, stream):
-        states = take_tokens(module.mesh, hidden, rows.outputs)
+    hidden, _ = run_stream(model, virtual, rows.ids, stream, prefix)
+    if model.mesh is not None and splits(model.mesh, stream):
+        states = take_tokens(model.mesh, hidden, rows.outputs)
     else:
         states = jnp.take_along_axis(hidden, rows.outputs[:, :, None], axis=1)
     # First gathered on the devices that hold the rows, then replicated over fsdp, which splits the output matrix.
-    return constrain(module.mesh, constrain(module.mesh, states, ROWS, "sequence"), "data", "sequence")
+    return constrain(model.mesh, constrain(model.mesh, states, ROWS, "sequence"), "data", "sequence")
 
 
 def output_logits(
-    module: Decoder, frozen: Params, virtual: VirtualPrompt | None, prefix: Prefix | None, rows: Rows
+    model: Model, virtual: VirtualPrompt | None, prefix: Prefix | None, rows: Rows
 ) -> Float[Array, "B Q V"]:
     """Returns the float32 logits at the output positions: of the next token, or of the C classes of the task head."""
-    states = output_states(module, frozen, virtual, prefix, rows)
+    states = output_states(model, virtual, prefix, rows)
     if virtual is None or virtual.head is None:
-        return logits(module, frozen, states)
+        return model.logits(states)
     head = of_row(rows.stream.prompt_index, virtual.head)
     return jnp.matmul(states.astype(jnp.float32), head.kernel) + head.bias.reshape(-1, 1, head.bias.shape[-1])
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TargetScores:
-    """What losses and scores need of the logits, in float32.
-
-    Attributes:
-      log_probabilities: the log-probability of each target.
-      means: for each target, the mean log-probability of all V tokens or C classes; None if logits are capped.
-      logits: for each target, the logits of a task head's classes; None for a vocabulary.
-    """
-
-    log_probabilities: Float[Array, "B M"]
-    means: Float[Array, "B M"] | None
-    logits: Float[Array, "B M C"] | None = None
 
 
 def scores_of_logits(all_logits: Float[Array, "B Q V"], rows: Rows) -> TargetScores:
@@ -209,26 +183,13 @@ def scores_of_logits(all_logits: Float[Array, "B Q V"], rows: Rows) -> TargetSco
     return TargetScores(chosen - log_sums, jnp.mean(at_targets, axis=-1) - log_sums, at_targets)
 
 
-def target_scores(
-    module: Decoder, frozen: Params, virtual: VirtualPrompt | None, prefix: Prefix | None, rows: Rows
-) -> TargetScores:
+def target_scores(model: Model, virtual: VirtualPrompt | None, prefix: Prefix | None, rows: Rows) -> TargetScores:
     """Returns the TargetScores at the output positions, by a chunked log-sum-exp over a large vocabulary."""
     if virtual is not None and virtual.head is not None:
-        return scores_of_logits(output_logits(module, frozen, virtual, prefix, rows), rows)
-    states = output_states(module, frozen, virtual, prefix, rows)
+        return scores_of_logits(output_logits(model, virtual, prefix, rows), rows)
+    states = output_states(model, virtual, prefix, rows)
     with jax.named_scope("logits"):
-        matrix = jax.lax.stop_gradient(output_matrix(module, frozen)).astype(states.dtype)
-        targets = jax.lax.stop_gradient(output_rows(module, frozen, rows.target_ids)).astype(states.dtype)
-        at_targets = partial(jnp.take_along_axis, indices=rows.target_outputs, axis=1)
-        cap = module.config.logit_cap
-        log_sums = at_targets(log_sum_exp(states, matrix, cap))
-        states_at_targets = jnp.take_along_axis(states, rows.target_outputs[:, :, None], axis=1)
-        chosen = jnp.einsum("bmd,bmd->bm", states_at_targets, targets, preferred_element_type=jnp.float32)
-        chosen = soft_capped(chosen, cap)
-        if cap is not None:
-            return TargetScores(chosen - log_sums, None)
-        means = at_targets(jnp.dot(states, matrix.mean(axis=0), preferred_element_type=jnp.float32))
-    return TargetScores(chosen - log_sums, means - log_sums)
+        return model.scores(states, rows.target_outputs, rows.target_ids)
 
 
 def group_scores(scores: TargetScores, rows: Rows, choices: int) -> Float[Array, "B E C"]:

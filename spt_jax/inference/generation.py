@@ -106,10 +106,10 @@ def programs(mesh: Mesh) -> Programs:
     stacked_heads: Any = NamedSharding(mesh, PartitionSpec(None, None, None, "tensor"))
     prefixes: Any = Prefix(stacked_heads, stacked_heads, everywhere)
     return Programs(
-        encode_lead=jax.jit(encode_lead, static_argnums=0, out_shardings=prefix),
-        encode_leads=jax.jit(encode_lead, static_argnums=0, out_shardings=prefixes),
-        prefill=jax.jit(prefill, static_argnums=(0, 1), out_shardings=state),
-        decode=jax.jit(decode, static_argnums=0, donate_argnums=10, out_shardings=state),
+        encode_lead=jax.jit(encode_lead, out_shardings=prefix),
+        encode_leads=jax.jit(encode_lead, out_shardings=prefixes),
+        prefill=jax.jit(prefill, static_argnames="capacity", out_shardings=state),
+        decode=jax.jit(decode, donate_argnames="state", out_shardings=state),
     )
 
 
@@ -244,8 +244,8 @@ def _encoded_leads(
         lengths[prompt] = request.lead
     encode = programs(base.mesh)
     if mixed:
-        return encode.encode_leads(base.module, base.params, virtual, ids, lengths)
-    return encode.encode_lead(base.module, base.params, virtual, ids[0], lengths[0])
+        return encode.encode_leads(base.model, virtual, ids, lengths)
+    return encode.encode_lead(base.model, virtual, ids[0], lengths[0])
 
 
 def _generate_batch(
@@ -285,7 +285,7 @@ def _generate_batch(
     limits = [row.max_new_tokens for row in samplings]
     limit = max(limits)
     places = place(end_ids), place(_padded(limits, size)), rows.prompt_index
-    state = programs(base.mesh).prefill(base.module, round_up(limit, BUCKET), base.params, virtual, prefix, rows)
+    state = programs(base.mesh).prefill(base.model, round_up(limit, BUCKET), virtual, prefix, rows)
 
     texts_of = [functools.partial(continuation_text, base.tokenizer, opens=is_opening(base, p)) for p in prompts]
     chunk = CHUNK if any(own.texts for own in ends) else limit
@@ -294,7 +294,7 @@ def _generate_batch(
     chosen: list[list[int]] = []
     for until in [*range(chunk, limit, chunk), limit]:
         inputs = virtual, prefix, jnp.int32(until), place(stopped.copy()), traced, *places
-        state = programs(base.mesh).decode(base.module, base.params, *inputs, state)
+        state = programs(base.mesh).decode(base.model, *inputs, state)
         step, ended = int(state.step), to_host(state.ended)
         new_ids = to_host(state.ids)[: len(prompts), 1 : step + 1].tolist()
         chosen = [until_end(row[:most], own.ids) for row, most, own in zip(new_ids, limits, ends, strict=True)]

@@ -72,7 +72,7 @@ def export_embeddings(saved: SavedPrompt, base: FrozenBase, record: dict[str, st
     encoder = Encoder(saved.template, base.tokenizer, base.config.vocab_size, base.config.max_positions)
     ids = jnp.asarray(encoder.prompt_ids(record))[None]
     stream = Stream(jnp.arange(ids.shape[1], dtype=jnp.int32)[None], jnp.ones_like(ids), jnp.zeros_like(ids))
-    embeddings = embed_stream(base.module, base.params, saved.virtual, ids, stream)[0]
+    embeddings = embed_stream(base.model, saved.virtual, ids, stream)[0]
     return base64.b64encode(torch_file(np.asarray(embeddings, np.float32))).decode()
 
 

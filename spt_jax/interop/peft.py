@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from spt_jax.bases.base import FrozenBase, output_matrix
+from spt_jax.bases.base import FrozenBase
 from spt_jax.data.templates import HeadKind
 from spt_jax.data.tokenization import adds_bos, tokenization_of
 from spt_jax.errors import CheckpointError, ConfigError
@@ -152,7 +152,7 @@ def _import_adapter(path: Path, config: Mapping[str, Any], base: FrozenBase) -> 
         "gates": jnp.concatenate([arrays[ADAPTER_PLACE.format(i, "gate")] for i in places]),
     }
     method = LlamaAdapter(length=length, layers=layers)
-    return method, method.materialize(base.module, base.params, params)
+    return method, method.materialize(params, base.model)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def _check_extra(path: Path, name: str, found: tuple[str, tuple[int, ...]], base
     leaf = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
     where = f"{path}: {name[:200]!r}"
     if leaf in ("embed_tokens", "wte", "lm_head"):
-        own = base.params["embedding"] if leaf != "lm_head" else output_matrix(base.module, base.params)
+        own = base.model.output_matrix if leaf == "lm_head" else base.model.input_matrix
         dtype, shape = found
         if shape != own.shape:
             raise CheckpointError(

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from spt_jax.bases.base import FrozenBase, embed
-from spt_jax.bases.checkpoint import Params
+from spt_jax.bases.base import FrozenBase
 from spt_jax.data.tokenization import Tokenization
 from spt_jax.errors import ConfigError
-from spt_jax.models.decoder import Decoder
+from spt_jax.models.model import Model
 from spt_jax.options import Line
 from spt_jax.prompts.initializers import initialize
 from spt_jax.prompts.method import DEFAULT_LENGTH, PromptParams, TokenMethod
@@ -111,14 +110,14 @@ class ContextPromptTuning(TokenMethod):
         if self.ids and max(self.ids) >= base.config.vocab_size:
             raise ConfigError(f"method.ids go up to {max(self.ids)}; the vocabulary has {base.config.vocab_size}")
         if self.ids:
-            rows = embed(base.module, base.params, jnp.asarray(self.ids, jnp.int32)).astype(jnp.float32)
+            rows = base.model.embed(jnp.asarray(self.ids, jnp.int32)).astype(jnp.float32)
         else:
             rows = initialize(self.init, key, base, self.token_count)
         return {"start": rows, "delta": jnp.zeros_like(rows)}
 
-    def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
+    def materialize(self, params: Mapping[str, Any], model: Model) -> VirtualPrompt:
         """Returns start + delta as virtual tokens. Labels have no gradient."""
-        del module, frozen
+        del model
         free = jnp.asarray(self._radii(1) > 0, jnp.float32)[:, None]
         return VirtualPrompt(tokens=params["start"] + free * params["delta"])
 

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.bases.checkpoint import Params
 from spt_jax.errors import ConfigError
-from spt_jax.models.decoder import Decoder
+from spt_jax.models.model import Model
 from spt_jax.prompts.initializers import initialize
 from spt_jax.prompts.method import TokenMethod
 from spt_jax.prompts.virtual import VirtualPrompt
@@ -54,9 +53,9 @@ class DecomposedPromptTuning(TokenMethod):
         left = jax.random.normal(factor_key, (self.span, self.rank)) * self.rank**-0.5
         return {"tokens": rows, "left": left, "right": jnp.zeros((self.rank, rows.shape[1]))}
 
-    def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
+    def materialize(self, params: Mapping[str, Any], model: Model) -> VirtualPrompt:
         """Returns the rows, and the update as left @ right, times a factor that scales its learning rate under Adam."""
-        del module, frozen
+        del model
         return VirtualPrompt(tokens=params["tokens"], shift=self.change_rate * (params["left"] @ params["right"]))
 
     def virtual_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

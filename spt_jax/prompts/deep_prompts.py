@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.bases.checkpoint import Params
 from spt_jax.data.templates import HeadKind
 from spt_jax.errors import ConfigError
-from spt_jax.models.decoder import Decoder
+from spt_jax.models.model import Model
 from spt_jax.prompts.prefix_tuning import PrefixTuning
 from spt_jax.prompts.virtual import Head, VirtualPrompt
 
@@ -65,9 +64,9 @@ class DeepPrompts(PrefixTuning):
         head = {"kernel": jnp.zeros((base.config.width, self.outputs))}
         return {**params, "head": {**head, "bias": jnp.zeros(self.outputs)} if self.head_bias else head}
 
-    def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
+    def materialize(self, params: Mapping[str, Any], model: Model) -> VirtualPrompt:
         """Returns keys, values and the head."""
-        virtual = super().materialize(module, frozen, params)
+        virtual = super().materialize(params, model)
         if "head" not in params:
             return virtual
         kernel = params["head"]["kernel"] * (HEAD_UNIT / params["head"]["kernel"].shape[0])

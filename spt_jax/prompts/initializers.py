@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 from jaxtyping import Array, Float, Key
 
-from spt_jax.bases.base import FrozenBase, embedding_table
+from spt_jax.bases.base import FrozenBase
 from spt_jax.data.tokenization import check_ids, tokenization_of
 from spt_jax.errors import ConfigError
 from spt_jax.prompts.reading import read_npy
@@ -102,7 +102,7 @@ def initialize(init: Initializer, key: Key[Array, ""], base: FrozenBase, length:
       CheckpointError: its file cannot be read, or its prompt is for another base.
     """
     shape = (length, base.config.width)
-    table = embedding_table(base)
+    table = base.model.embedding_table()
     match init.name:
         case "uniform":
             return jax.random.uniform(key, shape, jnp.float32, -init.scale, init.scale)

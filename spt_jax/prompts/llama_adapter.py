@@ -9,11 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.bases.checkpoint import Params
 from spt_jax.errors import ConfigError
 from spt_jax.models.attention import GatedPrefix
-from spt_jax.models.decoder import Decoder
-from spt_jax.models.layers import Norm, dense
+from spt_jax.models.model import Model
 from spt_jax.prompts.method import DEFAULT_LENGTH, Method
 from spt_jax.prompts.virtual import VirtualPrompt
 
@@ -56,22 +54,10 @@ class LlamaAdapter(Method):
         shape = (layers, self.length or DEFAULT_LENGTH, base.config.width)
         return {"rows": jax.random.normal(key, shape), "gates": jnp.zeros(layers)}
 
-    def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
+    def materialize(self, params: Mapping[str, Any], model: Model) -> VirtualPrompt:
         """Returns the keys and values that each layer computes from its rows, without RoPE (no positions)."""
-        config, rows = module.config, params["rows"]
-        attention = jax.tree.map(lambda a: a[-rows.shape[0] :].astype(jnp.float32), frozen["layers"]["attention"])
-
-        def project(layer: Mapping[str, Any]) -> Float[Array, "G P K H"]:
-            y = jnp.einsum("gpd,gdf->gpf", rows, dense(layer["kernel"]))
-            if "bias" in layer:
-                y = y + layer["bias"][:, None]
-            return y.reshape(*y.shape[:2], config.kv_heads, config.head_size)
-
-        keys = project(attention["key"])
-        if config.qk_norm:
-            normed: Any = jax.vmap(lambda scale, k: Norm(config).apply({"params": scale}, k))
-            keys = normed(attention["key_norm"], keys)
-        return VirtualPrompt(gated=GatedPrefix(keys, project(attention["value"]), params["gates"], rows))
+        rows = params["rows"]
+        return VirtualPrompt(gated=GatedPrefix(*model.gated_keys_values(rows), params["gates"], rows))
 
     def virtual_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Shapes of the gated keys and values of the last G layers, their gates and rows."""

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.bases.checkpoint import Params
 from spt_jax.errors import ConfigError
-from spt_jax.models.decoder import Decoder
+from spt_jax.models.model import Model
 from spt_jax.prompts.initializers import initialize
 from spt_jax.prompts.method import PromptParams, TokenMethod
 from spt_jax.prompts.virtual import VirtualPrompt
@@ -48,9 +47,9 @@ class LowRankPromptTuning(TokenMethod):
         left = jax.random.normal(factor_key, (self.token_count, rank)) * rank**-0.5
         return {"start": rows, "left": left, "right": jnp.zeros((rank, rows.shape[1]))}
 
-    def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
+    def materialize(self, params: Mapping[str, Any], model: Model) -> VirtualPrompt:
         """Returns start + left @ right as virtual tokens."""
-        del module, frozen
+        del model
         return VirtualPrompt(tokens=params["start"] + params["left"] @ params["right"])
 
     def trainable(self, params: PromptParams) -> dict[str, bool]:

@@ -9,9 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.bases.checkpoint import Params
 from spt_jax.errors import ConfigError
-from spt_jax.models.decoder import Decoder
+from spt_jax.models.model import Model
 from spt_jax.prompts.initializers import Initializer
 from spt_jax.prompts.virtual import VirtualPrompt
 
@@ -68,7 +67,7 @@ class Method:
         """
         raise NotImplementedError
 
-    def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
+    def materialize(self, params: Mapping[str, Any], model: Model) -> VirtualPrompt:
         """Returns the soft prompt for these parameters. Differentiable."""
         raise NotImplementedError
 

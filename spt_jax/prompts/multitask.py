@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.bases.checkpoint import Params
 from spt_jax.errors import ConfigError
-from spt_jax.models.decoder import Decoder
+from spt_jax.models.model import Model
 from spt_jax.prompts.initializers import initialize
 from spt_jax.prompts.method import Method, TokenMethod
 from spt_jax.prompts.prompt_tuning import PromptTuning
@@ -76,9 +75,9 @@ class MultitaskPromptTuning(TokenMethod):
             return {"tokens": rows, "left": left * self.rank**-0.5, "right": jnp.zeros_like(right)}
         return {"tokens": rows, "left": 1 + 0.02 * left, "right": (1 + 0.02 * right) / self.rank}
 
-    def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
+    def materialize(self, params: Mapping[str, Any], model: Model) -> VirtualPrompt:
         """Returns the rows of every task, with a leading S axis."""
-        del module, frozen
+        del model
         shared = params["tokens"][None]
         if self.combine == "concatenate":
             shared = jnp.broadcast_to(shared, (params["own"].shape[0], *shared.shape[1:]))

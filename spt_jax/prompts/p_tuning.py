@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.bases.checkpoint import Params
 from spt_jax.errors import ConfigError
-from spt_jax.models.decoder import Decoder
+from spt_jax.models.model import Model
 from spt_jax.prompts.initializers import initialize
 from spt_jax.prompts.method import TokenMethod
 from spt_jax.prompts.networks import init_linear, init_lstm, linear, lstm
@@ -78,9 +77,9 @@ class PTuning(TokenMethod):
         last["bias"] = rows.mean(0) - _encode(params).mean(0)
         return params
 
-    def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
+    def materialize(self, params: Mapping[str, Any], model: Model) -> VirtualPrompt:
         """Returns the outputs of the encoder as virtual tokens."""
-        del module, frozen
+        del model
         return VirtualPrompt(tokens=_encode(params))
 
 

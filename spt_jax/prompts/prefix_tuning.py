@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from spt_jax.bases.base import FrozenBase, embed, run_layers
-from spt_jax.bases.checkpoint import Params
+from spt_jax.bases.base import FrozenBase
 from spt_jax.errors import ConfigError
 from spt_jax.models.attention import Stream
-from spt_jax.models.decoder import Decoder
+from spt_jax.models.model import Model
 from spt_jax.prompts.initializers import Initializer, initialize
 from spt_jax.prompts.method import DEFAULT_LENGTH, Method, PromptParams
 from spt_jax.prompts.virtual import KeysValues, VirtualPrompt
@@ -77,9 +76,9 @@ class PrefixTuning(Method):
             return {"free": free / scale, "scale": scale} | ({"sink": fixed} if self.sink else {})
         return {"start": start, "network": _init_network(network_key, self.hidden, free.shape)}
 
-    def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
+    def materialize(self, params: Mapping[str, Any], model: Model) -> VirtualPrompt:
         """Returns keys and values at every position; those of the network are added to the initial ones."""
-        del module, frozen
+        del model
         if self.reparameterization == "flat":
             parts = [params["sink"]] if self.sink else []
             both = jnp.concatenate([*parts, params["free"] * params["scale"]], axis=2)
@@ -106,7 +105,7 @@ class PrefixTuning(Method):
         rows = initialize(self.init, row_key, base, length)
         bos = base.tokenizer.bos_token_id
         if self.sink and bos is not None and self.start == "tokens":
-            rows = rows.at[0].set(embed(base.module, base.params, jnp.asarray([bos]))[0].astype(jnp.float32))
+            rows = rows.at[0].set(base.model.embed(jnp.asarray([bos]))[0].astype(jnp.float32))
         both = keys_and_values(base, rows)
         if self.start == "tokens":
             return both
@@ -129,18 +128,18 @@ class PrefixTuning(Method):
         return jnp.stack([prefix.keys, prefix.values])
 
 
-@jax.jit(static_argnums=0)
-def _keys_and_values(module: Decoder, frozen: Params, rows: Float[Array, "P D"]) -> Float[Array, "2 L P K H"]:
+@jax.jit
+def _keys_and_values(model: Model, rows: Float[Array, "P D"]) -> Float[Array, "2 L P K H"]:
     positions = jnp.arange(rows.shape[0], dtype=jnp.int32)[None]
     stream = Stream(positions, jnp.ones_like(positions), jnp.zeros_like(positions))
-    x = rows[None].astype(frozen["embedding"].dtype)
-    _, both = run_layers(module, frozen, x, stream, return_keys_values=True, return_hidden=False)
+    x = rows[None].astype(model.dtype)
+    _, both = model.run(x, stream, return_keys_values=True, return_hidden=False)
     return jnp.stack(both)[:, :, 0].astype(jnp.float32)
 
 
 def keys_and_values(base: FrozenBase, rows: Float[Array, "P D"]) -> Float[Array, "2 L P K H"]:
     """Returns keys (after RoPE) and values of every layer for embeddings at the start of a sequence, float32."""
-    return _keys_and_values(base.module, base.params, rows)
+    return _keys_and_values(base.model, rows)
 
 
 def _init_network(key: Key[Array, ""], hidden: int, shape: tuple[int, ...]) -> dict[str, Any]:

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.bases.checkpoint import Params
-from spt_jax.models.decoder import Decoder
+from spt_jax.models.model import Model
 from spt_jax.prompts.initializers import initialize
 from spt_jax.prompts.method import TokenMethod
 from spt_jax.prompts.virtual import VirtualPrompt
@@ -29,7 +28,7 @@ class PromptTuning(TokenMethod):
         """Returns initial rows, float32."""
         return {"tokens": initialize(self.init, key, base, self.token_count)}
 
-    def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
+    def materialize(self, params: Mapping[str, Any], model: Model) -> VirtualPrompt:
         """Returns the rows as virtual tokens."""
-        del module, frozen
+        del model
         return VirtualPrompt(tokens=jnp.asarray(params["tokens"]))

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.bases.checkpoint import Params
 from spt_jax.errors import ConfigError
-from spt_jax.models.decoder import Decoder
+from spt_jax.models.model import Model
 from spt_jax.prompts.initializers import initialize
 from spt_jax.prompts.method import TokenMethod
 from spt_jax.prompts.networks import init_linear, linear
@@ -56,9 +55,9 @@ class ResidualPromptTuning(TokenMethod):
         network = jax.tree.map(lambda a: a / self.network_rate, network)
         return {"tokens": initialize(self.init, row_key, base, self.token_count), "network": network}
 
-    def materialize(self, module: Decoder, frozen: Params, params: Mapping[str, Any]) -> VirtualPrompt:
+    def materialize(self, params: Mapping[str, Any], model: Model) -> VirtualPrompt:
         """Returns rows + LayerNorm(up(ReLU(down(rows)))), section 3 of the paper."""
-        del module, frozen
+        del model
         rows = params["tokens"]
         network = jax.tree.map(lambda a: a * self.network_rate, params["network"])
         x = linear(network["up"], jax.nn.relu(linear(network["down"], rows)))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from spt_jax.bases.base import FrozenBase, embedding_table
+from spt_jax.bases.base import FrozenBase
 from spt_jax.errors import ConfigError
 from spt_jax.prompts.virtual import VirtualPrompt
 
@@ -95,7 +95,7 @@ def recycle(virtual: VirtualPrompt, source: FrozenBase, target: FrozenBase, *, t
             " least as many"
         )
     from_ids, to_ids = np.asarray(shared).T
-    tables = map(embedding_table, (source, target))
+    tables = (base.model.embedding_table() for base in (source, target))
     source_rows, target_rows = (table[ids] for table, ids in zip(tables, (from_ids, to_ids), strict=True))
     matrix = np.linalg.lstsq(source_rows, target_rows, rcond=None)[0]
     return VirtualPrompt(tokens=jnp.asarray(rows @ matrix))

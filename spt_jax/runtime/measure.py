@@ -157,17 +157,17 @@ def versions() -> dict[str, str]:
     return found
 
 
-def planned_memory(step: Any, state: Any, batch: Any, frozen: Any) -> str:
+def planned_memory(step: Any, state: Any, batch: Any, params: Any) -> str:
     """Returns a line on the memory per device that a compiled training step needs, as planned by XLA.
 
     Args:
       step: result of `make_train_step`.
       state: training state.
       batch: a batch.
-      frozen: parameters of the frozen base.
+      params: the frozen arrays of the base.
     """
     analysis = step.func.lower(*step.args, state, batch).compile().memory_analysis()
-    weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(frozen))
+    weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
     total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + analysis.output_size_in_bytes
     return (
         f"memory of a step per device, as planned by XLA: {total / 2**20:,.0f} MiB (weights {weights / 2**20:,.0f},"

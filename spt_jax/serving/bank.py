@@ -297,7 +297,7 @@ def hold(base: FrozenBase, virtual: VirtualPrompt, lead: np.ndarray) -> DevicePr
         ids = np.zeros((1, round_up(len(lead), BUCKET)), np.int32)
         ids[0, : len(lead)] = lead
         encode = programs(base.mesh).encode_leads
-        prefix = encode(base.module, base.params, padded, ids, np.asarray([len(lead)], np.int32))
+        prefix = encode(base.model, padded, ids, np.asarray([len(lead)], np.int32))
         prefix = jax.tree.map(lambda array: array[0], prefix)
     count = 0 if virtual.tokens is None else virtual.tokens.shape[0]
     all_in_lead = count == int((lead >= base.config.vocab_size).sum())

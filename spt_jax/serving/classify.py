@@ -1,7 +1,6 @@
 """Classifies records in one pass: the log-probability of each verbalizer, or of each class of a head."""
 
 import dataclasses
-import functools
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from spt_jax.inference.generation import BUCKET
 from spt_jax.runtime.sharding import to_host
 from spt_jax.serving.bank import DevicePrompt, Entry, PromptBank, overflow
 
-_row_scores = functools.partial(jax.jit, static_argnums=(0, 1))(row_scores)
+_row_scores = jax.jit(row_scores, static_argnames="choices")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Classifier:
         batch = pack(examples, plan)
         rows = place_batch(batch, base.mesh).rows
         with self._lock:
-            values = to_host(_row_scores(base.module, plan.choices, base.params, held.virtual, held.prefix, rows))
+            values = to_host(_row_scores(base.model, plan.choices, held.virtual, held.prefix, rows))
         order = np.argsort([int(number) for number in batch.rows.examples[:, 0] if number >= 0])
         scores = values[: len(examples), 0][order]
         if not np.isfinite(scores).all():

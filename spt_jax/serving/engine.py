@@ -82,7 +82,7 @@ class Engine:
         self._steps = MAX_STEPS  # steps that take POLL_SECONDS, estimated from the latest decode call
         self._compiling = threading.Lock()
         self._programs = _programs(base.mesh)
-        self._slots = self._programs.empty(base.module, base.dtype, slots, self._capacity)
+        self._slots = self._programs.empty(base.model, slots, self._capacity)
         self._busy: list[Ticket | None] = [None] * slots
         self._spare = min(slots // 8, 2)
         self._waiting: Turns[Ticket] = Turns()
@@ -164,7 +164,7 @@ class Engine:
             filled = max(map(_filled, tickets))
             reach = self._reach(filled + 1)
             inputs = busy, _wanted(tickets), self._until(tickets, reach - filled), self._slots
-            self._slots, new, steps = self._programs.decode(base.module, reach, base.params, *inputs)
+            self._slots, new, steps = self._programs.decode(reach, base.model, *inputs)
             new = jax.tree.map(lambda a: np.asarray(a)[: int(steps)], new)
             self._steps = min(max(int(POLL_SECONDS * int(steps) / (time.perf_counter() - began)), 1), MAX_STEPS)
             for slot in np.flatnonzero(busy).tolist():
@@ -210,7 +210,7 @@ class Engine:
             for size in self._sizes(key):
                 if (size, key) not in self._compiled:
                     inputs = *self._inputs([self._ticket(request, held)] * size, [0] * size), self._shapes
-                    program = self._programs.admit.lower(base.module, base.params, *inputs)
+                    program = self._programs.admit.lower(base.model, *inputs)
                     self._compiled[size, key] = program.compile()
 
     def warm_decoding(self) -> None:
@@ -219,7 +219,7 @@ class Engine:
         while reach < self._capacity:
             reach = self._reach(reach + 1)
             inputs = idle, _wanted([]), self._until([], 0), self._slots
-            self._slots, *_ = self._programs.decode(base.module, reach, base.params, *inputs)
+            self._slots, *_ = self._programs.decode(reach, base.model, *inputs)
 
     def _until(self, tickets: Sequence[Ticket], room: int) -> Until:
         """Returns when the next decode call ends for these requests; the slots have room for `room` more entries."""
@@ -278,8 +278,8 @@ class Engine:
         """Puts requests into slots; returns the slots and the first tokens."""
         base, first = self.bank.base, tickets[0]
         program = self._compiled.get((len(tickets), self._key(first.held, len(first.request.ids))))
-        program = program or functools.partial(self._programs.admit, base.module)
-        self._slots, firsts = program(base.params, *self._inputs(tickets, slots), self._slots)
+        program = program or self._programs.admit
+        self._slots, firsts = program(base.model, *self._inputs(tickets, slots), self._slots)
         for slot, ticket in zip(slots, tickets, strict=True):
             self._busy[slot] = ticket
         return slots, firsts
@@ -390,7 +390,9 @@ def _programs(mesh: Mesh) -> _Programs:
     sampling: Any = RowSampling(rows, rows, rows, rows, rows)
     slots: Any = Slots(Cache(heads, heads, rows, rows), rows, rows, rows, rows, sampling)
     return _Programs(
-        empty=jax.jit(empty_slots, static_argnums=(0, 1, 2, 3), out_shardings=slots),
-        admit=jax.jit(admit, static_argnums=0, donate_argnums=7, out_shardings=(slots, everywhere)),
-        decode=jax.jit(decode, static_argnums=(0, 1), donate_argnums=6, out_shardings=(slots, everywhere, everywhere)),
+        empty=jax.jit(empty_slots, static_argnames=("count", "capacity"), out_shardings=slots),
+        admit=jax.jit(admit, donate_argnames="slots", out_shardings=(slots, everywhere)),
+        decode=jax.jit(
+            decode, static_argnames="reach", donate_argnames="slots", out_shardings=(slots, everywhere, everywhere)
+        ),
     )

@@ -1,21 +1,19 @@
 """Log-probabilities of the tokens of a prompt, for requests with `echo`."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from spt_jax.bases.base import FrozenBase, logits
-from spt_jax.bases.checkpoint import Params
+from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import bucket
 from spt_jax.inference.decoding import likeliest
 from spt_jax.inference.forward import run_stream
 from spt_jax.inference.generation import BUCKET
 from spt_jax.models.attention import Prefix, Stream
-from spt_jax.models.decoder import Decoder
+from spt_jax.models.model import Model
 from spt_jax.prompts.virtual import VirtualPrompt
 from spt_jax.runtime.sharding import to_host
 from spt_jax.serving.bank import NOTHING, Entry, hold, overflow
@@ -52,7 +50,7 @@ def score_tokens(base: FrozenBase, name: str | None, entry: Entry, ids: np.ndarr
     padded = np.zeros(bucket(len(ids), BUCKET), np.int32)
     padded[: len(ids)] = ids
     inputs = held.virtual, held.prefix, padded, np.int32(len(ids)), np.int32(held.start), np.asarray(alternatives > 0)
-    values, found = jax.tree.map(to_host, _scores(base.module, base.params, *inputs))
+    values, found = jax.tree.map(to_host, _scores(base.model, *inputs))
     scores = values[: len(ids)].astype(float)
     scores[0] = np.nan
     if not np.isfinite(scores[1:]).all():
@@ -64,10 +62,9 @@ def score_tokens(base: FrozenBase, name: str | None, entry: Entry, ids: np.ndarr
     return TokenScores(scores.tolist(), likely)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@jax.jit
 def _scores(
-    module: Decoder,
-    frozen: Params,
+    model: Model,
     virtual: VirtualPrompt | None,
     prefix: Prefix | None,
     ids: Int[Array, " T"],
@@ -79,12 +76,12 @@ def _scores(
     places = jnp.arange(ids.shape[0], dtype=jnp.int32)[None]
     real = (places < length).astype(jnp.int32)
     stream = Stream(start + places, real, jnp.zeros_like(places))
-    hidden, _ = run_stream(module, frozen, virtual, ids[None], stream, prefix)
+    hidden, _ = run_stream(model, virtual, ids[None], stream, prefix)
 
     def part(inputs: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         """Scores a few positions, so that the logits of all positions are never in memory at once."""
         states, targets = inputs
-        scores = logits(module, frozen, states)
+        scores = model.logits(states)
         # A virtual id has no score and is never echoed.
         targets = jnp.where(targets < scores.shape[1], targets, 0)
         chosen = jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), targets[:, None], axis=1)[:, 0]

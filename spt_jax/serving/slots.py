@@ -14,12 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from spt_jax.bases.base import logits
-from spt_jax.bases.checkpoint import Params
 from spt_jax.inference.decoding import ALTERNATIVES, RowSampling, likeliest, next_tokens
 from spt_jax.inference.forward import run_stream
 from spt_jax.models.attention import NEVER, Cache, Prefix, Stream, to_cache
-from spt_jax.models.decoder import Decoder
+from spt_jax.models.model import Model
 from spt_jax.prompts.virtual import VirtualPrompt
 
 
@@ -99,10 +97,10 @@ class RequestIds:
     starts: Int[Array, " N"]
 
 
-def empty_slots(module: Decoder, dtype: jnp.dtype, count: int, capacity: int) -> Slots:
+def empty_slots(model: Model, count: int, capacity: int) -> Slots:
     """Returns `count` empty slots with `capacity` cache entries each."""
-    config = module.config
-    empty = jnp.zeros((config.layers, count, capacity, config.kv_heads, config.head_size), dtype)
+    group = model.layout.groups["self"]
+    empty = jnp.zeros((len(group.layers), count, capacity, group.kv_heads, group.key_size), model.dtype)
     places = jnp.zeros((count, capacity), jnp.int32)
     cache = Cache(*to_cache(empty, empty), places, places)
     none = jnp.zeros(count, jnp.int32)
@@ -111,8 +109,7 @@ def empty_slots(module: Decoder, dtype: jnp.dtype, count: int, capacity: int) ->
 
 
 def admit(
-    module: Decoder,
-    frozen: Params,
+    model: Model,
     prompts: Sequence[tuple[VirtualPrompt | None, Prefix | None]],
     requests: RequestIds,
     sampling: RowSampling,
@@ -123,8 +120,7 @@ def admit(
     """Runs N requests' ids after their prompts' prefixes, stores both in slots, and chooses the first tokens.
 
     Args:
-      module: the base's module.
-      frozen: the base's parameters.
+      model: the base.
       prompts: for each request, the rows for its virtual ids, and the prompt's keys and values, padded at position
         NEVER. All requests must have the same shapes.
       requests: the requests' ids.
@@ -144,8 +140,8 @@ def admit(
     virtual = jax.tree.map(lambda *own: jnp.stack(own), *(virtual for virtual, _ in prompts))
     lead = _side_by_side([prefix for _, prefix in prompts if prefix is not None])
     stream = Stream(positions, real, jnp.zeros_like(positions), numbers)
-    hidden, keys_values = run_stream(module, frozen, virtual, requests.ids, stream, None, lead, return_keys_values=True)
-    scores = logits(module, frozen, hidden[numbers, requests.lengths - 1])
+    hidden, keys_values = run_stream(model, virtual, requests.ids, stream, None, lead, return_keys_values=True)
+    scores = model.logits(hidden[numbers, requests.lengths - 1])
     firsts = NewTokens(*next_tokens(scores, jnp.int32(0), sampling), likeliest(scores, wanted))
     cache, taken = dataclasses.replace(slots.cache, segments=slots.cache.segments.at[at].set(0)), 0
     for part in filter(None, (lead, Cache(*to_cache(*keys_values), positions, real))):
@@ -183,9 +179,8 @@ def _side_by_side(prefixes: Sequence[Prefix]) -> Cache | None:
 
 
 def decode(
-    module: Decoder,
     reach: int,
-    frozen: Params,
+    model: Model,
     busy: Bool[Array, " B"],
     wanted: Bool[Array, ""],
     until: Until,
@@ -194,9 +189,8 @@ def decode(
     """Generates tokens for all slots, step by step. The tokens of slots that are not busy have no meaning.
 
     Args:
-      module: the base's module.
       reach: the number of cache entries per slot to read; it must cover all entries of busy slots, new ones included.
-      frozen: the base's parameters.
+      model: the base.
       busy: whether each slot has a request.
       wanted: whether to find the likeliest tokens.
       until: when to stop.
@@ -207,7 +201,7 @@ def decode(
     """
     batch = slots.ids.shape[0]
     numbers = jnp.arange(batch)
-    found = min(ALTERNATIVES, module.config.vocab_size)
+    found = min(ALTERNATIVES, model.layout.vocab_size)
     room = NewTokens(
         jnp.zeros((MAX_STEPS, batch), jnp.int32),
         jnp.zeros((MAX_STEPS, batch)),
@@ -225,9 +219,9 @@ def decode(
         cache = slots.cache
         near = dataclasses.replace(cache, positions=cache.positions[:, :reach], segments=cache.segments[:, :reach])
         hidden, (keys, values) = run_stream(
-            module, frozen, None, slots.ids[:, None], stream, None, near, return_keys_values=True
+            model, None, slots.ids[:, None], stream, None, near, return_keys_values=True
         )
-        scores = logits(module, frozen, hidden[:, 0])
+        scores = model.logits(hidden[:, 0])
         new = NewTokens(*next_tokens(scores, slots.steps, slots.sampling), likeliest(scores, wanted))
         at = jnp.minimum(slots.filled, reach - 1)
         cache = Cache(

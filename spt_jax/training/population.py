@@ -16,11 +16,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.bases.checkpoint import Params
 from spt_jax.data.batches import Batch, BatchPlan
 from spt_jax.data.examples import Example
 from spt_jax.errors import ConfigError
-from spt_jax.models.decoder import Decoder
+from spt_jax.models.model import Model
 from spt_jax.prompts import Method, PromptParams, PromptTuning
 from spt_jax.runtime.sharding import replicated
 from spt_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -141,25 +140,24 @@ def _with_rows(batch: Batch, count: int) -> Batch:
 
 
 def population_step(
-    module: Decoder,
     method: Method,
     objective: Objective,
     optimizer: OptimizerConfig,
     steps: int,
-    frozen: Params,
+    model: Model,
     states: Sequence[TrainState],
     rates: Float[Array, " G"],
     batches: Batch,
 ) -> tuple[list[TrainState], dict[str, Float[Array, " G"]]]:
     """Takes one step of G members, each with a separate state, rate and batch.
 
-    The function is pure: jit it with `frozen` as an argument.
+    The function is pure: jit it with `model` as an argument.
 
     Args:
-      module, frozen: the base.
       method: the result of `common_method`.
       objective: the loss.
       optimizer, steps: the optimizer and the length of the run, which all members share.
+      model: the base.
       states: the members' states.
       rates: the members' peak learning rates.
       batches: the members' batches, stacked by `stack_batches`.
@@ -169,7 +167,7 @@ def population_step(
     """
 
     def of_member(state: TrainState, rate: Array, batch: Batch) -> tuple[TrainState, Metrics]:
-        return train_step(module, method, objective, make_optimizer(optimizer, steps, rate), frozen, state, batch)
+        return train_step(method, objective, make_optimizer(optimizer, steps, rate), model, state, batch)
 
     inputs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), rates, batches
     if len(states) == 1:  # not vectorized, so the program is the same as in a separate run
@@ -183,6 +181,6 @@ def make_population_step(
     base: FrozenBase, method: Method, optimizer: OptimizerConfig, steps: int, objective: Objective
 ) -> Callable[..., tuple[list[TrainState], Metrics]]:
     """Returns a compiled `population_step` bound to a frozen base. It donates the states that it is called with."""
-    function = functools.partial(population_step, base.module, method, objective, optimizer, steps)
-    compiled = jax.jit(function, donate_argnums=1, out_shardings=replicated(base.mesh))
-    return functools.partial(compiled, base.params)
+    function = functools.partial(population_step, method, objective, optimizer, steps)
+    compiled = jax.jit(function, donate_argnames="states", out_shardings=replicated(base.mesh))
+    return functools.partial(compiled, base.model)

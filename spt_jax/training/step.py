@@ -19,12 +19,11 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.bases.checkpoint import Params
 from spt_jax.data.batches import Batch, Rows
 from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.inference.forward import encode_prefix, lead_logits, target_scores
 from spt_jax.models.attention import Prefix
-from spt_jax.models.decoder import Decoder
+from spt_jax.models.model import Model
 from spt_jax.prompts import Method, PromptParams, VirtualPrompt
 from spt_jax.runtime.sharding import replicated
 from spt_jax.training.losses import LOSSES, context_loss
@@ -93,11 +92,11 @@ def init_state(
 
 
 def loss_and_gradient(
-    module: Decoder, method: Method, objective: Objective, frozen: Params, params: PromptParams, batch: Batch
+    method: Method, objective: Objective, model: Model, params: PromptParams, batch: Batch
 ) -> tuple[Float[Array, ""], PromptParams, Float[Array, ""]]:
     """Returns the mean loss of a batch, its gradient for the prompt's parameters, and the total weight of the mean.
 
-    The function is pure, for use in custom loops: jit it with `frozen` as an argument.
+    The function is pure, for use in custom loops: jit it with `model` as an argument.
 
     In a float16 base, small cotangents would underflow. The loss is therefore scaled by `LOSS_SCALE` (Micikevicius et
     al. 2018, arXiv 1710.03740). If the gradient overflows, it is recomputed with smaller scales, so no update is
@@ -105,9 +104,9 @@ def loss_and_gradient(
     """
 
     def with_scale(scale: Any) -> tuple[Array, PromptParams, Array]:
-        return _scaled_loss_and_gradient(module, method, objective, frozen, params, batch, scale)
+        return _scaled_loss_and_gradient(method, objective, model, params, batch, scale)
 
-    if frozen["embedding"].dtype != jnp.float16:  # type: ignore[union-attr]
+    if model.dtype != jnp.float16:
         return with_scale(1.0)
 
     def overflows(carry: Any) -> Array:
@@ -126,10 +125,9 @@ def loss_and_gradient(
 
 
 def _scaled_loss_and_gradient(
-    module: Decoder,
     method: Method,
     objective: Objective,
-    frozen: Params,
+    model: Model,
     params: PromptParams,
     batch: Batch,
     scale: float | Float[Array, ""],
@@ -137,15 +135,15 @@ def _scaled_loss_and_gradient(
     """`loss_and_gradient`, with cotangents scaled by `scale` in the backward pass."""
 
     def encode(virtual: VirtualPrompt) -> Any:
-        prefix = encode_prefix(module, frozen, virtual, batch.lead_ids, batch.lead_length)
+        prefix = encode_prefix(model, virtual, batch.lead_ids, batch.lead_length)
         return (None, None) if prefix is None else ((prefix.keys, prefix.values), prefix.positions)
 
-    virtual, materialize_vjp = jax.vjp(lambda p: method.materialize(module, frozen, p), params)
+    virtual, materialize_vjp = jax.vjp(lambda p: method.materialize(p, model), params)
     keys_values, encode_vjp, positions = jax.vjp(encode, virtual, has_aux=True)
 
     def rows_loss(keys_values: Any, virtual: VirtualPrompt, rows: Rows) -> tuple[Array, Array]:
         prefix = None if keys_values is None else Prefix(keys_values[0], keys_values[1], positions)
-        scores = target_scores(module, frozen, virtual, prefix, rows)
+        scores = target_scores(model, virtual, prefix, rows)
         return LOSSES[objective.over](scores, rows, objective.choices, objective.label_smoothing)
 
     def accumulate(carry: Any, rows: Rows) -> tuple[Any, None]:
@@ -160,8 +158,8 @@ def _scaled_loss_and_gradient(
     if method.context_targets:
 
         def of_context(virtual: VirtualPrompt) -> tuple[Array, Array]:
-            logits = lead_logits(module, frozen, virtual, batch.lead_ids)
-            return context_loss(logits, batch.lead_ids, module.config.vocab_size, method.context_targets)
+            logits = lead_logits(model, virtual, batch.lead_ids)
+            return context_loss(logits, batch.lead_ids, model.layout.vocab_size, method.context_targets)
 
         # The context precedes each example, so its loss counts once per example.
         examples = jnp.sum(batch.rows.example_weights)
@@ -184,16 +182,15 @@ def _split(rows: Rows, count: int) -> Rows:
 
 
 def train_step(
-    module: Decoder,
     method: Method,
     objective: Objective,
     optimizer: optax.GradientTransformation,
-    frozen: Params,
+    model: Model,
     state: TrainState,
     batch: Batch,
 ) -> tuple[TrainState, Metrics]:
     """Takes one optimizer step. `make_train_step` compiles this pure function."""
-    loss, gradient, weight = loss_and_gradient(module, method, objective, frozen, state.params, batch)
+    loss, gradient, weight = loss_and_gradient(method, objective, model, state.params, batch)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
     trainable = method.trainable(state.params)
     updates = jax.tree.map(lambda update, free: update if free else jnp.zeros_like(update), updates, trainable)
@@ -215,6 +212,6 @@ def make_train_step(
     The weights are an argument of the compiled program. Wrapping the result in another `jax.jit` would make them
     literals; jit `train_step` instead in that case.
     """
-    function = functools.partial(train_step, base.module, method, objective or Objective(), optimizer)
-    compiled = jax.jit(function, donate_argnums=1, out_shardings=replicated(base.mesh))
-    return functools.partial(compiled, base.params)
+    function = functools.partial(train_step, method, objective or Objective(), optimizer)
+    compiled = jax.jit(function, donate_argnames="state", out_shardings=replicated(base.mesh))
+    return functools.partial(compiled, base.model)

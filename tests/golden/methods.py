@@ -116,7 +116,7 @@ def main() -> None:
             own, params = trained(name, base)
             numbers |= {f"{family}/{name}/{key}": value for key, value in own.items()}
             method = method_of(name)
-            virtual = method.materialize(base.module, base.params, params)
+            virtual = method.materialize(params, base.model)
             for part, (single, prompt) in method.artifacts(virtual, params).items():
                 folder = PROMPTS / family / (f"{name}_{part}" if part else name)
                 folder.parent.mkdir(parents=True, exist_ok=True)

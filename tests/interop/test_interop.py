@@ -77,7 +77,7 @@ def prompts(base):
             PrefixTuning(length=P),
             VirtualPrompt(prefix=KeysValues(jnp.asarray(noise(L, P, K, H)), jnp.asarray(noise(L, P, K, H)) + 1)),
         ),
-        "llama_adapter": (adapter, adapter.materialize(base.module, base.params, params)),
+        "llama_adapter": (adapter, adapter.materialize(params, base.model)),
     }
 
 

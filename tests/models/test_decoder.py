@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from spt_jax.bases.base import embed, logits, run_layers
 from spt_jax.models.attention import Cache, Prefix, to_cache
 from spt_jax.testing import FAMILIES, tiny_base
 from tests.golden.cases import CASES, GOLDEN, KEPT, LENGTH, token_ids
@@ -86,26 +85,26 @@ def prefix_and_whole(name):
     runs += [Run(1, 0, rows[1, :4], ids[:LEAD]), Run(1, 4, rows[1, 4:], ids[:LEAD], segment=2)]
     row_ids, stream = lay_out(runs, 10)
     lead_stream = lay_out([Run(0, 0, ids[:LEAD])], LEAD)[1]
-    tokens = embed(base.module, base.params, jnp.asarray(row_ids))
+    tokens = base.model.embed(jnp.asarray(row_ids))
 
     def shared(start):
-        _, (keys, values) = run_layers(base.module, base.params, start[None], lead_stream, return_keys_values=True)
+        _, (keys, values) = base.model.run(start[None], lead_stream, return_keys_values=True)
         prefix = Prefix(keys[:, 0], values[:, 0], jnp.arange(LEAD))
-        hidden, _ = run_layers(base.module, base.params, tokens, stream, prefix)
-        return logits(base.module, base.params, hidden)
+        hidden, _ = base.model.run(tokens, stream, prefix)
+        return base.model.logits(hidden)
 
     whole_runs = [Run(0, 0, rows[0]), Run(1, 0, rows[1, :4]), Run(2, 0, rows[1, 4:]), Run(3, 0, rows[2])]
     whole_ids, _ = lay_out(whole_runs, 10)
     _, whole_stream = lay_out([Run(r.row, 0, np.concatenate([ids[:LEAD], r.ids])) for r in whole_runs], LEAD + 10)
-    whole_tokens = embed(base.module, base.params, jnp.asarray(whole_ids))
+    whole_tokens = base.model.embed(jnp.asarray(whole_ids))
 
     def whole(start):
         repeated = jnp.broadcast_to(start[None], (4, *start.shape))
-        hidden, _ = run_layers(base.module, base.params, jnp.concatenate([repeated, whole_tokens], 1), whole_stream)
-        out = logits(base.module, base.params, hidden[:, LEAD:])
+        hidden, _ = base.model.run(jnp.concatenate([repeated, whole_tokens], 1), whole_stream)
+        out = base.model.logits(hidden[:, LEAD:])
         return jnp.stack([out[0], jnp.concatenate([out[1, :4], out[2, :6]]), out[3]])
 
-    return shared, whole, embed(base.module, base.params, jnp.asarray(ids[:LEAD])), rows
+    return shared, whole, base.model.embed(jnp.asarray(ids[:LEAD])), rows
 
 
 @pytest.mark.parametrize("name", ["mistral", "gpt2"])
@@ -150,15 +149,15 @@ def test_a_cache_with_empty_slots_equals_the_whole_row():
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialisation_changes_nothing(remat):
     base, ids = base_of("smollm3")
-    base, again = (dataclasses.replace(base, module=base.module.clone(remat=kind)) for kind in ("none", remat))
+    base, again = (dataclasses.replace(base, model=base.model.with_options(remat=kind)) for kind in ("none", remat))
     row, stream = lay_out([Run(0, 0, ids[:20])], 20)
 
     def loss(base):
         def of(x):
-            hidden, _ = run_layers(base.module, base.params, x, stream)
-            return jnp.square(logits(base.module, base.params, hidden)).mean()
+            hidden, _ = base.model.run(x, stream)
+            return jnp.square(base.model.logits(hidden)).mean()
 
-        return jax.jit(jax.value_and_grad(of))(embed(base.module, base.params, jnp.asarray(row)))
+        return jax.jit(jax.value_and_grad(of))(base.model.embed(jnp.asarray(row)))
 
     (value, gradient), (value_again, gradient_again) = loss(base), loss(again)
     np.testing.assert_allclose(value, value_again, rtol=1e-6)

@@ -79,7 +79,7 @@ def test_a_whole_model(family):
     ids = token_ids(next(case for case in CASES if case.name == family))
     runs = [Run(0, 0, ids[:20]), Run(0, 20, ids[20:29]), Run(0, 29, ids[29:33], ids[20:29]), Run(1, 0, ids[40:70])]
     rows, stream = lay_out(runs, 40)
-    fused = dataclasses.replace(base, module=base.module.clone(attention="splash"))
+    fused = dataclasses.replace(base, model=base.model.with_options(attention="splash"))
     ours, theirs = (np.asarray(forward(one, rows, stream)[0]) for one in (fused, base))
     for run in runs:
         np.testing.assert_allclose(ours[run.slice], theirs[run.slice], atol=1e-4)
@@ -109,7 +109,7 @@ def test_cudnn_in_a_population_s_step(monkeypatch):
     monkeypatch.setitem(KERNELS, "cudnn", lambda *inputs, interpret, **own: fused(*inputs, interpret=False, **own))
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
     base = tiny_base(dtype="bfloat16")
-    base = dataclasses.replace(base, module=base.module.clone(attention="cudnn"))
+    base = dataclasses.replace(base, model=base.model.with_options(attention="cudnn"))
     optimizer = resolve_optimizer(OptimizerConfig(name="sgd", learning_rate=0.1), "llama")
     method, examples = PromptTuning(length=VIRTUAL), random_examples("target", 4)
     plan = plan_batches(examples, lead=len(HEAD), batch_size=4)
@@ -210,7 +210,7 @@ def test_the_default_of_a_device(device, dtype, sizes, expected):
 def test_a_base_says_which_it_has(tmp_path):
     directory = write_tiny_checkpoint(tmp_path)
     base = load_base(directory)
-    assert base.module.attention == "xla"
+    assert base.model.module.attention == "xla"
     assert describe_base(base).splitlines()[1] == "attention: xla (float32 on cpu)"
     assert describe_base(load_base(directory, attention="xla")).splitlines()[1] == "attention: xla"
     with pytest.raises(ConfigError, match="not on a cpu"):

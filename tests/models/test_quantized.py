@@ -7,9 +7,10 @@ import pytest
 
 import spt_jax
 import train
-from spt_jax.bases.base import load_base, logits, run_layers
+from spt_jax.bases.base import load_base
 from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.models.attention import Stream
+from spt_jax.models.decoder_model import DecoderModel
 from spt_jax.models.layers import Quantized, dense
 from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning
 from spt_jax.runtime.sharding import MeshConfig, make_mesh
@@ -27,19 +28,17 @@ def kernels(tree):
     return [leaf for leaf in leaves if isinstance(leaf, Quantized)]
 
 
-def all_logits(base, params=None):
-    params = base.params if params is None else params
+def all_logits(model):
     places = jnp.arange(IDS.shape[1])[None]
     stream = Stream(places, jnp.ones_like(places), jnp.zeros_like(places))
-    x = jnp.take(params["embedding"], IDS, axis=0)
-    hidden, _ = jax.jit(run_layers, static_argnums=0)(base.module, params, x, stream)
-    return logits(base.module, params, hidden[0])
+    hidden, _ = jax.jit(DecoderModel.run)(model, model.embed(IDS), stream)
+    return model.logits(hidden[0])
 
 
 def exactly(base):
     """The same numbers as plain kernels."""
     return jax.tree.map(
-        lambda a: dense(a) if isinstance(a, Quantized) else a, base.params, is_leaf=lambda a: isinstance(a, Quantized)
+        lambda a: dense(a) if isinstance(a, Quantized) else a, base.model, is_leaf=lambda a: isinstance(a, Quantized)
     )
 
 
@@ -67,9 +66,9 @@ def test_kernels_are_the_checkpoint_s_to_half_a_step(family):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_the_model_computes_with_their_numbers(family):
     base = tiny_base(family, quantize="int8")
-    np.testing.assert_allclose(all_logits(base), all_logits(base, exactly(base)), atol=1e-4)
-    off = np.abs(all_logits(base) - all_logits(tiny_base(family))).max()
-    assert 0 < off < 0.1 * np.abs(all_logits(base)).max()
+    np.testing.assert_allclose(all_logits(base.model), all_logits(exactly(base)), atol=1e-4)
+    off = np.abs(all_logits(base.model) - all_logits(tiny_base(family).model)).max()
+    assert 0 < off < 0.1 * np.abs(all_logits(base.model)).max()
 
 
 def test_layers_are_a_quarter_as_large():
@@ -80,7 +79,7 @@ def test_layers_are_a_quarter_as_large():
 
 def test_on_a_mesh(base):
     split = tiny_base(quantize="int8", mesh=make_mesh(MeshConfig(fsdp=2, tensor=2)))
-    np.testing.assert_allclose(all_logits(split), all_logits(base), atol=1e-4)
+    np.testing.assert_allclose(all_logits(split.model), all_logits(base.model), atol=1e-4)
     sharded = [own for own in kernels(split.params) if not own.values.sharding.is_fully_replicated]
     assert sharded and all(own.scale.sharding.mesh == split.mesh for own in sharded)
 
@@ -89,8 +88,8 @@ def test_on_a_mesh(base):
 def test_prompts_see_their_numbers(base, method):
     """As a prompt of the same numbers in plain kernels."""
     params = method.init_params(jax.random.key(0), base)
-    ours = method.materialize(base.module, base.params, params)
-    theirs = method.materialize(base.module, exactly(base), params)
+    ours = method.materialize(params, base.model)
+    theirs = method.materialize(params, exactly(base))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
 
 
@@ -108,7 +107,7 @@ def test_training_goes_on_with_them(tmp_path):
 
 def test_the_engine_serves_it(base, tmp_path):
     method = PromptTuning(length=3)
-    virtual = method.materialize(base.module, base.params, method.init_params(jax.random.key(0), base))
+    virtual = method.materialize(base.model, method.init_params(jax.random.key(0), base))
     template = spt_jax.Template(prompt="<soft>{text}\n", target="{label}", virtual_tokens=3)
     spt_jax.save_prompt(tmp_path / "p", base, method, virtual, template)
     bank = PromptBank(base)

@@ -8,7 +8,7 @@ import safetensors.numpy
 
 torch = pytest.importorskip("torch")
 
-from spt_jax.bases.base import embed, load_base, logits, run_layers
+from spt_jax.bases.base import load_base
 from spt_jax.models.attention import Cache, Prefix, to_cache
 from spt_jax.testing import write_tiny_checkpoint
 from tests.golden.cases import CASES, LENGTH, token_ids
@@ -126,16 +126,16 @@ def test_gradient_through_a_shared_prefix(name, tmp_path):
     base, model = load_both(tmp_path, case)
     ids = token_ids(case)
     lead, rows = 11, np.stack([ids[20:36], ids[40:56], ids[60:76]])
-    start = np.asarray(embed(base.module, base.params, jnp.asarray(ids[:lead])))
+    start = np.asarray(base.model.embed(jnp.asarray(ids[:lead])))
     ids_, stream = lay_out([Run(i, 0, row, ids[:lead]) for i, row in enumerate(rows)], 16)
     lead_stream = lay_out([Run(0, 0, ids[:lead])], lead)[1]
 
     def loss(start):
-        _, (keys, values) = run_layers(base.module, base.params, start[None], lead_stream, return_keys_values=True)
+        _, (keys, values) = base.model.run(start[None], lead_stream, return_keys_values=True)
         prefix = Prefix(keys[:, 0], values[:, 0], jnp.arange(lead))
-        embedded = embed(base.module, base.params, jnp.asarray(ids_))
-        hidden, _ = run_layers(base.module, base.params, embedded, stream, prefix)
-        scores = jax.nn.log_softmax(logits(base.module, base.params, hidden)[:, :-1])
+        embedded = base.model.embed(jnp.asarray(ids_))
+        hidden, _ = base.model.run(embedded, stream, prefix)
+        scores = jax.nn.log_softmax(base.model.logits(hidden)[:, :-1])
         return -jnp.take_along_axis(scores, jnp.asarray(rows)[:, 1:, None], axis=-1).sum()
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.asarray(start))

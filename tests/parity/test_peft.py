@@ -1,7 +1,5 @@
 """Prompt tuning against PEFT: the same checkpoint, prompt and batch; and what PEFT does otherwise than it should."""
 
-import functools
-
 import jax
 import numpy as np
 import optax
@@ -84,15 +82,15 @@ def peft_loss(model, examples, side: str = "right"):
     return loss.item(), prompt_of(model).grad.numpy().copy()
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _loss_and_gradient(module, frozen, params, batch):
-    return loss_and_gradient(module, PromptTuning(length=P), Objective(), frozen, params, batch)
+@jax.jit
+def _loss_and_gradient(model, params, batch):
+    return loss_and_gradient(PromptTuning(length=P), Objective(), model, params, batch)
 
 
 def our_loss(base, examples, *, lead: int = P, packing: bool = True):
     batch = pack(examples, plan_batches(examples, lead=lead, batch_size=len(examples), packing=packing))
     params = {"tokens": jax.numpy.asarray(prompt_rows(base.config.width))}
-    loss, gradient, _ = _loss_and_gradient(base.module, base.params, params, batch)
+    loss, gradient, _ = _loss_and_gradient(base.model, params, batch)
     return float(loss), np.asarray(gradient["tokens"])
 
 
@@ -163,11 +161,11 @@ def test_logits_come_back_for_targets_alone(tmp_path):
     virtual = VirtualPrompt(tokens=jax.numpy.asarray(prompt_rows(base.config.width)))
 
     @jax.jit
-    def logits(frozen, batch):
-        prefix = encode_prefix(base.module, frozen, virtual, batch.lead_ids)
-        return output_logits(base.module, frozen, virtual, prefix, batch.rows)
+    def logits(model, batch):
+        prefix = encode_prefix(model, virtual, batch.lead_ids)
+        return output_logits(model, virtual, prefix, batch.rows)
 
-    ours, rows = np.asarray(logits(base.params, batch)), batch.rows
+    ours, rows = np.asarray(logits(base.model, batch)), batch.rows
     assert ours.shape[1] == max(example.predicted.sum() for example in examples)
     for row, record in enumerate(rows.examples[:, 0]):
         targets = np.flatnonzero(examples[record].predicted)

@@ -148,12 +148,12 @@ def real_examples(method, count: int) -> list[Example]:
     return [Example(e.ids[e.ids < VOCAB], e.predicted[e.ids < VOCAB], (), 0, e.index) for e in examples]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def ours_of(module, method, frozen, params, batch):
-    loss, gradient, _ = loss_and_gradient(module, method, Objective(), frozen, params, batch)
-    virtual = method.materialize(module, frozen, params)
-    prefix = encode_prefix(module, frozen, virtual, batch.lead_ids, batch.lead_length)
-    return loss, gradient, output_logits(module, frozen, virtual, prefix, batch.rows)
+@functools.partial(jax.jit, static_argnames="method")
+def ours_of(method, model, params, batch):
+    loss, gradient, _ = loss_and_gradient(method, Objective(), model, params, batch)
+    virtual = method.materialize(params, model)
+    prefix = encode_prefix(model, virtual, batch.lead_ids, batch.lead_length)
+    return loss, gradient, output_logits(model, virtual, prefix, batch.rows)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_loss_logits_and_gradients_are_pefts(name, family, tmp_path):
     own = real_examples(method, 6)
     lead = P if method.token_count else 2
     batch = pack(own, plan_batches(own, lead=lead, batch_size=6, packing=False))
-    loss, slope, logits = ours_of(base.module, method, base.params, params, batch)
+    loss, slope, logits = ours_of(method, base.model, params, batch)
     np.testing.assert_allclose(float(loss), output.loss.item(), rtol=1e-5)
     theirs = output.logits.detach().numpy()
     shift = theirs.shape[1] - padded(examples, "right")["input_ids"].shape[1]
@@ -205,7 +205,7 @@ def test_multitask_prompts_are_pefts(tmp_path):
     params = {ours: theirs[name][0] for ours, name in names.items()}
     for packing in (False, True):
         batch = pack(examples, plan_batches(examples, lead=[P, P, P], batch_size=6, packing=packing))
-        loss, slope, _ = ours_of(base.module, method, base.params, params, batch)
+        loss, slope, _ = ours_of(method, base.model, params, batch)
         np.testing.assert_allclose(float(loss), output.loss.item(), rtol=1e-5)
         for ours, name in names.items():
             same_gradient(slope[ours], theirs[name][1], 2e-5)
@@ -250,7 +250,7 @@ def test_context_prompt_tuning_is_pefts(decay, tmp_path):
         loss = model(**inputs, input_type_mask=kinds_of_rows.clone()).loss  # PEFT changes the mask in place
         loss.backward()
         for batch in batches:
-            ours, slope, _ = ours_of(base.module, method, base.params, params, batch)
+            ours, slope, _ = ours_of(method, base.model, params, batch)
             np.testing.assert_allclose(float(ours), loss.item(), rtol=1e-5)
             same_gradient(slope["delta"], encoder.delta_embedding.weight.grad.numpy(), 2e-5)
         optimizer.step()

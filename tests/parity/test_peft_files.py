@@ -1,7 +1,6 @@
 """PEFT loads what is exported here and gives the same logits, and what PEFT saves gives the same logits here."""
 
 import base64
-import functools
 import io
 import warnings
 
@@ -42,24 +41,22 @@ def peft_losses(model, examples) -> float:
         return model(**padded(examples, "right")).loss.item()
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def logits_of(module, frozen, virtual, batch):
-    prefix = encode_prefix(module, frozen, virtual, batch.lead_ids)
-    return output_logits(module, frozen, virtual, prefix, batch.rows)
+@jax.jit
+def logits_of(model, virtual, batch):
+    prefix = encode_prefix(model, virtual, batch.lead_ids)
+    return output_logits(model, virtual, prefix, batch.rows)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def mean_loss(module, frozen, virtual, batch):
-    total, weight = vocabulary_loss(
-        scores_of_logits(logits_of(module, frozen, virtual, batch), batch.rows), batch.rows, 1, 0.0
-    )
+@jax.jit
+def mean_loss(model, virtual, batch):
+    total, weight = vocabulary_loss(scores_of_logits(logits_of(model, virtual, batch), batch.rows), batch.rows, 1, 0.0)
     return total / weight
 
 
 def our_loss(base, method, virtual) -> float:
     own = real_examples(method, 6)
     batch = pack(own, plan_batches(own, lead=0, batch_size=6, packing=False))
-    return float(mean_loss(base.module, base.params, virtual, batch))
+    return float(mean_loss(base.model, virtual, batch))
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -136,7 +133,7 @@ def test_heads_load_in_peft(task, tmp_path):
     method = DeepPrompts(length=P, head=head, classes=None if head == "span" else count, head_bias=reads is not None)
     params = method.init_params(jax.random.key(0), base)
     params = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(jax.random.key(1), a.shape), params)
-    virtual = method.materialize(base.module, base.params, params)
+    virtual = method.materialize(params, base.model)
     names = {} if head == "span" else {"verbalizers": dict(zip("abc", "ABC", strict=True))}
     template = Template(prompt="{a}", target="{b}", head=head, reads=reads, **names)
     saved = load_prompt(save_prompt(tmp_path / "ours", base, method, virtual, template), base)
@@ -146,7 +143,7 @@ def test_heads_load_in_peft(task, tmp_path):
     read = np.arange(5) if reads else np.asarray([4])
     example = Example(ids, np.zeros(5, bool), (), 0, 0, reads=read, classes=np.zeros(len(read), np.int32))
     batch = pack([example], plan_batches([example], lead=0, batch_size=1))
-    ours = np.asarray(logits_of(base.module, base.params, virtual, batch))[0, : len(read)]
+    ours = np.asarray(logits_of(base.model, virtual, batch))[0, : len(read)]
     with torch.no_grad():
         output = loaded(input_ids=torch.tensor(ids[None].astype(int)))
     if head == "span":

@@ -30,7 +30,7 @@ def test_peft_generates_from_exported_keys_and_values(tmp_path):
     method = PrefixTuning(length=4)
     params = method.init_params(jax.random.key(0), base)
     params = jax.tree.map(lambda a: a + jax.random.normal(jax.random.key(1), a.shape), params)
-    virtual = method.materialize(base.module, base.params, params)
+    virtual = method.materialize(params, base.model)
     template = Template(prompt="{a}", target="{b}")
     saved = load_prompt(save_prompt(tmp_path / "ours", base, method, virtual, template), base)
     export_peft(tmp_path / "theirs", saved, base)

@@ -84,7 +84,7 @@ def our_logits(base, virtual, encoder: Encoder) -> np.ndarray:
         ids = np.append(encoder.prompt_ids({"text": text}), 0).astype(np.int32)
         examples.append(Example(ids, np.arange(len(ids)) == len(ids) - 1, (), 0, number))
     batch = pack(examples, plan_batches(examples, lead=0, batch_size=2, packing=False))
-    logits = np.asarray(logits_of(base.module, base.params, virtual, batch))
+    logits = np.asarray(logits_of(base.model, virtual, batch))
     return logits[np.argsort(batch.rows.examples[:, 0]), 0]
 
 

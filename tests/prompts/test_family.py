@@ -32,23 +32,23 @@ from tests.family import batch_of, fit_ids, has_head, method_of, moved_params, o
 @functools.cache
 def base_of(remat: str = "none", **axes: int):
     base = tiny_base(num_key_value_heads=4, mesh=make_mesh(MeshConfig(**axes)))
-    return dataclasses.replace(base, module=base.module.clone(remat=remat))
+    return dataclasses.replace(base, model=base.model.with_options(remat=remat))
 
 
 def params_of(name: str, seed: int = 1):
     return moved_params(method_of(name), base_of(), seed)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=QUICK_COMPILE)
-def jitted(module, method, objective, frozen, params, batch):
-    return loss_and_gradient(module, method, objective, frozen, params, batch)
+@functools.partial(jax.jit, static_argnames=("method", "objective"), compiler_options=QUICK_COMPILE)
+def jitted(method, objective, model, params, batch):
+    return loss_and_gradient(method, objective, model, params, batch)
 
 
 @functools.cache
 def plain(name: str):
     method, base = method_of(name), base_of()
     batch = batch_of(method, base, shared=False, packing=False)
-    return jitted(base.module, method, objective_of(method, base), base.params, params_of(name), batch)
+    return jitted(method, objective_of(method, base), base.model, params_of(name), batch)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -60,21 +60,21 @@ def test_sharing_packing_microbatches_remat_and_mesh_change_nothing(name):
     batch = batch_of(method, base, shared=True, packing=True, microbatches=2)
     params = jax.device_put(params_of(name), replicated(base.mesh))
     objective = dataclasses.replace(objective_of(method, base), microbatches=2)
-    ours, slope, _ = jitted(base.module, method, objective, base.params, params, batch)
+    ours, slope, _ = jitted(method, objective, base.model, params, batch)
     np.testing.assert_allclose(ours, loss, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * largest), slope, gradient)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)
-def logits_of(module, frozen, virtual, batch):
-    prefix = encode_prefix(module, frozen, virtual, batch.lead_ids, batch.lead_length)
-    return output_logits(module, frozen, virtual, prefix, batch.rows)
+@functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+def logits_of(model, virtual, batch):
+    prefix = encode_prefix(model, virtual, batch.lead_ids, batch.lead_length)
+    return output_logits(model, virtual, prefix, batch.rows)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_generation_is_the_teacher_forced_argmax(name):
     method, base = method_of(name), base_of()
-    virtual = method.materialize(base.module, base.params, params_of(name))
+    virtual = method.materialize(params_of(name), base.model)
     prompts = [fit_ids(method, e.ids) for e in random_examples("choices", 3)]
     if has_head(method, base):
         with pytest.raises(ConfigError, match="cannot generate text"):
@@ -90,7 +90,7 @@ def test_generation_is_the_teacher_forced_argmax(name):
     ]
     plan = plan_batches(examples, lead=[0] * tasks_of(method) or 0, batch_size=3, packing=False)
     batch = pack(examples, plan)
-    logits = np.asarray(logits_of(base.module, base.params, virtual, batch))
+    logits = np.asarray(logits_of(base.model, virtual, batch))
     for number, row, weights in zip(batch.rows.examples[:, 0], logits, batch.rows.target_weights, strict=True):
         assert answers[number].ids == row.argmax(-1)[weights > 0].tolist()
 
@@ -120,7 +120,7 @@ def test_two_steps_and_two_more_after_a_restart_are_four(name, tmp_path):
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_saved_is_the_whole_prompt(name, tmp_path):
     trained, base, params = method_of(name), base_of(), params_of(name)
-    whole = trained.materialize(base.module, base.params, params)
+    whole = trained.materialize(params, base.model)
     for part, (method, virtual) in trained.artifacts(whole, params).items():
         prompt = "<soft>{a}" if method.token_count else "{a}"
         template = Template(prompt=prompt, target="{b}", virtual_tokens=method.token_count)

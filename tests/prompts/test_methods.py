@@ -42,22 +42,20 @@ def base_of(family: str = "llama"):
 
 
 def start_of(method, base, seed: int = 0) -> VirtualPrompt:
-    return method.materialize(base.module, base.params, method.init_params(jax.random.key(seed), base))
+    return method.materialize(base.model, method.init_params(jax.random.key(seed), base))
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)
-def logits_of(module, frozen, virtual, batch):
-    prefix = encode_prefix(module, frozen, virtual, batch.lead_ids)
-    return output_logits(module, frozen, virtual, prefix, batch.rows)
+@functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+def logits_of(model, virtual, batch):
+    prefix = encode_prefix(model, virtual, batch.lead_ids)
+    return output_logits(model, virtual, prefix, batch.rows)
 
 
 def next_token_logits(base, virtual, ids) -> np.ndarray:
     """[T - 1, V]: at every position of one sequence but the last."""
     ids = np.asarray(ids, np.int32)
     example = Example(ids, np.arange(len(ids)) >= 1, (), 0, 0)
-    return np.asarray(
-        logits_of(base.module, base.params, virtual, pack([example], plan_batches([example], lead=0, batch_size=1)))
-    )[0]
+    return np.asarray(logits_of(base.model, virtual, pack([example], plan_batches([example], lead=0, batch_size=1))))[0]
 
 
 TEXT = np.asarray([1, 40, 99, 17, 250, 31, 8], np.int32)
@@ -151,7 +149,7 @@ def test_low_rank_rows_differ_from_their_start_by_a_matrix_of_that_rank():
     base, method = base_of(), LowRankPromptTuning(length=8, rank=2)
     params = method.init_params(jax.random.key(0), base)
     params["right"] = jax.random.normal(jax.random.key(1), params["right"].shape)
-    change = method.materialize(base.module, base.params, params).tokens - params["start"]
+    change = method.materialize(params, base.model).tokens - params["start"]
     assert np.linalg.matrix_rank(np.asarray(change), tol=1e-4) == 2
 
 
@@ -170,7 +168,7 @@ def test_the_decomposed_change_is_added_to_the_texts_own_embeddings():
     base, method = base_of(), DecomposedPromptTuning(length=3, span=6, rank=2)
     params = method.init_params(jax.random.key(0), base)
     params["right"] = jax.random.normal(jax.random.key(1), params["right"].shape)
-    virtual = method.materialize(base.module, base.params, params)
+    virtual = method.materialize(params, base.model)
     ids = [*(VOCAB + np.arange(3)), *TEXT]
     table = np.asarray(base.params["embedding"])
     rows = np.concatenate([virtual.tokens, table[TEXT] + np.pad(virtual.shift[3:], [(0, len(TEXT) - 3), (0, 0)])])

@@ -64,11 +64,11 @@ def examples() -> list[Example]:
     return result
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)
-def targets_of(module, frozen, virtual, batch):
+@functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+def targets_of(model, virtual, batch):
     """Log-probabilities over the vocabulary at every target [B, M, V]."""
-    prefix = encode_prefix(module, frozen, virtual, batch.lead_ids, batch.lead_length)
-    logits = jax.nn.log_softmax(output_logits(module, frozen, virtual, prefix, batch.rows))
+    prefix = encode_prefix(model, virtual, batch.lead_ids, batch.lead_length)
+    logits = jax.nn.log_softmax(output_logits(model, virtual, prefix, batch.rows))
     return jnp.take_along_axis(logits, batch.rows.target_outputs[:, :, None], axis=1)
 
 
@@ -82,7 +82,7 @@ def in_one_batch(base, packing: bool):
         **multiples(base.mesh),
     )
     batch = pack(chosen, plan)
-    logits = targets_of(base.module, base.params, stack_prompts(prompts()), place_batch(batch, base.mesh))
+    logits = targets_of(base.model, stack_prompts(prompts()), place_batch(batch, base.mesh))
     where = np.where(
         batch.rows.target_weights > 0, np.take_along_axis(batch.rows.examples, batch.rows.target_groups, 1), -1
     )
@@ -96,7 +96,7 @@ def alone():
     for example in examples():
         single = dataclasses.replace(example, prompt=0)
         batch = pack([single], plan_batches([single], lead=0, batch_size=1, packing=False))
-        result[example.index] = targets_of(base.module, base.params, prompts()[example.prompt], batch)[0]
+        result[example.index] = targets_of(base.model, prompts()[example.prompt], batch)[0]
     return result
 
 
@@ -143,7 +143,7 @@ def test_gradients_go_to_each_prompt_alone():
         chosen.append(Example(ids, np.arange(9) >= 8, (), 0, index, index % 2))
 
     def total(virtual, batch):
-        logits = targets_of.__wrapped__(base.module, base.params, virtual, batch)
+        logits = targets_of.__wrapped__(base.model, virtual, batch)
         rows = batch.rows
         picked = jnp.take_along_axis(logits, rows.target_ids[:, :, None], axis=2)[..., 0]
         return jnp.sum(picked * rows.target_weights)

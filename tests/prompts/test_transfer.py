@@ -41,7 +41,7 @@ def test_average_and_concatenation():
     with pytest.raises(ConfigError, match=r"one width; these have \[16, 32\]"):
         concatenate([prompt(0), prompt(0, width=16)])
     base, method = tiny_base(), PrefixTuning(length=2)
-    prefix = method.materialize(base.module, base.params, method.init_params(jax.random.key(0), base))
+    prefix = method.materialize(base.model, method.init_params(jax.random.key(0), base))
     with pytest.raises(ConfigError, match="only token rows"):
         average([prefix])
 
@@ -51,7 +51,8 @@ def test_recycling_finds_the_linear_map_between_two_tables():
     source = tiny_base()
     matrix = np.random.default_rng(0).normal(size=(32, 32)).astype(np.float32)
     table = jnp.asarray(np.asarray(source.params["embedding"]) @ matrix)
-    target = dataclasses.replace(source, params={**source.params, "embedding": table})
+    model = dataclasses.replace(source.model, params={**source.params, "embedding": table})
+    target = dataclasses.replace(source, model=model)
     moved = recycle(prompt(0), source, target)
     np.testing.assert_allclose(moved.tokens, np.asarray(prompt(0).tokens) @ matrix, atol=1e-3)
     with pytest.raises(ConfigError, match="share 10 tokens; a map of width 32"):

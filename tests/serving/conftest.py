@@ -52,7 +52,7 @@ def save(folder: Path, base, name: str, seed: int = 0) -> None:
         verbalizers=classes,
         head=getattr(method, "head", "language_model"),
     )
-    spt_jax.save_prompt(folder, base, method, method.materialize(base.module, base.params, params), template)
+    spt_jax.save_prompt(folder, base, method, method.materialize(params, base.model), template)
 
 
 class Server:

@@ -33,7 +33,7 @@ NARROW = SamplingConfig(max_new_tokens=5, temperature=0.7, top_k=20, top_p=0.9, 
 def saved(tmp_path, base, name: str, seed: int = 0):
     method, prompt = METHODS[name]
     params = jax.tree.map(lambda a: a + 0.2, method.init_params(jax.random.key(seed), base))
-    virtual = method.materialize(base.module, base.params, params)
+    virtual = method.materialize(params, base.model)
     template = spt_jax.Template(prompt=prompt, target="{label}", virtual_tokens=method.token_count)
     spt_jax.save_prompt(tmp_path / f"{name}{seed}", base, method, virtual, template)
     return spt_jax.load_prompt(tmp_path / f"{name}{seed}", base)
@@ -109,7 +109,7 @@ def test_decoding_returns_at_an_end_that_others_wait_for(bank: PromptBank, end_a
     assert end not in expected[0][1:end_at] + expected[1][1:end_at]
     until = Until(jnp.int32(MAX_STEPS), jnp.int32(1), jnp.asarray([end]))
     inputs = np.ones(2, bool), np.asarray(False), until, engine._slots
-    _, new, count = programs.decode(base.module, 64, base.params, *inputs)
+    _, new, count = programs.decode(64, base.model, *inputs)
     assert int(count) == steps < MAX_STEPS
     np.testing.assert_array_equal(new.ids[:steps].T, [ids[1 : steps + 1] for ids in expected])
 
@@ -117,7 +117,7 @@ def test_decoding_returns_at_an_end_that_others_wait_for(bank: PromptBank, end_a
 def test_a_prompt_that_overflows_ends_its_own_requests_alone(bank: PromptBank, tmp_path):
     """What it leaves in a slot is weighed with 0 by the next request, and 0 times infinity would be no number."""
     base, method = bank.base, PrefixTuning(length=4)
-    virtual = method.materialize(base.module, base.params, method.init_params(jax.random.key(0), base))
+    virtual = method.materialize(base.model, method.init_params(jax.random.key(0), base))
     huge = jax.tree.map(lambda a: jnp.full_like(a, 3e38), virtual)
     template = spt_jax.Template(prompt="{text}\n", target="{label}", virtual_tokens=0)
     spt_jax.save_prompt(tmp_path / "huge", base, method, huge, template)
@@ -253,7 +253,7 @@ def test_a_prompt_may_change_while_its_request_waits(bank: PromptBank, tmp_path)
 def test_empty_fields_and_whole_contexts(bank: PromptBank, tmp_path):
     """A template that ends in a field which is empty, and a request that fills the base's positions."""
     base, method = bank.base, PrefixTuning(length=4)
-    virtual = method.materialize(base.module, base.params, method.init_params(jax.random.key(0), base))
+    virtual = method.materialize(base.model, method.init_params(jax.random.key(0), base))
     for name, prompt in (("bare", "{text}"), ("lead", "A <bos>{text}")):
         template = spt_jax.Template(prompt=prompt, target="{label}")
         spt_jax.save_prompt(tmp_path / name, base, method, virtual, template)
@@ -320,7 +320,7 @@ def test_what_is_refused(bank: PromptBank, tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'keys'"):
         bank.remove("key")
     base, gated = bank.base, LlamaAdapter(length=2, layers=1)
-    virtual = gated.materialize(base.module, base.params, gated.init_params(jax.random.key(0), base))
+    virtual = gated.materialize(base.model, gated.init_params(jax.random.key(0), base))
     template = spt_jax.Template(prompt="{text}", target="{label}")
     spt_jax.save_prompt(tmp_path / "gated", base, gated, virtual, template)
     bank.add("gated", spt_jax.load_prompt(tmp_path / "gated", base))

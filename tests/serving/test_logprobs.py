@@ -71,7 +71,7 @@ def scores_of(server, name: str, ids: list[int]):
     if entry.virtual is None:
         return np.asarray(jax.nn.log_softmax(row_logits(base, np.asarray(ids))))
     virtual = jax.tree.map(jnp.asarray, entry.virtual)
-    return np.asarray(jax.nn.log_softmax(lead_logits(base.module, base.params, virtual, jnp.asarray(ids))))
+    return np.asarray(jax.nn.log_softmax(lead_logits(base.model, virtual, jnp.asarray(ids))))
 
 
 @pytest.mark.parametrize("name", ["tiny", "front", "end"])

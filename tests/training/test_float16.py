@@ -39,7 +39,7 @@ def base_of(dtype: str, **overrides):
 @functools.cache
 def compiled(dtype, method, objective, scales):
     """A program of its own for the scales that it was traced with."""
-    return jax.jit(functools.partial(loss_and_gradient, base_of(dtype).module, method, objective))
+    return jax.jit(functools.partial(loss_and_gradient, method, objective))
 
 
 def gradient_of(dtype, method, weight=1.0, objective=CHOICES):
@@ -48,7 +48,7 @@ def gradient_of(dtype, method, weight=1.0, objective=CHOICES):
     batch = pack(examples, plan_batches(examples, lead=len(HEAD), batch_size=8, multiple=2), (weight,) * 3)
     params = method.init_params(jax.random.key(1), base_of("float32"))
     program = compiled(dtype, method, objective, (module.LOSS_SCALE, module.LEAST_SCALE))
-    loss, gradient, _ = program(base.params, params, batch)
+    loss, gradient, _ = program(base.model, params, batch)
     return float(loss), np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
 
 
@@ -89,9 +89,7 @@ def test_other_precisions_have_no_scale(dtype):
     examples = random_examples("choices", 4)
     batch = pack(examples, plan_batches(examples, lead=len(HEAD), batch_size=4))
     params = METHODS[0].init_params(jax.random.key(1), base)
-    traced = jax.make_jaxpr(loss_and_gradient, static_argnums=(0, 1, 2))(
-        base.module, METHODS[0], CHOICES, base.params, params, batch
-    )
+    traced = jax.make_jaxpr(loss_and_gradient, static_argnums=(0, 1))(METHODS[0], CHOICES, base.model, params, batch)
     assert "while" not in {str(equation.primitive) for equation in traced.eqns}
 
 
@@ -159,7 +157,8 @@ def test_a_base_that_overflows_is_named(tmp_path):
     layers = base.params["layers"]
     down = {"kernel": jnp.full_like(layers["mlp"]["down"]["kernel"], 6e4)}
     layers = {**layers, "mlp": {**layers["mlp"], "down": down}}
-    base = dataclasses.replace(base, params={**base.params, "layers": layers})
+    model = dataclasses.replace(base.model, params={**base.params, "layers": layers})
+    base = dataclasses.replace(base, model=model)
     _, (standing, _) = population(base, MEMBERS[:2], tmp_path, group_size=2)
     assert standing.ended.startswith("dropped at step 1: ")
     assert "base.dtype bfloat16 or float32" in standing.ended and "learning_rate" not in standing.ended

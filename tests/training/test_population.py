@@ -60,7 +60,7 @@ def member(seed: int = 0, rate: float = 0.01, length: int = 4, method=None, **ax
     return Member(method or PromptTuning(length=length), examples, plan, seed, rate)
 
 
-_loss = jax.jit(loss_and_gradient, static_argnums=(0, 1, 2))
+_loss = jax.jit(loss_and_gradient, static_argnames=("method", "objective"))
 
 
 def validation(base, members):
@@ -70,7 +70,7 @@ def validation(base, members):
         own = members[number]
         stream = training_batches(own.examples, own.plan, batch_size=BATCH, seed=99)
         batch = place_batch(next(stream), base.mesh)
-        loss = _loss(base.module, own.method, Objective(), base.params, params, batch)[0]
+        loss = _loss(own.method, Objective(), base.model, params, batch)[0]
         return {"loss": float(loss)}
 
     return validate

@@ -20,6 +20,7 @@ from spt_jax.errors import ConfigError
 from spt_jax.inference.forward import embed_stream, encode_prefix, output_logits
 from spt_jax.models.attention import Stream
 from spt_jax.models.decoder import Decoder
+from spt_jax.models.decoder_model import DecoderModel
 from spt_jax.prompts import PromptTuning, VirtualPrompt
 from spt_jax.prompts.initializers import array, uniform
 from spt_jax.runtime.sharding import MeshConfig, make_mesh, parameter_sharding
@@ -46,9 +47,9 @@ def prompt_of(base, seed: int = 1):
     return METHOD.init_params(jax.random.key(seed), base)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=QUICK_COMPILE)
-def jitted(module, method, objective, frozen, params, batch):
-    return loss_and_gradient(module, method, objective, frozen, params, batch)
+@functools.partial(jax.jit, static_argnames=("method", "objective"), compiler_options=QUICK_COMPILE)
+def jitted(method, objective, model, params, batch):
+    return loss_and_gradient(method, objective, model, params, batch)
 
 
 def loss_in_rows(base, params, examples, objective, *, weights=None, lead=HEAD_LENGTH, **options):
@@ -56,7 +57,7 @@ def loss_in_rows(base, params, examples, objective, *, weights=None, lead=HEAD_L
     multiple = options.pop("multiple", objective.microbatches)
     plan = plan_batches(examples, lead=lead, batch_size=len(examples), multiple=multiple, **options)
     batch = pack(examples, plan, weights)
-    loss, gradient, weight = jitted(base.module, METHOD, objective, base.params, params, batch)
+    loss, gradient, weight = jitted(METHOD, objective, base.model, params, batch)
     return float(loss), np.asarray(gradient["tokens"]), float(weight)
 
 
@@ -127,7 +128,7 @@ def test_a_batch_of_padding_alone_has_no_loss(kind):
     base, examples, params, _ = reference("llama", kind)
     batch = pack(examples, plan_batches(examples, lead=HEAD_LENGTH, batch_size=9))
     empty = Batch(batch.lead_ids, jax.tree.map(np.zeros_like, batch.rows))
-    loss, gradient, _ = jitted(base.module, METHOD, OBJECTIVES[kind], base.params, params, empty)
+    loss, gradient, _ = jitted(METHOD, OBJECTIVES[kind], base.model, params, empty)
     assert loss == 0
     assert not np.asarray(gradient["tokens"]).any()
 
@@ -140,7 +141,7 @@ def test_virtual_ids_never_reach_the_embedding_table():
     stream = Stream(jnp.arange(4)[None], jnp.ones_like(ids), jnp.zeros_like(ids))
 
     def embedded(tokens):
-        return embed_stream(base.module, base.params, VirtualPrompt(tokens=tokens), ids, stream)
+        return embed_stream(base.model, VirtualPrompt(tokens=tokens), ids, stream)
 
     rows = np.asarray(embedded(params["tokens"])[0])
     table = np.asarray(base.params["embedding"])
@@ -148,7 +149,7 @@ def test_virtual_ids_never_reach_the_embedding_table():
     np.testing.assert_array_equal(rows, np.stack([table[-1], tokens[0], tokens[-1], table[0]]))
     gradient = np.asarray(jax.grad(lambda tokens: embedded(tokens).sum())(params["tokens"]))
     np.testing.assert_array_equal(gradient, np.repeat([[1.0], [0.0], [0.0], [0.0], [1.0]], tokens.shape[1], axis=1))
-    assert np.isfinite(embed_stream(base.module, base.params, None, ids, stream)).all()
+    assert np.isfinite(embed_stream(base.model, None, ids, stream)).all()
 
 
 def test_one_logit_row_for_each_position_that_predicts():
@@ -158,11 +159,11 @@ def test_one_logit_row_for_each_position_that_predicts():
     virtual = VirtualPrompt(**prompt_of(base))
 
     @jax.jit
-    def logits(frozen, batch):
-        prefix = encode_prefix(base.module, frozen, virtual, batch.lead_ids)
-        return output_logits(base.module, frozen, virtual, prefix, batch.rows)
+    def logits(model, batch):
+        prefix = encode_prefix(model, virtual, batch.lead_ids)
+        return output_logits(model, virtual, prefix, batch.rows)
 
-    rows, scores = batch.rows, logits(base.params, batch)
+    rows, scores = batch.rows, logits(base.model, batch)
     assert scores.shape == (*rows.outputs.shape, VOCAB)
     assert (rows.target_weights > 0).sum() == sum(example.predicted.sum() for example in examples)
     assert rows.outputs.size < rows.ids.size / 2
@@ -232,9 +233,9 @@ class Counting(PromptTuning):
 
     traces = []
 
-    def materialize(self, module, frozen, params):
+    def materialize(self, params, model):
         self.traces.append(jax.tree.map(jnp.shape, params))
-        return super().materialize(module, frozen, params)
+        return super().materialize(params, model)
 
 
 def test_one_trace_per_bucket():
@@ -303,7 +304,8 @@ def on_mesh(kind: str, **axes: int):
     base = base_of("llama", num_key_value_heads=4)
     flat = traverse_util.flatten_dict(base.params)
     flat = {path: jax.device_put(leaf, parameter_sharding(mesh, path, leaf.shape)) for path, leaf in flat.items()}
-    base = dataclasses.replace(base, params=traverse_util.unflatten_dict(flat), module=base.module.clone(mesh=mesh))
+    model = DecoderModel(traverse_util.unflatten_dict(flat), base.model.module.clone(mesh=mesh))
+    base = dataclasses.replace(base, model=model)
     objective = dataclasses.replace(OBJECTIVES[kind], microbatches=2)
     optimizer = optax.sgd(1.0)
     examples = random_examples(kind, 12)
@@ -339,8 +341,8 @@ def test_the_program_does_not_grow_with_the_layers():
 
     def lowered(layers):
         config = decoder_config(tiny_config("llama", num_hidden_layers=layers))
-        function = functools.partial(train_step, Decoder(config), METHOD, Objective(), optimizer)
-        return jax.jit(function).lower(parameter_shapes(config), state, batch)
+        model = DecoderModel(parameter_shapes(config), Decoder(config))
+        return jax.jit(functools.partial(train_step, METHOD, Objective(), optimizer)).lower(model, state, batch)
 
     def compiled(layers):
         """The program, and processor seconds for it."""

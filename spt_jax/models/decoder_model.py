@@ -1,0 +1,141 @@
+"""A causal decoder with its weights, as the rest of the library uses it."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Stream, soft_capped
+from spt_jax.models.config import DecoderConfig
+from spt_jax.models.decoder import ATTENTION, Decoder, KeysValues
+from spt_jax.models.layers import Norm, dense
+from spt_jax.models.model import Group, Layout, Params, TargetScores
+from spt_jax.models.vocabulary import log_sum_exp
+from spt_jax.runtime.sharding import to_host
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecoderModel:
+    """Implements `Model`.
+
+    Attributes:
+      params: the parameters of `module`.
+      module: the architecture, its mesh, rematerialization and attention kernel.
+    """
+
+    params: Params
+    module: Decoder = dataclasses.field(metadata={"static": True})
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self.module.config
+
+    @property
+    def layout(self) -> Layout:
+        return decoder_layout(self.config)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.params["embedding"].dtype
+
+    @property
+    def mesh(self) -> Mesh | None:
+        return self.module.mesh
+
+    def with_options(self, **options: Any) -> "DecoderModel":
+        """Returns the same weights in a module with other options: `mesh`, `remat` or `attention`."""
+        return dataclasses.replace(self, module=self.module.clone(**options))
+
+    def embed(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
+        return self._apply(ids, method=Decoder.embed)
+
+    def run(
+        self,
+        x: Float[Array, "B T D"],
+        stream: Stream,
+        prefix: Prefix | None = None,
+        cache: Cache | None = None,
+        gated: GatedPrefix | None = None,
+        *,
+        return_keys_values: bool = False,
+        return_hidden: bool = True,
+    ) -> tuple[Float[Array, "B T D"] | None, KeysValues | None]:
+        options = {"return_keys_values": return_keys_values, "return_hidden": return_hidden}
+        return self._apply(x, stream, prefix, cache, gated, **options)
+
+    def attention_weights(
+        self, x: Float[Array, "B T D"], stream: Stream, prefix: Prefix | None
+    ) -> Float[Array, "L B T S"]:
+        _, kept = self._apply(x, stream, prefix, mutable=[ATTENTION])
+        return kept[ATTENTION]["layers"]["attention"]["weights"][0]
+
+    def embedding_table(self) -> Float[np.ndarray, "V D"]:
+        return to_host(self.params["embedding"]).astype(np.float32) * (self.config.embedding_scale or 1.0)
+
+    def gated_keys_values(self, rows: Float[Array, "G P D"]) -> tuple[Float[Array, "G P K H"], Float[Array, "G P K H"]]:
+        config = self.config
+        last = jax.tree.map(lambda a: a[-rows.shape[0] :].astype(jnp.float32), self.params["layers"]["attention"])
+
+        def project(layer: Mapping[str, Any]) -> Float[Array, "G P K H"]:
+            y = jnp.einsum("gpd,gdf->gpf", rows, dense(layer["kernel"]))
+            if "bias" in layer:
+                y = y + layer["bias"][:, None]
+            return y.reshape(*y.shape[:2], config.kv_heads, config.head_size)
+
+        keys = project(last["key"])
+        if config.qk_norm:
+            normed: Any = jax.vmap(lambda scale, k: Norm(config).apply({"params": scale}, k))
+            keys = normed(last["key_norm"], keys)
+        return keys, project(last["value"])
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        return self._apply(hidden, method=Decoder.logits)
+
+    @jax.named_scope("logits")
+    def scores(self, states: Float[Array, "B Q D"], at: Int[Array, "B M"], ids: Int[Array, "B M"]) -> TargetScores:
+        matrix = jax.lax.stop_gradient(self.output_matrix).astype(states.dtype)
+        targets = jax.lax.stop_gradient(self._output_rows(ids)).astype(states.dtype)
+        at_targets = functools.partial(jnp.take_along_axis, indices=at, axis=1)
+        cap = self.config.logit_cap
+        log_sums = at_targets(log_sum_exp(states, matrix, cap))
+        states_at_targets = jnp.take_along_axis(states, at[:, :, None], axis=1)
+        chosen = jnp.einsum("bmd,bmd->bm", states_at_targets, targets, preferred_element_type=jnp.float32)
+        chosen = soft_capped(chosen, cap)
+        if cap is not None:
+            return TargetScores(chosen - log_sums, None)
+        means = at_targets(jnp.dot(states, matrix.mean(axis=0), preferred_element_type=jnp.float32))
+        return TargetScores(chosen - log_sums, means - log_sums)
+
+    @property
+    def input_matrix(self) -> Float[Array, "V D"]:
+        """The embedding table as stored."""
+        return self.params["embedding"]
+
+    @property
+    def output_matrix(self) -> Float[Array, "V D"]:
+        """The matrix that maps hidden states to logits; the embedding table if they are tied."""
+        return self.params["embedding"] if self.config.tied else self.params["output"].T
+
+    def _output_rows(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        """Returns rows of `output_matrix`, without a transposed copy of it."""
+        if self.config.tied:
+            return jnp.take(self.params["embedding"], ids, axis=0)
+        return jnp.moveaxis(jnp.take(self.params["output"], ids, axis=1), 0, -1)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.apply({"params": self.params}, *args, **kwargs)
+
+
+@functools.cache
+def decoder_layout(config: DecoderConfig) -> Layout:
+    """Returns the layout of a decoder: all layers have keys and values of the same shape."""
+    layers = tuple(range(config.layers))
+    groups = {"self": Group(layers, config.kv_heads, config.head_size, config.head_size)}
+    return Layout(config.vocab_size, config.width, config.max_positions, groups)

@@ -1,0 +1,146 @@
+"""What the library asks of a base: a pytree with the frozen arrays as leaves and everything else static.
+
+`jax.jit(f)(model, ...)` therefore passes the weights as arguments of the compiled program and never bakes them in.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Stream
+from spt_jax.models.decoder import KeysValues
+
+Params = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Layers at one attention site whose keys and values have the same shape.
+
+    Attributes:
+      layers: indices of the layers.
+      kv_heads: number K of key and value heads.
+      key_size: size of a key.
+      value_size: size of a value.
+      site: "self" for self-attention.
+    """
+
+    layers: tuple[int, ...]
+    kv_heads: int
+    key_size: int
+    value_size: int
+    site: Literal["self"] = "self"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The static facts of a base that prompts, storage and serving depend on.
+
+    Attributes:
+      vocab_size: number V of real token ids; virtual token i has the id V + i.
+      width: size D of an embedding.
+      max_positions: the longest sequence.
+      groups: the layers that have keys and values, by name.
+    """
+
+    vocab_size: int
+    width: int
+    max_positions: int
+    groups: Mapping[str, Group]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TargetScores:
+    """What losses and scores need of the logits, in float32.
+
+    Attributes:
+      log_probabilities: the log-probability of each target.
+      means: for each target, the mean log-probability of all V tokens or C classes; None if logits are capped.
+      logits: for each target, the logits of a task head's classes; None for a vocabulary.
+    """
+
+    log_probabilities: Float[Array, "B M"]
+    means: Float[Array, "B M"] | None
+    logits: Float[Array, "B M C"] | None = None
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A base's functions. The arrays are frozen: nothing is differentiated with respect to them."""
+
+    @property
+    def layout(self) -> Layout:
+        """Static facts about the model."""
+        ...
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The precision that the model computes in."""
+        ...
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh that splits the weights and activations; None without one."""
+        ...
+
+    @property
+    def params(self) -> Params:
+        """The frozen arrays."""
+        ...
+
+    def embed(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
+        """Returns the input embeddings of real ids, which must be in [0, V)."""
+        ...
+
+    def run(
+        self,
+        x: Float[Array, "B T D"],
+        stream: Stream,
+        prefix: Prefix | None = None,
+        cache: Cache | None = None,
+        gated: GatedPrefix | None = None,
+        *,
+        return_keys_values: bool = False,
+        return_hidden: bool = True,
+    ) -> tuple[Float[Array, "B T D"] | None, KeysValues | None]:
+        """Runs the layers; arguments and results are those of `Decoder.__call__`."""
+        ...
+
+    def attention_weights(
+        self, x: Float[Array, "B T D"], stream: Stream, prefix: Prefix | None
+    ) -> Float[Array, "L B T S"]:
+        """Returns each layer's attention weights, averaged over heads, float32, over S keys: prefix, then row."""
+        ...
+
+    def embedding_table(self) -> Float[np.ndarray, "V D"]:
+        """Returns the input embedding of every id, float32, on the host."""
+        ...
+
+    def gated_keys_values(self, rows: Float[Array, "G P D"]) -> tuple[Float[Array, "G P K H"], Float[Array, "G P K H"]]:
+        """Returns the keys and values that the last G layers compute from rows without a position, float32."""
+        ...
+
+    @property
+    def input_matrix(self) -> Float[Array, "V D"]:
+        """The embedding table as stored, without the scale that `embed` applies."""
+        ...
+
+    @property
+    def output_matrix(self) -> Float[Array, "V D"]:
+        """The matrix that maps hidden states to logits; the embedding table if they are tied."""
+        ...
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Returns next-token logits, float32."""
+        ...
+
+    def scores(self, states: Float[Array, "B Q D"], at: Int[Array, "B M"], ids: Int[Array, "B M"]) -> TargetScores:
+        """Returns the scores of target ids, each at an index into Q; in training, for a large V, without all logits."""
+        ...
