@@ -35,8 +35,9 @@ from spt_jax.reports.report import comparison_table, reference_lines
 from spt_jax.runtime import measure, processes
 from spt_jax.runtime.files import write_json, write_text
 from spt_jax.training.logs import MetricsLog, NoLog, read_metrics
-from spt_jax.training.loop import Best, Outcome, TrainingData, fit
+from spt_jax.training.loop import Best
 from spt_jax.training.optimizers import make_optimizer, resolve_optimizer
+from spt_jax.training.single import Outcome, TrainingData, fit
 from spt_jax.training.step import init_state, make_train_step
 
 

@@ -51,7 +51,8 @@ from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.engine import Engine
 from spt_jax.serving.requests import Request
 from spt_jax.training.config import TrainConfig
-from spt_jax.training.halving import Halving, Standing, fit_population
+from spt_jax.training.halving import Halving, fit_population
+from spt_jax.training.loop import Standing
 from spt_jax.training.optimizers import OptimizerConfig, make_optimizer, resolve_optimizer
 from spt_jax.training.population import Member, make_population_step, population_step
 from spt_jax.training.step import Objective, TrainState, init_state, loss_and_gradient, make_train_step, train_step

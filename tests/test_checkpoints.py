@@ -141,47 +141,34 @@ def listing(directory: Path) -> list[str]:
     return sorted(os.listdir(directory))
 
 
-def test_the_last_and_the_best_are_kept(tmp_path):
+def test_the_last_are_kept(tmp_path):
     state = trained(OPTIMIZERS["sgd"])
-    metrics = {1: 0.5, 2: 0.9, 3: None, 4: 0.9, 5: -1.0, 6: None, 7: 0.2}
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        assert (checkpoints.latest_step(), checkpoints.best_step(), checkpoints.steps()) == (None, None, [])
-        for step, metric in metrics.items():
-            checkpoints.save(at(state, step), {"step": step}, {}, metric=metric)
-        # Step 4 is as good as step 2; the first of equals is the best.
-        assert (checkpoints.latest_step(), checkpoints.best_step(), checkpoints.steps()) == (7, 2, [2, 6, 7])
-    assert listing(tmp_path) == ["2", "6", "7"]
+        assert (checkpoints.latest_step(), checkpoints.steps()) == (None, [])
+        for step in range(1, 8):
+            checkpoints.save(at(state, step), {"step": step}, {"name": f"number {step}"})
+        assert (checkpoints.latest_step(), checkpoints.steps()) == (7, [6, 7])
+        assert checkpoints.metadata(6) == {"name": "number 6"}
+        with pytest.raises(CheckpointError, match=r"no checkpoint of step 5; there are \[6, 7\]"):
+            checkpoints.metadata(5)
+    assert listing(tmp_path) == ["6", "7"]
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        assert (checkpoints.latest_step(), checkpoints.best_step(), checkpoints.steps()) == (7, 2, [2, 6, 7])
-        assert checkpoints.restore(checkpoints.best_step(), state)[1] == {"step": 2}
-        checkpoints.save(at(state, 8), {"step": 8}, {}, metric=0.95)
-        assert checkpoints.best_step() == 8
+        assert checkpoints.steps() == [6, 7]
+        assert checkpoints.restore(6, state)[1] == {"step": 6}
+        checkpoints.save(at(state, 8), {"step": 8}, {})
     assert listing(tmp_path) == ["8"]
-
-
-def test_losses_as_negative_metrics_may_be_infinite_but_not_nan(tmp_path):
-    state = trained(OPTIMIZERS["sgd"])
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(at(state, 1), None, {}, metric=-float("inf"))
-        checkpoints.save(at(state, 2), None, {}, metric=-3.0)
-        assert checkpoints.best_step() == 2
-        with pytest.raises(CheckpointError, match="metric of step 3 is NaN"):
-            checkpoints.save(at(state, 3), None, {}, metric=float("nan"))
-    with Checkpoints(tmp_path) as checkpoints:
-        assert (checkpoints.steps(), checkpoints.best_step()) == ([1, 2], 2)
 
 
 def test_a_step_is_saved_once(tmp_path):
     state = trained(OPTIMIZERS["adam"])
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(state, {"a": 1}, {"why": "every 2 steps"}, metric=0.5)
+        checkpoints.save(state, {"a": 1}, {"why": "every 2 steps"})
         checkpoints.save(state, {"a": 1}, {"why": "a signal"})
         assert checkpoints.restore(None, state)[2] == {"why": "every 2 steps"}
         other = at(trained(OPTIMIZERS["adam"], step=3), 2)
         for again, data_state in ((other, {"a": 1}), (state, {"a": 2})):
             with pytest.raises(CheckpointError, match="2 already exists, with another state"):
                 checkpoints.save(again, data_state, {})
-        assert checkpoints.best_step() == 2
         assert_same(checkpoints.restore(None, state)[0], state)
 
 
@@ -307,8 +294,8 @@ KILLED = textwrap.dedent(
     directory = Path(sys.argv[1])
     checkpoints = Checkpoints(directory)
     small = trained(OPTIMIZERS["adam"])
-    checkpoints.save(at(small, 1), {"step": 1}, {}, metric=0.5)
-    checkpoints.save(at(trained(OPTIMIZERS["adam"], length=400_000), 2), {"step": 2}, {}, metric=0.9)
+    checkpoints.save(at(small, 1), {"step": 1}, {})
+    checkpoints.save(at(trained(OPTIMIZERS["adam"], length=400_000), 2), {"step": 2}, {})
     while not (directory / "2").exists():
         if any(files for name in os.listdir(directory) if name != "1" for _, _, files in os.walk(directory / name)):
             break
@@ -327,7 +314,7 @@ def test_a_save_that_is_killed_leaves_the_checkpoint_before_it(tmp_path):
     assert len(listing(tmp_path)) == 2, "the killed save left no trace: it was not killed while it wrote"
     state = trained(OPTIMIZERS["adam"])
     with Checkpoints(tmp_path) as checkpoints:
-        assert (checkpoints.latest_step(), checkpoints.best_step()) == (1, 1)
+        assert checkpoints.latest_step() == 1
         restored, data_state, _ = checkpoints.restore(None, state)
         assert_same(restored, at(state, 1))
         assert data_state == {"step": 1}
@@ -338,13 +325,13 @@ def test_a_save_that_is_killed_leaves_the_checkpoint_before_it(tmp_path):
 def check_that_a_failed_save_loses_nothing(directory: Path) -> None:
     small, large = trained(OPTIMIZERS["adam"]), trained(OPTIMIZERS["adam"], length=100_000)
     with Checkpoints(directory) as checkpoints:
-        checkpoints.save(at(small, 1), None, {}, metric=0.5)
+        checkpoints.save(at(small, 1), None, {})
         checkpoints.save(at(small, 2), None, {})
-        checkpoints.save(at(large, 3), None, {}, metric=0.9)
+        checkpoints.save(at(large, 3), None, {})
         message = r"3: the checkpoint was not saved \(the disk is full.*of step 2 is intact"
         with pytest.raises(CheckpointError, match=message):
             checkpoints.wait()
-        assert (checkpoints.steps(), checkpoints.best_step()) == ([1, 2], 1)
+        assert checkpoints.steps() == [1, 2]
         assert_same(checkpoints.restore(None, small)[0], at(small, 2))
         checkpoints.save(at(small, 3), None, {})
         checkpoints.save(at(small, 4), None, {})

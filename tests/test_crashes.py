@@ -14,7 +14,7 @@ import pytest
 
 import train
 from spt_jax.runtime.files import write_bytes
-from spt_jax.training import loop
+from spt_jax.training import single
 from tests.crashes import Recorder
 from tests.jobs import arrays, words, write_task
 
@@ -30,7 +30,7 @@ def job(tmp_path_factory: pytest.TempPathFactory):
     files = tmp_path_factory.mktemp("task")
     write_task(files)
     patch, loaded, steps = pytest.MonkeyPatch(), [], []
-    load, make = train.load_experiment, loop.make_train_step
+    load, make = train.load_experiment, single.make_train_step
 
     def load_once(config):
         if not loaded:
@@ -43,7 +43,7 @@ def job(tmp_path_factory: pytest.TempPathFactory):
         return steps[0]
 
     patch.setattr(train, "load_experiment", load_once)
-    patch.setattr(loop, "make_train_step", make_once)
+    patch.setattr(single, "make_train_step", make_once)
     patch.setattr(train, "plot_curves", lambda path, lines, references: write_bytes(path, b"PNG"))
     yield lambda workdir, *more: train.main(words(files, workdir, *SHORT, *more))
     patch.undo()

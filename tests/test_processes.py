@@ -25,15 +25,15 @@ import os, signal, sys
 import train
 from spt_jax.runtime import processes
 from spt_jax.runtime import rendezvous
-from spt_jax.training import loop
+from spt_jax.training import single
 processes._BEAT_SECONDS, processes._LOST_SECONDS, rendezvous.WAIT_SECONDS = 0.5, 5.0, 30.0
-place, left = loop.place_batch, [{batches}]
+place, left = single.place_batch, [{batches}]
 def place_and_act(batch, mesh):
     left[0] -= 1
     if left[0] == 0:
         {action}
     return place(batch, mesh)
-loop.place_batch = place_and_act
+single.place_batch = place_and_act
 sys.exit(train.main({words!r}))
 """
 

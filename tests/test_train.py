@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 import spt_jax.__main__
 import train
 from spt_jax.experiment.workdir import MARKER, prepare_workdir
-from spt_jax.training import loop
+from spt_jax.training import loop, single
 from tests.jobs import ROOT, arrays, losses, words, write_task
 
 
@@ -111,15 +111,15 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(files: Path, finished: P
     program = f"""
 import os, signal, sys
 import train
-from spt_jax.training import loop
+from spt_jax.training import single
 from tests.jobs import ROOT, arrays, losses, words, write_task
-place, calls = loop.place_batch, []
+place, calls = single.place_batch, []
 def place_or_die(batch, mesh):
     calls.append(1)
     if len(calls) == 32:
         os.kill(os.getpid(), signal.SIGKILL)
     return place(batch, mesh)
-loop.place_batch = place_or_die
+single.place_batch = place_or_die
 train.main({words(files, workdir)!r})
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -134,7 +134,7 @@ train.main({words(files, workdir)!r})
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_resume_goes_on(files, finished, tmp_path, monkeypatch, capsys, number):
-    place, calls = loop.place_batch, []
+    place, calls = single.place_batch, []
 
     def place_and_signal(batch, mesh):
         calls.append(1)
@@ -143,7 +143,7 @@ def test_signal_saves_and_resume_goes_on(files, finished, tmp_path, monkeypatch,
         return place(batch, mesh)
 
     workdir = tmp_path / "stopped"
-    monkeypatch.setattr(loop, "place_batch", place_and_signal)
+    monkeypatch.setattr(single, "place_batch", place_and_signal)
     assert train.main(words(files, workdir)) == 128 + number
     assert "--resume" in capsys.readouterr().err
     monkeypatch.undo()
@@ -208,7 +208,7 @@ def test_overwriting_leaves_nothing_of_a_run(finished: Path, tmp_path: Path):
 
 def test_resumes_on_another_mesh(files: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """20 steps on one device, 20 on four: the same to float tolerance."""
-    place, calls = loop.place_batch, []
+    place, calls = single.place_batch, []
 
     def stop_at_20(batch, mesh):
         calls.append(1)
@@ -217,7 +217,7 @@ def test_resumes_on_another_mesh(files: Path, finished: Path, tmp_path: Path, mo
         return place(batch, mesh)
 
     workdir = tmp_path / "moved"
-    monkeypatch.setattr(loop, "place_batch", stop_at_20)
+    monkeypatch.setattr(single, "place_batch", stop_at_20)
     assert train.main(words(files, workdir)) == 143
     monkeypatch.undo()
     assert train.main(words(files, workdir, "--resume", "--mesh.data", "2", "--mesh.tensor", "2")) == 0
@@ -274,7 +274,7 @@ def test_out_of_memory_names_what_is_large(files: Path, tmp_path: Path, monkeypa
     def step(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9999 bytes.")
 
-    monkeypatch.setattr(loop, "make_train_step", lambda *_: step)
+    monkeypatch.setattr(single, "make_train_step", lambda *_: step)
     assert train.main(words(files, tmp_path / "run", "--train.microbatches", "2")) == 1
     message = capsys.readouterr().err
     assert "out of memory" in message and "activations kept for the backward pass" in message

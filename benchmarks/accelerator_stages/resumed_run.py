@@ -18,7 +18,7 @@ from spt_jax.prompts import PromptTuning
 from spt_jax.prompts.initializers import array
 from spt_jax.training.config import TrainConfig
 from spt_jax.training.logs import NoLog
-from spt_jax.training.loop import TrainingData, fit
+from spt_jax.training.single import TrainingData, fit
 from spt_jax.training.step import Objective
 
 STEPS, CHECKPOINT_EVERY, KILL_AT = 8, 2, 5

@@ -14,7 +14,7 @@ from spt_jax.experiment.workdir import CONFIG_FILE, check_workdir, held, input_p
 from spt_jax.reports.plots import plot_range_test
 from spt_jax.runtime import measure
 from spt_jax.runtime.files import write_json
-from spt_jax.training.loop import progress_bar
+from spt_jax.training.clock import progress_bar
 from spt_jax.training.optimizers import resolve_optimizer
 from spt_jax.training.population import Member
 from spt_jax.training.rate_finder import range_test

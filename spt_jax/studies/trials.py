@@ -18,8 +18,9 @@ from spt_jax.experiment.run import Experiment, load_experiment
 from spt_jax.runtime.files import write_text
 from spt_jax.studies.settings import Settings, named
 from spt_jax.studies.table import flat, write_table
-from spt_jax.training.halving import Halving, Standing, fit_population
+from spt_jax.training.halving import Halving, fit_population
 from spt_jax.training.logs import MetricsLog
+from spt_jax.training.loop import Standing
 from spt_jax.training.optimizers import resolve_optimizer
 from spt_jax.training.population import Member, default_group_size
 

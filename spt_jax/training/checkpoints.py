@@ -1,4 +1,4 @@
-"""Training checkpoints with Orbax: asynchronous, atomic, and bit-exact. The last few and the best are kept.
+"""Training checkpoints with Orbax: asynchronous, atomic, and bit-exact. The last few are kept.
 
 The checkpoint of step n is the directory `n/` with the items `prompt` (the method's parameters), `train` (step and
 optimizer state) and `data` (the state of the stream of batches), and with JSON metadata. Orbax detects most damage to
@@ -9,11 +9,10 @@ import contextlib
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -59,8 +58,7 @@ class Checkpoints:
 
         Args:
           directory: contains one directory per step.
-          keep: how many of the last checkpoints to keep, each together with the checkpoint that has the highest metric
-            up to it.
+          keep: how many of the last checkpoints to keep.
 
         Raises:
           ConfigError: `keep` is below 1.
@@ -70,7 +68,7 @@ class Checkpoints:
             raise ConfigError(f"keep is {keep}; it must be at least 1")
         self.directory = Path(directory).absolute()
         self._keep = keep
-        self._saving: tuple[int, float | None, Any] | None = None
+        self._saving: tuple[int, Any] | None = None
         self._cleaned = False
         registry = ocp.handlers.local_registry()
         registry.add(ocp.handlers.JsonHandler, checkpointable_name="data")
@@ -78,10 +76,8 @@ class Checkpoints:
         context.checkpointables.registry = registry
         with _as_checkpoint_error(f"{self.directory}: cannot hold checkpoints"):
             self.directory.mkdir(parents=True, exist_ok=True)
-            if jax.process_index() == 0:
-                _remove_without_metric(self.directory)
             self._orbax = ocp.training.Checkpointer(str(self.directory), context=context)
-            self._metrics = {checkpoint.step: _metric(checkpoint) for checkpoint in self._orbax.checkpoints}
+            self._steps = {checkpoint.step for checkpoint in self._orbax.checkpoints}
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -92,21 +88,24 @@ class Checkpoints:
         self.close()
 
     def steps(self) -> list[int]:
-        """Returns all steps with a checkpoint, ascending. Like the next two methods, it waits for a running save."""
+        """Returns all steps with a checkpoint, ascending. Like `latest_step`, it waits for a running save."""
         self.wait()
-        return sorted(self._metrics)
+        return sorted(self._steps)
 
     def latest_step(self) -> int | None:
         """Returns the last step with a checkpoint; None if there is none."""
         return max(self.steps(), default=None)
 
-    def best_step(self) -> int | None:
-        """Returns the step with the highest metric, the earliest one for ties; None if no checkpoint has a metric."""
-        return _best(self._metrics, self.steps())
+    def metadata(self, step: int) -> dict[str, Any]:
+        """Returns the metadata that were passed to `save`.
 
-    def save(
-        self, state: TrainState, data_state: Any, metadata: Mapping[str, Any], *, metric: float | None = None
-    ) -> None:
+        Raises:
+          CheckpointError: there is no such checkpoint, it is damaged or has another format version.
+        """
+        self._check_exists(step)
+        return self._record(step)["metadata"]
+
+    def save(self, state: TrainState, data_state: Any, metadata: Mapping[str, Any]) -> None:
         """Starts saving a checkpoint of `state.step`, after the previous one is written.
 
         The state may be donated as soon as this returns. If the step was already saved with the same state, nothing is
@@ -116,18 +115,15 @@ class Checkpoints:
           state: the training state.
           data_state: the JSON value that the iterator's `get_state()` returned.
           metadata: a JSON value that `restore` returns, such as the config and the best metric so far.
-          metric: the metric by which `best_step` is chosen; higher is better.
 
         Raises:
           CheckpointError: this or the previous checkpoint cannot be written (older ones are intact), the step was saved
-            with another state, the metric is NaN, or the data state or the metadata is not JSON.
+            with another state, or the data state or the metadata is not JSON.
         """
         self.wait()
         self.remove_cut_off_saves()
         items = jax.tree.map(np.array, _items(state))  # Copied, since the buffers of the state may be donated.
         step = int(state.step)
-        if metric is not None and math.isnan(metric):
-            raise CheckpointError(f"the metric of step {step} is NaN, which is neither better nor worse than others")
         with _as_checkpoint_error(f"step {step}: data state and metadata must be JSON"):
             data, metadata = json.loads(json.dumps([{"state": data_state}, metadata]))  # Orbax does not accept None.
         record = {
@@ -136,7 +132,7 @@ class Checkpoints:
             "sha256": _digests(items, data, metadata),
             "metadata": metadata,
         }
-        if step in self._metrics:
+        if step in self._steps:
             if self._record(step)["sha256"].get("state") != record["sha256"]["state"]:
                 raise CheckpointError(f"{self.directory / str(step)} already exists, with another state")
             return
@@ -145,10 +141,9 @@ class Checkpoints:
                 step,
                 {**items, "data": data},
                 force=True,
-                metrics=None if metric is None else {"metric": float(metric)},
                 custom_metadata=record,
             )
-        self._saving = step, metric, response
+        self._saving = step, response
 
     def wait(self) -> None:
         """Waits until the last save is complete.
@@ -158,13 +153,13 @@ class Checkpoints:
         """
         if self._saving is None:
             return
-        step, metric, response = self._saving
+        step, response = self._saving
         with self._saving_reported(step):
             response.result()
             if jax.process_index() == 0:
                 sync_tree(self.directory / str(step))  # Orbax syncs only its arrays.
         self._saving = None
-        self._metrics[step] = metric
+        self._steps.add(step)
         self._remove_old()
 
     def restore(self, step: int | None, like: TrainState) -> tuple[TrainState, Any, dict[str, Any]]:
@@ -186,8 +181,7 @@ class Checkpoints:
         step = self.latest_step() if step is None else step
         if step is None:
             raise CheckpointError(f"{self.directory}: there is no checkpoint")
-        if step not in self._metrics:
-            raise CheckpointError(f"{self.directory}: no checkpoint of step {step}; there are {self.steps()}")
+        self._check_exists(step)
         path = self.directory / str(step)
         record = self._record(step)
         items = jax.tree.map(_abstract, _items(like))
@@ -252,6 +246,10 @@ class Checkpoints:
         finally:
             self._orbax.close()
 
+    def _check_exists(self, step: int) -> None:
+        if step not in self._steps:
+            raise CheckpointError(f"{self.directory}: no checkpoint of step {step}; there are {self.steps()}")
+
     def _load(self, step: int, name: str, abstract: Any) -> Any:
         try:
             return self._orbax.load_checkpointables(step, {name: abstract})[name]
@@ -297,16 +295,13 @@ class Checkpoints:
             raise CheckpointError(f"{error}; {intact}") from error.__cause__
 
     def _remove_old(self) -> None:
-        """Removes all but the last few checkpoints and, for each of these, the best up to it, which a resume reads."""
-        steps = self.steps()
-        last = steps[-self._keep :]
-        best = {_best(self._metrics, [other for other in steps if other <= step]) for step in last}
-        self._remove(set(steps) - {*last, *best})
+        """Removes all but the last few checkpoints."""
+        self._remove(self.steps()[: -self._keep])
 
     def _remove(self, steps: Iterable[int]) -> None:
         """Removes checkpoints, renaming each first so that a partially removed one is never listed."""
         for step in steps:
-            del self._metrics[step]
+            self._steps.remove(step)
             if jax.process_index() == 0:
                 path = self.directory / str(step)
                 with _as_checkpoint_error(f"{path}: the old checkpoint cannot be removed"):
@@ -318,30 +313,6 @@ class Checkpoints:
             for path in self.directory.glob(f"*{_TEMPORARY}*"):
                 shutil.rmtree(path, ignore_errors=True)
         self._cleaned = True
-
-
-def _best(metrics: Mapping[int, float | None], steps: Sequence[int]) -> int | None:
-    ranked = [(metric, -step) for step in steps if (metric := metrics[step]) is not None]
-    return -max(ranked)[1] if ranked else None
-
-
-def _remove_without_metric(directory: Path) -> None:
-    """Removes checkpoints with a damaged metric and reports them, since Orbax cannot open a directory with one."""
-    for file in directory.glob("*/metrics/metrics"):
-        try:
-            json.loads(file.read_bytes())
-        except ValueError:
-            path = file.parents[1]
-            print(f"{path}: damaged: its metric cannot be read. The checkpoint is removed", file=sys.stderr)
-            shutil.rmtree(path.rename(f"{path}{_TEMPORARY}-removed"))
-
-
-def _metric(checkpoint: Any) -> float | None:
-    """Returns the metric of a checkpoint in Orbax's list; None if it has none or its file is damaged."""
-    try:
-        return float(checkpoint.metrics["metric"])
-    except Exception:  # any error from reading the JSON file
-        return None
 
 
 def _items(state: TrainState) -> dict[str, Any]:

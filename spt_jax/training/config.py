@@ -17,7 +17,7 @@ class TrainConfig:
       evaluate_every: steps between validations; default a tenth of the run.
       patience: stop after this many validations without improvement; 0 never stops early.
       checkpoint_every: steps between checkpoints; defaults to evaluate_every.
-      keep: how many of the latest checkpoints to keep in addition to the best.
+      keep: how many of the latest checkpoints to keep.
     """
 
     steps: int = 1000

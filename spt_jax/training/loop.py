@@ -1,33 +1,30 @@
-"""The training loop: progress, validation, checkpoints, and stopping without loss of state."""
+"""The training loop of one or many prompts: progress, validation, checkpoints, and stopping without loss of state."""
 
 import contextlib
 import dataclasses
 import math
 import signal
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import optax
-from tqdm import tqdm
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.data.batches import Batch, BatchPlan, place_batch, training_batches
-from spt_jax.data.examples import Example
-from spt_jax.errors import TrainingError
+from spt_jax.data.batches import Batch
 from spt_jax.evaluation.evaluate import selection_score
-from spt_jax.prompts import Method, PromptParams
+from spt_jax.prompts import PromptParams
 from spt_jax.runtime import measure, processes, signals
+from spt_jax.runtime.sharding import replicated
 from spt_jax.training.checkpoints import Checkpoints, DamagedError
+from spt_jax.training.clock import Clock, Rates, Speed
 from spt_jax.training.config import TrainConfig
 from spt_jax.training.cost import step_flops, step_shape
 from spt_jax.training.logs import MetricsLog
 from spt_jax.training.overflow import explain
-from spt_jax.training.step import Objective, TrainState, init_state, make_train_step
+from spt_jax.training.step import Metrics, TrainState
 
 
 class Stopped(Exception):  # noqa: N818 (not an error: the stop was requested)
@@ -41,26 +38,11 @@ class Stopped(Exception):  # noqa: N818 (not an error: the stop was requested)
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingData:
-    """Training data.
-
-    Attributes:
-      examples: the examples.
-      plan: the shapes of batches.
-      class_weights: a weight per class; None weighs all classes equally.
-    """
-
-    examples: Sequence[Example]
-    plan: BatchPlan
-    class_weights: Sequence[float] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
 class Best:
     """The best prompt so far by validation.
 
     Attributes:
-      params: its parameters.
+      params: its parameters, on the host.
       step: the step after which it was validated.
       metrics: its metrics; None if nothing was validated.
       since: the number of validations since then.
@@ -77,57 +59,211 @@ class Best:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rates:
-    """Rates per second. Compilation, which ends with the first step, validation and saving are excluded.
+class Standing:
+    """The progress of a member.
 
     Attributes:
-      examples: examples per second.
-      tokens: tokens per second, without padding and the leading tokens that examples share.
-      utilization: the matrix operations that steps need (`cost.step_flops`), as a share of the peak of the devices
-        (`measure.peak_flops`).
+      best: its best prompt by validation.
+      steps: the number of steps done.
+      score: the score of its latest validation; higher is better.
+      ended: why it stopped; None while it is training.
     """
-
-    examples: float = 0.0
-    tokens: float = 0.0
-    utilization: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Speed:
-    """Time and work of a run since its first start, as stored in its checkpoints.
-
-    Attributes:
-      seconds: the training time, without validation and saving.
-      warm_seconds: the part of it after the first step of each start, without compilation.
-      examples, tokens, flops: the work done in `warm_seconds`, counted as in `Rates`.
-    """
-
-    seconds: float = 0.0
-    warm_seconds: float = 0.0
-    examples: float = 0.0
-    tokens: float = 0.0
-    flops: float = 0.0
-
-    def rates(self, peak_flops: float) -> Rates:
-        """Returns the work per second.
-
-        Args:
-          peak_flops: the peak operations per second of all devices together.
-        """
-        if not self.warm_seconds:
-            return Rates()
-        examples, tokens, flops = (work / self.warm_seconds for work in (self.examples, self.tokens, self.flops))
-        return Rates(examples, tokens, flops / peak_flops)
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """The result of training: the best prompt, the steps done, their total time in seconds, and the rates."""
 
     best: Best
-    steps: int
-    train_seconds: float
-    rates: Rates
+    steps: int = 0
+    score: float = -math.inf
+    ended: str | None = None
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """An endless stream of batches whose position is a JSON value."""
+
+    def __next__(self) -> Batch: ...
+
+    def get_state(self) -> Any: ...
+
+    def set_state(self, state: Any) -> None: ...
+
+
+# Takes a step of some members, given their numbers, states and batches, and returns their states and metrics [G].
+Advance = Callable[[Sequence[int], Sequence[TrainState], Sequence[Batch]], tuple[Sequence[TrainState], Metrics]]
+
+
+class Events:
+    """What happens outside the loop when a member makes progress. The methods of this class do nothing."""
+
+    def trained(self, log: MetricsLog, step: int, values: Mapping[int, Mapping[str, float]]) -> None:
+        """Called with the metrics of a step of each member."""
+
+    def validated(self, log: MetricsLog, step: int, member: int, metrics: Mapping[str, Any]) -> None:
+        """Called with validation metrics."""
+
+    def improved(self, member: int, best: Best) -> None:
+        """Called with each new best prompt, and once more with the last one."""
+
+    def failed(self, member: int, step: int, problem: str) -> str:
+        """Called when a metric is not finite. Raises an error, or returns why the member ended."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Race:
+    """A run of one or more members on one base.
+
+    Attributes:
+      base: the frozen base.
+      states: the initial state of each member.
+      batches: the training batches of each member.
+      advance: takes a step of a group of members.
+      config: the options of the loop, resolved.
+      workdir: the directory in which checkpoints are stored.
+      log: opens the metrics log at the step from which the run starts or resumes.
+      events: told what happens.
+      validate: returns metrics on the validation set, given a member's number and parameters; if None, the last prompt
+        counts as the best.
+      prefix_length: positions of the methods' keys and values, for the count of operations.
+      group_size: the number of members per call of `advance`.
+      rungs: steps after which only the best members, a share of `keep`, continue.
+      keep: see `rungs`.
+      metadata: plain JSON that is stored in each checkpoint.
+      profile: the number of steps to trace into `workdir/profile`.
+    """
+
+    base: FrozenBase
+    states: Sequence[TrainState]
+    batches: Sequence[Batches]
+    advance: Advance
+    config: TrainConfig
+    workdir: Path
+    log: Callable[[int], MetricsLog]
+    events: Events
+    validate: Callable[[int, PromptParams], Mapping[str, Any]] | None
+    prefix_length: int = 0
+    group_size: int = 1
+    rungs: Sequence[int] = ()
+    keep: float = 1.0
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    profile: int = 0
+
+
+def run(race: Race, *, resume: bool = False, resume_from: int | None = None) -> tuple[list[Standing], float, Rates]:
+    """Trains until `config.steps`, until every member has ended, or until a signal.
+
+    Args:
+      race: the run.
+      resume: whether to resume, bit for bit, from the newest intact checkpoint in the work directory.
+      resume_from: with `resume`, the step of the checkpoint to resume from instead.
+
+    Returns:
+      The final standings, the training time in seconds and the rates, over all starts of the run.
+
+    Raises:
+      CheckpointError: a checkpoint cannot be written or read.
+      Stopped: after SIGTERM or SIGINT, with the state saved.
+    """
+    base, config, events = race.base, race.config, race.events
+    states = list(race.states)
+    standings = [Standing(Best(to_host(state.params))) for state in states]
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(race.workdir / "checkpoints", keep=config.keep))
+        asked_to_stop = stack.enter_context(graceful_stop())
+        done, speed = 0, Speed()
+        if resume:
+            found = checkpoints.restore_intact(resume_from, lambda step: _restored(checkpoints, step, race))
+            if found is not None:
+                done, states, standings, data_states, speed = found
+                for stream, data_state in zip(race.batches, data_states, strict=True):
+                    stream.set_state(data_state)
+        checkpoints.remove_cut_off_saves()
+        log = stack.enter_context(contextlib.closing(race.log(done)))
+        clock = Clock(config.steps, done, speed, measure.peak_flops(base.dtype) * base.mesh.size)
+        stack.callback(clock.close)
+        trace = stack.enter_context(contextlib.closing(measure.Profile(race.workdir / "profile", race.profile)))
+        first = done
+        pending: list[tuple[int, list[tuple[list[int], Metrics]], np.ndarray]] = []  # the last dispatched step
+
+        def settle() -> None:
+            """Waits for the last step and reads its metrics."""
+            if not pending:
+                return
+            step, groups, work = pending.pop()
+            values: dict[int, dict[str, float]] = {}
+            for numbers, metrics in groups:
+                arrays = {name: np.atleast_1d(np.asarray(value)) for name, value in metrics.items()}
+                for slot, number in enumerate(numbers):
+                    if standings[number].ended is not None:
+                        continue  # it ended after this step was dispatched
+                    own = {name: float(array[slot]) for name, array in arrays.items()}
+                    problem = explain(step, own, base.dtype)
+                    if problem is None:
+                        values[number] = own
+                    else:
+                        ended = events.failed(number, step, problem)
+                        standings[number] = dataclasses.replace(standings[number], ended=ended)
+            clock.count(work)
+            events.trained(log, step, values)
+            clock.show([own["loss"] for own in values.values()])
+
+        def save() -> None:
+            spent = clock.speed
+            with clock.pause():
+                log.sync()
+                details = [_described(standing) for standing in standings]
+                metadata = {**race.metadata, "standings": details, "speed": dataclasses.asdict(spent)}
+                data_states = [stream.get_state() for stream in race.batches]
+                checkpoints.save(_stacked(done, states, standings), data_states, metadata)
+
+        if done == 0:
+            save()
+        while done < config.steps and (racing := _racing(standings)):
+            trace.before_step(done - first, settle)
+            dispatched, work = [], np.zeros(3)
+            for numbers in _groups(racing, race.group_size):
+                batches = [next(race.batches[number]) for number in numbers]
+                new, metrics = race.advance(numbers, [states[number] for number in numbers], batches)
+                for number, state in zip(numbers, new, strict=True):
+                    states[number] = state
+                dispatched.append((numbers, metrics))
+                work += sum(_work(base, race.prefix_length, batch) for batch in batches)
+            settle()
+            done += 1
+            pending.append((done, dispatched, work))
+            standings = [own if own.ended else dataclasses.replace(own, steps=done) for own in standings]
+            last, stop = done == config.steps, asked_to_stop(done)
+            if race.validate is not None and (done % config.evaluate_every == 0 or done in race.rungs or last):  # type: ignore[operator]
+                settle()
+                with clock.pause():
+                    for number in _racing(standings):
+                        params = to_host(states[number].params)
+                        metrics = race.validate(number, params)
+                        events.validated(log, done, number, metrics)
+                        standings[number] = _validated(standings[number], params, done, metrics, config.patience)
+                        if standings[number].best.step == done:
+                            events.improved(number, standings[number].best)
+            if done in race.rungs:
+                standings = _halved(standings, race.keep, done)
+            if done % config.checkpoint_every == 0 or last or stop is not None or not _racing(standings):  # type: ignore[operator]
+                settle()
+                save()
+            if stop is not None:
+                checkpoints.wait()
+                raise Stopped(stop, done)
+        speed = clock.speed
+        if race.validate is None:
+            standings = [
+                own if own.ended else dataclasses.replace(own, best=Best(to_host(state.params), done))
+                for own, state in zip(standings, states, strict=True)
+            ]
+        for number, own in enumerate(standings):
+            if race.validate is None or own.best.metrics is not None:
+                events.improved(number, own.best)
+        checkpoints.wait()
+    stop = asked_to_stop(done + 1)  # during the last validation or save, or while the logs were closed
+    if stop is not None:
+        raise Stopped(stop, done)
+    finished = [dataclasses.replace(own, ended=own.ended or "finished") for own in standings]
+    return finished, speed.seconds, speed.rates(clock.peak_flops)
 
 
 @contextlib.contextmanager
@@ -153,246 +289,116 @@ def graceful_stop() -> Iterator[Callable[[int], int | None]]:
         yield asked
 
 
-def fit(
-    base: FrozenBase,
-    method: Method,
-    optimizer: optax.GradientTransformation,
-    objective: Objective,
-    data: TrainingData,
-    config: TrainConfig,
-    *,
-    workdir: Path,
-    log: Callable[[int], MetricsLog],
-    validate: Callable[[PromptParams], Mapping[str, Any]] | None,
-    save_best: Callable[[Best], None],
-    metadata: Mapping[str, Any],
-    resume: bool = False,
-    resume_from: int | None = None,
-    profile: int = 0,
-) -> Outcome:
-    """Trains until `config.steps`, an early stop or a signal.
-
-    Args:
-      base: the frozen base.
-      method: the method.
-      optimizer: the optimizer.
-      objective: the loss.
-      data: the training data.
-      config: options of the loop, resolved.
-      workdir: the directory in which checkpoints are stored.
-      log: opens the metrics log at the step from which the run starts or resumes.
-      validate: returns metrics of a prompt on the validation set; if None, the last prompt counts as the best.
-      save_best: called with each new best prompt.
-      metadata: plain JSON that is stored in each checkpoint.
-      resume: whether to resume from the newest intact checkpoint in workdir.
-      resume_from: with `resume`, the step of the checkpoint to resume from instead.
-      profile: the number of steps to trace into `workdir/profile`.
-
-    Raises:
-      TrainingError: a loss, gradient or prompt is not finite; the last checkpoint and the best prompt are not lost.
-      CheckpointError: a checkpoint cannot be written or read.
-      Stopped: after SIGTERM or SIGINT, with the state saved.
-    """
-    state = init_state(jax.random.key(config.seed), base, method, optimizer)
-    stream = training_batches(
-        data.examples, data.plan, batch_size=config.batch_size, seed=config.seed, class_weights=data.class_weights
-    )
-    best = Best(_to_host(state.params))
-    with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=config.keep))
-        asked_to_stop = stack.enter_context(graceful_stop())
-        speed = Speed()
-        if resume:
-            start = state
-            found = checkpoints.restore_intact(resume_from, lambda step: _restored(checkpoints, step, start))
-            if found is not None:
-                state, data_state, best, speed = found
-                stream.set_state(data_state)
-        checkpoints.remove_cut_off_saves()
-        first = int(state.step)
-        metrics_log = stack.enter_context(contextlib.closing(log(first)))
-        run = _Run(config, metrics_log, first, speed, base)
-        stack.callback(run.bar.close)
-        trace = stack.enter_context(contextlib.closing(measure.Profile(workdir / "profile", profile)))
-
-        def save(state: TrainState, best: Best) -> Speed:
-            speed = run.speed
-            details = {"step": best.step, "metrics": best.metrics, "since": best.since}
-            score = best.score if best.step == int(state.step) and best.metrics else None
-            with run.pause():
-                metrics_log.sync()
-                saved = {**metadata, "best": details, "speed": dataclasses.asdict(speed)}
-                checkpoints.save(state, stream.get_state(), saved, metric=score)
-            return speed
-
-        step = make_train_step(base, method, optimizer, objective)
-        if first == 0:
-            save(state, best)
-        done = first
-        while done < config.steps and not _out_of_patience(config, best):
-            trace.before_step(done - first, run.settle)
-            batch = next(stream)
-            state, metrics = step(state, place_batch(batch, base.mesh))
-            done += 1
-            run.dispatched(done, metrics, _work(base, method, batch))
-            last, stop = done == config.steps, asked_to_stop(done)
-            if validate is not None and (done % config.evaluate_every == 0 or last):  # type: ignore[operator]
-                run.settle()
-                with run.pause():
-                    best = _validated(best, _to_host(state.params), done, validate, metrics_log, save_best)
-            ended = last or stop is not None or _out_of_patience(config, best)
-            # A new best prompt is always checkpointed, since a resumed run reads it from its checkpoint.
-            if done % config.checkpoint_every == 0 or ended or best.step == done:  # type: ignore[operator]
-                run.settle()
-                speed = save(state, best)
-            if stop is not None:
-                checkpoints.wait()
-                raise Stopped(stop, done)
-        if validate is None:
-            best = Best(_to_host(state.params), done)
-            save_best(best)
-        elif best.metrics is not None:
-            save_best(best)
-        checkpoints.wait()
-    stop = asked_to_stop(done + 1)  # during the last validation or save, or while the logs were closed
-    if stop is not None:
-        raise Stopped(stop, done)
-    return Outcome(best, done, speed.seconds, speed.rates(run.peak_flops))
-
-
-def _work(base: FrozenBase, method: Method, batch: Batch) -> np.ndarray:
-    """Returns the numbers of examples, tokens and operations of a batch."""
-    flops = step_flops(base.config, step_shape(batch, method.prefix_length)).total
-    return np.asarray([np.sum(batch.rows.examples >= 0), np.sum(batch.rows.stream.segments > 0), flops], float)
-
-
-def _to_host(params: PromptParams) -> PromptParams:
+def to_host(params: PromptParams) -> PromptParams:
+    """Returns a copy of the parameters on the host."""
     return jax.tree.map(np.asarray, params)
 
 
-def _out_of_patience(config: TrainConfig, best: Best) -> bool:
-    return 0 < config.patience <= best.since
+def _work(base: FrozenBase, prefix_length: int, batch: Batch) -> np.ndarray:
+    """Returns the numbers of examples, tokens and operations of a batch."""
+    flops = step_flops(base.config, step_shape(batch, prefix_length)).total
+    return np.asarray([np.sum(batch.rows.examples >= 0), np.sum(batch.rows.stream.segments > 0), flops], float)
 
 
-def _restored(checkpoints: Checkpoints, step: int, like: TrainState) -> tuple[TrainState, Any, Best, Speed]:
-    """Restores the state, the data state, the best prompt and the speed.
+def _racing(standings: Sequence[Standing]) -> list[int]:
+    return [number for number, standing in enumerate(standings) if standing.ended is None]
 
-    The best prompt is read from the checkpoint of its step, which is kept for this purpose.
-    """
-    state, data_state, saved = checkpoints.restore(step, like)
-    speed = Speed(**saved.get("speed", {}))  # version 0.1 saved none
-    details = saved["best"]
-    if details["metrics"] is None:
-        return state, data_state, Best(_to_host(state.params)), speed
-    if details["step"] not in checkpoints.steps():
-        raise DamagedError(
-            f"{checkpoints.directory}: the best prompt up to step {step}, of step {details['step']}, is missing"
-        )
-    params = checkpoints.restore(details["step"], like)[0].params
-    return state, data_state, Best(_to_host(params), details["step"], details["metrics"], details["since"]), speed
+
+def _groups(numbers: Sequence[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(numbers), size):
+        yield list(numbers[start : start + size])
 
 
 def _validated(
-    best: Best,
-    params: PromptParams,
-    step: int,
-    validate: Callable[[PromptParams], Mapping[str, Any]],
-    log: MetricsLog,
-    save_best: Callable[[Best], None],
-) -> Best:
-    metrics = validate(params)
-    log.write(step, {"validation": dict(metrics)})
-    if selection_score(metrics) <= best.score:
-        return dataclasses.replace(best, since=best.since + 1)
-    best = Best(params, step, metrics)
-    save_best(best)
-    return best
+    standing: Standing, params: PromptParams, step: int, metrics: Mapping[str, Any], patience: int
+) -> Standing:
+    score = selection_score(metrics)
+    if score <= standing.best.score:
+        best = dataclasses.replace(standing.best, since=standing.best.since + 1)
+        ended = f"out of patience at step {step}" if 0 < patience <= best.since else None
+        return dataclasses.replace(standing, score=score, best=best, ended=ended)
+    return dataclasses.replace(standing, score=score, best=Best(params, step, dict(metrics)))
 
 
-def progress_bar(steps: int, first: int) -> tqdm:
-    """Returns a progress bar over the steps of a run, of which `first` are done."""
-    seconds = 0.5 if sys.stderr.isatty() else 10.0  # fewer lines in log files
-    return tqdm(
-        total=steps,
-        initial=first,
-        unit="step",
-        desc="training",
-        dynamic_ncols=True,
-        mininterval=seconds,
-        disable=not processes.leads(),
-    )
+def _halved(standings: Sequence[Standing], keep: float, step: int) -> list[Standing]:
+    """Stops the active members below the best `keep` share; ties are decided for the earlier member."""
+    racing = _racing(standings)
+    ranked = sorted(racing, key=lambda number: -standings[number].score)
+    losers = set(ranked[math.ceil(keep * len(ranked)) :])
+    return [
+        dataclasses.replace(standing, ended=f"halved at step {step}") if number in losers else standing
+        for number, standing in enumerate(standings)
+    ]
 
 
-class _Run:
-    """The progress bar and the clock of a run. A step's metrics are read after the next step is dispatched."""
+def _stacked(step: int, states: Sequence[TrainState], standings: Sequence[Standing]) -> TrainState:
+    """Returns all arrays of a checkpoint on the host, stacked over members along the first axis."""
 
-    def __init__(self, config: TrainConfig, log: MetricsLog, first: int, before: Speed, base: FrozenBase):
-        self._log, self._before, self._dtype = log, before, base.dtype
-        self.peak_flops = measure.peak_flops(base.dtype) * base.mesh.size
-        self._pending: tuple[int, dict[str, Any], np.ndarray] | None = None
-        self._work = np.zeros(3)
-        self._warm: float | None = None
-        self._paused = 0.0
-        self._started = time.perf_counter()
-        self.bar = progress_bar(config.steps, first)
+    def stack(trees: Sequence[Any]) -> Any:
+        return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *trees)
 
-    @property
-    def seconds(self) -> float:
-        """Seconds since this start, without validation and saving."""
-        return time.perf_counter() - self._started - self._paused
+    together = {
+        "now": stack([state.params for state in states]),
+        "best": stack([standing.best.params for standing in standings]),
+    }
+    optimizer_states = stack([state.optimizer_state for state in states])
+    return TrainState(np.asarray(step, np.int32), together, optimizer_states)  # type: ignore[arg-type]
 
-    @property
-    def speed(self) -> Speed:
-        """Time and work since the first start of the run."""
-        seconds, before = self.seconds, self._before
-        if self._warm is None or not self._work.any():
-            return dataclasses.replace(before, seconds=before.seconds + seconds)
-        examples, tokens, flops = map(float, self._work)
-        return Speed(
-            before.seconds + seconds,
-            before.warm_seconds + seconds - self._warm,
-            before.examples + examples,
-            before.tokens + tokens,
-            before.flops + flops,
+
+def _described(standing: Standing) -> dict[str, Any]:
+    """Returns the metadata of a member in a checkpoint."""
+    return {
+        "steps": standing.steps,
+        "score": None if standing.score == -math.inf else standing.score,
+        "ended": standing.ended,
+        "best_step": standing.best.step,
+        "metrics": standing.best.metrics,
+        "since": standing.best.since,
+    }
+
+
+def _restored(
+    checkpoints: Checkpoints, step: int, race: Race
+) -> tuple[int, list[TrainState], list[Standing], list[Any], Speed]:
+    """Reads the step, the states, the standings, the states of the batches and the speed."""
+    saved = checkpoints.metadata(step)
+    if "standings" not in saved:
+        return _restored_single(checkpoints, step, race.states[0], race.config.patience)
+    everywhere = replicated(race.base.mesh)
+    initial = _stacked(0, race.states, [Standing(Best(to_host(state.params))) for state in race.states])
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), initial)
+    stacked, data_states, _ = checkpoints.restore(step, like)
+    states, standings = [], []
+    for number, detail in enumerate(saved["standings"]):
+
+        def of_member(tree: Any, number: int = number) -> Any:
+            return jax.tree.map(lambda leaf: leaf[number], tree)
+
+        own = TrainState(
+            jnp.asarray(detail["steps"], jnp.int32),
+            of_member(stacked.params["now"]),
+            of_member(stacked.optimizer_state),
         )
+        states.append(jax.device_put(own, everywhere))
+        best = Best(to_host(of_member(stacked.params["best"])), detail["best_step"], detail["metrics"], detail["since"])
+        score = -math.inf if detail["score"] is None else detail["score"]
+        standings.append(Standing(best, detail["steps"], score, detail["ended"]))
+    return int(stacked.step), states, standings, data_states, Speed(**saved.get("speed", {}))
 
-    def dispatched(self, step: int, metrics: dict[str, Any], work: np.ndarray) -> None:
-        """Registers a step whose metrics are still being computed, and reads those of the previous step."""
-        previous, self._pending = self._pending, (step, metrics, work)
-        if previous is not None:
-            self._read(*previous)
 
-    def settle(self) -> None:
-        """Waits for the last step and reads its metrics."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            self._read(*pending)
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Excludes the time spent inside the context from the training time and the rates."""
-        started = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - started
-
-    def _read(self, step: int, metrics: dict[str, Any], work: np.ndarray) -> None:
-        values = {name: float(value) for name, value in metrics.items()}
-        problem = explain(step, values, self._dtype)
-        if problem is not None:
-            raise TrainingError(f"step {step}: {problem}. The last checkpoint and the best prompt so far are kept")
-        if self._warm is None:
-            self._warm = self.seconds
-        else:
-            self._work += work
-        self._log.write(step, values)
-        self.bar.update(1)
-        rates = self.speed.rates(self.peak_flops)
-        self.bar.set_postfix(
-            {
-                "loss": f"{values['loss']:.3f}",
-                "examples/s": f"{rates.examples:.0f}",
-                "tokens/s": f"{rates.tokens:,.0f}",
-                "of peak": f"{rates.utilization:.0%}",
-            },
-            refresh=False,
-        )
+def _restored_single(
+    checkpoints: Checkpoints, step: int, like: TrainState, patience: int
+) -> tuple[int, list[TrainState], list[Standing], list[Any], Speed]:
+    """Reads a checkpoint of version 0.1 of a single prompt, whose best prompt is in the checkpoint of its own step."""
+    state, data_state, saved = checkpoints.restore(step, like)
+    best, details = Best(to_host(state.params)), saved["best"]
+    if details["metrics"] is not None:
+        if details["step"] not in checkpoints.steps():
+            raise DamagedError(
+                f"{checkpoints.directory}: the best prompt up to step {step}, of step {details['step']}, is missing"
+            )
+        params = checkpoints.restore(details["step"], like)[0].params
+        best = Best(to_host(params), details["step"], details["metrics"], details["since"])
+    done = int(state.step)
+    ended = f"out of patience at step {done}" if 0 < patience <= best.since else None
+    return done, [state], [Standing(best, done, best.score, ended)], [data_state], Speed(**saved.get("speed", {}))

@@ -16,7 +16,7 @@ from spt_jax.errors import TrainingError
 from spt_jax.prompts import PrefixTuning, PromptTuning
 from spt_jax.prompts.initializers import uniform
 from spt_jax.testing import tiny_base
-from spt_jax.training import loop
+from spt_jax.training import loop, single
 from spt_jax.training import step as module
 from spt_jax.training.config import TrainConfig
 from spt_jax.training.logs import NoLog
@@ -103,12 +103,12 @@ def run(workdir, **options) -> dict[int, float]:
         def write(self, step, values):
             found[step] = values["loss"]
 
-    loop.fit(
+    single.fit(
         base_of("float16"),
         own.method,
         optimizer,
         Objective(),
-        loop.TrainingData(own.examples, own.plan),
+        single.TrainingData(own.examples, own.plan),
         TrainConfig(steps=16, batch_size=6, evaluate_every=16, checkpoint_every=4),
         workdir=workdir,
         log=lambda step: Log(),
@@ -124,7 +124,7 @@ def test_a_run_that_is_stopped_and_resumed(tmp_path, monkeypatch):
     """It learns; 8 steps, a checkpoint and 8 more give the same bits as 16."""
     whole = run(tmp_path / "whole")
     assert np.mean([whole[step] for step in range(13, 17)]) < 0.9 * np.mean([whole[step] for step in range(1, 5)])
-    place, calls = loop.place_batch, []
+    place, calls = single.place_batch, []
 
     def stop_at_8(batch, mesh):
         calls.append(1)
@@ -133,7 +133,7 @@ def test_a_run_that_is_stopped_and_resumed(tmp_path, monkeypatch):
         return place(batch, mesh)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "place_batch", stop_at_8)
+        patched.setattr(single, "place_batch", stop_at_8)
         with pytest.raises(loop.Stopped, match="after step 8"):
             run(tmp_path / "parts")
     rest = run(tmp_path / "parts", resume=True)

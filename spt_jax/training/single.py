@@ -1,0 +1,134 @@
+"""Trains a single prompt: a population of one, with an optimizer of its own, that fails if its metrics do."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+from spt_jax.bases.base import FrozenBase
+from spt_jax.data.batches import Batch, BatchPlan, place_batch, training_batches
+from spt_jax.data.examples import Example
+from spt_jax.errors import TrainingError
+from spt_jax.prompts import Method, PromptParams
+from spt_jax.training.clock import Rates
+from spt_jax.training.config import TrainConfig
+from spt_jax.training.logs import MetricsLog
+from spt_jax.training.loop import Best, Events, Race, run
+from spt_jax.training.step import Metrics, Objective, TrainState, init_state, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """Training data.
+
+    Attributes:
+      examples: the examples.
+      plan: the shapes of batches.
+      class_weights: a weight per class; None weighs all classes equally.
+    """
+
+    examples: Sequence[Example]
+    plan: BatchPlan
+    class_weights: Sequence[float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """The result of training: the best prompt, the steps done, their total time in seconds, and the rates."""
+
+    best: Best
+    steps: int
+    train_seconds: float
+    rates: Rates
+
+
+class _Events(Events):
+    """Logs the metrics of the only member, and raises an error if they are not finite."""
+
+    def __init__(self, save_best: Callable[[Best], None]):
+        self._save_best = save_best
+
+    def trained(self, log: MetricsLog, step: int, values: Mapping[int, Mapping[str, float]]) -> None:
+        log.write(step, values[0])
+
+    def validated(self, log: MetricsLog, step: int, member: int, metrics: Mapping[str, Any]) -> None:
+        log.write(step, {"validation": dict(metrics)})
+
+    def improved(self, member: int, best: Best) -> None:
+        self._save_best(best)
+
+    def failed(self, member: int, step: int, problem: str) -> str:
+        raise TrainingError(f"step {step}: {problem}. The last checkpoint and the best prompt so far are kept")
+
+
+def fit(
+    base: FrozenBase,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    data: TrainingData,
+    config: TrainConfig,
+    *,
+    workdir: Path,
+    log: Callable[[int], MetricsLog],
+    validate: Callable[[PromptParams], Mapping[str, Any]] | None,
+    save_best: Callable[[Best], None],
+    metadata: Mapping[str, Any],
+    resume: bool = False,
+    resume_from: int | None = None,
+    profile: int = 0,
+) -> Outcome:
+    """Trains until `config.steps`, an early stop or a signal.
+
+    Args:
+      base: the frozen base.
+      method: the method.
+      optimizer: the optimizer.
+      objective: the loss.
+      data: the training data.
+      config: options of the loop, resolved.
+      workdir: the directory in which checkpoints are stored.
+      log: opens the metrics log at the step from which the run starts or resumes.
+      validate: returns metrics of a prompt on the validation set; if None, the last prompt counts as the best.
+      save_best: called with each new best prompt.
+      metadata: plain JSON that is stored in each checkpoint.
+      resume: whether to resume from the newest intact checkpoint in workdir.
+      resume_from: with `resume`, the step of the checkpoint to resume from instead.
+      profile: the number of steps to trace into `workdir/profile`.
+
+    Raises:
+      TrainingError: a loss, gradient or prompt is not finite; the last checkpoint and the best prompt are not lost.
+      CheckpointError: a checkpoint cannot be written or read.
+      Stopped: after SIGTERM or SIGINT, with the state saved.
+    """
+    state = init_state(jax.random.key(config.seed), base, method, optimizer)
+    stream = training_batches(
+        data.examples, data.plan, batch_size=config.batch_size, seed=config.seed, class_weights=data.class_weights
+    )
+    step = make_train_step(base, method, optimizer, objective)
+
+    def advance(
+        numbers: Sequence[int], states: Sequence[TrainState], batches: Sequence[Batch]
+    ) -> tuple[Sequence[TrainState], Metrics]:
+        new, metrics = step(states[0], place_batch(batches[0], base.mesh))
+        return [new], metrics
+
+    race = Race(
+        base=base,
+        states=[state],
+        batches=[stream],
+        advance=advance,
+        config=config,
+        workdir=workdir,
+        log=log,
+        events=_Events(save_best),
+        validate=None if validate is None else lambda _, params: validate(params),
+        prefix_length=method.prefix_length,
+        metadata=metadata,
+        profile=profile,
+    )
+    (standing,), seconds, rates = run(race, resume=resume, resume_from=resume_from)
+    return Outcome(standing.best, standing.steps, seconds, rates)
