@@ -1,7 +1,8 @@
-"""What a config file imports: the dataclasses that make up an experiment."""
+"""What a config file imports: the dataclasses that make up an experiment, and `variant`."""
 
 from spt_jax.evaluation.evaluate import EvaluationConfig
 from spt_jax.experiment.config import BaseConfig, DataConfig, ExperimentConfig
+from spt_jax.experiment.config_files import variant
 from spt_jax.runtime.sharding import MeshConfig
 from spt_jax.training.config import LogConfig, TrainConfig
 from spt_jax.training.losses import LossConfig
@@ -17,4 +18,5 @@ __all__ = [
     "MeshConfig",
     "OptimizerConfig",
     "TrainConfig",
+    "variant",
 ]

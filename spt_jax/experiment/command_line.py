@@ -1,8 +1,6 @@
 """Reads a config file and a command line into an experiment."""
 
 import dataclasses
-import difflib
-import importlib.util
 import json
 import shlex
 import sys
@@ -14,6 +12,7 @@ import tyro
 
 from spt_jax.errors import ConfigError, SptError, did_you_mean
 from spt_jax.experiment.config import AnyMethod, ExperimentConfig
+from spt_jax.experiment.config_files import load_config_file
 from spt_jax.prompts import METHODS
 from spt_jax.runtime.files import DISK_FULL, READ_ONLY, write_error
 from spt_jax.runtime.measure import PROFILE_BEHIND
@@ -70,51 +69,6 @@ class Command(Job[AnyMethod]):
             raise ConfigError(
                 f"--profile traces steps after the first {PROFILE_BEHIND}; train.steps is {self.config.train.steps}"
             )
-
-
-def load_config_file(path: Path) -> ExperimentConfig[Any]:
-    """Returns the result of a config file's `get_config()`.
-
-    Raises:
-      ConfigError: there is no such file (the message suggests a similar name), it has no `get_config`, it imports what
-        does not exist, or it sets an unknown field.
-    """
-    if not path.is_file():
-        siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(str(path), siblings, n=1)
-        hint = (
-            f"did you mean {near[0]}?"
-            if near
-            else f"config files there: {', '.join(sorted(siblings)) or 'none in that folder'}"
-        )
-        raise ConfigError(f"no config file {path}; {hint}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
-    except AttributeError as error:
-        raise ConfigError(f"{path}: {error}; a config file must define get_config() -> ExperimentConfig") from error
-    except ImportError as error:
-        moved = (error.name or "").startswith("spt_jax")
-        hint = "; modules have moved: config files import from spt_jax.config and spt_jax.prompts" if moved else ""
-        raise ConfigError(f"{path}: {error}{hint}") from error
-    except (TypeError, SyntaxError) as error:
-        raise ConfigError(f"{path}: {error}{_nearest_field(str(error))}") from error
-    if not isinstance(config, ExperimentConfig):
-        raise ConfigError(f"{path}: get_config() returned {type(config).__name__}, not an ExperimentConfig")
-    return config
-
-
-def _nearest_field(message: str) -> str:
-    """Returns a suggestion for the message "unexpected keyword argument 'stepz'": the most similar config field."""
-    if "unexpected keyword argument" not in message:
-        return ""
-    parts = [ExperimentConfig, *ExperimentConfig.__annotations__.values(), *METHODS.values()]
-    fields = {f.name for part in parts if dataclasses.is_dataclass(part) for f in dataclasses.fields(part)}
-    return "; " + did_you_mean(message.rsplit("'", 2)[1], fields)
 
 
 def exit_code(program: Callable[[], None]) -> int:

@@ -15,7 +15,7 @@ import pytest
 import train
 from spt_jax.__main__ import main
 from spt_jax.evaluation.evaluate import selection_score
-from spt_jax.experiment.command_line import load_config_file
+from spt_jax.experiment.config_files import load_config_file
 from spt_jax.experiment.workdir import MARKER, prepare_workdir
 from spt_jax.studies.results import scored
 from spt_jax.studies.trials import Trial

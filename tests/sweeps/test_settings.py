@@ -5,7 +5,7 @@ import math
 import pytest
 
 from spt_jax.errors import ConfigError
-from spt_jax.experiment.command_line import load_config_file
+from spt_jax.experiment.config_files import load_config_file
 from spt_jax.studies.settings import Range, flag_words, parse_field, settings
 from tests.jobs import ROOT
 

@@ -1,0 +1,67 @@
+"""Config files: Python files with a function `get_config`."""
+
+import dataclasses
+import difflib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from spt_jax.errors import ConfigError, did_you_mean
+from spt_jax.experiment.config import ExperimentConfig
+from spt_jax.prompts import METHODS, Method
+
+
+def load_config_file(path: Path) -> ExperimentConfig[Any]:
+    """Returns the result of a config file's `get_config()`.
+
+    Raises:
+      ConfigError: there is no such file (the message suggests a similar name), it has no `get_config`, it imports what
+        does not exist, or it sets an unknown field.
+    """
+    if not path.is_file():
+        siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(str(path), siblings, n=1)
+        hint = (
+            f"did you mean {near[0]}?"
+            if near
+            else f"config files there: {', '.join(sorted(siblings)) or 'none in that folder'}"
+        )
+        raise ConfigError(f"no config file {path}; {hint}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except AttributeError as error:
+        raise ConfigError(f"{path}: {error}; a config file must define get_config() -> ExperimentConfig") from error
+    except ImportError as error:
+        moved = (error.name or "").startswith("spt_jax")
+        hint = "; modules have moved: config files import from spt_jax.config and spt_jax.prompts" if moved else ""
+        raise ConfigError(f"{path}: {error}{hint}") from error
+    except (TypeError, SyntaxError) as error:
+        raise ConfigError(f"{path}: {error}{_nearest_field(str(error))}") from error
+    if not isinstance(config, ExperimentConfig):
+        raise ConfigError(f"{path}: get_config() returned {type(config).__name__}, not an ExperimentConfig")
+    return config
+
+
+def variant(path: Path, method: Method) -> Callable[[], ExperimentConfig[Any]]:
+    """Returns the `get_config` of a config file that is another one with a different method.
+
+    Args:
+      path: the other config file.
+      method: the method.
+    """
+    return lambda: dataclasses.replace(load_config_file(path), method=method)
+
+
+def _nearest_field(message: str) -> str:
+    """Returns a suggestion for the message "unexpected keyword argument 'stepz'": the most similar config field."""
+    if "unexpected keyword argument" not in message:
+        return ""
+    parts = [ExperimentConfig, *ExperimentConfig.__annotations__.values(), *METHODS.values()]
+    fields = {f.name for part in parts if dataclasses.is_dataclass(part) for f in dataclasses.fields(part)}
+    return "; " + did_you_mean(message.rsplit("'", 2)[1], fields)
