@@ -36,7 +36,7 @@ from spt_jax.runtime import measure, processes
 from spt_jax.runtime.files import write_json, write_text
 from spt_jax.training.logs import MetricsLog, NoLog, read_metrics
 from spt_jax.training.loop import Best
-from spt_jax.training.optimizers import make_optimizer, resolve_optimizer
+from spt_jax.training.optimizers import make_optimizer
 from spt_jax.training.single import Outcome, TrainingData, fit
 from spt_jax.training.step import init_state, make_train_step
 
@@ -65,9 +65,6 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
         check_workdir(workdir, **mode, reads=reads)
     experiment = load_experiment(resolve(command.config))
     config, base = experiment.config, experiment.base
-    config = dataclasses.replace(
-        config, optimizer=resolve_optimizer(config.optimizer, base.config.family, config.method.recipe)
-    )
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     examples, plan = experiment.training_set()
     print(describe_base(base))

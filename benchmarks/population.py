@@ -38,7 +38,6 @@ def train(numbers: Sequence[int], steps: int, halved: bool, validated: bool, wor
     from spt_jax.experiment.run import evaluation_sets, load_experiment
     from spt_jax.training.halving import Halving, fit_population
     from spt_jax.training.logs import NoLog
-    from spt_jax.training.optimizers import resolve_optimizer
     from spt_jax.training.population import Member
 
     data = SHARED / "data" / "trec"
@@ -58,7 +57,6 @@ def train(numbers: Sequence[int], steps: int, halved: bool, validated: bool, wor
     experiment = load_experiment(resolve(command.config))
     config, base = experiment.config, experiment.base
     examples, plan = experiment.training_set()
-    optimizer = resolve_optimizer(config.optimizer, base.config.family, config.method.recipe)
     members = [Member(config.method, examples, plan, n, RATES[n % len(RATES)]) for n in numbers]
     asked = evaluation_sets(experiment)["validation"].soft if validated else None
     losses: dict[str, list[float]] = {}
@@ -76,7 +74,7 @@ def train(numbers: Sequence[int], steps: int, halved: bool, validated: bool, wor
     standings = fit_population(
         base,
         members,
-        optimizer,
+        config.optimizer,
         experiment.objective(plan),
         config.train,
         workdir=workdir,

@@ -15,7 +15,6 @@ from spt_jax.reports.plots import plot_range_test
 from spt_jax.runtime import measure
 from spt_jax.runtime.files import write_json
 from spt_jax.training.clock import progress_bar
-from spt_jax.training.optimizers import resolve_optimizer
 from spt_jax.training.population import Member
 from spt_jax.training.rate_finder import range_test
 
@@ -54,12 +53,11 @@ def main(argv: Sequence[str]) -> None:
     experiment, _ = experiment.fitted(plan)
     config, base = experiment.config, experiment.base
     print(describe_base(base))
-    optimizer = resolve_optimizer(config.optimizer, base.config.family, config.method.recipe)
     with held(workdir), progress_bar(command.rates, 0) as bar:
         found = range_test(
             base,
             Member(config.method, examples, plan, config.train.seed, 0.0, config.loss.class_weights or None),
-            optimizer,
+            config.optimizer,
             experiment.objective(plan),
             batch_size=config.train.batch_size,
             low=command.low,
@@ -80,6 +78,7 @@ def main(argv: Sequence[str]) -> None:
             },
         )
         plot_range_test(workdir / "rates.png", found.rates, found.losses, found.smoothed, found.suggested)
+    optimizer = experiment.config.optimizer
     now = f"{optimizer.name} has {optimizer.learning_rate} in this config"
     print(f"suggested: --optimizer.learning-rate {found.suggested:.2g}; {now}")
     print(f"{workdir}: rates.json, rates.png")

@@ -23,6 +23,7 @@ from spt_jax.prompts.storage import save_prompt
 from spt_jax.runtime import measure, processes
 from spt_jax.runtime.sharding import make_mesh, row_shards
 from spt_jax.training.cost import StepMemory, choose_remat, plan_shape, step_memory
+from spt_jax.training.optimizers import resolve_optimizer
 from spt_jax.training.step import Objective
 
 Records = Sequence[Mapping[str, Any]]
@@ -40,7 +41,7 @@ def _located(source: str | None) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A resolved config with its base loaded and its records read."""
+    """A config in which every field is resolved, with its base loaded and its records read."""
 
     config: ExperimentConfig[Any]
     base: FrozenBase
@@ -234,6 +235,8 @@ def load_experiment(config: ExperimentConfig[Any], base: FrozenBase | None = Non
     taken = config.method.token_count + config.method.prefix_length
     if taken >= (data.max_length or positions):
         raise ConfigError(f"{taken} virtual tokens leave no room in {data.max_length or positions} positions")
+    optimizer = resolve_optimizer(config.optimizer, base.config.family, config.method.recipe)
+    config = dataclasses.replace(config, optimizer=optimizer)
     return Experiment(config, base, template, train, validation, test)
 
 

@@ -14,7 +14,7 @@ from spt_jax.errors import ConfigError
 from spt_jax.prompts import PromptParams
 from spt_jax.training.config import TrainConfig
 from spt_jax.training.logs import MetricsLog, NoLog
-from spt_jax.training.loop import Events, Race, Standing, run
+from spt_jax.training.loop import Events, GroupMetrics, Race, Standing, run
 from spt_jax.training.optimizers import OptimizerConfig
 from spt_jax.training.population import (
     Member,
@@ -26,7 +26,7 @@ from spt_jax.training.population import (
     own_params,
     stack_batches,
 )
-from spt_jax.training.step import Metrics, Objective, TrainState
+from spt_jax.training.step import Objective, TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ def fit_population(
 
     def advance(
         numbers: Sequence[int], states: Sequence[TrainState], batches: Sequence[Batch]
-    ) -> tuple[Sequence[TrainState], Metrics]:
+    ) -> tuple[Sequence[TrainState], GroupMetrics]:
         rates = np.asarray([members[number].learning_rate for number in numbers], np.float32)
         return step(states, rates, place_batch(stack_batches(batches), base.mesh, stacked=True))
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import Batch
@@ -24,7 +25,7 @@ from spt_jax.training.config import TrainConfig
 from spt_jax.training.cost import step_flops, step_shape
 from spt_jax.training.logs import MetricsLog
 from spt_jax.training.overflow import explain
-from spt_jax.training.step import Metrics, TrainState
+from spt_jax.training.step import TrainState
 
 
 class Stopped(Exception):  # noqa: N818 (not an error: the stop was requested)
@@ -86,8 +87,10 @@ class Batches(Protocol):
     def set_state(self, state: Any) -> None: ...
 
 
-# Takes a step of some members, given their numbers, states and batches, and returns their states and metrics [G].
-Advance = Callable[[Sequence[int], Sequence[TrainState], Sequence[Batch]], tuple[Sequence[TrainState], Metrics]]
+# The metrics of G members, or of one.
+GroupMetrics = Mapping[str, Float[Array, "*G"]]
+# Takes a step of some members, given their numbers, states and batches, and returns their states and metrics.
+Advance = Callable[[Sequence[int], Sequence[TrainState], Sequence[Batch]], tuple[Sequence[TrainState], GroupMetrics]]
 
 
 class Events:
@@ -181,7 +184,7 @@ def run(race: Race, *, resume: bool = False, resume_from: int | None = None) -> 
         stack.callback(clock.close)
         trace = stack.enter_context(contextlib.closing(measure.Profile(race.workdir / "profile", race.profile)))
         first = done
-        pending: list[tuple[int, list[tuple[list[int], Metrics]], np.ndarray]] = []  # the last dispatched step
+        pending: list[tuple[int, list[tuple[list[int], GroupMetrics]], np.ndarray]] = []  # the last dispatched step
 
         def settle() -> None:
             """Waits for the last step and reads its metrics."""
@@ -205,7 +208,7 @@ def run(race: Race, *, resume: bool = False, resume_from: int | None = None) -> 
             events.trained(log, step, values)
             clock.show([own["loss"] for own in values.values()])
 
-        def save() -> None:
+        def save() -> Speed:
             spent = clock.speed
             with clock.pause():
                 log.sync()
@@ -213,6 +216,7 @@ def run(race: Race, *, resume: bool = False, resume_from: int | None = None) -> 
                 metadata = {**race.metadata, "standings": details, "speed": dataclasses.asdict(spent)}
                 data_states = [stream.get_state() for stream in race.batches]
                 checkpoints.save(_stacked(done, states, standings), data_states, metadata)
+            return spent
 
         if done == 0:
             save()
@@ -245,11 +249,10 @@ def run(race: Race, *, resume: bool = False, resume_from: int | None = None) -> 
                 standings = _halved(standings, race.keep, done)
             if done % config.checkpoint_every == 0 or last or stop is not None or not _racing(standings):  # type: ignore[operator]
                 settle()
-                save()
+                speed = save()
             if stop is not None:
                 checkpoints.wait()
                 raise Stopped(stop, done)
-        speed = clock.speed
         if race.validate is None:
             standings = [
                 own if own.ended else dataclasses.replace(own, best=Best(to_host(state.params), done))

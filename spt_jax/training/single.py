@@ -16,8 +16,8 @@ from spt_jax.prompts import Method, PromptParams
 from spt_jax.training.clock import Rates
 from spt_jax.training.config import TrainConfig
 from spt_jax.training.logs import MetricsLog
-from spt_jax.training.loop import Best, Events, Race, run
-from spt_jax.training.step import Metrics, Objective, TrainState, init_state, make_train_step
+from spt_jax.training.loop import Best, Events, GroupMetrics, Race, run
+from spt_jax.training.step import Objective, TrainState, init_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ def fit(
 
     def advance(
         numbers: Sequence[int], states: Sequence[TrainState], batches: Sequence[Batch]
-    ) -> tuple[Sequence[TrainState], Metrics]:
+    ) -> tuple[Sequence[TrainState], GroupMetrics]:
         new, metrics = step(states[0], place_batch(batches[0], base.mesh))
         return [new], metrics
 
