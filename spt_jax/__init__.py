@@ -52,9 +52,16 @@ from spt_jax.serving.engine import Engine
 from spt_jax.serving.requests import Request
 from spt_jax.training.config import TrainConfig
 from spt_jax.training.halving import Halving, Standing, fit_population
+from spt_jax.training.objectives import (
+    CrossEntropy,
+    Objective,
+    SpanCrossEntropy,
+    VerbalizerCrossEntropy,
+    prepare_examples,
+)
 from spt_jax.training.optimizers import OptimizerConfig, make_optimizer, resolve_optimizer
 from spt_jax.training.population import Member, make_population_step, population_step
-from spt_jax.training.step import Objective, TrainState, init_state, loss_and_gradient, make_train_step, train_step
+from spt_jax.training.step import TrainState, init_state, loss_and_gradient, make_train_step, train_step
 
 __version__ = "0.1.0"
 
@@ -63,6 +70,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "ContextPromptTuning",
+    "CrossEntropy",
     "DataError",
     "DecomposedPromptTuning",
     "DeepPrompts",
@@ -89,12 +97,14 @@ __all__ = [
     "Rows",
     "SamplingConfig",
     "SavedPrompt",
+    "SpanCrossEntropy",
     "SptError",
     "Standing",
     "Template",
     "TrainConfig",
     "TrainState",
     "TrainingError",
+    "VerbalizerCrossEntropy",
     "VirtualPrompt",
     "encode_prefix",
     "evaluate",
@@ -117,6 +127,7 @@ __all__ = [
     "place_batch",
     "plan_batches",
     "population_step",
+    "prepare_examples",
     "read_records",
     "resolve_optimizer",
     "save_prompt",

@@ -1,4 +1,4 @@
-"""The code in docs/extending.md adds a family and a method, which then work like all others."""
+"""The code in docs/extending.md adds a family, a method and an objective, which then work like all others."""
 
 import dataclasses
 import re
@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import transformers
 
@@ -13,7 +14,9 @@ import spt_jax
 from spt_jax.bases.families import FAMILIES
 from spt_jax.inference.forward import output_logits
 from spt_jax.prompts import METHODS
-from spt_jax.testing import write_tiny_checkpoint
+from spt_jax.testing import tiny_base, write_tiny_checkpoint
+from spt_jax.training.config import LossConfig
+from spt_jax.training.objectives import OBJECTIVES
 from tests.jobs import ROOT
 
 RECORDS = [{"text": text, "label": label} for text, label in (("yes", "H"), ("no", "L"), ("maybe so", "N"))]
@@ -24,11 +27,11 @@ def page():
     """The names that the page defines. What it registers is removed again."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
     names = {"__name__": "page"}
-    families, methods = dict(FAMILIES), dict(METHODS)
+    registries = [(registry, dict(registry)) for registry in (FAMILIES, METHODS, OBJECTIVES)]
     for block in blocks:
         exec(block, names)
     yield names
-    for registry, before in ((FAMILIES, families), (METHODS, methods)):
+    for registry, before in registries:
         registry.clear()
         registry.update(before)
     transformers.CONFIG_MAPPING._extra_content.pop("smooth_llama")
@@ -70,3 +73,34 @@ def test_the_method_trains_and_its_prompt_is_saved_and_answers(page, tmp_path):
     saved = spt_jax.load_prompt(tmp_path / "prompt", base)
     assert saved.method == method
     np.testing.assert_array_equal(saved.virtual.tokens, virtual.tokens)
+
+
+def test_the_objective_is_its_formula_in_every_layout_and_trains(page):
+    base, method, objective = tiny_base(), spt_jax.PromptTuning(length=4), page["FocalCrossEntropy"](gamma=1.5)
+    assert LossConfig(over="focal").objective(1) == page["FocalCrossEntropy"]()
+    template = spt_jax.Template(prompt="<soft>{text}", target="{label}", virtual_tokens=4)
+    encoder = spt_jax.Encoder(template, base.tokenizer, base.config.vocab_size, 64)
+    records = [{"text": record["text"], "label": record["label"] * (1 + i)} for i, record in enumerate(RECORDS)]
+    plain = encoder.encode_all(records)
+    examples = spt_jax.prepare_examples(objective, base, plain)
+    optimizer = optax.sgd(0.5)
+    losses = {}
+    for packing in (True, False):
+        plan = spt_jax.plan_batches(examples, lead=4, batch_size=3, packing=packing, multiple=3)
+        batch = spt_jax.place_batch(spt_jax.pack(examples, plan), base.mesh)
+        state = spt_jax.init_state(jax.random.key(0), base, method, optimizer)
+        virtual = method.materialize(state.params, base.model)
+        step = spt_jax.make_train_step(base, method, optimizer, objective, microbatches=3)
+        for _ in range(8):
+            state, metrics = step(state, batch)
+            losses.setdefault(packing, []).append(float(metrics["loss"]))
+    np.testing.assert_allclose(losses[True], losses[False], rtol=1e-4)
+    assert losses[True][-1] < 0.9 * losses[True][0]
+    alone = []
+    for example in plain:
+        plan = spt_jax.plan_batches([example], lead=0, batch_size=1, packing=False)
+        rows = spt_jax.place_batch(spt_jax.pack([example], plan), base.mesh).rows
+        logits = output_logits(base.model, virtual, None, rows)[0]
+        chosen = jax.nn.log_softmax(logits)[rows.target_outputs[0], rows.target_ids[0]][rows.target_weights[0] > 0]
+        alone.append(float(jnp.mean(-((1 - jnp.exp(chosen)) ** 1.5) * chosen)))
+    np.testing.assert_allclose(losses[True][0], np.mean(alone), rtol=1e-5)

@@ -11,8 +11,7 @@ from spt_jax.options import Line, Lines, Pairs
 from spt_jax.prompts import Method, MultitaskPromptTuning
 from spt_jax.prompts.initializers import Initializer
 from spt_jax.runtime.sharding import MeshConfig
-from spt_jax.training.config import LogConfig, TrainConfig
-from spt_jax.training.losses import LossConfig
+from spt_jax.training.config import LogConfig, LossConfig, TrainConfig
 from spt_jax.training.optimizers import OptimizerConfig
 
 AnyMethod = TypeVar("AnyMethod", bound=Method)
@@ -144,8 +143,8 @@ def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
             raise ConfigError(f"method.classes is {method.classes}, but there are {len(data.verbalizers)} verbalizers")
     elif loss.over is None:
         loss = dataclasses.replace(loss, over="verbalizers" if data.verbalizers else "vocabulary")
-    if loss.over == "verbalizers" and len(data.verbalizers) < 2:
-        raise ConfigError("loss.over=verbalizers needs data.verbalizers with at least 2 classes")
+    if loss.uses_choices and len(data.verbalizers) < 2:
+        raise ConfigError(f"loss.over={loss.over} needs data.verbalizers with at least 2 classes")
     if loss.class_weights and len(loss.class_weights) != len(data.verbalizers):
         raise ConfigError(
             f"loss.class_weights has {len(loss.class_weights)} numbers for {len(data.verbalizers)} classes"

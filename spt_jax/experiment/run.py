@@ -23,7 +23,7 @@ from spt_jax.prompts.storage import save_prompt
 from spt_jax.runtime import measure, processes
 from spt_jax.runtime.sharding import make_mesh, row_shards
 from spt_jax.training.cost import StepMemory, choose_remat, plan_shape, step_memory
-from spt_jax.training.step import Objective
+from spt_jax.training.objectives import Objective
 
 Records = Sequence[Mapping[str, Any]]
 MAX_REPEATS = 100  # of a record in one batch; more is surely a mistake in the batch size
@@ -102,7 +102,7 @@ class Experiment:
         encoder = self.encoder(self.template)
         with _located(config.data.train):
             examples = encoder.encode_all(self.train)
-        if config.loss.over == "vocabulary":
+        if not config.loss.uses_choices:
             examples = [example.as_target() for example in examples]
         plan = plan_batches(
             examples,
@@ -112,9 +112,9 @@ class Experiment:
             **options,
             max_length=self.base.config.max_positions,
         )
-        virtual = {self.base.config.vocab_size + number for number, _, _ in config.method.context_targets}
-        if not virtual <= set(plan.lead_ids.flat):
-            raise ConfigError("a context with labels must come first in data.prompt: put <soft> before any field")
+        auxiliary = config.method.auxiliary()
+        if auxiliary is not None:
+            auxiliary.check(plan.lead_ids, self.base.config.vocab_size)
         return examples, plan
 
     def virtual(self, params: PromptParams) -> VirtualPrompt:
@@ -171,14 +171,8 @@ class Experiment:
         )
 
     def objective(self, plan: BatchPlan) -> Objective:
-        """Returns the static settings of the loss."""
-        loss = self.config.loss
-        return Objective(
-            over=loss.over or "vocabulary",
-            choices=plan.choices,
-            label_smoothing=loss.label_smoothing,
-            microbatches=self.config.train.microbatches,
-        )
+        """Returns the objective for batches of these shapes."""
+        return self.config.loss.objective(plan.choices)
 
 
 def load_experiment(config: ExperimentConfig[Any], base: FrozenBase | None = None) -> Experiment:

@@ -21,6 +21,7 @@ from spt_jax.training.checkpoints import Checkpoints
 from spt_jax.training.config import TrainConfig
 from spt_jax.training.logs import MetricsLog, NoLog
 from spt_jax.training.loop import Best, Stopped, graceful_stop, progress_bar
+from spt_jax.training.objectives import Objective, prepare_examples
 from spt_jax.training.optimizers import OptimizerConfig
 from spt_jax.training.overflow import explain
 from spt_jax.training.population import (
@@ -33,7 +34,7 @@ from spt_jax.training.population import (
     own_params,
     stack_batches,
 )
-from spt_jax.training.step import Objective, TrainState
+from spt_jax.training.step import TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,9 +125,15 @@ def fit_population(
     rungs = [] if halving is None else halving.steps(config.steps)
     states = init_members(base, members, optimizer, config.steps)
     plans = aligned_plans(members)
+    sources = {id(member.examples): member.examples for member in members}  # members may share their examples
+    examples = {key: prepare_examples(objective, base, source) for key, source in sources.items()}
     streams = [
         training_batches(
-            member.examples, plan, batch_size=config.batch_size, seed=member.seed, class_weights=member.class_weights
+            examples[id(member.examples)],
+            plan,
+            batch_size=config.batch_size,
+            seed=member.seed,
+            class_weights=member.class_weights,
         )
         for member, plan in zip(members, plans, strict=True)
     ]
@@ -146,7 +153,7 @@ def fit_population(
         checkpoints.remove_cut_off_saves()
         metrics_log = stack.enter_context(contextlib.closing(NoLog() if log is None else log(done)))
         bar = stack.enter_context(progress_bar(config.steps, done))
-        step = make_population_step(base, method, optimizer, config.steps, objective)
+        step = make_population_step(base, method, optimizer, config.steps, objective, config.microbatches)
         pending: list[tuple[list[int], Any]] = []
 
         def settle() -> None:

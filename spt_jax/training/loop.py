@@ -26,8 +26,9 @@ from spt_jax.training.checkpoints import Checkpoints, DamagedError
 from spt_jax.training.config import TrainConfig
 from spt_jax.training.cost import step_flops, step_shape
 from spt_jax.training.logs import MetricsLog
+from spt_jax.training.objectives import Objective, prepare_examples
 from spt_jax.training.overflow import explain
-from spt_jax.training.step import Objective, TrainState, init_state, make_train_step
+from spt_jax.training.step import TrainState, init_state, make_train_step
 
 
 class Stopped(Exception):  # noqa: N818 (not an error: the stop was requested)
@@ -194,8 +195,9 @@ def fit(
       Stopped: after SIGTERM or SIGINT, with the state saved.
     """
     state = init_state(jax.random.key(config.seed), base, method, optimizer)
+    examples = prepare_examples(objective, base, data.examples)
     stream = training_batches(
-        data.examples, data.plan, batch_size=config.batch_size, seed=config.seed, class_weights=data.class_weights
+        examples, data.plan, batch_size=config.batch_size, seed=config.seed, class_weights=data.class_weights
     )
     best = Best(_to_host(state.params))
     with contextlib.ExitStack() as stack:
@@ -225,7 +227,7 @@ def fit(
                 checkpoints.save(state, stream.get_state(), saved, metric=score)
             return speed
 
-        step = make_train_step(base, method, optimizer, objective)
+        step = make_train_step(base, method, optimizer, objective, config.microbatches)
         if first == 0:
             save(state, best)
         done = first

@@ -200,7 +200,9 @@ def test_a_context_in_words():
     assert method.kinds == tuple(kind for kind, piece in zip(kinds, ids, strict=True) for _ in piece)
     assert method.length == method.token_count == len(method.ids)
     labels = {i: 0.5 ** (2 if kind == 4 else 1) for i, kind in enumerate(method.kinds) if kind in (4, 8)}
-    assert method.context_targets == tuple((i, method.ids[i], weight) for i, weight in labels.items())
+    found = method.auxiliary()
+    assert dict(zip(found.numbers, found.weights, strict=True)) == labels
+    assert found.ids == tuple(method.ids[i] for i in labels)
     rows = method.init_params(jax.random.key(0), base)["start"]
     np.testing.assert_array_equal(rows, np.asarray(base.params["embedding"])[list(method.ids)])
     assert method.bind(base.tokenizer) is method
