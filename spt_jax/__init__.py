@@ -50,6 +50,7 @@ from spt_jax.runtime.sharding import MeshConfig, make_mesh
 from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.engine import Engine
 from spt_jax.serving.requests import Request
+from spt_jax.tasks import TASKS, Task
 from spt_jax.training.config import TrainConfig
 from spt_jax.training.halving import Halving, Standing, fit_population
 from spt_jax.training.objectives import (
@@ -66,6 +67,7 @@ from spt_jax.training.step import TrainState, init_state, loss_and_gradient, mak
 __version__ = "0.1.0"
 
 __all__ = [
+    "TASKS",
     "Batch",
     "CheckpointError",
     "ConfigError",
@@ -100,6 +102,7 @@ __all__ = [
     "SpanCrossEntropy",
     "SptError",
     "Standing",
+    "Task",
     "Template",
     "TrainConfig",
     "TrainState",

@@ -1,4 +1,4 @@
-"""The code in docs/extending.md adds a family, a method and an objective, which then work like all others."""
+"""The code in docs/extending.md adds a family, a method, an objective and a task, which then work like all others."""
 
 import dataclasses
 import re
@@ -12,8 +12,13 @@ import transformers
 
 import spt_jax
 from spt_jax.bases.families import FAMILIES
+from spt_jax.config import BaseConfig, DataConfig, ExperimentConfig
+from spt_jax.data.templates import CHECKS
+from spt_jax.experiment.config import make_template, resolve
 from spt_jax.inference.forward import output_logits
 from spt_jax.prompts import METHODS
+from spt_jax.serving.classify import Classifier
+from spt_jax.tasks import TASKS
 from spt_jax.testing import tiny_base, write_tiny_checkpoint
 from spt_jax.training.config import LossConfig
 from spt_jax.training.objectives import OBJECTIVES
@@ -27,7 +32,7 @@ def page():
     """The names that the page defines. What it registers is removed again."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
     names = {"__name__": "page"}
-    registries = [(registry, dict(registry)) for registry in (FAMILIES, METHODS, OBJECTIVES)]
+    registries = [(registry, dict(registry)) for registry in (FAMILIES, METHODS, OBJECTIVES, TASKS, CHECKS)]
     for block in blocks:
         exec(block, names)
     yield names
@@ -104,3 +109,35 @@ def test_the_objective_is_its_formula_in_every_layout_and_trains(page):
         chosen = jax.nn.log_softmax(logits)[rows.target_outputs[0], rows.target_ids[0]][rows.target_weights[0] > 0]
         alone.append(float(jnp.mean(-((1 - jnp.exp(chosen)) ** 1.5) * chosen)))
     np.testing.assert_allclose(losses[True][0], np.mean(alone), rtol=1e-5)
+
+
+def test_the_task_trains_and_is_evaluated_saved_and_served(page, tmp_path):
+    base = tiny_base()
+    data = DataConfig(train="", prompt="{text}", target="{stars}", verbalizers={"1": "H", "2": "L", "5": "N"})
+    config = resolve(ExperimentConfig(base=BaseConfig(path=""), data=data, method=spt_jax.DeepPrompts(head="rating")))
+    assert (config.loss.over, config.method.classes) == ("vocabulary", 3)
+    method, template = config.method, make_template(config)
+    encoder = spt_jax.Encoder(template, base.tokenizer, base.config.vocab_size, 64)
+    records = [{"text": record["text"], "stars": stars} for record, stars in zip(RECORDS, "125", strict=True)]
+    data = spt_jax.make_evaluation_set(base, encoder, records)
+    optimizer = optax.adam(0.1)
+    state = spt_jax.init_state(jax.random.key(0), base, method, optimizer)
+    step = spt_jax.make_train_step(base, method, optimizer, config.loss.objective(data.plan.choices))
+    batch = spt_jax.place_batch(spt_jax.pack(data.examples, data.plan), base.mesh)
+    untrained = method.materialize(jax.tree.map(np.array, state.params), base.model)
+    metrics = spt_jax.evaluate(base, data, untrained).metrics
+    assert metrics["absolute_error"] == pytest.approx(5 / 3)  # all classes are equally likely, so 1 is predicted
+    for _ in range(30):
+        state, _ = step(state, batch)
+    virtual = method.materialize(state.params, base.model)
+    trained = spt_jax.evaluate(base, data, virtual)
+    assert trained.metrics["absolute_error"] == 0 and trained.metrics["loss"] < metrics["loss"] / 2
+    spt_jax.save_prompt(tmp_path / "prompt", base, method, virtual, template)
+    assert spt_jax.load_prompt(tmp_path / "prompt", base).template == template
+    bank = spt_jax.PromptBank(base)
+    bank.load("stars", tmp_path / "prompt")
+    classifier = Classifier(bank)
+    served = classifier.score(classifier.read("stars", [{"text": record["text"]} for record in records]))
+    for own, prediction in zip(served, trained.predictions, strict=True):
+        np.testing.assert_allclose(list(own.values()), prediction["log_probabilities"], atol=1e-4)
+        assert sum(np.exp(list(own.values()))) == pytest.approx(1, rel=1e-5)

@@ -10,8 +10,8 @@ from spt_jax.bases.base import FrozenBase, load_base, read_tokenizer
 from spt_jax.data.batches import BatchPlan, multiples, plan_batches
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.examples import Example, digest
-from spt_jax.data.reading import words_of
 from spt_jax.data.sources import check_fields, read_records
+from spt_jax.data.task import task_of
 from spt_jax.data.templates import Template
 from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError, DataError
@@ -232,21 +232,18 @@ def load_experiment(config: ExperimentConfig[Any], base: FrozenBase | None = Non
 
 
 def _with_names(config: ExperimentConfig[Any], train: Records) -> ExperimentConfig[Any]:
-    """Fills in names that the config takes from the training data: tasks, and the tags of a tagging head."""
+    """Fills in names that the config takes from the training data: tasks, and classes such as tags."""
     data, method = config.data, config.method
     if data.task is not None and not method.tasks:
         with _located(data.train):
             tasks = tuple(sorted({field_text(record, data.task, number) for number, record in enumerate(train)}))
         return dataclasses.replace(config, method=dataclasses.replace(method, tasks=tasks))
     template = make_template(config)
-    if template.head == "tagging" and not data.verbalizers:
-        label = template.label_field or ""
-        with _located(data.train):
-            where = ((record, f"record {number}: the field {label!r}") for number, record in enumerate(train, 1))
-            tags = sorted({tag for record, what in where for tag in words_of(record[label], what)})
-        data = dataclasses.replace(data, verbalizers={tag: tag for tag in tags})
-        return resolve(dataclasses.replace(config, data=data))
-    return config
+    with _located(data.train):
+        classes = task_of(template).classes(template, train)
+    if classes == data.verbalizers:
+        return config
+    return resolve(dataclasses.replace(config, data=dataclasses.replace(data, verbalizers=classes)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +253,7 @@ class EvaluationSets:
     Attributes:
       soft: for the soft prompt.
       hard: for each hand-written prompt, by its text.
-      bare: without a prompt; None for tagging and span heads.
+      bare: without a prompt; None if the base cannot do the task.
     """
 
     soft: EvaluationSet
@@ -295,8 +292,7 @@ def evaluation_sets(experiment: Experiment) -> dict[str, EvaluationSets]:
         split: EvaluationSets(
             soft=experiment.evaluation_set(records, template),
             hard={text: experiment.evaluation_set(records, template.bare(text)) for text in experiment.hard_prompts},
-            # Without a head, the model can neither tag words nor find spans.
-            bare=None if template.reads is not None else experiment.evaluation_set(records, template.bare()),
+            bare=experiment.evaluation_set(records, template.bare()) if task_of(template).bare else None,
         )
         for split, records in splits.items()
         if records is not None

@@ -49,6 +49,11 @@ class LossConfig:
         return self._objective.uses_choices
 
     @property
+    def needs_head(self) -> bool:
+        """Whether the loss is that of a task head."""
+        return self._objective.needs_head
+
+    @property
     def _objective(self) -> type[Objective]:
         return OBJECTIVES[self.over or "vocabulary"]
 

@@ -144,8 +144,9 @@ def _scaled_loss_and_gradient(
     scale: float | Float[Array, ""],
 ) -> tuple[Float[Array, ""], PromptParams, Float[Array, ""]]:
     """`loss_and_gradient`, with cotangents scaled by `scale` in the backward pass."""
-
     auxiliary = method.auxiliary()
+    if auxiliary is not None and not batch.lead_ids.shape[-1]:
+        raise ConfigError(f"{method.name} has a loss on the leading ids, and the batch has none: plan with a lead")
 
     def encode(virtual: VirtualPrompt) -> Any:
         prefix, hidden = encode_lead(
@@ -174,10 +175,6 @@ def _scaled_loss_and_gradient(
     ((total, weight), (of_prefix, of_virtual)), _ = jax.lax.scan(accumulate, zeros, parts)
     of_hidden = None
     if auxiliary is not None:
-        if lead_hidden is None:
-            raise ConfigError(
-                f"{method.name} has a loss on the leading ids, and the batch has none: plan with lead > 0"
-            )
 
         def lead_loss(hidden: Float[Array, "P D"]) -> tuple[Array, Array]:
             targets = auxiliary.targets(batch.lead_ids, model.layout.vocab_size)

@@ -24,9 +24,11 @@ class Objective:
 
     Attributes:
       uses_choices: whether examples keep all their choices; otherwise the correct choice is their only target.
+      needs_head: whether the loss needs the logits of a task head.
     """
 
     uses_choices: ClassVar[bool] = False
+    needs_head: ClassVar[bool] = False
 
     def prepare(self, base: FrozenBase, examples: Sequence[Example]) -> Sequence[PyTree] | None:
         """Returns what the loss needs to know about each example, such as reference scores; None if nothing.

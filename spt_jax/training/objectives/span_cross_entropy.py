@@ -1,6 +1,7 @@
 """Cross-entropy of an answer's start and end over the positions of a text."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ class SpanCrossEntropy(Objective):
 
     It is the loss of transformers' question-answering models, but only over the text that the head reads.
     """
+
+    needs_head: ClassVar[bool] = True
 
     def loss(self, scores: TargetScores, rows: Rows) -> Loss:
         """Returns the weighted sum of the examples' losses, and the sum of their weights."""
