@@ -36,6 +36,7 @@ from spt_jax.runtime import measure, processes
 from spt_jax.runtime.files import write_json, write_text
 from spt_jax.training.logs import MetricsLog, NoLog, read_metrics
 from spt_jax.training.loop import Best
+from spt_jax.training.objectives import prepare_examples
 from spt_jax.training.optimizers import make_optimizer
 from spt_jax.training.single import Outcome, TrainingData, fit
 from spt_jax.training.step import init_state, make_train_step
@@ -146,8 +147,10 @@ def dry_run(experiment: Experiment, examples: Any, plan: Any, optimizer: Any) ->
     base, config = experiment.base, experiment.config
     print(describe(examples, plan, config.train.batch_size, base.tokenizer, base.config.vocab_size))
     state = init_state(jax.random.key(config.train.seed), base, config.method, optimizer)
-    batch = place_batch(pack(examples[: config.train.batch_size], plan), base.mesh)
-    step = make_train_step(base, config.method, optimizer, experiment.objective(plan))
+    objective = experiment.objective(plan)
+    first = prepare_examples(objective, base, examples[: config.train.batch_size])
+    batch = place_batch(pack(first, plan), base.mesh)
+    step = make_train_step(base, config.method, optimizer, objective, config.train.microbatches)
     print(measure.planned_memory(step, state, batch, base.params))
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import common
 from spt_jax import Encoder, load_base, load_prompt, make_evaluation_set, read_records
 from spt_jax.evaluation.ensembles import evaluate_ensemble, score_together
-from spt_jax.evaluation.evaluate import classification, score
+from spt_jax.evaluation.evaluate import from_scores, score
 from spt_jax.prompts.storage import read_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,7 +78,7 @@ def main() -> None:
     def together() -> Any:
         return score_together(base, sets, prompts)
 
-    single = [classification(sets[0], scores).metrics["accuracy"] for scores in one_by_one()]
+    single = [from_scores(sets[0], list(scores)).metrics["accuracy"] for scores in one_by_one()]
     combined = {way: evaluate_ensemble(base, sets, prompts, way).metrics["accuracy"] for way in ("mean", "vote")}
     seconds = {"one_by_one": [], "together": []}
     for _ in range(args.repeats):

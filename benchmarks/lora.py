@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from spt_jax.bases.base import local_directory
 from spt_jax.data.examples import Example
 from spt_jax.errors import ConfigError
-from spt_jax.evaluation.evaluate import EvaluationSet, classification
+from spt_jax.evaluation.evaluate import EvaluationSet, from_scores
 from spt_jax.evaluation.predictions import predictions_jsonl
 from spt_jax.experiment.command_line import parse_train
 from spt_jax.experiment.config import resolve
@@ -109,7 +109,7 @@ def train(folder: Path, examples: Sequence[Example], validation: EvaluationSet, 
         schedule.step()
         seconds += time.perf_counter() - start_time
         if step % config.evaluate_every == 0 or step == config.steps:
-            now = classification(validation, scores(model, validation)).metrics
+            now = from_scores(validation, list(scores(model, validation))).metrics
             print(f"rate {rate}: step {step}, validation accuracy {now['accuracy']:.3f}", flush=True)
             if now["accuracy"] > metrics["accuracy"]:
                 best, metrics = copy.deepcopy(model), now
@@ -132,7 +132,7 @@ def main(argv: Sequence[str]) -> None:
     runs = [train(folder, examples, validation, config.train, rate) for rate in RATES]
     model, metrics, seconds = max(runs, key=lambda run: run[1]["accuracy"])
     start_time = time.perf_counter()
-    result = classification(test, scores(model, test))
+    result = from_scores(test, list(scores(model, test)))
     numbers = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     facts = Facts(
         trainable_parameters=numbers,

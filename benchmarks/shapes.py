@@ -17,7 +17,8 @@ from spt_jax.models.kernels import Kernel
 from spt_jax.prompts import Method, PrefixTuning, PromptTuning
 from spt_jax.runtime.sharding import make_mesh, replicated, row_sharding, sharded_shapes
 from spt_jax.training.cost import StepShape
-from spt_jax.training.step import Objective, TrainState, train_step
+from spt_jax.training.objectives import CrossEntropy
+from spt_jax.training.step import TrainState, train_step
 
 Shape = jax.ShapeDtypeStruct
 
@@ -69,11 +70,11 @@ def lower_step(
     state = jax.tree.map(lambda leaf: Shape(leaf.shape, leaf.dtype, sharding=replicated(mesh)), state)
     step = jax.jit(
         train_step,
-        static_argnames=("method", "objective", "optimizer"),
+        static_argnames=("method", "objective", "optimizer", "microbatches"),
         donate_argnames="state",
         out_shardings=replicated(mesh),
         compiler_options=compiler_options,
     )
     params, batch = sharded_shapes(mesh, parameter_shapes(config), dtype), batch_shapes(shape, mesh)
     model = DecoderModel(params, Decoder(config, remat=remat, mesh=mesh, attention=attention))
-    return step.lower(method, Objective(microbatches=microbatches), optimizer, model, state, batch)
+    return step.lower(method, CrossEntropy(), optimizer, model, state, batch, microbatches)

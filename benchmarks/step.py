@@ -35,7 +35,7 @@ from spt_jax.inference import forward
 from spt_jax.models import vocabulary
 from spt_jax.models.decoder import Remat
 from spt_jax.prompts import PromptTuning
-from spt_jax.training.step import Objective, init_state, make_train_step
+from spt_jax.training.step import init_state, make_train_step
 
 PACKAGES = ("spt_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -123,7 +123,7 @@ def measure(
     )
     base = dataclasses.replace(base, model=base.model.with_options(remat=variant.remat))
     method, optimizer = PromptTuning(length=length), optax.adam(0.03)
-    step = make_train_step(base, method, optimizer, Objective(microbatches=variant.microbatches))
+    step = make_train_step(base, method, optimizer, microbatches=variant.microbatches)
     batches = []
     for start in range(0, steps * batch_size, batch_size):
         batch = pack(examples[start : start + batch_size], plan)

@@ -50,20 +50,30 @@ from spt_jax.runtime.sharding import MeshConfig, make_mesh
 from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.engine import Engine
 from spt_jax.serving.requests import Request
+from spt_jax.tasks import TASKS, Task
 from spt_jax.training.config import TrainConfig
 from spt_jax.training.halving import Halving, fit_population
 from spt_jax.training.loop import Standing
+from spt_jax.training.objectives import (
+    CrossEntropy,
+    Objective,
+    SpanCrossEntropy,
+    VerbalizerCrossEntropy,
+    prepare_examples,
+)
 from spt_jax.training.optimizers import OptimizerConfig, make_optimizer, resolve_optimizer
 from spt_jax.training.population import Member, make_population_step, population_step
-from spt_jax.training.step import Objective, TrainState, init_state, loss_and_gradient, make_train_step, train_step
+from spt_jax.training.step import TrainState, init_state, loss_and_gradient, make_train_step, train_step
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "TASKS",
     "Batch",
     "CheckpointError",
     "ConfigError",
     "ContextPromptTuning",
+    "CrossEntropy",
     "DataError",
     "DecomposedPromptTuning",
     "DeepPrompts",
@@ -90,12 +100,15 @@ __all__ = [
     "Rows",
     "SamplingConfig",
     "SavedPrompt",
+    "SpanCrossEntropy",
     "SptError",
     "Standing",
+    "Task",
     "Template",
     "TrainConfig",
     "TrainState",
     "TrainingError",
+    "VerbalizerCrossEntropy",
     "VirtualPrompt",
     "encode_prefix",
     "evaluate",
@@ -118,6 +131,7 @@ __all__ = [
     "place_batch",
     "plan_batches",
     "population_step",
+    "prepare_examples",
     "read_records",
     "resolve_optimizer",
     "save_prompt",

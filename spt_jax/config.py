@@ -4,8 +4,7 @@ from spt_jax.evaluation.evaluate import EvaluationConfig
 from spt_jax.experiment.config import BaseConfig, DataConfig, ExperimentConfig
 from spt_jax.experiment.config_files import variant
 from spt_jax.runtime.sharding import MeshConfig
-from spt_jax.training.config import LogConfig, TrainConfig
-from spt_jax.training.losses import LossConfig
+from spt_jax.training.config import LogConfig, LossConfig, TrainConfig
 from spt_jax.training.optimizers import OptimizerConfig
 
 __all__ = [

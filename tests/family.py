@@ -10,7 +10,7 @@ from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import Batch, multiples, pack, place_batch, plan_batches
 from spt_jax.data.examples import Example
 from spt_jax.prompts import METHODS
-from spt_jax.training.step import Objective
+from spt_jax.training.objectives import CrossEntropy, Objective, VerbalizerCrossEntropy
 from tests.examples import HEAD, VIRTUAL, VOCAB, random_examples
 
 # Options beside the length, for methods that need some to be built or to have anything to show.
@@ -69,7 +69,7 @@ def examples_of(method: Any, base: FrozenBase) -> list[Example]:
 
 
 def objective_of(method: Any, base: FrozenBase) -> Objective:
-    return Objective() if has_head(method, base) else Objective(over="verbalizers", choices=3)
+    return CrossEntropy() if has_head(method, base) else VerbalizerCrossEntropy(choices=3)
 
 
 def batch_of(method: Any, base: FrozenBase, *, shared: bool, packing: bool, microbatches: int = 1) -> Batch:

@@ -20,6 +20,7 @@ ORDER = (
     "prompts",
     "inference",
     "evaluation",
+    "tasks",
     "training",
     "experiment",
     "config",

@@ -124,7 +124,7 @@ def test_a_context_of_solved_examples(folder, tmp_path, capsys):
     results = run(folder, tmp_path / "run", "--data.prompt", r"<soft>{text}\n", *data, *context)
     saved = read_prompt(tmp_path / "run" / "prompt")
     assert results["steps"] == 2 and saved.method.length == len(saved.method.ids) == len(saved.virtual.tokens)
-    assert len(saved.method.context_targets) == 2
+    assert len(saved.method.auxiliary().ids) == 2
     with pytest.raises(AssertionError):
         run(folder, tmp_path / "two", "--data.prompt", r"{text}<soft>\n", *data, *context)
     assert "must come first in data.prompt" in capsys.readouterr().err

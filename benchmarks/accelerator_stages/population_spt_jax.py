@@ -27,9 +27,10 @@ def run(task: Task, record: Record) -> None:
     from spt_jax.prompts import PromptTuning
     from spt_jax.runtime import measure
     from spt_jax.runtime.sharding import replicated
+    from spt_jax.training.objectives import CrossEntropy
     from spt_jax.training.optimizers import OptimizerConfig, make_optimizer, resolve_optimizer
     from spt_jax.training.population import make_population_step, stack_batches
-    from spt_jax.training.step import Objective, TrainState, make_train_step
+    from spt_jax.training.step import TrainState, make_train_step
 
     started, clock, of, options = time.perf_counter(), measure.compile_clock(), workload(task.tiny), task.options
     members = options["members"]
@@ -71,7 +72,7 @@ def run(task: Task, record: Record) -> None:
         record.update(one_step_seconds=seconds / steps, one_peak_bytes=measure.peak_memory_bytes())
     record.update(at="compilation")
     before = clock()
-    together = make_population_step(base, method, config, STEPS, Objective())
+    together = make_population_step(base, method, config, STEPS, CrossEntropy())
     rates = jnp.full(members, config.learning_rate, jnp.float32)
     _, metrics = together([fresh(member) for member in range(members)], rates, stacked[0])
     losses["member"] = float(metrics["loss"][0])

@@ -18,8 +18,8 @@ from spt_jax.prompts import PromptTuning
 from spt_jax.prompts.initializers import array
 from spt_jax.training.config import TrainConfig
 from spt_jax.training.logs import NoLog
+from spt_jax.training.objectives import CrossEntropy
 from spt_jax.training.single import TrainingData, fit
-from spt_jax.training.step import Objective
 
 STEPS, CHECKPOINT_EVERY, KILL_AT = 8, 2, 5
 
@@ -56,7 +56,7 @@ def train(workdir: Path, *, kill_at: int | None = None, resume: bool = False) ->
         base,
         method,
         optax.adam(0.01),
-        Objective(),
+        CrossEntropy(),
         TrainingData(items, plan),
         TrainConfig(steps=STEPS, batch_size=6, checkpoint_every=CHECKPOINT_EVERY).resolved(),
         workdir=workdir,

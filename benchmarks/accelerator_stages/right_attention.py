@@ -22,7 +22,7 @@ from benchmarks.accelerator_stages.right_models import (
 from spt_jax.models.attention import Source, Stream, attend, visible, within_window
 from spt_jax.prompts import PromptTuning
 from spt_jax.runtime.sharding import make_mesh
-from spt_jax.training.step import Objective
+from spt_jax.training.objectives import CrossEntropy
 from tests.examples import VIRTUAL
 from tests.family import moved_params
 
@@ -118,5 +118,5 @@ def model(kernel: Any = None) -> Mapping[str, float]:
     with on_device(cpu()):
         params = jax.tree.map(np.asarray, moved_params(method, reference))
     base = moved_base(reference, accelerator(), dtype="bfloat16", attention=kernel)
-    ours, theirs = (figures(one, method, Objective(), params, prompt_batch(one, True)) for one in (base, reference))
+    ours, theirs = (figures(one, method, CrossEntropy(), params, prompt_batch(one, True)) for one in (base, reference))
     return differences(ours, theirs)

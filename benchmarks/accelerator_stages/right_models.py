@@ -20,7 +20,8 @@ from spt_jax.models.model import Model
 from spt_jax.prompts import PromptTuning
 from spt_jax.runtime.sharding import make_mesh, replicated
 from spt_jax.testing import tiny_base
-from spt_jax.training.step import Objective, loss_and_gradient
+from spt_jax.training.objectives import CrossEntropy, Objective
+from spt_jax.training.step import loss_and_gradient
 from tests.examples import HEAD, QUICK_COMPILE, VIRTUAL, random_examples
 from tests.family import batch_of, method_of, moved_params, objective_of
 
@@ -159,13 +160,15 @@ def prompt_params(family: str) -> Any:
 @once
 def family_reference(family: str, packing: bool) -> Any:
     base = reference_base(family)
-    return figures(base, PromptTuning(length=VIRTUAL), Objective(), prompt_params(family), prompt_batch(base, packing))
+    return figures(
+        base, PromptTuning(length=VIRTUAL), CrossEntropy(), prompt_params(family), prompt_batch(base, packing)
+    )
 
 
 def family(name: str, dtype: str, packing: bool) -> Mapping[str, float]:
     """Checks prompt tuning of one family, in rows of several examples or of one."""
     base = moved_base(reference_base(name), accelerator(), dtype=dtype)
-    ours = figures(base, PromptTuning(length=VIRTUAL), Objective(), prompt_params(name), prompt_batch(base, packing))
+    ours = figures(base, PromptTuning(length=VIRTUAL), CrossEntropy(), prompt_params(name), prompt_batch(base, packing))
     return differences(ours, family_reference(name, packing))
 
 
@@ -185,6 +188,6 @@ def int8(name: str) -> Mapping[str, float]:
     reference = reference_base(name, quantize="int8")
     base, own = moved_base(reference, accelerator()), PromptTuning(length=VIRTUAL)
     ours, theirs = (
-        figures(one, own, Objective(), prompt_params(name), prompt_batch(one, True)) for one in (base, reference)
+        figures(one, own, CrossEntropy(), prompt_params(name), prompt_batch(one, True)) for one in (base, reference)
     )
     return differences(ours, theirs)

@@ -30,9 +30,10 @@ from spt_jax.inference.generation import SamplingConfig
 from spt_jax.prompts import PrefixTuning, PromptTuning
 from spt_jax.prompts.storage import SavedPrompt
 from spt_jax.runtime.sharding import replicated
+from spt_jax.training.objectives import CrossEntropy
 from spt_jax.training.optimizers import OptimizerConfig, make_optimizer, resolve_optimizer
 from spt_jax.training.population import make_population_step, stack_batches
-from spt_jax.training.step import Objective, TrainState, make_train_step
+from spt_jax.training.step import TrainState, make_train_step
 from tests.examples import VIRTUAL, random_examples
 from tests.family import moved_params
 
@@ -103,7 +104,7 @@ def population() -> Mapping[str, float]:
             state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
             return jax.device_put(state, replicated(base.mesh))
 
-        together = make_population_step(base, method, config, steps, Objective())
+        together = make_population_step(base, method, config, steps, CrossEntropy())
         step = make_train_step(base, method, optimizer)
         states, singles = [fresh(member) for member in range(members)], [fresh(member) for member in range(members)]
         rates = jnp.full(members, config.learning_rate, jnp.float32)

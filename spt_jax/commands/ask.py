@@ -10,6 +10,7 @@ import tyro
 from spt_jax.commands.saved import Saved, encoder_for
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.sources import check_fields, read_records
+from spt_jax.data.task import task_of
 from spt_jax.data.templates import MESSAGES, Template
 from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError, did_you_mean
@@ -195,7 +196,7 @@ class Evaluate(Saved):
             sets = [asked(prompt.template, prompt.virtual) for prompt in prompts]
             together = evaluate_ensemble(base, sets, [prompt.virtual for prompt in prompts], self.combine)
             results[f"{self.combine} of {len(prompts)} prompts"] = together.metrics
-        if template.reads is None:
+        if task_of(template).bare:
             results["no_prompt"] = metrics(template.bare(), None)
         elif self.hard_prompt:
             raise ConfigError(f"--hard-prompt is not compatible with a {template.head} head")
@@ -222,5 +223,5 @@ class Evaluate(Saved):
             check_fields(asked, one.template.fields, self.data)
             sets.append(make_evaluation_set(base, encoder_for(one.template, base, one.virtual), asked, config))
         scores = score_together(base, sets, [one.virtual for one in saved])
-        results = [from_scores(asked, values).metrics for asked, values in zip(sets, scores, strict=True)]
+        results = [from_scores(asked, list(values)).metrics for asked, values in zip(sets, scores, strict=True)]
         self.report(dict(zip(by_prompt, results, strict=True)))

@@ -60,6 +60,7 @@ def main(argv: Sequence[str]) -> None:
             config.optimizer,
             experiment.objective(plan),
             batch_size=config.train.batch_size,
+            microbatches=config.train.microbatches,
             low=command.low,
             high=command.high,
             steps=command.rates,

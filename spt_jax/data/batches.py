@@ -14,9 +14,9 @@ import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
-from spt_jax.data.examples import Example
+from spt_jax.data.examples import Example, empty_extra
 from spt_jax.errors import DataError
 from spt_jax.models.attention import Stream
 from spt_jax.runtime.sharding import ROWS, replicated, row_sharding, row_shards
@@ -36,6 +36,7 @@ class Rows:
         which is an example's target or one of its choices, numbered example in row * choices + choice.
       labels, example_weights, examples: for each of a row's E examples, its correct choice, its weight (0 for padding)
         and its record number (-1 for padding).
+      extra: for each example, what `Objective.prepare` returned, in arrays [B, E, ...] padded with 0; or None.
     """
 
     ids: Int[Array, "B T"]
@@ -48,6 +49,7 @@ class Rows:
     labels: Int[Array, "B E"]
     example_weights: Float[Array, "B E"]
     examples: Int[Array, "B E"]
+    extra: PyTree[Shaped[Array, "B E ..."]] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -285,6 +287,7 @@ def pack(examples: Sequence[Example], plan: BatchPlan, class_weights: Sequence[f
         labels=zeros(plan.examples),
         example_weights=zeros(plan.examples, np.float32),
         examples=zeros(plan.examples) - 1,
+        extra=empty_extra(examples, count, plan.examples),
     )
     for row, members in enumerate(assigned):
         writer = _RowWriter(rows, row)
@@ -296,6 +299,8 @@ def pack(examples: Sequence[Example], plan: BatchPlan, class_weights: Sequence[f
             rows.labels[row, slot] = example.label
             rows.example_weights[row, slot] = weight
             rows.examples[row, slot] = example.index
+            for space, value in zip(jax.tree.leaves(rows.extra), jax.tree.leaves(example.extra), strict=True):
+                space[row, slot] = value
             if class_weights is not None and example.classes is not None:
                 weight = np.asarray(class_weights)[example.classes]
             writer.add(example, plan.lead(example), slot * plan.choices, weight)

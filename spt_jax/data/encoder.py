@@ -9,10 +9,11 @@ import numpy as np
 from spt_jax.data.chats import ChatTemplate, Turn, turns_of
 from spt_jax.data.examples import Example
 from spt_jax.data.pieces import PieceEncoder
-from spt_jax.data.reading import answer_text, span_reads, tag_reads, words_of
+from spt_jax.data.reading import Spans
+from spt_jax.data.task import task_of
 from spt_jax.data.templates import MESSAGES, Bos, Control, Cut, Field, Piece, Plain, Read, Template, Text, parse
 from spt_jax.data.tokenization import check_ids
-from spt_jax.data.values import field_of, field_text
+from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError, DataError, did_you_mean
 
 # Follows each solved example of a few-shot prompt, and so also ends a generated answer.
@@ -38,6 +39,7 @@ class Encoder:
         shots: Sequence[Mapping[str, Any]] = (),
     ):
         self.template = template
+        self._task = task_of(template)
         self.max_length = max_length
         self.shots = shots
         self._tokenizer = tokenizer
@@ -50,7 +52,7 @@ class Encoder:
             raise ConfigError("data.chat renders a prompt and a target as a chat, but {messages} already is one")
         if (template.chat or template.is_conversation) and not tokenizer.chat_template:
             raise ConfigError("this base's tokenizer has no chat template")
-        if shots and (template.is_conversation or template.virtual_tokens or template.head != "language_model"):
+        if shots and (template.is_conversation or template.virtual_tokens or self._task.has_head):
             raise ConfigError("solved examples need a written prompt, without virtual tokens, {messages} or a head")
         if template.is_conversation and parse(template.prompt)[-1] != Field(MESSAGES):
             raise ConfigError("{messages} must come last in a prompt: the answer follows the chat directly")
@@ -65,7 +67,6 @@ class Encoder:
         ]
         for choice in self._choices:
             check_ids(tokenizer, choice, vocab_size)
-        self._classes = list(template.verbalizers)
         if any(len(choice) == 0 for choice in self._choices):
             raise ConfigError("a verbalizer has no tokens; each class needs some text")
         if len({tuple(choice) for choice in self._choices}) < len(self._choices):
@@ -108,7 +109,7 @@ class Encoder:
         examples = [self.encode(record, index) for index, record in enumerate(records)]
         if self.template.task is None:
             return examples
-        prompts = [self._task(record, index) for index, record in enumerate(records)]
+        prompts = [self._prompt_index(record, index) for index, record in enumerate(records)]
         return [dataclasses.replace(e, prompt=prompt) for e, prompt in zip(examples, prompts, strict=True)]
 
     def leads(self, examples: Sequence[Example]) -> int | list[int]:
@@ -165,11 +166,7 @@ class Encoder:
             segments = self._chat.conversation(turns_of(record, 0), self._eos)
             pieces = [segment.pieces for segment in segments if segment.predicted][-1]
             return "".join(piece.text for piece in pieces if isinstance(piece, Plain)).strip()
-        if self.template.head == "span":
-            return answer_text(record[self.template.label_field or ""])
-        pieces = parse(self.template.target)
-        texts = (field_text(record, p.name, 0) if isinstance(p, Field) else getattr(p, "text", "") for p in pieces)
-        return "".join(texts).strip()
+        return self._task.reference(self.template, record)
 
     def fixed_lead(self) -> np.ndarray:
         """Returns the leading ids that all prompts of this template share, whatever their fields; never a whole prompt.
@@ -224,63 +221,46 @@ class Encoder:
     def _encode(self, record: Mapping[str, Any], index: int) -> Example:
         if self.template.is_conversation:
             return self._conversation(record, index)
-        if self.template.reads is not None:
-            return self._read(record, index)
-        fields = self._fields(record, self.template.fields, index)
-        prompt = self._ids(*self._filled(fields), opens=True)
-        if self.template.verbalizers:
-            label = self._label(record, index)
-            if self.template.head == "classification":
-                last = np.asarray([len(prompt) - 1], np.int32)
-                ids = np.asarray(prompt, np.int32)
-                return Example(
-                    ids, np.zeros(len(ids), bool), (), label, index, reads=last, classes=np.asarray([label], np.int32)
-                )
-            return Example(
-                np.asarray(prompt, np.int32), np.zeros(len(prompt), bool), tuple(self._choices), label, index
-            )
-        target = self._target(fields)
-        predicted = np.arange(len(prompt) + len(target)) >= len(prompt)
-        if not len(prompt):
-            predicted[0] = False  # there is no id before the first one to predict it from
-        return Example(np.asarray(prompt + target, np.int32), predicted, (), 0, index)
+        return self._task.encode(self, record, index)
+
+    @property
+    def choices(self) -> tuple[np.ndarray, ...]:
+        """The ids of each verbalizer, each a continuation of a prompt."""
+        return tuple(self._choices)
+
+    def encode_prompt(self, record: Mapping[str, Any], index: int) -> list[int]:
+        """Returns the ids of the prompt of a record that also has the fields of the target.
+
+        Raises:
+          DataError: a field is missing.
+        """
+        return self._ids(*self._filled(self._fields(record, self.template.fields, index)), opens=True)
+
+    def encode_target(self, record: Mapping[str, Any], index: int) -> list[int]:
+        """Returns the ids of the target, including those that end it.
+
+        Raises:
+          DataError: a field is missing.
+        """
+        return self._target(self._fields(record, self.template.fields, index))
+
+    def encode_read(self, record: Mapping[str, Any], index: int) -> tuple[list[int], Spans]:
+        """Returns the ids of the prompt, and for each the characters that it covers of the field `reads`, or (0, 0).
+
+        Raises:
+          DataError: a field is missing.
+        """
+        filled = self._filled(self._fields(record, self.template.prompt_fields, index))
+        ids, spans, _ = self._pieces.aligned(*filled, opens=True, field=self.template.reads)
+        return ids, spans
 
     def _fields(self, record: Mapping[str, Any], names: Sequence[str], index: int) -> dict[str, str]:
-        return {
-            name: " ".join(self._words(record, name, index))
-            if self._has_words(name)
-            else field_text(record, name, index)
-            for name in names
-        }
-
-    def _words(self, record: Mapping[str, Any], name: str, index: int) -> list[str]:
-        return words_of(field_of(record, name, index), f"record {index + 1}: the field {name!r}")
-
-    def _has_words(self, name: str) -> bool:
-        return self.template.head == "tagging" and name == self.template.reads
-
-    def _read(self, record: Mapping[str, Any], index: int) -> Example:
-        """Encodes a record for a head that reads a field."""
-        name, label = self.template.reads or "", self.template.label_field or ""
-        fields = self._fields(record, self.template.prompt_fields, index)
-        ids, spans, _ = self._pieces.aligned(*self._filled(fields), opens=True, field=name)
-        is_tagging = self.template.head == "tagging"
-        answer: Any = self._words(record, label, index) if is_tagging else field_of(record, label, index)
-        try:
-            if is_tagging:
-                reads, classes = tag_reads(self._words(record, name, index), answer, self._classes, spans)
-            else:
-                reads, classes = span_reads(fields[name], answer, spans)
-        except DataError as error:
-            raise DataError(f"record {index + 1}: {error}") from error
-        return Example(np.asarray(ids, np.int32), np.zeros(len(ids), bool), (), 0, index, reads=reads, classes=classes)
+        return {name: self._task.field(self.template, record, name, index) for name in names}
 
     def read_text(self, record: Mapping[str, Any], first: int, last: int) -> str:
-        """Returns the text of a span head's field from its token number `first` to `last`, inclusive."""
-        fields = self._fields(record, self.template.prompt_fields, 0)
-        text = fields[self.template.reads or ""]
-        covered = self._pieces.aligned(*self._filled(fields), opens=True, field=self.template.reads)[1]
-        spans = [span for span in covered if any(span)]
+        """Returns the text of the field that a head reads from its token number `first` to `last`, inclusive."""
+        text = self._task.field(self.template, record, self.template.reads or "", 0)
+        spans = [span for span in self.encode_read(record, 0)[1] if any(span)]
         return text[spans[first][0] : spans[last][1]].strip()
 
     def prompt_ids_around(self, ids: Sequence[int]) -> tuple[np.ndarray, int]:
@@ -296,15 +276,9 @@ class Encoder:
         Raises:
           DataError: the field that the head reads is empty.
         """
-        name = self.template.label_field or ""
-        if self.template.reads is None:
-            return {**record, name: self._classes[0]}
-        words = self._fields(record, [self.template.reads], 0)[self.template.reads].split()
-        if not words:
-            raise DataError(f"the field {self.template.reads!r} is empty, so there is nothing to read")
-        return {**record, name: words[0] if self.template.head == "span" else [self._classes[0]] * len(words)}
+        return self._task.with_any_label(self.template, record)
 
-    def _task(self, record: Mapping[str, Any], index: int) -> int:
+    def _prompt_index(self, record: Mapping[str, Any], index: int) -> int:
         name = field_text(record, self.template.task or "", index)
         if name not in self.template.tasks:
             raise DataError(
@@ -312,14 +286,6 @@ class Encoder:
                 f" {did_you_mean(name, self.template.tasks)}"
             )
         return self.template.tasks.index(name)
-
-    def _label(self, record: Mapping[str, Any], index: int) -> int:
-        value = field_text(record, self.template.label_field or "", index)
-        if value not in self._classes:
-            raise DataError(
-                f"record {index + 1}: label {value!r} has no verbalizer; {did_you_mean(value, self._classes)}"
-            )
-        return self._classes.index(value)
 
     def _target(self, fields: Mapping[Any, str], *, ends: bool = True) -> list[int]:
         """Returns the ids of the target, with those that end it if `ends`."""

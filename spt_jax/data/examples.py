@@ -4,7 +4,11 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 
+import jax
 import numpy as np
+from jaxtyping import PyTree
+
+from spt_jax.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +24,7 @@ class Example:
       prompt: the index of its soft prompt, if there are several.
       reads: for a task head, the positions of the hidden states that it reads, ascending.
       classes: the correct class at each of these positions.
+      extra: what `Objective.prepare` returned for this example.
     """
 
     ids: np.ndarray
@@ -30,6 +35,7 @@ class Example:
     prompt: int = 0
     reads: np.ndarray | None = None
     classes: np.ndarray | None = None
+    extra: PyTree[np.ndarray] | None = None
 
     @property
     def length(self) -> int:
@@ -52,11 +58,32 @@ class Example:
         return dataclasses.replace(self, ids=np.concatenate([self.ids, right]), predicted=predicted, choices=())
 
 
+def empty_extra(examples: Sequence[Example], rows: int, slots: int) -> PyTree[np.ndarray] | None:
+    """Returns zeros [rows, slots, ...] for the `extra` of examples.
+
+    Raises:
+      DataError: two examples have extras of different structures, shapes or dtypes.
+    """
+
+    def kind(example: Example) -> PyTree[tuple[tuple[int, ...], str]]:
+        return jax.tree.map(lambda leaf: (np.shape(leaf), np.result_type(leaf).name), example.extra)
+
+    first = examples[0]
+    for example in examples:
+        if kind(example) != kind(first):
+            raise DataError(
+                f"record {example.index + 1}: what the objective prepared is {kind(example)}, for record"
+                f" {first.index + 1} it is {kind(first)}; all examples need the same structure, shapes and dtypes"
+            )
+    return jax.tree.map(lambda leaf: np.zeros((rows, slots, *np.shape(leaf)), np.result_type(leaf)), first.extra)
+
+
 def digest(examples: Sequence[Example]) -> str:
     """Returns the SHA-256 of examples, with which processes check that they read the same data."""
     sha = hashlib.sha256()
     for example in examples:
-        for value in dataclasses.astuple(example):
+        *values, extra = (getattr(example, field.name) for field in dataclasses.fields(example))
+        for value in (*values, tuple(jax.tree.leaves(extra))):
             for part in value if isinstance(value, tuple) else (value,):
                 sha.update(b"-" if part is None else np.asarray(part).tobytes())
     return sha.hexdigest()

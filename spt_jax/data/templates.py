@@ -7,7 +7,7 @@ tokenizer adds one), and `{{` and `}}` for braces. Virtual token i has the id `v
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from spt_jax.errors import ConfigError, did_you_mean
@@ -122,7 +122,8 @@ def without_virtual(template: str) -> str:
     return re.sub(r"<soft(:\d+)?>", "", template)
 
 
-HeadKind = Literal["language_model", "classification", "tagging", "span"]
+# The checks of the registered tasks (`spt_jax.data.task.register`), by the name of their head.
+CHECKS: dict[str, Callable[["Template"], None]] = {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,10 +139,10 @@ class Template:
       keep: which end of the truncated field is kept.
       task: the field that names a record's task, if each task has its own soft prompt.
       tasks: the tasks, in the order of their soft prompts.
-      head: which head the soft prompt has. A classification head predicts a class at the last token of the prompt, a
-        tagging head a class for each word of a field, and a span head the start and the end of a substring of a field.
-        With a head, the verbalizers only name the classes, in the head's order, and the target's only field holds the
-        class, the tags or the answer.
+      head: the name of the task's head, a key of `spt_jax.TASKS`; language_model for none. A classification head
+        predicts a class at the last token of the prompt, a tagging head a class for each word of a field, and a span
+        head the start and the end of a substring of a field. With a head, the verbalizers only name the classes, in the
+        head's order, and the target's only field holds the class, the tags or the answer.
       reads: the prompt field that a tagging or span head reads.
       chat: whether to render prompt and target as a user and an assistant turn with the tokenizer's chat template.
       system: the system turn of such a chat.
@@ -155,7 +156,7 @@ class Template:
     keep: Literal["start", "end"] = "start"
     task: str | None = None
     tasks: tuple[str, ...] = ()
-    head: HeadKind = "language_model"
+    head: str = "language_model"
     reads: str | None = None
     chat: bool = False
     system: str | None = None
@@ -174,23 +175,9 @@ class Template:
             raise ConfigError(
                 f"target {self.target!r}: with verbalizers, the target needs exactly one field, the label"
             )
-        if self.head == "classification" and len(self.verbalizers) < 2:
-            raise ConfigError("a classification head needs at least 2 verbalizers, whose names are the classes")
-        if (self.reads is not None) != (self.head in ("tagging", "span")):
-            raise ConfigError(
-                "data.reads names the field that a tagging or span head reads: set it with such a head, and only then"
-            )
-        if self.reads is not None:
-            if self.reads not in self.prompt_fields:
-                raise ConfigError(
-                    f"data.reads={self.reads!r} is not a prompt field; {did_you_mean(self.reads, self.prompt_fields)}"
-                )
-            if self.label_field is None:
-                raise ConfigError(f"target {self.target!r}: a {self.head} head needs exactly one field there")
-            if self.truncate is not None:
-                raise ConfigError(
-                    f"data.truncate might cut off what a {self.head} head has to predict; split long records instead"
-                )
+        if self.head not in CHECKS:
+            raise ConfigError(f"template.head is {self.head!r}; {did_you_mean(self.head, CHECKS)}")
+        CHECKS[self.head](self)
         if self.truncate == MESSAGES:
             raise ConfigError("data.truncate cannot shorten a chat: remove turns from long records")
         if self.truncate is not None and self.truncate not in self.prompt_fields:

@@ -13,8 +13,9 @@ from jaxtyping import Float
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import multiples, plan_batches
+from spt_jax.data.task import task_of
 from spt_jax.errors import ConfigError
-from spt_jax.evaluation.evaluate import Evaluation, EvaluationSet, classification, score
+from spt_jax.evaluation.evaluate import Evaluation, EvaluationSet, from_scores, score
 from spt_jax.prompts import VirtualPrompt
 from spt_jax.prompts.stacking import stack_prompts
 
@@ -38,7 +39,7 @@ def score_together(
     """
     if len(sets) != len(prompts) or not sets:
         raise ConfigError(f"{len(sets)} sets for {len(prompts)} prompts; each prompt needs one")
-    if any(data.encoder.template.reads for data in sets):
+    if any(task_of(data.encoder.template).reads_field for data in sets):
         raise ConfigError("heads that read a field, for tags or spans, are evaluated one prompt at a time")
     starts = list(itertools.accumulate((len(data.examples) for data in sets), initial=0))
     examples = [
@@ -90,7 +91,7 @@ def evaluate_ensemble(
             votes[np.arange(len(choice)), choice] += 1
         # A mean log-probability squashed into (0, 1) decides among equal votes and changes nothing else.
         combined = votes + 1 / (1 + np.exp(-combined)) / 2
-    result = classification(sets[0], combined.astype(np.float32))
+    result = from_scores(sets[0], list(combined.astype(np.float32)))
     if combine == "mean":
         return result
     # Votes are not log-probabilities, so there is no loss.

@@ -11,13 +11,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import Batch, BatchPlan, Rows, evaluation_batches, multiples, place_batch, plan_batches
 from spt_jax.data.encoder import SEPARATOR, Encoder
 from spt_jax.data.examples import Example
-from spt_jax.data.reading import END, START
+from spt_jax.data.task import Evaluation, task_of
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation import metrics
 from spt_jax.inference.forward import encode_prefix, group_scores, target_scores
@@ -69,14 +69,6 @@ class EvaluationSet:
     prompts: Sequence[np.ndarray] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """Metrics as plain JSON values, and the prediction for each record, in order."""
-
-    metrics: dict[str, Any]
-    predictions: list[dict[str, Any]]
-
-
 def make_evaluation_set(
     base: FrozenBase,
     encoder: Encoder,
@@ -109,8 +101,8 @@ def make_evaluation_set(
         **multiples(base.mesh),
         max_length=base.config.max_positions,
     )
-    has_text_answers = not encoder.template.verbalizers and encoder.template.head == "language_model"
-    pairs = zip(records[: config.generate] if has_text_answers else [], examples, strict=False)
+    generates = task_of(encoder.template).generates
+    pairs = zip(records[: config.generate] if generates else [], examples, strict=False)
     unused = base.config.max_positions - taken - encoder.max_length
     prompts = [_prompt(encoder, *pair, room=config.max_new_tokens - unused) for pair in pairs]
     return EvaluationSet(encoder, records, examples, plan, config, prompts)
@@ -199,13 +191,13 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates a soft prompt, or the base without one, on a set.
 
-    The metrics depend on the task:
+    The metrics depend on the task (`spt_jax.tasks`):
       Classification: accuracy and macro-F1 with 95 % bootstrap intervals, accuracy by mean log-probability per token,
         and the cross-entropy among the verbalizers.
       Tagging head: accuracy and macro-F1 over words and, for tags such as B-X, I-X and O, F1 over whole entities.
       Span head: exact match and token F1 of the text between the likeliest start and end.
-      Other tasks: loss per token and perplexity over the targets and, if `generated`, exact match, token F1, BLEU and
-        ROUGE of greedily generated answers.
+      Text: loss per token and perplexity over the targets and, if `generated`, exact match, token F1, BLEU and ROUGE of
+        greedily generated answers.
 
     Args:
       base: the frozen base.
@@ -213,18 +205,25 @@ def evaluate(
       virtual: the soft prompt; None for none.
       generated: whether to generate answers.
     """
-    if virtual is not None and data.encoder.template.head == "tagging":
-        return _by_task(data, _tagging(data, head_logits(base, data, virtual)))
-    if virtual is not None and data.encoder.template.head == "span":
-        return _by_task(data, _spans(data, head_logits(base, data, virtual)))
-    result = from_scores(data, score(base, data, virtual))
-    generated = generated and not data.encoder.template.verbalizers
+    task = task_of(data.encoder.template)
+    if task.reads_field:
+        if virtual is None:
+            raise ConfigError(f"without a soft prompt, the base has no {task.name} head")
+        return _by_task(data, from_scores(data, head_logits(base, data, virtual)))
+    result = from_scores(data, list(score(base, data, virtual)))
+    generated = generated and task.generates
     return _by_task(data, _with_answers(base, data, virtual, result) if generated else result)
 
 
-def from_scores(data: EvaluationSet, scores: Float[np.ndarray, "N C"]) -> Evaluation:
-    """Computes metrics from the result of `score`: those of classification, or loss and perplexity."""
-    return classification(data, scores) if data.encoder.template.verbalizers else _likelihood(data, scores[:, 0])
+def from_scores(data: EvaluationSet, scores: Sequence[Float[np.ndarray, "..."]]) -> Evaluation:
+    """Computes the metrics of the task.
+
+    Args:
+      data: the set.
+      scores: for each example, its row of `score`, or its `head_logits` if the head reads a field.
+    """
+    task = task_of(data.encoder.template)
+    return task.evaluate(data.encoder, data.records, data.examples, scores, data.config.max_new_tokens)
 
 
 def _by_task(data: EvaluationSet, result: Evaluation) -> Evaluation:
@@ -254,104 +253,6 @@ def selection_score(result: Mapping[str, Any]) -> float:
     return result["accuracy"] + tie_break
 
 
-def _interval(interval: metrics.Interval) -> list[float]:
-    return [round(interval.low, 4), round(interval.high, 4)]
-
-
-def classification(data: EvaluationSet, scores: Float[np.ndarray, "N C"]) -> Evaluation:
-    """Computes metrics and predictions from the score of each class for each example."""
-    classes = list(data.encoder.template.verbalizers)
-    labels = np.asarray([example.label for example in data.examples])
-    tokens = np.asarray([len(choice) for choice in data.examples[0].choices]) if data.examples[0].choices else 1
-    predicted = scores.argmax(axis=1)
-    normalized = (scores / tokens).argmax(axis=1)
-    highest = scores.max(axis=1, keepdims=True)
-    log_sum = highest[:, 0] + np.log(np.exp(scores - highest).sum(axis=1))
-    losses = log_sum - scores[np.arange(len(labels)), labels]
-    accuracy = metrics.bootstrap_interval((predicted == labels).astype(np.float64))
-    f1 = metrics.macro_f1_interval(predicted.tolist(), labels.tolist(), list(range(len(classes))))
-    result = {
-        "accuracy": accuracy.value,
-        "accuracy_interval": _interval(accuracy),
-        "accuracy_normalized": float((normalized == labels).mean()),
-        "macro_f1": f1.value,
-        "macro_f1_interval": _interval(f1),
-        "loss": float(losses.mean()),
-        "examples": len(labels),
-    }
-    predictions = [
-        {"label": classes[right], "prediction": classes[guess], "log_probabilities": [round(float(s), 5) for s in row]}
-        for right, guess, row in zip(labels, predicted, scores, strict=True)
-    ]
-    return Evaluation(result, predictions)
-
-
-def _tagging(data: EvaluationSet, logits: Sequence[Float[np.ndarray, "_ C"]]) -> Evaluation:
-    """Computes the metrics of a tagging head over all words."""
-    names = list(data.encoder.template.verbalizers)
-    labels = [np.asarray(example.classes) for example in data.examples]
-    guesses = [own.argmax(axis=-1) for own in logits]
-    flat_labels, flat_guesses = np.concatenate(labels), np.concatenate(guesses)
-    losses = -log_softmax(np.concatenate(logits))[np.arange(len(flat_labels)), flat_labels]
-    accuracy = metrics.bootstrap_interval((flat_labels == flat_guesses).astype(np.float64))
-    tags = [[[names[c] for c in own] for own in side] for side in (guesses, labels)]
-    result: dict[str, Any] = {
-        "accuracy": accuracy.value,
-        "accuracy_interval": _interval(accuracy),
-        "macro_f1": metrics.macro_f1(flat_guesses.tolist(), flat_labels.tolist(), list(range(len(names)))),
-        **({"entity_f1": metrics.entity_f1(*tags)} if metrics.has_entities(names) else {}),
-        "loss": float(losses.mean()),
-        "examples": len(labels),
-        "words": len(flat_labels),
-    }
-    return Evaluation(result, [{"label": right, "prediction": guess} for guess, right in zip(*tags, strict=True)])
-
-
-def _spans(data: EvaluationSet, logits: Sequence[Float[np.ndarray, "_ 2"]]) -> Evaluation:
-    """Compares the likeliest span of each example, of at most `max_new_tokens` tokens, with the answer."""
-    losses, predictions = [], []
-    for own, example, record in zip(logits, data.examples, data.records, strict=True):
-        start, end = log_softmax(own.T)
-        classes = np.asarray(example.classes)
-        losses.append(-(start[(classes & START) > 0][0] + end[(classes & END) > 0][0]) / 2)
-        places = np.arange(len(start))
-        length = places[None, :] - places[:, None] + 1
-        together = np.where(
-            (length > 0) & (length <= data.config.max_new_tokens), start[:, None] + end[None, :], -np.inf
-        )
-        first, last = np.unravel_index(together.argmax(), together.shape)
-        predictions.append(
-            {
-                "prediction": data.encoder.read_text(record, int(first), int(last)),
-                "reference": data.encoder.reference(record),
-                "log_probability": round(float(together.max()), 5),
-            }
-        )
-    texts, references = [p["prediction"] for p in predictions], [p["reference"] for p in predictions]
-    matches = metrics.bootstrap_interval(metrics.exact_match_values(texts, references))
-    result = {
-        "exact_match": matches.value,
-        "exact_match_interval": _interval(matches),
-        "token_f1": metrics.token_f1(texts, references),
-        "loss": float(np.mean(losses)),
-        "examples": len(texts),
-    }
-    return Evaluation(result, predictions)
-
-
-def _likelihood(data: EvaluationSet, scores: Float[np.ndarray, " N"]) -> Evaluation:
-    tokens: Int[np.ndarray, " N"] = np.asarray([int(example.predicted.sum()) for example in data.examples])
-    result = {
-        "loss": float(-scores.sum() / tokens.sum()),
-        "perplexity": metrics.perplexity(scores.astype(np.float64), tokens),
-        "examples": len(tokens),
-    }
-    predictions = [
-        {"log_probability": round(float(s), 5), "tokens": int(n)} for s, n in zip(scores, tokens, strict=True)
-    ]
-    return Evaluation(result, predictions)
-
-
 def _with_answers(
     base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt | None, result: Evaluation
 ) -> Evaluation:
@@ -374,7 +275,7 @@ def _with_answers(
     rouge = metrics.rouge(texts, references)
     more = {
         "exact_match": matches.value,
-        "exact_match_interval": _interval(matches),
+        "exact_match_interval": matches.bounds,
         "token_f1": metrics.token_f1(texts, references),
         "bleu": metrics.bleu(texts, references),
         "rouge1": rouge.rouge1,

@@ -28,6 +28,11 @@ class Interval:
     low: float
     high: float
 
+    @property
+    def bounds(self) -> list[float]:
+        """The bounds, rounded to 4 digits."""
+        return [round(self.low, 4), round(self.high, 4)]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RougeScores:

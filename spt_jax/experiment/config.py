@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Generic, Literal, TypeVar
 
+from spt_jax.data.task import TASKS
 from spt_jax.data.templates import MESSAGES, Template, virtual_length, without_virtual
 from spt_jax.errors import ConfigError
 from spt_jax.evaluation.evaluate import EvaluationConfig
@@ -11,8 +12,7 @@ from spt_jax.options import Line, Lines, Pairs
 from spt_jax.prompts import Method, MultitaskPromptTuning
 from spt_jax.prompts.initializers import Initializer
 from spt_jax.runtime.sharding import MeshConfig
-from spt_jax.training.config import LogConfig, TrainConfig
-from spt_jax.training.losses import LossConfig
+from spt_jax.training.config import LogConfig, LossConfig, TrainConfig
 from spt_jax.training.optimizers import OptimizerConfig
 
 AnyMethod = TypeVar("AnyMethod", bound=Method)
@@ -129,23 +129,20 @@ def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
         if not data.verbalizers:
             raise ConfigError("method.init.name=labels needs data.verbalizers or method.init.labels")
         method = dataclasses.replace(method, init=dataclasses.replace(init, labels=tuple(data.verbalizers.values())))
-    head = _head(method)
-    own_loss = {"classification": "vocabulary", "tagging": "vocabulary", "span": "span"}.get(head)
-    if loss.over not in (None, own_loss) and (own_loss or loss.over == "span"):
-        raise ConfigError(f"loss.over={loss.over} is not compatible with a {head} head; leave it out")
-    if head in ("tagging", "span") and data.hard_prompt:
-        raise ConfigError(f"data.hard_prompt is not compatible with a {head} head")
-    if own_loss is not None:
-        loss = dataclasses.replace(loss, over=own_loss)
-    if head in ("classification", "tagging"):
+    task = TASKS[_head(method)].with_classes(data.verbalizers)
+    if loss.over not in (None, task.loss) and (task.has_head or loss.needs_head):
+        raise ConfigError(f"loss.over={loss.over} is not compatible with a {task.name} head; leave it out")
+    if data.hard_prompt and not task.bare:
+        raise ConfigError(f"data.hard_prompt is not compatible with a {task.name} head")
+    if task.has_head or loss.over is None:
+        loss = dataclasses.replace(loss, over=task.loss)
+    if task.has_head and task.outputs is None:
         if method.classes is None and data.verbalizers:
             method = dataclasses.replace(method, classes=len(data.verbalizers))
         if data.verbalizers and method.classes != len(data.verbalizers):
             raise ConfigError(f"method.classes is {method.classes}, but there are {len(data.verbalizers)} verbalizers")
-    elif loss.over is None:
-        loss = dataclasses.replace(loss, over="verbalizers" if data.verbalizers else "vocabulary")
-    if loss.over == "verbalizers" and len(data.verbalizers) < 2:
-        raise ConfigError("loss.over=verbalizers needs data.verbalizers with at least 2 classes")
+    if loss.uses_choices and len(data.verbalizers) < 2:
+        raise ConfigError(f"loss.over={loss.over} needs data.verbalizers with at least 2 classes")
     if loss.class_weights and len(loss.class_weights) != len(data.verbalizers):
         raise ConfigError(
             f"loss.class_weights has {len(loss.class_weights)} numbers for {len(data.verbalizers)} classes"
@@ -155,7 +152,7 @@ def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
     return dataclasses.replace(config, data=data, method=method, loss=loss, train=config.train.resolved())
 
 
-def _head(method: Any) -> Any:
+def _head(method: Method) -> str:
     return getattr(method, "head", "language_model")
 
 

@@ -10,8 +10,8 @@ from spt_jax.bases.base import FrozenBase, load_base, read_tokenizer
 from spt_jax.data.batches import BatchPlan, multiples, plan_batches
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.examples import Example, digest
-from spt_jax.data.reading import words_of
 from spt_jax.data.sources import check_fields, read_records
+from spt_jax.data.task import task_of
 from spt_jax.data.templates import Template
 from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError, DataError
@@ -23,8 +23,8 @@ from spt_jax.prompts.storage import save_prompt
 from spt_jax.runtime import measure, processes
 from spt_jax.runtime.sharding import make_mesh, row_shards
 from spt_jax.training.cost import StepMemory, choose_remat, plan_shape, step_memory
+from spt_jax.training.objectives import Objective
 from spt_jax.training.optimizers import resolve_optimizer
-from spt_jax.training.step import Objective
 
 Records = Sequence[Mapping[str, Any]]
 MAX_REPEATS = 100  # of a record in one batch; more is surely a mistake in the batch size
@@ -103,7 +103,7 @@ class Experiment:
         encoder = self.encoder(self.template)
         with _located(config.data.train):
             examples = encoder.encode_all(self.train)
-        if config.loss.over == "vocabulary":
+        if not config.loss.uses_choices:
             examples = [example.as_target() for example in examples]
         plan = plan_batches(
             examples,
@@ -113,9 +113,9 @@ class Experiment:
             **options,
             max_length=self.base.config.max_positions,
         )
-        virtual = {self.base.config.vocab_size + number for number, _, _ in config.method.context_targets}
-        if not virtual <= set(plan.lead_ids.flat):
-            raise ConfigError("a context with labels must come first in data.prompt: put <soft> before any field")
+        auxiliary = config.method.auxiliary()
+        if auxiliary is not None:
+            auxiliary.check(plan.lead_ids, self.base.config.vocab_size)
         return examples, plan
 
     def virtual(self, params: PromptParams) -> VirtualPrompt:
@@ -172,14 +172,8 @@ class Experiment:
         )
 
     def objective(self, plan: BatchPlan) -> Objective:
-        """Returns the static settings of the loss."""
-        loss = self.config.loss
-        return Objective(
-            over=loss.over or "vocabulary",
-            choices=plan.choices,
-            label_smoothing=loss.label_smoothing,
-            microbatches=self.config.train.microbatches,
-        )
+        """Returns the objective for batches of these shapes."""
+        return self.config.loss.objective(plan.choices)
 
 
 def load_experiment(config: ExperimentConfig[Any], base: FrozenBase | None = None) -> Experiment:
@@ -241,21 +235,18 @@ def load_experiment(config: ExperimentConfig[Any], base: FrozenBase | None = Non
 
 
 def _with_names(config: ExperimentConfig[Any], train: Records) -> ExperimentConfig[Any]:
-    """Fills in names that the config takes from the training data: tasks, and the tags of a tagging head."""
+    """Fills in names that the config takes from the training data: tasks, and classes such as tags."""
     data, method = config.data, config.method
     if data.task is not None and not method.tasks:
         with _located(data.train):
             tasks = tuple(sorted({field_text(record, data.task, number) for number, record in enumerate(train)}))
         return dataclasses.replace(config, method=dataclasses.replace(method, tasks=tasks))
     template = make_template(config)
-    if template.head == "tagging" and not data.verbalizers:
-        label = template.label_field or ""
-        with _located(data.train):
-            where = ((record, f"record {number}: the field {label!r}") for number, record in enumerate(train, 1))
-            tags = sorted({tag for record, what in where for tag in words_of(record[label], what)})
-        data = dataclasses.replace(data, verbalizers={tag: tag for tag in tags})
-        return resolve(dataclasses.replace(config, data=data))
-    return config
+    with _located(data.train):
+        classes = task_of(template).classes(template, train)
+    if classes == data.verbalizers:
+        return config
+    return resolve(dataclasses.replace(config, data=dataclasses.replace(data, verbalizers=classes)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +256,7 @@ class EvaluationSets:
     Attributes:
       soft: for the soft prompt.
       hard: for each hand-written prompt, by its text.
-      bare: without a prompt; None for tagging and span heads.
+      bare: without a prompt; None if the base cannot do the task.
     """
 
     soft: EvaluationSet
@@ -304,8 +295,7 @@ def evaluation_sets(experiment: Experiment) -> dict[str, EvaluationSets]:
         split: EvaluationSets(
             soft=experiment.evaluation_set(records, template),
             hard={text: experiment.evaluation_set(records, template.bare(text)) for text in experiment.hard_prompts},
-            # Without a head, the model can neither tag words nor find spans.
-            bare=None if template.reads is not None else experiment.evaluation_set(records, template.bare()),
+            bare=experiment.evaluation_set(records, template.bare()) if task_of(template).bare else None,
         )
         for split, records in splits.items()
         if records is not None

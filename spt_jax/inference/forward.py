@@ -5,6 +5,7 @@ becomes a literal of the compiled program.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -106,8 +107,24 @@ def encode_prefix(
     Returns:
       The prefix in float32; None if there is nothing to encode.
     """
+    return encode_lead(model, virtual, lead_ids, lead_length)[0]
+
+
+def encode_lead(
+    model: Model,
+    virtual: VirtualPrompt | None,
+    lead_ids: Int[Array, "*S P"],
+    lead_length: Int[Array, "*S"] | None = None,
+    *,
+    return_hidden: bool = False,
+) -> tuple[Prefix | None, Float[Array, "*S P D"] | None]:
+    """Returns the result of `encode_prefix` and, if asked, the hidden states of the leading ids after the final norm.
+
+    Without leading ids, there are no hidden states.
+    """
     if lead_ids.ndim == 2:
-        return jax.vmap(lambda *one: encode_prefix(model, *one))(virtual, lead_ids, lead_length)
+        one_lead = functools.partial(encode_lead, model, return_hidden=return_hidden)
+        return jax.vmap(one_lead)(virtual, lead_ids, lead_length)
     length = lead_ids.shape[0]
     prefix, start = None, 0
     if virtual is not None and virtual.prefix is not None:
@@ -115,33 +132,25 @@ def encode_prefix(
         places = jnp.arange(virtual.prefix.keys.shape[1], dtype=jnp.int32)
         prefix = Prefix(virtual.prefix.keys, virtual.prefix.values, jnp.where(places < start, places, NEVER))
     if length == 0:
-        return prefix
+        return prefix, None
     positions = start + jnp.arange(length, dtype=jnp.int32)
     segments = jnp.ones_like(positions)[None]
     stream = Stream(positions[None], segments, jnp.zeros_like(segments))
-    _, keys_values = run_stream(
-        model, virtual, lead_ids[None], stream, prefix, return_keys_values=True, return_hidden=False
+    hidden, keys_values = run_stream(
+        model, virtual, lead_ids[None], stream, prefix, return_keys_values=True, return_hidden=return_hidden
     )
+    hidden = hidden[0] if return_hidden else None
     keys, values = (a[:, 0].astype(jnp.float32) for a in keys_values)
     if lead_length is not None:
         positions = jnp.where(jnp.arange(length) < lead_length, positions, NEVER)
     lead = Prefix(keys, values, positions)
-    if prefix is None:
-        return lead
-    return Prefix(
-        jnp.concatenate([prefix.keys, lead.keys], axis=1),
-        jnp.concatenate([prefix.values, lead.values], axis=1),
-        jnp.concatenate([prefix.positions, lead.positions]),
-    )
-
-
-@jax.named_scope("lead")
-def lead_logits(model: Model, virtual: VirtualPrompt, lead_ids: Int[Array, " P"]) -> Float[Array, "P V"]:
-    """Returns the float32 logits of the token after each leading id, for a soft prompt without a prefix."""
-    positions = jnp.arange(lead_ids.shape[0], dtype=jnp.int32)[None]
-    stream = Stream(positions, jnp.ones_like(positions), jnp.zeros_like(positions))
-    hidden, _ = run_stream(model, virtual, lead_ids[None], stream)
-    return model.logits(hidden)[0]
+    if prefix is not None:
+        lead = Prefix(
+            jnp.concatenate([prefix.keys, lead.keys], axis=1),
+            jnp.concatenate([prefix.values, lead.values], axis=1),
+            jnp.concatenate([prefix.positions, lead.positions]),
+        )
+    return lead, hidden
 
 
 @jax.named_scope("rows")
@@ -175,21 +184,39 @@ def output_logits(
     return jnp.matmul(states.astype(jnp.float32), head.kernel) + head.bias.reshape(-1, 1, head.bias.shape[-1])
 
 
-def scores_of_logits(all_logits: Float[Array, "B Q V"], rows: Rows) -> TargetScores:
-    """Returns the TargetScores of fully materialized logits."""
+def scores_of_logits(
+    all_logits: Float[Array, "B Q V"], rows: Rows, ids: Int[Array, "B M K"] | None = None
+) -> TargetScores:
+    """Returns the TargetScores of fully materialized logits, by default of the targets."""
+    ids = rows.target_ids[:, :, None] if ids is None else ids
     at_targets = jnp.take_along_axis(all_logits, rows.target_outputs[:, :, None], axis=1)
     log_sums = jax.nn.logsumexp(at_targets, axis=-1)
-    chosen = jnp.take_along_axis(at_targets, rows.target_ids[:, :, None], axis=2)[..., 0]
-    return TargetScores(chosen - log_sums, jnp.mean(at_targets, axis=-1) - log_sums, at_targets)
+    chosen = jnp.take_along_axis(at_targets, ids, axis=2)
+    return TargetScores(chosen - log_sums[:, :, None], jnp.mean(at_targets, axis=-1) - log_sums, at_targets)
 
 
-def target_scores(model: Model, virtual: VirtualPrompt | None, prefix: Prefix | None, rows: Rows) -> TargetScores:
-    """Returns the TargetScores at the output positions, by a chunked log-sum-exp over a large vocabulary."""
+def target_scores(
+    model: Model,
+    virtual: VirtualPrompt | None,
+    prefix: Prefix | None,
+    rows: Rows,
+    ids: Int[Array, "B M K"] | None = None,
+) -> TargetScores:
+    """Returns the TargetScores at the output positions, by a chunked log-sum-exp over a large vocabulary.
+
+    Args:
+      model: the base.
+      virtual: the soft prompt.
+      prefix: keys and values before the rows, from `encode_prefix`.
+      rows: the rows.
+      ids: the ids to score at each target; by default the target.
+    """
+    ids = rows.target_ids[:, :, None] if ids is None else ids
     if virtual is not None and virtual.head is not None:
-        return scores_of_logits(output_logits(model, virtual, prefix, rows), rows)
+        return scores_of_logits(output_logits(model, virtual, prefix, rows), rows, ids)
     states = output_states(model, virtual, prefix, rows)
     with jax.named_scope("logits"):
-        return model.scores(states, rows.target_outputs, rows.target_ids)
+        return model.scores(states, rows.target_outputs, ids)
 
 
 def group_scores(scores: TargetScores, rows: Rows, choices: int) -> Float[Array, "B E C"]:
@@ -199,5 +226,5 @@ def group_scores(scores: TargetScores, rows: Rows, choices: int) -> Float[Array,
     def of_row(values: Float[Array, " M"], groups: Int[Array, " M"]) -> Float[Array, " G"]:
         return jax.ops.segment_sum(values, groups, num_segments=examples * choices)
 
-    log_probabilities = jnp.where(rows.target_weights > 0, scores.log_probabilities, 0.0)
+    log_probabilities = jnp.where(rows.target_weights > 0, scores.log_probabilities[:, :, 0], 0.0)
     return jax.vmap(of_row)(log_probabilities, rows.target_groups).reshape(-1, examples, choices)

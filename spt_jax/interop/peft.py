@@ -10,6 +10,7 @@ copies of the base's embeddings and output matrix if they may have changed; they
 Files are not trusted: names, dtypes and shapes are checked against the base before any tensor is read.
 """
 
+import dataclasses
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +21,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.data.templates import HeadKind
+from spt_jax.data.task import TASKS
 from spt_jax.data.tokenization import adds_bos, tokenization_of
 from spt_jax.errors import CheckpointError, ConfigError
-from spt_jax.models.config import DecoderConfig
 from spt_jax.prompts import DeepPrompts, LlamaAdapter, Method, PrefixTuning, PromptTuning, VirtualPrompt
 from spt_jax.prompts.reading import check_directory, check_tensors, read_json, read_tensors, tensor_headers
 from spt_jax.prompts.storage import INFO_FILE
@@ -41,8 +41,34 @@ ADAPTER_TYPE = "ADAPTION_PROMPT"
 KNOWN_TYPES = (*TOKEN_TYPES, *PREFIX_TYPES, MULTITASK_TYPE, ADAPTER_TYPE)
 ADAPTER_PLACE = "base_model.model.model.layers.{}.self_attn.adaption_{}"
 DTYPES = ("float32", "float16", "bfloat16")
-# Kinds of head by PEFT's task type.
-HEADS: dict[str, HeadKind] = {"SEQ_CLS": "classification", "TOKEN_CLS": "tagging", "QUESTION_ANS": "span"}
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftHead:
+    """The head of a transformers model for one of PEFT's task types.
+
+    Attributes:
+      task: the name of the task.
+      layer: the name of the linear map in PEFT's files.
+      has_bias: whether it has a bias in transformers.
+      layers: its name in families where it differs.
+    """
+
+    task: str
+    layer: str = "base_model.score"
+    has_bias: bool = True
+    layers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def name(self, family: str) -> str:
+        """Returns the name of the linear map for a family of bases."""
+        return self.layers.get(family, self.layer)
+
+
+HEADS = {
+    "SEQ_CLS": PeftHead("classification", has_bias=False),
+    "TOKEN_CLS": PeftHead("tagging", layers={"gpt2": "base_model.classifier"}),
+    "QUESTION_ANS": PeftHead("span", "base_model.qa_outputs"),
+}
 
 
 def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = None) -> tuple[Method, VirtualPrompt]:
@@ -95,11 +121,10 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
     shapes: dict[str, tuple[int | None, ...]] = {
         EMBEDDINGS: (length, sizes.layers * 2 * sizes.kv_heads * sizes.head_size)
     }
-    name = head_name(head, sizes)
+    name = "" if head is None else head.name(sizes.family)
     if head is not None:
-        # A classifier's linear map has no bias in transformers.
         shapes |= {f"{name}.weight": (None, sizes.width)}
-        shapes |= {} if head == "classification" else {f"{name}.bias": (None,)}
+        shapes |= {f"{name}.bias": (None,)} if head.has_bias else {}
     arrays = _read_arrays(path, shapes, base)
     flat = arrays[EMBEDDINGS]
     keys, values = flat.reshape(length, sizes.layers, 2, sizes.kv_heads, sizes.head_size).transpose(2, 1, 0, 3, 4)
@@ -108,20 +133,14 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
         return PrefixTuning(length=length), VirtualPrompt(prefix=prefix)
     kernel = arrays[f"{name}.weight"].T
     bias = arrays.get(f"{name}.bias", np.zeros(kernel.shape[1], np.float32))
-    if bias.shape != kernel.shape[1:] or (head == "span" and len(bias) != 2):
+    outputs = TASKS[head.task].outputs
+    if bias.shape != kernel.shape[1:] or outputs not in (None, len(bias)):
         raise CheckpointError(
-            f"{path}: not a {head} head: the weight has {kernel.shape[1]} classes, the bias {len(bias)}"
+            f"{path}: not a {head.task} head: the weight has {kernel.shape[1]} classes, the bias {len(bias)}"
         )
-    classes = None if head == "span" else len(bias)
-    method = DeepPrompts(length=length, head=head, classes=classes, head_bias=head != "classification")
+    classes = len(bias) if outputs is None else None
+    method = DeepPrompts(length=length, head=head.task, classes=classes, head_bias=head.has_bias)
     return method, VirtualPrompt(prefix=prefix, head=Head(jnp.asarray(kernel), jnp.asarray(bias)))
-
-
-def head_name(head: HeadKind | None, sizes: DecoderConfig) -> str:
-    """Returns the name, in PEFT's files, of the head of the transformers model for this family and task."""
-    if head == "span":
-        return "base_model.qa_outputs"
-    return "base_model.classifier" if head == "tagging" and sizes.family == "gpt2" else "base_model.score"
 
 
 def _task_rows(

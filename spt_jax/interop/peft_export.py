@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.encoder import Encoder
-from spt_jax.data.templates import MESSAGES, Field, HeadKind, parse
+from spt_jax.data.templates import MESSAGES, Field, parse
 from spt_jax.errors import ConfigError
 from spt_jax.interop.peft import (
     ADAPTER_PLACE,
@@ -21,7 +21,7 @@ from spt_jax.interop.peft import (
     HEADS,
     MULTITASK_TYPE,
     WEIGHTS_FILE,
-    head_name,
+    PeftHead,
     template_front,
 )
 from spt_jax.models.config import DecoderConfig
@@ -56,8 +56,9 @@ def export_peft(directory: str | Path, saved: SavedPrompt, base: FrozenBase) -> 
         config = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": length, **heads, **prompt_learning}
         tensors = {EMBEDDINGS: both.transpose(2, 1, 0, 3, 4).reshape(length, -1)}
         if virtual.head is not None:
-            tensors |= _head_tensors(virtual.head, saved.template.head, sizes)
-            config |= {"task_type": next(name for name, head in HEADS.items() if head == saved.template.head)}
+            task_type = _task_type(saved.template.head)
+            tensors |= _head_tensors(virtual.head, HEADS[task_type], sizes)
+            config |= {"task_type": task_type}
     elif parts == ["gated"]:
         common = {k: v for k, v in prompt_learning.items() if not k.startswith("num_")}
         config, tensors = _adapter_files(virtual, sizes, common)
@@ -117,10 +118,22 @@ def _common(saved: SavedPrompt, base: FrozenBase) -> dict[str, Any]:
     }
 
 
-def _head_tensors(head: Head, kind: HeadKind, sizes: DecoderConfig) -> dict[str, np.ndarray]:
-    name, bias = head_name(kind, sizes), np.asarray(head.bias)
+def _task_type(task: str) -> str:
+    """Returns PEFT's task type of a head.
+
+    Raises:
+      ConfigError: PEFT has none.
+    """
+    types = {head.task: name for name, head in HEADS.items()}
+    if task not in types:
+        raise ConfigError(f"PEFT has no task type for a {task} head; it has heads for {', '.join(types)}")
+    return types[task]
+
+
+def _head_tensors(head: Head, kind: PeftHead, sizes: DecoderConfig) -> dict[str, np.ndarray]:
+    name, bias = kind.name(sizes.family), np.asarray(head.bias)
     weight = {f"{name}.weight": np.asarray(head.kernel).T}
-    if kind != "classification":
+    if kind.has_bias:
         return {**weight, f"{name}.bias": bias}
     if np.any(bias):
         raise ConfigError("transformers' classifiers have heads without a bias; train with --method.no-head-bias")

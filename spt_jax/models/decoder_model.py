@@ -99,19 +99,19 @@ class DecoderModel:
         return self._apply(hidden, method=Decoder.logits)
 
     @jax.named_scope("logits")
-    def scores(self, states: Float[Array, "B Q D"], at: Int[Array, "B M"], ids: Int[Array, "B M"]) -> TargetScores:
+    def scores(self, states: Float[Array, "B Q D"], at: Int[Array, "B M"], ids: Int[Array, "B M K"]) -> TargetScores:
         matrix = jax.lax.stop_gradient(self.output_matrix).astype(states.dtype)
         targets = jax.lax.stop_gradient(self._output_rows(ids)).astype(states.dtype)
         at_targets = functools.partial(jnp.take_along_axis, indices=at, axis=1)
         cap = self.config.logit_cap
         log_sums = at_targets(log_sum_exp(states, matrix, cap))
         states_at_targets = jnp.take_along_axis(states, at[:, :, None], axis=1)
-        chosen = jnp.einsum("bmd,bmd->bm", states_at_targets, targets, preferred_element_type=jnp.float32)
-        chosen = soft_capped(chosen, cap)
+        chosen = jnp.einsum("bmd,bmkd->bmk", states_at_targets, targets, preferred_element_type=jnp.float32)
+        log_probabilities = soft_capped(chosen, cap) - log_sums[:, :, None]
         if cap is not None:
-            return TargetScores(chosen - log_sums, None)
+            return TargetScores(log_probabilities, None)
         means = at_targets(jnp.dot(states, matrix.mean(axis=0), preferred_element_type=jnp.float32))
-        return TargetScores(chosen - log_sums, means - log_sums)
+        return TargetScores(log_probabilities, means - log_sums)
 
     @property
     def input_matrix(self) -> Float[Array, "V D"]:

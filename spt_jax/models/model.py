@@ -61,12 +61,12 @@ class TargetScores:
     """What losses and scores need of the logits, in float32.
 
     Attributes:
-      log_probabilities: the log-probability of each target.
+      log_probabilities: the log-probabilities of K ids at each target: the target itself (K = 1), or several.
       means: for each target, the mean log-probability of all V tokens or C classes; None if logits are capped.
       logits: for each target, the logits of a task head's classes; None for a vocabulary.
     """
 
-    log_probabilities: Float[Array, "B M"]
+    log_probabilities: Float[Array, "B M K"]
     means: Float[Array, "B M"] | None
     logits: Float[Array, "B M C"] | None = None
 
@@ -141,6 +141,6 @@ class Model(Protocol):
         """Returns next-token logits, float32."""
         ...
 
-    def scores(self, states: Float[Array, "B Q D"], at: Int[Array, "B M"], ids: Int[Array, "B M"]) -> TargetScores:
-        """Returns the scores of target ids, each at an index into Q; in training, for a large V, without all logits."""
+    def scores(self, states: Float[Array, "B Q D"], at: Int[Array, "B M"], ids: Int[Array, "B M K"]) -> TargetScores:
+        """Returns the scores of K ids per target, each at an index into Q; for a large V, without all logits."""
         ...

@@ -11,18 +11,56 @@ from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.tokenization import Tokenization
 from spt_jax.errors import ConfigError
-from spt_jax.models.model import Model
+from spt_jax.models.model import Model, TargetScores
 from spt_jax.options import Line
 from spt_jax.prompts.initializers import initialize
-from spt_jax.prompts.method import DEFAULT_LENGTH, PromptParams, TokenMethod
+from spt_jax.prompts.method import DEFAULT_LENGTH, LeadTargets, PromptParams, TokenMethod
 from spt_jax.prompts.virtual import VirtualPrompt
 
 INPUT = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextObjective:
+    """The weighted cross-entropy of virtual tokens that stand for real ones. Implements `AuxiliaryObjective`.
+
+    Attributes:
+      numbers: indices of the M virtual tokens.
+      ids: the real id of each.
+      weights: the loss weight of each.
+    """
+
+    numbers: tuple[int, ...]
+    ids: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    def check(self, lead_ids: Int[np.ndarray, "*S P"], vocab_size: int) -> None:
+        """Checks that all virtual tokens are among the leading ids.
+
+        Raises:
+          ConfigError: they are not.
+        """
+        if not {vocab_size + number for number in self.numbers} <= set(lead_ids.flat):
+            raise ConfigError("a context with labels must come first in data.prompt: put <soft> before any field")
+
+    def targets(self, lead_ids: Int[Array, " P"], vocab_size: int) -> LeadTargets:
+        """Returns the targets. The weight of a first token is 0, since nothing predicts it; of a missing one, NaN."""
+        matches = lead_ids[None, :] == vocab_size + jnp.asarray(self.numbers)[:, None]
+        positions = jnp.argmax(matches, axis=1)
+        weights = jnp.where(positions > 0, jnp.asarray(self.weights, jnp.float32), 0.0)
+        weights = jnp.where(matches.any(axis=1), weights, jnp.nan)
+        return LeadTargets(jnp.maximum(positions - 1, 0)[None], jnp.asarray(self.ids)[None, :, None], weights[None])
+
+    def loss(self, scores: TargetScores, targets: LeadTargets) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Returns the weighted sum of the losses, and how many targets are counted."""
+        losses = -targets.weights * scores.log_probabilities[:, :, 0]
+        losses = jnp.where(targets.weights == 0, 0.0, losses)
+        return jnp.sum(losses), jnp.sum((targets.weights > 0).astype(jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,14 +128,15 @@ class ContextPromptTuning(TokenMethod):
             raise ConfigError(f"method.context has {len(ids)} tokens; leave method.length={self.length} out")
         return dataclasses.replace(self, length=len(ids), ids=tuple(ids), kinds=tuple(kinds))
 
-    @property
-    def context_targets(self) -> tuple[tuple[int, int, float], ...]:
+    def auxiliary(self) -> ContextObjective | None:
         """The labels of the context, with larger weights for later ones (Blau et al. 2024, section 3.3, as in PEFT)."""
         labels = sorted({kind for kind in self.kinds if kind and kind % 4 == 0}, reverse=True)
+        if not self.ids or not self.decay or not labels:
+            return None
         weights = {kind: self.decay ** (1 + rank) for rank, kind in enumerate(labels)}
-        if not self.ids or not self.decay:
-            return ()
-        return tuple((i, self.ids[i], weights[kind]) for i, kind in enumerate(self.kinds) if kind in weights)
+        numbers = tuple(i for i, kind in enumerate(self.kinds) if kind in weights)
+        ids, decays = (self.ids[i] for i in numbers), (weights[self.kinds[i]] for i in numbers)
+        return ContextObjective(numbers, tuple(ids), tuple(decays))
 
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Float[Array, "P D"]]:
         """Returns the start rows (embeddings of the context) and their trained difference, zeros; float32.

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.data.templates import HeadKind
-from spt_jax.errors import ConfigError
+from spt_jax.data.task import TASKS, Task
+from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.models.model import Model
 from spt_jax.prompts.prefix_tuning import PrefixTuning
 from spt_jax.prompts.virtual import Head, VirtualPrompt
@@ -32,21 +32,28 @@ class DeepPrompts(PrefixTuning):
     """
 
     name: Literal["deep_prompts"] = "deep_prompts"  # type: ignore[assignment]
-    head: HeadKind = "classification"
+    head: str = "classification"
     classes: int | None = None
     head_bias: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.head not in TASKS:
+            raise ConfigError(f"method.head is {self.head!r}; {did_you_mean(self.head, TASKS)}")
         if self.classes is not None and self.classes < 2:
             raise ConfigError(f"method.classes is {self.classes}; a head needs at least 2 classes")
-        if self.classes is not None and self.head in ("span", "language_model"):
+        if self.classes is not None and (not self.task.has_head or self.task.outputs is not None):
             raise ConfigError(f"method.classes={self.classes} is not compatible with method.head={self.head}")
 
     @property
+    def task(self) -> Task:
+        """The task of the head."""
+        return TASKS[self.head]
+
+    @property
     def outputs(self) -> int | None:
-        """Number of outputs of the head: the classes, or 2 for the start and the end of a span."""
-        return 2 if self.head == "span" else self.classes
+        """Number of outputs of the head: the classes, or the number that the task fixes."""
+        return self.task.outputs or self.classes
 
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Any]:
         """Returns keys and values as in prefix tuning, and a head [D, C] of zeros: all classes are equally likely.
@@ -57,7 +64,7 @@ class DeepPrompts(PrefixTuning):
           ConfigError: the number of classes is unknown.
         """
         params = super().init_params(key, base)
-        if self.head == "language_model":
+        if not self.task.has_head:
             return params
         if self.outputs is None:
             raise ConfigError("method.classes is not set, and there are no verbalizers to count")
@@ -75,6 +82,6 @@ class DeepPrompts(PrefixTuning):
     def virtual_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Shapes of keys, values and the head."""
         shapes = super().virtual_shapes(base)
-        if self.head != "language_model":
+        if self.task.has_head:
             shapes |= {"head/kernel": (base["width"], self.outputs or 0), "head/bias": (self.outputs or 0,)}
         return shapes

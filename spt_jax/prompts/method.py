@@ -2,20 +2,57 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.errors import ConfigError
-from spt_jax.models.model import Model
+from spt_jax.models.model import Model, TargetScores
 from spt_jax.prompts.initializers import Initializer
 from spt_jax.prompts.virtual import VirtualPrompt
 
 DEFAULT_LENGTH = 20
 PromptParams = PyTree[Float[Array, "..."] | Float[np.ndarray, "..."]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LeadTargets:
+    """What an auxiliary objective predicts from the hidden states of the leading ids.
+
+    Attributes:
+      outputs: for each of M targets, the leading position that predicts it.
+      ids: the K ids to score at each target.
+      weights: the weight of each target.
+    """
+
+    outputs: Int[Array, "1 M"]
+    ids: Int[Array, "1 M K"]
+    weights: Float[Array, "1 M"]
+
+
+@runtime_checkable
+class AuxiliaryObjective(Protocol):
+    """A loss on the leading ids, which all examples share, in addition to the objective of the examples."""
+
+    def check(self, lead_ids: Int[np.ndarray, "*S P"], vocab_size: int) -> None:
+        """Checks on the host that the leading ids contain what is predicted.
+
+        Raises:
+          ConfigError: they do not.
+        """
+        ...
+
+    def targets(self, lead_ids: Int[Array, " P"], vocab_size: int) -> LeadTargets:
+        """Returns the targets; virtual token i has the id `vocab_size + i`."""
+        ...
+
+    def loss(self, scores: TargetScores, targets: LeadTargets) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Returns the sum of the losses of one example's leading ids, and the sum of the weights."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,10 +91,9 @@ class Method:
         del tokenizer
         return self
 
-    @property
-    def context_targets(self) -> tuple[tuple[int, int, float], ...]:
-        """Virtual tokens that the model is trained to predict: index, real token id and loss weight of each."""
-        return ()
+    def auxiliary(self) -> AuxiliaryObjective | None:
+        """Returns a loss on the leading ids that training adds to the objective; None for none."""
+        return None
 
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Any]:
         """Returns initial parameters, float32.

@@ -10,8 +10,9 @@ import numpy as np
 
 from spt_jax.data.batches import bucket, multiples, pack, place_batch, plan_batches, round_up
 from spt_jax.data.examples import Example
+from spt_jax.data.task import task_of
 from spt_jax.errors import ConfigError
-from spt_jax.evaluation.evaluate import log_softmax, row_scores
+from spt_jax.evaluation.evaluate import row_scores
 from spt_jax.inference.generation import BUCKET
 from spt_jax.runtime.sharding import to_host
 from spt_jax.serving.bank import DevicePrompt, Entry, PromptBank, overflow
@@ -88,8 +89,7 @@ class Classifier:
         scores = values[: len(examples), 0][order]
         if not np.isfinite(scores).all():
             raise overflow(base, asked.name)
-        if template.head == "classification":
-            scores = log_softmax(scores)
+        scores = task_of(template).class_scores(scores)
         return [dict(zip(template.verbalizers, map(float, row), strict=True)) for row in scores]
 
     def _check_lengths(self, held: DevicePrompt, prompts: Sequence[np.ndarray]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.examples import Example
+from spt_jax.data.task import task_of
 from spt_jax.data.templates import Template
 from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError, DataError
@@ -88,8 +89,8 @@ def baselines(
     """
     bare, template = bare_tokens(experiment), experiment.template
     found = [_soft(experiment, path, bare) for path in prompts]
-    if template.reads is not None:
-        return found  # without a head, the model can neither tag words nor find spans
+    if not task_of(template).bare:
+        return found
     found.append(_written(experiment, "no prompt", bare, template.bare()))
     texts = experiment.config.data.hard_prompt
     found += [_written(experiment, f"hand-written: {text}", bare, template.bare(text)) for text in texts]

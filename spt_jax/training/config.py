@@ -1,8 +1,65 @@
-"""Configuration of the training loop and of logging."""
+"""Configuration of the loss, of the training loop and of logging."""
 
 import dataclasses
+import math
 
-from spt_jax.errors import ConfigError
+from spt_jax.errors import ConfigError, did_you_mean
+from spt_jax.training.objectives import OBJECTIVES, Objective
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Which loss is minimized.
+
+    Attributes:
+      over: "vocabulary" is the next-token cross-entropy of the target; "verbalizers" is the cross-entropy of the
+        correct class, given the sequence probabilities of the verbalizers; "span" is over the positions of the text
+        that a span head reads. Defaults to "verbalizers" if there are any. With a task head it is set automatically.
+      label_smoothing: the share of the target distribution that is spread evenly over the vocabulary or the classes.
+      class_weights: a weight per class, in the order of the verbalizers; if empty, all classes have equal weight.
+    """
+
+    over: str | None = None
+    label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"loss.label_smoothing is {self.label_smoothing}; it must be in [0, 1)")
+        finite = all(0 <= weight < math.inf for weight in self.class_weights)
+        if not finite or (self.class_weights and not any(self.class_weights)):
+            raise ConfigError("loss.class_weights must be finite numbers of at least 0, and not all 0")
+        if self.over is not None and self.over not in OBJECTIVES:
+            raise ConfigError(f"loss.over is {self.over!r}; {did_you_mean(self.over, OBJECTIVES)}")
+        if self.over is not None and self.label_smoothing and "label_smoothing" not in self._options:
+            raise ConfigError(f"loss.label_smoothing is not compatible with loss.over={self.over}")
+
+    def objective(self, choices: int) -> Objective:
+        """Returns the objective, by default over the vocabulary.
+
+        Args:
+          choices: the number of scored sequences per example.
+        """
+        options = {"label_smoothing": self.label_smoothing, "choices": choices}
+        return self._objective(**{name: value for name, value in options.items() if name in self._options})
+
+    @property
+    def uses_choices(self) -> bool:
+        """Whether examples keep all their choices."""
+        return self._objective.uses_choices
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether the loss is that of a task head."""
+        return self._objective.needs_head
+
+    @property
+    def _objective(self) -> type[Objective]:
+        return OBJECTIVES[self.over or "vocabulary"]
+
+    @property
+    def _options(self) -> set[str]:
+        return {field.name for field in dataclasses.fields(self._objective)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

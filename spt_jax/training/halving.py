@@ -15,6 +15,7 @@ from spt_jax.prompts import PromptParams
 from spt_jax.training.config import TrainConfig
 from spt_jax.training.logs import MetricsLog, NoLog
 from spt_jax.training.loop import Events, GroupMetrics, Race, Standing, run
+from spt_jax.training.objectives import Objective, prepare_examples
 from spt_jax.training.optimizers import OptimizerConfig
 from spt_jax.training.population import (
     Member,
@@ -26,7 +27,7 @@ from spt_jax.training.population import (
     own_params,
     stack_batches,
 )
-from spt_jax.training.step import Objective, TrainState
+from spt_jax.training.step import TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,9 @@ def fit_population(
         raise ConfigError(f"group_size is {size}; it must be at least 1")
     config = config.resolved()
     rungs = [] if halving is None else halving.steps(config.steps)
-    step = make_population_step(base, method, optimizer, config.steps, objective)
+    sources = {id(member.examples): member.examples for member in members}  # members may share their examples
+    examples = {key: prepare_examples(objective, base, source) for key, source in sources.items()}
+    step = make_population_step(base, method, optimizer, config.steps, objective, config.microbatches)
 
     def advance(
         numbers: Sequence[int], states: Sequence[TrainState], batches: Sequence[Batch]
@@ -129,7 +132,7 @@ def fit_population(
         states=init_members(base, members, optimizer, config.steps),
         batches=[
             training_batches(
-                member.examples,
+                examples[id(member.examples)],
                 plan,
                 batch_size=config.batch_size,
                 seed=member.seed,

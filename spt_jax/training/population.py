@@ -22,8 +22,9 @@ from spt_jax.errors import ConfigError
 from spt_jax.models.model import Model
 from spt_jax.prompts import Method, PromptParams, PromptTuning
 from spt_jax.runtime.sharding import replicated
+from spt_jax.training.objectives import Objective
 from spt_jax.training.optimizers import OptimizerConfig, make_optimizer
-from spt_jax.training.step import Metrics, Objective, TrainState, train_step
+from spt_jax.training.step import Metrics, TrainState, check_microbatches, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +149,7 @@ def population_step(
     states: Sequence[TrainState],
     rates: Float[Array, " G"],
     batches: Batch,
+    microbatches: int = 1,
 ) -> tuple[list[TrainState], dict[str, Float[Array, " G"]]]:
     """Takes one step of G members, each with a separate state, rate and batch.
 
@@ -161,13 +163,15 @@ def population_step(
       states: the members' states.
       rates: the members' peak learning rates.
       batches: the members' batches, stacked by `stack_batches`.
+      microbatches: the number of parts that each batch is split into.
 
     Returns:
       The members' states and their metrics [G].
     """
 
     def of_member(state: TrainState, rate: Array, batch: Batch) -> tuple[TrainState, Metrics]:
-        return train_step(method, objective, make_optimizer(optimizer, steps, rate), model, state, batch)
+        own = make_optimizer(optimizer, steps, rate)
+        return train_step(method, objective, own, model, state, batch, microbatches)
 
     inputs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), rates, batches
     if len(states) == 1:  # not vectorized, so the program is the same as in a separate run
@@ -178,9 +182,19 @@ def population_step(
 
 
 def make_population_step(
-    base: FrozenBase, method: Method, optimizer: OptimizerConfig, steps: int, objective: Objective
+    base: FrozenBase,
+    method: Method,
+    optimizer: OptimizerConfig,
+    steps: int,
+    objective: Objective,
+    microbatches: int = 1,
 ) -> Callable[..., tuple[list[TrainState], Metrics]]:
-    """Returns a compiled `population_step` bound to a frozen base. It donates the states that it is called with."""
-    function = functools.partial(population_step, method, objective, optimizer, steps)
+    """Returns a compiled `population_step` bound to a frozen base. It donates the states that it is called with.
+
+    Raises:
+      ConfigError: the number of microbatches is below 1.
+    """
+    check_microbatches(microbatches)
+    function = functools.partial(population_step, method, objective, optimizer, steps, microbatches=microbatches)
     compiled = jax.jit(function, donate_argnames="states", out_shardings=replicated(base.mesh))
     return functools.partial(compiled, base.model)

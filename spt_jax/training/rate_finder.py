@@ -12,10 +12,10 @@ from jaxtyping import Float
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import place_batch, training_batches
 from spt_jax.errors import ConfigError, TrainingError
+from spt_jax.training.objectives import Objective, prepare_examples
 from spt_jax.training.optimizers import OptimizerConfig
 from spt_jax.training.overflow import explain
 from spt_jax.training.population import Member, init_members, make_population_step, stack_batches
-from spt_jax.training.step import Objective
 
 SMOOTHING = 0.9
 MAX_STEPS = 100_000
@@ -45,6 +45,7 @@ def range_test(
     objective: Objective,
     *,
     batch_size: int,
+    microbatches: int = 1,
     low: float = 1e-4,
     high: float = 10.0,
     steps: int = 100,
@@ -58,6 +59,7 @@ def range_test(
       optimizer: a resolved config; its schedule is not used.
       objective: the loss.
       batch_size: examples per step.
+      microbatches: the number of parts that a batch is split into.
       low, high: the range of rates.
       steps: the number of rates.
       progress: called after each step with its number.
@@ -73,9 +75,10 @@ def range_test(
         )
     optimizer = dataclasses.replace(optimizer, schedule="constant", warmup_steps=0)
     states = init_members(base, [member], optimizer, steps)
-    step = make_population_step(base, member.method, optimizer, steps, objective)
+    step = make_population_step(base, member.method, optimizer, steps, objective, microbatches)
+    examples = prepare_examples(objective, base, member.examples)
     stream = training_batches(
-        member.examples, member.plan, batch_size=batch_size, seed=member.seed, class_weights=member.class_weights
+        examples, member.plan, batch_size=batch_size, seed=member.seed, class_weights=member.class_weights
     )
     rates = np.geomspace(low, high, steps)
     losses: list[float] = []

@@ -17,7 +17,8 @@ from spt_jax.training.clock import Rates
 from spt_jax.training.config import TrainConfig
 from spt_jax.training.logs import MetricsLog
 from spt_jax.training.loop import Best, Events, GroupMetrics, Race, run
-from spt_jax.training.step import Objective, TrainState, init_state, make_train_step
+from spt_jax.training.objectives import Objective, prepare_examples
+from spt_jax.training.step import TrainState, init_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +106,11 @@ def fit(
       Stopped: after SIGTERM or SIGINT, with the state saved.
     """
     state = init_state(jax.random.key(config.seed), base, method, optimizer)
+    examples = prepare_examples(objective, base, data.examples)
     stream = training_batches(
-        data.examples, data.plan, batch_size=config.batch_size, seed=config.seed, class_weights=data.class_weights
+        examples, data.plan, batch_size=config.batch_size, seed=config.seed, class_weights=data.class_weights
     )
-    step = make_train_step(base, method, optimizer, objective)
+    step = make_train_step(base, method, optimizer, objective, config.microbatches)
 
     def advance(
         numbers: Sequence[int], states: Sequence[TrainState], batches: Sequence[Batch]

@@ -1,11 +1,11 @@
 """The training step, which differentiates with respect to the prompt's parameters only.
 
-    params --materialize--> VirtualPrompt --encode_prefix--> Prefix --rows--> loss
-               (vjp once)                    (vjp once)       (scan over microbatches)
+    params --materialize--> VirtualPrompt --encode_lead--> Prefix --rows--> loss
+               (vjp once)                   (vjp once)      (scan over microbatches)
 
 The leading ids that all examples share go through the model once per step, whatever the number of rows and
 microbatches. The cotangents of their keys and values, and those of virtual tokens elsewhere, are summed over
-microbatches and propagated back once.
+microbatches and propagated back once. A method's auxiliary objective is computed from the hidden states of that run.
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import Batch, Rows
-from spt_jax.errors import ConfigError, did_you_mean
-from spt_jax.inference.forward import encode_prefix, lead_logits, target_scores
+from spt_jax.errors import ConfigError
+from spt_jax.inference.forward import encode_lead, target_scores
 from spt_jax.models.attention import Prefix
 from spt_jax.models.model import Model
 from spt_jax.prompts import Method, PromptParams, VirtualPrompt
 from spt_jax.runtime.sharding import replicated
-from spt_jax.training.losses import LOSSES, context_loss
+from spt_jax.training.objectives import CrossEntropy, Objective
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -53,35 +53,6 @@ class TrainState:
     optimizer_state: PyTree
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Objective:
-    """The static options of a loss.
-
-    Attributes:
-      over: a key of `LOSSES`.
-      choices: scored sequences per example.
-      label_smoothing: see `LossConfig`.
-      microbatches: the number of parts that a batch is split into.
-
-    Raises:
-      ConfigError: a field is out of its range, or there is no such loss.
-    """
-
-    over: str = "vocabulary"
-    choices: int = 1
-    label_smoothing: float = 0.0
-    microbatches: int = 1
-
-    def __post_init__(self) -> None:
-        if self.over not in LOSSES:
-            raise ConfigError(f"Objective.over is {self.over!r}; {did_you_mean(self.over, LOSSES)}")
-        for name in ("choices", "microbatches"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"Objective.{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.label_smoothing < 1:
-            raise ConfigError(f"Objective.label_smoothing is {self.label_smoothing}; it must be in [0, 1)")
-
-
 def init_state(
     key: Key[Array, ""], base: FrozenBase, method: Method, optimizer: optax.GradientTransformation
 ) -> TrainState:
@@ -91,20 +62,41 @@ def init_state(
     return jax.device_put(state, replicated(base.mesh))
 
 
+def check_microbatches(microbatches: int) -> None:
+    """Checks a number of microbatches.
+
+    Raises:
+      ConfigError: it is below 1.
+    """
+    if microbatches < 1:
+        raise ConfigError(f"microbatches is {microbatches}; it must be at least 1")
+
+
 def loss_and_gradient(
-    method: Method, objective: Objective, model: Model, params: PromptParams, batch: Batch
+    method: Method,
+    objective: Objective,
+    model: Model,
+    params: PromptParams,
+    batch: Batch,
+    microbatches: int = 1,
 ) -> tuple[Float[Array, ""], PromptParams, Float[Array, ""]]:
     """Returns the mean loss of a batch, its gradient for the prompt's parameters, and the total weight of the mean.
 
-    The function is pure, for use in custom loops: jit it with `model` as an argument.
+    The function is pure, for use in custom loops: jit it with `model` as an argument. The batch is processed in
+    `microbatches` parts, one after another, which saves memory and does not change the result.
 
     In a float16 base, small cotangents would underflow. The loss is therefore scaled by `LOSS_SCALE` (Micikevicius et
     al. 2018, arXiv 1710.03740). If the gradient overflows, it is recomputed with smaller scales, so no update is
     skipped, and a step depends only on its state and batch.
+
+    Raises:
+      ConfigError: the rows cannot be split into `microbatches` parts, or the method's auxiliary objective needs leading
+        ids, and the batch has none.
     """
+    check_microbatches(microbatches)
 
     def with_scale(scale: Any) -> tuple[Array, PromptParams, Array]:
-        return _scaled_loss_and_gradient(method, objective, model, params, batch, scale)
+        return _scaled_loss_and_gradient(method, objective, model, params, batch, microbatches, scale)
 
     if model.dtype != jnp.float16:
         return with_scale(1.0)
@@ -130,21 +122,29 @@ def _scaled_loss_and_gradient(
     model: Model,
     params: PromptParams,
     batch: Batch,
+    microbatches: int,
     scale: float | Float[Array, ""],
 ) -> tuple[Float[Array, ""], PromptParams, Float[Array, ""]]:
     """`loss_and_gradient`, with cotangents scaled by `scale` in the backward pass."""
+    auxiliary = method.auxiliary()
+    if auxiliary is not None and not batch.lead_ids.shape[-1]:
+        raise ConfigError(f"{method.name} has a loss on the leading ids, and the batch has none: plan with a lead")
 
     def encode(virtual: VirtualPrompt) -> Any:
-        prefix = encode_prefix(model, virtual, batch.lead_ids, batch.lead_length)
-        return (None, None) if prefix is None else ((prefix.keys, prefix.values), prefix.positions)
+        prefix, hidden = encode_lead(
+            model, virtual, batch.lead_ids, batch.lead_length, return_hidden=auxiliary is not None
+        )
+        if prefix is None:
+            return (None, hidden), None
+        return ((prefix.keys, prefix.values), hidden), prefix.positions
 
     virtual, materialize_vjp = jax.vjp(lambda p: method.materialize(p, model), params)
-    keys_values, encode_vjp, positions = jax.vjp(encode, virtual, has_aux=True)
+    (keys_values, lead_hidden), encode_vjp, positions = jax.vjp(encode, virtual, has_aux=True)
 
     def rows_loss(keys_values: Any, virtual: VirtualPrompt, rows: Rows) -> tuple[Array, Array]:
         prefix = None if keys_values is None else Prefix(keys_values[0], keys_values[1], positions)
-        scores = target_scores(model, virtual, prefix, rows)
-        return LOSSES[objective.over](scores, rows, objective.choices, objective.label_smoothing)
+        scores = target_scores(model, virtual, prefix, rows, objective.scored_ids(rows))
+        return objective.loss(scores, rows)
 
     def accumulate(carry: Any, rows: Rows) -> tuple[Any, None]:
         of_rows = functools.partial(rows_loss, rows=rows)
@@ -153,21 +153,21 @@ def _scaled_loss_and_gradient(
 
     zero, seed = jnp.zeros((), jnp.float32), jnp.asarray(scale, jnp.float32)
     zeros = ((zero, zero), jax.tree.map(jnp.zeros_like, (keys_values, virtual)))
-    microbatches = _split(batch.rows, objective.microbatches)
-    ((total, weight), (of_prefix, of_virtual)), _ = jax.lax.scan(accumulate, zeros, microbatches)
-    if method.context_targets:
+    parts = _split(batch.rows, microbatches)
+    ((total, weight), (of_prefix, of_virtual)), _ = jax.lax.scan(accumulate, zeros, parts)
+    of_hidden = None
+    if auxiliary is not None:
 
-        def of_context(virtual: VirtualPrompt) -> tuple[Array, Array]:
-            logits = lead_logits(model, virtual, batch.lead_ids)
-            return context_loss(logits, batch.lead_ids, model.layout.vocab_size, method.context_targets)
+        def lead_loss(hidden: Float[Array, "P D"]) -> tuple[Array, Array]:
+            targets = auxiliary.targets(batch.lead_ids, model.layout.vocab_size)
+            return auxiliary.loss(model.scores(hidden[None], targets.outputs, targets.ids), targets)
 
-        # The context precedes each example, so its loss counts once per example.
+        # The leading ids precede each example, so their loss counts once per example.
         examples = jnp.sum(batch.rows.example_weights)
-        loss, pull, count = jax.vjp(of_context, virtual, has_aux=True)
-        (slope,) = pull(seed)
+        loss, pull, count = jax.vjp(lead_loss, lead_hidden, has_aux=True)
+        (of_hidden,) = pull(seed * examples)
         total, weight = total + examples * loss, weight + examples * count
-        of_virtual = jax.tree.map(lambda a, b: a + examples * b, of_virtual, slope)
-    (through_prefix,) = encode_vjp(of_prefix)
+    (through_prefix,) = encode_vjp((of_prefix, of_hidden))
     (gradient,) = materialize_vjp(jax.tree.map(jnp.add, of_virtual, through_prefix))
     weight = jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
     return total / weight, jax.tree.map(lambda g: g / (weight * scale), gradient), weight
@@ -177,7 +177,14 @@ def _split(rows: Rows, count: int) -> Rows:
     """Reshapes [B, ...] to [count, B / count, ...].
 
     Neighboring rows go to different microbatches, so that each row stays on its device.
+
+    Raises:
+      ConfigError: B is not a multiple of `count`.
     """
+    if len(rows.ids) % count:
+        raise ConfigError(
+            f"{len(rows.ids)} rows cannot be split into {count} microbatches; plan batches with a multiple of {count}"
+        )
     return jax.tree.map(lambda a: jnp.swapaxes(a.reshape(a.shape[0] // count, count, *a.shape[1:]), 0, 1), rows)
 
 
@@ -188,9 +195,10 @@ def train_step(
     model: Model,
     state: TrainState,
     batch: Batch,
+    microbatches: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """Takes one optimizer step. `make_train_step` compiles this pure function."""
-    loss, gradient, weight = loss_and_gradient(method, objective, model, state.params, batch)
+    loss, gradient, weight = loss_and_gradient(method, objective, model, state.params, batch, microbatches)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
     trainable = method.trainable(state.params)
     updates = jax.tree.map(lambda update, free: update if free else jnp.zeros_like(update), updates, trainable)
@@ -205,13 +213,23 @@ def train_step(
 
 
 def make_train_step(
-    base: FrozenBase, method: Method, optimizer: optax.GradientTransformation, objective: Objective | None = None
+    base: FrozenBase,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    objective: Objective | None = None,
+    microbatches: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns a compiled `train_step` bound to a frozen base. It donates its state: use the one that it returns.
 
+    The default objective is `CrossEntropy`.
+
     The weights are an argument of the compiled program. Wrapping the result in another `jax.jit` would make them
     literals; jit `train_step` instead in that case.
+
+    Raises:
+      ConfigError: the number of microbatches is below 1.
     """
-    function = functools.partial(train_step, method, objective or Objective(), optimizer)
+    check_microbatches(microbatches)
+    function = functools.partial(train_step, method, objective or CrossEntropy(), optimizer, microbatches=microbatches)
     compiled = jax.jit(function, donate_argnames="state", out_shardings=replicated(base.mesh))
     return functools.partial(compiled, base.model)

@@ -23,7 +23,8 @@ from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.prompts import METHODS, Method, PromptParams
 from spt_jax.prompts.storage import load_prompt, save_prompt
 from spt_jax.testing import tiny_base
-from spt_jax.training.step import Objective, init_state, make_train_step
+from spt_jax.training.objectives import CrossEntropy, VerbalizerCrossEntropy
+from spt_jax.training.step import init_state, make_train_step
 
 PROMPTS = Path(__file__).parent / "prompts"
 NUMBERS = Path(__file__).parent / "methods.safetensors"
@@ -74,7 +75,7 @@ def trained(name: str, base: FrozenBase) -> tuple[dict[str, np.ndarray], PromptP
     examples = encoder.encode_all(RECORDS)
     plan = plan_batches(examples, lead=encoder.leads(examples), batch_size=len(examples))
     has_head = template.head != "language_model"
-    objective = Objective() if has_head else Objective(over="verbalizers", choices=len(LABELS))
+    objective = CrossEntropy() if has_head else VerbalizerCrossEntropy(choices=len(LABELS))
     optimizer = optax.sgd(0.3, momentum=0.9)
     state = init_state(jax.random.key(0), base, method, optimizer)
     step = make_train_step(base, method, optimizer, objective)

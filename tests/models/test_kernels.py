@@ -19,9 +19,9 @@ from spt_jax.models.kernels import FUSED, KERNELS, check_kernel, choose_kernel
 from spt_jax.prompts import PromptTuning
 from spt_jax.runtime.sharding import AXES, MeshConfig, make_mesh
 from spt_jax.testing import tiny_base, tiny_config, write_tiny_checkpoint
+from spt_jax.training.objectives import CrossEntropy
 from spt_jax.training.optimizers import OptimizerConfig, resolve_optimizer
 from spt_jax.training.population import Member, init_members, make_population_step, stack_batches
-from spt_jax.training.step import Objective
 from tests.examples import HEAD, VIRTUAL, random_examples
 from tests.golden.cases import CASES, token_ids
 from tests.layouts import Run, forward, lay_out
@@ -115,7 +115,7 @@ def test_cudnn_in_a_population_s_step(monkeypatch):
     plan = plan_batches(examples, lead=len(HEAD), batch_size=4)
     members = [Member(method, examples, plan, seed, 0.1) for seed in range(2)]
     batches = stack_batches([pack(examples, plan)] * 2)
-    step = make_population_step(base, method, optimizer, 4, Objective())
+    step = make_population_step(base, method, optimizer, 4, CrossEntropy())
     traced = step.func.trace(*step.args, init_members(base, members, optimizer, 4), jnp.ones(2), batches)
     program = traced.lower(lowering_platforms=("cuda",)).as_text()
     rows = len(members) * batches.rows.ids.shape[1]

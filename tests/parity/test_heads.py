@@ -16,7 +16,8 @@ from spt_jax.data.batches import pack, plan_batches
 from spt_jax.data.examples import Example
 from spt_jax.prompts import DeepPrompts
 from spt_jax.testing import write_tiny_checkpoint
-from spt_jax.training.step import Objective, loss_and_gradient
+from spt_jax.training.objectives import CrossEntropy, SpanCrossEntropy
+from spt_jax.training.step import loss_and_gradient
 from tests.examples import VOCAB, random_examples, same_gradient
 from tests.parity.test_peft import P
 from tests.parity.test_peft_family import flat_prefix
@@ -101,7 +102,7 @@ def test_the_head_reads_the_last_token_of_every_packed_example(tmp_path):
         model(input_ids=torch.tensor(e.ids[None].astype(int)), labels=torch.tensor(e.classes)).loss for e in examples
     ]
     method = DeepPrompts(length=P, classes=CLASSES)
-    same_in_every_layout(base, method, Objective(), examples, model, head, torch.stack(losses).mean())
+    same_in_every_layout(base, method, CrossEntropy(), examples, model, head, torch.stack(losses).mean())
 
 
 def test_a_tagging_head_reads_the_last_token_of_every_word(tmp_path):
@@ -117,7 +118,7 @@ def test_a_tagging_head_reads_the_last_token_of_every_word(tmp_path):
     classes = torch.tensor(np.concatenate([e.classes for e in examples]))
     loss = torch.nn.functional.cross_entropy(torch.cat(logits), classes)
     method = DeepPrompts(length=P, classes=CLASSES, head="tagging")
-    same_in_every_layout(base, method, Objective(), examples, model, head, loss)
+    same_in_every_layout(base, method, CrossEntropy(), examples, model, head, loss)
 
 
 def test_a_span_head_chooses_among_the_tokens_of_its_text(tmp_path):
@@ -137,4 +138,4 @@ def test_a_span_head_chooses_among_the_tokens_of_its_text(tmp_path):
             right = torch.tensor(np.flatnonzero(e.classes & flag))
             losses.append(torch.nn.functional.cross_entropy(logits[:, e.reads], right))
     method = DeepPrompts(length=P, head="span")
-    same_in_every_layout(base, method, Objective(over="span"), examples, model, head, torch.stack(losses).mean())
+    same_in_every_layout(base, method, SpanCrossEntropy(), examples, model, head, torch.stack(losses).mean())

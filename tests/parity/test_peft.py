@@ -15,7 +15,8 @@ from spt_jax.inference.forward import encode_prefix, output_logits
 from spt_jax.prompts import PromptTuning, VirtualPrompt
 from spt_jax.prompts.initializers import array, initialize, normal, text
 from spt_jax.testing import BOS_ID, PAD_ID, write_tiny_checkpoint
-from spt_jax.training.step import Objective, init_state, loss_and_gradient, make_train_step
+from spt_jax.training.objectives import CrossEntropy
+from spt_jax.training.step import init_state, loss_and_gradient, make_train_step
 from tests.examples import VOCAB, random_examples, same_gradient
 from tests.parity.versions import peft_marks
 
@@ -84,7 +85,7 @@ def peft_loss(model, examples, side: str = "right"):
 
 @jax.jit
 def _loss_and_gradient(model, params, batch):
-    return loss_and_gradient(PromptTuning(length=P), Objective(), model, params, batch)
+    return loss_and_gradient(PromptTuning(length=P), CrossEntropy(), model, params, batch)
 
 
 def our_loss(base, examples, *, lead: int = P, packing: bool = True):

@@ -18,7 +18,8 @@ from spt_jax.data.examples import Example
 from spt_jax.inference.forward import encode_prefix, output_logits
 from spt_jax.prompts import ContextPromptTuning, LlamaAdapter, MultitaskPromptTuning, PrefixTuning, PTuning
 from spt_jax.testing import write_tiny_checkpoint
-from spt_jax.training.step import Objective, loss_and_gradient
+from spt_jax.training.objectives import CrossEntropy
+from spt_jax.training.step import loss_and_gradient
 from tests.examples import VOCAB, same_gradient
 from tests.parity.test_peft import P, examples_for_peft, padded
 from tests.parity.versions import peft_marks
@@ -150,7 +151,7 @@ def real_examples(method, count: int) -> list[Example]:
 
 @functools.partial(jax.jit, static_argnames="method")
 def ours_of(method, model, params, batch):
-    loss, gradient, _ = loss_and_gradient(method, Objective(), model, params, batch)
+    loss, gradient, _ = loss_and_gradient(method, CrossEntropy(), model, params, batch)
     virtual = method.materialize(params, model)
     prefix = encode_prefix(model, virtual, batch.lead_ids, batch.lead_length)
     return loss, gradient, output_logits(model, virtual, prefix, batch.rows)

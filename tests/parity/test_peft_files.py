@@ -21,7 +21,7 @@ from spt_jax.interop import export_embeddings, export_peft, export_peft_tasks, i
 from spt_jax.prompts import DeepPrompts, PromptTuning, VirtualPrompt
 from spt_jax.prompts.storage import load_prompt, save_prompt
 from spt_jax.testing import write_tiny_checkpoint
-from spt_jax.training.losses import vocabulary_loss
+from spt_jax.training.objectives import CrossEntropy
 from tests.parity.test_heads import plain_model
 from tests.parity.test_peft import P, examples_for_peft, padded
 from tests.parity.test_peft_family import CASES, load_both, real_examples
@@ -49,7 +49,7 @@ def logits_of(model, virtual, batch):
 
 @jax.jit
 def mean_loss(model, virtual, batch):
-    total, weight = vocabulary_loss(scores_of_logits(logits_of(model, virtual, batch), batch.rows), batch.rows, 1, 0.0)
+    total, weight = CrossEntropy().loss(scores_of_logits(logits_of(model, virtual, batch), batch.rows), batch.rows)
     return total / weight
 
 

@@ -31,7 +31,9 @@ from spt_jax.prompts.initializers import initialize
 from spt_jax.prompts.networks import init_lstm, lstm
 from spt_jax.prompts.storage import save_prompt
 from spt_jax.testing import tiny_base
-from tests.examples import QUICK_COMPILE, VOCAB
+from spt_jax.training.objectives import CrossEntropy
+from spt_jax.training.step import loss_and_gradient
+from tests.examples import QUICK_COMPILE, VOCAB, random_examples
 
 WORDS = "Hello world, this is the question"
 
@@ -200,9 +202,24 @@ def test_a_context_in_words():
     assert method.kinds == tuple(kind for kind, piece in zip(kinds, ids, strict=True) for _ in piece)
     assert method.length == method.token_count == len(method.ids)
     labels = {i: 0.5 ** (2 if kind == 4 else 1) for i, kind in enumerate(method.kinds) if kind in (4, 8)}
-    assert method.context_targets == tuple((i, method.ids[i], weight) for i, weight in labels.items())
+    found = method.auxiliary()
+    assert dict(zip(found.numbers, found.weights, strict=True)) == labels
+    assert found.ids == tuple(method.ids[i] for i in labels)
     rows = method.init_params(jax.random.key(0), base)["start"]
     np.testing.assert_array_equal(rows, np.asarray(base.params["embedding"])[list(method.ids)])
+    lead = np.asarray([1, *(base.config.vocab_size + np.arange(method.length))])
+    found.check(lead, base.config.vocab_size)
+    with pytest.raises(ConfigError, match="must come first"):
+        found.check(lead[:-2], base.config.vocab_size)
+    targets = found.targets(jnp.asarray(lead), base.config.vocab_size)
+    assert targets.outputs.tolist() == [list(labels)]  # BOS comes first, so the label i is predicted at i
+    np.testing.assert_allclose(targets.weights[0], list(labels.values()))
+    unpaired = found.targets(jnp.asarray(lead[:-2]), base.config.vocab_size)
+    assert np.isnan(unpaired.weights).sum() == sum(i >= method.length - 2 for i in labels)
+    examples = random_examples("target", 2)
+    batch = pack(examples, plan_batches(examples, lead=0, batch_size=2))
+    with pytest.raises(ConfigError, match="cpt has a loss on the leading ids, and the batch has none"):
+        loss_and_gradient(method, CrossEntropy(), base.model, {"start": rows, "delta": rows}, batch)
     assert method.bind(base.tokenizer) is method
     with pytest.raises(ConfigError, match=r"use method\.bind"):
         ContextPromptTuning(context="a[[b]]").init_params(jax.random.key(0), base)

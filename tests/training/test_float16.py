@@ -20,15 +20,16 @@ from spt_jax.training import loop, single
 from spt_jax.training import step as module
 from spt_jax.training.config import TrainConfig
 from spt_jax.training.logs import NoLog
+from spt_jax.training.objectives import CrossEntropy, VerbalizerCrossEntropy
 from spt_jax.training.optimizers import make_optimizer
 from spt_jax.training.overflow import explain
 from spt_jax.training.rate_finder import range_test
-from spt_jax.training.step import Objective, loss_and_gradient
+from spt_jax.training.step import loss_and_gradient
 from tests.examples import HEAD, VIRTUAL, random_examples
 from tests.training.test_population import ADAM, MEMBERS, alone, member, population
 
 METHODS = [PromptTuning(length=VIRTUAL, init=uniform(0.5)), PrefixTuning(length=3)]
-CHOICES = Objective(over="verbalizers", choices=3)
+CHOICES = VerbalizerCrossEntropy(choices=3)
 
 
 @functools.cache
@@ -37,17 +38,17 @@ def base_of(dtype: str, **overrides):
 
 
 @functools.cache
-def compiled(dtype, method, objective, scales):
+def compiled(dtype, method, microbatches, scales):
     """A program of its own for the scales that it was traced with."""
-    return jax.jit(functools.partial(loss_and_gradient, method, objective))
+    return jax.jit(functools.partial(loss_and_gradient, method, CHOICES, microbatches=microbatches))
 
 
-def gradient_of(dtype, method, weight=1.0, objective=CHOICES):
+def gradient_of(dtype, method, weight=1.0, microbatches=1):
     """Loss, and the gradient as one vector, of examples that all have the same weight."""
     base, examples = base_of(dtype), random_examples("choices", 8)
     batch = pack(examples, plan_batches(examples, lead=len(HEAD), batch_size=8, multiple=2), (weight,) * 3)
     params = method.init_params(jax.random.key(1), base_of("float32"))
-    program = compiled(dtype, method, objective, (module.LOSS_SCALE, module.LEAST_SCALE))
+    program = compiled(dtype, method, microbatches, (module.LOSS_SCALE, module.LEAST_SCALE))
     loss, gradient, _ = program(base.model, params, batch)
     return float(loss), np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
 
@@ -78,7 +79,7 @@ def test_without_scaling_they_would_be_lost(monkeypatch, weight):
 
 def test_microbatches_are_exact():
     _, whole = gradient_of("float16", METHODS[0])
-    _, parts = gradient_of("float16", METHODS[0], objective=dataclasses.replace(CHOICES, microbatches=2))
+    _, parts = gradient_of("float16", METHODS[0], microbatches=2)
     assert off(parts, whole) < 5e-3
 
 
@@ -107,7 +108,7 @@ def run(workdir, **options) -> dict[int, float]:
         base_of("float16"),
         own.method,
         optimizer,
-        Objective(),
+        CrossEntropy(),
         single.TrainingData(own.examples, own.plan),
         TrainConfig(steps=16, batch_size=6, evaluate_every=16, checkpoint_every=4),
         workdir=workdir,
@@ -164,7 +165,7 @@ def test_a_base_that_overflows_is_named(tmp_path):
     assert "base.dtype bfloat16 or float32" in standing.ended and "learning_rate" not in standing.ended
     assert "loss is nan" in standing.ended
     with pytest.raises(TrainingError, match=r"step 1: .*loss is .*float16 overflowed in the base: use base\.dtype"):
-        range_test(base, MEMBERS[0], ADAM, Objective(), batch_size=6, steps=10)
+        range_test(base, MEMBERS[0], ADAM, CrossEntropy(), batch_size=6, steps=10)
 
 
 @pytest.mark.parametrize(

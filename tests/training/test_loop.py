@@ -13,8 +13,9 @@ from spt_jax.training import single
 from spt_jax.training.checkpoints import Checkpoints
 from spt_jax.training.config import TrainConfig
 from spt_jax.training.logs import NoLog
+from spt_jax.training.objectives import CrossEntropy
 from spt_jax.training.optimizers import make_optimizer
-from spt_jax.training.step import Objective, init_state, make_train_step
+from spt_jax.training.step import init_state, make_train_step
 from tests.training.test_population import ADAM, BATCH, STEPS, base_of, member
 
 OWN = member(seed=3, rate=0.05)
@@ -49,7 +50,7 @@ def fit(workdir, *, validate=None, config=CONFIG, **options):
         base_of(),
         OWN.method,
         OPTIMIZER,
-        Objective(),
+        CrossEntropy(),
         single.TrainingData(OWN.examples, OWN.plan),
         config,
         workdir=workdir,

@@ -21,6 +21,7 @@ from spt_jax.training.config import TrainConfig
 from spt_jax.training.halving import Halving, fit_population
 from spt_jax.training.logs import NoLog
 from spt_jax.training.loop import Stopped
+from spt_jax.training.objectives import CrossEntropy
 from spt_jax.training.optimizers import OptimizerConfig, make_optimizer, resolve_optimizer
 from spt_jax.training.population import (
     Member,
@@ -30,7 +31,7 @@ from spt_jax.training.population import (
     make_population_step,
     stack_batches,
 )
-from spt_jax.training.step import Objective, init_state, loss_and_gradient, make_train_step
+from spt_jax.training.step import init_state, loss_and_gradient, make_train_step
 
 STEPS, BATCH, VOCAB = 8, 6, 320
 ADAM = resolve_optimizer(OptimizerConfig(learning_rate=0.01), "llama")
@@ -70,7 +71,7 @@ def validation(base, members):
         own = members[number]
         stream = training_batches(own.examples, own.plan, batch_size=BATCH, seed=99)
         batch = place_batch(next(stream), base.mesh)
-        loss = _loss(own.method, Objective(), base.model, params, batch)[0]
+        loss = _loss(own.method, CrossEntropy(), base.model, params, batch)[0]
         return {"loss": float(loss)}
 
     return validate
@@ -93,7 +94,7 @@ def population(base, members, workdir, *, losses=None, optimizer=ADAM, **options
         base,
         members,
         optimizer,
-        Objective(),
+        CrossEntropy(),
         CONFIG,
         workdir=Path(workdir),
         log=lambda step: log,
@@ -252,7 +253,7 @@ def test_the_frozen_base_is_no_constant_of_the_program():
     """5 MB of weights."""
     base = tiny_base(hidden_size=128, intermediate_size=1024)
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(base.params)) > 5_000_000
-    step = make_population_step(base, MEMBERS[0].method, ADAM, STEPS, Objective())
+    step = make_population_step(base, MEMBERS[0].method, ADAM, STEPS, CrossEntropy())
     own = MEMBERS[0]
     batch = stack_batches([next(training_batches(own.examples, own.plan, batch_size=BATCH, seed=0))] * 2)
     states = init_members(base, MEMBERS[:2], ADAM, STEPS)

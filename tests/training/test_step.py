@@ -25,16 +25,17 @@ from spt_jax.prompts import PromptTuning, VirtualPrompt
 from spt_jax.prompts.initializers import array, uniform
 from spt_jax.runtime.sharding import MeshConfig, make_mesh, parameter_sharding
 from spt_jax.testing import tiny_base, tiny_config
-from spt_jax.training.step import Objective, init_state, loss_and_gradient, make_train_step, train_step
+from spt_jax.training.objectives import CrossEntropy, VerbalizerCrossEntropy
+from spt_jax.training.step import init_state, loss_and_gradient, make_train_step, train_step
 from tests.examples import HEAD, QUICK_COMPILE, VIRTUAL, VOCAB, loss_alone, random_examples, same_gradient
 
 METHOD = PromptTuning(length=VIRTUAL, init=uniform(0.5))
 HEAD_LENGTH = len(HEAD)
 OBJECTIVES = {
-    "target": Objective(),
-    "spans": Objective(),
-    "single": Objective(over="verbalizers", choices=3),
-    "choices": Objective(over="verbalizers", choices=3),
+    "target": CrossEntropy(),
+    "spans": CrossEntropy(),
+    "single": VerbalizerCrossEntropy(choices=3),
+    "choices": VerbalizerCrossEntropy(choices=3),
 }
 
 
@@ -47,17 +48,17 @@ def prompt_of(base, seed: int = 1):
     return METHOD.init_params(jax.random.key(seed), base)
 
 
-@functools.partial(jax.jit, static_argnames=("method", "objective"), compiler_options=QUICK_COMPILE)
-def jitted(method, objective, model, params, batch):
-    return loss_and_gradient(method, objective, model, params, batch)
+@functools.partial(jax.jit, static_argnames=("method", "objective", "microbatches"), compiler_options=QUICK_COMPILE)
+def jitted(method, objective, model, params, batch, microbatches=1):
+    return loss_and_gradient(method, objective, model, params, batch, microbatches)
 
 
-def loss_in_rows(base, params, examples, objective, *, weights=None, lead=HEAD_LENGTH, **options):
+def loss_in_rows(base, params, examples, objective, *, weights=None, lead=HEAD_LENGTH, microbatches=1, **options):
     """Loss and gradient [P, D] of one batch in the given layout."""
-    multiple = options.pop("multiple", objective.microbatches)
+    multiple = options.pop("multiple", microbatches)
     plan = plan_batches(examples, lead=lead, batch_size=len(examples), multiple=multiple, **options)
     batch = pack(examples, plan, weights)
-    loss, gradient, weight = jitted(METHOD, objective, base.model, params, batch)
+    loss, gradient, weight = jitted(METHOD, objective, base.model, params, batch, microbatches)
     return float(loss), np.asarray(gradient["tokens"]), float(weight)
 
 
@@ -89,13 +90,11 @@ def reference(family: str, kind: str):
 def test_every_layout_is_each_example_alone(family, kind, layout):
     """Rotary and learned positions, a sliding window shorter than the examples, and layers without positions."""
     base, examples, params, (loss, gradient) = reference(family, kind)
-    options = dict(LAYOUTS[layout])
-    objective = dataclasses.replace(OBJECTIVES[kind], microbatches=options.pop("microbatches", 1))
-    ours, slope, weight = loss_in_rows(base, params, examples, objective, **options)
+    ours, slope, weight = loss_in_rows(base, params, examples, OBJECTIVES[kind], **LAYOUTS[layout])
     np.testing.assert_allclose(ours, loss, rtol=1e-5)
     worst = same_gradient(slope, gradient)
     print(f"{family} {kind} {layout}: loss {abs(ours / loss - 1):.1e}, gradient {worst:.1e}")
-    assert weight == (9 if objective.choices > 1 else sum(example.predicted.sum() for example in examples))
+    assert weight == (9 if OBJECTIVES[kind].uses_choices else sum(example.predicted.sum() for example in examples))
 
 
 @pytest.mark.parametrize("kind", ["target", "choices"])
@@ -169,18 +168,14 @@ def test_one_logit_row_for_each_position_that_predicts():
     assert rows.outputs.size < rows.ids.size / 2
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"over": "verbalisers"}, r"over is 'verbalisers'; did you mean 'verbalizers'"),
-        ({"choices": 0}, "choices is 0; it must be at least 1"),
-        ({"microbatches": 0}, "microbatches is 0"),
-        ({"label_smoothing": 1.0}, r"label_smoothing is 1\.0; it must be in \[0, 1\)"),
-    ],
-)
-def test_a_wrong_objective_is_refused_before_tracing(options, message):
-    with pytest.raises(ConfigError, match=message):
-        Objective(**options)
+def test_a_wrong_number_of_microbatches_is_refused():
+    """Below 1 before tracing, and what does not divide the rows with the number that does."""
+    base, examples, params, _ = reference("llama", "target")
+    with pytest.raises(ConfigError, match="microbatches is 0; it must be at least 1"):
+        make_train_step(base, METHOD, optax.sgd(0.1), CrossEntropy(), microbatches=0)
+    batch = pack(examples, plan_batches(examples, lead=HEAD_LENGTH, batch_size=9, packing=False))
+    with pytest.raises(ConfigError, match="9 rows cannot be split into 2 microbatches"):
+        loss_and_gradient(METHOD, CrossEntropy(), base.model, params, batch, 2)
 
 
 def test_the_example_of_the_package_runs():
@@ -243,7 +238,7 @@ def test_one_trace_per_bucket():
     base, method = base_of(), Counting(length=VIRTUAL)
     examples = random_examples("target", 40, lengths=(3, 7, 12, 30))
     optimizer = optax.adam(0.1)
-    step = make_train_step(base, method, optimizer, Objective(microbatches=2))
+    step = make_train_step(base, method, optimizer, microbatches=2)
     state = init_state(jax.random.key(0), base, method, optimizer)
     plan = dataclasses.replace(
         plan_batches(examples, lead=6, batch_size=8, packing=False, multiple=2), row_buckets=(4, 8)
@@ -306,13 +301,12 @@ def on_mesh(kind: str, **axes: int):
     flat = {path: jax.device_put(leaf, parameter_sharding(mesh, path, leaf.shape)) for path, leaf in flat.items()}
     model = DecoderModel(traverse_util.unflatten_dict(flat), base.model.module.clone(mesh=mesh))
     base = dataclasses.replace(base, model=model)
-    objective = dataclasses.replace(OBJECTIVES[kind], microbatches=2)
     optimizer = optax.sgd(1.0)
     examples = random_examples(kind, 12)
     plan = plan_batches(examples, lead=len(HEAD), batch_size=12, **multiples(mesh, 2))
     state = init_state(jax.random.key(3), base, METHOD, optimizer)
     before = np.array(state.params["tokens"])
-    step = make_train_step(base, METHOD, optimizer, objective)
+    step = make_train_step(base, METHOD, optimizer, OBJECTIVES[kind], microbatches=2)
     state, metrics = step(state, place_batch(pack(examples, plan), mesh))
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
     split = sum(not leaf.sharding.is_fully_replicated for leaf in flat.values())
@@ -342,7 +336,7 @@ def test_the_program_does_not_grow_with_the_layers():
     def lowered(layers):
         config = decoder_config(tiny_config("llama", num_hidden_layers=layers))
         model = DecoderModel(parameter_shapes(config), Decoder(config))
-        return jax.jit(functools.partial(train_step, METHOD, Objective(), optimizer)).lower(model, state, batch)
+        return jax.jit(functools.partial(train_step, METHOD, CrossEntropy(), optimizer)).lower(model, state, batch)
 
     def compiled(layers):
         """The program, and processor seconds for it."""

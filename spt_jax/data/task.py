@@ -1,0 +1,181 @@
+"""What a task is: what is predicted for a record, how it is encoded, and how predictions are evaluated."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float
+
+from spt_jax.data.examples import Example
+from spt_jax.data.reading import Spans
+from spt_jax.data.templates import CHECKS, Field, Template, parse
+from spt_jax.data.values import field_text
+from spt_jax.errors import ConfigError, did_you_mean
+
+Record = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Metrics as plain JSON values, and the prediction for each record, in order."""
+
+    metrics: dict[str, Any]
+    predictions: list[dict[str, Any]]
+
+
+@runtime_checkable
+class RecordEncoder(Protocol):
+    """What a task may ask of the encoder of a template."""
+
+    template: Template
+
+    @property
+    def choices(self) -> tuple[np.ndarray, ...]:
+        """The ids of each verbalizer."""
+        ...
+
+    def encode_prompt(self, record: Record, index: int) -> list[int]:
+        """Returns the ids of the prompt."""
+        ...
+
+    def encode_target(self, record: Record, index: int) -> list[int]:
+        """Returns the ids of the target, including those that end it."""
+        ...
+
+    def encode_read(self, record: Record, index: int) -> tuple[list[int], Spans]:
+        """Returns the ids of the prompt, and for each the characters that it covers of the field `reads`."""
+        ...
+
+    def read_text(self, record: Record, first: int, last: int) -> str:
+        """Returns the text of the field `reads` from its token number `first` to `last`, inclusive."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Base class of the tasks: frozen dataclasses, registered under the name of the head that they need.
+
+    Attributes:
+      name: the word of `Template.head` and `--method.head`.
+      loss: the word of `--loss.over` for the default objective, and the only one with a head.
+      has_head: whether the soft prompt needs a head in place of the base's output matrix.
+      outputs: the number of outputs of the head; None for one per class.
+      reads_field: whether the head predicts something at several positions of the field `Template.reads`.
+      bare: whether the base can do the task without a soft prompt, so that it can be compared with other prompts.
+      generates: whether the answer is text that the model generates.
+    """
+
+    name: ClassVar[str]
+    loss: ClassVar[str] = "vocabulary"
+    has_head: ClassVar[bool] = False
+    outputs: ClassVar[int | None] = None
+    reads_field: ClassVar[bool] = False
+    bare: ClassVar[bool] = True
+    generates: ClassVar[bool] = False
+
+    def with_classes(self, classes: Mapping[str, str]) -> "Task":
+        """Returns the task for a template with these verbalizers."""
+        del classes
+        return self
+
+    def check(self, template: Template) -> None:
+        """Checks a template; here, the field that a head reads.
+
+        Raises:
+          ConfigError: the template lacks what the task needs.
+        """
+        if (template.reads is not None) != self.reads_field:
+            raise ConfigError(
+                "data.reads names the field that a tagging or span head reads: set it with such a head, and only then"
+            )
+        if template.reads is None:
+            return
+        if template.reads not in template.prompt_fields:
+            hint = did_you_mean(template.reads, template.prompt_fields)
+            raise ConfigError(f"data.reads={template.reads!r} is not a prompt field; {hint}")
+        if template.label_field is None:
+            raise ConfigError(f"target {template.target!r}: a {self.name} head needs exactly one field there")
+        if template.truncate is not None:
+            raise ConfigError(
+                f"data.truncate might cut off what a {self.name} head has to predict; split long records instead"
+            )
+
+    def classes(self, template: Template, records: Sequence[Record]) -> Mapping[str, str]:
+        """Returns the verbalizers, taken from the training records if the template has none and the task needs some.
+
+        Raises:
+          DataError: a record has no class.
+        """
+        del records
+        return template.verbalizers
+
+    def field(self, template: Template, record: Record, name: str, index: int) -> str:
+        """Returns the text of a field.
+
+        Raises:
+          DataError: the field is missing or is not text.
+        """
+        del template
+        return field_text(record, name, index)
+
+    def encode(self, encoder: RecordEncoder, record: Record, index: int) -> Example:
+        """Encodes a record.
+
+        Raises:
+          DataError: a field is missing, or what is to be predicted is not valid.
+        """
+        raise NotImplementedError
+
+    def reference(self, template: Template, record: Record) -> str:
+        """Returns the text of the correct answer."""
+        pieces = parse(template.target)
+        texts = (field_text(record, p.name, 0) if isinstance(p, Field) else getattr(p, "text", "") for p in pieces)
+        return "".join(texts).strip()
+
+    def with_any_label(self, template: Template, record: Record) -> dict[str, Any]:
+        """Returns a record to predict, with an arbitrary label in place of the unknown one.
+
+        Raises:
+          DataError: there is nothing to predict.
+        """
+        return {**record, template.label_field or "": next(iter(template.verbalizers))}
+
+    def class_scores(self, scores: Float[np.ndarray, "N C"]) -> Float[np.ndarray, "N C"]:
+        """Returns the scores of classes as they are served: the log-probability of each verbalizer or class."""
+        return scores
+
+    def evaluate(
+        self,
+        encoder: RecordEncoder,
+        records: Sequence[Record],
+        examples: Sequence[Example],
+        scores: Sequence[Float[np.ndarray, "..."]],
+        max_length: int,
+    ) -> Evaluation:
+        """Computes the metrics, which must include "loss" and "examples", and the predictions.
+
+        Args:
+          encoder: how the records were encoded.
+          records: the records.
+          examples: the encoded records.
+          scores: for each example, the log-probability of each choice, of its only target, or of each class [C]; if the
+            head reads a field, its logits [R, C] at the R positions.
+          max_length: the maximum number of tokens of an answer.
+        """
+        raise NotImplementedError
+
+
+TASKS: dict[str, Task] = {}
+
+
+def register(*tasks: Task) -> None:
+    """Adds tasks by name, so that templates, methods and configs can name them as their head."""
+    for task in tasks:
+        TASKS[task.name] = task
+        CHECKS[task.name] = task.check
+
+
+def task_of(template: Template) -> Task:
+    """Returns the task of a template."""
+    return TASKS[template.head].with_classes(template.verbalizers)

@@ -1,0 +1,23 @@
+"""Objectives, one file each, and their registry."""
+
+from spt_jax.training.objectives.cross_entropy import CrossEntropy
+from spt_jax.training.objectives.objective import Loss, Objective, prepare_examples
+from spt_jax.training.objectives.span_cross_entropy import SpanCrossEntropy
+from spt_jax.training.objectives.verbalizer_cross_entropy import VerbalizerCrossEntropy
+
+__all__ = [
+    "OBJECTIVES",
+    "CrossEntropy",
+    "Loss",
+    "Objective",
+    "SpanCrossEntropy",
+    "VerbalizerCrossEntropy",
+    "prepare_examples",
+]
+
+# By the word of `--loss.over`.
+OBJECTIVES: dict[str, type[Objective]] = {
+    "vocabulary": CrossEntropy,
+    "verbalizers": VerbalizerCrossEntropy,
+    "span": SpanCrossEntropy,
+}
