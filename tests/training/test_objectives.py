@@ -17,7 +17,6 @@ from spt_jax.models.attention import Stream
 from spt_jax.models.model import TargetScores
 from spt_jax.prompts import VirtualPrompt
 from spt_jax.testing import tiny_base
-from spt_jax.training import step
 from spt_jax.training.config import LossConfig
 from spt_jax.training.objectives import (
     CrossEntropy,
@@ -250,7 +249,6 @@ def test_a_config_builds_its_objective(config, objective):
         (lambda: VerbalizerCrossEntropy(choices=0), "choices is 0; it must be at least 1"),
         (lambda: VerbalizerCrossEntropy(choices=2, label_smoothing=-1.0), r"label_smoothing is -1\.0"),
         (lambda: CrossEntropy(label_smoothing=1.0), r"label_smoothing is 1\.0; it must be in \[0, 1\)"),
-        (lambda: step.Objective(over="verbalisers"), "Objective.over is 'verbalisers'; did you mean 'verbalizers'"),
         (lambda: LossConfig(over="verbalisers"), "loss.over is 'verbalisers'; did you mean 'verbalizers'"),
         (lambda: LossConfig(over="span", label_smoothing=0.1), "not compatible with loss.over=span"),
     ],
