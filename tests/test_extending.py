@@ -94,7 +94,7 @@ def test_the_objective_is_its_formula_in_every_layout_and_trains(page):
         plan = spt_jax.plan_batches(examples, lead=4, batch_size=3, packing=packing, multiple=3)
         batch = spt_jax.place_batch(spt_jax.pack(examples, plan), base.mesh)
         state = spt_jax.init_state(jax.random.key(0), base, method, optimizer)
-        virtual = method.materialize(state.params, base.model)
+        virtual = method.materialize(jax.tree.map(jnp.array, state.params), base.model)  # the step donates its state
         step = spt_jax.make_train_step(base, method, optimizer, objective, microbatches=3)
         for _ in range(8):
             state, metrics = step(state, batch)
@@ -124,7 +124,7 @@ def test_the_task_trains_and_is_evaluated_saved_and_served(page, tmp_path):
     state = spt_jax.init_state(jax.random.key(0), base, method, optimizer)
     step = spt_jax.make_train_step(base, method, optimizer, config.loss.objective(data.plan.choices))
     batch = spt_jax.place_batch(spt_jax.pack(data.examples, data.plan), base.mesh)
-    untrained = method.materialize(jax.tree.map(np.array, state.params), base.model)
+    untrained = method.materialize(jax.tree.map(jnp.array, state.params), base.model)
     metrics = spt_jax.evaluate(base, data, untrained).metrics
     assert metrics["absolute_error"] == pytest.approx(5 / 3)  # all classes are equally likely, so 1 is predicted
     for _ in range(30):
