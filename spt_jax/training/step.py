@@ -4,7 +4,7 @@
                (vjp once)                    (vjp once)       (scan over microbatches)
 
 The leading ids that all examples share go through the model once per step, whatever the number of rows and
-microbatches. The cotangents of their keys and values, and those of virtual tokens elsewhere, are summed over
+microbatches. The cotangents of their memory, and those of virtual tokens elsewhere, are summed over
 microbatches and propagated back once.
 """
 
@@ -23,6 +23,7 @@ from spt_jax.data.batches import Batch, Rows
 from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.inference.forward import encode_prefix, lead_logits, target_scores
 from spt_jax.models.attention import Prefix
+from spt_jax.models.memory import Memory
 from spt_jax.models.model import Model
 from spt_jax.prompts import Method, PromptParams, VirtualPrompt
 from spt_jax.runtime.sharding import replicated
@@ -136,23 +137,23 @@ def _scaled_loss_and_gradient(
 
     def encode(virtual: VirtualPrompt) -> Any:
         prefix = encode_prefix(model, virtual, batch.lead_ids, batch.lead_length)
-        return (None, None) if prefix is None else ((prefix.keys, prefix.values), prefix.positions)
+        return (None, None) if prefix is None else (prefix.memory, prefix.positions)
 
     virtual, materialize_vjp = jax.vjp(lambda p: method.materialize(p, model), params)
-    keys_values, encode_vjp, positions = jax.vjp(encode, virtual, has_aux=True)
+    memory, encode_vjp, positions = jax.vjp(encode, virtual, has_aux=True)
 
-    def rows_loss(keys_values: Any, virtual: VirtualPrompt, rows: Rows) -> tuple[Array, Array]:
-        prefix = None if keys_values is None else Prefix(keys_values[0], keys_values[1], positions)
+    def rows_loss(memory: Memory | None, virtual: VirtualPrompt, rows: Rows) -> tuple[Array, Array]:
+        prefix = None if memory is None else Prefix(memory, positions)
         scores = target_scores(model, virtual, prefix, rows)
         return LOSSES[objective.over](scores, rows, objective.choices, objective.label_smoothing)
 
     def accumulate(carry: Any, rows: Rows) -> tuple[Any, None]:
         of_rows = functools.partial(rows_loss, rows=rows)
-        loss, pull, weight = jax.vjp(of_rows, keys_values, virtual, has_aux=True)
+        loss, pull, weight = jax.vjp(of_rows, memory, virtual, has_aux=True)
         return jax.tree.map(jnp.add, carry, ((loss, weight), pull(seed))), None
 
     zero, seed = jnp.zeros((), jnp.float32), jnp.asarray(scale, jnp.float32)
-    zeros = ((zero, zero), jax.tree.map(jnp.zeros_like, (keys_values, virtual)))
+    zeros = ((zero, zero), jax.tree.map(jnp.zeros_like, (memory, virtual)))
     microbatches = _split(batch.rows, objective.microbatches)
     ((total, weight), (of_prefix, of_virtual)), _ = jax.lax.scan(accumulate, zeros, microbatches)
     if method.context_targets:
