@@ -118,12 +118,13 @@ def encode_prefix(
     if length == 0:
         return prefix
     positions = start + jnp.arange(length, dtype=jnp.int32)
-    segments = jnp.ones_like(positions)[None]
+    real = jnp.ones(length, bool) if lead_length is None else jnp.arange(length) < lead_length
+    segments = real.astype(jnp.int32)[None]
     stream = Stream(positions[None], segments, jnp.zeros_like(segments))
     _, found = run_stream(model, virtual, lead_ids[None], stream, prefix, return_memory=True, return_hidden=False)
     lead = jax.tree.map(lambda a: a[:, 0].astype(jnp.float32), found)
     if lead_length is not None:
-        positions = jnp.where(jnp.arange(length) < lead_length, positions, NEVER)
+        positions = jnp.where(real, positions, NEVER)
     if prefix is None:
         return Prefix(lead, positions)
     return Prefix(memory.concatenate(prefix.memory, lead), jnp.concatenate([prefix.positions, positions]))

@@ -20,7 +20,7 @@ from spt_jax.prompts.method import DEFAULT_LENGTH, Method, PromptParams
 from spt_jax.prompts.virtual import VirtualPrefix, VirtualPrompt
 
 # Keys and values as they are trained, see `_packed`.
-Packed = Float[Array, "2 L P K H"] | Memory
+Packed = Float[Array, "2 L P K H"] | Mapping[str, Mapping[str, Float[Array, "L P K H"]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,17 +156,19 @@ def _packed(whole: Memory) -> Packed:
     """Returns keys and values in the form in which they are trained.
 
     For a base with one group "self" this is a single array [2, L, P, K, H] of keys, then values; otherwise, or if a key
-    and a value differ in size, the memory as it is.
+    and a value differ in size, it is a dict of "keys" and "values" for each group.
     """
-    own = whole.get(SELF)
-    if len(whole) == 1 and isinstance(own, KeysValues) and own.keys.shape == own.values.shape:
-        return jnp.stack([own.keys, own.values])
-    return whole
+    pairs = {name: own for name, own in whole.items() if isinstance(own, KeysValues)}
+    if list(pairs) == [SELF] and pairs[SELF].keys.shape == pairs[SELF].values.shape:
+        return jnp.stack([pairs[SELF].keys, pairs[SELF].values])
+    return {name: {"keys": own.keys, "values": own.values} for name, own in pairs.items()}
 
 
 def _unpacked(packed: Packed) -> Memory:
     """The inverse of `_packed`."""
-    return packed if isinstance(packed, Mapping) else {SELF: KeysValues(packed[0], packed[1])}
+    if isinstance(packed, Mapping):
+        return {name: KeysValues(**own) for name, own in packed.items()}
+    return {SELF: KeysValues(packed[0], packed[1])}
 
 
 def _deviation(whole: Memory) -> Float[Array, ""]:

@@ -110,7 +110,7 @@ def save_prompt(
         float32 arrays of the shapes that the method declares.
     """
     directory = Path(directory)
-    arrays = {name: np.asarray(leaf) for name, leaf in _named_leaves(virtual).items()}
+    arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(virtual).items()}
     found = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
     _check_tensors(directory, found, method, template, base.layout)
     for name, array in arrays.items():
@@ -241,7 +241,7 @@ def _with_arrays(directory: Path, info: dict[str, Any], method: Method, template
         raise CheckpointError(f"{path}: damaged, or not the file that {INFO_FILE} was written with (SHA-256 differs)")
     spec = method.spec(layout)
     arrays = read_tensors(path, list(found))
-    virtual = jax.tree.unflatten(jax.tree.structure(spec), [jnp.asarray(arrays[name]) for name in _named_leaves(spec)])
+    virtual = jax.tree.unflatten(jax.tree.structure(spec), [jnp.asarray(arrays[name]) for name in named_leaves(spec)])
     return SavedPrompt(method, virtual, template, info)
 
 
@@ -302,16 +302,18 @@ def _read_info(directory: Path) -> dict[str, Any]:
     for name in ("width", "vocab_size", "layers", "kv_heads", "head_size"):
         where = f"{path}: base.fingerprint.config.{name}"
         size = _converted(int, fingerprint["config"].get(name), where)
-        if not 1 <= size <= MAX_SIZES.get(name, MAX_SIZE):
-            raise CheckpointError(f"{where} is {size}; it must be between 1 and {MAX_SIZES.get(name, MAX_SIZE)}")
+        if size < 1:
+            raise CheckpointError(f"{where} is {size}; it must be at least 1")
+        if size > MAX_SIZES.get(name, MAX_SIZE):
+            raise CheckpointError(f"{where} is {size}; it must be at most {MAX_SIZES.get(name, MAX_SIZE)}")
     return info
 
 
 def _saved_layout(config: Mapping[str, Any], where: str) -> Layout:
-    """Returns the layout of the base of a saved prompt, which need not be loaded. Unknown options do not matter."""
-    known = {field.name for field in dataclasses.fields(DecoderConfig)}
+    """Returns the layout of the base of a saved prompt, which need not be loaded. Only the sizes matter."""
+    sizes = {field.name for field in dataclasses.fields(DecoderConfig) if field.default is dataclasses.MISSING}
     try:
-        return decoder_layout(_build(DecoderConfig, {k: v for k, v in config.items() if k in known}, where))
+        return decoder_layout(_build(DecoderConfig, {k: v for k, v in config.items() if k in sizes}, where))
     except ConfigError as error:
         raise CheckpointError(f"{where}: {str(error)[:1000]}") from error
 
@@ -387,7 +389,7 @@ def _converted(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _named_leaves(virtual: VirtualPrompt) -> dict[str, Any]:
+def named_leaves(virtual: VirtualPrompt) -> dict[str, Any]:
     """Returns the leaves of a prompt, in the order of `jax.tree.leaves`, by names such as "tokens" or "prefix/keys".
 
     The name of a group of layers is part of the name, as in "prefix/cross/keys", unless it is "self".
@@ -408,7 +410,7 @@ def _check_tensors(
     layout: Layout,
 ) -> None:
     """Checks that tensors are as the method declares, and that method and template have equally many virtual tokens."""
-    expected = {name: tuple(leaf.shape) for name, leaf in _named_leaves(method.spec(layout)).items()}
+    expected = {name: tuple(leaf.shape) for name, leaf in named_leaves(method.spec(layout)).items()}
     _refuse_unknown(found, expected, f"{directory}: tensors")
     check_tensors(directory, found, expected, ("float32",))
     placed = template.virtual_tokens
