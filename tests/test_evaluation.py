@@ -32,7 +32,7 @@ def base(request):
 @pytest.fixture(scope="module")
 def virtual(base):
     method = spt_jax.PromptTuning(length=3)
-    return method.materialize(base.model, method.init_params(jax.random.key(0), base))
+    return method.materialize(method.init_params(jax.random.key(0), base), base.model)
 
 
 def encoder(base, prompt="<soft>{text}\n", verbalizers=None, **options):

@@ -114,7 +114,8 @@ def encode_prefix(
     if virtual is not None and virtual.prefix is not None:
         start = virtual.first_position
         places = jnp.arange(virtual.prefix_length, dtype=jnp.int32)
-        prefix = Prefix(virtual.prefix.memory, jnp.where(places < start, places, NEVER))
+        whole = memory.with_states(virtual.prefix.memory, model.layout)
+        prefix = Prefix(whole, jnp.where(places < start, places, NEVER))
     if length == 0:
         return prefix
     positions = start + jnp.arange(length, dtype=jnp.int32)

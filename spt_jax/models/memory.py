@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
 from spt_jax.errors import ConfigError
-from spt_jax.models.layout import Group, Layout
+from spt_jax.models.layout import Group, Layout, StateGroup
 
 
 @jax.tree_util.register_dataclass
@@ -123,13 +123,23 @@ def cast(memory: Memory, dtype: jnp.dtype) -> Memory:
     return jax.tree.map(lambda array: array.astype(dtype), memory)
 
 
+def with_states(memory: Memory, layout: Layout) -> Memory:
+    """Adds the states before the first token, zeros, to the memory of one prompt that has only keys and values."""
+
+    def zeros(group: StateGroup) -> State:
+        return State({name: jnp.zeros((len(group.layers), *shape)) for name, shape in group.shapes})
+
+    groups = {name: group for name, group in layout.groups.items() if isinstance(group, StateGroup)}
+    return {**memory, **{name: zeros(group) for name, group in groups.items() if name not in memory}}
+
+
 def concatenate(first: Memory, second: Memory) -> Memory:
-    """Returns the memory of both, one after the other. Where `first` lacks a group, it is that of `second`."""
+    """Returns the memory of both, one after the other."""
 
     def both(*arrays: Array) -> Array:
         return jnp.concatenate(arrays, axis=_POSITIONS)
 
-    return {**second, **_along_positions(both, both, first, {name: second[name] for name in first})}
+    return _along_positions(both, both, first, second)
 
 
 def pad(memory: Memory, count: int) -> Memory:

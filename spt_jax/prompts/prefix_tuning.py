@@ -186,7 +186,7 @@ def _noise_like(key: Key[Array, ""], both: Float[Array, "*L P K H"]) -> Float[Ar
 def _init_network(key: Key[Array, ""], hidden: int, free: Packed) -> dict[str, Any]:
     """Returns embeddings [P, K*H], and a network with an output kernel of 0, so that it adds nothing at the start.
 
-    The output for an array [*N, P, K, H] has the axes [P, *N reversed, K, H].
+    Its outputs are [L, 2, K, H] at each position for a single array, else [L, K, H] for each array.
     """
     length, heads, size = jax.tree.leaves(free)[0].shape[-3:]
     embedding_key, kernel_key = jax.random.split(key)
@@ -212,8 +212,10 @@ def _apply_network(network: Mapping[str, Any]) -> Packed:
     hidden = jnp.tanh(network["embedding"] @ inner["kernel"] + inner["bias"][None])
 
     def of_array(kernel: Array, bias: Array) -> Float[Array, "*N P K H"]:
-        change = jnp.tensordot(hidden, kernel, axes=1) + bias[None]
-        *before, heads, size = range(change.ndim)
-        return change.transpose(*reversed(before), heads, size)
+        if kernel.ndim == 5:
+            change, bias = jnp.einsum("pe,elbkh->blpkh", hidden, kernel), bias.swapaxes(0, 1)
+        else:
+            change = jnp.einsum("pe,elkh->lpkh", hidden, kernel)
+        return change + bias[..., None, :, :]
 
     return jax.tree.map(of_array, outer["kernel"], outer["bias"])

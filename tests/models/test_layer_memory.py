@@ -15,6 +15,7 @@ from spt_jax.models.attention import Source, Stream, attend, visible
 from spt_jax.models.decoder import of_row
 from spt_jax.models.layout import Group, Layout, StateGroup, only_layers
 from spt_jax.models.memory import KeysValues, Memory, State
+from spt_jax.models.model import Model
 from spt_jax.prompts import LlamaAdapter, PrefixTuning, VirtualPrompt
 from spt_jax.prompts.stacking import stack_prompts
 from spt_jax.prompts.storage import named_leaves
@@ -35,11 +36,12 @@ def noise(seed: int, *shape: int) -> np.ndarray:
 
 def of_prompt(positions: int, seed: int = 0, *rows: int) -> Memory:
     """Arrays of all groups, with a row axis if its size is given."""
-    return {
+    arrays = {
         "self": KeysValues(noise(seed, 2, *rows, positions, 2, 4), noise(seed + 1, 2, *rows, positions, 2, 4)),
         "wide": KeysValues(noise(seed + 2, 2, *rows, positions, 1, 2), noise(seed + 3, 2, *rows, positions, 1, 3)),
         "recurrent": State({"sum": noise(seed + 4, 1, *rows, 5)}),
     }
+    return jax.tree.map(jnp.asarray, arrays)
 
 
 def same(ours: Memory, expected: Memory) -> None:
@@ -51,7 +53,9 @@ def changed(function, *memories: Memory) -> Memory:
     """Applies a numpy function to keys and values; the last state replaces the others."""
     last = memories[-1]
     return {
-        name: own if isinstance(own, State) else jax.tree.map(function, *(one[name] for one in memories))
+        name: own
+        if isinstance(own, State)
+        else jax.tree.map(lambda *own: jnp.asarray(function(*map(np.asarray, own))), *(one[name] for one in memories))
         for name, own in last.items()
     }
 
@@ -65,7 +69,8 @@ def test_operations_along_positions():
     same(memory.without_position(one, 1), changed(lambda a: np.delete(a, 1, 1), one))
     same(memory.cast(one, jnp.bfloat16), jax.tree.map(lambda a: a.astype(jnp.bfloat16), one))
     without = {name: own for name, own in one.items() if name != "recurrent"}
-    same(memory.concatenate(without, other), memory.concatenate(one, other))
+    same(memory.with_states(without, LAYOUT), {**without, "recurrent": State({"sum": jnp.zeros((1, 5))})})
+    same(memory.with_states(one, LAYOUT), one)
 
 
 def test_stacking():
@@ -123,13 +128,12 @@ def test_writing_to_the_cache():
             for part in ("keys", "values"):
                 getattr(expected[name], part)[:, row, 3:5] = getattr(some[name], part)[:, number]
         expected["recurrent"].arrays["sum"][:, row] = some["recurrent"].arrays["sum"][:, number]
-    same(ours, memory.to_cache(expected))
+    same(ours, memory.to_cache(jax.tree.map(jnp.asarray, expected)))
 
 
 def test_only_values_that_are_not_finite_become_0():
     found = of_prompt(2)
-    for own in (found["self"].keys, found["self"].values):
-        own[0, 0, 0, :2] = np.inf, np.nan
+    found["self"] = jax.tree.map(lambda a: a.at[0, 0, 0, :2].set(jnp.asarray([jnp.inf, jnp.nan])), found["self"])
     cleaned = memory.finite(found)
     np.testing.assert_array_equal(cleaned["self"].keys, found["self"].keys)
     np.testing.assert_array_equal(cleaned["self"].values, np.nan_to_num(found["self"].values, nan=0, posinf=0))
@@ -180,24 +184,24 @@ def test_layouts_with_equal_facts_share_programs():
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Mixed:
+class Mixed(Model):
     """Attention with values larger than keys, and a sum that decays, side by side; no positions but causality."""
 
-    params: dict
+    weights: dict
 
     layout = Layout(30, 8, 64, {"wide": Group((0,), 1, 4, 6), "recurrent": StateGroup((1,), (("sum", (8,)),))})
     dtype, mesh = jnp.dtype("float32"), None
 
     def embed(self, ids):
-        return jnp.take(self.params["table"], ids, axis=0)
+        return jnp.take(self.weights["table"], ids, axis=0)
 
     def logits(self, hidden):
-        return hidden @ self.params["table"].T
+        return hidden @ self.weights["table"].T
 
     def run(self, x, stream, prefix=None, cache=None, gated=None, *, return_memory=False, return_hidden=True):
         assert gated is None
         rows = x.shape[0]
-        keys, values = ((x @ self.params[name])[:, :, None] for name in ("key", "value"))
+        keys, values = ((x @ self.weights[name])[:, :, None] for name in ("key", "value"))
         sources, total = (
             [Source(keys, values, visible(stream, stream.positions, stream.segments))],
             jnp.zeros((rows, 8)),
@@ -220,10 +224,10 @@ class Mixed:
             total = jnp.where(segment[:, None] > 0, 0.9 * total + token, total)
             return total, total
 
-        added = jnp.swapaxes(x @ self.params["input"], 0, 1)
+        added = jnp.swapaxes(x @ self.weights["input"], 0, 1)
         total, totals = jax.lax.scan(step, total, (added, jnp.swapaxes(stream.segments, 0, 1)))
-        attended = attend((x @ self.params["query"])[:, :, None], sources)[:, :, 0]
-        hidden = x + attended @ self.params["output"] + jnp.tanh(jnp.swapaxes(totals, 0, 1))
+        attended = attend((x @ self.weights["query"])[:, :, None], sources)[:, :, 0]
+        hidden = x + attended @ self.weights["output"] + jnp.tanh(jnp.swapaxes(totals, 0, 1))
         own = {"wide": KeysValues(keys[None], values[None]), "recurrent": State({"sum": total[None]})}
         return hidden if return_hidden else None, own if return_memory else None
 

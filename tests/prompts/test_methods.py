@@ -43,7 +43,7 @@ def base_of(family: str = "llama"):
 
 
 def start_of(method, base, seed: int = 0) -> VirtualPrompt:
-    return method.materialize(base.model, method.init_params(jax.random.key(seed), base))
+    return method.materialize(method.init_params(jax.random.key(seed), base), base.model)
 
 
 def of(virtual: VirtualPrompt) -> KeysValues:
