@@ -51,7 +51,7 @@ def task_of(method: Any, index: int) -> int:
 
 
 def has_head(method: Any, base: FrozenBase) -> bool:
-    return "head/kernel" in method.virtual_shapes(dataclasses.asdict(base.config))
+    return method.spec(base.layout).head is not None
 
 
 def examples_of(method: Any, base: FrozenBase) -> list[Example]:

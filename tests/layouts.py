@@ -63,12 +63,12 @@ def every_layout(ids: np.ndarray) -> dict[str, list[Run]]:
 
 @jax.jit
 def _forward(model, ids, stream, prefix, cache):
-    hidden, keys_values = model.run(model.embed(ids), stream, prefix, cache, return_keys_values=True)
-    return model.logits(hidden), keys_values
+    hidden, memory = model.run(model.embed(ids), stream, prefix, cache, return_memory=True)
+    return model.logits(hidden), memory
 
 
 def forward(base: FrozenBase, ids, stream: Stream, prefix=None, cache=None):
-    """Logits [B, T, V] of every position, and the rows' keys and values."""
+    """Logits [B, T, V] of every position, and the rows' memory."""
     return _forward(base.model, jnp.asarray(ids), stream, prefix, cache)
 
 

@@ -14,7 +14,7 @@ from spt_jax.evaluation.evaluate import evaluate
 from spt_jax.inference.forward import embed_stream
 from spt_jax.models.attention import Stream
 from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning, VirtualPrompt
-from spt_jax.prompts.virtual import KeysValues
+from spt_jax.prompts.virtual import VirtualPrefix
 from spt_jax.testing import tiny_base
 
 VERBALIZERS = {"good": "H", "bad": "L e", "so": " N"}
@@ -58,7 +58,7 @@ def test_without_keys_and_values(method):
     _, lost = ablate(base, data, virtual)
     part = "prefix" if virtual.prefix is not None else "gated"
     own = getattr(virtual, part)
-    fewer = dataclasses.replace(own, keys=jnp.delete(own.keys, 2, axis=-3), values=jnp.delete(own.values, 2, axis=-3))
+    fewer = dataclasses.replace(own, memory=jax.tree.map(lambda a: jnp.delete(a, 2, axis=1), own.memory))
     left = right(base, data, VirtualPrompt(**{part: fewer}))
     assert lost[2].interval.value == pytest.approx((right(base, data, virtual) - left).mean())
 
@@ -98,7 +98,7 @@ def test_attention_to_tokens_and_to_their_keys_and_values_is_the_same():
     prefix = spt_jax.encode_prefix(base.model, virtual, lead)
     assert prefix is not None
     bare = asked(base, "{text}\n", 0).examples
-    by_keys = attention_received(base, bare, VirtualPrompt(prefix=KeysValues(prefix.keys, prefix.values)))
+    by_keys = attention_received(base, bare, VirtualPrompt(prefix=VirtualPrefix(prefix.memory)))
     np.testing.assert_allclose(by_keys.by_position, by_tokens.by_position, atol=1e-4)
     assert by_keys.even == pytest.approx(by_tokens.even)
     assert by_keys.by_position.shape == (base.config.layers, 3)

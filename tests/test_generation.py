@@ -105,13 +105,13 @@ def decoded_steps(monkeypatch):
     """How many tokens per row there were after each call of the compiled loop."""
     steps = []
 
-    def counting(mesh):
+    def counting(*key):
         def decode(*args):
-            state = programs(mesh).decode(*args)
+            state = programs(*key).decode(*args)
             steps.append(int(state.step))
             return state
 
-        return dataclasses.replace(programs(mesh), decode=decode)
+        return dataclasses.replace(programs(*key), decode=decode)
 
     monkeypatch.setattr(generation, "programs", counting)
     return steps
@@ -190,7 +190,7 @@ def test_the_same_on_every_mesh(axes, decoded_steps):
     sampling = dataclasses.replace(GREEDY, stop=("nothing like it",))
     same(generate(base, PROMPTS, virtual_of(base), sampling), expected)
     assert decoded_steps == [16, NEW]
-    assert programs(base.mesh).decode._cache_size() == 1
+    assert programs(base.mesh, base.layout).decode._cache_size() == 1
 
 
 def test_stories(stories):
@@ -393,7 +393,7 @@ def test_one_trace_per_bucket():
         if name == "/jax/core/compile/backend_compile_duration":
             compiled.append(details.get("fun_name"))
 
-    ours = list(vars(programs(base.mesh)).values())
+    ours = list(vars(programs(base.mesh, base.layout)).values())
     virtual = virtual_of(base)
     before = [program._cache_size() for program in ours]
     jax.monitoring.register_event_duration_secs_listener(listen)

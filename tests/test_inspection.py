@@ -81,12 +81,12 @@ def test_similarities_are_cosines_of_means():
             assert found[i, j] == pytest.approx(similarity(one, other), abs=1e-6)
     base = tiny_base()
     prefix = PrefixTuning(length=3)
-    virtual = prefix.materialize(base.model, prefix.init_params(jax.random.key(0), base))
+    virtual = prefix.materialize(prefix.init_params(jax.random.key(0), base), base.model)
     np.testing.assert_allclose(similarity_map([virtual, virtual]), 1.0, atol=1e-6)
     with pytest.raises(ConfigError, match="of one kind"):
         similarity_map([prompts[0], virtual])
     gated = LlamaAdapter(length=2, layers=1)
-    own = gated.materialize(base.model, gated.init_params(jax.random.key(0), base))
+    own = gated.materialize(gated.init_params(jax.random.key(0), base), base.model)
     with pytest.raises(ConfigError, match="token rows, or of keys and values"):
         similarity_map([own, own])
 

@@ -23,6 +23,7 @@ from spt_jax.models.config import DecoderConfig, RopeConfig
 from spt_jax.models.decoder import Decoder, Remat
 from spt_jax.models.decoder_model import DecoderModel
 from spt_jax.models.kernels import KernelChoice, check_kernel, choose_kernel
+from spt_jax.models.layout import Layout
 from spt_jax.models.model import Params
 from spt_jax.runtime import measure
 from spt_jax.runtime.sharding import check_divides, make_mesh, parameter_sharding
@@ -92,6 +93,11 @@ class FrozenBase:
     def config(self) -> DecoderConfig:
         """Sizes and options of the architecture."""
         return self.model.config
+
+    @property
+    def layout(self) -> Layout:
+        """What prompts, storage and serving depend on."""
+        return self.model.layout
 
     @property
     def params(self) -> Params:

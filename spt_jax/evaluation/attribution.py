@@ -16,6 +16,7 @@ from spt_jax.evaluation.evaluate import EvaluationSet, evaluate
 from spt_jax.evaluation.metrics import Difference, paired_bootstrap
 from spt_jax.evaluation.predictions import measures, record_values
 from spt_jax.inference.forward import embed_stream, encode_prefix
+from spt_jax.models import memory
 from spt_jax.models.attention import Stream
 from spt_jax.models.model import Model
 from spt_jax.prompts.virtual import VirtualPrompt
@@ -30,7 +31,7 @@ def position_count(virtual: VirtualPrompt) -> int:
     if virtual.prefix is not None:
         return virtual.prefix_length
     if virtual.gated is not None:
-        return virtual.gated.keys.shape[-3]
+        return memory.length(virtual.gated.memory)
     if virtual.tokens is None:
         raise ConfigError("this prompt has no positions to remove")
     return virtual.tokens.shape[0]
@@ -73,8 +74,8 @@ def _without(
     for part in ("prefix", "gated"):
         own = getattr(virtual, part)
         if own is not None:
-            keys, values = (jnp.delete(array, number, axis=-3) for array in (own.keys, own.values))
-            return data, dataclasses.replace(virtual, **{part: dataclasses.replace(own, keys=keys, values=values)})
+            shorter = dataclasses.replace(own, memory=memory.without_position(own.memory, number))
+            return data, dataclasses.replace(virtual, **{part: shorter})
     absent = base.config.vocab_size + number
     if virtual.shift is not None:
         places = {int(np.flatnonzero(example.ids == absent)[0]) for example in data.examples}

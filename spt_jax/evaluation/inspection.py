@@ -5,12 +5,13 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.errors import ConfigError, SptError
 from spt_jax.evaluation.attribution import Received
 from spt_jax.evaluation.metrics import Difference
+from spt_jax.models import memory
 from spt_jax.prompts.storage import SavedPrompt
 from spt_jax.prompts.virtual import VirtualPrompt
 
@@ -37,9 +38,11 @@ def _parts(virtual: VirtualPrompt) -> str:
         norm = float(np.linalg.norm(np.asarray(shift), axis=1).mean())
         parts.append(f"an update of the real tokens' embeddings at the first {len(shift)} positions, norm {norm:.3g}")
     if prefix is not None:
-        parts.append(f"keys and values of {prefix.keys.shape[0]} layers at {prefix.keys.shape[1]} positions")
+        layers = sum(len(own.keys) for own in memory.keys_values(prefix.memory))
+        parts.append(f"keys and values of {layers} layers at {virtual.prefix_length} positions")
     if gated is not None:
-        parts.append(f"{gated.keys.shape[1]} gated keys and values in the last {gated.keys.shape[0]} layers")
+        length = memory.length(gated.memory)
+        parts.append(f"{length} gated keys and values in the last {len(gated.gates)} layers")
     if head is not None:
         parts.append(f"a head for {head.kernel.shape[1]} classes")
     return ", ".join(parts)
@@ -98,17 +101,14 @@ def layer_drift(saved: SavedPrompt, start: VirtualPrompt | None) -> list[tuple[f
     """
     if start is None or start.prefix is None or saved.virtual.prefix is None:
         return []
-    pairs = [
-        (np.asarray(getattr(saved.virtual.prefix, name)), np.asarray(getattr(start.prefix, name)))
-        for name in ("keys", "values")
-    ]
-    if any(np.linalg.norm(then) == 0 for _, start_of_all in pairs for then in start_of_all):
+    now, then = (memory.by_layer(prefix.memory, saved.layout) for prefix in (saved.virtual.prefix, start.prefix))
+    if any(np.linalg.norm(array) == 0 for own in then for array in (own.keys, own.values)):
         return []
-    shares = [
-        [float(np.linalg.norm(now - then) / np.linalg.norm(then)) for now, then in zip(*pair, strict=True)]
-        for pair in pairs
-    ]
-    return list(zip(*shares, strict=True))
+
+    def share(one: Array, other: Array) -> float:
+        return float(np.linalg.norm(np.asarray(one) - np.asarray(other)) / np.linalg.norm(other))
+
+    return [(share(a.keys, b.keys), share(a.values, b.values)) for a, b in zip(now, then, strict=True)]
 
 
 def started_from(saved: SavedPrompt, base: FrozenBase) -> VirtualPrompt | None:
@@ -136,8 +136,8 @@ def similarity_map(prompts: Sequence[VirtualPrompt]) -> Float[np.ndarray, "S S"]
         if virtual.tokens is not None:
             return np.asarray(virtual.tokens, np.float64).mean(axis=0)
         if virtual.prefix is not None:
-            both = np.stack([np.asarray(virtual.prefix.keys), np.asarray(virtual.prefix.values)])
-            return both.astype(np.float64).mean(axis=2).ravel()
+            leaves = jax.tree.leaves(memory.keys_values(virtual.prefix.memory))
+            return np.concatenate([np.asarray(leaf, np.float64).mean(axis=-3).ravel() for leaf in leaves])
         raise ConfigError("a similarity map needs prompts of token rows, or of keys and values")
 
     summaries = [summary(virtual) for virtual in prompts]

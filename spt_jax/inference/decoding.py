@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from spt_jax.inference.forward import encode_prefix, run_stream
-from spt_jax.models.attention import Cache, Prefix, Stream, to_cache
+from spt_jax.models import memory
+from spt_jax.models.attention import Cache, Prefix, Stream
 from spt_jax.models.model import Model
 from spt_jax.prompts.virtual import VirtualPrompt
 
@@ -81,7 +82,7 @@ def encode_lead(
     prefix = encode_prefix(model, virtual, lead_ids, lead_length)
     if prefix is None:
         return None
-    return Prefix(prefix.keys.astype(model.dtype), prefix.values.astype(model.dtype), prefix.positions)
+    return Prefix(memory.cast(prefix.memory, model.dtype), prefix.positions)
 
 
 def prefill(
@@ -91,13 +92,13 @@ def prefill(
     prefix: Prefix | None,
     rows: PromptRows,
 ) -> DecodeState:
-    """Encodes all prompts without their last ids in one pass, and caches their keys and values.
+    """Encodes all prompts without their last ids in one pass, and caches their memory.
 
     Args:
       model: the base.
       capacity: the maximum number M of new tokens.
       virtual: the soft prompt, if `rows.ids` contain virtual ids.
-      prefix: keys and values of the preceding ids, shared by all rows.
+      prefix: the memory of the preceding ids, shared by all rows.
       rows: the prompts.
 
     Returns:
@@ -109,14 +110,13 @@ def prefill(
     positions = rows.starts[:, None] + jnp.where(slots < length, slots, lengths + slots - length)
     segments = (slots < lengths).astype(jnp.int32)
     stream = Stream(positions[:, :length], segments[:, :length], jnp.zeros_like(rows.ids), rows.prompt_index)
-    _, keys_values = run_stream(model, virtual, rows.ids, stream, prefix, return_keys_values=True, return_hidden=False)
-    keys, values = to_cache(*(jnp.pad(a, [(0, 0), (0, 0), (0, capacity), (0, 0), (0, 0)]) for a in keys_values))
+    _, found = run_stream(model, virtual, rows.ids, stream, prefix, return_memory=True, return_hidden=False)
     return DecodeState(
         step=jnp.zeros((), jnp.int32),
         ids=jnp.pad(rows.last[:, None], [(0, 0), (0, capacity)]),
         log_probabilities=jnp.zeros((batch, capacity), jnp.float32),
         ended=jnp.zeros((batch,), bool),
-        cache=Cache(keys, values, positions, segments),
+        cache=Cache(memory.to_cache(memory.pad(found, capacity)), positions, segments),
     )
 
 
@@ -148,8 +148,7 @@ def decode(
         positions = jax.lax.dynamic_slice_in_dim(cache.positions, slot, 1, axis=1)
         segments = jnp.ones_like(ids)
         stream = Stream(positions, segments, jnp.zeros_like(ids), prompt_index)
-        hidden, new = run_stream(model, virtual, ids, stream, prefix, cache, return_keys_values=True)
-        keys, values = to_cache(*new)
+        hidden, new = run_stream(model, virtual, ids, stream, prefix, cache, return_memory=True)
         chosen, found = next_tokens(model.logits(hidden[:, 0]), state.step, sampling)
         return DecodeState(
             step=state.step + 1,
@@ -157,8 +156,7 @@ def decode(
             log_probabilities=put(state.log_probabilities, found[:, None], state.step, axis=1),
             ended=state.ended | jnp.any(chosen[:, None] == end_ids, axis=1) | (state.step + 1 >= limits),
             cache=Cache(
-                put(cache.keys, keys, slot, axis=4),
-                put(cache.values, values, slot, axis=3),
+                memory.put(cache.memory, memory.to_cache(new), slot),
                 cache.positions,
                 put(cache.segments, segments, slot, axis=1),
             ),

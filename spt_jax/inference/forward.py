@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from spt_jax.data.batches import Rows
+from spt_jax.models import memory
 from spt_jax.models.attention import NEVER, Cache, Prefix, Stream
 from spt_jax.models.decoder import of_row
 from spt_jax.models.model import Model, TargetScores
@@ -59,7 +60,7 @@ def run_stream(
     prefix: Prefix | None = None,
     cache: Cache | None = None,
     *,
-    return_keys_values: bool = False,
+    return_memory: bool = False,
     return_hidden: bool = True,
 ) -> Any:
     """Runs the layers on a stream under a soft prompt.
@@ -69,12 +70,12 @@ def run_stream(
       virtual: the soft prompt; its token rows and gated prefix are applied.
       ids: real and virtual ids.
       stream: positions and segments of the ids.
-      prefix: keys and values before the stream, such as those from `encode_prefix`.
-      cache: keys and values of earlier ids.
-      return_keys_values, return_hidden: what to return.
+      prefix: the memory of what precedes the stream, such as that from `encode_prefix`.
+      cache: the memory of earlier ids.
+      return_memory, return_hidden: what to return.
 
     Returns:
-      The hidden states, and the keys and values, as `Model.run` returns them.
+      The hidden states and the memory, as `Model.run` returns them.
     """
     x = embed_stream(model, virtual, ids, stream)
     gated = None if virtual is None else virtual.gated
@@ -84,7 +85,7 @@ def run_stream(
         prefix,
         cache,
         gated,
-        return_keys_values=return_keys_values,
+        return_memory=return_memory,
         return_hidden=return_hidden,
     )
 
@@ -96,7 +97,7 @@ def encode_prefix(
     lead_ids: Int[Array, "*S P"],
     lead_length: Int[Array, "*S"] | None = None,
 ) -> Prefix | None:
-    """Computes keys and values of the prompt's prefix and of the leading ids after it, once for all rows.
+    """Computes the memory of the prompt's prefix and of the leading ids after it, once for all rows.
 
     Args:
       model: the base.
@@ -107,10 +108,10 @@ def encode_prefix(
     Returns:
       The prefix in float32; None if there is nothing to encode.
     """
-    return encode_lead(model, virtual, lead_ids, lead_length)[0]
+    return run_lead(model, virtual, lead_ids, lead_length)[0]
 
 
-def encode_lead(
+def run_lead(
     model: Model,
     virtual: VirtualPrompt | None,
     lead_ids: Int[Array, "*S P"],
@@ -123,34 +124,31 @@ def encode_lead(
     Without leading ids, there are no hidden states.
     """
     if lead_ids.ndim == 2:
-        one_lead = functools.partial(encode_lead, model, return_hidden=return_hidden)
+        one_lead = functools.partial(run_lead, model, return_hidden=return_hidden)
         return jax.vmap(one_lead)(virtual, lead_ids, lead_length)
     length = lead_ids.shape[0]
     prefix, start = None, 0
     if virtual is not None and virtual.prefix is not None:
         start = virtual.first_position
-        places = jnp.arange(virtual.prefix.keys.shape[1], dtype=jnp.int32)
-        prefix = Prefix(virtual.prefix.keys, virtual.prefix.values, jnp.where(places < start, places, NEVER))
+        places = jnp.arange(virtual.prefix_length, dtype=jnp.int32)
+        whole = memory.with_states(virtual.prefix.memory, model.layout)
+        prefix = Prefix(whole, jnp.where(places < start, places, NEVER))
     if length == 0:
         return prefix, None
     positions = start + jnp.arange(length, dtype=jnp.int32)
-    segments = jnp.ones_like(positions)[None]
+    real = jnp.ones(length, bool) if lead_length is None else jnp.arange(length) < lead_length
+    segments = real.astype(jnp.int32)[None]
     stream = Stream(positions[None], segments, jnp.zeros_like(segments))
-    hidden, keys_values = run_stream(
-        model, virtual, lead_ids[None], stream, prefix, return_keys_values=True, return_hidden=return_hidden
+    hidden, found = run_stream(
+        model, virtual, lead_ids[None], stream, prefix, return_memory=True, return_hidden=return_hidden
     )
     hidden = hidden[0] if return_hidden else None
-    keys, values = (a[:, 0].astype(jnp.float32) for a in keys_values)
+    lead = jax.tree.map(lambda a: a[:, 0].astype(jnp.float32), found)
     if lead_length is not None:
-        positions = jnp.where(jnp.arange(length) < lead_length, positions, NEVER)
-    lead = Prefix(keys, values, positions)
-    if prefix is not None:
-        lead = Prefix(
-            jnp.concatenate([prefix.keys, lead.keys], axis=1),
-            jnp.concatenate([prefix.values, lead.values], axis=1),
-            jnp.concatenate([prefix.positions, lead.positions]),
-        )
-    return lead, hidden
+        positions = jnp.where(real, positions, NEVER)
+    if prefix is None:
+        return Prefix(lead, positions), hidden
+    return Prefix(memory.concatenate(prefix.memory, lead), jnp.concatenate([prefix.positions, positions])), hidden
 
 
 @jax.named_scope("rows")

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import round_up
@@ -28,7 +28,9 @@ from spt_jax.inference.answers import (
     until_end,
 )
 from spt_jax.inference.decoding import DecodeState, PromptRows, RowSampling, decode, encode_lead, prefill
+from spt_jax.models import memory
 from spt_jax.models.attention import Cache, Prefix
+from spt_jax.models.layout import Layout
 from spt_jax.prompts.virtual import VirtualPrompt
 from spt_jax.runtime.sharding import replicated, row_sharding, row_shards, to_host
 
@@ -94,23 +96,32 @@ class Programs:
 
 
 @functools.cache
-def programs(mesh: Mesh) -> Programs:
+def programs(mesh: Mesh, layout: Layout) -> Programs:
     """Returns the programs of a mesh. Shardings are explicit, since the compiler might otherwise change them."""
     rows: Any = row_sharding(mesh)
     everywhere: Any = replicated(mesh)
-    row_heads: Any = NamedSharding(mesh, PartitionSpec(None, *rows.spec, "tensor"))
-    prefix_heads: Any = NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
-    cache: Any = Cache(row_heads, row_heads, rows, rows)
-    state: Any = DecodeState(step=everywhere, ids=rows, log_probabilities=rows, ended=rows, cache=cache)
-    prefix: Any = Prefix(prefix_heads, prefix_heads, everywhere)
-    stacked_heads: Any = NamedSharding(mesh, PartitionSpec(None, None, None, "tensor"))
-    prefixes: Any = Prefix(stacked_heads, stacked_heads, everywhere)
+    state: Any = DecodeState(
+        step=everywhere, ids=rows, log_probabilities=rows, ended=rows, cache=cache_sharding(mesh, layout)
+    )
+
+    def prefix(*axes: None) -> Any:
+        heads = PartitionSpec(*axes, None, None, "tensor")
+        return Prefix(memory.shardings(layout, mesh, heads, PartitionSpec()), everywhere)
+
     return Programs(
-        encode_lead=jax.jit(encode_lead, out_shardings=prefix),
-        encode_leads=jax.jit(encode_lead, out_shardings=prefixes),
+        encode_lead=jax.jit(encode_lead, out_shardings=prefix()),
+        encode_leads=jax.jit(encode_lead, out_shardings=prefix(None)),
         prefill=jax.jit(prefill, static_argnames="capacity", out_shardings=state),
         decode=jax.jit(decode, donate_argnames="state", out_shardings=state),
     )
+
+
+def cache_sharding(mesh: Mesh, layout: Layout) -> Any:
+    """Returns the shardings of a cache: rows over data and fsdp, heads over tensor."""
+    rows: Any = row_sharding(mesh)
+    by_row = PartitionSpec(None, *rows.spec)
+    heads = PartitionSpec(*by_row, "tensor")
+    return Cache(memory.shardings(layout, mesh, heads, by_row), rows, rows)
 
 
 def generate(
@@ -232,7 +243,7 @@ def _shared_leads(prompts: list[np.ndarray], index: list[int], lead: int | None)
 def _encoded_leads(
     base: FrozenBase, requests: list[_Request], virtual: VirtualPrompt | None, *, mixed: bool
 ) -> Prefix | None:
-    """Computes keys and values of each soft prompt's prefix and the leading ids after it; None if there are none."""
+    """Computes the memory of each soft prompt's prefix and the leading ids after it; None if there are none."""
     firsts = {request.prompt: request for request in reversed(requests)}
     longest = round_up(max(request.lead for request in firsts.values()), BUCKET)
     if not longest and (virtual is None or virtual.prefix is None):
@@ -242,7 +253,7 @@ def _encoded_leads(
     for prompt, request in firsts.items():
         ids[prompt, : request.lead] = request.ids[: request.lead]
         lengths[prompt] = request.lead
-    encode = programs(base.mesh)
+    encode = programs(base.mesh, base.layout)
     if mixed:
         return encode.encode_leads(base.model, virtual, ids, lengths)
     return encode.encode_lead(base.model, virtual, ids[0], lengths[0])
@@ -285,7 +296,7 @@ def _generate_batch(
     limits = [row.max_new_tokens for row in samplings]
     limit = max(limits)
     places = place(end_ids), place(_padded(limits, size)), rows.prompt_index
-    state = programs(base.mesh).prefill(base.model, round_up(limit, BUCKET), virtual, prefix, rows)
+    state = programs(base.mesh, base.layout).prefill(base.model, round_up(limit, BUCKET), virtual, prefix, rows)
 
     texts_of = [functools.partial(continuation_text, base.tokenizer, opens=is_opening(base, p)) for p in prompts]
     chunk = CHUNK if any(own.texts for own in ends) else limit
@@ -294,7 +305,7 @@ def _generate_batch(
     chosen: list[list[int]] = []
     for until in [*range(chunk, limit, chunk), limit]:
         inputs = virtual, prefix, jnp.int32(until), place(stopped.copy()), traced, *places
-        state = programs(base.mesh).decode(base.model, *inputs, state)
+        state = programs(base.mesh, base.layout).decode(base.model, *inputs, state)
         step, ended = int(state.step), to_host(state.ended)
         new_ids = to_host(state.ids)[: len(prompts), 1 : step + 1].tolist()
         chosen = [until_end(row[:most], own.ids) for row, most, own in zip(new_ids, limits, ends, strict=True)]

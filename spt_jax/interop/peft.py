@@ -11,6 +11,7 @@ Files are not trusted: names, dtypes and shapes are checked against the base bef
 """
 
 import dataclasses
+import math
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,10 +25,12 @@ from spt_jax.bases.base import FrozenBase
 from spt_jax.data.task import TASKS
 from spt_jax.data.tokenization import adds_bos, tokenization_of
 from spt_jax.errors import CheckpointError, ConfigError
+from spt_jax.models.layout import SELF, Group
+from spt_jax.models.memory import KeysValues
 from spt_jax.prompts import DeepPrompts, LlamaAdapter, Method, PrefixTuning, PromptTuning, VirtualPrompt
 from spt_jax.prompts.reading import check_directory, check_tensors, read_json, read_tensors, tensor_headers
 from spt_jax.prompts.storage import INFO_FILE
-from spt_jax.prompts.virtual import Head, KeysValues
+from spt_jax.prompts.virtual import Head, VirtualPrefix
 from spt_jax.runtime.sharding import to_host
 
 CONFIG_FILE = "adapter_config.json"
@@ -118,17 +121,16 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
     if kind == MULTITASK_TYPE:
         return PromptTuning(length=length), VirtualPrompt(tokens=_task_rows(path, config, base, length, task))
     head = HEADS.get(str(config.get("task_type")))
-    shapes: dict[str, tuple[int | None, ...]] = {
-        EMBEDDINGS: (length, sizes.layers * 2 * sizes.kv_heads * sizes.head_size)
-    }
+    group = plain_group(base)
+    axes = len(group.layers), 2, group.kv_heads, group.key_size
+    shapes: dict[str, tuple[int | None, ...]] = {EMBEDDINGS: (length, math.prod(axes))}
     name = "" if head is None else head.name(sizes.family)
     if head is not None:
         shapes |= {f"{name}.weight": (None, sizes.width)}
         shapes |= {f"{name}.bias": (None,)} if head.has_bias else {}
     arrays = _read_arrays(path, shapes, base)
-    flat = arrays[EMBEDDINGS]
-    keys, values = flat.reshape(length, sizes.layers, 2, sizes.kv_heads, sizes.head_size).transpose(2, 1, 0, 3, 4)
-    prefix = KeysValues(jnp.asarray(keys), jnp.asarray(values))
+    keys, values = arrays[EMBEDDINGS].reshape(length, *axes).transpose(2, 1, 0, 3, 4)
+    prefix = VirtualPrefix({SELF: KeysValues(jnp.asarray(keys), jnp.asarray(values))})
     if head is None:
         return PrefixTuning(length=length), VirtualPrompt(prefix=prefix)
     kernel = arrays[f"{name}.weight"].T
@@ -141,6 +143,18 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
     classes = len(bias) if outputs is None else None
     method = DeepPrompts(length=length, head=head.task, classes=classes, head_bias=head.has_bias)
     return method, VirtualPrompt(prefix=prefix, head=Head(jnp.asarray(kernel), jnp.asarray(bias)))
+
+
+def plain_group(base: FrozenBase) -> Group:
+    """Returns the only group of layers of a base that PEFT has prefixes for.
+
+    Raises:
+      ConfigError: layers differ, or keys and values differ in size.
+    """
+    group = base.layout.attention_groups.get(SELF)
+    if len(base.layout.groups) > 1 or group is None or group.key_size != group.value_size:
+        raise ConfigError(f"{base.name}: PEFT has prefixes only for models whose layers all have the same attention")
+    return group
 
 
 def _task_rows(

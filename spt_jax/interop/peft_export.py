@@ -22,9 +22,11 @@ from spt_jax.interop.peft import (
     MULTITASK_TYPE,
     WEIGHTS_FILE,
     PeftHead,
+    plain_group,
     template_front,
 )
 from spt_jax.models.config import DecoderConfig
+from spt_jax.models.memory import keys_values
 from spt_jax.prompts import VirtualPrompt
 from spt_jax.prompts.storage import SavedPrompt, write_directory
 from spt_jax.prompts.virtual import Head
@@ -50,9 +52,10 @@ def export_peft(directory: str | Path, saved: SavedPrompt, base: FrozenBase) -> 
         tensors = {EMBEDDINGS: np.asarray(virtual.tokens)}
     elif parts in (["prefix"], ["prefix", "head"]):
         assert virtual.prefix is not None
-        both = np.stack([virtual.prefix.keys, virtual.prefix.values])
+        group, (own,) = plain_group(base), keys_values(virtual.prefix.memory)
+        both = np.stack([own.keys, own.values])
         length = both.shape[2]
-        heads = {"token_dim": sizes.kv_heads * sizes.head_size, "num_attention_heads": sizes.kv_heads}
+        heads = {"token_dim": group.kv_heads * group.key_size, "num_attention_heads": group.kv_heads}
         config = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": length, **heads, **prompt_learning}
         tensors = {EMBEDDINGS: both.transpose(2, 1, 0, 3, 4).reshape(length, -1)}
         if virtual.head is not None:

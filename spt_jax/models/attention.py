@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from spt_jax.models.kernels import Kernel, attend_fused
+from spt_jax.models.memory import Memory
 
 # A position after all queries, which hides the padding of a prefix.
 NEVER = np.iinfo(np.int32).max
@@ -41,15 +42,18 @@ class Stream:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-    """Keys (after RoPE) and values of all layers that every row attends to, one per position.
+    """What all layers remember of earlier tokens that every row follows.
 
-    They are float32 and cast where they are used, so that the cotangents of many rows are summed in float32. With an S
-    axis they belong to S stacked prompts, and each row uses the one of its `Stream.prompt_index`; the padding of
-    shorter ones has the position NEVER.
+    It is float32 and cast where it is used, so that the cotangents of many rows are summed in float32. With an S axis
+    it belongs to S stacked prompts, and each row uses the one of its `Stream.prompt_index`; the padding of shorter
+    ones has the position NEVER.
+
+    Attributes:
+      memory: keys (after RoPE) and values [*S L P K H], or states [*S L ...].
+      positions: the position of each key.
     """
 
-    keys: Float[Array, "*S L P K H"]
-    values: Float[Array, "*S L P K H"]
+    memory: Memory
     positions: Int[Array, "*S P"]
 
 
@@ -61,15 +65,13 @@ class GatedPrefix:
     LLaMA-Adapter (Zhang et al. 2023, arXiv 2303.16199). Every token attends to all of them, at any position.
 
     Attributes:
-      keys: keys without RoPE.
-      values: values.
+      memory: keys without RoPE, and values; a group has those of its layers that are among the last G.
       gates: one gate per layer.
       rows: the rows that keys and values were computed from. No layer uses them; they are stored in files of other
         libraries.
     """
 
-    keys: Float[Array, "*S G P K H"]
-    values: Float[Array, "*S G P K H"]
+    memory: Memory
     gates: Float[Array, "*S G"]
     rows: Float[Array, "*S G P D"] | None = None
 
@@ -77,30 +79,20 @@ class GatedPrefix:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of earlier tokens of each row. Empty slots have segment 0.
+    """What all layers remember of earlier tokens of each row. Empty slots have segment 0.
 
-    The capacity C may exceed the number of positions S; slots from S on are not read. The axes are in the order in
-    which the matrix products of attention read them, which avoids a copy of the cache in every decoding step.
+    The capacity C may exceed the number of positions S; slots from S on are not read.
+
+    Attributes:
+      memory: keys [L B K H C] and values [L B K C H], or states [L B ...]. The axes are in the order in which the
+        matrix products of attention read them, which avoids a copy of the cache in every decoding step.
+      positions: the position of each slot's token.
+      segments: the segment of each slot's token.
     """
 
-    keys: Float[Array, "L B K H C"]
-    values: Float[Array, "L B K C H"]
+    memory: Memory
     positions: Int[Array, "B S"]
     segments: Int[Array, "B S"]
-
-
-def to_cache(
-    keys: Float[Array, "*N C K H"], values: Float[Array, "*N C K H"]
-) -> tuple[Float[Array, "*N K H C"], Float[Array, "*N K C H"]]:
-    """Transposes keys and values to the layout of a `Cache`."""
-    return jnp.moveaxis(keys, -3, -1), jnp.swapaxes(values, -3, -2)
-
-
-def from_cache(
-    keys: Float[Array, "*N K H C"], values: Float[Array, "*N K C H"]
-) -> tuple[Float[Array, "*N C K H"], Float[Array, "*N C K H"]]:
-    """The inverse of `to_cache`."""
-    return jnp.moveaxis(keys, -1, -3), jnp.swapaxes(values, -3, -2)
 
 
 def visible(
@@ -130,7 +122,7 @@ class Source:
     """Keys and values of one layer to attend to, with their mask. Without a B axis, all rows share them."""
 
     keys: Float[Array, "*B S K H"]
-    values: Float[Array, "*B S K H"]
+    values: Float[Array, "*B S K Hv"]
     mask: Bool[Array, "B T S"]
 
 
@@ -156,7 +148,7 @@ def attend(
     *,
     kernel: Kernel = "xla",
     mesh: Mesh | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N Hv"]:
     """Computes grouped-query attention with one softmax over all sources.
 
     Scores and softmax are float32. A query whose keys are all masked (padding) gets a mean of values instead of NaN.
@@ -221,11 +213,12 @@ def grouped_heads(x: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B 
     return x.reshape(batch, kv_heads, groups * length, size)
 
 
-def ungrouped_heads(x: Float[Array, "B K GT H"], shape: tuple[int, ...]) -> Float[Array, "B T N H"]:
-    """The inverse of `grouped_heads`; `shape` is [B, T, N, H]."""
-    batch, length, heads, size = shape
-    kv_heads = x.shape[1]
-    return x.reshape(batch, kv_heads, heads // kv_heads, length, size).transpose(0, 3, 1, 2, 4).reshape(shape)
+def ungrouped_heads(x: Float[Array, "B K GT Hv"], shape: tuple[int, ...]) -> Float[Array, "B T N Hv"]:
+    """The inverse of `grouped_heads`; `shape` is that of the queries, [B, T, N, H]."""
+    batch, length, heads, _ = shape
+    kv_heads, size = x.shape[1], x.shape[3]
+    x = x.reshape(batch, kv_heads, heads // kv_heads, length, size).transpose(0, 3, 1, 2, 4)
+    return x.reshape(batch, length, heads, size)
 
 
 def scores_of(queries: Float[Array, "B K GT H"], source: Source, scoring: Scoring) -> Float[Array, "B K GT S"]:
@@ -253,7 +246,7 @@ def soft_cap_slope(capped: Float[Array, "..."], cap: float | None) -> Float[Arra
     return 1.0 if cap is None else 1.0 - jnp.square(jnp.clip(capped / cap, -1.0, 1.0))
 
 
-def mix(weights: Float[Array, "B K GT S"], source: Source) -> Float[Array, "B K GT H"]:
+def mix(weights: Float[Array, "B K GT S"], source: Source) -> Float[Array, "B K GT Hv"]:
     """Returns the sums of values with these weights, float32."""
     if source.values.ndim == 4:
         values = source.values.transpose(0, 2, 1, 3)

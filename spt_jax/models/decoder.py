@@ -19,7 +19,6 @@ from spt_jax.models.attention import (
     Stream,
     attend,
     attention_weights,
-    from_cache,
     soft_capped,
     visible,
     within_window,
@@ -27,10 +26,10 @@ from spt_jax.models.attention import (
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.kernels import Kernel
 from spt_jax.models.layers import Linear, Mlp, Norm, rotate, rotation
+from spt_jax.models.layout import SELF
+from spt_jax.models.memory import KeysValues, Memory, from_cache
 from spt_jax.models.ring import ring_attend, splits
 from spt_jax.runtime.sharding import ROWS, constrain, row_shards
-
-KeysValues = tuple[Float[Array, "*L B T K H"], Float[Array, "*L B T K H"]]
 
 
 @jax.tree_util.register_dataclass
@@ -44,15 +43,15 @@ class LayerInputs:
       windowed: whether the layer uses the sliding window.
       prefix: keys and values of the prefix.
       cache: keys and values of the cache.
-      gated: the gated prefix, with a gate of 0 for layers without one.
+      gated: keys and values of the gated prefix, and the gate, which is 0 for layers without one.
     """
 
     last: Bool[Array, " L"] | None
     rotates: Bool[Array, " L"] | None
     windowed: Bool[Array, " L"] | None
-    prefix: tuple[Array, Array] | None
-    cache: tuple[Array, Array] | None
-    gated: GatedPrefix | None
+    prefix: KeysValues | None
+    cache: KeysValues | None
+    gated: tuple[KeysValues, Float[Array, "*L"]] | None
 
 
 @jax.tree_util.register_dataclass
@@ -116,7 +115,7 @@ class Attention(nn.Module):
             y = Norm(config, name=f"{name}_norm")(y) if config.qk_norm else y
             return y if shared.cos_sin is None else _choose(layer.rotates, rotate(y, shared.cos_sin), y)
 
-        keys, values = placed(x, "key", config.kv_heads), heads(x, "value", config.kv_heads)
+        own = KeysValues(placed(x, "key", config.kv_heads), heads(x, "value", config.kv_heads))
 
         def attended(module: nn.Module, x: Array) -> Array:
             queries = placed(x, "query", config.heads)
@@ -127,35 +126,36 @@ class Attention(nn.Module):
                 window = config.window if config.window_layers else 0
                 places = shared.stream, prefix, shared.prefix_positions
                 options = {"window": window, "windowed": layer.windowed, "scoring": scoring}
-                out = ring_attend(self.mesh, queries, keys, values, *places, **options)
+                out = ring_attend(self.mesh, queries, own, *places, **options)
             else:
                 masks = shared.masks
                 if cache is not None:
                     slots = masks[-2].shape[-1]  # The last mask is that of the row itself.
-                    cache = from_cache(cache[0][..., :slots], cache[1][:, :, :slots])
+                    cache = from_cache(cache, slots)
                 if shared.window_masks is not None:
                     masks = _choose(layer.windowed, shared.window_masks, masks)
-                pairs = [pair for pair in (prefix, cache, (keys, values)) if pair is not None]
-                sources = [Source(k, v, mask) for (k, v), mask in zip(pairs, masks, strict=True)]
+                pairs = [pair for pair in (prefix, cache, own) if pair is not None]
+                sources = [Source(pair.keys, pair.values, mask) for pair, mask in zip(pairs, masks, strict=True)]
                 # A decoding step has few scores, so a fused kernel has no benefit.
                 kernel = self.kernel if length > 1 else "xla"
                 out = attend(queries, sources, scoring, kernel=kernel, mesh=self.mesh)
                 if self.is_mutable_collection(ATTENTION):
                     self.sow(ATTENTION, "weights", attention_weights(queries, sources, scoring))
             if gated is not None:
-                out = out + _gated_attention(queries, gated)
+                out = out + _gated_attention(queries, *gated)
             out = out.reshape(batch, length, config.heads * config.head_size)
             return Linear(config.width, config.output_bias, name="output")(out)
 
-        return _unless_last(self, layer, attended, x), (keys, values)
+        return _unless_last(self, layer, attended, x), own
 
 
-def _gated_attention(queries: Float[Array, "B T N H"], gated: GatedPrefix) -> Float[Array, "B T N H"]:
+def _gated_attention(
+    queries: Float[Array, "B T N H"], gated: KeysValues, gates: Float[Array, "*B"]
+) -> Float[Array, "B T N H"]:
     """Returns the term that the gated prefix of one layer adds to its attention output."""
     shape = (*queries.shape[:2], gated.keys.shape[-3])
     source = Source(gated.keys.astype(queries.dtype), gated.values.astype(queries.dtype), jnp.ones(shape, bool))
-    gates = gated.gates.reshape(-1, 1, 1, 1).astype(queries.dtype)
-    return gates * attend(queries, [source])
+    return gates.reshape(-1, 1, 1, 1).astype(queries.dtype) * attend(queries, [source])
 
 
 class Block(nn.Module):
@@ -164,7 +164,7 @@ class Block(nn.Module):
     config: DecoderConfig
     mesh: Mesh | None
     kernel: Kernel
-    return_keys_values: bool
+    return_memory: bool
 
     @nn.compact
     def __call__(
@@ -180,7 +180,7 @@ class Block(nn.Module):
             return self.output_norm("mlp", Mlp(self.config, name="mlp")(Norm(self.config, name="mlp_norm")(x)))
 
         x = x + _unless_last(self, layer, mlp, x)
-        return x, keys_values if self.return_keys_values else None
+        return x, keys_values if self.return_memory else None
 
     def output_norm(self, part: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Normalizes the output of attention or MLP before the residual addition, in families that do."""
@@ -253,24 +253,10 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         gated: GatedPrefix | None = None,
         *,
-        return_keys_values: bool = False,
+        return_memory: bool = False,
         return_hidden: bool = True,
-    ) -> tuple[Float[Array, "B T D"] | None, KeysValues | None]:
-        """Runs the layers.
-
-        Args:
-          x: embeddings of real or virtual tokens, without position embeddings.
-          rows: positions and segments of the tokens.
-          prefix: keys and values shared by all rows.
-          cache: keys and values of earlier tokens of each row.
-          gated: gated keys and values of the last layers.
-          return_keys_values: also return the keys (after RoPE) and values of all layers for the tokens of x.
-          return_hidden: if False, the last layer computes only its keys and values.
-
-        Returns:
-          Normalized hidden states for `logits`, and keys and values [L, B, T, K, H]; None for either that is not
-          requested.
-        """
+    ) -> tuple[Float[Array, "B T D"] | None, Memory | None]:
+        """Runs the layers; arguments and results are those of `Model.run`."""
         config = self.config
 
         def layers_first(tree: Any) -> Any:
@@ -282,9 +268,11 @@ class Decoder(nn.Module):
             last=None if return_hidden else jnp.arange(config.layers) == config.layers - 1,
             rotates=_flags(config, config.no_rope_layers, invert=True),
             windowed=_flags(config, config.window_layers),
-            prefix=None if prefix is None else layers_first((prefix.keys, prefix.values)),
-            cache=None if cache is None else (cache.keys, cache.values),
-            gated=None if gated is None else _for_all_layers(layers_first(gated), config.layers),
+            prefix=None if prefix is None else layers_first(_keys_values(prefix.memory)),
+            cache=None if cache is None else _keys_values(cache.memory),
+            gated=None
+            if gated is None
+            else _for_all_layers(layers_first((_keys_values(gated.memory), gated.gates)), config.layers),
         )
         shared = _shared_inputs(config, rows, prefix, cache, ring=cache is None and splits(self.mesh, rows))
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
@@ -297,8 +285,15 @@ class Decoder(nn.Module):
             in_axes=in_axes,
             length=config.layers,
         )
-        x, keys_values = scan(config, self.mesh, self.attention, return_keys_values, name="layers")(x, layers, shared)
-        return self.final_norm(x) if return_hidden else None, keys_values
+        x, own = scan(config, self.mesh, self.attention, return_memory, name="layers")(x, layers, shared)
+        return self.final_norm(x) if return_hidden else None, {SELF: own} if return_memory else None
+
+
+def _keys_values(memory: Memory) -> KeysValues:
+    """Returns the keys and values of the only group."""
+    own = memory[SELF]
+    assert isinstance(own, KeysValues)
+    return own
 
 
 def _flags(config: DecoderConfig, layers: tuple[int, ...], invert: bool = False) -> Bool[Array, " L"] | None:
@@ -308,10 +303,11 @@ def _flags(config: DecoderConfig, layers: tuple[int, ...], invert: bool = False)
     return jnp.asarray([not c for c in chosen] if invert else chosen)
 
 
-def _for_all_layers(gated: GatedPrefix, layers: int) -> GatedPrefix:
-    """Pads the gated prefix of the last G layers to all layers, with gates of 0."""
-    gated = dataclasses.replace(gated, rows=None)
-    missing = layers - gated.gates.shape[0]
+def _for_all_layers(
+    gated: tuple[KeysValues, Float[Array, "G ..."]], layers: int
+) -> tuple[KeysValues, Float[Array, "L ..."]]:
+    """Pads the keys, values and gates of the last G layers to all layers, with gates of 0."""
+    missing = layers - gated[1].shape[0]
     return jax.tree.map(lambda a: jnp.pad(a, [(missing, 0)] + [(0, 0)] * (a.ndim - 1)), gated)
 
 

@@ -13,9 +13,11 @@ from jaxtyping import Array, Float, Int
 
 from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Stream, soft_capped
 from spt_jax.models.config import DecoderConfig
-from spt_jax.models.decoder import ATTENTION, Decoder, KeysValues
+from spt_jax.models.decoder import ATTENTION, Decoder
 from spt_jax.models.layers import Norm, dense
-from spt_jax.models.model import Group, Layout, Params, TargetScores
+from spt_jax.models.layout import SELF, Group, Layout
+from spt_jax.models.memory import KeysValues, Memory
+from spt_jax.models.model import Params, TargetScores
 from spt_jax.models.vocabulary import log_sum_exp
 from spt_jax.runtime.sharding import to_host
 
@@ -64,10 +66,10 @@ class DecoderModel:
         cache: Cache | None = None,
         gated: GatedPrefix | None = None,
         *,
-        return_keys_values: bool = False,
+        return_memory: bool = False,
         return_hidden: bool = True,
-    ) -> tuple[Float[Array, "B T D"] | None, KeysValues | None]:
-        options = {"return_keys_values": return_keys_values, "return_hidden": return_hidden}
+    ) -> tuple[Float[Array, "B T D"] | None, Memory | None]:
+        options = {"return_memory": return_memory, "return_hidden": return_hidden}
         return self._apply(x, stream, prefix, cache, gated, **options)
 
     def attention_weights(
@@ -79,7 +81,7 @@ class DecoderModel:
     def embedding_table(self) -> Float[np.ndarray, "V D"]:
         return to_host(self.params["embedding"]).astype(np.float32) * (self.config.embedding_scale or 1.0)
 
-    def gated_keys_values(self, rows: Float[Array, "G P D"]) -> tuple[Float[Array, "G P K H"], Float[Array, "G P K H"]]:
+    def gated_memory(self, rows: Float[Array, "G P D"]) -> Memory:
         config = self.config
         last = jax.tree.map(lambda a: a[-rows.shape[0] :].astype(jnp.float32), self.params["layers"]["attention"])
 
@@ -93,7 +95,7 @@ class DecoderModel:
         if config.qk_norm:
             normed: Any = jax.vmap(lambda scale, k: Norm(config).apply({"params": scale}, k))
             keys = normed(last["key_norm"], keys)
-        return keys, project(last["value"])
+        return {SELF: KeysValues(keys, project(last["value"]))}
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         return self._apply(hidden, method=Decoder.logits)
@@ -137,5 +139,5 @@ class DecoderModel:
 def decoder_layout(config: DecoderConfig) -> Layout:
     """Returns the layout of a decoder: all layers have keys and values of the same shape."""
     layers = tuple(range(config.layers))
-    groups = {"self": Group(layers, config.kv_heads, config.head_size, config.head_size)}
+    groups = {SELF: Group(layers, config.kv_heads, config.head_size, config.head_size)}
     return Layout(config.vocab_size, config.width, config.max_positions, groups)

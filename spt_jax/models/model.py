@@ -5,7 +5,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,45 +14,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Stream
-from spt_jax.models.decoder import KeysValues
+from spt_jax.models.layout import Layout
+from spt_jax.models.memory import Memory
 
 Params = Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Layers at one attention site whose keys and values have the same shape.
-
-    Attributes:
-      layers: indices of the layers.
-      kv_heads: number K of key and value heads.
-      key_size: size of a key.
-      value_size: size of a value.
-      site: "self" for self-attention.
-    """
-
-    layers: tuple[int, ...]
-    kv_heads: int
-    key_size: int
-    value_size: int
-    site: Literal["self"] = "self"
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """The static facts of a base that prompts, storage and serving depend on.
-
-    Attributes:
-      vocab_size: number V of real token ids; virtual token i has the id V + i.
-      width: size D of an embedding.
-      max_positions: the longest sequence.
-      groups: the layers that have keys and values, by name.
-    """
-
-    vocab_size: int
-    width: int
-    max_positions: int
-    groups: Mapping[str, Group]
 
 
 @jax.tree_util.register_dataclass
@@ -107,10 +72,24 @@ class Model(Protocol):
         cache: Cache | None = None,
         gated: GatedPrefix | None = None,
         *,
-        return_keys_values: bool = False,
+        return_memory: bool = False,
         return_hidden: bool = True,
-    ) -> tuple[Float[Array, "B T D"] | None, KeysValues | None]:
-        """Runs the layers; arguments and results are those of `Decoder.__call__`."""
+    ) -> tuple[Float[Array, "B T D"] | None, Memory | None]:
+        """Runs the layers.
+
+        Args:
+          x: embeddings of real or virtual tokens, without position embeddings.
+          stream: positions and segments of the tokens.
+          prefix: memory that all rows share.
+          cache: memory of earlier tokens of each row.
+          gated: gated keys and values of the last layers.
+          return_memory: also return the memory of the tokens of x.
+          return_hidden: if False, the last layer computes only its memory.
+
+        Returns:
+          Normalized hidden states for `logits`, and the memory, with keys and values [L, B, T, K, H] and states
+          [L, B, ...]; None for either that is not requested.
+        """
         ...
 
     def attention_weights(
@@ -123,7 +102,7 @@ class Model(Protocol):
         """Returns the input embedding of every id, float32, on the host."""
         ...
 
-    def gated_keys_values(self, rows: Float[Array, "G P D"]) -> tuple[Float[Array, "G P K H"], Float[Array, "G P K H"]]:
+    def gated_memory(self, rows: Float[Array, "G P D"]) -> Memory:
         """Returns the keys and values that the last G layers compute from rows without a position, float32."""
         ...
 

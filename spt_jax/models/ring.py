@@ -26,6 +26,7 @@ from spt_jax.models.attention import (
     visible,
     within_window,
 )
+from spt_jax.models.memory import KeysValues
 from spt_jax.runtime.sharding import ROWS, row_shards
 
 AXIS = "sequence"
@@ -65,9 +66,9 @@ class _Ring:
         return P(ROWS, "tensor", AXIS)
 
     @property
-    def arrays(self) -> tuple[P, P, P, P]:
+    def arrays(self) -> tuple[P, P, P]:
         prefix = P(ROWS, None, "tensor") if self.separate_prefixes else P(None, "tensor")
-        return self.heads, self.heads, self.heads, prefix
+        return self.heads, self.heads, prefix
 
     @property
     def places(self) -> tuple[P, P, P]:
@@ -82,23 +83,21 @@ class _Ring:
 def ring_attend(
     mesh: Mesh,
     queries: Float[Array, "B T N H"],
-    keys: Float[Array, "B T K H"],
-    values: Float[Array, "B T K H"],
+    own: KeysValues,
     stream: Stream,
-    prefix: tuple[Array, Array] | None = None,
+    prefix: KeysValues | None = None,
     prefix_positions: Array | None = None,
     *,
     window: int = 0,
     windowed: Bool[Array, ""] | None = None,
     scoring: Scoring | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N Hv"]:
     """Computes `attention.attend` over a prefix and the rows, with T split over the "sequence" axis of the mesh.
 
     Args:
       mesh: `splits` must be true for it.
       queries: queries of the rows.
-      keys: keys of the rows.
-      values: values of the rows.
+      own: keys and values of the rows.
       stream: positions and segments of the tokens.
       prefix: keys and values, [P, K, H] for all rows or [B, P, K, H] for each row.
       prefix_positions: positions of the prefix, [P] or [B, P].
@@ -107,10 +106,10 @@ def ring_attend(
       scoring: as for `attend`.
     """
     scoring = scoring or Scoring(queries.shape[-1] ** -0.5)
-    ring = _Ring(mesh, scoring, window, prefix is not None and prefix[0].ndim == 4)
+    ring = _Ring(mesh, scoring, window, prefix is not None and prefix.keys.ndim == 4)
     tokens = (stream.positions, stream.segments, stream.parents)
     windowed = jnp.asarray(window > 0) if windowed is None else windowed
-    return _ring_attend(ring, (queries, keys, values, prefix), (tokens, prefix_positions, windowed))
+    return _ring_attend(ring, (queries, own, prefix), (tokens, prefix_positions, windowed))
 
 
 def take_tokens(mesh: Mesh, x: Float[Array, "B T D"], places: Int[Array, "B Q"]) -> Float[Array, "B Q D"]:
@@ -150,12 +149,11 @@ def _sources(ring: _Ring, prefix: Any, places: Any) -> tuple[Source | None, Any]
     (positions, segments, parents), prefix_positions, windowed = places
     stream = Stream(positions, segments, parents)
 
-    def source(pair: Any, key_positions: Array, key_segments: Array | None) -> Source:
+    def source(pair: KeysValues, key_positions: Array, key_segments: Array | None) -> Source:
         mask = visible(stream, key_positions, key_segments)
         if ring.window:
             mask &= ~windowed | within_window(stream, key_positions, ring.window)
-        keys, values = pair
-        return Source(keys, values, mask)
+        return Source(pair.keys, pair.values, mask)
 
     if prefix is None:
         return None, source
@@ -168,9 +166,9 @@ def _device_forward(ring: _Ring, arrays: Any, places: Any) -> tuple[Array, Array
 
     Keys and values make a full rotation, so that all steps share one loop body.
     """
-    queries, keys, values, prefix = arrays
+    queries, own, prefix = arrays
     positions, segments, _ = places[0]
-    grouped = grouped_heads(queries, keys.shape[2])
+    grouped = grouped_heads(queries, own.keys.shape[2])
     prefix_source, source = _sources(ring, prefix, places)
 
     def update(state: Any, source: Source) -> Any:
@@ -186,26 +184,26 @@ def _device_forward(ring: _Ring, arrays: Any, places: Any) -> tuple[Array, Array
         return (update(state, source(*rotating)), ring.next(rotating)), None
 
     zeros = jnp.zeros((*grouped.shape[:3], 1), jnp.float32)
-    state = (zeros - jnp.inf, zeros, jnp.zeros(grouped.shape, jnp.float32))
+    state = (zeros - jnp.inf, zeros, jnp.zeros((*grouped.shape[:3], own.values.shape[3]), jnp.float32))
     if prefix_source is not None:
         state = update(state, prefix_source)
-    carry = (state, ((keys, values), positions, segments))
+    carry = (state, (own, positions, segments))
     ((highest, total, mixed), _), _ = jax.lax.scan(step, carry, length=ring.mesh.shape[AXIS])
     return ungrouped_heads((mixed / total).astype(queries.dtype), queries.shape), highest, total
 
 
 def _device_backward(
     ring: _Ring, arrays: Any, places: Any, out: Array, highest: Array, total: Array, cotangent: Array
-) -> tuple[Array, Array, Array, Any]:
+) -> tuple[Array, KeysValues, KeysValues | None]:
     """Returns cotangents of the queries, keys and values of this device, and of the full prefix."""
-    queries, keys, values, prefix = arrays
+    queries, own, prefix = arrays
     positions, segments, _ = places[0]
-    kv_heads, dtype = keys.shape[2], queries.dtype
+    kv_heads, dtype = own.keys.shape[2], queries.dtype
     grouped, d_out = grouped_heads(queries, kv_heads), grouped_heads(cotangent, kv_heads)
     product = (d_out.astype(jnp.float32) * grouped_heads(out, kv_heads)).sum(-1, keepdims=True)
     prefix_source, source = _sources(ring, prefix, places)
 
-    def of_source(source: Source) -> tuple[Array, tuple[Array, Array]]:
+    def of_source(source: Source) -> tuple[Array, KeysValues]:
         """Returns the cotangents of the queries, and of the keys and values of one source; float32."""
         scores = scores_of(grouped, source, ring.scoring)
         weights = jnp.exp(scores - highest) / total
@@ -216,7 +214,7 @@ def _device_backward(
         slopes = ring.scoring.scale * soft_cap_slope(scores, ring.scoring.cap)
         d_scores = (weights * (d_weights - product) * slopes).astype(dtype)
         d_keys = einsum(f"bkqs,bkqh->{rows}skh", d_scores, grouped)
-        return mix(d_scores, dataclasses.replace(source, values=source.keys)), (d_keys, d_values)
+        return mix(d_scores, dataclasses.replace(source, values=source.keys)), KeysValues(d_keys, d_values)
 
     def step(carry: Any, _: None) -> tuple[Any, None]:
         d_queries, rotating, d_pair = carry
@@ -229,8 +227,8 @@ def _device_backward(
         d_queries, d_source = of_source(prefix_source)
         axes = (AXIS,) if ring.separate_prefixes else (AXIS, *ROWS)
         d_prefix = jax.tree.map(lambda a, like: jax.lax.psum(a, axes).astype(like.dtype), d_source, prefix)
-    zeros = jnp.zeros(keys.shape, jnp.float32)
-    carry = (d_queries, ((keys, values), positions, segments), (zeros, zeros))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), own)
+    carry = (d_queries, (own, positions, segments), zeros)
     (d_queries, _, d_pair), _ = jax.lax.scan(step, carry, length=ring.mesh.shape[AXIS])
-    d_keys, d_values = (a.astype(dtype) for a in d_pair)
-    return ungrouped_heads(d_queries.astype(dtype), queries.shape), d_keys, d_values, d_prefix
+    d_own = jax.tree.map(lambda a: a.astype(dtype), d_pair)
+    return ungrouped_heads(d_queries.astype(dtype), queries.shape), d_own, d_prefix

@@ -13,10 +13,11 @@ from jaxtyping import Array, Float, Key
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.errors import ConfigError
+from spt_jax.models.layout import Layout
 from spt_jax.models.model import Model
 from spt_jax.prompts.initializers import initialize
 from spt_jax.prompts.method import TokenMethod
-from spt_jax.prompts.virtual import VirtualPrompt
+from spt_jax.prompts.virtual import VirtualPrompt, shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,6 @@ class DecomposedPromptTuning(TokenMethod):
         del model
         return VirtualPrompt(tokens=params["tokens"], shift=self.change_rate * (params["left"] @ params["right"]))
 
-    def virtual_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Shapes of the rows and the update."""
-        return {**super().virtual_shapes(base), "shift": (self.span, base["width"])}
+    def spec(self, layout: Layout) -> VirtualPrompt:
+        """Returns the shapes of the rows and the update."""
+        return dataclasses.replace(super().spec(layout), shift=shape(self.span, layout.width))

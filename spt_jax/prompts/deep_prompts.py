@@ -10,9 +10,10 @@ from jaxtyping import Array, Key
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.task import TASKS, Task
 from spt_jax.errors import ConfigError, did_you_mean
+from spt_jax.models.layout import Layout
 from spt_jax.models.model import Model
 from spt_jax.prompts.prefix_tuning import PrefixTuning
-from spt_jax.prompts.virtual import Head, VirtualPrompt
+from spt_jax.prompts.virtual import Head, VirtualPrompt, shape
 
 HEAD_UNIT = 32
 
@@ -79,9 +80,9 @@ class DeepPrompts(PrefixTuning):
         kernel = params["head"]["kernel"] * (HEAD_UNIT / params["head"]["kernel"].shape[0])
         return dataclasses.replace(virtual, head=Head(kernel, params["head"].get("bias", jnp.zeros(kernel.shape[1]))))
 
-    def virtual_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Shapes of keys, values and the head."""
-        shapes = super().virtual_shapes(base)
-        if self.task.has_head:
-            shapes |= {"head/kernel": (base["width"], self.outputs or 0), "head/bias": (self.outputs or 0,)}
-        return shapes
+    def spec(self, layout: Layout) -> VirtualPrompt:
+        """Returns the shapes of keys, values and the head."""
+        virtual, outputs = super().spec(layout), self.outputs or 0
+        if not self.task.has_head:
+            return virtual
+        return dataclasses.replace(virtual, head=Head(shape(layout.width, outputs), shape(outputs)))

@@ -10,10 +10,12 @@ from jaxtyping import Array, Float, Key
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.errors import ConfigError
+from spt_jax.models import memory
 from spt_jax.models.attention import GatedPrefix
+from spt_jax.models.layout import Layout, only_layers
 from spt_jax.models.model import Model
 from spt_jax.prompts.method import DEFAULT_LENGTH, Method
-from spt_jax.prompts.virtual import VirtualPrompt
+from spt_jax.prompts.virtual import VirtualPrompt, shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,24 +50,24 @@ class LlamaAdapter(Method):
         Raises:
           ConfigError: the base has fewer than `layers` layers.
         """
-        layers = self._layers(base.config.layers)
-        if layers > base.config.layers:
-            raise ConfigError(f"method.layers is {layers}; {base.name} has {base.config.layers} layers")
-        shape = (layers, self.length or DEFAULT_LENGTH, base.config.width)
-        return {"rows": jax.random.normal(key, shape), "gates": jnp.zeros(layers)}
+        layers, available = self._layers(base.layout), len(base.layout.attention_layers)
+        if layers > available:
+            raise ConfigError(f"method.layers is {layers}; {base.name} has {available} layers with attention")
+        rows = jax.random.normal(key, (layers, self.length or DEFAULT_LENGTH, base.layout.width))
+        return {"rows": rows, "gates": jnp.zeros(layers)}
 
     def materialize(self, params: Mapping[str, Any], model: Model) -> VirtualPrompt:
         """Returns the keys and values that each layer computes from its rows, without RoPE (no positions)."""
         rows = params["rows"]
-        return VirtualPrompt(gated=GatedPrefix(*model.gated_keys_values(rows), params["gates"], rows))
+        return VirtualPrompt(gated=GatedPrefix(model.gated_memory(rows), params["gates"], rows))
 
-    def virtual_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Shapes of the gated keys and values of the last G layers, their gates and rows."""
-        layers = self._layers(base["layers"])
-        length = self.length or DEFAULT_LENGTH
-        keys = (layers, length, base["kv_heads"], base["head_size"])
-        rows = (layers, length, base["width"])
-        return {"gated/keys": keys, "gated/values": keys, "gated/gates": (layers,), "gated/rows": rows}
+    def spec(self, layout: Layout) -> VirtualPrompt:
+        """Returns the shapes of the gated keys and values of the last G layers, their gates and rows."""
+        layers, length = self._layers(layout), self.length or DEFAULT_LENGTH
+        groups = only_layers(layout.attention_groups, layout.attention_layers[-layers:])
+        return VirtualPrompt(
+            gated=GatedPrefix(memory.spec(groups, length), shape(layers), shape(layers, length, layout.width))
+        )
 
-    def _layers(self, layers: int) -> int:
-        return self.layers or max(1, layers - 2)
+    def _layers(self, layout: Layout) -> int:
+        return self.layers or max(1, len(layout.attention_layers) - 2)

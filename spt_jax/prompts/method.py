@@ -10,9 +10,11 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.errors import ConfigError
+from spt_jax.models import memory
+from spt_jax.models.layout import Layout
 from spt_jax.models.model import Model, TargetScores
 from spt_jax.prompts.initializers import Initializer
-from spt_jax.prompts.virtual import VirtualPrompt
+from spt_jax.prompts.virtual import VirtualPrefix, VirtualPrompt, shape
 
 DEFAULT_LENGTH = 20
 PromptParams = PyTree[Float[Array, "..."] | Float[np.ndarray, "..."]]
@@ -125,19 +127,17 @@ class Method:
         """Projects the parameters after every update, for methods that constrain them."""
         return params
 
-    def virtual_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of the arrays of `materialize`, by their names in a saved prompt, such as "prefix/keys".
+    def spec(self, layout: Layout) -> VirtualPrompt:
+        """Returns the result of `materialize` with a `jax.ShapeDtypeStruct` in place of every array.
+
+        Saved prompts are checked against it. The default has token rows, keys and values; `shape` makes more leaves.
 
         Args:
-          base: sizes of the base, by field name of `DecoderConfig`.
+          layout: that of the base.
         """
-        shapes: dict[str, tuple[int, ...]] = {}
-        if self.token_count:
-            shapes["tokens"] = (self.token_count, base["width"])
-        if self.prefix_length:
-            keys = (base["layers"], self.prefix_length, base["kv_heads"], base["head_size"])
-            shapes |= {"prefix/keys": keys, "prefix/values": keys}
-        return shapes
+        tokens = shape(self.token_count, layout.width) if self.token_count else None
+        prefix = memory.spec(layout.attention_groups, self.prefix_length)
+        return VirtualPrompt(tokens=tokens, prefix=VirtualPrefix(prefix) if self.prefix_length else None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,12 @@ from jaxtyping import Array, Float, Key
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.errors import ConfigError
+from spt_jax.models.layout import Layout
 from spt_jax.models.model import Model
 from spt_jax.prompts.initializers import initialize
 from spt_jax.prompts.method import Method, TokenMethod
 from spt_jax.prompts.prompt_tuning import PromptTuning
-from spt_jax.prompts.virtual import VirtualPrompt
+from spt_jax.prompts.virtual import VirtualPrompt, shape
 
 # Directory of the shared prompt, next to those of the tasks.
 SHARED = "shared"
@@ -85,9 +86,9 @@ class MultitaskPromptTuning(TokenMethod):
         matrices = params["left"] @ params["right"]
         return VirtualPrompt(tokens=shared * matrices if self.combine == "multiply" else shared + matrices)
 
-    def virtual_shapes(self, base: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Shape of the rows of all tasks."""
-        return {"tokens": (len(self.tasks), self.token_count, base["width"])}
+    def spec(self, layout: Layout) -> VirtualPrompt:
+        """Returns the shape of the rows of all tasks."""
+        return VirtualPrompt(tokens=shape(len(self.tasks), self.token_count, layout.width))
 
     def artifacts(self, virtual: VirtualPrompt, params: Mapping[str, Any]) -> dict[str, tuple[Method, VirtualPrompt]]:
         """Returns a prompt per task, and the shared prompt as a start for new tasks."""

@@ -10,11 +10,17 @@ from jaxtyping import Array, Float, Key
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.errors import ConfigError
+from spt_jax.models import memory
 from spt_jax.models.attention import Stream
+from spt_jax.models.layout import SELF
+from spt_jax.models.memory import KeysValues, Memory
 from spt_jax.models.model import Model
 from spt_jax.prompts.initializers import Initializer, initialize
 from spt_jax.prompts.method import DEFAULT_LENGTH, Method, PromptParams
-from spt_jax.prompts.virtual import KeysValues, VirtualPrompt
+from spt_jax.prompts.virtual import VirtualPrefix, VirtualPrompt
+
+# Keys and values as they are trained, see `_packed`.
+Packed = Float[Array, "2 L P K H"] | Mapping[str, Mapping[str, Float[Array, "L P K H"]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,28 +70,30 @@ class PrefixTuning(Method):
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Any]:
         """Returns `free` keys and values with their `scale` and the `sink`, or `start` and the `network`; float32.
 
-        Arrays of keys and values are [2, L, P, K, H]: keys, then values. `free` is in units of `scale`, the standard
-        deviation of all values, so that a learning rate has the same effect for every base.
+        Keys and values are in the form of `_packed`. `free` is in units of `scale`, the standard deviation of all
+        values, so that a learning rate has the same effect for every base.
         """
         start_key, network_key = jax.random.split(key)
         start = self._start(start_key, base)
-        fixed, free = start[:, :, : self.sink], start[:, :, self.sink :]
+        free = jax.tree.map(lambda a: a[..., self.sink :, :, :], start)
         if self.reparameterization == "flat":
             usual = start if self.start != "zero" else dataclasses.replace(self, start="tokens")._start(start_key, base)
-            scale = usual[1].std()
-            return {"free": free / scale, "scale": scale} | ({"sink": fixed} if self.sink else {})
-        return {"start": start, "network": _init_network(network_key, self.hidden, free.shape)}
+            scale = _deviation(_unpacked(usual))
+            sink = {"sink": jax.tree.map(lambda a: a[..., : self.sink, :, :], start)} if self.sink else {}
+            return {"free": jax.tree.map(lambda a: a / scale, free), "scale": scale} | sink
+        return {"start": start, "network": _init_network(network_key, self.hidden, free)}
 
     def materialize(self, params: Mapping[str, Any], model: Model) -> VirtualPrompt:
         """Returns keys and values at every position; those of the network are added to the initial ones."""
         del model
         if self.reparameterization == "flat":
             parts = [params["sink"]] if self.sink else []
-            both = jnp.concatenate([*parts, params["free"] * params["scale"]], axis=2)
+            free = jax.tree.map(lambda a: a * params["scale"], params["free"])
+            both = jax.tree.map(lambda *own: jnp.concatenate(own, axis=-3), *parts, free)
         else:
             change = _apply_network(params["network"])
-            both = params["start"].at[:, :, self.sink :].add(change)
-        return VirtualPrompt(prefix=KeysValues(both[0], both[1]))
+            both = jax.tree.map(lambda a, own: a.at[..., self.sink :, :, :].add(own), params["start"], change)
+        return VirtualPrompt(prefix=VirtualPrefix(_unpacked(both)))
 
     def trainable(self, params: PromptParams) -> dict[str, Any]:
         """The sink, the scale and the initial keys and values of the network are not trained."""
@@ -94,10 +102,11 @@ class PrefixTuning(Method):
             for name, part in params.items()
         }
 
-    def _start(self, key: Key[Array, ""], base: FrozenBase) -> Float[Array, "2 L P K H"]:
-        config, length = base.config, self.prefix_length
+    def _start(self, key: Key[Array, ""], base: FrozenBase) -> Packed:
+        length = self.prefix_length
         if self.start == "zero":
-            return jnp.zeros((2, config.layers, length, config.kv_heads, config.head_size))
+            spec = memory.spec(base.layout.attention_groups, length)
+            return _packed(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), spec))
         saved = self._saved(base)
         if saved is not None:
             return saved
@@ -106,45 +115,80 @@ class PrefixTuning(Method):
         bos = base.tokenizer.bos_token_id
         if self.sink and bos is not None and self.start == "tokens":
             rows = rows.at[0].set(base.model.embed(jnp.asarray([bos]))[0].astype(jnp.float32))
-        both = keys_and_values(base, rows)
+        both = _packed(memory_of_rows(base.model, rows))
         if self.start == "tokens":
             return both
-        noise = jax.random.normal(noise_key, both.shape)
-        return both.mean(2, keepdims=True) + noise * both.std(2, keepdims=True)
+        leaves, structure = jax.tree.flatten(both)
+        keys = [noise_key] if len(leaves) == 1 else list(jax.random.split(noise_key, len(leaves)))
+        return jax.tree.unflatten(structure, map(_noise_like, keys, leaves))
 
-    def _saved(self, base: FrozenBase) -> Float[Array, "2 L P K H"] | None:
+    def _saved(self, base: FrozenBase) -> Packed | None:
         """Returns keys and values of the saved prompt that `init` names, or None if it has no prefix."""
         if self.init.name != "prompt":
             return None
         from spt_jax.prompts.storage import load_prompt
 
-        prefix = load_prompt(self.init.path, base).virtual.prefix
-        if prefix is None:
+        virtual = load_prompt(self.init.path, base).virtual
+        if virtual.prefix is None:
             return None
-        if prefix.keys.shape[1] != self.prefix_length:
+        if virtual.prefix_length != self.prefix_length:
             raise ConfigError(
-                f"{self.init.path}: a prefix of {prefix.keys.shape[1]} positions; method.length is {self.prefix_length}"
+                f"{self.init.path}: a prefix of {virtual.prefix_length} positions; method.length is"
+                f" {self.prefix_length}"
             )
-        return jnp.stack([prefix.keys, prefix.values])
+        return _packed(virtual.prefix.memory)
 
 
 @jax.jit
-def _keys_and_values(model: Model, rows: Float[Array, "P D"]) -> Float[Array, "2 L P K H"]:
+def memory_of_rows(model: Model, rows: Float[Array, "P D"]) -> Memory:
+    """Returns keys (after RoPE) and values of every layer for embeddings at the start of a sequence, float32."""
     positions = jnp.arange(rows.shape[0], dtype=jnp.int32)[None]
     stream = Stream(positions, jnp.ones_like(positions), jnp.zeros_like(positions))
     x = rows[None].astype(model.dtype)
-    _, both = model.run(x, stream, return_keys_values=True, return_hidden=False)
-    return jnp.stack(both)[:, :, 0].astype(jnp.float32)
+    _, found = model.run(x, stream, return_memory=True, return_hidden=False)
+    assert found is not None
+    return jax.tree.map(
+        lambda a: a[:, 0].astype(jnp.float32), {name: found[name] for name in model.layout.attention_groups}
+    )
 
 
-def keys_and_values(base: FrozenBase, rows: Float[Array, "P D"]) -> Float[Array, "2 L P K H"]:
-    """Returns keys (after RoPE) and values of every layer for embeddings at the start of a sequence, float32."""
-    return _keys_and_values(base.model, rows)
+def _packed(whole: Memory) -> Packed:
+    """Returns keys and values in the form in which they are trained.
+
+    For a base with one group "self" this is a single array [2, L, P, K, H] of keys, then values; otherwise, or if a key
+    and a value differ in size, it is a dict of "keys" and "values" for each group.
+    """
+    pairs = {name: own for name, own in whole.items() if isinstance(own, KeysValues)}
+    if list(pairs) == [SELF] and pairs[SELF].keys.shape == pairs[SELF].values.shape:
+        return jnp.stack([pairs[SELF].keys, pairs[SELF].values])
+    return {name: {"keys": own.keys, "values": own.values} for name, own in pairs.items()}
 
 
-def _init_network(key: Key[Array, ""], hidden: int, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Returns embeddings [P, K*H], and a network with an output kernel of 0, so that it adds nothing at the start."""
-    both, layers, length, heads, size = shape
+def _unpacked(packed: Packed) -> Memory:
+    """The inverse of `_packed`."""
+    if isinstance(packed, Mapping):
+        return {name: KeysValues(**own) for name, own in packed.items()}
+    return {SELF: KeysValues(packed[0], packed[1])}
+
+
+def _deviation(whole: Memory) -> Float[Array, ""]:
+    """Returns the standard deviation of all values."""
+    values = [own.values for own in memory.keys_values(whole)]
+    return (values[0] if len(values) == 1 else jnp.concatenate([own.ravel() for own in values])).std()
+
+
+def _noise_like(key: Key[Array, ""], both: Float[Array, "*L P K H"]) -> Float[Array, "*L P K H"]:
+    """Returns normal noise with the means and deviations over the positions."""
+    noise = jax.random.normal(key, both.shape)
+    return both.mean(-3, keepdims=True) + noise * both.std(-3, keepdims=True)
+
+
+def _init_network(key: Key[Array, ""], hidden: int, free: Packed) -> dict[str, Any]:
+    """Returns embeddings [P, K*H], and a network with an output kernel of 0, so that it adds nothing at the start.
+
+    Its outputs are [L, 2, K, H] at each position for a single array, else [L, K, H] for each array.
+    """
+    length, heads, size = jax.tree.leaves(free)[0].shape[-3:]
     embedding_key, kernel_key = jax.random.split(key)
     return {
         "embedding": jax.random.normal(embedding_key, (length, heads * size)),
@@ -153,14 +197,25 @@ def _init_network(key: Key[Array, ""], hidden: int, shape: tuple[int, ...]) -> d
             "bias": jnp.zeros(hidden),
         },
         "outer": {
-            "kernel": jnp.zeros((hidden, layers, both, heads, size)),
-            "bias": jnp.zeros((layers, both, heads, size)),
+            "kernel": jax.tree.map(lambda a: jnp.zeros((hidden, *_output_shape(a))), free),
+            "bias": jax.tree.map(lambda a: jnp.zeros(_output_shape(a)), free),
         },
     }
 
 
-def _apply_network(network: Mapping[str, Any]) -> Float[Array, "2 L P K H"]:
+def _output_shape(free: Float[Array, "*N P K H"]) -> tuple[int, ...]:
+    return (*free.shape[-4::-1], *free.shape[-2:])
+
+
+def _apply_network(network: Mapping[str, Any]) -> Packed:
     inner, outer = network["inner"], network["outer"]
     hidden = jnp.tanh(network["embedding"] @ inner["kernel"] + inner["bias"][None])
-    change = jnp.einsum("pe,elbkh->blpkh", hidden, outer["kernel"])
-    return change + outer["bias"].swapaxes(0, 1)[:, :, None]
+
+    def of_array(kernel: Array, bias: Array) -> Float[Array, "*N P K H"]:
+        if kernel.ndim == 5:
+            change, bias = jnp.einsum("pe,elbkh->blpkh", hidden, kernel), bias.swapaxes(0, 1)
+        else:
+            change = jnp.einsum("pe,elkh->lpkh", hidden, kernel)
+        return change + bias[..., None, :, :]
+
+    return jax.tree.map(of_array, outer["kernel"], outer["bias"])

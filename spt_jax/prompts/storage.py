@@ -14,7 +14,7 @@ import shutil
 import types
 import typing
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from flax import traverse_util
 
 from spt_jax.bases.base import FINGERPRINT_VERSION, Fingerprint, FrozenBase
 from spt_jax.data.templates import Template
-from spt_jax.errors import CheckpointError, did_you_mean
-from spt_jax.models.attention import GatedPrefix
+from spt_jax.errors import CheckpointError, ConfigError, did_you_mean
+from spt_jax.models.config import DecoderConfig
+from spt_jax.models.decoder_model import decoder_layout
+from spt_jax.models.layout import SELF, Layout
 from spt_jax.prompts.initializers import Initializer
 from spt_jax.prompts.method import Method
 from spt_jax.prompts.reading import (
@@ -38,13 +39,17 @@ from spt_jax.prompts.reading import (
     read_tensors,
     tensor_headers,
 )
-from spt_jax.prompts.virtual import Head, KeysValues, VirtualPrompt
+from spt_jax.prompts.virtual import VirtualPrompt
 from spt_jax.runtime.files import sync_directory
 from spt_jax.runtime.sharding import replicated
 
 FORMAT = 1
 PARAMS_FILE = "prompt.safetensors"
 INFO_FILE = "prompt.json"
+
+# The largest sizes of a base that a file may claim.
+MAX_SIZE = 2**31 - 1
+MAX_SIZES = {"layers": 2**16}
 
 _PACKAGES = ("spt_jax", "jax", "flax", "transformers")
 
@@ -69,6 +74,11 @@ class SavedPrompt:
     def fingerprint(self) -> Fingerprint:
         """Fingerprint of the base that the prompt was trained on."""
         return Fingerprint(**self.info["base"]["fingerprint"])
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of that base."""
+        return _saved_layout(self.fingerprint.config, "base.fingerprint.config")
 
 
 def save_prompt(
@@ -100,9 +110,9 @@ def save_prompt(
         float32 arrays of the shapes that the method declares.
     """
     directory = Path(directory)
-    arrays = _named_arrays(virtual)
+    arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(virtual).items()}
     found = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
-    _check_tensors(directory, found, method, template, dataclasses.asdict(base.config))
+    _check_tensors(directory, found, method, template, base.layout)
     for name, array in arrays.items():
         check_finite(array, f"{directory}: {name!r}")
     content = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
@@ -220,7 +230,8 @@ def _with_arrays(directory: Path, info: dict[str, Any], method: Method, template
     """Reads the arrays, after a check of their header against the shapes that the method and base sizes imply."""
     path = directory / PARAMS_FILE
     found = tensor_headers(path)
-    _check_tensors(directory, found, method, template, info["base"]["fingerprint"]["config"])
+    layout = _saved_layout(info["base"]["fingerprint"]["config"], f"{directory / INFO_FILE}: base.fingerprint.config")
+    _check_tensors(directory, found, method, template, layout)
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -228,7 +239,10 @@ def _with_arrays(directory: Path, info: dict[str, Any], method: Method, template
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
     if digest != info["sha256"]:
         raise CheckpointError(f"{path}: damaged, or not the file that {INFO_FILE} was written with (SHA-256 differs)")
-    return SavedPrompt(method, _virtual_prompt(read_tensors(path, list(found))), template, info)
+    spec = method.spec(layout)
+    arrays = read_tensors(path, list(found))
+    virtual = jax.tree.unflatten(jax.tree.structure(spec), [jnp.asarray(arrays[name]) for name in named_leaves(spec)])
+    return SavedPrompt(method, virtual, template, info)
 
 
 def load_prompt(directory: str | Path, base: FrozenBase, *, force: bool = False) -> SavedPrompt:
@@ -290,7 +304,18 @@ def _read_info(directory: Path) -> dict[str, Any]:
         size = _converted(int, fingerprint["config"].get(name), where)
         if size < 1:
             raise CheckpointError(f"{where} is {size}; it must be at least 1")
+        if size > MAX_SIZES.get(name, MAX_SIZE):
+            raise CheckpointError(f"{where} is {size}; it must be at most {MAX_SIZES.get(name, MAX_SIZE)}")
     return info
+
+
+def _saved_layout(config: Mapping[str, Any], where: str) -> Layout:
+    """Returns the layout of the base of a saved prompt, which need not be loaded. Only the sizes matter."""
+    sizes = {field.name for field in dataclasses.fields(DecoderConfig) if field.default is dataclasses.MISSING}
+    try:
+        return decoder_layout(_build(DecoderConfig, {k: v for k, v in config.items() if k in sizes}, where))
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {str(error)[:1000]}") from error
 
 
 def _instead(directory: Path) -> str:
@@ -364,16 +389,17 @@ def _converted(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _named_arrays(virtual: VirtualPrompt) -> dict[str, np.ndarray]:
-    """Returns the arrays of a prompt by names such as "tokens" or "prefix/keys"."""
-    flat = traverse_util.flatten_dict(dataclasses.asdict(virtual), sep="/")
-    return {name: np.asarray(leaf) for name, leaf in flat.items() if leaf is not None}
+def named_leaves(virtual: VirtualPrompt) -> dict[str, Any]:
+    """Returns the leaves of a prompt, in the order of `jax.tree.leaves`, by names such as "tokens" or "prefix/keys".
 
+    The name of a group of layers is part of the name, as in "prefix/cross/keys", unless it is "self".
+    """
 
-def _virtual_prompt(arrays: Mapping[str, np.ndarray]) -> VirtualPrompt:
-    parts: dict[str, Any] = traverse_util.unflatten_dict({k: jnp.asarray(v) for k, v in arrays.items()}, sep="/")
-    kinds = {"prefix": KeysValues, "gated": GatedPrefix, "head": Head}
-    return VirtualPrompt(**{name: kinds[name](**part) if name in kinds else part for name, part in parts.items()})
+    def name_of(path: Sequence[Any]) -> str:
+        name = "/".join(str(getattr(key, "name", None) or key.key) for key in path)
+        return name.replace(f"/memory/{SELF}/", "/").replace("/memory/", "/")
+
+    return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(virtual)}
 
 
 def _check_tensors(
@@ -381,10 +407,10 @@ def _check_tensors(
     found: Mapping[str, tuple[str, tuple[int, ...]]],
     method: Method,
     template: Template,
-    base: Mapping[str, Any],
+    layout: Layout,
 ) -> None:
     """Checks that tensors are as the method declares, and that method and template have equally many virtual tokens."""
-    expected = method.virtual_shapes(base)
+    expected = {name: tuple(leaf.shape) for name, leaf in named_leaves(method.spec(layout)).items()}
     _refuse_unknown(found, expected, f"{directory}: tensors")
     check_tensors(directory, found, expected, ("float32",))
     placed = template.virtual_tokens

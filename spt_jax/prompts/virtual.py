@@ -1,26 +1,28 @@
 """The soft prompt as the model sees it: the result of every method."""
 
 import dataclasses
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from spt_jax.models import memory
 from spt_jax.models.attention import GatedPrefix
+from spt_jax.models.memory import Memory
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KeysValues:
-    """Keys (after RoPE) and values of all layers at the first P positions, float32.
+class VirtualPrefix:
+    """What all layers remember of the first P positions, which have no tokens.
 
     Attributes:
-      keys: keys of all layers.
-      values: values of all layers.
+      memory: keys (after RoPE) and values [*S L P K H], float32.
       length: number of positions that are not padding, for stacked prompts of different lengths; None for all.
     """
 
-    keys: Float[Array, "*S L P K H"]
-    values: Float[Array, "*S L P K H"]
+    memory: Memory
     length: Int[Array, "*S"] | None = None
 
 
@@ -43,21 +45,21 @@ class VirtualPrompt:
     Attributes:
       tokens: row i is the embedding of the virtual token with id `vocab_size + i`, float32.
       shift: added to the embeddings of real tokens at the first T positions.
-      prefix: keys and values at the positions before the first token.
+      prefix: memory of the positions before the first token.
       gated: gated keys and values of the last layers.
       head: task head, used in place of the output matrix.
     """
 
     tokens: Float[Array, "*S P D"] | None = None
     shift: Float[Array, "*S T D"] | None = None
-    prefix: KeysValues | None = None
+    prefix: VirtualPrefix | None = None
     gated: GatedPrefix | None = None
     head: Head | None = None
 
     @property
     def prefix_length(self) -> int:
         """Number of positions of the prefix, including padding of stacked prompts; 0 without a prefix."""
-        return 0 if self.prefix is None else self.prefix.keys.shape[-3]
+        return 0 if self.prefix is None else memory.length(self.prefix.memory)
 
     @property
     def first_position(self) -> int | Int[Array, "*S"]:
@@ -65,3 +67,8 @@ class VirtualPrompt:
         if self.prefix is None or self.prefix.length is None:
             return self.prefix_length
         return self.prefix.length
+
+
+def shape(*sizes: int) -> Any:
+    """Returns the shape of a float32 array, as a leaf of `Method.spec`."""
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)

@@ -1,4 +1,4 @@
-"""Prompts by name: trained arrays on the host, and the keys and values that requests share on the device."""
+"""Prompts by name: trained arrays on the host, and the memory that requests share on the device."""
 
 import collections
 import dataclasses
@@ -19,6 +19,7 @@ from spt_jax.errors import CheckpointError, ConfigError, did_you_mean
 from spt_jax.inference.generation import BUCKET, programs
 from spt_jax.interop.peft import CONFIG_FILE as PEFT_CONFIG
 from spt_jax.interop.peft import default_template, import_peft
+from spt_jax.models import memory
 from spt_jax.models.attention import Prefix
 from spt_jax.prompts.stacking import stack_prompts
 from spt_jax.prompts.storage import SavedPrompt, load_prompt
@@ -33,7 +34,7 @@ class DevicePrompt:
     Lengths are rounded up, so that a few compiled programs serve all prompts.
 
     Attributes:
-      prefix: keys and values of the prompt and of the leading ids of its template; padding has the position NEVER.
+      prefix: the memory of the prompt and of the leading ids of its template; padding has the position NEVER.
       virtual: the other parts of the prompt: rows for later virtual ids, shifts, gates, a head.
       rows: the number of virtual ids, including those among the leading ids.
       lead: the leading ids.
@@ -103,7 +104,7 @@ class PromptBank:
 
         Args:
           base: the frozen base.
-          budget_bytes: device memory for keys, values and rows; None for no limit.
+          budget_bytes: device memory for prefixes and rows; None for no limit.
         """
         self.base = base
         self._budget = budget_bytes
@@ -296,7 +297,7 @@ def hold(base: FrozenBase, virtual: VirtualPrompt, lead: np.ndarray) -> DevicePr
     if len(lead) or first:
         ids = np.zeros((1, round_up(len(lead), BUCKET)), np.int32)
         ids[0, : len(lead)] = lead
-        encode = programs(base.mesh).encode_leads
+        encode = programs(base.mesh, base.layout).encode_leads
         prefix = encode(base.model, padded, ids, np.asarray([len(lead)], np.int32))
         prefix = jax.tree.map(lambda array: array[0], prefix)
     count = 0 if virtual.tokens is None else virtual.tokens.shape[0]
@@ -307,14 +308,15 @@ def hold(base: FrozenBase, virtual: VirtualPrompt, lead: np.ndarray) -> DevicePr
 
 
 def _padded(virtual: VirtualPrompt) -> VirtualPrompt:
-    """Pads rows, keys and values to a multiple of `BUCKET`; the caller knows the true lengths."""
+    """Pads stacked rows and prefixes to a multiple of `BUCKET`; the caller knows the true lengths."""
 
-    def up(array: Any, axis: int) -> Any:
-        missing = round_up(array.shape[axis], BUCKET) - array.shape[axis]
-        return jnp.pad(array, [(0, missing if i == axis else 0) for i in range(array.ndim)])
+    def missing(length: int) -> int:
+        return round_up(length, BUCKET) - length
 
-    prefix = virtual.prefix
+    tokens, prefix = virtual.tokens, virtual.prefix
     if prefix is not None:
-        prefix = dataclasses.replace(prefix, keys=up(prefix.keys, 2), values=up(prefix.values, 2))
-    tokens = None if virtual.tokens is None else up(virtual.tokens, 1)
+        padded = memory.pad(prefix.memory, missing(virtual.prefix_length))
+        prefix = dataclasses.replace(prefix, memory=padded)
+    if tokens is not None:
+        tokens = jnp.pad(tokens, [(0, 0), (0, missing(tokens.shape[1])), (0, 0)])
     return dataclasses.replace(virtual, tokens=tokens, prefix=prefix)

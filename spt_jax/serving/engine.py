@@ -11,14 +11,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from spt_jax.data.batches import bucket, round_up
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.inference.answers import Generated, answer, continuation_text, endings, is_opening, stop_end
 from spt_jax.inference.decoding import ALTERNATIVES, RowSampling
-from spt_jax.inference.generation import BUCKET, NO_ID, check_prompt
-from spt_jax.models.attention import Cache
+from spt_jax.inference.generation import BUCKET, NO_ID, cache_sharding, check_prompt
+from spt_jax.models.layout import Layout
 from spt_jax.runtime.sharding import replicated, row_sharding, row_shards
 from spt_jax.serving.bank import DevicePrompt, PromptBank, overflow
 from spt_jax.serving.fairness import Sender, Turns
@@ -51,8 +51,8 @@ class Engine:
 
     The decode program takes any mixture of prompts, lengths and sampling settings. There is one program for each cache
     length: the number of entries in the fullest slot, rounded up to 64, 96, 128, 192, ... A request's ids are run once,
-    in a program per length (rounded up to 16, 32, 64, ...) and number of requests (1, 4 or 16). The prompt's keys and
-    values are computed once and then copied.
+    in a program per length (rounded up to 16, 32, 64, ...) and number of requests (1, 4 or 16). The prompt's
+    memory is computed once and then copied.
 
     Senders take turns. With 16 or more slots, two slots are reserved: an HTTP request that already has a slot gets
     neither of them, and a client that already has a slot gets at most one. A short request therefore does not wait for
@@ -81,7 +81,7 @@ class Engine:
         self._let_in = False
         self._steps = MAX_STEPS  # steps that take POLL_SECONDS, estimated from the latest decode call
         self._compiling = threading.Lock()
-        self._programs = _programs(base.mesh)
+        self._programs = _programs(base.mesh, base.layout)
         self._slots = self._programs.empty(base.model, slots, self._capacity)
         self._busy: list[Ticket | None] = [None] * slots
         self._spare = min(slots // 8, 2)
@@ -382,13 +382,12 @@ class _Programs:
 
 
 @functools.cache
-def _programs(mesh: Mesh) -> _Programs:
+def _programs(mesh: Mesh, layout: Layout) -> _Programs:
     """Returns the compiled functions of `slots`; `admit` and `decode` donate the slots' buffers."""
     rows: Any = row_sharding(mesh)
     everywhere: Any = replicated(mesh)
-    heads: Any = NamedSharding(mesh, PartitionSpec(None, *rows.spec, "tensor"))
     sampling: Any = RowSampling(rows, rows, rows, rows, rows)
-    slots: Any = Slots(Cache(heads, heads, rows, rows), rows, rows, rows, rows, sampling)
+    slots: Any = Slots(cache_sharding(mesh, layout), rows, rows, rows, rows, sampling)
     return _Programs(
         empty=jax.jit(empty_slots, static_argnames=("count", "capacity"), out_shardings=slots),
         admit=jax.jit(admit, donate_argnames="slots", out_shardings=(slots, everywhere)),

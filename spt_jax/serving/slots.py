@@ -1,10 +1,10 @@
 """The compiled functions of serving: `admit` puts requests into cache slots, `decode` generates for all slots at once.
 
-    a prompt's keys and values --+
-    a request's own ids ---------+--admit--> its slot --decode--> a token per slot and step, for any mixture of prompts
+    a prompt's memory -----+
+    a request's own ids ---+--admit--> its slot --decode--> a token per slot and step, for any mixture of prompts
 
-A slot's cache has the keys and values of its prompt, then of the request, then of new tokens, with their positions;
-entries of segment 0 are empty. The functions are pure and take the frozen parameters as an argument.
+A slot's cache has the memory of its prompt, then of the request, then of new tokens, with their positions; entries of
+segment 0 are empty. The functions are pure and take the frozen parameters as an argument.
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spt_jax.inference.decoding import ALTERNATIVES, RowSampling, likeliest, next_tokens
 from spt_jax.inference.forward import run_stream
-from spt_jax.models.attention import NEVER, Cache, Prefix, Stream, to_cache
+from spt_jax.models import memory
+from spt_jax.models.attention import NEVER, Cache, Prefix, Stream
 from spt_jax.models.model import Model
 from spt_jax.prompts.virtual import VirtualPrompt
 
@@ -27,7 +28,7 @@ class Slots:
     """The running requests, one per slot.
 
     Attributes:
-      cache: keys and values of each slot's tokens so far.
+      cache: the memory of each slot's tokens so far.
       filled: the index of the cache entry that each slot fills next.
       ids: the id that each slot runs next.
       positions: the position of that id.
@@ -99,10 +100,8 @@ class RequestIds:
 
 def empty_slots(model: Model, count: int, capacity: int) -> Slots:
     """Returns `count` empty slots with `capacity` cache entries each."""
-    group = model.layout.groups["self"]
-    empty = jnp.zeros((len(group.layers), count, capacity, group.kv_heads, group.key_size), model.dtype)
     places = jnp.zeros((count, capacity), jnp.int32)
-    cache = Cache(*to_cache(empty, empty), places, places)
+    cache = Cache(memory.empty_cache(model.layout, count, capacity, model.dtype), places, places)
     none = jnp.zeros(count, jnp.int32)
     sampling = RowSampling(jnp.zeros(count), none, jnp.ones(count), none.astype(jnp.uint32), none)
     return Slots(cache, none, none, none, none, sampling)
@@ -121,8 +120,8 @@ def admit(
 
     Args:
       model: the base.
-      prompts: for each request, the rows for its virtual ids, and the prompt's keys and values, padded at position
-        NEVER. All requests must have the same shapes.
+      prompts: for each request, the rows for its virtual ids, and the prompt's memory, padded at position NEVER. All
+        requests must have the same shapes.
       requests: the requests' ids.
       sampling: the requests' sampling parameters.
       at: the slots to use.
@@ -140,15 +139,14 @@ def admit(
     virtual = jax.tree.map(lambda *own: jnp.stack(own), *(virtual for virtual, _ in prompts))
     lead = _side_by_side([prefix for _, prefix in prompts if prefix is not None])
     stream = Stream(positions, real, jnp.zeros_like(positions), numbers)
-    hidden, keys_values = run_stream(model, virtual, requests.ids, stream, None, lead, return_keys_values=True)
+    hidden, found = run_stream(model, virtual, requests.ids, stream, None, lead, return_memory=True)
     scores = model.logits(hidden[numbers, requests.lengths - 1])
     firsts = NewTokens(*next_tokens(scores, jnp.int32(0), sampling), likeliest(scores, wanted))
     cache, taken = dataclasses.replace(slots.cache, segments=slots.cache.segments.at[at].set(0)), 0
-    for part in filter(None, (lead, Cache(*to_cache(*keys_values), positions, real))):
+    for part in filter(None, (lead, Cache(memory.to_cache(found), positions, real))):
         own = slice(taken, taken := taken + part.positions.shape[1])
         cache = Cache(
-            cache.keys.at[:, at, ..., own].set(part.keys.astype(cache.keys.dtype)),
-            cache.values.at[:, at, :, own].set(_finite(part.values.astype(cache.values.dtype))),
+            memory.put_rows(cache.memory, memory.finite(memory.cast(part.memory, model.dtype)), at, own),
             cache.positions.at[at, own].set(part.positions),
             cache.segments.at[at, own].set(part.segments),
         )
@@ -163,19 +161,14 @@ def admit(
     return slots, firsts
 
 
-def _finite(values: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Replaces non-finite values by 0: the slot's next request gives them weight 0, and 0 times inf is NaN."""
-    return jnp.where(jnp.isfinite(values), values, 0)
-
-
 def _side_by_side(prefixes: Sequence[Prefix]) -> Cache | None:
     """Stacks the prefixes of several rows into a cache; None if there are none."""
     if not prefixes:
         return None
-    keys, values = (jnp.stack([getattr(prefix, name) for prefix in prefixes], axis=1) for name in ("keys", "values"))
+    rows = memory.stack_rows([prefix.memory for prefix in prefixes])
     positions = jnp.stack([prefix.positions for prefix in prefixes])
     held = positions != NEVER
-    return Cache(*to_cache(keys, values), jnp.where(held, positions, 0), held.astype(jnp.int32))
+    return Cache(memory.to_cache(rows), jnp.where(held, positions, 0), held.astype(jnp.int32))
 
 
 def decode(
@@ -218,15 +211,12 @@ def decode(
         stream = Stream(slots.positions[:, None], own, jnp.zeros_like(own))
         cache = slots.cache
         near = dataclasses.replace(cache, positions=cache.positions[:, :reach], segments=cache.segments[:, :reach])
-        hidden, (keys, values) = run_stream(
-            model, None, slots.ids[:, None], stream, None, near, return_keys_values=True
-        )
+        hidden, own_memory = run_stream(model, None, slots.ids[:, None], stream, None, near, return_memory=True)
         scores = model.logits(hidden[:, 0])
         new = NewTokens(*next_tokens(scores, slots.steps, slots.sampling), likeliest(scores, wanted))
         at = jnp.minimum(slots.filled, reach - 1)
         cache = Cache(
-            cache.keys.at[:, numbers, :, :, at].set(jnp.swapaxes(keys[:, :, 0], 0, 1)),
-            cache.values.at[:, numbers, :, at].set(_finite(jnp.swapaxes(values[:, :, 0], 0, 1))),
+            memory.put_each(cache.memory, memory.finite(own_memory), at),
             cache.positions.at[numbers, at].set(slots.positions),
             cache.segments.at[numbers, at].set(busy.astype(jnp.int32)),
         )

@@ -163,8 +163,8 @@ def step_memory(
     weights = itemsize * sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(leaves))
     if mesh.shape["fsdp"] > 1:
         weights += 2 * itemsize * (config.matmul_parameters // config.layers) // tensor
-    matrix = leaves["embedding" if config.tied else "output"]
-    vocabulary = matrix.sharding.shard_shape(matrix.shape)[0 if config.tied else 1]
+    matrix, axis = (leaves["output"], 1) if "output" in leaves else (leaves["embedding"], 0)
+    vocabulary = matrix.sharding.shard_shape(matrix.shape)[axis]
     outputs = math.ceil(shape.rows / (mesh.shape["data"] * microbatches)) * shape.outputs
     chunk = min(outputs, max(CHUNK_ROWS, CHUNK_LOGITS // config.vocab_size))
     rows = math.ceil(shape.rows / (row_shards(mesh) * microbatches))

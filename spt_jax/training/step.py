@@ -1,10 +1,10 @@
 """The training step, which differentiates with respect to the prompt's parameters only.
 
-    params --materialize--> VirtualPrompt --encode_lead--> Prefix --rows--> loss
+    params --materialize--> VirtualPrompt --run_lead--> Prefix --rows--> loss
                (vjp once)                   (vjp once)      (scan over microbatches)
 
 The leading ids that all examples share go through the model once per step, whatever the number of rows and
-microbatches. The cotangents of their keys and values, and those of virtual tokens elsewhere, are summed over
+microbatches. The cotangents of their memory, and those of virtual tokens elsewhere, are summed over
 microbatches and propagated back once. A method's auxiliary objective is computed from the hidden states of that run.
 """
 
@@ -21,8 +21,9 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import Batch, Rows
 from spt_jax.errors import ConfigError
-from spt_jax.inference.forward import encode_lead, target_scores
+from spt_jax.inference.forward import run_lead, target_scores
 from spt_jax.models.attention import Prefix
+from spt_jax.models.memory import Memory
 from spt_jax.models.model import Model
 from spt_jax.prompts import Method, PromptParams, VirtualPrompt
 from spt_jax.runtime.sharding import replicated
@@ -131,28 +132,28 @@ def _scaled_loss_and_gradient(
         raise ConfigError(f"{method.name} has a loss on the leading ids, and the batch has none: plan with a lead")
 
     def encode(virtual: VirtualPrompt) -> Any:
-        prefix, hidden = encode_lead(
+        prefix, hidden = run_lead(
             model, virtual, batch.lead_ids, batch.lead_length, return_hidden=auxiliary is not None
         )
         if prefix is None:
             return (None, hidden), None
-        return ((prefix.keys, prefix.values), hidden), prefix.positions
+        return (prefix.memory, hidden), prefix.positions
 
     virtual, materialize_vjp = jax.vjp(lambda p: method.materialize(p, model), params)
-    (keys_values, lead_hidden), encode_vjp, positions = jax.vjp(encode, virtual, has_aux=True)
+    (memory, lead_hidden), encode_vjp, positions = jax.vjp(encode, virtual, has_aux=True)
 
-    def rows_loss(keys_values: Any, virtual: VirtualPrompt, rows: Rows) -> tuple[Array, Array]:
-        prefix = None if keys_values is None else Prefix(keys_values[0], keys_values[1], positions)
+    def rows_loss(memory: Memory | None, virtual: VirtualPrompt, rows: Rows) -> tuple[Array, Array]:
+        prefix = None if memory is None else Prefix(memory, positions)
         scores = target_scores(model, virtual, prefix, rows, objective.scored_ids(rows))
         return objective.loss(scores, rows)
 
     def accumulate(carry: Any, rows: Rows) -> tuple[Any, None]:
         of_rows = functools.partial(rows_loss, rows=rows)
-        loss, pull, weight = jax.vjp(of_rows, keys_values, virtual, has_aux=True)
+        loss, pull, weight = jax.vjp(of_rows, memory, virtual, has_aux=True)
         return jax.tree.map(jnp.add, carry, ((loss, weight), pull(seed))), None
 
     zero, seed = jnp.zeros((), jnp.float32), jnp.asarray(scale, jnp.float32)
-    zeros = ((zero, zero), jax.tree.map(jnp.zeros_like, (keys_values, virtual)))
+    zeros = ((zero, zero), jax.tree.map(jnp.zeros_like, (memory, virtual)))
     parts = _split(batch.rows, microbatches)
     ((total, weight), (of_prefix, of_virtual)), _ = jax.lax.scan(accumulate, zeros, parts)
     of_hidden = None

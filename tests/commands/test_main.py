@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
     write_tiny_checkpoint(folder / "model", "llama")
     base = spt_jax.load_base(folder / "model")
     method = spt_jax.PromptTuning(length=3)
-    virtual = method.materialize(base.model, method.init_params(jax.random.key(0), base))
+    virtual = method.materialize(method.init_params(jax.random.key(0), base), base.model)
     classify = spt_jax.Template(
         prompt="<soft>{text}\n", target="{label}", virtual_tokens=3, verbalizers={"good": "H", "bad": "L"}
     )
@@ -56,7 +56,7 @@ def test_evaluate_writes_what_it_prints(folder, capsys, tmp_path):
 def test_a_template_without_fields_needs_no_text(folder, capsys):
     base = spt_jax.load_base(folder / "model")
     method = spt_jax.PromptTuning(length=3)
-    virtual = method.materialize(base.model, method.init_params(jax.random.key(0), base))
+    virtual = method.materialize(method.init_params(jax.random.key(0), base), base.model)
     template = spt_jax.Template(prompt="<soft>", target="{poem}", virtual_tokens=3)
     spt_jax.save_prompt(folder / "alone", base, method, virtual, template)
     assert main(["generate", "--prompt", str(folder / "alone"), "--max-new-tokens", "2"]) == 0

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("served")
     base, method = spt_jax.load_base("starter"), spt_jax.PromptTuning(length=4)
-    virtual = method.materialize(base.model, method.init_params(jax.random.key(0), base))
+    virtual = method.materialize(method.init_params(jax.random.key(0), base), base.model)
     template = spt_jax.Template(prompt="<soft>{text}", target="{label}", virtual_tokens=4)
     spt_jax.save_prompt(folder / "story", base, method, virtual, template)
     return folder

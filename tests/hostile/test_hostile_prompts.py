@@ -66,7 +66,7 @@ def use(base, template: Template) -> None:
 @pytest.mark.parametrize("name", list(PROMPTS))
 def test_prompts(name, base, tmp_path):
     method, options = PROMPTS[name]
-    virtual = method.materialize(base.model, method.init_params(jax.random.key(0), base))
+    virtual = method.materialize(method.init_params(jax.random.key(0), base), base.model)
     template = Template(target="{label}", virtual_tokens=method.token_count, **options)
     sound = save_prompt(tmp_path / "sound", base, method, virtual, template, extra={"command": ["train.py"]})
     assert read_prompt(sound).template == template

@@ -21,10 +21,11 @@ from spt_jax.errors import CheckpointError, ConfigError, SptError
 from spt_jax.interop import export_embeddings, export_npy, export_peft, export_peft_tasks, import_npy, import_peft
 from spt_jax.interop.arrays import torch_file
 from spt_jax.interop.peft import default_template
+from spt_jax.models.memory import KeysValues
 from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning, VirtualPrompt, initializers
 from spt_jax.prompts.initializers import initialize
 from spt_jax.prompts.storage import load_prompt, save_prompt
-from spt_jax.prompts.virtual import KeysValues
+from spt_jax.prompts.virtual import VirtualPrefix
 from spt_jax.testing import tiny_base, tiny_tokenizer, write_tiny_checkpoint
 
 P, D, L, K, H = 4, 32, 3, 2, 8
@@ -64,8 +65,9 @@ def test_keys_stand_at_even_places_and_values_at_odd_ones(tmp_path, base):
     assert method == PrefixTuning(length=P)
     places = flat.reshape(P, 2 * L, K, H)
     for layer in range(L):
-        np.testing.assert_array_equal(virtual.prefix.keys[layer], places[:, 2 * layer])
-        np.testing.assert_array_equal(virtual.prefix.values[layer], places[:, 2 * layer + 1])
+        own = virtual.prefix.memory["self"]
+        np.testing.assert_array_equal(own.keys[layer], places[:, 2 * layer])
+        np.testing.assert_array_equal(own.values[layer], places[:, 2 * layer + 1])
 
 
 def prompts(base):
@@ -75,7 +77,7 @@ def prompts(base):
         "prompt_tuning": (PromptTuning(length=P), VirtualPrompt(tokens=jnp.asarray(noise(P, D)))),
         "prefix_tuning": (
             PrefixTuning(length=P),
-            VirtualPrompt(prefix=KeysValues(jnp.asarray(noise(L, P, K, H)), jnp.asarray(noise(L, P, K, H)) + 1)),
+            VirtualPrompt(prefix=VirtualPrefix({"self": KeysValues(noise(L, P, K, H), noise(L, P, K, H) + 1)})),
         ),
         "llama_adapter": (adapter, adapter.materialize(params, base.model)),
     }
@@ -94,13 +96,8 @@ def test_what_goes_out_to_peft_comes_back(tmp_path, base, name):
     export_peft(tmp_path / "peft", saved, base)
     method, virtual = import_peft(tmp_path / "peft", base)
     assert method.name == name
-    for path in ("tokens", "prefix.keys", "prefix.values", "gated.rows", "gated.keys", "gated.gates"):
-        ours, theirs = saved.virtual, virtual
-        for part in path.split("."):
-            ours, theirs = getattr(ours, part, None), getattr(theirs, part, None)
-        assert (ours is None) == (theirs is None)
-        if ours is not None:
-            np.testing.assert_allclose(theirs, ours, rtol=1e-6)
+    assert jax.tree.structure(virtual) == jax.tree.structure(saved.virtual)
+    jax.tree.map(lambda theirs, ours: np.testing.assert_allclose(theirs, ours, rtol=1e-6), virtual, saved.virtual)
 
 
 @pytest.mark.parametrize("prompt", ["{text}<soft>", "<bos><soft>{text}", "<soft>{text}", "<soft:2>{text}<soft:2>"])

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from spt_jax.models.attention import Cache, Prefix, to_cache
+from spt_jax.models.attention import Cache, Prefix
+from spt_jax.models.memory import KeysValues, to_cache
 from spt_jax.testing import FAMILIES, tiny_base
 from tests.golden.cases import CASES, GOLDEN, KEPT, LENGTH, token_ids
 from tests.layouts import Run, every_layout, forward, lay_out
@@ -88,8 +89,8 @@ def prefix_and_whole(name):
     tokens = base.model.embed(jnp.asarray(row_ids))
 
     def shared(start):
-        _, (keys, values) = base.model.run(start[None], lead_stream, return_keys_values=True)
-        prefix = Prefix(keys[:, 0], values[:, 0], jnp.arange(LEAD))
+        _, memory = base.model.run(start[None], lead_stream, return_memory=True)
+        prefix = Prefix(jax.tree.map(lambda a: a[:, 0], memory), jnp.arange(LEAD))
         hidden, _ = base.model.run(tokens, stream, prefix)
         return base.model.logits(hidden)
 
@@ -132,14 +133,16 @@ def test_a_cache_with_empty_slots_equals_the_whole_row():
     config, slots, cached = base.config, 24, (17, 5)
     examples = [ids[:27], ids[50:65]]
     row, stream = lay_out([Run(i, 0, e) for i, e in enumerate(examples)], 27)
-    expected, (keys, values) = forward(base, row, stream)
+    expected, memory = forward(base, row, stream)
+    keys, values = memory["self"].keys, memory["self"].values
     shape = (config.layers, 2, slots, config.kv_heads, config.head_size)
     held = [np.full(shape, 1e3, np.float32) for _ in range(2)]
     positions, segments = np.zeros((2, slots), np.int32), np.zeros((2, slots), np.int32)
     for i, n in enumerate(cached):
         held[0][:, i, :n], held[1][:, i, :n] = keys[:, i, :n], values[:, i, :n]
         positions[i, :n], segments[i, :n] = np.arange(n), 1
-    cache = Cache(*to_cache(*map(jnp.asarray, held)), jnp.asarray(positions), jnp.asarray(segments))
+    held = to_cache({"self": KeysValues(*map(jnp.asarray, held))})
+    cache = Cache(held, jnp.asarray(positions), jnp.asarray(segments))
     runs = [Run(i, 0, e[n:], e[:n]) for i, (e, n) in enumerate(zip(examples, cached, strict=True))]
     ours, _ = forward(base, *lay_out(runs, 10), None, cache)
     for run, n in zip(runs, cached, strict=True):

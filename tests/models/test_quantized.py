@@ -107,7 +107,7 @@ def test_training_goes_on_with_them(tmp_path):
 
 def test_the_engine_serves_it(base, tmp_path):
     method = PromptTuning(length=3)
-    virtual = method.materialize(base.model, method.init_params(jax.random.key(0), base))
+    virtual = method.materialize(method.init_params(jax.random.key(0), base), base.model)
     template = spt_jax.Template(prompt="<soft>{text}\n", target="{label}", virtual_tokens=3)
     spt_jax.save_prompt(tmp_path / "p", base, method, virtual, template)
     bank = PromptBank(base)

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from spt_jax.models.attention import Scoring, Source, Stream, attend, visible, within_window
+from spt_jax.models.memory import KeysValues
 from spt_jax.models.ring import ring_attend, splits
 from spt_jax.runtime.sharding import MeshConfig, make_mesh
 
@@ -73,7 +74,8 @@ def test_as_in_one_place(case, axes):
     def ring(queries, keys, values, prefix):
         where = None if prefix is None else places
         how = {"window": options["window"], "windowed": windowed, "scoring": options["scoring"]}
-        return ring_attend(mesh, queries, keys, values, rows, prefix, where, **how)
+        prefix = None if prefix is None else KeysValues(*prefix)
+        return ring_attend(mesh, queries, KeysValues(keys, values), rows, prefix, where, **how)
 
     def both(function, *inputs):
         out, pull = jax.vjp(function, *inputs)
@@ -100,7 +102,7 @@ def test_what_a_device_holds_falls_with_the_axis():
         def loss(queries, keys, values, rows):
             if devices == 1:
                 return attend(queries, [Source(keys, values, visible(rows, rows.positions, rows.segments))]).sum()
-            return ring_attend(mesh, queries, keys, values, rows).sum()
+            return ring_attend(mesh, queries, KeysValues(keys, values), rows).sum()
 
         lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(heads, heads, heads, Stream(long, long, long))
         return lowered.compile().memory_analysis().temp_size_in_bytes

@@ -9,7 +9,8 @@ import safetensors.numpy
 torch = pytest.importorskip("torch")
 
 from spt_jax.bases.base import load_base
-from spt_jax.models.attention import Cache, Prefix, to_cache
+from spt_jax.models.attention import Cache, Prefix
+from spt_jax.models.memory import KeysValues, put, to_cache
 from spt_jax.testing import write_tiny_checkpoint
 from tests.golden.cases import CASES, LENGTH, token_ids
 from tests.layouts import Run, every_layout, forward, lay_out, row_logits
@@ -131,8 +132,8 @@ def test_gradient_through_a_shared_prefix(name, tmp_path):
     lead_stream = lay_out([Run(0, 0, ids[:lead])], lead)[1]
 
     def loss(start):
-        _, (keys, values) = base.model.run(start[None], lead_stream, return_keys_values=True)
-        prefix = Prefix(keys[:, 0], values[:, 0], jnp.arange(lead))
+        _, memory = base.model.run(start[None], lead_stream, return_memory=True)
+        prefix = Prefix(jax.tree.map(lambda a: a[:, 0], memory), jnp.arange(lead))
         embedded = base.model.embed(jnp.asarray(ids_))
         hidden, _ = base.model.run(embedded, stream, prefix)
         scores = jax.nn.log_softmax(base.model.logits(hidden)[:, :-1])
@@ -160,16 +161,15 @@ def test_decoding_from_a_cache(name, tmp_path):
     ids = token_ids(case)[:24]
     config, slots = base.config, 32
     empty = jnp.full((config.layers, 1, slots, config.kv_heads, config.head_size), 1e3)
-    cache = Cache(*to_cache(empty, empty), *(jnp.zeros((1, slots), jnp.int32) for _ in range(2)))
+    empty = to_cache({"self": KeysValues(empty, empty)})
+    cache = Cache(empty, *(jnp.zeros((1, slots), jnp.int32) for _ in range(2)))
     steps = []
     for i, token in enumerate(ids):
         row, stream = lay_out([Run(0, 0, np.asarray([token]), ids[:i])], 1)
         scores, new = forward(base, row, stream, None, cache)
-        keys, values = to_cache(*new)
         steps.append(np.asarray(scores[0, 0]))
         cache = Cache(
-            cache.keys.at[..., i].set(keys[..., 0]),
-            cache.values.at[..., i, :].set(values[..., 0, :]),
+            put(cache.memory, to_cache(new), i),
             cache.positions.at[:, i].set(i),
             cache.segments.at[:, i].set(1),
         )

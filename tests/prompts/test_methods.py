@@ -14,6 +14,7 @@ from spt_jax.data.examples import Example
 from spt_jax.data.templates import Template
 from spt_jax.errors import ConfigError
 from spt_jax.inference.forward import encode_prefix, output_logits
+from spt_jax.models.memory import KeysValues
 from spt_jax.prompts import (
     METHODS,
     ContextPromptTuning,
@@ -45,6 +46,11 @@ def base_of(family: str = "llama"):
 
 def start_of(method, base, seed: int = 0) -> VirtualPrompt:
     return method.materialize(method.init_params(jax.random.key(seed), base), base.model)
+
+
+def of(virtual: VirtualPrompt) -> KeysValues:
+    """The keys and values of a prefix."""
+    return virtual.prefix.memory["self"]
 
 
 @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
@@ -89,23 +95,23 @@ def test_a_prefix_goes_on_from_a_saved_prompt(tmp_path):
     bare = Template(prompt="{a}", target="{b}")
     save_prompt(tmp_path / "prefix", base, prefix, trained, bare)
     again = start_of(dataclasses.replace(prefix, init=initializers.prompt(tmp_path / "prefix")), base)
-    np.testing.assert_allclose(again.prefix.keys, trained.prefix.keys, rtol=1e-6)
+    np.testing.assert_allclose(of(again).keys, of(trained).keys, rtol=1e-6)
     with pytest.raises(ConfigError, match=r"a prefix of 4 positions; method.length is 5"):
         start_of(PrefixTuning(length=5, init=initializers.prompt(tmp_path / "prefix")), base)
 
 
 def test_prefixes_start_as_asked():
     base = base_of()
-    zero = start_of(PrefixTuning(length=5, start="zero"), base).prefix
+    zero = of(start_of(PrefixTuning(length=5, start="zero"), base))
     assert not np.any(zero.keys) and not np.any(zero.values)
-    tokens = start_of(PrefixTuning(length=40), base).prefix
-    random = start_of(PrefixTuning(length=40, start="random"), base).prefix
+    tokens = of(start_of(PrefixTuning(length=40), base))
+    random = of(start_of(PrefixTuning(length=40, start="random"), base))
     np.testing.assert_allclose(random.values.std((0, 1)), tokens.values.std((0, 1)), rtol=0.5)
     network = start_of(PrefixTuning(length=40, reparameterization="mlp"), base, seed=3)
-    assert np.asarray(network.prefix.keys).std() == pytest.approx(np.asarray(tokens.keys).std(), rel=0.2)
-    sunk = start_of(PrefixTuning(length=5, sink=2), base).prefix
+    assert np.asarray(of(network).keys).std() == pytest.approx(np.asarray(tokens.keys).std(), rel=0.2)
+    sunk = of(start_of(PrefixTuning(length=5, sink=2), base))
     bos = start_of(PrefixTuning(length=1, init=initializers.array(np.asarray(base.params["embedding"][1:2]))), base)
-    np.testing.assert_allclose(sunk.keys[:, 0], bos.prefix.keys[:, 0], atol=1e-6)
+    np.testing.assert_allclose(sunk.keys[:, 0], of(bos).keys[:, 0], atol=1e-6)
 
 
 @pytest.mark.parametrize("encoder", ["mlp", "lstm"])

@@ -14,8 +14,9 @@ from spt_jax.errors import ConfigError
 from spt_jax.inference.forward import encode_prefix, output_logits
 from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.models.attention import GatedPrefix
+from spt_jax.models.memory import KeysValues
 from spt_jax.prompts.stacking import stack_prompts
-from spt_jax.prompts.virtual import Head, KeysValues, VirtualPrompt
+from spt_jax.prompts.virtual import Head, VirtualPrefix, VirtualPrompt
 from spt_jax.runtime.sharding import MeshConfig, make_mesh
 from spt_jax.testing import tiny_base
 from tests.examples import QUICK_COMPILE, VOCAB
@@ -30,6 +31,10 @@ def noise(seed: int, *shape: int) -> jax.Array:
     return 0.5 * jax.random.normal(jax.random.key(seed), shape)
 
 
+def memory(seed: int, shape: tuple[int, ...]) -> dict[str, KeysValues]:
+    return {"self": KeysValues(noise(seed, *shape), noise(seed + 1, *shape))}
+
+
 def prompts() -> list[VirtualPrompt]:
     """Token rows of two lengths, two prefixes, a gated prefix of two layers, and nothing at all."""
     config = base_of().config
@@ -38,9 +43,9 @@ def prompts() -> list[VirtualPrompt]:
     gated = (2, 4, config.kv_heads, config.head_size)
     return [
         VirtualPrompt(tokens=noise(0, 5, config.width)),
-        VirtualPrompt(prefix=KeysValues(noise(1, *keys), noise(2, *keys))),
-        VirtualPrompt(tokens=noise(3, 2, config.width), prefix=KeysValues(noise(4, *short), noise(5, *short))),
-        VirtualPrompt(gated=GatedPrefix(noise(6, *gated), noise(7, *gated), noise(8, 2))),
+        VirtualPrompt(prefix=VirtualPrefix(memory(1, keys))),
+        VirtualPrompt(tokens=noise(3, 2, config.width), prefix=VirtualPrefix(memory(4, short))),
+        VirtualPrompt(gated=GatedPrefix(memory(6, gated), noise(8, 2))),
         VirtualPrompt(),
     ]
 

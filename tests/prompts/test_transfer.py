@@ -41,7 +41,7 @@ def test_average_and_concatenation():
     with pytest.raises(ConfigError, match=r"one width; these have \[16, 32\]"):
         concatenate([prompt(0), prompt(0, width=16)])
     base, method = tiny_base(), PrefixTuning(length=2)
-    prefix = method.materialize(base.model, method.init_params(jax.random.key(0), base))
+    prefix = method.materialize(method.init_params(jax.random.key(0), base), base.model)
     with pytest.raises(ConfigError, match="only token rows"):
         average([prefix])
 

@@ -117,7 +117,7 @@ def test_decoding_returns_at_an_end_that_others_wait_for(bank: PromptBank, end_a
 def test_a_prompt_that_overflows_ends_its_own_requests_alone(bank: PromptBank, tmp_path):
     """What it leaves in a slot is weighed with 0 by the next request, and 0 times infinity would be no number."""
     base, method = bank.base, PrefixTuning(length=4)
-    virtual = method.materialize(base.model, method.init_params(jax.random.key(0), base))
+    virtual = method.materialize(method.init_params(jax.random.key(0), base), base.model)
     huge = jax.tree.map(lambda a: jnp.full_like(a, 3e38), virtual)
     template = spt_jax.Template(prompt="{text}\n", target="{label}", virtual_tokens=0)
     spt_jax.save_prompt(tmp_path / "huge", base, method, huge, template)
@@ -253,7 +253,7 @@ def test_a_prompt_may_change_while_its_request_waits(bank: PromptBank, tmp_path)
 def test_empty_fields_and_whole_contexts(bank: PromptBank, tmp_path):
     """A template that ends in a field which is empty, and a request that fills the base's positions."""
     base, method = bank.base, PrefixTuning(length=4)
-    virtual = method.materialize(base.model, method.init_params(jax.random.key(0), base))
+    virtual = method.materialize(method.init_params(jax.random.key(0), base), base.model)
     for name, prompt in (("bare", "{text}"), ("lead", "A <bos>{text}")):
         template = spt_jax.Template(prompt=prompt, target="{label}")
         spt_jax.save_prompt(tmp_path / name, base, method, virtual, template)
@@ -320,7 +320,7 @@ def test_what_is_refused(bank: PromptBank, tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'keys'"):
         bank.remove("key")
     base, gated = bank.base, LlamaAdapter(length=2, layers=1)
-    virtual = gated.materialize(base.model, gated.init_params(jax.random.key(0), base))
+    virtual = gated.materialize(gated.init_params(jax.random.key(0), base), base.model)
     template = spt_jax.Template(prompt="{text}", target="{label}")
     spt_jax.save_prompt(tmp_path / "gated", base, gated, virtual, template)
     bank.add("gated", spt_jax.load_prompt(tmp_path / "gated", base))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from spt_jax.inference.answers import continuation_text
-from spt_jax.inference.forward import encode_lead
+from spt_jax.inference.forward import run_lead
 from spt_jax.serving.answers import Choice, chat_logprobs, completion_logprobs
 from spt_jax.serving.tokens import token_name
 from spt_jax.testing import tiny_tokenizer
@@ -71,7 +71,7 @@ def scores_of(server, name: str, ids: list[int]):
     if entry.virtual is None:
         return np.asarray(jax.nn.log_softmax(row_logits(base, np.asarray(ids))))
     virtual = jax.tree.map(jnp.asarray, entry.virtual)
-    _, hidden = encode_lead(base.model, virtual, jnp.asarray(ids), return_hidden=True)
+    _, hidden = run_lead(base.model, virtual, jnp.asarray(ids), return_hidden=True)
     return np.asarray(jax.nn.log_softmax(base.model.logits(hidden)))
 
 

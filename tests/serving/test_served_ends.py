@@ -39,7 +39,7 @@ def service(base, tmp_path_factory):
     bank, folder = PromptBank(base), tmp_path_factory.mktemp("ends")
     for name, options in TEMPLATES.items():
         method = spt_jax.PromptTuning(length=2)
-        virtual = method.materialize(base.model, method.init_params(jax.random.key(0), base))
+        virtual = method.materialize(method.init_params(jax.random.key(0), base), base.model)
         template = spt_jax.Template(**{"target": "{label}", "virtual_tokens": 2, **options})
         spt_jax.save_prompt(folder / name, base, method, virtual, template)
         bank.load(name, folder / name)

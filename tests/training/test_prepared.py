@@ -10,9 +10,9 @@ from spt_jax.training import halving, loop, rate_finder
 from spt_jax.training.config import TrainConfig
 from spt_jax.training.halving import fit_population
 from spt_jax.training.logs import NoLog
-from spt_jax.training.single import TrainingData, fit
 from spt_jax.training.objectives import Objective
 from spt_jax.training.rate_finder import range_test
+from spt_jax.training.single import TrainingData, fit
 from tests.training.test_population import ADAM, BATCH, base_of, member
 
 calls = []

@@ -1,0 +1,80 @@
+"""Static facts about a base: its sizes, and what its layers remember."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+# The group of the self-attention of a plain decoder. In files, its name is left out.
+SELF = "self"
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Layers at one attention site whose keys and values have the same shape.
+
+    Attributes:
+      layers: indices of the layers, ascending.
+      kv_heads: number K of key and value heads.
+      key_size: size of a key.
+      value_size: size of a value.
+      site: "self" for self-attention.
+    """
+
+    layers: tuple[int, ...]
+    kv_heads: int
+    key_size: int
+    value_size: int
+    site: Literal["self"] = "self"
+
+
+@dataclasses.dataclass(frozen=True)
+class StateGroup:
+    """Recurrent layers whose states have the same shapes.
+
+    Attributes:
+      layers: indices of the layers, ascending.
+      shapes: the name and the shape of each array of the state of one layer and one row.
+    """
+
+    layers: tuple[int, ...]
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The static facts of a base that prompts, storage and serving depend on.
+
+    Attributes:
+      vocab_size: number V of real token ids; virtual token i has the id V + i.
+      width: size D of an embedding.
+      max_positions: the longest sequence.
+      groups: the layers that remember something, by name; a plain decoder has one group, "self".
+    """
+
+    vocab_size: int
+    width: int
+    max_positions: int
+    groups: Mapping[str, Group | StateGroup]
+
+    def __hash__(self) -> int:
+        return hash((self.vocab_size, self.width, self.max_positions, frozenset(self.groups.items())))
+
+    @property
+    def attention_groups(self) -> dict[str, Group]:
+        """The groups with keys and values."""
+        return {name: group for name, group in self.groups.items() if isinstance(group, Group)}
+
+    @property
+    def attention_layers(self) -> list[int]:
+        """The indices of the layers with keys and values, ascending."""
+        return sorted(layer for group in self.attention_groups.values() for layer in group.layers)
+
+
+def only_layers(groups: Mapping[str, Group], layers: Sequence[int]) -> dict[str, Group]:
+    """Returns the groups without the layers that are not among `layers`, and without groups that have none of them."""
+    chosen = frozenset(layers)
+    kept = {
+        name: dataclasses.replace(group, layers=tuple(layer for layer in group.layers if layer in chosen))
+        for name, group in groups.items()
+    }
+    return {name: group for name, group in kept.items() if group.layers}
