@@ -1,4 +1,4 @@
-"""Tiny models with random weights, and tokenizers built in code, for tests and notebooks. No network, no torch.
+"""Tiny models with random weights, tokenizers built in code, and a check of models. No network, no torch.
 
 All tensors of a tiny checkpoint are random, including biases and norm scales, so that a forgotten bias or scale
 changes the logits.
@@ -12,18 +12,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from spt_jax.bases.base import FrozenBase, load_base
 from spt_jax.bases.checkpoint import parameter_shapes, write_checkpoint
 from spt_jax.bases.config import decoder_config
 from spt_jax.bases.families import FAMILIES
 from spt_jax.errors import ConfigError, did_you_mean
+from spt_jax.models.attention import Cache, Prefix, Stream
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.decoder import Remat
-from spt_jax.models.model import Params
+from spt_jax.models.memory import Memory, to_cache
+from spt_jax.models.model import Model, Params
 
 TokenizerKind = Literal["byte", "sentencepiece"]
 
@@ -208,3 +212,87 @@ def tiny_base(
         base = load_base(directory, dtype=dtype, mesh=mesh, max_length=max_length, remat=remat, quantize=quantize)
         jax.block_until_ready(base.params)
     return dataclasses.replace(base, name=f"tiny-{family}")
+
+
+def check_model(model: Model, *, seed: int = 0, tolerance: float = 1e-4) -> None:
+    """Checks that a float32 model keeps the rules that the rest of the library relies on.
+
+    A sequence has the same logits alone, beside padding, in a row with other sequences, as the continuation of a
+    context that it shares with another, after a prefix and after a cache. The scores of targets are those of the
+    logits. The gradient for the input embeddings is that of finite differences.
+
+    Args:
+      model: the model.
+      seed: seed of the token ids.
+      tolerance: the largest difference of logits and scores, relative to the largest of them, or to 1.
+
+    Raises:
+      AssertionError: a rule is broken; the message names it.
+    """
+    ids = np.random.default_rng(seed).integers(0, model.layout.vocab_size, (2, 24)).astype(np.int32)
+    (first, second), places = ids, np.arange(24, dtype=np.int32)
+
+    @jax.jit
+    def run(
+        model: Model, ids: Array, stream: Stream, prefix: Prefix | None = None, cache: Cache | None = None
+    ) -> tuple[Array, Memory]:
+        hidden, memory = model.run(model.embed(ids), stream, prefix, cache, return_memory=True)
+        return model.logits(hidden), memory
+
+    def logits(*runs: tuple[np.ndarray, np.ndarray, int, int], length: int = 0) -> np.ndarray:
+        """Returns the logits of one row of runs, each with its ids, positions, segment and parent."""
+        parts = [(own, at, np.full_like(own, segment), np.full_like(own, parent)) for own, at, segment, parent in runs]
+        row = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+        row = [jnp.asarray(np.pad(array, (0, max(0, length - len(array)))))[None] for array in row]
+        return np.asarray(run(model, row[0], Stream(*row[1:]))[0][0])
+
+    def check(rule: str, ours: np.ndarray, theirs: np.ndarray) -> None:
+        off = np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max())
+        assert off <= tolerance, f"{rule}: the largest difference is {off:.1e}, above {tolerance:.0e}"
+
+    whole, other = (logits((own, places, 1, 0)) for own in ids)
+    assert whole.shape == (24, model.layout.vocab_size), f"logits have the shape {whole.shape}, not [T, V]"
+    length = 64
+    padded = logits((first[:9], places[:9], 1, 0), length=length)
+    check("a token sees only earlier tokens, and padding changes nothing", padded[:9], whole[:9])
+    packed = logits((first, places, 1, 0), (second, places, 2, 0), length=length)
+    check("packed sequences do not see each other", packed[:48], np.concatenate([whole, other]))
+    joined = logits((np.concatenate([first[:9], second[:6]]), places[:15], 1, 0))
+    shared = logits(
+        (first[:9], places[:9], 1, 0), (first[9:], places[9:], 2, 1), (second[:6], places[9:15], 3, 1), length=length
+    )
+    check("a continuation sees the context that it shares", shared[9:24], whole[9:])
+    check("continuations of one context do not see each other", shared[24:30], joined[9:])
+
+    one = np.ones((1, 24), np.int32)
+    stream = Stream(jnp.asarray(places[None]), jnp.asarray(one), jnp.asarray(0 * one))
+    before, after = (jax.tree.map(lambda array, part=part: array[:, part], stream) for part in (np.s_[:9], np.s_[9:]))
+    _, memory = run(model, jnp.asarray(ids[:1, :9]), before)
+    prefix = Prefix(jax.tree.map(lambda array: array[:, 0], memory), before.positions[0])
+    found = run(model, jnp.asarray(ids[:1, 9:]), after, prefix)[0]
+    check("a prefix is the context that it was computed from", np.asarray(found[0]), whole[9:])
+    cache = Cache(to_cache(memory), before.positions, before.segments)
+    found = run(model, jnp.asarray(ids[:1, 9:]), after, None, cache)[0]
+    check("a cache is the context that it was computed from", np.asarray(found[0]), whole[9:])
+
+    targets, at = jnp.asarray(ids[:1, 1:, None]), jnp.arange(23)[None]
+
+    @jax.jit
+    def log_probabilities(model: Model, x: Float[Array, "1 T D"]) -> Float[Array, "1 M"]:
+        hidden, _ = model.run(x, stream)
+        return model.scores(hidden, at, targets).log_probabilities[:, :, 0]
+
+    x = model.embed(jnp.asarray(ids[:1]))
+    expected = np.take_along_axis(np.asarray(jax.nn.log_softmax(whole[:-1])), first[1:, None], axis=1)[:, 0]
+    check("scores are log-probabilities of the logits", np.asarray(log_probabilities(model, x)[0]), expected)
+
+    def total(x: Float[Array, "1 T D"]) -> Float[Array, ""]:
+        return log_probabilities(model, x).sum()
+
+    # One random direction per position, so that a position without a gradient shows.
+    noise = jax.random.normal(jax.random.key(seed), x.shape)
+    steps = 0.01 * jnp.linalg.norm(x) / jnp.linalg.norm(noise) * jnp.eye(24)[:, None, :, None] * noise[None]
+    slopes = np.asarray((jax.grad(total)(x)[None] * steps).sum(axis=(1, 2, 3)))
+    differences = np.asarray([(total(x + step) - total(x - step)) / 2 for step in steps])
+    off = np.abs(slopes - differences).max() / np.abs(differences).max()
+    assert off <= 0.02, f"the gradient for the embeddings is off finite differences by {off:.1%}"
