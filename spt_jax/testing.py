@@ -22,6 +22,7 @@ from spt_jax.bases.base import FrozenBase, load_base
 from spt_jax.bases.checkpoint import parameter_shapes, write_checkpoint
 from spt_jax.bases.config import decoder_config
 from spt_jax.bases.families import FAMILIES
+from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.models.attention import Cache, Prefix, Stream
 from spt_jax.models.config import DecoderConfig
@@ -62,7 +63,7 @@ def tiny_config(family: str = "llama", **overrides: Any) -> Any:
     return transformers.AutoConfig.for_model(family, **{**tokens, **FAMILIES[family].tiny(), **overrides})
 
 
-def tiny_tokenizer(kind: TokenizerKind = "byte", *, add_bos: bool = True) -> Any:
+def tiny_tokenizer(kind: TokenizerKind = "byte", *, add_bos: bool = True) -> Tokenizer:
     """Returns a fast tokenizer built in code: all bytes, a few merged words, and three special tokens.
 
     Args:
@@ -237,6 +238,7 @@ def check_model(model: Model, *, seed: int = 0, tolerance: float = 1e-4) -> None
         model: Model, ids: Array, stream: Stream, prefix: Prefix | None = None, cache: Cache | None = None
     ) -> tuple[Array, Memory]:
         hidden, memory = model.run(model.embed(ids), stream, prefix, cache, return_memory=True)
+        assert hidden is not None and memory is not None
         return model.logits(hidden), memory
 
     def logits(*runs: tuple[np.ndarray, np.ndarray, int, int], length: int = 0) -> np.ndarray:
@@ -280,6 +282,7 @@ def check_model(model: Model, *, seed: int = 0, tolerance: float = 1e-4) -> None
     @jax.jit
     def log_probabilities(model: Model, x: Float[Array, "1 T D"]) -> Float[Array, "1 M"]:
         hidden, _ = model.run(x, stream)
+        assert hidden is not None
         return model.scores(hidden, at, targets).log_probabilities[:, :, 0]
 
     x = model.embed(jnp.asarray(ids[:1]))

@@ -114,7 +114,7 @@ def weight_values(places: Any, seed: Any, integer: Callable[[int], Any] = int) -
 
 
 def random_base(of: Workload, *, remat: Any = "dots", attention: Any = "xla", tokenizer: Any = None) -> Any:
-    """Returns a frozen base of the shape on the default device. The tokenizer is needed only to read or write text."""
+    """Returns a frozen base of the shape on the default device. A tiny tokenizer stands in for a missing one."""
     import json
 
     import jax
@@ -128,6 +128,7 @@ def random_base(of: Workload, *, remat: Any = "dots", attention: Any = "xla", to
     from spt_jax.models.decoder_model import DecoderModel
     from spt_jax.models.kernels import check_kernel
     from spt_jax.runtime.sharding import make_mesh, replicated
+    from spt_jax.testing import tiny_tokenizer
 
     config, mesh, dtype = decoder_config(llama_config(of)), make_mesh(), DTYPES[of.dtype]
     check_kernel(attention, config, dtype, mesh)
@@ -158,7 +159,7 @@ def random_base(of: Workload, *, remat: Any = "dots", attention: Any = "xla", to
         name="random",
         revision=None,
         model=DecoderModel(params, Decoder(config, remat=remat, mesh=mesh, attention=attention)),
-        tokenizer=tokenizer,
+        tokenizer=tokenizer or tiny_tokenizer(),
         end_ids=(),
         fingerprint=Fingerprint(sizes, "random", "" if tokenizer is None else tokenizer_hash(tokenizer)),
     )

@@ -17,6 +17,7 @@ from spt_jax.bases.checkpoint import parameter_shapes, read_params
 from spt_jax.bases.config import decoder_config, hf_config
 from spt_jax.bases.ends import declared_ends
 from spt_jax.bases.files import CONFIG_BYTES, config_file, model_directory, read_json
+from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.bases.tokenizer import read_tokenizer as tokenizer_of
 from spt_jax.errors import CheckpointError, ConfigError, differing_fields
 from spt_jax.models.config import DecoderConfig, RopeConfig
@@ -84,7 +85,7 @@ class FrozenBase:
     name: str
     revision: str | None
     model: DecoderModel
-    tokenizer: Any
+    tokenizer: Tokenizer
     end_ids: tuple[int, ...]
     fingerprint: Fingerprint
     attention_note: str = ""
@@ -255,7 +256,7 @@ def read_config(directory: Path, max_length: int | None = None) -> DecoderConfig
         return decoder_config(hf_config(read_json(file, CONFIG_BYTES)), max_length=max_length)
 
 
-def read_tokenizer(path_or_hub_id: str | Path, revision: str | None = None) -> Any:
+def read_tokenizer(path_or_hub_id: str | Path, revision: str | None = None) -> Tokenizer:
     """The tokenizer of a base, without its weights.
 
     Raises:
@@ -265,7 +266,7 @@ def read_tokenizer(path_or_hub_id: str | Path, revision: str | None = None) -> A
     return _read_tokenizer(local_directory(str(path_or_hub_id), revision))
 
 
-def _read_tokenizer(directory: Path) -> Any:
+def _read_tokenizer(directory: Path) -> Tokenizer:
     file = config_file(directory)
     with _naming(file):
         hf = hf_config(read_json(file, CONFIG_BYTES))
@@ -285,7 +286,7 @@ def _naming(file: Path) -> Iterator[None]:
         raise CheckpointError(f"{file}: {type(error).__name__}: {str(error)[:500]}") from error
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """SHA-256 of the tokenizer's own JSON, without the truncation and padding that callers set."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content["truncation"] = content["padding"] = None

@@ -1,13 +1,13 @@
 """The tokens that a model's own files declare to end its answers."""
 
 from pathlib import Path
-from typing import Any
 
 from spt_jax.bases.files import CONFIG_BYTES, read_json
+from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.errors import CheckpointError
 
 
-def declared_ends(directory: Path, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+def declared_ends(directory: Path, tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
     """Ids that end an answer: the tokenizer's EOS and `eos_token_id` of generation_config.json and config.json.
 
     Each of these files may name one id or several, and models differ in which of them is complete: Gemma's tokenizer

@@ -1,9 +1,9 @@
 """Reads tokenizers of model directories. They are untrusted: sizes are bounded, and they are tried before use."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from spt_jax.bases.files import CONFIG_BYTES, TOKENIZER_BYTES, listed, read_json
 from spt_jax.errors import CheckpointError, DataError
@@ -13,7 +13,56 @@ _PROBES = [character * 200 + "\u20ac" for character in "a1 .\n"]
 _GROWTH = 256  # times that the rules of a normalizer may lengthen a text
 
 
-def read_tokenizer(directory: Path, hf: Any) -> Any:
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What the library uses of a fast tokenizer of transformers."""
+
+    @property
+    def bos_token_id(self) -> int | None: ...
+
+    @property
+    def eos_token_id(self) -> int | None: ...
+
+    @property
+    def chat_template(self) -> Any: ...
+
+    @property
+    def all_special_ids(self) -> list[int]: ...
+
+    @property
+    def all_special_tokens(self) -> list[str]: ...
+
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, Any]: ...
+
+    @property
+    def special_tokens_map(self) -> Mapping[str, Any]: ...
+
+    @property
+    def backend_tokenizer(self) -> Any: ...
+
+    def __len__(self) -> int: ...
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, Any]: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(
+        self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
+    ) -> str: ...
+
+    def convert_ids_to_tokens(self, ids: Any) -> Any: ...
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any: ...
+
+    def get_vocab(self) -> dict[str, int]: ...
+
+    def get_chat_template(self) -> str: ...
+
+    def save_pretrained(self, save_directory: Path) -> Any: ...
+
+
+def read_tokenizer(directory: Path, hf: Any) -> Tokenizer:
     """Reads the fast tokenizer of a model directory. Reads local files only, never runs their code and never prompts.
 
     Args:

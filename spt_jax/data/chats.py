@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.data.rendering import render_chat
 from spt_jax.data.templates import MESSAGES, Control, Piece, Plain, Text
 from spt_jax.data.tokenization import ControlTokens
@@ -105,7 +106,7 @@ class Segment:
 class ChatTemplate:
     """A tokenizer's chat template."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._controls = ControlTokens(tokenizer)
 

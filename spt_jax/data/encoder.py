@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.data.chats import ChatTemplate, Turn, turns_of
 from spt_jax.data.examples import Example
 from spt_jax.data.pieces import PieceEncoder
@@ -33,7 +34,7 @@ class Encoder:
     def __init__(
         self,
         template: Template,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         vocab_size: int,
         max_length: int,
         shots: Sequence[Mapping[str, Any]] = (),

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.data.templates import Bos, Control, Cut, Field, Piece, Plain, Read, Text, Virtual
 from spt_jax.data.tokenization import ControlTokens, tokenization_of
 from spt_jax.data.tokenization import adds_bos as tokenizer_adds_bos
@@ -12,7 +13,7 @@ from spt_jax.errors import ConfigError
 class PieceEncoder:
     """Encodes pieces with one tokenizer. Adjacent text and fields are encoded as one text."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int, virtual_tokens: int, *, adds_bos: bool):
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, virtual_tokens: int, *, adds_bos: bool):
         """Args:
         tokenizer: the base's tokenizer.
         vocab_size: virtual token i has the id `vocab_size + i`.
@@ -51,9 +52,10 @@ class PieceEncoder:
           ConfigError: there is a `Bos` piece, but the tokenizer has no BOS.
         """
         ids, spans, cuts = self._run(pieces, fields, opens, field)
-        if not (opens and self._adds_bos) or Bos() in pieces:
+        bos = self._tokenizer.bos_token_id
+        if not (opens and self._adds_bos) or Bos() in pieces or bos is None:
             return ids, spans, cuts
-        return [self._tokenizer.bos_token_id, *ids], [(0, 0), *spans], [cut + 1 for cut in cuts]
+        return [bos, *ids], [(0, 0), *spans], [cut + 1 for cut in cuts]
 
     def split_controls(self, pieces: Sequence[Piece | int]) -> Iterator[Piece | int]:
         """Splits literal text at the tokenizer's control tokens, which become ids."""

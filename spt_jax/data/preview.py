@@ -1,15 +1,15 @@
 """A preview of the training data: a few examples as tokens, their lengths, and how well they pack into batches."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.data.batches import BatchPlan, pack
 from spt_jax.data.examples import Example
 
 
-def show_example(example: Example, tokenizer: Any, vocab_size: int) -> str:
+def show_example(example: Example, tokenizer: Tokenizer, vocab_size: int) -> str:
     """Formats an example as one line, followed by one line per choice.
 
     Tokens are separated by `|`. Virtual tokens are shown as <soft 0>, and tokens to predict in [[ ]]. For a task head,
@@ -29,11 +29,13 @@ def show_example(example: Example, tokenizer: Any, vocab_size: int) -> str:
     return line
 
 
-def _word(tokenizer: Any, token: int) -> str:
+def _word(tokenizer: Tokenizer, token: int) -> str:
     return tokenizer.convert_ids_to_tokens(token).replace("\n", "\\n")
 
 
-def describe(examples: Sequence[Example], plan: BatchPlan, batch_size: int, tokenizer: Any, vocab_size: int) -> str:
+def describe(
+    examples: Sequence[Example], plan: BatchPlan, batch_size: int, tokenizer: Tokenizer, vocab_size: int
+) -> str:
     """Describes the first three examples, the lengths of all examples, and the rows that batches are packed into."""
     lines = [f"example {example.index + 1}: {show_example(example, tokenizer, vocab_size)}" for example in examples[:3]]
     lengths = np.asarray([example.length for example in examples])

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.errors import ConfigError
 
 SECONDS = 10  # per chat
@@ -28,7 +29,7 @@ _WORKER = Path(__file__).with_name("rendering_worker.py")
 
 
 def render_chat(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool = False,

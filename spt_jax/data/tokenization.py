@@ -3,12 +3,11 @@
 import functools
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import tokenizers
 
-from spt_jax.bases.tokenizer import tokenizer_panics
+from spt_jax.bases.tokenizer import Tokenizer, tokenizer_panics
 from spt_jax.errors import DataError
 
 # Text that is encoded before a continuation and then removed. The first that does not merge with it is used.
@@ -24,7 +23,7 @@ class Tokenization:
     The names of control tokens are encoded as ordinary text: "</s>" in a user's message becomes its characters.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Tokenizer):
         self._whole = tokenizer
         self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._tokenizer.encode_special_tokens = True
@@ -92,19 +91,19 @@ class Tokenization:
             raise DataError(f"{text[:40]!r} contains half of a surrogate pair, which is not a character") from error
 
 
-def adds_bos(tokenizer: Any) -> bool:
+def adds_bos(tokenizer: Tokenizer) -> bool:
     """Whether `tokenizer(text)` starts with the BOS token. GPT-2's tokenizer has a BOS token but does not add it."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
 @functools.lru_cache(maxsize=4)
-def tokenization_of(tokenizer: Any) -> Tokenization:
+def tokenization_of(tokenizer: Tokenizer) -> Tokenization:
     """Returns a cached `Tokenization`, shared by all encoders of a base: a large vocabulary takes tens of megabytes."""
     return Tokenization(tokenizer)
 
 
-def check_ids(tokenizer: Any, ids: Sequence[int] | np.ndarray, vocab_size: int, virtual_tokens: int = 0) -> None:
+def check_ids(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, vocab_size: int, virtual_tokens: int = 0) -> None:
     """Checks that the model has an embedding for each id; a padding token that was added later may not have one.
 
     Args:
@@ -125,7 +124,7 @@ def check_ids(tokenizer: Any, ids: Sequence[int] | np.ndarray, vocab_size: int, 
             )
 
 
-def control_tokens(tokenizer: Any) -> dict[str, int]:
+def control_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     """Returns the ids of a tokenizer's special tokens by name: the named ones, and all others added as special."""
     added = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
     return {**added, **{name: tokenizer.convert_tokens_to_ids(name) for name in tokenizer.all_special_tokens}}
@@ -134,7 +133,7 @@ def control_tokens(tokenizer: Any) -> dict[str, int]:
 class ControlTokens:
     """Finds a tokenizer's control tokens in literal text like the tokenizer itself: leftmost first, then longest."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Tokenizer):
         self._ids = control_tokens(tokenizer)
         added = tokenizer.added_tokens_decoder
         self._lstrip = {token.content for token in added.values() if token.lstrip}

@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from spt_jax.bases.base import FrozenBase
+from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.data.tokenization import control_tokens
 
 
@@ -46,7 +47,7 @@ class Endings:
 
 
 @functools.lru_cache
-def endings(tokenizer: Any, end_ids: tuple[int, ...], stop: tuple[str, ...]) -> Endings:
+def endings(tokenizer: Tokenizer, end_ids: tuple[int, ...], stop: tuple[str, ...]) -> Endings:
     """Returns what ends an answer, given end ids and stop strings, some of which may name control tokens."""
     control = control_tokens(tokenizer)
     named = frozenset(control[text] for text in stop if text in control)
@@ -80,7 +81,7 @@ def answer(
     return Generated(text, row, list(log_probabilities[: len(row)]), finished)
 
 
-def continuation_text(tokenizer: Any, ids: Sequence[int], *, opens: bool = False) -> str:
+def continuation_text(tokenizer: Tokenizer, ids: Sequence[int], *, opens: bool = False) -> str:
     """Decodes ids that continue another text, without control tokens. A leading space is preserved.
 
     Args:
@@ -98,7 +99,7 @@ def continuation_text(tokenizer: Any, ids: Sequence[int], *, opens: bool = False
 
 
 @functools.lru_cache(2**16)
-def token_text(tokenizer: Any, id_: int) -> str:
+def token_text(tokenizer: Tokenizer, id_: int) -> str:
     """Returns the text of one token after others, or its name in the vocabulary.
 
     Control tokens and parts of a character have no text, so their names are returned. Models may have more ids than the

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from spt_jax.bases.base import FrozenBase
+from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.data.task import TASKS
 from spt_jax.data.tokenization import adds_bos, tokenization_of
 from spt_jax.errors import CheckpointError, ConfigError
@@ -257,7 +258,7 @@ def _count(config: Mapping[str, Any], name: str, where: Path, most: int, default
     return value
 
 
-def template_front(tokenizer: Any) -> str:
+def template_front(tokenizer: Tokenizer) -> str:
     """Returns the beginning of a template with PEFT's ids. Without BOS, a literal space replaces the dummy space."""
     if adds_bos(tokenizer):
         return "<soft><bos>"

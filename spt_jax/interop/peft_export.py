@@ -10,6 +10,7 @@ import numpy as np
 import safetensors.numpy
 
 from spt_jax.bases.base import FrozenBase
+from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.templates import MESSAGES, Field, parse
 from spt_jax.errors import ConfigError
@@ -197,5 +198,5 @@ def _check_tokens(saved: SavedPrompt, base: FrozenBase) -> None:
         )
 
 
-def _tokens(tokenizer: Any, ids: Sequence[int]) -> str:
+def _tokens(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return f"{' '.join(tokenizer.convert_ids_to_tokens(list(ids[:8])))}{' ...' if len(ids) > 8 else ''}"

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from spt_jax.bases.base import FrozenBase
+from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.data.tokenization import Tokenization
 from spt_jax.errors import ConfigError
 from spt_jax.models.model import Model, TargetScores
@@ -111,7 +112,7 @@ class ContextPromptTuning(TokenMethod):
         """Whether the context is still text."""
         return bool(self.context) and not self.ids
 
-    def bind(self, tokenizer: Any) -> "ContextPromptTuning":
+    def bind(self, tokenizer: Tokenizer) -> "ContextPromptTuning":
         """Returns the method with `ids` and `kinds` of the tokenized context.
 
         Raises:

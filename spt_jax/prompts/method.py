@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from spt_jax.bases.base import FrozenBase
+from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.errors import ConfigError
 from spt_jax.models import memory
 from spt_jax.models.layout import Layout
@@ -88,7 +89,7 @@ class Method:
         """Whether `bind` must be called first."""
         return False
 
-    def bind(self, tokenizer: Any) -> "Method":
+    def bind(self, tokenizer: Tokenizer) -> "Method":
         """Returns the method with those options filled in that depend on the tokenizer of the base."""
         del tokenizer
         return self

@@ -65,7 +65,7 @@ class SavedPrompt:
       info: the content of `prompt.json`; additions of the caller of `save_prompt` are in "extra".
     """
 
-    method: Any
+    method: Method
     virtual: VirtualPrompt
     template: Template
     info: Mapping[str, Any]

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.data.templates import MESSAGES
 
 # NFC makes a text at most three times shorter: the Kelvin sign of three bytes becomes the letter K.
@@ -28,7 +29,7 @@ class TextBound:
         return size(text.replace(" ", "") if self.folds_spaces else text)
 
 
-def text_bound(tokenizer: Any) -> TextBound | None:
+def text_bound(tokenizer: Tokenizer) -> TextBound | None:
     """Returns the bound of a fast tokenizer; None if it may drop or join characters other than spaces."""
     specification = json.loads(tokenizer.backend_tokenizer.to_str())
     steps = [*_steps(specification["normalizer"]), *_steps(specification["pre_tokenizer"])]

@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import re
-from typing import Any
 
+from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.inference.answers import continuation_text, token_text
 
 
@@ -25,7 +25,7 @@ class TokenName:
 
 
 @functools.lru_cache(2**16)
-def token_name(tokenizer: Any, id_: int) -> TokenName:
+def token_name(tokenizer: Tokenizer, id_: int) -> TokenName:
     """Returns the name of a token of a fast tokenizer; <ID> for an id that the tokenizer does not have."""
     text = continuation_text(tokenizer, [id_])
     if "\ufffd" in text:

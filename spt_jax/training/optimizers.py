@@ -98,7 +98,7 @@ def resolve_optimizer(config: OptimizerConfig, family: str, recipe: Mapping[str,
     )
 
 
-def make_schedule(config: OptimizerConfig, steps: int, rate: Any = None) -> optax.Schedule:
+def make_schedule(config: OptimizerConfig, steps: int, rate: float | Float[Array, ""] | None = None) -> optax.Schedule:
     """Returns a schedule that maps the number of previous updates to the learning rate.
 
     With w = warmup_steps, update t has the rate
@@ -139,7 +139,9 @@ def make_schedule(config: OptimizerConfig, steps: int, rate: Any = None) -> opta
     return schedule
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, rate: Any = None) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, steps: int, rate: float | Float[Array, ""] | None = None
+) -> optax.GradientTransformation:
     """Returns gradient clipping by global norm followed by the optimizer with its schedule.
 
     Its `update` needs the parameters. Adafactor is configured as in Lester et al. 2021 (google-research/prompt-tuning):
@@ -155,13 +157,13 @@ def make_optimizer(config: OptimizerConfig, steps: int, rate: Any = None) -> opt
     Raises:
       ConfigError: see `make_schedule`.
     """
-    rate = make_schedule(config, steps, rate)
+    schedule = make_schedule(config, steps, rate)
     # Options that the optimizer does not have are None.
     momentum, weight_decay = config.momentum or None, config.weight_decay or 0.0
     b1, b2 = config.b1 or 0.0, config.b2 or 0.0
     if config.name == "adafactor":
         optimizer = optax.adafactor(
-            rate,
+            schedule,
             min_dim_size_to_factor=128,
             decay_rate=0.8,
             multiply_by_parameter_scale=False,
@@ -170,13 +172,13 @@ def make_optimizer(config: OptimizerConfig, steps: int, rate: Any = None) -> opt
             weight_decay_rate=weight_decay or None,
         )
     elif config.name == "sgd":
-        optimizer = optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum))
+        optimizer = optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum))
     elif config.name == "adam":
-        optimizer = optax.adam(rate, b1, b2)
+        optimizer = optax.adam(schedule, b1, b2)
     elif config.name == "adamw":
-        optimizer = optax.adamw(rate, b1, b2, weight_decay=weight_decay)
+        optimizer = optax.adamw(schedule, b1, b2, weight_decay=weight_decay)
     else:
-        optimizer = optax.lion(rate, b1, b2, weight_decay=weight_decay)
+        optimizer = optax.lion(schedule, b1, b2, weight_decay=weight_decay)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer) if config.clip_norm else optimizer
 
 
