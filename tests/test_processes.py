@@ -18,6 +18,7 @@ from spt_jax.errors import ConfigError
 from spt_jax.runtime import rendezvous
 from spt_jax.runtime.processes import ProcessesConfig, from_first
 from tests.jobs import ROOT, losses, words, write_task
+from tests.quick import QUICK_FLAGS
 
 # A run that, once asked for its n-th batch, does what the test says.
 PROGRAM = """
@@ -51,7 +52,7 @@ def launch(*programs: str) -> list[tuple[int, str, str]]:
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {QUICK_FLAGS}",
     }
     running = [
         subprocess.Popen(
