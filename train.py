@@ -134,7 +134,7 @@ def run(command: Command[Any], argv: Sequence[str]) -> None:
             remat = base.model.module.remat
             raise TrainingError(
                 f"the device ran out of memory. Estimated: {memory}; rematerialization: {remat}. To reduce memory, use"
-                "  more --train.microbatches, --base.remat full, a smaller --evaluation.batch-size, or"
+                " more --train.microbatches, --base.remat full, a smaller --evaluation.batch-size, or"
                 " --mesh.fsdp over more devices"
             ) from error
         signals.reclaim()

@@ -135,8 +135,8 @@ def random_base(of: Workload, *, remat: Any = "dots", attention: Any = "xla", to
     table = origins(config)
 
     def leaf(path: tuple[str, ...], shape: tuple[int, ...], first: Any) -> Any:
-        origin = table[path]
-        assert origin.columns is None
+        (origin,) = table[path]
+        assert origin.take is None
         if path[-1] == "scale":
             return jnp.ones(shape, dtype)
         layers = range(config.layers) if "{i}" in origin.key else [0]

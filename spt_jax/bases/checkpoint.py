@@ -9,8 +9,10 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
+import operator
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -38,9 +40,10 @@ from spt_jax.models.model import Params
 LeafPath = tuple[str, ...]
 
 
-def origins(config: DecoderConfig) -> dict[LeafPath, Origin]:
-    """The table of a decoder's family: every leaf of `Decoder(config)` and its origin."""
-    return {tuple(path.split("/")): origin for path, origin in family_of(config.family).origins(config).items()}
+def origins(config: DecoderConfig) -> dict[LeafPath, tuple[Origin, ...]]:
+    """Returns the table of a decoder's family: every leaf of `Decoder(config)` and its origins."""
+    table = family_of(config.family).origins(config)
+    return {tuple(path.split("/")): (found,) if isinstance(found, Origin) else found for path, found in table.items()}
 
 
 # Buffers that older libraries stored beside the weights; nothing is lost by passing over them.
@@ -56,20 +59,33 @@ def _canonical(key: str, config: DecoderConfig) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A leaf, or one layer of it, that a stored tensor or a part of one fills."""
+    """What a stored tensor or a part of one fills.
+
+    Attributes:
+      path: the leaf.
+      origin: the rule.
+      index: the place along the leaf's leading axes: of the layer, and of the expert, if the origin has them.
+    """
 
     path: LeafPath
     origin: Origin
-    layer: int | None
+    index: tuple[int, ...]
+
+    def stored(self, leaf: np.ndarray) -> np.ndarray:
+        """Returns a view of the part of the leaf that the tensor fills, with its axes in their stored order."""
+        return self.origin.filled(leaf[self.index])
 
 
 def places(config: DecoderConfig) -> dict[str, list[Place]]:
     """Returns what each key of a checkpoint fills."""
     table: dict[str, list[Place]] = {}
-    for path, origin in origins(config).items():
-        layers = range(config.layers) if "{i}" in origin.key else [None]
-        for i in layers:
-            table.setdefault(origin.key.format(i=i), []).append(Place(path, origin, i))
+    for path, leaf_origins in origins(config).items():
+        for origin in leaf_origins:
+            layers = enumerate(origin.layers or range(config.layers)) if "{i}" in origin.key else [(None, None)]
+            experts = range(origin.experts) if "{e}" in origin.key else [None]
+            for (at, layer), expert in itertools.product(layers, experts):
+                index = tuple(i for i in (at, expert) if i is not None)
+                table.setdefault(origin.key.format(i=layer, e=expert), []).append(Place(path, origin, index))
     return table
 
 
@@ -164,10 +180,9 @@ def read_params(
                 tensor = _get(files, found[key])
                 digests[key] = _digest(tensor, found[key])
                 for place in expected[key]:
-                    part = tensor[..., slice(*place.origin.columns)] if place.origin.columns else tensor
-                    target = buffers[place.path] if place.layer is None else buffers[place.path][place.layer]
-                    _cast(part.T if place.origin.transpose else part, target, found[key])
-                del tensor, part
+                    target = place.stored(buffers[place.path])
+                    _cast(place.origin.taken(tensor).reshape(target.shape), target, found[key])
+                del tensor, target
             for path, buffer in buffers.items():
                 place_leaf = _quantized if exact[path] else _placed
                 leaves[path] = place_leaf(buffer, sharding_of(path))
@@ -200,10 +215,14 @@ def _groups(
     expected: Mapping[str, list[Place]], shapes: Mapping[LeafPath, Any]
 ) -> list[tuple[tuple[LeafPath, ...], list[str]]]:
     """Groups leaves that are filled from the same tensors, with the keys of the tensors; the largest group first."""
-    groups: dict[tuple[LeafPath, ...], list[str]] = {}
+    groups: dict[LeafPath, tuple[dict[LeafPath, None], list[str]]] = {}
     for key, fills in expected.items():
-        groups.setdefault(tuple(place.path for place in fills), []).append(key)
-    return sorted(groups.items(), key=lambda group: -sum(shapes[path].size for path in group[0]))
+        paths, keys = {place.path: None for place in fills}, [key]
+        for other_paths, other_keys in {id(groups[path]): groups[path] for path in paths if path in groups}.values():
+            paths, keys = other_paths | paths, other_keys + keys
+        groups |= dict.fromkeys(paths, (paths, keys))
+    found = {id(group): (tuple(group[0]), group[1]) for group in groups.values()}
+    return sorted(found.values(), key=lambda group: -sum(shapes[path].size for path in group[0]))
 
 
 def _flat(params: Params) -> dict[LeafPath, Any]:
@@ -256,7 +275,7 @@ def _cast(values: np.ndarray, target: np.ndarray, at: Stored) -> None:
 
 
 def _check_tied(output: str, digests: Mapping[str, str], directory: Path, config: DecoderConfig) -> None:
-    key = origins(config)["embedding",].key
+    key = origins(config)["embedding",][0].key
     if output != digests[key]:
         raise CheckpointError(
             f"{directory}: the config ties the output matrix to the embedding, but {OUTPUT_KEY!r} and {key!r} differ;"
@@ -266,13 +285,27 @@ def _check_tied(output: str, digests: Mapping[str, str], directory: Path, config
 
 def _check_shape(stored: tuple[int, ...], at: Stored, fills: list[Place], shapes: Mapping[LeafPath, Any]) -> None:
     """Checks that the leaves that a tensor fills cover it exactly."""
-    place = fills[0]
-    shape = shapes[place.path].shape[0 if place.layer is None else 1 :]
-    shape = shape[::-1] if place.origin.transpose else shape
-    if place.origin.columns:
-        shape = (*shape[:-1], max(p.origin.columns[1] for p in fills if p.origin.columns))
-    if stored != shape:
+    shape = _stored_shape(fills, shapes)
+    if stored != shape and not (fills[0].origin.view and _merges(stored, shape)):
         raise CheckpointError(f"tensor {at.name!r} in {at.file.name} has shape {stored}; the config asks for {shape}")
+
+
+def _stored_shape(fills: list[Place], shapes: Mapping[LeafPath, Any]) -> tuple[int, ...]:
+    """Returns the shape of a stored tensor; if its origins have a view, that of the view."""
+    first = fills[0]
+    if first.origin.view is not None:
+        return first.origin.view
+    shape = list(first.stored(np.broadcast_to(np.float32(0), shapes[first.path].shape)).shape)
+    for place in fills:
+        if place.origin.take is not None:
+            shape[place.origin.take.axis] = max(p.origin.take.stop for p in fills if p.origin.take is not None)
+    return tuple(shape)
+
+
+def _merges(shape: tuple[int, ...], view: tuple[int, ...]) -> bool:
+    """Returns whether each axis of `shape` is a run of axes of `view`."""
+    ends = set(itertools.accumulate(view, operator.mul))
+    return math.prod(shape) == math.prod(view) and set(itertools.accumulate(shape, operator.mul)) <= ends
 
 
 def _digest(tensor: np.ndarray, at: Stored) -> str:
@@ -309,12 +342,11 @@ def write_checkpoint(directory: Path, config: DecoderConfig, params: Params, dty
     leaves = _flat(params)
     tensors = {}
     for key, fills in places(config).items():
-        parts = []
+        tensor = np.empty(_stored_shape(fills, leaves), dtype)
         for place in fills:
-            part = np.asarray(leaves[place.path] if place.layer is None else leaves[place.path][place.layer])
-            parts.append(part.T if place.origin.transpose else part)
-        whole = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
-        tensors[key] = np.ascontiguousarray(whole.astype(dtype))
+            target = place.origin.taken(tensor)
+            target[...] = place.stored(np.asarray(leaves[place.path])).reshape(target.shape)
+        tensors[key] = tensor
     directory.mkdir(parents=True, exist_ok=True)
     if shards == 1:
         _save(tensors, directory / "model.safetensors")

@@ -32,8 +32,7 @@ def test_both_frameworks_hold_the_same_weights(dtype):
             leaf = base.params
             for name in place.path:
                 leaf = leaf[name]
-            ours = np.asarray(leaf if place.layer is None else leaf[place.layer], np.float32)
-            np.testing.assert_array_equal(ours.T if place.origin.transpose else ours, stored[key])
+            np.testing.assert_array_equal(place.stored(np.asarray(leaf, np.float32)), stored[key])
     deviation = np.asarray(base.params["embedding"], np.float32).std()
     assert 0.0195 < deviation < 0.0205
     kernels = jax.tree.leaves(base.params["layers"]["mlp"])

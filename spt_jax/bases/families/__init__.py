@@ -1,6 +1,6 @@
 """Families of bases: one file each, registered here."""
 
-from spt_jax.bases.families.family import Family, Origin
+from spt_jax.bases.families.family import Family, Origin, Part
 from spt_jax.bases.families.gemma import Gemma2
 from spt_jax.bases.families.gpt2 import GPT2
 from spt_jax.bases.families.llama import Llama
@@ -9,7 +9,7 @@ from spt_jax.bases.families.qwen import Qwen2, Qwen3
 from spt_jax.bases.families.smollm import SmolLM3
 from spt_jax.errors import ConfigError
 
-__all__ = ["FAMILIES", "Family", "Origin", "family_of"]
+__all__ = ["FAMILIES", "Family", "Origin", "Part", "family_of"]
 
 _REGISTERED: tuple[Family, ...] = (Gemma2(), GPT2(), Llama(), Mistral(), Qwen2(), Qwen3(), SmolLM3())
 

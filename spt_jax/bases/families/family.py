@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
+import numpy as np
+
 from spt_jax.errors import ConfigError
 from spt_jax.models.config import DecoderConfig
 
@@ -18,18 +20,55 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """The indices from `start` up to `stop` along one axis of an array."""
+
+    axis: int
+    start: int
+    stop: int
+
+    def of(self, array: np.ndarray) -> np.ndarray:
+        """Returns a view of this part."""
+        return array[(slice(None),) * (self.axis % array.ndim) + (slice(self.start, self.stop),)]
+
+
+@dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a leaf (of one layer, where `{i}` stands in the key) is stored in a checkpoint.
+    """The stored tensor of a parameter, or of a part of one.
+
+    A parameter with a leading layer axis has one tensor per layer, and one with a layer and an expert axis has one per
+    layer and expert, if `{i}` and `{e}` occur in the key. A parameter that is joined from several tensors has several
+    origins, each with a different `into`. A tensor that is split into several parameters is the origin of each of them,
+    with a different `take`.
 
     Attributes:
-      key: name of the tensor.
-      transpose: Hugging Face's Linear stores [out, in], ours is [in, out].
-      columns: start and end of our part of the last axis, in a tensor that several leaves share.
+      key: name of the tensor, with `{i}` for the layer and `{e}` for the expert.
+      transpose: whether the last two axes are exchanged: Hugging Face's Linear stores [out, in], ours is [in, out].
+      take: the part of the tensor that the parameter takes.
+      view: the shape in which `take` sees the tensor, such as [heads, 3, size, width] for queries, keys and values
+        that are interleaved by head.
+      into: the part of the parameter, of one layer and expert, that the tensor fills.
+      layers: the layers, in the order of the layer axis; None for all layers of the model.
+      experts: number of experts, if `{e}` is in the key.
     """
 
     key: str
     transpose: bool = False
-    columns: tuple[int, int] | None = None
+    take: Part | None = None
+    view: tuple[int, ...] | None = None
+    into: Part | None = None
+    layers: tuple[int, ...] | None = None
+    experts: int = 0
+
+    def taken(self, tensor: np.ndarray) -> np.ndarray:
+        """Returns a view of the part of a stored tensor that the parameter takes."""
+        viewed = tensor if self.view is None else tensor.reshape(self.view)
+        return viewed if self.take is None else self.take.of(viewed)
+
+    def filled(self, leaf: np.ndarray) -> np.ndarray:
+        """Returns a view of the part of a parameter that the tensor fills, with its axes in their stored order."""
+        part = leaf if self.into is None else self.into.of(leaf)
+        return part.swapaxes(-1, -2) if self.transpose else part
 
 
 @runtime_checkable
@@ -58,8 +97,8 @@ class Family(Protocol):
         """
         ...
 
-    def origins(self, config: DecoderConfig) -> Mapping[str, Origin]:
-        """Where each leaf of `Decoder(config)` is stored, by its path, such as "layers/mlp/up/kernel"."""
+    def origins(self, config: DecoderConfig) -> Mapping[str, Origin | tuple[Origin, ...]]:
+        """Returns where each parameter of `Decoder(config)` is stored, by its path, such as "layers/mlp/up/kernel"."""
         ...
 
     def tiny(self) -> Mapping[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from spt_jax.bases.families.family import OUTPUT_KEY, Origin, activation
+from spt_jax.bases.families.family import OUTPUT_KEY, Origin, Part, activation
 from spt_jax.errors import ConfigError
 from spt_jax.models.config import DecoderConfig
 
@@ -52,17 +52,17 @@ class GPT2:
         for ours, theirs in (("attention_norm", "ln_1"), ("mlp_norm", "ln_2")):
             table[f"layers/{ours}/scale"] = Origin(f"{layer}{theirs}.weight")
             table[f"layers/{ours}/bias"] = Origin(f"{layer}{theirs}.bias")
-        projections: list[tuple[str, str, tuple[int, int] | None]] = [
-            ("attention/query", "attn.c_attn", (0, width)),
-            ("attention/key", "attn.c_attn", (width, 2 * width)),
-            ("attention/value", "attn.c_attn", (2 * width, 3 * width)),
+        projections: list[tuple[str, str, Part | None]] = [
+            ("attention/query", "attn.c_attn", Part(-1, 0, width)),
+            ("attention/key", "attn.c_attn", Part(-1, width, 2 * width)),
+            ("attention/value", "attn.c_attn", Part(-1, 2 * width, 3 * width)),
             ("attention/output", "attn.c_proj", None),
             ("mlp/up", "mlp.c_fc", None),
             ("mlp/down", "mlp.c_proj", None),
         ]
-        for ours, theirs, columns in projections:
-            table[f"layers/{ours}/kernel"] = Origin(f"{layer}{theirs}.weight", columns=columns)
-            table[f"layers/{ours}/bias"] = Origin(f"{layer}{theirs}.bias", columns=columns)
+        for ours, theirs, part in projections:
+            table[f"layers/{ours}/kernel"] = Origin(f"{layer}{theirs}.weight", take=part)
+            table[f"layers/{ours}/bias"] = Origin(f"{layer}{theirs}.bias", take=part)
         if not config.tied:
             table["output"] = Origin(OUTPUT_KEY, transpose=True)
         return table
