@@ -7,10 +7,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Most programs run once or twice: optimising them costs more than it saves. Workers and the processes that tests start
-# share what they compile.
-_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.quick import QUICK_FLAGS
+
+_FLAGS = f"--xla_force_host_platform_device_count=8 {QUICK_FLAGS}"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
+# Workers and the processes that tests start share what they compile.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="spt_jax-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
@@ -46,7 +48,6 @@ def _room_for_programs():
 
 
 SHARED = Path(__file__).parents[2] / "shared"
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from spt_jax.evaluation.evaluate import EvaluationConfig, make_evaluation_set, s
 from spt_jax.inference.forward import embed_stream
 from spt_jax.models.attention import Stream
 from spt_jax.testing import EOS_ID, PAD_ID, tiny_base
-from tests.test_generation import letter_ids, speaker
+from tests.rigged import letter_ids, speaker
 
 RECORDS = [
     {"text": "good", "label": "yes"},

@@ -1,4 +1,4 @@
-"""Generation against whole sequences run without a cache, rigged models whose text is known, and its programs."""
+"""Generation against whole sequences run without a cache, and its programs."""
 
 import dataclasses
 import functools
@@ -10,28 +10,18 @@ import numpy as np
 import pytest
 
 from spt_jax.bases.base import load_base
-from spt_jax.data.tokenization import Tokenization
 from spt_jax.errors import ConfigError, DataError
-from spt_jax.inference import generation
-from spt_jax.inference.answers import Generated, continuation_text
+from spt_jax.inference.answers import Generated
 from spt_jax.inference.generation import SamplingConfig, generate, programs
 from spt_jax.prompts import VirtualPrompt
 from spt_jax.runtime.sharding import MeshConfig, make_mesh
-from spt_jax.testing import BOS_ID, EOS_ID, PAD_ID, tiny_base, tiny_tokenizer
-from tests.examples import HEAD, VIRTUAL, VOCAB, random_examples, sequence_logits
+from spt_jax.testing import BOS_ID, EOS_ID, tiny_base
+from tests.examples import HEAD, VOCAB, random_examples, sequence_logits
+from tests.rigged import base_of, count_steps, virtual_of
 
 NEW = 24
 PROMPTS = [example.ids for example in random_examples("target", 4)]
 GREEDY = SamplingConfig(max_new_tokens=NEW)
-
-
-@functools.cache
-def base_of(family: str = "llama"):
-    return tiny_base(family)
-
-
-def virtual_of(base, scale: float = 1.0) -> VirtualPrompt:
-    return VirtualPrompt(scale * jax.random.normal(jax.random.key(1), (VIRTUAL, base.config.width)))
 
 
 @functools.cache
@@ -61,60 +51,6 @@ def same(ours: list[Generated], theirs: list[Generated], tolerance: float = 1e-4
     for one, other in zip(ours, theirs, strict=True):
         assert (one.ids, one.text, one.finished) == (other.ids, other.text, other.finished)
         np.testing.assert_allclose(one.log_probabilities, other.log_probabilities, atol=tolerance, rtol=0)
-
-
-# Rigged models: the next token depends on the last one alone.
-
-
-def speaker(says: dict[int, int]):
-    """A tiny Llama that answers token i with `says[i]`, for at most 32 tokens, with a probability of almost 1."""
-    base = base_of()
-    params = jax.tree.map(np.array, base.params)
-    params["layers"]["attention"]["output"]["kernel"][:] = 0
-    params["layers"]["mlp"]["down"]["kernel"][:] = 0
-    params["final_norm"]["scale"][:] = 1
-    params["embedding"][:] = params["output"][:] = 0
-    for place, (last, following) in enumerate(says.items()):
-        params["embedding"][last, place] = 1
-        params["output"][place, following] = 10
-    placed = jax.tree.map(lambda rigged, own: jax.device_put(rigged, own.sharding), params, base.params)
-    return dataclasses.replace(base, model=dataclasses.replace(base.model, params=placed))
-
-
-LETTERS = "abcdefghijklmnopqrstuvwx"
-
-
-def letter_ids(letters: str = LETTERS) -> list[int]:
-    return base_of().tokenizer.convert_tokens_to_ids(list(letters))
-
-
-def alphabet(end: int | None = None):
-    """Says the alphabet from any letter to x, then `end`; begins again without one."""
-    ids = letter_ids()
-    return speaker(dict(zip(ids, [*ids[1:], ids[0] if end is None else end], strict=True)))
-
-
-def spoken(base, letters: str, **sampling) -> list[Generated]:
-    """The answers to each letter alone."""
-    prompts = [np.asarray([BOS_ID, *letter_ids(letter)]) for letter in letters]
-    return generate(base, prompts, virtual_of(base), SamplingConfig(**{"max_new_tokens": 30, **sampling}))
-
-
-@pytest.fixture
-def decoded_steps(monkeypatch):
-    """How many tokens per row there were after each call of the compiled loop."""
-    steps = []
-
-    def counting(*key):
-        def decode(*args):
-            state = programs(*key).decode(*args)
-            steps.append(int(state.step))
-            return state
-
-        return dataclasses.replace(programs(*key), decode=decode)
-
-    monkeypatch.setattr(generation, "programs", counting)
-    return steps
 
 
 # The cache and the prefix change nothing.
@@ -182,10 +118,10 @@ def test_bfloat16():
 
 
 @pytest.mark.parametrize("axes", [{"data": 4}, {"fsdp": 2, "tensor": 2}, {"data": 2, "sequence": 2}], ids=str)
-def test_the_same_on_every_mesh(axes, decoded_steps):
+def test_the_same_on_every_mesh(axes, monkeypatch):
     """Stop strings that never come make the loop stop and go on: that is no reason to compile it again."""
     expected = greedy_answers()
-    decoded_steps.clear()
+    decoded_steps = count_steps(monkeypatch)
     base = tiny_base(mesh=make_mesh(MeshConfig(**axes)))
     sampling = dataclasses.replace(GREEDY, stop=("nothing like it",))
     same(generate(base, PROMPTS, virtual_of(base), sampling), expected)
@@ -238,60 +174,6 @@ def test_log_probabilities_are_the_models_own():
         np.testing.assert_allclose(answer.log_probabilities, expected, atol=1e-4, rtol=0)
 
 
-# Where rows end, and what their text is.
-
-
-def test_eos(decoded_steps):
-    """Rows end one by one, the last ends the loop; EOS is among the ids and no part of the text."""
-    answers = spoken(alphabet(EOS_ID), "awpx")
-    assert [answer.text for answer in answers] == ["bcdefghijklmnopqrstuvwx", "x", "qrstuvwx", ""]
-    assert answers[2].ids == [*letter_ids("qrstuvwx"), EOS_ID]
-    assert {answer.finished for answer in answers} == {"eos"}
-    assert all(len(answer.log_probabilities) == len(answer.ids) for answer in answers)
-    np.testing.assert_allclose(answers[0].log_probabilities, 0, atol=1e-4)
-    assert decoded_steps == [24]
-
-
-def test_length():
-    answers = spoken(alphabet(EOS_ID), "att", max_new_tokens=4)[:2]
-    assert [(answer.text, answer.finished) for answer in answers] == [("bcde", "length"), ("uvwx", "length")]
-    answers = spoken(alphabet(EOS_ID), "axx", max_new_tokens=1)[:2]
-    assert [(answer.text, answer.finished) for answer in answers] == [("b", "length"), ("", "eos")]
-
-
-@pytest.mark.parametrize(
-    ("stop", "new", "text", "said", "finished"),
-    [
-        (("ef",), 30, "bcd", "bcdef", "stop"),
-        (("b",), 30, "", "b", "stop"),
-        (("qr",), 30, "bcdefghijklmnop", "bcdefghijklmnopqr", "stop"),  # 16 tokens end with q, the first look
-        (("pq",), 30, "bcdefghijklmno", "bcdefghijklmnopq", "stop"),
-        (("uv", "st"), 30, "bcdefghijklmnopqr", "bcdefghijklmnopqrst", "stop"),
-        (("de",), 5, "bc", "bcde", "stop"),
-        (("ef",), 5, "bcd", "bcdef", "stop"),
-        (("fg",), 5, "bcdef", "bcdef", "length"),
-        (("cdefgh", "gh"), 30, "b", "bcdefgh", "stop"),  # both end with the same token; the text is cut at the first
-        (("xz",), 30, "bcdefghijklmnopqrstuvwx", "bcdefghijklmnopqrstuvwx$", "eos"),
-    ],
-    ids=str,
-)
-def test_stop_strings(stop, new, text, said, finished):
-    (answer,) = spoken(alphabet(EOS_ID), "a", max_new_tokens=new, stop=stop)
-    expected = [EOS_ID if letter == "$" else letter_ids(letter)[0] for letter in said]
-    assert (answer.text, answer.ids, answer.finished) == (text, expected, finished)
-    assert len(answer.log_probabilities) == len(answer.ids)
-
-
-def test_every_declared_end_ends_a_row():
-    """The base's files may declare several, and a chat has its own; a stop string is told from them."""
-    base = alphabet(EOS_ID)
-    m, p = letter_ids("mp")
-    answers = spoken(dataclasses.replace(base, end_ids=(EOS_ID, m)), "anq", end_ids=(p,), stop=("<pad>",))
-    assert [answer.text for answer in answers] == ["bcdefghijkl", "o", "rstuvwx"]
-    assert [answer.ids[-1] for answer in answers] == [m, p, EOS_ID]
-    assert {answer.finished for answer in answers} == {"eos"}
-
-
 def test_every_prompt_may_have_its_own_sampling():
     """Limits, ends, stop strings, seeds and temperatures: as when each is asked by itself."""
     base = base_of()
@@ -307,78 +189,6 @@ def test_every_prompt_may_have_its_own_sampling():
     assert len(together[0].ids) == 3 and together[2].finished == "eos" and len(together[2].ids) < 9
     with pytest.raises(ConfigError, match="1 samplings for 4 prompts"):
         generate(base, PROMPTS, virtual_of(base), samplings[:1])
-
-
-def test_a_batch_ends_when_every_row_has_met_a_stop_string(decoded_steps):
-    answers = spoken(alphabet(), "ckk", max_new_tokens=32, stop=("mn",))
-    assert [answer.text for answer in answers] == ["defghijkl", "l", "l"]
-    assert decoded_steps == [16]
-    decoded_steps.clear()
-    answers = spoken(alphabet(), "cnk", max_new_tokens=32, stop=("mn",))
-    assert [answer.text for answer in answers] == ["defghijkl", "opqrstuvwxabcdefghijkl", "l"]
-    assert decoded_steps == [16, 32]
-
-
-def test_a_control_token_may_be_a_stop_string(decoded_steps):
-    """Its text never shows, so that it ends a row by its id."""
-    (answer,) = spoken(alphabet(PAD_ID), "t", stop=("<pad>",))
-    assert answer == Generated("uvwx", [*letter_ids("uvwx"), PAD_ID], answer.log_probabilities, "stop")
-    assert decoded_steps == [5]
-
-
-def test_prompts_with_any_ids_before():
-    """What stands in front is read, and its text is no part of the answer's."""
-    ids = letter_ids("abc")
-    base = speaker({ids[0]: ids[1], ids[1]: ids[2]})
-    prompts = [
-        np.asarray([BOS_ID, *front, ids[0]]) for front in ([], [VOCAB], [70, VOCAB, 71, EOS_ID], [VOCAB, VOCAB + 1])
-    ]
-    answers = generate(base, prompts, virtual_of(base), SamplingConfig(max_new_tokens=2))
-    assert [answer.text for answer in answers] == ["bc"] * 4
-
-
-TEXTS = ["good question", " good question", "Hello", " the  two", "\nnew line ", "!", " , no", "é🙂", " 你好", "a"]
-
-
-def tokenizer_of(name: str, request):
-    if name in ("byte", "sentencepiece"):
-        return tiny_tokenizer(name)
-    import transformers
-
-    return transformers.AutoTokenizer.from_pretrained(request.getfixturevalue("shared") / "models" / name)
-
-
-@pytest.mark.parametrize("name", ["byte", "sentencepiece", "tokenizers/gpt2", "tokenizers/llama2"])
-def test_text_of_ids_is_what_was_encoded(name, request):
-    """As the continuation of another text, and as the opening of one."""
-    tokenizer = tokenizer_of(name, request)
-    tokenization = Tokenization(tokenizer)
-    for text in TEXTS:
-        assert continuation_text(tokenizer, tokenization.continuation(text)) == text
-        assert continuation_text(tokenizer, tokenization.opening(text), opens=True) == text
-
-
-def test_control_tokens_are_no_text():
-    tokenizer = tiny_tokenizer("sentencepiece")
-    ids = [
-        *Tokenization(tokenizer).continuation(" good"),
-        EOS_ID,
-        *Tokenization(tokenizer).continuation(" bad"),
-        EOS_ID,
-    ]
-    assert continuation_text(tokenizer, ids) == " good bad"
-
-
-def test_the_dummy_space_after_bos_and_after_a_virtual_token():
-    """A SentencePiece-like tokenizer's space before the first word is text, unless the word opens the sequence."""
-    tokenizer = tiny_tokenizer("sentencepiece")
-    space, letter = word = tokenizer.convert_tokens_to_ids(["▁", "A"])
-    base = dataclasses.replace(speaker({BOS_ID: space, space: letter}), tokenizer=tokenizer)
-    virtual = VirtualPrompt(jnp.broadcast_to(base.params["embedding"][BOS_ID][None], (VIRTUAL, base.config.width)))
-    (opening,) = generate(base, [np.asarray([BOS_ID])], virtual, SamplingConfig(max_new_tokens=2))
-    (continuing,) = generate(base, [np.asarray([BOS_ID, VOCAB])], virtual, SamplingConfig(max_new_tokens=2))
-    assert opening.ids == continuing.ids == word
-    assert (opening.text, continuing.text) == ("A", " A")
 
 
 # The programs.
@@ -495,7 +305,8 @@ def test_every_position_can_be_used():
     """A prompt of 6 and 24 new tokens in 30 positions, and not in 29."""
     base, prompt = base_of(), PROMPTS[0][:6]
     for positions in (30, 29):
-        short = dataclasses.replace(base, config=dataclasses.replace(base.config, max_positions=positions))
+        shorter = dataclasses.replace(base.config, max_positions=positions)
+        short = dataclasses.replace(base, model=base.model.with_options(config=shorter))
         if positions == 30:
             (answer,) = generate(short, [prompt], virtual_of(base), GREEDY)
             assert answer.ids == regrown(base, virtual_of(base), prompt, NEW)[0]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from spt_jax.errors import ConfigError
 from spt_jax.runtime import rendezvous
 from spt_jax.runtime.processes import ProcessesConfig, from_first
 from tests.jobs import ROOT, losses, words, write_task
+from tests.quick import QUICK_FLAGS
 
 # A run that, once asked for its n-th batch, does what the test says.
 PROGRAM = """
@@ -45,13 +47,21 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def whole(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process leaves of 20 steps."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    assert train.main(words(files, workdir, "--train.steps", "20")) == 0
+    return workdir
+
+
 def launch(*programs: str) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of one process per program, {address} and {index} filled in."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {QUICK_FLAGS}",
     }
     running = [
         subprocess.Popen(
@@ -82,10 +92,9 @@ def two(files: Path, workdir: Path, *more: str, action: str = "pass", batches: i
     return launch(*programs)
 
 
-def test_two_processes_are_one_run_and_one_goes_on_for_both(files: Path, tmp_path: Path):
+def test_two_processes_are_one_run_and_one_goes_on_for_both(files: Path, whole: Path, tmp_path: Path):
     """SIGTERM to the second stops both after the same step; one process with one device takes it to the end."""
-    whole, moved = tmp_path / "whole", tmp_path / "moved"
-    assert train.main(words(files, whole, "--train.steps", "20")) == 0
+    moved = tmp_path / "moved"
     mesh = ("--mesh.fsdp", "2", "--mesh.tensor", "2", "--mesh.sequence", "2")
     act = "os.kill(os.getpid(), signal.SIGTERM)"
     (code, said, error), (code_of_second, said_by_second, _) = two(files, moved, *mesh, action=act, batches=12)
@@ -100,11 +109,10 @@ def test_two_processes_are_one_run_and_one_goes_on_for_both(files: Path, tmp_pat
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-4)
 
 
-def test_whole_job_with_data_and_tensor_axes(files: Path, tmp_path: Path):
+def test_whole_job_with_data_and_tensor_axes(files: Path, whole: Path, tmp_path: Path):
     """Validation, comparison and results too; and on it goes with what a run of one process left."""
-    whole, moved = tmp_path / "whole", tmp_path / "moved"
-    for run, steps in ((whole, "20"), (moved, "20")):
-        assert train.main(words(files, run, "--train.steps", steps)) == 0
+    moved = tmp_path / "moved"
+    shutil.copytree(whole, moved)
     for path in (moved / "checkpoints" / "20", moved / "results.json"):
         os.rename(path, tmp_path / path.name)
     ends = two(files, moved, "--mesh.data", "4", "--mesh.tensor", "2", "--resume")

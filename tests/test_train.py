@@ -312,12 +312,11 @@ def test_dry_run_shows_tokens_and_writes_nothing(files: Path, tmp_path: Path, ca
 
 
 def test_a_trace_and_compiled_programs_for_the_next_run(files: Path, tmp_path: Path):
-    """In processes of their own: a process keeps one cache."""
+    """In processes of their own: a process keeps one cache. The second run finds all its programs there."""
+    cache = tmp_path / "cache"
 
     def run(name: str, *more: str) -> float:
-        line = words(
-            files, tmp_path / name, "--train.steps", "8", "--compilation-cache", str(tmp_path / "cache"), *more
-        )
+        line = words(files, tmp_path / name, "--train.steps", "8", "--compilation-cache", str(cache), *more)
         environment = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         subprocess.run([sys.executable, ROOT / "train.py", *line], check=True, capture_output=True, env=environment)
         return json.loads((tmp_path / name / "results.json").read_text())["compile_seconds"]
@@ -327,7 +326,10 @@ def test_a_trace_and_compiled_programs_for_the_next_run(files: Path, tmp_path: P
     content = trace.read_bytes()
     assert content.count(b"train_step") and b"mlp" in content and b"attention" in content
     assert not (tmp_path / "second" / "profile").exists()
+    programs = {path.name for path in cache.glob("*-cache")}
+    assert any("train_step" in name for name in programs)
     assert run("second") < 0.7 * first
+    assert {path.name for path in cache.glob("*-cache")} == programs
     np.testing.assert_array_equal(arrays(tmp_path / "first"), arrays(tmp_path / "second"))
 
 

@@ -17,6 +17,7 @@ from benchmarks import accelerator
 from benchmarks.accelerator import STAGES, Stage, run_stages
 from benchmarks.accelerator_stages.process import Record, is_out_of_memory
 from benchmarks.accelerator_stages.targets import LIMITS, targets
+from tests.quick import QUICK_FLAGS
 
 ROOT = Path(__file__).parents[2]
 PEFT = all(importlib.util.find_spec(name) for name in ("torch", "peft"))
@@ -59,8 +60,7 @@ def run_tiny(out: Path) -> int:
     """Runs the script with `--tiny`; returns its exit code."""
     out.mkdir()
     words = [sys.executable, str(ROOT / "benchmarks" / "accelerator.py"), "--tiny", "--out", str(out)]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    environment.pop("XLA_FLAGS", None)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_FLAGS}
     done = subprocess.run([*words, "--seconds", "3000"], env=environment, capture_output=True, text=True, cwd=out)
     print(done.stdout, done.stderr)
     return done.returncode

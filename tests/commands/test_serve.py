@@ -19,6 +19,7 @@ from spt_jax.__main__ import main
 from spt_jax.bases.base import STARTER
 from spt_jax.commands.serve import ADMIN_KEY, Serve
 from spt_jax.commands.serve import start as start_service
+from tests.quick import QUICK_FLAGS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,8 +36,7 @@ def folder(tmp_path_factory) -> Path:
 
 def start(*words: str) -> tuple[subprocess.Popen[str], str]:
     """A server, and where it listens."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", ADMIN_KEY: "key"}
-    environment["XLA_FLAGS"] = ""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_FLAGS, ADMIN_KEY: "key"}
     command = [sys.executable, "-m", "spt_jax", "serve", "--port", "0", *words]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE)
     assert process.stdout is not None
