@@ -135,7 +135,7 @@ class DecoderModel:
         return self.module.apply({"params": self.params}, *args, **kwargs)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def decoder_layout(config: DecoderConfig) -> Layout:
     """Returns the layout of a decoder: all layers have keys and values of the same shape."""
     layers = tuple(range(config.layers))

@@ -169,7 +169,7 @@ def test_decoding_from_a_cache(name, tmp_path):
         scores, new = forward(base, row, stream, None, cache)
         steps.append(np.asarray(scores[0, 0]))
         cache = Cache(
-            put(cache.memory, to_cache(new), i),
+            put(cache.memory, to_cache(new), jnp.int32(i)),
             cache.positions.at[:, i].set(i),
             cache.segments.at[:, i].set(1),
         )
