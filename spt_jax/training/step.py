@@ -55,7 +55,7 @@ class TrainState:
 
 
 def Objective(  # noqa: N802 (version 0.1 had a class of this name)
-    *, over: str = "vocabulary", **options: float
+    *, over: str = "vocabulary", **options: int | float
 ) -> objectives.Objective:
     """Returns the objective registered as `over`, for code written for version 0.1.
 
