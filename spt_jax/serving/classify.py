@@ -82,6 +82,10 @@ class Classifier:
             row_buckets=(bucket(len(examples), shapes["multiple"]),),
         )
         batch = pack(examples, plan)
+        # `held.virtual` has no keys and values, which are in `held.prefix`, and so does not count their positions.
+        stream = batch.rows.stream
+        stream = dataclasses.replace(stream, positions=stream.positions + held.start - len(held.lead))
+        batch = dataclasses.replace(batch, rows=dataclasses.replace(batch.rows, stream=stream))
         rows = place_batch(batch, base.mesh).rows
         with self._lock:
             values = to_host(_row_scores(base.model, plan.choices, held.virtual, held.prefix, rows))
