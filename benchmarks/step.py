@@ -31,9 +31,9 @@ from benchmarks.train_vs_peft import SETTINGS, SHARED, read_task, write_base, wr
 from spt_jax.bases.base import FrozenBase, load_base
 from spt_jax.data.batches import Batch, pack, place_batch, plan_batches
 from spt_jax.data.examples import Example
-from spt_jax.inference import forward
 from spt_jax.models import vocabulary
 from spt_jax.models.decoder import Remat
+from spt_jax.models.decoder_model import DecoderModel
 from spt_jax.prompts import PromptTuning
 from spt_jax.training.step import init_state, make_train_step
 
@@ -79,17 +79,17 @@ VARIANTS = {
 @contextlib.contextmanager
 def without(variant: Variant) -> Iterator[None]:
     """Disables optimizations that have no option, for programs traced inside the context."""
-    run_layers, limit = forward.run_layers, vocabulary.CHUNK_LOGITS
+    run, limit = DecoderModel.run, vocabulary.CHUNK_LOGITS
 
     def whole(*args: Any, return_hidden: bool, **kwargs: Any) -> Any:
-        return run_layers(*args, **kwargs)
+        return run(*args, **kwargs)
 
-    forward.run_layers = run_layers if variant.skip else whole
+    DecoderModel.run = run if variant.skip else whole
     vocabulary.CHUNK_LOGITS = limit if variant.chunk else 2**60
     try:
         yield
     finally:
-        forward.run_layers, vocabulary.CHUNK_LOGITS = run_layers, limit
+        DecoderModel.run, vocabulary.CHUNK_LOGITS = run, limit
 
 
 def at_every_position(batch: Batch) -> Batch:
