@@ -201,7 +201,7 @@ def tiny_base(
     remat: Remat = "dots",
     tokenizer: TokenizerKind = "byte",
     add_bos: bool = True,
-    quantize: Literal["int8"] | None = None,
+    quantize: str | None = None,
     **overrides: Any,
 ) -> FrozenBase:
     """Returns a tiny frozen base, written to a temporary directory and read back with `load_base`.

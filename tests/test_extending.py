@@ -16,6 +16,8 @@ from spt_jax.config import BaseConfig, DataConfig, ExperimentConfig
 from spt_jax.data.templates import CHECKS
 from spt_jax.experiment.config import make_template, resolve
 from spt_jax.inference.forward import output_logits
+from spt_jax.models.attention import Stream
+from spt_jax.models.quantized import KERNEL_ARRAYS
 from spt_jax.prompts import METHODS
 from spt_jax.serving.classify import Classifier
 from spt_jax.tasks import TASKS
@@ -32,7 +34,9 @@ def page():
     """The names that the page defines. What it registers is removed again."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
     names = {"__name__": "page"}
-    registries = [(registry, dict(registry)) for registry in (FAMILIES, METHODS, OBJECTIVES, TASKS, CHECKS)]
+    registries = [
+        (registry, dict(registry)) for registry in (FAMILIES, METHODS, OBJECTIVES, TASKS, CHECKS, KERNEL_ARRAYS)
+    ]
     for block in blocks:
         exec(block, names)
     yield names
@@ -141,3 +145,28 @@ def test_the_task_trains_and_is_evaluated_saved_and_served(page, tmp_path):
     for own, prediction in zip(served, trained.predictions, strict=True):
         np.testing.assert_allclose(list(own.values()), prediction["log_probabilities"], atol=1e-4)
         assert sum(np.exp(list(own.values()))) == pytest.approx(1, rel=1e-5)
+
+
+def test_the_kernel_array_is_read_split_and_multiplied(page):
+    """A base of signs is the plain base with the kernels that the signs stand for, on one device and on four."""
+    plain = tiny_base(num_key_value_heads=4)
+    ids = jnp.asarray([[1, 40, 41, 42, 60, 9]])
+    places = jnp.arange(6)[None]
+    stream = Stream(places, jnp.ones_like(places), jnp.zeros_like(places))
+
+    @jax.jit
+    def logits(model):
+        return model.logits(model.run(model.embed(ids), stream)[0])
+
+    def signs(path, leaf):
+        if path[-1].key != "kernel":
+            return leaf
+        return jnp.where(leaf > 0, 1.0, -1.0) * jnp.abs(leaf).mean(axis=1, keepdims=True)
+
+    params = jax.tree_util.tree_map_with_path(signs, plain.params)
+    expected = logits(dataclasses.replace(plain.model, params=params))
+    assert np.abs(expected - logits(plain.model)).max() > 0.1
+    for axes in ({}, {"fsdp": 2, "tensor": 2}):
+        mesh = spt_jax.make_mesh(spt_jax.MeshConfig(**axes))
+        base = tiny_base(quantize="binary", mesh=mesh, num_key_value_heads=4)
+        np.testing.assert_allclose(logits(base.model), expected, atol=1e-4)

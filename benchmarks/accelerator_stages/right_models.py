@@ -15,8 +15,8 @@ from spt_jax.bases.base import DTYPES, FrozenBase
 from spt_jax.data.batches import Batch, pack, place_batch, plan_batches
 from spt_jax.inference.forward import encode_prefix, output_logits
 from spt_jax.models.decoder_model import DecoderModel
-from spt_jax.models.layers import Quantized
 from spt_jax.models.model import Model
+from spt_jax.models.quantized import KernelArray
 from spt_jax.prompts import PromptTuning
 from spt_jax.runtime.sharding import make_mesh, replicated
 from spt_jax.testing import tiny_base
@@ -85,11 +85,11 @@ def moved_base(base: FrozenBase, device: Any, *, dtype: str = "float32", attenti
     mesh = make_mesh(devices=[device])
 
     def move(leaf: Any) -> Any:
-        if isinstance(leaf, Quantized):
+        if isinstance(leaf, KernelArray):
             return jax.tree.map(lambda a: jax.device_put(np.asarray(a), replicated(mesh)), leaf)
         return jax.device_put(np.asarray(leaf).astype(DTYPES[dtype]), replicated(mesh))
 
-    params = jax.tree.map(move, base.params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    params = jax.tree.map(move, base.params, is_leaf=lambda leaf: isinstance(leaf, KernelArray))
     model = DecoderModel(params, base.model.module.clone(mesh=mesh, attention=attention))
     return dataclasses.replace(base, model=model)
 

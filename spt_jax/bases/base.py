@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,14 @@ from spt_jax.bases.ends import declared_ends
 from spt_jax.bases.files import CONFIG_BYTES, config_file, model_directory, read_json
 from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.bases.tokenizer import read_tokenizer as tokenizer_of
-from spt_jax.errors import CheckpointError, ConfigError, differing_fields
+from spt_jax.errors import CheckpointError, ConfigError, did_you_mean, differing_fields
 from spt_jax.models.config import DecoderConfig, RopeConfig
 from spt_jax.models.decoder import Decoder, Remat
 from spt_jax.models.decoder_model import DecoderModel
 from spt_jax.models.kernels import KernelChoice, check_kernel, choose_kernel
 from spt_jax.models.layout import Layout
 from spt_jax.models.model import Params
+from spt_jax.models.quantized import KERNEL_ARRAYS
 from spt_jax.runtime import measure
 from spt_jax.runtime.sharding import check_divides, make_mesh, parameter_sharding
 
@@ -148,7 +149,7 @@ def load_base(
     max_length: int | None = None,
     remat: Remat = "dots",
     attention: KernelChoice = "auto",
-    quantize: Literal["int8"] | None = None,
+    quantize: str | None = None,
 ) -> FrozenBase:
     """Loads a decoder, its tokenizer and its identity; needs no torch.
 
@@ -186,10 +187,11 @@ def load_base(
         check_kernel(attention, config, DTYPES[dtype], mesh)
         kernel, note = attention, ""
     shapes = parameter_shapes(config)
-    if quantize not in (None, "int8"):
-        raise ConfigError(f"quantize {quantize!r} is not supported; supported is int8")
+    if quantize is not None and quantize not in KERNEL_ARRAYS:
+        raise ConfigError(f"quantize {quantize!r} is not supported; {did_you_mean(quantize, KERNEL_ARRAYS)}")
+    kernel_array = None if quantize is None else KERNEL_ARRAYS[quantize]
     params, digest = read_params(
-        directory, config, DTYPES[dtype], partial(_leaf_sharding, mesh, shapes), quantize=quantize is not None
+        directory, config, DTYPES[dtype], partial(_leaf_sharding, mesh, shapes), quantize=kernel_array
     )
     return FrozenBase(
         name=str(path_or_hub_id),

@@ -25,7 +25,6 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import traverse_util
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from spt_jax.bases.families import Origin, family_of
 from spt_jax.bases.families.family import OUTPUT_KEY
@@ -34,8 +33,9 @@ from spt_jax.errors import CheckpointError
 from spt_jax.models.attention import Stream
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.decoder import Decoder
-from spt_jax.models.layers import Quantized
 from spt_jax.models.model import Params
+from spt_jax.models.quantized import KernelArray
+from spt_jax.runtime.host_arrays import aligned_empty, put_on_devices
 
 LeafPath = tuple[str, ...]
 
@@ -145,7 +145,7 @@ def read_params(
     dtype: Any,
     sharding_of: Callable[[LeafPath], Any],
     *,
-    quantize: bool = False,
+    quantize: type[KernelArray] | None = None,
 ) -> tuple[Params, str]:
     """Reads a checkpoint onto the devices.
 
@@ -157,7 +157,7 @@ def read_params(
       config: the decoder that the checkpoint is for.
       dtype: what every leaf is cast to.
       sharding_of: the sharding of each leaf, by its path.
-      quantize: kernels become `Quantized`, of the tensors as stored.
+      quantize: what kernels become, from the tensors as stored.
 
     Returns:
       The parameters of `Decoder(config)` and the hexadecimal SHA-256 digest of the tensors as stored.
@@ -169,13 +169,13 @@ def read_params(
     expected = places(config)
     shapes = _flat(parameter_shapes(config))
     found = _find_tensors(checkpoint_files(directory), config, expected, shapes)
-    leaves: dict[LeafPath, jax.Array | Quantized] = {}
+    leaves: dict[LeafPath, jax.Array | KernelArray] = {}
     digests: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         files = {file: stack.enter_context(open_safetensors(file)) for file in {at.file for at in found.values()}}
         for paths, keys in _groups(expected, shapes):
-            exact = {path: quantize and path[-1] == "kernel" for path in paths}
-            buffers = {path: _aligned_empty(shapes[path].shape, np.float32 if exact[path] else dtype) for path in paths}
+            exact = {path: quantize is not None and path[-1] == "kernel" for path in paths}
+            buffers = {path: aligned_empty(shapes[path].shape, np.float32 if exact[path] else dtype) for path in paths}
             for key in keys:
                 tensor = _get(files, found[key])
                 digests[key] = _digest(tensor, found[key])
@@ -184,31 +184,14 @@ def read_params(
                     _cast(place.origin.taken(tensor).reshape(target.shape), target, found[key])
                 del tensor, target
             for path, buffer in buffers.items():
-                place_leaf = _quantized if exact[path] else _placed
-                leaves[path] = place_leaf(buffer, sharding_of(path))
+                put = quantize.quantize if quantize is not None and exact[path] else put_on_devices
+                leaves[path] = put(buffer, sharding_of(path))
             del buffers, buffer
         if config.tied and OUTPUT_KEY in found:
             at = found[OUTPUT_KEY]
             _check_tied(_digest(_get(files, at), at), digests, directory, config)
     lines = "\n".join(f"{key} {digest}" for key, digest in sorted(digests.items()))
     return traverse_util.unflatten_dict(leaves), hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _placed(buffer: np.ndarray, sharding: Sharding) -> jax.Array:
-    return jax.make_array_from_callback(buffer.shape, sharding, buffer.__getitem__)
-
-
-def _quantized(kernel: np.ndarray, sharding: NamedSharding) -> Quantized:
-    """Quantizes one layer at a time to save host memory; the largest value of a channel becomes 127."""
-    values = _aligned_empty(kernel.shape, np.int8)
-    scale = _aligned_empty((kernel.shape[0], kernel.shape[2]), np.float32)
-    for own, rounded, largest in zip(kernel, values, scale, strict=True):
-        largest[...] = np.maximum(np.abs(own).max(axis=0) / 127, np.finfo(np.float32).tiny)
-        rounded[...] = np.rint(own / largest)
-    layers, _, columns = (*sharding.spec, None, None, None)[:3]
-    return Quantized(
-        _placed(values, sharding), _placed(scale, NamedSharding(sharding.mesh, PartitionSpec(layers, columns)))
-    )
 
 
 def _groups(
@@ -227,14 +210,6 @@ def _groups(
 
 def _flat(params: Params) -> dict[LeafPath, Any]:
     return dict(traverse_util.flatten_dict(params))
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Returns memory on a 64-byte boundary, which JAX on CPU uses without a copy."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _get(files: Mapping[Path, Any], at: Stored) -> np.ndarray:

@@ -28,7 +28,7 @@ class Saved:
     prompt: Path
     base: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    quantize: Literal["int8"] | None = None
+    quantize: str | None = None
     force: bool = False
 
     def load(self) -> tuple[FrozenBase, SavedPrompt]:

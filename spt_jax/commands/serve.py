@@ -64,7 +64,7 @@ class Serve:
     context: int | None = None
     queue: int = 256
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    quantize: Literal["int8"] | None = None
+    quantize: str | None = None
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     prompt_memory: int | None = None
     max_body: int = 1024

@@ -5,9 +5,10 @@ from typing import Any, Generic, Literal, TypeVar
 
 from spt_jax.data.task import TASKS
 from spt_jax.data.templates import MESSAGES, Template, virtual_length, without_virtual
-from spt_jax.errors import ConfigError
+from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.evaluation.evaluate import EvaluationConfig
 from spt_jax.models.kernels import KernelChoice
+from spt_jax.models.quantized import KERNEL_ARRAYS
 from spt_jax.options import Line, Lines, Pairs
 from spt_jax.prompts import Method, MultitaskPromptTuning
 from spt_jax.prompts.initializers import Initializer
@@ -41,7 +42,12 @@ class BaseConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     remat: Literal["auto", "none", "dots", "full"] = "auto"
     attention: KernelChoice = "auto"
-    quantize: Literal["int8"] | None = None
+    quantize: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.quantize is not None and self.quantize not in KERNEL_ARRAYS:
+            hint = did_you_mean(self.quantize, KERNEL_ARRAYS)
+            raise ConfigError(f"base.quantize is {self.quantize!r}; {hint}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,14 @@
 """Layers of a decoder: linear layers, norms, rotary embedding, MLP."""
 
-import dataclasses
 import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int
 
 from spt_jax.models.config import DecoderConfig
+from spt_jax.models.quantized import KernelArray
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -17,32 +17,16 @@ ACTIVATIONS = {
 }
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Quantized:
-    """A quantized kernel: int8 values times a float32 scale per output channel."""
-
-    values: Num[Array, "*L D F"]
-    scale: Float[Array, "*L F"]
-
-
-def dense(kernel: Float[Array, "*L D F"] | Quantized) -> Float[Array, "*L D F"]:
+def dense(kernel: Float[Array, "*L D F"] | KernelArray) -> Float[Array, "*L D F"]:
     """Returns a kernel as a dense float32 array."""
-    if isinstance(kernel, Quantized):
-        return kernel.values.astype(jnp.float32) * kernel.scale[..., None, :]
-    return kernel.astype(jnp.float32)
+    return kernel.dense() if isinstance(kernel, KernelArray) else kernel.astype(jnp.float32)
 
 
 def linear(
-    x: Float[Array, "*B D"], kernel: Float[Array, "D F"] | Quantized, bias: Float[Array, " F"] | None = None
+    x: Float[Array, "*B D"], kernel: Float[Array, "D F"] | KernelArray, bias: Float[Array, " F"] | None = None
 ) -> Float[Array, "*B F"]:
     """Returns x @ kernel + bias in the dtype of x. All linear maps of the layers use this function."""
-    if isinstance(kernel, Quantized):
-        # float32 until scaled: before that, outputs are up to 127 times larger and may overflow float16.
-        y = jnp.dot(x, kernel.values.astype(x.dtype), preferred_element_type=jnp.float32)
-        y = (y * kernel.scale.reshape((1,) * (y.ndim - 1) + (-1,))).astype(x.dtype)
-    else:
-        y = jnp.dot(x, kernel.astype(x.dtype))
+    y = kernel.matmul(x) if isinstance(kernel, KernelArray) else jnp.dot(x, kernel.astype(x.dtype))
     if bias is None:
         return y
     return y + bias.astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))

@@ -11,7 +11,8 @@ from spt_jax.bases.base import load_base
 from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.models.attention import Stream
 from spt_jax.models.decoder_model import DecoderModel
-from spt_jax.models.layers import Quantized, dense
+from spt_jax.models.layers import dense
+from spt_jax.models.quantized import Int8
 from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning
 from spt_jax.runtime.sharding import MeshConfig, make_mesh
 from spt_jax.serving.bank import PromptBank
@@ -24,8 +25,8 @@ IDS = jnp.asarray([[1, 40, 41, 42, 60, 9]])
 
 
 def kernels(tree):
-    leaves = jax.tree.leaves(tree, is_leaf=lambda a: isinstance(a, Quantized))
-    return [leaf for leaf in leaves if isinstance(leaf, Quantized)]
+    leaves = jax.tree.leaves(tree, is_leaf=lambda a: isinstance(a, Int8))
+    return [leaf for leaf in leaves if isinstance(leaf, Int8)]
 
 
 def all_logits(model):
@@ -38,7 +39,7 @@ def all_logits(model):
 def exactly(base):
     """The same numbers as plain kernels."""
     return jax.tree.map(
-        lambda a: dense(a) if isinstance(a, Quantized) else a, base.model, is_leaf=lambda a: isinstance(a, Quantized)
+        lambda a: dense(a) if isinstance(a, Int8) else a, base.model, is_leaf=lambda a: isinstance(a, Int8)
     )
 
 
