@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from spt_jax.errors import ConfigError
@@ -97,7 +98,7 @@ def spec(groups: Mapping[str, Group], positions: int) -> Memory:
     return {name: of_group(group) for name, group in groups.items()}
 
 
-def empty_cache(layout: Layout, rows: int, capacity: int, dtype: jnp.dtype) -> Memory:
+def empty_cache(layout: Layout, rows: int, capacity: int, dtype: DTypeLike) -> Memory:
     """Returns zeros for the cache of a model."""
 
     def of_group(name: str) -> KeysValues | State:
@@ -118,7 +119,7 @@ def shardings(layout: Layout, mesh: Mesh, heads: PartitionSpec, states: Partitio
     return {name: NamedSharding(mesh, kind) for name, kind in kinds.items()}
 
 
-def cast(memory: Memory, dtype: jnp.dtype) -> Memory:
+def cast(memory: Memory, dtype: DTypeLike) -> Memory:
     """Returns the memory in another precision."""
     return jax.tree.map(lambda array: array.astype(dtype), memory)
 

@@ -58,7 +58,7 @@ class LlamaAdapter(Method):
 
     def materialize(self, params: Mapping[str, Any], model: Model) -> VirtualPrompt:
         """Returns the keys and values that each layer computes from its rows, without RoPE (no positions)."""
-        rows = params["rows"]
+        rows = jnp.asarray(params["rows"])
         return VirtualPrompt(gated=GatedPrefix(model.gated_memory(rows), params["gates"], rows))
 
     def spec(self, layout: Layout) -> VirtualPrompt:

@@ -151,7 +151,7 @@ def test_a_prefix_for_several_groups():
     }
     found = {name: own for name, own in of_prompt(3).items() if name != "recurrent"}
     free = {name: {"keys": own.keys / 2, "values": own.values / 2} for name, own in found.items()}
-    virtual = method.materialize({"free": free, "scale": jnp.float32(2)}, None)
+    virtual = method.materialize({"free": free, "scale": jnp.float32(2)}, MODEL)
     same(virtual.prefix.memory, found)
     assert virtual.prefix_length == 3
     layers = memory.by_layer(found, LAYOUT)
@@ -191,6 +191,16 @@ class Mixed(Model):
 
     layout = Layout(30, 8, 64, {"wide": Group((0,), 1, 4, 6), "recurrent": StateGroup((1,), (("sum", (8,)),))})
     dtype, mesh = jnp.dtype("float32"), None
+
+    @property
+    def params(self):
+        return self.weights
+
+    @property
+    def input_matrix(self):
+        return self.weights["table"]
+
+    output_matrix = input_matrix
 
     def embed(self, ids):
         return jnp.take(self.weights["table"], ids, axis=0)

@@ -2,11 +2,12 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from spt_jax.training import halving, loop, rate_finder
+from spt_jax.training import halving, rate_finder, single
 from spt_jax.training.config import TrainConfig
 from spt_jax.training.halving import fit_population
 from spt_jax.training.logs import NoLog
@@ -30,10 +31,10 @@ class Numbered(Objective):
 def by_fit(monkeypatch, tmp_path, own, seen):
     def step(state, batch):
         seen.append(batch.rows)
-        metrics = dict.fromkeys(("loss", "weight", "gradient_norm", "prompt_norm"), np.float32(1))
+        metrics = dict.fromkeys(("loss", "weight", "gradient_norm", "prompt_norm"), jnp.float32(1))
         return dataclasses.replace(state, step=state.step + 1), metrics
 
-    monkeypatch.setattr(loop, "make_train_step", lambda *_: step)
+    monkeypatch.setattr(single, "make_train_step", lambda *_: step)
     options = {"workdir": tmp_path, "log": lambda step: NoLog(), "validate": None, "metadata": {}}
     data, config = TrainingData(own.examples, own.plan), TrainConfig(steps=3, batch_size=BATCH).resolved()
     fit(base_of(), own.method, optax.sgd(0.1), Numbered(), data, config, save_best=lambda best: None, **options)
@@ -44,9 +45,9 @@ def population_step(seen):
 
     def step(states, rates, batch):
         seen.append(batch.rows)
-        ones = np.ones(len(states), np.float32)
+        ones = jnp.ones(len(states), jnp.float32)
         metrics = dict.fromkeys(("weight", "gradient_norm", "prompt_norm"), ones)
-        return states, {"loss": next(losses) * ones, **metrics}
+        return states, {"loss": jnp.float32(next(losses)) * ones, **metrics}
 
     return step
 

@@ -175,7 +175,7 @@ def test_a_wrong_number_of_microbatches_is_refused():
         make_train_step(base, METHOD, optax.sgd(0.1), CrossEntropy(), microbatches=0)
     batch = pack(examples, plan_batches(examples, lead=HEAD_LENGTH, batch_size=9, packing=False))
     with pytest.raises(ConfigError, match="9 rows cannot be split into 2 microbatches"):
-        loss_and_gradient(METHOD, CrossEntropy(), base.model, params, batch, 2)
+        loss_and_gradient(METHOD, CrossEntropy(), base.model, params, jax.tree.map(jnp.asarray, batch), 2)
 
 
 def test_the_example_of_the_package_runs():
