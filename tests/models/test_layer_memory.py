@@ -282,7 +282,7 @@ def inline(virtual: VirtualPrompt) -> jax.Array:
 @pytest.mark.parametrize("padding", [0, 3])
 def test_a_shared_lead_leaves_its_state_behind(padding):
     virtual = virtual_of(0)
-    np.testing.assert_allclose(after_lead(virtual, padding), inline(virtual), atol=1e-5)
+    np.testing.assert_allclose(after_lead(virtual, padding), inline(virtual), atol=1e-5, rtol=1e-5)
 
     def loss(function, tokens):
         return jnp.square(function(VirtualPrompt(tokens=tokens))).mean()
@@ -303,7 +303,7 @@ def test_rows_after_different_leads():
     for row, prompt in enumerate((1, 0)):
         lead = LEAD[: lengths[prompt]]
         expected = whole_logits(prompts[prompt], np.concatenate([lead, IDS[row]]))[len(lead) :]
-        np.testing.assert_allclose(ours[row], expected, atol=1e-5)
+        np.testing.assert_allclose(ours[row], expected, atol=1e-5, rtol=1e-5)
 
 
 def grown(virtual: VirtualPrompt | None, ids: np.ndarray, count: int) -> list[int]:
