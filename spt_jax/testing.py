@@ -90,9 +90,10 @@ def tiny_tokenizer(kind: TokenizerKind = "byte", *, add_bos: bool = True) -> Tok
         special["unk_token"] = names[0]
     else:  # Never needed for bytes, but without one transformers adds its own to a Qwen2 tokenizer.
         special |= {"pad_token": names[0], "unk_token": names[EOS_ID]}
-    return transformers.PreTrainedTokenizerFast(
+    fast: Any = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, model_max_length=128, **special
     )
+    return fast
 
 
 def _byte_level(special: Sequence[str]) -> Any:
