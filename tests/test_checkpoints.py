@@ -19,7 +19,7 @@ import pytest
 from spt_jax.data.batches import plan_batches, training_batches
 from spt_jax.errors import CheckpointError, ConfigError
 from spt_jax.runtime.sharding import MeshConfig, make_mesh, replicated
-from spt_jax.training.checkpoints import Checkpoints
+from spt_jax.training.checkpoints import Checkpoints, DamagedError
 from spt_jax.training.step import TrainState
 from tests.disks import small_disk
 from tests.examples import HEAD, random_examples
@@ -222,6 +222,20 @@ def test_a_state_of_another_structure_is_refused(tmp_path, other, message):
         checkpoints.save(trained(OPTIMIZERS["adam"]), None, {})
         with pytest.raises(CheckpointError, match=message):
             checkpoints.restore(None, other())
+
+
+@pytest.mark.parametrize("metadata", [None, {"standings": []}])
+def test_metadata_that_were_changed_are_damage(tmp_path, metadata):
+    """Also where only they are read, to see which kind of checkpoint it is."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(trained(OPTIMIZERS["sgd"]), None, {"best": {"metrics": None}})
+        checkpoints.wait()
+        path = tmp_path / "2" / "_CHECKPOINT_METADATA"
+        content = json.loads(path.read_text())
+        content["custom_metadata"]["metadata"] = metadata
+        path.write_text(json.dumps(content))
+        with pytest.raises(DamagedError, match="2: damaged: its metadata differ"):
+            checkpoints.metadata(2)
 
 
 def test_an_unknown_format_version_is_refused(tmp_path):

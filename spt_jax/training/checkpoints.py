@@ -103,7 +103,11 @@ class Checkpoints:
           CheckpointError: there is no such checkpoint, it is damaged or has another format version.
         """
         self._check_exists(step)
-        return self._record(step)["metadata"]
+        record = self._record(step)
+        if _metadata_digest(record["metadata"]) != record["sha256"].get("metadata"):
+            path = self.directory / str(step)
+            raise DamagedError(f"{path}: damaged: its metadata differ from what was saved (SHA-256 mismatch)")
+        return record["metadata"]
 
     def save(self, state: TrainState, data_state: Any, metadata: Mapping[str, Any]) -> None:
         """Starts saving a checkpoint of `state.step`, after the previous one is written.
@@ -336,8 +340,12 @@ def _digests(items: Any, data: Any, metadata: Any) -> dict[str, str]:
         state.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
     return {
         "state": state.hexdigest(),
-        "metadata": hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest(),
+        "metadata": _metadata_digest(metadata),
     }
+
+
+def _metadata_digest(metadata: Any) -> str:
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
 def _described(items: Any) -> dict[str, str]:

@@ -14,7 +14,7 @@ from spt_jax.errors import ConfigError
 from spt_jax.prompts import PromptParams
 from spt_jax.training.config import TrainConfig
 from spt_jax.training.logs import MetricsLog, NoLog
-from spt_jax.training.loop import Events, GroupMetrics, Race, Standing, run
+from spt_jax.training.loop import Events, GroupMetrics, Standing, TrainingRun, train
 from spt_jax.training.objectives import Objective, prepare_examples
 from spt_jax.training.optimizers import OptimizerConfig
 from spt_jax.training.population import (
@@ -127,7 +127,7 @@ def fit_population(
         rates = np.asarray([members[number].learning_rate for number in numbers], np.float32)
         return step(states, rates, place_batch(stack_batches(batches), base.mesh, stacked=True))
 
-    race = Race(
+    run = TrainingRun(
         base=base,
         states=init_members(base, members, optimizer, config.steps),
         batches=[
@@ -152,7 +152,7 @@ def fit_population(
         keep=1.0 if halving is None else halving.keep,
         metadata=metadata or {},
     )
-    standings, _, _ = run(race, resume=resume)
+    standings, _, _ = train(run, resume=resume)
     return [
         dataclasses.replace(
             standing, best=dataclasses.replace(standing.best, params=own_params(standing.best.params, member.method))

@@ -111,7 +111,7 @@ class Events:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Race:
+class TrainingRun:
     """A run of one or more members on one base.
 
     Attributes:
@@ -150,11 +150,13 @@ class Race:
     profile: int = 0
 
 
-def run(race: Race, *, resume: bool = False, resume_from: int | None = None) -> tuple[list[Standing], float, Rates]:
+def train(
+    run: TrainingRun, *, resume: bool = False, resume_from: int | None = None
+) -> tuple[list[Standing], float, Rates]:
     """Trains until `config.steps`, until every member has ended, or until a signal.
 
     Args:
-      race: the run.
+      run: the run.
       resume: whether to resume, bit for bit, from the newest intact checkpoint in the work directory.
       resume_from: with `resume`, the step of the checkpoint to resume from instead.
 
@@ -165,24 +167,24 @@ def run(race: Race, *, resume: bool = False, resume_from: int | None = None) -> 
       CheckpointError: a checkpoint cannot be written or read.
       Stopped: after SIGTERM or SIGINT, with the state saved.
     """
-    base, config, events = race.base, race.config, race.events
-    states = list(race.states)
+    base, config, events = run.base, run.config, run.events
+    states = list(run.states)
     standings = [Standing(Best(to_host(state.params))) for state in states]
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(race.workdir / "checkpoints", keep=config.keep))
+        checkpoints = stack.enter_context(Checkpoints(run.workdir / "checkpoints", keep=config.keep))
         asked_to_stop = stack.enter_context(graceful_stop())
         done, speed = 0, Speed()
         if resume:
-            found = checkpoints.restore_intact(resume_from, lambda step: _restored(checkpoints, step, race))
+            found = checkpoints.restore_intact(resume_from, lambda step: _restored(checkpoints, step, run))
             if found is not None:
                 done, states, standings, data_states, speed = found
-                for stream, data_state in zip(race.batches, data_states, strict=True):
+                for stream, data_state in zip(run.batches, data_states, strict=True):
                     stream.set_state(data_state)
         checkpoints.remove_cut_off_saves()
-        log = stack.enter_context(contextlib.closing(race.log(done)))
+        log = stack.enter_context(contextlib.closing(run.log(done)))
         clock = Clock(config.steps, done, speed, measure.peak_flops(base.dtype) * base.mesh.size)
         stack.callback(clock.close)
-        trace = stack.enter_context(contextlib.closing(measure.Profile(race.workdir / "profile", race.profile)))
+        trace = stack.enter_context(contextlib.closing(measure.Profile(run.workdir / "profile", run.profile)))
         first = done
         pending: list[tuple[int, list[tuple[list[int], GroupMetrics]], np.ndarray]] = []  # the last dispatched step
 
@@ -213,53 +215,53 @@ def run(race: Race, *, resume: bool = False, resume_from: int | None = None) -> 
             with clock.pause():
                 log.sync()
                 details = [_described(standing) for standing in standings]
-                metadata = {**race.metadata, "standings": details, "speed": dataclasses.asdict(spent)}
-                data_states = [stream.get_state() for stream in race.batches]
+                metadata = {**run.metadata, "standings": details, "speed": dataclasses.asdict(spent)}
+                data_states = [stream.get_state() for stream in run.batches]
                 checkpoints.save(_stacked(done, states, standings), data_states, metadata)
             return spent
 
         if done == 0:
             save()
-        while done < config.steps and (racing := _racing(standings)):
+        while done < config.steps and (active := _active(standings)):
             trace.before_step(done - first, settle)
             dispatched, work = [], np.zeros(3)
-            for numbers in _groups(racing, race.group_size):
-                batches = [next(race.batches[number]) for number in numbers]
-                new, metrics = race.advance(numbers, [states[number] for number in numbers], batches)
+            for numbers in _groups(active, run.group_size):
+                batches = [next(run.batches[number]) for number in numbers]
+                new, metrics = run.advance(numbers, [states[number] for number in numbers], batches)
                 for number, state in zip(numbers, new, strict=True):
                     states[number] = state
                 dispatched.append((numbers, metrics))
-                work += sum(_work(base, race.prefix_length, batch) for batch in batches)
+                work += sum(_work(base, run.prefix_length, batch) for batch in batches)
             settle()
             done += 1
             pending.append((done, dispatched, work))
             standings = [own if own.ended else dataclasses.replace(own, steps=done) for own in standings]
             last, stop = done == config.steps, asked_to_stop(done)
-            if race.validate is not None and (done % config.evaluate_every == 0 or done in race.rungs or last):  # type: ignore[operator]
+            if run.validate is not None and (done % config.evaluate_every == 0 or done in run.rungs or last):  # type: ignore[operator]
                 settle()
                 with clock.pause():
-                    for number in _racing(standings):
+                    for number in _active(standings):
                         params = to_host(states[number].params)
-                        metrics = race.validate(number, params)
+                        metrics = run.validate(number, params)
                         events.validated(log, done, number, metrics)
                         standings[number] = _validated(standings[number], params, done, metrics, config.patience)
                         if standings[number].best.step == done:
                             events.improved(number, standings[number].best)
-            if done in race.rungs:
-                standings = _halved(standings, race.keep, done)
-            if done % config.checkpoint_every == 0 or last or stop is not None or not _racing(standings):  # type: ignore[operator]
+            if done in run.rungs:
+                standings = _halved(standings, run.keep, done)
+            if done % config.checkpoint_every == 0 or last or stop is not None or not _active(standings):  # type: ignore[operator]
                 settle()
                 speed = save()
             if stop is not None:
                 checkpoints.wait()
                 raise Stopped(stop, done)
-        if race.validate is None:
+        if run.validate is None:
             standings = [
                 own if own.ended else dataclasses.replace(own, best=Best(to_host(state.params), done))
                 for own, state in zip(standings, states, strict=True)
             ]
         for number, own in enumerate(standings):
-            if race.validate is None or own.best.metrics is not None:
+            if run.validate is None or own.best.metrics is not None:
                 events.improved(number, own.best)
         checkpoints.wait()
     stop = asked_to_stop(done + 1)  # during the last validation or save, or while the logs were closed
@@ -303,7 +305,7 @@ def _work(base: FrozenBase, prefix_length: int, batch: Batch) -> np.ndarray:
     return np.asarray([np.sum(batch.rows.examples >= 0), np.sum(batch.rows.stream.segments > 0), flops], float)
 
 
-def _racing(standings: Sequence[Standing]) -> list[int]:
+def _active(standings: Sequence[Standing]) -> list[int]:
     return [number for number, standing in enumerate(standings) if standing.ended is None]
 
 
@@ -325,8 +327,8 @@ def _validated(
 
 def _halved(standings: Sequence[Standing], keep: float, step: int) -> list[Standing]:
     """Stops the active members below the best `keep` share; ties are decided for the earlier member."""
-    racing = _racing(standings)
-    ranked = sorted(racing, key=lambda number: -standings[number].score)
+    active = _active(standings)
+    ranked = sorted(active, key=lambda number: -standings[number].score)
     losers = set(ranked[math.ceil(keep * len(ranked)) :])
     return [
         dataclasses.replace(standing, ended=f"halved at step {step}") if number in losers else standing
@@ -361,14 +363,14 @@ def _described(standing: Standing) -> dict[str, Any]:
 
 
 def _restored(
-    checkpoints: Checkpoints, step: int, race: Race
+    checkpoints: Checkpoints, step: int, run: TrainingRun
 ) -> tuple[int, list[TrainState], list[Standing], list[Any], Speed]:
     """Reads the step, the states, the standings, the states of the batches and the speed."""
     saved = checkpoints.metadata(step)
     if "standings" not in saved:
-        return _restored_single(checkpoints, step, race.states[0], race.config.patience)
-    everywhere = replicated(race.base.mesh)
-    initial = _stacked(0, race.states, [Standing(Best(to_host(state.params))) for state in race.states])
+        return _restored_single(checkpoints, step, run.states[0], run.config.patience)
+    everywhere = replicated(run.base.mesh)
+    initial = _stacked(0, run.states, [Standing(Best(to_host(state.params))) for state in run.states])
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), initial)
     stacked, data_states, _ = checkpoints.restore(step, like)
     states, standings = [], []

@@ -16,7 +16,7 @@ from spt_jax.prompts import Method, PromptParams
 from spt_jax.training.clock import Rates
 from spt_jax.training.config import TrainConfig
 from spt_jax.training.logs import MetricsLog
-from spt_jax.training.loop import Best, Events, GroupMetrics, Race, run
+from spt_jax.training.loop import Best, Events, GroupMetrics, TrainingRun, train
 from spt_jax.training.objectives import Objective, prepare_examples
 from spt_jax.training.step import TrainState, init_state, make_train_step
 
@@ -118,7 +118,7 @@ def fit(
         new, metrics = step(states[0], place_batch(batches[0], base.mesh))
         return [new], metrics
 
-    race = Race(
+    run = TrainingRun(
         base=base,
         states=[state],
         batches=[stream],
@@ -132,5 +132,5 @@ def fit(
         metadata=metadata,
         profile=profile,
     )
-    (standing,), seconds, rates = run(race, resume=resume, resume_from=resume_from)
+    (standing,), seconds, rates = train(run, resume=resume, resume_from=resume_from)
     return Outcome(standing.best, standing.steps, seconds, rates)
