@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import common
 from benchmarks.program import count
 from benchmarks.shapes import lower_step
-from spt_jax.models.config import DecoderConfig, RopeConfig
+from spt_jax.models.config import DecoderConfig
+from spt_jax.models.rope import RopeConfig
 from spt_jax.runtime.sharding import MeshConfig, make_mesh
 from spt_jax.training.cost import StepShape, step_flops
 

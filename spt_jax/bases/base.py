@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from spt_jax.bases.checkpoint import parameter_shapes, read_params
 from spt_jax.bases.config import decoder_config, hf_config
 from spt_jax.bases.ends import declared_ends
 from spt_jax.bases.files import CONFIG_BYTES, config_file, model_directory, read_json
+from spt_jax.bases.fingerprint import Fingerprint, fingerprint_of
 from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.bases.tokenizer import read_tokenizer as tokenizer_of
-from spt_jax.errors import CheckpointError, ConfigError, did_you_mean, differing_fields
-from spt_jax.models.config import DecoderConfig, RopeConfig
+from spt_jax.errors import CheckpointError, ConfigError, did_you_mean
+from spt_jax.models.config import DecoderConfig, layer_configs
 from spt_jax.models.decoder import Decoder, Remat
 from spt_jax.models.decoder_model import DecoderModel
 from spt_jax.models.kernels import KernelChoice, check_kernel, choose_kernel
@@ -32,45 +33,6 @@ from spt_jax.runtime.sharding import check_divides, make_mesh, parameter_shardin
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 STARTER = Path(__file__).parents[1] / "assets" / "starter"
-
-
-# How a fingerprint names its facts. A reader translates lower numbers and refuses higher ones.
-FINGERPRINT_VERSION = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Fingerprint:
-    """What makes two bases the same function. Neither precision nor path is part of it.
-
-    Attributes:
-      config: sizes and options by their names in `DecoderConfig`. An option that is absent has its default, so that an
-        option added to the library leaves earlier fingerprints valid; the default of an option therefore never changes.
-      weights: SHA-256 of the tensors as stored, hexadecimal.
-      tokenizer: SHA-256 of the tokenizer, hexadecimal.
-      version: of the names in `config`.
-    """
-
-    config: Mapping[str, Any]
-    weights: str
-    tokenizer: str
-    version: int = FINGERPRINT_VERSION
-
-    def differences(self, other: "Fingerprint") -> list[str]:
-        """Sentences that name each field that differs."""
-        there, here = (
-            {**_facts(DecoderConfig, one.config), "weights": one.weights[:16], "tokenizer": one.tokenizer[:16]}
-            for one in (self, other)
-        )
-        return [f"{name} is {value!r} here, {old!r} there" for name, old, value in differing_fields(there, here)]
-
-
-def _facts(kind: type, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config as JSON values, those that are absent at their defaults."""
-    defaults = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
-    facts = json.loads(json.dumps({**defaults, **fields}))
-    if isinstance(facts.get("rope"), dict):
-        facts["rope"] = _facts(RopeConfig, facts["rope"])
-    return facts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +142,10 @@ def load_base(
         raise ConfigError(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
     directory = local_directory(str(path_or_hub_id), revision)
     config, tokenizer = read_config(directory, max_length), _read_tokenizer(directory)
-    check_divides(mesh, {"heads": config.heads, "key/value heads": config.kv_heads, "MLP columns": config.mlp_width})
+    for own in layer_configs(config):
+        check_divides(mesh, {"heads": own.heads, "key/value heads": own.kv_heads, "MLP columns": own.mlp_width})
+    if mesh.shape["sequence"] > 1 and (config.sinks or config.biased):
+        raise ConfigError("mesh.sequence > 1 does not work with ALiBi or sinks, which this base has")
     if attention == "auto":
         kernel, note = choose_kernel(config, DTYPES[dtype], mesh)
     else:
@@ -199,7 +164,7 @@ def load_base(
         model=DecoderModel(params, Decoder(config, remat=remat, mesh=mesh, attention=kernel)),
         tokenizer=tokenizer,
         end_ids=declared_ends(directory, tokenizer, config.vocab_size),
-        fingerprint=Fingerprint(json.loads(json.dumps(dataclasses.asdict(config))), digest, tokenizer_hash(tokenizer)),
+        fingerprint=fingerprint_of(config, digest, tokenizer_hash(tokenizer)),
         attention_note=note,
     )
 

@@ -302,7 +302,7 @@ def parameter_shapes(config: DecoderConfig) -> Params:
     """Returns the parameter tree of `Decoder(config)` as `jax.ShapeDtypeStruct`s, without computing anything."""
 
     def init() -> Any:
-        x, place = jnp.zeros((1, 1, config.width)), jnp.zeros((1, 1), jnp.int32)
+        x, place = jnp.zeros((1, 1, config.input_width)), jnp.zeros((1, 1), jnp.int32)
         return Decoder(config).init(jax.random.key(0), x, Stream(place, place, place))["params"]
 
     return jax.eval_shape(init)

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from spt_jax.bases.base import Fingerprint
+from spt_jax.bases.fingerprint import Fingerprint
 from spt_jax.errors import ConfigError, differing_fields
 from spt_jax.experiment.config import ExperimentConfig
 from spt_jax.runtime.files import write_json, writing

@@ -6,6 +6,7 @@ merged by log-sum-exp, because JAX's attention stops its gradient, and a shared 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -119,11 +120,16 @@ def within_window(queries: Stream, key_positions: Int[Array, "B S"], window: int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Keys and values of one layer to attend to, with their mask. Without a B axis, all rows share them."""
+    """Keys and values of one layer to attend to, with their mask. Without a B axis, all rows share them.
+
+    Attributes:
+      bias: is added to the scaled scores; axes of size 1 are broadcast.
+    """
 
     keys: Float[Array, "*B S K H"]
     values: Float[Array, "*B S K Hv"]
     mask: Bool[Array, "B T S"]
+    bias: Float[Array, "#B N #T S"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +152,7 @@ def attend(
     sources: Sequence[Source],
     scoring: Scoring | None = None,
     *,
+    sinks: Float[Array, " N"] | None = None,
     kernel: Kernel = "xla",
     mesh: Mesh | None = None,
 ) -> Float[Array, "B T N Hv"]:
@@ -157,7 +164,9 @@ def attend(
       queries: queries, after RoPE.
       sources: keys and values to attend to.
       scoring: scale and soft cap of scores; default a scale of H^-0.5.
-      kernel: "xla" runs anywhere; fused ones must pass `kernels.check_kernel`.
+      sinks: a score of each head that takes part in the softmax and has the value 0 (Xiao et al. 2023, arXiv
+        2309.17453, as learned by gpt-oss).
+      kernel: "xla" runs anywhere; fused ones must pass `kernels.check_kernel`, and take neither biases nor sinks.
       mesh: the mesh that fused kernels are sharded over.
 
     Returns:
@@ -169,20 +178,39 @@ def attend(
         return attend_fused(kernel, mesh, queries, one.keys, one.values, one.mask, scale=scoring.scale, cap=scoring.cap)
     grouped = grouped_heads(queries, sources[0].keys.shape[-2])
     scores = [scores_of(grouped, source, scoring) for source in sources]
-    highest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [s.max(-1, keepdims=True) for s in scores]))
+    maxima = [s.max(-1, keepdims=True) for s in scores]
+    if sinks is not None:
+        maxima.append(_by_row(sinks, queries.shape, sources[0].keys.shape[-2]))
+    highest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, maxima))
     weights = [jnp.exp(score - highest) for score in scores]
     total = sum(w.sum(-1, keepdims=True) for w in weights)
+    if sinks is not None:
+        total = total + jnp.exp(maxima[-1] - highest)
     mixed = [mix(w.astype(queries.dtype), source) for w, source in zip(weights, sources, strict=True)]
     return ungrouped_heads((sum(mixed[1:], mixed[0]) / total).astype(queries.dtype), queries.shape)
 
 
+def _by_row(sinks: Float[Array, " N"], shape: tuple[int, ...], kv_heads: int) -> Float[Array, "1 K GT 1"]:
+    """Returns the sink of each query in the order of `grouped_heads`; `shape` is that of the queries, [B, T, N, H]."""
+    by_group = sinks.astype(jnp.float32).reshape(1, kv_heads, shape[2] // kv_heads, 1)
+    return jnp.broadcast_to(by_group, (*by_group.shape[:3], shape[1])).reshape(1, kv_heads, -1, 1)
+
+
 def attention_weights(
-    queries: Float[Array, "B T N H"], sources: Sequence[Source], scoring: Scoring
+    queries: Float[Array, "B T N H"],
+    sources: Sequence[Source],
+    scoring: Scoring,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T S"]:
     """Returns the attention weights over the keys of all sources, averaged over heads, float32."""
-    grouped = grouped_heads(queries, sources[0].keys.shape[-2])
+    kv_heads = sources[0].keys.shape[-2]
+    grouped = grouped_heads(queries, kv_heads)
     scores = jnp.concatenate([scores_of(grouped, source, scoring) for source in sources], axis=-1)
+    if sinks is not None:
+        own = jnp.broadcast_to(_by_row(sinks, queries.shape, kv_heads), (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, own], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1)
+    weights = weights if sinks is None else weights[..., :-1]
     return weights.reshape(weights.shape[0], -1, queries.shape[1], weights.shape[-1]).mean(axis=1)
 
 
@@ -232,8 +260,22 @@ def scores_of(queries: Float[Array, "B K GT H"], source: Source, scoring: Scorin
     scores = soft_capped(scores * scoring.scale, scoring.cap)
     length = source.mask.shape[1]
     by_query = scores.reshape(batch, kv_heads, rows // length, length, -1)
+    if source.bias is not None:
+        by_query = by_query + source.bias.reshape(-1, kv_heads, rows // length, *source.bias.shape[2:])
     masked = jnp.where(source.mask[:, None, None], by_query, jnp.finfo(jnp.float32).min)
     return masked.reshape(scores.shape)
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """Returns the slope of each head, float32 [N] (Press et al. 2022, arXiv 2108.12409).
+
+    They are a geometric sequence for a power of two of heads; for other numbers, every second of the sequence for the
+    next power of two follows.
+    """
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
+    slopes += [2.0 ** (-4.0 * (2 * i + 1) / power) for i in range(heads - power)]
+    return np.asarray(slopes, np.float32)
 
 
 def soft_capped(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:

@@ -1,91 +1,81 @@
 """The shape of a decoder."""
 
 import dataclasses
+import functools
 import math
 from typing import Literal
 
-import numpy as np
-
 from spt_jax.errors import ConfigError
+from spt_jax.models.rope import RopeConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) and its context-extending scalings.
+class Variant:
+    """Layers that differ from the others. A field that is None is that of the other layers.
 
-    `linear` divides positions by `factor`; `dynamic` raises `theta` for the run's static maximum length; `yarn` is
-    Peng et al. 2023 (arXiv 2309.00071); `llama3` is the frequency-banded scaling of Llama 3.1.
+    Attributes:
+      name: of the group of their keys and values, if these have other sizes than the other layers'.
+      layers: indices of the layers. A layer may be in several variants.
+      value_is_key: see `DecoderConfig`.
     """
 
-    kind: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
-    theta: float = 10_000.0
-    factor: float = 1.0
-    original_max_positions: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    attention_factor: float = 1.0
-    dynamic_length: int = 0
+    name: str
+    layers: tuple[int, ...]
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_size: int | None = None
+    mlp_width: int | None = None
+    rope: RopeConfig | None = None
+    value_is_key: bool | None = None
 
-    def __post_init__(self) -> None:
-        positive = ["theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"]
-        for name in [*positive, "attention_factor"]:
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"RoPE: {name} is {value}; it must be a finite number above 0")
-        if self.kind == "yarn" and self.theta == 1:
-            raise ConfigError("RoPE scaling 'yarn' needs a theta other than 1")
-        if self.kind == "llama3" and self.low_freq_factor == self.high_freq_factor:
-            raise ConfigError("RoPE scaling 'llama3' needs a high_freq_factor above low_freq_factor")
-        if self.kind in ("dynamic", "yarn", "llama3") and self.original_max_positions < 1:
-            raise ConfigError(f"RoPE scaling {self.kind!r} needs a positive number of original positions")
-
-    def inverse_frequencies(self, head_size: int) -> np.ndarray:
-        """Angular step per position of each rotated pair, float32 [head_size / 2]."""
-        exponents = np.arange(0, head_size, 2, dtype=np.float32) / head_size
-        theta = self.theta
-        if self.kind == "dynamic":
-            length = max(self.dynamic_length, self.original_max_positions)
-            stretch = self.factor * length / self.original_max_positions - (self.factor - 1)
-            theta = theta * stretch ** (head_size / (head_size - 2))
-        plain = 1.0 / theta**exponents
-        if self.kind == "linear":
-            plain = plain / self.factor
-        elif self.kind == "llama3":
-            plain = self._llama3(plain)
-        elif self.kind == "yarn":
-            plain = self._yarn(plain, head_size)
-        return plain.astype(np.float32)
-
-    def _llama3(self, plain: np.ndarray) -> np.ndarray:
-        wavelength = 2 * math.pi / plain
-        ratio = self.original_max_positions / wavelength
-        blend = (ratio - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        blend = np.clip(blend, 0.0, 1.0)
-        return (1 - blend) * plain / self.factor + blend * plain
-
-    def _yarn(self, plain: np.ndarray, head_size: int) -> np.ndarray:
-        def dimension_of(rotations: float) -> float:
-            turns = self.original_max_positions / (rotations * 2 * math.pi)
-            return head_size * math.log(turns) / (2 * math.log(self.theta))
-
-        low, high = dimension_of(self.beta_fast), dimension_of(self.beta_slow)
-        if self.truncate:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, head_size - 1)
-        ramp = (np.arange(head_size // 2, dtype=np.float32) - low) / (high - low or 0.001)
-        interpolated = np.clip(ramp, 0.0, 1.0)
-        return plain / self.factor * interpolated + plain * (1 - interpolated)
+    def changes(self) -> dict[str, object]:
+        """Returns the fields of `DecoderConfig` that differ."""
+        fields = (field.name for field in dataclasses.fields(self) if field.name not in ("name", "layers"))
+        return {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """What defines a decoder's function. Sizes follow the letters of the array dimensions:
 
-    V `vocab_size`, D `width`, L `layers`, N `heads`, K `kv_heads`, H `head_size`. Norms are "rms", "layer", or, as in
-    Gemma 2, "rms_around": before and behind each half of a layer, with scales stored less 1.
+    V `vocab_size`, D `width`, L `layers`, N `heads`, K `kv_heads`, H `head_size`.
+
+    Attributes:
+      norm: RMSNorm (Zhang & Sennrich 2019) or LayerNorm.
+      norm_offset: added to the stored scales of norms.
+      norm_scale: whether norms have a scale.
+      norm_bias: whether LayerNorms have a bias.
+      norm_place: where a layer normalizes: the input of attention and MLP ("before"), their output before the
+        residual addition ("after"), both ("around"), or the sum after the residual addition ("sum").
+      final_norm: whether the output of the last layer is normalized.
+      embedding_norm: whether inputs, virtual tokens among them, are normalized before the first layer.
+      parallel: whether attention and MLP read the same input, and their outputs are added together.
+      shared_norm: with `parallel`, whether both read the output of one norm.
+      qk_norm: normalizes queries and keys: each head, with one scale [H] for all ("head") or one for each ("heads"),
+        or the whole projection ("whole").
+      qk_norm_after_rope: whether that is after RoPE.
+      value_norm: whether values are normalized, without a scale.
+      value_is_key: whether values are the keys before their norm and RoPE.
+      clip_qkv: queries, keys and values are clipped to [-clip_qkv, clip_qkv].
+      attention_gate: whether the output of attention is multiplied by the sigmoid of a linear map of its input.
+      sinks: whether each head has a learned score in the denominator of the softmax.
+      mlp_bias, qkv_bias, output_bias, logit_bias: whether these linear maps have a bias.
+      rope: rotary embedding; None for none.
+      local_rope: that of layers with a sliding window, if it differs.
+      no_rope_layers: layers without RoPE.
+      positions: how a model without RoPE knows positions: a learned table that is added to the inputs, ALiBi (Press et
+        al. 2022, arXiv 2108.12409), or not at all.
+      alibi_scale: factor of the ALiBi bias.
+      window: the sliding window's width in tokens, for `window_layers`.
+      embedding_width: width of the embedding table, if maps to and from `width` follow; None if it is `width`.
+      embedding_scale: factor of the rows of the embedding table, not of virtual tokens.
+      input_scale: factor of all inputs, virtual tokens among them.
+      residual_scale: factor of the outputs of attention and MLP.
+      layer_scale: whether each layer's output is multiplied by a stored number.
+      score_scale: factor of attention scores; None for H^-0.5.
+      score_cap, logit_cap: soft caps of attention scores and logits.
+      logit_scale: factor of the logits.
+      variants: layers of other kinds.
     """
 
     family: str
@@ -97,43 +87,215 @@ class DecoderConfig:
     head_size: int
     mlp_width: int
     max_positions: int
-    norm: Literal["rms", "layer", "rms_around"] = "rms"
+    norm: Literal["rms", "layer"] = "rms"
     norm_epsilon: float = 1e-5
-    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    norm_offset: float = 0.0
+    norm_scale: bool = True
+    norm_bias: bool = True
+    norm_place: Literal["before", "after", "around", "sum"] = "before"
+    final_norm: bool = True
+    embedding_norm: bool = False
+    parallel: bool = False
+    shared_norm: bool = False
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "silu"
     gated_mlp: bool = True
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    logit_bias: bool = False
+    qk_norm: Literal["none", "head", "heads", "whole"] = "none"
+    qk_norm_after_rope: bool = False
+    value_norm: bool = False
+    value_is_key: bool = False
+    clip_qkv: float | None = None
+    attention_gate: bool = False
+    sinks: bool = False
     tied: bool = False
     rope: RopeConfig | None = None
+    local_rope: RopeConfig | None = None
     no_rope_layers: tuple[int, ...] = ()
+    positions: Literal["learned", "alibi", "none"] = "learned"
+    alibi_scale: float = 1.0
     window: int = 0
     window_layers: tuple[int, ...] = ()
+    embedding_width: int | None = None
     embedding_scale: float | None = None
+    input_scale: float | None = None
+    residual_scale: float | None = None
+    layer_scale: bool = False
     score_scale: float | None = None
     score_cap: float | None = None
     logit_cap: float | None = None
+    logit_scale: float | None = None
+    variants: tuple[Variant, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.head_size < 1:
+            raise ConfigError(f"a width of {self.width} cannot be shared by {self.heads} heads")
+        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "max_positions"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.heads % self.kv_heads:
             raise ConfigError(f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly")
         if self.window_layers and self.window < 1:
             raise ConfigError("layers with a sliding window need window >= 1")
-        if any(not 0 <= layer < self.layers for layer in (*self.window_layers, *self.no_rope_layers)):
+        listed = [*self.window_layers, *self.no_rope_layers, *(i for one in self.variants for i in one.layers)]
+        if any(not 0 <= layer < self.layers for layer in listed):
             raise ConfigError(f"the lists of layers name more than the {self.layers} layers of the model")
-        if self.head_size < 1:
-            raise ConfigError(f"a width of {self.width} cannot be shared by {self.heads} heads")
-        if self.rope and (self.head_size % 2 or (self.rope.kind == "dynamic" and self.head_size < 4)):
-            raise ConfigError(f"heads of size {self.head_size} cannot be rotated (RoPE {self.rope.kind!r})")
-        for name in ("norm_epsilon", "embedding_scale", "score_scale", "score_cap", "logit_cap"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name} is {value}; it must be a finite number above 0")
+        if self.local_rope and not self.rope:
+            raise ConfigError("a RoPE of the layers with a sliding window needs one of the other layers")
+        for rope in (self.rope, self.local_rope):
+            if rope is not None:
+                rope.check(self.head_size)
+        finite = [name for name in _POSITIVE if (value := getattr(self, name)) is not None and not 0 < value < math.inf]
+        if finite:
+            raise ConfigError(f"{finite[0]} is {getattr(self, finite[0])}; it must be a finite number above 0")
+
+    @property
+    def input_width(self) -> int:
+        """The width of an embedding, of a real or a virtual token."""
+        return self.embedding_width or self.width
+
+    @property
+    def learned_positions(self) -> bool:
+        """Whether a table of position embeddings is added to the inputs."""
+        return self.rope is None and self.positions == "learned"
+
+    @property
+    def biased(self) -> bool:
+        """Whether attention scores have an ALiBi bias."""
+        return self.rope is None and self.positions == "alibi"
 
     @property
     def matmul_parameters(self) -> int:
         """Parameters that every token is multiplied with, without the output matrix."""
+        return sum(config.matmul_parameters_of_layer for config in layer_configs(self))
+
+    @property
+    def matmul_parameters_of_layer(self) -> int:
+        """Parameters of one layer that every token is multiplied with, if this is the config of the layer."""
         attention = self.width * self.head_size * (2 * self.heads + 2 * self.kv_heads)
         mlp = self.width * self.mlp_width * (3 if self.gated_mlp else 2)
-        return self.layers * (attention + mlp)
+        return attention + mlp
+
+
+_POSITIVE = ("norm_epsilon", "embedding_scale", "input_scale", "residual_scale", "score_scale", "score_cap",
+             "logit_cap", "logit_scale", "clip_qkv", "alibi_scale")  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def layer_configs(config: DecoderConfig) -> tuple[DecoderConfig, ...]:
+    """Returns the config of each layer, in which no layer is a variant. Layers of one kind share one object."""
+    kinds = layer_kinds(config)
+    return tuple(_of_kind(config, kind) for kind in kinds)
+
+
+def layer_kinds(config: DecoderConfig) -> tuple[tuple[str, ...], ...]:
+    """Returns the names of the variants that each layer is in."""
+    return tuple(tuple(one.name for one in config.variants if i in one.layers) for i in range(config.layers))
+
+
+@functools.lru_cache(maxsize=64)
+def _of_kind(config: DecoderConfig, kind: tuple[str, ...]) -> DecoderConfig:
+    changes: dict[str, object] = {"variants": ()}
+    for variant in config.variants:
+        if variant.name in kind:
+            changes |= variant.changes()
+    return dataclasses.replace(config, **changes)  # pyright: ignore[reportArgumentType]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Layers of one kind whose parameters are stacked along a leading axis.
+
+    Attributes:
+      path: the path of their parameters.
+      layers: indices of the layers, in the order of that axis.
+      config: of one of them.
+      group: name of the group of what they remember.
+      at: place of the stack among those of its group in one period.
+    """
+
+    path: str
+    layers: tuple[int, ...]
+    config: DecoderConfig
+    group: str
+    at: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Period:
+    """A sequence of layers that repeats: one layer of each stack, in this order.
+
+    Attributes:
+      name: of its parameters.
+      stacks: stacks of as many layers as there are repeats.
+    """
+
+    name: str
+    stacks: tuple[Stack, ...]
+
+    @property
+    def repeats(self) -> int:
+        return len(self.stacks[0].layers)
+
+    def groups(self) -> dict[str, int]:
+        """Returns how many stacks each group has."""
+        found: dict[str, int] = {}
+        for stack in self.stacks:
+            found[stack.group] = found.get(stack.group, 0) + 1
+        return found
+
+
+@functools.lru_cache(maxsize=64)
+def periods(config: DecoderConfig) -> tuple[Period, ...]:
+    """Returns the layers as few repeating sequences. Equal layers are one period of one stack, "layers"."""
+    kinds, configs, groups = layer_kinds(config), layer_configs(config), group_names(config)
+    found, start = [], 0
+    while start < config.layers:
+        size, repeats = _longest_repetition(kinds[start:])
+        name = "layers" if not config.variants else f"layers_{start}"
+        stacks: list[Stack] = []
+        for i in range(start, start + size):
+            path = name if size == 1 else f"{name}/{i - start}"
+            at = sum(stack.group == groups[i] for stack in stacks)
+            layers = tuple(range(i, i + size * repeats, size))
+            stacks.append(Stack(path, layers, _of_layers(configs[i], layers), groups[i], at))
+        found.append(Period(name, tuple(stacks)))
+        start += size * repeats
+    return tuple(found)
+
+
+def _of_layers(config: DecoderConfig, layers: tuple[int, ...]) -> DecoderConfig:
+    """Removes what concerns only other layers, and makes the local RoPE of layers that all have a window their RoPE."""
+    windowed = [layer in config.window_layers for layer in layers]
+    if not any(windowed):
+        return dataclasses.replace(config, window=0, window_layers=(), local_rope=None)
+    if all(windowed) and config.local_rope is not None:
+        return dataclasses.replace(config, rope=config.local_rope, local_rope=None)
+    return config
+
+
+def group_names(config: DecoderConfig) -> tuple[str, ...]:
+    """Returns the name of the group of each layer's memory: that of the first variant with such sizes, or "self"."""
+    names = {_memory_sizes(_of_kind(config, ())): "self"}
+    for config_of_layer, kind in zip(layer_configs(config), layer_kinds(config), strict=True):
+        if kind:
+            names.setdefault(_memory_sizes(config_of_layer), kind[0])
+    return tuple(names[_memory_sizes(config_of_layer)] for config_of_layer in layer_configs(config))
+
+
+def _memory_sizes(config: DecoderConfig) -> tuple[int, ...]:
+    return config.kv_heads, config.head_size
+
+
+def _longest_repetition(kinds: tuple[tuple[str, ...], ...]) -> tuple[int, int]:
+    """Returns the length of the first sequence and how often it repeats, such that both cover the most layers."""
+    best = 1, 1
+    for size in range(1, len(kinds) // 2 + 1):
+        repeats = 1
+        while kinds[repeats * size : (repeats + 1) * size] == kinds[:size]:
+            repeats += 1
+        if repeats > 1 and size * repeats > math.prod(best):
+            best = size, repeats
+    return best

@@ -1,190 +1,88 @@
-"""A causal decoder in Flax Linen: GPT-2 and the Llama family, layers stacked [L, ...] and scanned."""
+"""A causal decoder in Flax Linen: embeddings, scanned layers, and the output matrix."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from spt_jax.models.attention import (
-    Cache,
-    GatedPrefix,
-    Prefix,
-    Scoring,
-    Source,
-    Stream,
-    attend,
-    attention_weights,
-    soft_capped,
-    visible,
-    within_window,
-)
-from spt_jax.models.config import DecoderConfig
+from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Stream, soft_capped, visible, within_window
+from spt_jax.models.block import ATTENTION, Block, LayerInputs, SharedInputs, of_row
+from spt_jax.models.config import DecoderConfig, Period, Stack, group_names, layer_configs, periods
 from spt_jax.models.kernels import Kernel
-from spt_jax.models.layers import Linear, Mlp, Norm, rotate, rotation
-from spt_jax.models.layout import SELF
-from spt_jax.models.memory import KeysValues, Memory, from_cache
-from spt_jax.models.ring import ring_attend, splits
+from spt_jax.models.layers import Linear, Norm
+from spt_jax.models.layout import Group, Layout
+from spt_jax.models.memory import KeysValues, Memory, keys_values
+from spt_jax.models.ring import splits
+from spt_jax.models.rope import rotation
 from spt_jax.runtime.sharding import ROWS, constrain, row_shards
 
+# What the backward pass recomputes: nothing; everything except the results of linear maps; each layer completely.
+Remat = Literal["none", "dots", "full"]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LayerInputs:
-    """Inputs that differ between layers, scanned along L. A field that no layer needs is None.
+class Remembered:
+    """What layers are given of earlier tokens, by group, with the layers of the group as the leading axis.
 
     Attributes:
-      last: True for the last layer if only its keys and values are needed.
-      rotates: whether the layer uses RoPE.
-      windowed: whether the layer uses the sliding window.
       prefix: keys and values of the prefix.
       cache: keys and values of the cache.
-      gated: keys and values of the gated prefix, and the gate, which is 0 for layers without one.
+      gated: keys and values of the gated prefix, and gates, which are 0 for layers without one.
     """
 
-    last: Bool[Array, " L"] | None
-    rotates: Bool[Array, " L"] | None
-    windowed: Bool[Array, " L"] | None
-    prefix: KeysValues | None
-    cache: KeysValues | None
-    gated: tuple[KeysValues, Float[Array, "*L"]] | None
+    prefix: Memory | None
+    cache: Memory | None
+    gated: dict[str, tuple[KeysValues, Float[Array, "L ..."]]] | None
+
+    def of_layer(self, stack: Stack) -> dict[str, Any]:
+        """Returns the fields of `LayerInputs` for the layer of a stack, if the axis is that of its group's stacks."""
+        fields = {"prefix": self.prefix, "cache": self.cache, "gated": self.gated}
+        return {
+            name: None if field is None else jax.tree.map(lambda a: a[stack.at], field[stack.group])
+            for name, field in fields.items()
+        }
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SharedInputs:
-    """Inputs that all layers share.
+class PeriodOfLayers(nn.Module):
+    """The layers of one period in order: the body of the scan over its repeats."""
 
-    Attributes:
-      cos_sin: cosines and sines of RoPE; None for families without RoPE.
-      stream: positions and segments of the tokens.
-      prefix_positions: positions of the prefix, [P], or [B, P] if each row has its own prompt.
-      masks: attention masks of the sources in the order prefix, cache, row; None if rows are split over devices.
-      window_masks: the same with the sliding window, if any layer has one.
-    """
-
-    cos_sin: tuple[Array, Array] | None
-    stream: Stream
-    prefix_positions: Int[Array, "*B P"] | None
-    masks: tuple[Array, ...] | None
-    window_masks: tuple[Array, ...] | None
-
-
-def of_row(prompt_index: Int[Array, " B"] | None, tree: Any) -> Any:
-    """Selects the prompt of each row, [S, ...] to [B, ...]. Without `prompt_index`, returns the tree as it is."""
-    return tree if prompt_index is None else jax.tree.map(lambda a: jnp.take(a, prompt_index, axis=0), tree)
-
-
-def _choose(flag: Bool[Array, ""] | None, yes: Any, no: Any) -> Any:
-    """Returns `yes` if the flag of this layer is set or there are no flags, else `no`."""
-    return yes if flag is None else jax.tree.map(lambda a, b: jnp.where(flag, a, b), yes, no)
-
-
-def _unless_last(module: nn.Module, layer: LayerInputs, function: Any, x: Array) -> Array:
-    """Returns `function(module, x)`, of the shape of x; if `layer.last` is set, skips it and returns x."""
-    return function(module, x) if layer.last is None else nn.cond(layer.last, lambda _, x: x, function, module, x)
-
-
-# Variable collection for attention weights; they are stored only if the caller makes it mutable.
-ATTENTION = "attention_weights"
-
-
-class Attention(nn.Module):
-    """Self-attention of one layer over prefix, cache and row. Also returns the keys and values of the row."""
-
-    config: DecoderConfig
+    period: Period
     mesh: Mesh | None
     kernel: Kernel
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], layer: LayerInputs, shared: SharedInputs) -> tuple[Array, KeysValues]:
-        config = self.config
-        batch, length, _ = x.shape
-        scoring = Scoring(config.score_scale or config.head_size**-0.5, config.score_cap)
-
-        def heads(x: Array, name: str, count: int) -> Array:
-            y = Linear(count * config.head_size, config.qkv_bias, name=name)(x)
-            return y.reshape(batch, length, count, config.head_size)
-
-        def placed(x: Array, name: str, count: int) -> Array:
-            y = heads(x, name, count)
-            y = Norm(config, name=f"{name}_norm")(y) if config.qk_norm else y
-            return y if shared.cos_sin is None else _choose(layer.rotates, rotate(y, shared.cos_sin), y)
-
-        own = KeysValues(placed(x, "key", config.kv_heads), heads(x, "value", config.kv_heads))
-
-        def attended(module: nn.Module, x: Array) -> Array:
-            queries = placed(x, "query", config.heads)
-            prefix, gated = of_row(shared.stream.prompt_index, (layer.prefix, layer.gated))
-            prefix, cache = jax.tree.map(lambda a: a.astype(x.dtype), (prefix, layer.cache))
-            if shared.masks is None:
-                assert self.mesh is not None
-                window = config.window if config.window_layers else 0
-                places = shared.stream, prefix, shared.prefix_positions
-                options = {"window": window, "windowed": layer.windowed, "scoring": scoring}
-                out = ring_attend(self.mesh, queries, own, *places, **options)
-            else:
-                masks = shared.masks
-                if cache is not None:
-                    slots = masks[-2].shape[-1]  # The last mask is that of the row itself.
-                    cache = from_cache(cache, slots)
-                if shared.window_masks is not None:
-                    masks = _choose(layer.windowed, shared.window_masks, masks)
-                pairs = [pair for pair in (prefix, cache, own) if pair is not None]
-                sources = [Source(pair.keys, pair.values, mask) for pair, mask in zip(pairs, masks, strict=True)]
-                # A decoding step has few scores, so a fused kernel has no benefit.
-                kernel = self.kernel if length > 1 else "xla"
-                out = attend(queries, sources, scoring, kernel=kernel, mesh=self.mesh)
-                if self.is_mutable_collection(ATTENTION):
-                    self.sow(ATTENTION, "weights", attention_weights(queries, sources, scoring))
-            if gated is not None:
-                out = out + _gated_attention(queries, *gated)
-            out = out.reshape(batch, length, config.heads * config.head_size)
-            return Linear(config.width, config.output_bias, name="output")(out)
-
-        return _unless_last(self, layer, attended, x), own
-
-
-def _gated_attention(
-    queries: Float[Array, "B T N H"], gated: KeysValues, gates: Float[Array, "*B"]
-) -> Float[Array, "B T N H"]:
-    """Returns the term that the gated prefix of one layer adds to its attention output."""
-    shape = (*queries.shape[:2], gated.keys.shape[-3])
-    source = Source(gated.keys.astype(queries.dtype), gated.values.astype(queries.dtype), jnp.ones(shape, bool))
-    return gates.reshape(-1, 1, 1, 1).astype(queries.dtype) * attend(queries, [source])
-
-
-class Block(nn.Module):
-    """Pre-norm attention and MLP with residual connections: the body of the scan over layers."""
-
-    config: DecoderConfig
-    mesh: Mesh | None
-    kernel: Kernel
+    remat: Remat
     return_memory: bool
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], layer: LayerInputs, shared: SharedInputs
-    ) -> tuple[Array, KeysValues | None]:
-        x = constrain(self.mesh, x, ROWS, "sequence")
-        attended, keys_values = Attention(self.config, self.mesh, self.kernel, name="attention")(
-            Norm(self.config, name="attention_norm")(x), layer, shared
-        )
-        x = x + self.output_norm("attention", attended)
+        self,
+        x: Float[Array, "B T D"],
+        inputs: tuple[LayerInputs, ...],
+        remembered: Remembered,
+        shared: tuple[SharedInputs, ...],
+    ) -> tuple[Float[Array, "B T D"], Memory | None]:
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+        kind: Any = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=policy)
+        own: dict[str, list[KeysValues]] = {}
+        for i, stack in enumerate(self.period.stacks):
+            block = kind(stack.config, self.mesh, self.kernel, name=str(i))
+            if len(self.period.stacks) == 1:
+                nn.share_scope(self, block)
+            layer = dataclasses.replace(inputs[i], **remembered.of_layer(stack))
+            x, remembered_here = block(x, layer, shared[i])
+            own.setdefault(stack.group, []).append(remembered_here)
+        return x, {name: _stack(parts) for name, parts in own.items()} if self.return_memory else None
 
-        def mlp(module: nn.Module, x: Array) -> Array:
-            return self.output_norm("mlp", Mlp(self.config, name="mlp")(Norm(self.config, name="mlp_norm")(x)))
 
-        x = x + _unless_last(self, layer, mlp, x)
-        return x, keys_values if self.return_memory else None
-
-    def output_norm(self, part: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Normalizes the output of attention or MLP before the residual addition, in families that do."""
-        return Norm(self.config, name=f"{part}_out_norm")(x) if self.config.norm == "rms_around" else x
+def _stack(parts: list[KeysValues]) -> KeysValues:
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts)
 
 
 def _take_by_chunks(mesh: Mesh | None, table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -203,10 +101,6 @@ def _take_by_chunks(mesh: Mesh | None, table: Float[Array, "V D"], ids: Int[Arra
     return constrain(mesh, jnp.moveaxis(taken, 0, 2).reshape(batch, length, width), ROWS, "sequence")
 
 
-# What the backward pass recomputes: nothing; everything except the results of linear maps; each layer completely.
-Remat = Literal["none", "dots", "full"]
-
-
 class Decoder(nn.Module):
     """Embeddings, scanned layers, final norm and output matrix of a causal language model.
 
@@ -222,12 +116,20 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         config = self.config
         init = nn.initializers.normal(0.02)
-        self.embedding = self.param("embedding", init, (config.vocab_size, config.width))
-        if config.rope is None:
+        self.embedding = self.param("embedding", init, (config.vocab_size, config.input_width))
+        if config.learned_positions:
             self.position_embedding = self.param("positions", init, (config.max_positions, config.width))
         if not config.tied:
-            self.output = self.param("output", init, (config.width, config.vocab_size))
-        self.final_norm = Norm(config)
+            self.output = self.param("output", init, (config.input_width, config.vocab_size))
+        if config.logit_bias:
+            self.logit_bias = self.param("logit_bias", nn.initializers.zeros, (config.vocab_size,))
+        if config.embedding_width is not None:
+            self.input_map = Linear(config.width)
+            self.output_map = Linear(config.embedding_width)
+        if config.embedding_norm:
+            self.embedding_norm = Norm(config)
+        if config.final_norm:
+            self.final_norm = Norm(config)
 
     def embed(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         """Returns rows of the embedding table, scaled in families that do; ids must be in [0, V)."""
@@ -239,10 +141,13 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Returns next-token logits in float32 for hidden states returned by `__call__`."""
+        config = self.config
         with jax.named_scope("logits"):
-            kernel = self.embedding.T if self.config.tied else self.output
+            kernel = self.embedding.T if config.tied else self.output
             logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
-            return soft_capped(logits, self.config.logit_cap)
+            logits = logits if config.logit_scale is None else logits * config.logit_scale
+            logits = logits + self.logit_bias.astype(jnp.float32) if config.logit_bias else logits
+            return soft_capped(logits, config.logit_cap)
 
     @nn.compact
     def __call__(
@@ -258,76 +163,169 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "B T D"] | None, Memory | None]:
         """Runs the layers; arguments and results are those of `Model.run`."""
         config = self.config
+        remembered = _remembered(config, rows, prefix, cache, gated)
+        ring = cache is None and splits(self.mesh, rows)
+        x, own = self.enter(x, rows), []
+        for period in periods(config):
+            inputs = tuple(_layer_inputs(config, stack, return_hidden) for stack in period.stacks)
+            shared = tuple(_shared_inputs(stack, rows, prefix, cache, ring=ring) for stack in period.stacks)
+            in_axes: Any = (0, 0, nn.broadcast)
+            scan = nn.scan(
+                PeriodOfLayers,
+                variable_axes={"params": 0, ATTENTION: 0},
+                split_rngs={"params": True},
+                in_axes=in_axes,
+                length=period.repeats,
+            )
+            module = scan(period, self.mesh, self.attention, self.remat, return_memory, name=period.name)
+            x, found = module(x, inputs, _of_period(remembered, config, period), shared)
+            own.append(found)
+        return self.leave(x) if return_hidden else None, _joined(own) if return_memory else None
 
-        def layers_first(tree: Any) -> Any:
-            return tree if rows.prompt_index is None else jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), tree)
-
-        if config.rope is None:
+    def enter(self, x: Float[Array, "B T D"], rows: Stream) -> Float[Array, "B T D"]:
+        """Returns the input of the first layer for embeddings of real or virtual tokens."""
+        config = self.config
+        if config.embedding_width is not None:
+            x = self.input_map(x)
+        if config.input_scale is not None:
+            x = x * jnp.asarray(config.input_scale, x.dtype)
+        if config.learned_positions:
             x = x + jnp.take(self.position_embedding, rows.positions, axis=0, mode="clip").astype(x.dtype)
-        layers = LayerInputs(
-            last=None if return_hidden else jnp.arange(config.layers) == config.layers - 1,
-            rotates=_flags(config, config.no_rope_layers, invert=True),
-            windowed=_flags(config, config.window_layers),
-            prefix=None if prefix is None else layers_first(_keys_values(prefix.memory)),
-            cache=None if cache is None else _keys_values(cache.memory),
-            gated=None
-            if gated is None
-            else _for_all_layers(layers_first((_keys_values(gated.memory), gated.gates)), config.layers),
-        )
-        shared = _shared_inputs(config, rows, prefix, cache, ring=cache is None and splits(self.mesh, rows))
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
-        block: Any = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=policy)
-        in_axes: Any = (0, nn.broadcast)
-        scan = nn.scan(
-            block,
-            variable_axes={"params": 0, ATTENTION: 0},
-            split_rngs={"params": True},
-            in_axes=in_axes,
-            length=config.layers,
-        )
-        x, own = scan(config, self.mesh, self.attention, return_memory, name="layers")(x, layers, shared)
-        return self.final_norm(x) if return_hidden else None, {SELF: own} if return_memory else None
+        return self.embedding_norm(x) if config.embedding_norm else x
+
+    def leave(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns hidden states for `logits`."""
+        x = self.final_norm(x) if self.config.final_norm else x
+        return x if self.config.embedding_width is None else self.output_map(x)
 
 
-def _keys_values(memory: Memory) -> KeysValues:
-    """Returns the keys and values of the only group."""
-    own = memory[SELF]
-    assert isinstance(own, KeysValues)
-    return own
+def _remembered(
+    config: DecoderConfig, rows: Stream, prefix: Prefix | None, cache: Cache | None, gated: GatedPrefix | None
+) -> Remembered:
+    def layers_first(tree: Any) -> Any:
+        return tree if rows.prompt_index is None else jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), tree)
 
-
-def _flags(config: DecoderConfig, layers: tuple[int, ...], invert: bool = False) -> Bool[Array, " L"] | None:
-    if not layers:
-        return None
-    chosen = [i in layers for i in range(config.layers)]
-    return jnp.asarray([not c for c in chosen] if invert else chosen)
+    return Remembered(
+        prefix=None if prefix is None else layers_first(prefix.memory),
+        cache=None if cache is None else cache.memory,
+        gated=None if gated is None else _for_all_layers(config, layers_first((gated.memory, gated.gates))),
+    )
 
 
 def _for_all_layers(
-    gated: tuple[KeysValues, Float[Array, "G ..."]], layers: int
-) -> tuple[KeysValues, Float[Array, "L ..."]]:
-    """Pads the keys, values and gates of the last G layers to all layers, with gates of 0."""
-    missing = layers - gated[1].shape[0]
-    return jax.tree.map(lambda a: jnp.pad(a, [(missing, 0)] + [(0, 0)] * (a.ndim - 1)), gated)
+    config: DecoderConfig, gated: tuple[Memory, Float[Array, "G ..."]]
+) -> dict[str, tuple[KeysValues, Float[Array, "L ..."]]]:
+    """Pads the keys, values and gates of the last G layers with attention to all layers, with gates of 0."""
+    memory, gates = gated
+
+    def padded(array: Array, count: int) -> Array:
+        return jnp.pad(array, [(count - array.shape[0], 0)] + [(0, 0)] * (array.ndim - 1))
+
+    def of_group(name: str, group: Group) -> tuple[KeysValues, Array]:
+        places = [layout.attention_layers.index(layer) for layer in group.layers]
+        own = memory.get(name) or KeysValues(*(jnp.zeros((0, *lead, group.kv_heads, n)) for n in _sizes(group)))
+        pairs = jax.tree.map(lambda array: padded(array, len(places)), own)
+        return pairs, all_gates if len(places) == len(all_gates) else all_gates[np.asarray(places)]
+
+    layout = decoder_layout(config)
+    all_gates = padded(gates, len(layout.attention_layers))
+    lead = next(iter(keys_values(memory))).keys.shape[1:-2]
+    return {name: of_group(name, group) for name, group in layout.attention_groups.items()}
 
 
-def _shared_inputs(
-    config: DecoderConfig, rows: Stream, prefix: Prefix | None, cache: Cache | None, ring: bool
-) -> SharedInputs:
+def _sizes(group: Group) -> tuple[int, int]:
+    return group.key_size, group.value_size
+
+
+def _of_period(remembered: Remembered, config: DecoderConfig, period: Period) -> Remembered:
+    """Returns the part of the layers of a period, by repeat and stack."""
+    names = group_names(config)
+    first = period.stacks[0].layers[0]
+
+    def of_group(name: str, tree: Any) -> Any:
+        before, stacks = names[:first].count(name), period.groups()[name]
+        count = stacks * period.repeats
+
+        def by_repeat(array: Array) -> Array:
+            part = array if array.shape[0] == count else array[before : before + count]
+            return part.reshape(period.repeats, stacks, *array.shape[1:])
+
+        return jax.tree.map(by_repeat, tree)
+
+    def of_field(field: Any) -> Any:
+        return None if field is None else {name: of_group(name, field[name]) for name in period.groups()}
+
+    return Remembered(of_field(remembered.prefix), of_field(remembered.cache), of_field(remembered.gated))
+
+
+def _joined(parts: list[Memory]) -> Memory:
+    """Returns what the layers of all periods remember, with the layers of each group as the leading axis."""
+
+    def flat(array: Array) -> Array:
+        return array.reshape(-1, *array.shape[2:])
+
+    found: dict[str, list[Any]] = {}
+    for part in parts:
+        for name, own in part.items():
+            found.setdefault(name, []).append(jax.tree.map(flat, own))
+    return {
+        name: own[0] if len(own) == 1 else jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *own)
+        for name, own in found.items()
+    }
+
+
+def _layer_inputs(config: DecoderConfig, stack: Stack, return_hidden: bool) -> LayerInputs:
+    return LayerInputs(
+        last=None if return_hidden else _flags((config.layers - 1,), stack),
+        rotates=_flags(config.no_rope_layers, stack, invert=True),
+        windowed=None if _all_windowed(stack) else _flags(stack.config.window_layers, stack),
+    )
+
+
+def _flags(layers: tuple[int, ...], stack: Stack, invert: bool = False) -> Bool[Array, " L"] | None:
+    """Returns which layers of a stack are listed; None if none is."""
+    chosen = [i in layers for i in stack.layers]
+    return jnp.asarray([c != invert for c in chosen]) if any(chosen) else None
+
+
+def _all_windowed(stack: Stack) -> bool:
+    return set(stack.layers) <= set(stack.config.window_layers)
+
+
+def _shared_inputs(stack: Stack, rows: Stream, prefix: Prefix | None, cache: Cache | None, ring: bool) -> SharedInputs:
     """Returns the inputs that layers share. With ring attention there are no masks, as each device computes its own."""
-    cos_sin = rotation(config, rows.positions)
+    config = stack.config
+    cos_sin, local = (
+        None if rope is None else rotation(rope, config.head_size, rows.positions)
+        for rope in (config.rope, config.local_rope)
+    )
     prefix_positions = None if prefix is None else of_row(rows.prompt_index, prefix.positions)
     if ring:
-        return SharedInputs(cos_sin, rows, prefix_positions, None, None)
+        return SharedInputs(cos_sin, local, rows, prefix_positions, (), None, None)
     sources: list[tuple[Array, Array | None]] = [(rows.positions, rows.segments)]
     if cache is not None:
         sources.insert(0, (cache.positions, cache.segments))
     if prefix_positions is not None:
         shape = (rows.positions.shape[0], prefix_positions.shape[-1])
         sources.insert(0, (jnp.broadcast_to(prefix_positions, shape), None))
+    key_positions = tuple(positions for positions, _ in sources) if config.biased else ()
     masks = tuple(visible(rows, positions, segments) for positions, segments in sources)
     if not config.window_layers:
-        return SharedInputs(cos_sin, rows, prefix_positions, masks, None)
+        return SharedInputs(cos_sin, local, rows, prefix_positions, key_positions, masks, None)
     windows = [within_window(rows, positions, config.window) for positions, _ in sources]
     window_masks = tuple(mask & window for mask, window in zip(masks, windows, strict=True))
-    return SharedInputs(cos_sin, rows, prefix_positions, masks, window_masks)
+    if _all_windowed(stack):
+        return SharedInputs(cos_sin, local, rows, prefix_positions, key_positions, window_masks, None)
+    return SharedInputs(cos_sin, local, rows, prefix_positions, key_positions, masks, window_masks)
+
+
+@functools.lru_cache(maxsize=64)
+def decoder_layout(config: DecoderConfig) -> Layout:
+    """Returns the layout of a decoder."""
+    names = group_names(config)
+    groups = {}
+    for name in dict.fromkeys(names):
+        layers = tuple(i for i in range(config.layers) if names[i] == name)
+        sizes = layer_configs(config)[layers[0]]
+        groups[name] = Group(layers, sizes.kv_heads, sizes.head_size, sizes.head_size)
+    return Layout(config.vocab_size, config.input_width, config.max_positions, groups)

@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Stream, soft_capped
-from spt_jax.models.config import DecoderConfig
-from spt_jax.models.decoder import ATTENTION, Decoder
-from spt_jax.models.layers import Norm, dense
-from spt_jax.models.layout import SELF, Group, Layout
+from spt_jax.models.block import ATTENTION, Attention
+from spt_jax.models.config import DecoderConfig, layer_configs, periods
+from spt_jax.models.decoder import Decoder, decoder_layout
+from spt_jax.models.layout import Layout, only_layers
 from spt_jax.models.memory import KeysValues, Memory
 from spt_jax.models.model import Params, TargetScores
 from spt_jax.models.vocabulary import log_sum_exp
@@ -76,43 +76,54 @@ class DecoderModel:
         self, x: Float[Array, "B T D"], stream: Stream, prefix: Prefix | None
     ) -> Float[Array, "L B T S"]:
         _, kept = self._apply(x, stream, prefix, mutable=[ATTENTION])
-        return kept[ATTENTION]["layers"]["attention"]["weights"][0]
+        places = self._places()
+        return jnp.stack([_at(kept[ATTENTION], *places[i])["weights"][0] for i in self.layout.attention_layers])
 
     def embedding_table(self) -> Float[np.ndarray, "V D"]:
         return to_host(self.params["embedding"]).astype(np.float32) * (self.config.embedding_scale or 1.0)
 
     def gated_memory(self, rows: Float[Array, "G P D"]) -> Memory:
-        config = self.config
-        last = jax.tree.map(lambda a: a[-rows.shape[0] :].astype(jnp.float32), self.params["layers"]["attention"])
+        layout, places, configs = self.layout, self._places(), layer_configs(self.config)
 
-        def project(layer: Mapping[str, Any]) -> Float[Array, "G P K H"]:
-            y = jnp.einsum("gpd,gdf->gpf", rows, dense(layer["kernel"]))
-            if "bias" in layer:
-                y = y + layer["bias"][:, None]
-            return y.reshape(*y.shape[:2], config.kv_heads, config.head_size)
+        def of_layer(i: int, x: Float[Array, "P D"]) -> KeysValues:
+            params = jax.tree.map(lambda a: a.astype(jnp.float32), _at(self.params, *places[i]))
+            module: Any = Attention(configs[i], None, "xla")
+            return module.apply({"params": params}, x[None], method=Attention.remembered)
 
-        keys = project(last["key"])
-        if config.qk_norm:
-            normed: Any = jax.vmap(lambda scale, k: Norm(config).apply({"params": scale}, k))
-            keys = normed(last["key_norm"], keys)
-        return {SELF: KeysValues(keys, project(last["value"]))}
+        layers = layout.attention_layers[-rows.shape[0] :]
+        by_layer = {i: jax.tree.map(lambda a: a[0], of_layer(i, x)) for i, x in zip(layers, rows, strict=True)}
+        return {
+            name: jax.tree.map(lambda *arrays: jnp.stack(arrays), *(by_layer[i] for i in group.layers))
+            for name, group in only_layers(layout.attention_groups, layers).items()
+        }
+
+    def _places(self) -> dict[int, tuple[str, int]]:
+        """Returns the path of the attention of each layer, and the layer's index along the leading axis."""
+        stacks = [stack for period in periods(self.config) for stack in period.stacks]
+        return {layer: (f"{stack.path}/attention", at) for stack in stacks for at, layer in enumerate(stack.layers)}
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         return self._apply(hidden, method=Decoder.logits)
 
     @jax.named_scope("logits")
     def scores(self, states: Float[Array, "B Q D"], at: Int[Array, "B M"], ids: Int[Array, "B M K"]) -> TargetScores:
+        config = self.config
+        if config.logit_scale is not None:
+            states = states * jnp.asarray(config.logit_scale, states.dtype)
         matrix = jax.lax.stop_gradient(self.output_matrix).astype(states.dtype)
+        bias = jax.lax.stop_gradient(self.params["logit_bias"].astype(jnp.float32)) if config.logit_bias else None
         targets = jax.lax.stop_gradient(self._output_rows(ids)).astype(states.dtype)
         at_targets = functools.partial(jnp.take_along_axis, indices=at, axis=1)
-        cap = self.config.logit_cap
-        log_sums = at_targets(log_sum_exp(states, matrix, cap))
+        cap = config.logit_cap
+        log_sums = at_targets(log_sum_exp(states, matrix, cap, bias))
         states_at_targets = jnp.take_along_axis(states, at[:, :, None], axis=1)
         chosen = jnp.einsum("bmd,bmkd->bmk", states_at_targets, targets, preferred_element_type=jnp.float32)
+        chosen = chosen if bias is None else chosen + jnp.take(bias, ids)
         log_probabilities = soft_capped(chosen, cap) - log_sums[:, :, None]
         if cap is not None:
             return TargetScores(log_probabilities, None)
         means = at_targets(jnp.dot(states, matrix.mean(axis=0), preferred_element_type=jnp.float32))
+        means = means if bias is None else means + bias.mean()
         return TargetScores(log_probabilities, means - log_sums)
 
     @property
@@ -135,9 +146,8 @@ class DecoderModel:
         return self.module.apply({"params": self.params}, *args, **kwargs)
 
 
-@functools.lru_cache(maxsize=64)
-def decoder_layout(config: DecoderConfig) -> Layout:
-    """Returns the layout of a decoder: all layers have keys and values of the same shape."""
-    layers = tuple(range(config.layers))
-    groups = {SELF: Group(layers, config.kv_heads, config.head_size, config.head_size)}
-    return Layout(config.vocab_size, config.width, config.max_positions, groups)
+def _at(tree: Mapping[str, Any], path: str, index: int) -> Any:
+    """Returns what a nested mapping holds at a path, at an index of the leading axis of its arrays."""
+    for key in path.split("/"):
+        tree = tree[key]
+    return jax.tree.map(lambda a: a[index], tree)

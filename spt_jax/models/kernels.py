@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from spt_jax.errors import ConfigError
-from spt_jax.models.config import DecoderConfig
+from spt_jax.models.config import DecoderConfig, layer_configs
 from spt_jax.runtime import measure
 from spt_jax.runtime.sharding import ROWS, fitting
 
@@ -37,6 +37,10 @@ def unsupported_reason(kernel: Kernel, config: DecoderConfig, dtype: Any, mesh: 
     if kernel == "xla":
         return None
     device = mesh.devices.flat[0]
+    if config.sinks or config.biased:
+        return f"{kernel} attention takes neither ALiBi nor sinks, which this base has"
+    if any(one.head_size != config.head_size for one in layer_configs(config)):
+        return f"{kernel} attention needs heads of one size, and layers of this base differ"
     if FUSED.get(device.platform) != kernel:
         needed = {"cudnn": "NVIDIA GPUs", "splash": "TPUs"}[kernel]
         return f"{kernel} attention runs on {needed}, not on a {device.platform}"

@@ -1,11 +1,11 @@
-"""Layers of a decoder: linear layers, norms, rotary embedding, MLP."""
+"""Layers of a decoder: linear layers, norms, MLP."""
 
 import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.quantized import KernelArray
@@ -14,6 +14,8 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
 
@@ -46,24 +48,34 @@ class Linear(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm over the last axis, computed in float32."""
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm over the last axis, computed in float32.
+
+    Attributes:
+      config: the kind of norm.
+      scale_shape: shape of the scale, which is broadcast against x from the right; default the last axis.
+      use_scale: whether there is a scale, if the config's norms have one.
+      use_bias: whether a LayerNorm has a bias, if the config's have one.
+    """
 
     config: DecoderConfig
+    scale_shape: tuple[int, ...] | None = None
+    use_scale: bool = True
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        shape = (x.shape[-1],)
-        leading = (1,) * (x.ndim - 1)
-        scale = self.param("scale", nn.initializers.ones, shape)
+        config, shape = self.config, self.scale_shape or (x.shape[-1],)
+        leading = (1,) * (x.ndim - len(shape))
         y = x.astype(jnp.float32)
-        if self.config.norm == "layer":
+        if config.norm == "layer":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.config.norm_epsilon)
-        scale = scale.astype(jnp.float32) + (1.0 if self.config.norm == "rms_around" else 0.0)
-        y = y * scale.reshape(*leading, -1)
-        if self.config.norm == "layer":
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.norm_epsilon)
+        if self.use_scale and config.norm_scale:
+            scale = self.param("scale", nn.initializers.ones, shape)
+            y = y * (scale.astype(jnp.float32) + config.norm_offset).reshape(*leading, *shape)
+        if config.norm == "layer" and self.use_bias and config.norm_bias:
             bias = self.param("bias", nn.initializers.zeros, shape)
-            y = y + bias.astype(jnp.float32).reshape(*leading, -1)
+            y = y + bias.astype(jnp.float32).reshape(*leading, *shape)
         return y.astype(x.dtype)
 
 
@@ -83,20 +95,3 @@ class Mlp(nn.Module):
         else:
             hidden = activation(up)
         return Linear(config.width, config.mlp_bias, name="down")(hidden)
-
-
-def rotation(config: DecoderConfig, positions: Int[Array, "B T"]) -> tuple[Array, Array] | None:
-    """Returns cosines and sines of the RoPE angles, float32 [B, T, H / 2]; None for families without RoPE."""
-    if config.rope is None:
-        return None
-    frequencies = jnp.asarray(config.rope.inverse_frequencies(config.head_size))
-    angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None]
-    return jnp.cos(angles) * config.rope.attention_factor, jnp.sin(angles) * config.rope.attention_factor
-
-
-def rotate(x: Float[Array, "B T N H"], cos_sin: tuple[Array, Array]) -> Float[Array, "B T N H"]:
-    """Rotates the pairs (x[i], x[i + H/2]) by their angles, in float32 (the layout of Hugging Face checkpoints)."""
-    cos, sin = (part[:, :, None] for part in cos_sin)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)

@@ -17,9 +17,12 @@ CHUNK_ROWS = 512
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def log_sum_exp(
-    states: Float[Array, "B Q D"], matrix: Float[Array, "V D"], cap: float | None = None
+    states: Float[Array, "B Q D"],
+    matrix: Float[Array, "V D"],
+    cap: float | None = None,
+    bias: Float[Array, " V"] | None = None,
 ) -> Float[Array, "B Q"]:
-    """Returns log(sum_v exp(states . matrix[v])), float32, with a gradient only for the states.
+    """Returns log(sum_v exp(states . matrix[v] + bias[v])), float32, with a gradient only for the states.
 
     The gradient is the mean of the rows of the matrix under the softmax, each row times the slope of its soft cap. When
     differentiated, the forward pass stores that mean, [B, Q, D]. So neither pass holds more than one chunk of the
@@ -29,28 +32,30 @@ def log_sum_exp(
       states: hidden states.
       matrix: the output matrix, with a row per token of the vocabulary.
       cap: soft cap of the logits, as for `soft_capped`.
+      bias: bias of the logits; None for none.
     """
-    return _by_chunks(lambda chunk: _log_sums(chunk, matrix, cap)[0], states, matrix.shape[0])
+    return _by_chunks(lambda chunk: _log_sums(chunk, matrix, cap, bias)[0], states, matrix.shape[0])
 
 
-def _forward(states: Array, matrix: Array, cap: float | None) -> tuple[Array, Array]:
+def _forward(states: Array, matrix: Array, cap: float | None, bias: Array | None) -> tuple[Array, Array]:
     def sums_and_means(chunk: Array) -> tuple[Array, Array]:
-        log_sums, logits = _log_sums(chunk, matrix, cap)
+        log_sums, logits = _log_sums(chunk, matrix, cap, bias)
         weights = (jnp.exp(logits - log_sums[..., None]) * soft_cap_slope(logits, cap)).astype(matrix.dtype)
         return log_sums, jnp.dot(weights, matrix, preferred_element_type=jnp.float32).astype(chunk.dtype)
 
     return _by_chunks(sums_and_means, states, matrix.shape[0])
 
 
-def _backward(cap: float | None, means: Array, cotangent: Array) -> tuple[Array, None]:
-    return (cotangent[..., None] * means).astype(means.dtype), None
+def _backward(cap: float | None, means: Array, cotangent: Array) -> tuple[Array, None, None]:
+    return (cotangent[..., None] * means).astype(means.dtype), None, None
 
 
 log_sum_exp.defvjp(_forward, _backward)
 
 
-def _log_sums(states: Array, matrix: Array, cap: float | None) -> tuple[Array, Array]:
-    logits = soft_capped(jnp.dot(states, matrix.T, preferred_element_type=jnp.float32), cap)
+def _log_sums(states: Array, matrix: Array, cap: float | None, bias: Array | None) -> tuple[Array, Array]:
+    logits = jnp.dot(states, matrix.T, preferred_element_type=jnp.float32)
+    logits = soft_capped(logits if bias is None else logits + bias, cap)
     return jax.nn.logsumexp(logits, axis=-1), logits
 
 

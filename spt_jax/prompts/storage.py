@@ -23,11 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from spt_jax.bases.base import FINGERPRINT_VERSION, Fingerprint, FrozenBase
+from spt_jax.bases.base import FrozenBase
+from spt_jax.bases.fingerprint import FINGERPRINT_VERSION, Fingerprint
 from spt_jax.data.templates import Template
 from spt_jax.errors import CheckpointError, ConfigError, did_you_mean
 from spt_jax.models.config import DecoderConfig
-from spt_jax.models.decoder_model import decoder_layout
+from spt_jax.models.decoder import decoder_layout
 from spt_jax.models.layout import SELF, Layout
 from spt_jax.prompts.initializers import Initializer
 from spt_jax.prompts.method import Method
@@ -78,7 +79,7 @@ class SavedPrompt:
     @property
     def layout(self) -> Layout:
         """The layout of that base."""
-        return _saved_layout(self.fingerprint.config, "base.fingerprint.config")
+        return _saved_layout(self.fingerprint, "base.fingerprint.config")
 
 
 def save_prompt(
@@ -230,7 +231,8 @@ def _with_arrays(directory: Path, info: dict[str, Any], method: Method, template
     """Reads the arrays, after a check of their header against the shapes that the method and base sizes imply."""
     path = directory / PARAMS_FILE
     found = tensor_headers(path)
-    layout = _saved_layout(info["base"]["fingerprint"]["config"], f"{directory / INFO_FILE}: base.fingerprint.config")
+    fingerprint = Fingerprint(**info["base"]["fingerprint"])
+    layout = _saved_layout(fingerprint, f"{directory / INFO_FILE}: base.fingerprint.config")
     _check_tensors(directory, found, method, template, layout)
     try:
         with path.open("rb") as file:
@@ -293,8 +295,8 @@ def _read_info(directory: Path) -> dict[str, Any]:
     fingerprint = info["base"]["fingerprint"]
     # Version 0.1 of the library wrote the fingerprint without a version.
     known = {"config": dict, "weights": str, "tokenizer": str, "version": int}
-    _check_keys({"version": FINGERPRINT_VERSION, **fingerprint}, known, f"{path}: base.fingerprint")
-    if fingerprint.get("version", FINGERPRINT_VERSION) != FINGERPRINT_VERSION:
+    _check_keys({"version": 1, **fingerprint}, known, f"{path}: base.fingerprint")
+    if not 1 <= fingerprint.get("version", 1) <= FINGERPRINT_VERSION:
         raise CheckpointError(
             f"{path}: base.fingerprint.version is {fingerprint['version']}; this library knows {FINGERPRINT_VERSION}:"
             " a newer spt_jax wrote it"
@@ -309,9 +311,11 @@ def _read_info(directory: Path) -> dict[str, Any]:
     return info
 
 
-def _saved_layout(config: Mapping[str, Any], where: str) -> Layout:
+def _saved_layout(fingerprint: Fingerprint, where: str) -> Layout:
     """Returns the layout of the base of a saved prompt, which need not be loaded. Only the sizes matter."""
     sizes = {field.name for field in dataclasses.fields(DecoderConfig) if field.default is dataclasses.MISSING}
+    sizes |= {"embedding_width", "variants"}
+    config = fingerprint.current.config
     try:
         return decoder_layout(_build(DecoderConfig, {k: v for k, v in config.items() if k in sizes}, where))
     except ConfigError as error:

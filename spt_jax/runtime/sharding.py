@@ -33,7 +33,9 @@ RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r"(query|key|value|up|gate)/kernel$", (P(None, "fsdp", "tensor"),)),
     (r"(query|key|value|up|gate)/bias$", (P(None, "tensor"),)),
     (r"(attention/output|down)/kernel$", (P(None, "tensor", "fsdp"),)),
-    (r"(norm/scale|norm/bias|(attention/output|down)/bias)$", (P(),)),
+    (r"(input_map|output_map)/kernel$", (P("fsdp"),)),
+    (r"logit_bias$", (P(("fsdp", "tensor")),)),
+    (r"(scale|norm/bias|sinks|(attention/output|down)/bias)$", (P(),)),
 )
 
 

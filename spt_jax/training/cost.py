@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from spt_jax.bases.checkpoint import parameter_shapes
 from spt_jax.data.batches import Batch, BatchPlan
-from spt_jax.models.config import DecoderConfig
+from spt_jax.models.config import DecoderConfig, layer_configs
 from spt_jax.models.decoder import Remat
 from spt_jax.models.vocabulary import CHUNK_LOGITS, CHUNK_ROWS
 from spt_jax.runtime.sharding import row_shards, sharded_shapes
@@ -79,18 +79,18 @@ def step_flops(config: DecoderConfig, shape: StepShape) -> StepFlops:
 
     Padding is included. The method's network, task heads and gated prefixes are not.
     """
-    per_layer = config.matmul_parameters // config.layers
-    keys_values = 2 * config.width * config.kv_heads * config.head_size
+    *others, last = layer_configs(config)
+    keys_values = 2 * last.width * last.kv_heads * last.head_size
     leading = shape.prompts * shape.lead
     tokens = shape.rows * shape.length
     # Per query, key and head: 2 H each for the score and the weighted sum in the forward pass, twice that backward.
-    pair = 12 * config.heads * config.head_size
+    pairs = [12 * one.heads * one.head_size for one in (*others, last)]
     seen = shape.prefix + shape.lead
     return StepFlops(
-        lead=4 * leading * ((config.layers - 1) * per_layer + keys_values),
+        lead=4 * leading * (sum(one.matmul_parameters_of_layer for one in others) + keys_values),
         rows=4 * tokens * config.matmul_parameters,
-        attention=pair * ((config.layers - 1) * leading * seen + config.layers * tokens * (seen + shape.length)),
-        output=4 * shape.rows * shape.outputs * config.width * config.vocab_size,
+        attention=sum(pairs[:-1]) * leading * seen + sum(pairs) * tokens * (seen + shape.length),
+        output=4 * shape.rows * shape.outputs * config.input_width * config.vocab_size,
     )
 
 
@@ -158,11 +158,11 @@ def step_memory(
       mesh: the mesh of the base.
       microbatches: the number of parts that a batch is split into.
     """
-    tensor = mesh.shape["tensor"]
+    tensor, layers = mesh.shape["tensor"], layer_configs(config)
     leaves = sharded_shapes(mesh, parameter_shapes(config), jnp.float32)
     weights = itemsize * sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(leaves))
     if mesh.shape["fsdp"] > 1:
-        weights += 2 * itemsize * (config.matmul_parameters // config.layers) // tensor
+        weights += 2 * itemsize * max(one.matmul_parameters_of_layer for one in layers) // tensor
     matrix, axis = (leaves["output"], 1) if "output" in leaves else (leaves["embedding"], 0)
     vocabulary = matrix.sharding.shard_shape(matrix.shape)[axis]
     outputs = math.ceil(shape.rows / (mesh.shape["data"] * microbatches)) * shape.outputs
@@ -172,13 +172,13 @@ def step_memory(
     seen = shape.prefix + shape.lead
 
     def layer(tokens: int, keys: int) -> int:
-        return _layer_bytes(config, tokens, keys, itemsize, tensor)
+        return max(_layer_bytes(one, tokens, keys, itemsize, tensor) for one in layers)
 
     def kept(tokens: int, keys: int) -> int:
-        return config.layers * _kept_bytes(config, tokens, keys, remat, itemsize, tensor)
+        return sum(_kept_bytes(one, tokens, keys, remat, itemsize, tensor) for one in layers)
 
     leading = shape.prompts * shape.lead
-    pairs = 2 * config.layers * seen * shape.prompts * config.kv_heads * config.head_size
+    pairs = 2 * seen * shape.prompts * sum(one.kv_heads * one.head_size for one in layers)
     return StepMemory(
         weights=weights,
         kept=kept(rows * length, seen + length),

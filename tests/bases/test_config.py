@@ -10,7 +10,8 @@ import pytest
 from spt_jax.bases.checkpoint import parameter_shapes
 from spt_jax.bases.config import decoder_config
 from spt_jax.errors import ConfigError
-from spt_jax.models.config import DecoderConfig, RopeConfig
+from spt_jax.models.config import DecoderConfig
+from spt_jax.models.rope import RopeConfig
 from spt_jax.testing import tiny_config
 
 # Fields of published config.json files, and the parameters that their model cards and checkpoints count.

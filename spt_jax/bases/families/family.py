@@ -1,19 +1,23 @@
 """What a family of bases is: how its config and its tensors' names map to a `DecoderConfig` and our parameters."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from spt_jax.errors import ConfigError
-from spt_jax.models.config import DecoderConfig
+from spt_jax.models.config import DecoderConfig, Stack, periods
 
 OUTPUT_KEY = "lm_head.weight"
-Activation = Literal["silu", "gelu", "gelu_tanh"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+    "relu2": "relu2",
     "gelu": "gelu",
+    "gelu_fast": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
@@ -98,12 +102,52 @@ class Family(Protocol):
         ...
 
     def origins(self, config: DecoderConfig) -> Mapping[str, Origin | tuple[Origin, ...]]:
-        """Returns where each parameter of `Decoder(config)` is stored, by its path, such as "layers/mlp/up/kernel"."""
+        """Returns where each parameter of `Decoder(config)` is stored, by its path, such as "layers/mlp/up/kernel".
+
+        `by_stack` gives the paths of layers that are not all of one kind.
+        """
         ...
 
     def tiny(self) -> Mapping[str, Any]:
         """Fields of the transformers config of a model with about 30,000 parameters that uses every feature."""
         ...
+
+
+def by_stack(
+    config: DecoderConfig, of_layer: Callable[[DecoderConfig], Mapping[str, Origin | tuple[Origin, ...]]]
+) -> dict[str, tuple[Origin, ...]]:
+    """Returns where the parameters of all layers are stored.
+
+    Args:
+      config: of the decoder.
+      of_layer: returns, for the config of one layer, where its parameters are stored, by their paths in the layer, such
+        as "mlp/up/kernel".
+    """
+
+    def placed(origin: Origin, stack: Stack) -> Origin:
+        return dataclasses.replace(origin, layers=stack.layers) if config.variants else origin
+
+    table = {}
+    for stack in (stack for period in periods(config) for stack in period.stacks):
+        for path, origins in of_layer(stack.config).items():
+            several = origins if isinstance(origins, tuple) else (origins,)
+            table[f"{stack.path}/{path}"] = tuple(placed(origin, stack) for origin in several)
+    return table
+
+
+def projections(table: Iterable[tuple[str, str, bool]], layer: str) -> dict[str, Origin]:
+    """Returns the origins of linear layers whose weights are stored as [out, in].
+
+    Args:
+      table: path in the layer, name of the module, and whether it has a bias.
+      layer: what the names start with.
+    """
+    found = {}
+    for ours, theirs, bias in table:
+        found[f"{ours}/kernel"] = Origin(f"{layer}{theirs}.weight", transpose=True)
+        if bias:
+            found[f"{ours}/bias"] = Origin(f"{layer}{theirs}.bias")
+    return found
 
 
 def activation(name: str) -> Activation:

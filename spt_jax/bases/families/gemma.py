@@ -24,7 +24,8 @@ class Gemma2(LlamaLike):
             activation=activation(hf.hidden_activation),
             qkv_bias=bool(hf.attention_bias),
             output_bias=bool(hf.attention_bias),
-            norm="rms_around",
+            norm_place="around",
+            norm_offset=1.0,
             embedding_scale=hf.hidden_size**0.5,
             score_scale=hf.query_pre_attn_scalar**-0.5,
             score_cap=hf.attn_logit_softcapping,
@@ -32,13 +33,13 @@ class Gemma2(LlamaLike):
             **windows(hf),
         )
 
-    def origins(self, config: DecoderConfig) -> Mapping[str, Origin]:
+    def layer_origins(self, config: DecoderConfig) -> dict[str, Origin]:
         layer = "model.layers.{i}."
         return {
-            **super().origins(config),
-            "layers/attention_out_norm/scale": Origin(layer + "post_attention_layernorm.weight"),
-            "layers/mlp_norm/scale": Origin(layer + "pre_feedforward_layernorm.weight"),
-            "layers/mlp_out_norm/scale": Origin(layer + "post_feedforward_layernorm.weight"),
+            **super().layer_origins(config),
+            "attention_out_norm/scale": Origin(layer + "post_attention_layernorm.weight"),
+            "mlp_norm/scale": Origin(layer + "pre_feedforward_layernorm.weight"),
+            "mlp_out_norm/scale": Origin(layer + "post_feedforward_layernorm.weight"),
         }
 
     def tiny(self) -> Mapping[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from spt_jax.bases.families.family import OUTPUT_KEY, Origin, activation
+from spt_jax.bases.families.family import OUTPUT_KEY, Origin, activation, by_stack, projections
 from spt_jax.bases.families.rope import rope_config
 from spt_jax.errors import ConfigError
 from spt_jax.models.config import DecoderConfig
@@ -25,32 +25,38 @@ class LlamaLike:
 
     prefix: ClassVar[str] = "model."
 
-    def origins(self, config: DecoderConfig) -> Mapping[str, Origin]:
-        layer = "model.layers.{i}."
-        table = {
+    def origins(self, config: DecoderConfig) -> Mapping[str, Origin | tuple[Origin, ...]]:
+        table: dict[str, Origin | tuple[Origin, ...]] = {
             "embedding": Origin("model.embed_tokens.weight"),
             "final_norm/scale": Origin("model.norm.weight"),
-            "layers/attention_norm/scale": Origin(layer + "input_layernorm.weight"),
-            "layers/mlp_norm/scale": Origin(layer + "post_attention_layernorm.weight"),
+            **by_stack(config, self.layer_origins),
         }
-        projections = [
-            ("attention/query", "self_attn.q_proj", config.qkv_bias),
-            ("attention/key", "self_attn.k_proj", config.qkv_bias),
-            ("attention/value", "self_attn.v_proj", config.qkv_bias),
-            ("attention/output", "self_attn.o_proj", config.output_bias),
-            ("mlp/gate", "mlp.gate_proj", config.mlp_bias),
-            ("mlp/up", "mlp.up_proj", config.mlp_bias),
-            ("mlp/down", "mlp.down_proj", config.mlp_bias),
-        ]
-        for ours, theirs, bias in projections:
-            table[f"layers/{ours}/kernel"] = Origin(f"{layer}{theirs}.weight", transpose=True)
-            if bias:
-                table[f"layers/{ours}/bias"] = Origin(f"{layer}{theirs}.bias")
-        if config.qk_norm:
-            table["layers/attention/query_norm/scale"] = Origin(layer + "self_attn.q_norm.weight")
-            table["layers/attention/key_norm/scale"] = Origin(layer + "self_attn.k_norm.weight")
         if not config.tied:
             table["output"] = Origin(OUTPUT_KEY, transpose=True)
+        return table
+
+    def layer_origins(self, config: DecoderConfig) -> dict[str, Origin]:
+        """Returns where the parameters of a layer with this config are stored, by their paths in the layer."""
+        layer = "model.layers.{i}."
+        table = {
+            "attention_norm/scale": Origin(layer + "input_layernorm.weight"),
+            "mlp_norm/scale": Origin(layer + "post_attention_layernorm.weight"),
+            **projections(
+                [
+                    ("attention/query", "self_attn.q_proj", config.qkv_bias),
+                    ("attention/key", "self_attn.k_proj", config.qkv_bias),
+                    ("attention/value", "self_attn.v_proj", config.qkv_bias),
+                    ("attention/output", "self_attn.o_proj", config.output_bias),
+                    ("mlp/gate", "mlp.gate_proj", config.mlp_bias),
+                    ("mlp/up", "mlp.up_proj", config.mlp_bias),
+                    ("mlp/down", "mlp.down_proj", config.mlp_bias),
+                ],
+                layer,
+            ),
+        }
+        if config.qk_norm != "none":
+            table["attention/query_norm/scale"] = Origin(layer + "self_attn.q_norm.weight")
+            table["attention/key_norm/scale"] = Origin(layer + "self_attn.k_norm.weight")
         return table
 
 

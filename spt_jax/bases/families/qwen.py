@@ -28,7 +28,7 @@ class Qwen3(LlamaLike):
 
     def config(self, hf: Any, max_length: int | None) -> DecoderConfig:
         bias = bool(hf.attention_bias)
-        return llama_config(hf, max_length, qkv_bias=bias, output_bias=bias, qk_norm=True, **windows(hf))
+        return llama_config(hf, max_length, qkv_bias=bias, output_bias=bias, qk_norm="head", **windows(hf))
 
     def tiny(self) -> Mapping[str, Any]:
         return {**TINY, "head_dim": 12, "tie_word_embeddings": True}

@@ -1,0 +1,147 @@
+"""Layers of unequal kind: one scan per repeating sequence gives what the layers give one after another."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spt_jax.bases.checkpoint import parameter_shapes
+from spt_jax.errors import ConfigError
+from spt_jax.models.attention import GatedPrefix, Prefix, Stream
+from spt_jax.models.block import Block
+from spt_jax.models.config import DecoderConfig, Variant, group_names, layer_configs, periods
+from spt_jax.models.decoder import Decoder, _layer_inputs, _shared_inputs, decoder_layout
+from spt_jax.models.decoder_model import DecoderModel
+from spt_jax.models.memory import KeysValues
+from spt_jax.models.rope import RopeConfig
+from spt_jax.testing import check_model
+
+PLAIN = DecoderConfig(
+    family="test", vocab_size=50, width=16, layers=9, heads=4, kv_heads=2, head_size=4, mlp_width=24,
+    max_positions=64, tied=True, rope=RopeConfig(), local_rope=RopeConfig(theta=100.0), window=5,
+    window_layers=(1, 2, 4, 5, 7),
+)  # fmt: skip
+WIDE = Variant(name="wide", layers=(0, 3, 6, 8), kv_heads=1, head_size=8, rope=RopeConfig(fraction=0.5))
+CONFIG = dataclasses.replace(PLAIN, variants=(WIDE, Variant(name="first", layers=(0,), mlp_width=40)))
+
+
+def model_of(config: DecoderConfig) -> DecoderModel:
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape).astype(np.float32) / 4 + (leaf.shape[-1:] == (1,))),
+        parameter_shapes(config),
+    )
+    return DecoderModel(params, Decoder(config, remat="none"))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        ("aaaa", [("a", 4)]),
+        ("baaaa", [("b", 1), ("a", 4)]),
+        ("aaabaaab", [("aaab", 2)]),
+        ("aaabaaabaa", [("aaab", 2), ("a", 2)]),
+        ("abc", [("a", 1), ("b", 1), ("c", 1)]),
+    ],
+)
+def test_layers_are_split_into_the_longest_repetitions(kinds, expected):
+    variants = tuple(
+        Variant(name=name, layers=tuple(i for i, kind in enumerate(kinds) if kind == name), mlp_width=ord(name))
+        for name in sorted(set(kinds))
+    )
+    config = dataclasses.replace(PLAIN, layers=len(kinds), window_layers=(), local_rope=None, variants=variants)
+    found = [("".join(kinds[one.layers[0]] for one in period.stacks), period.repeats) for period in periods(config)]
+    assert found == expected
+    assert sorted(i for period in periods(config) for one in period.stacks for i in one.layers) == [*range(len(kinds))]
+
+
+def test_groups_have_layers_of_one_size():
+    groups = decoder_layout(CONFIG).attention_groups
+    assert {name: (group.layers, group.kv_heads, group.key_size) for name, group in groups.items()} == {
+        "self": ((1, 2, 4, 5, 7), 2, 4),
+        "wide": ((0, 3, 6, 8), 1, 8),
+    }
+    assert group_names(PLAIN) == ("self",) * 9
+
+
+def one_after_another(model: DecoderModel, x, stream: Stream, prefix: Prefix) -> jax.Array:
+    """The layers in a loop, each with its own slice of the parameters and of the prefix."""
+    config, layout = model.config, decoder_layout(model.config)
+    for i in range(config.layers):
+        ((stack, at),) = (
+            (stack, stack.layers.index(i)) for period in periods(config) for stack in period.stacks if i in stack.layers
+        )
+        params = model.params
+        for key in stack.path.split("/"):
+            params = params[key]
+        own = layer_configs(config)[i]
+        single = dataclasses.replace(stack, layers=(i,), config=own)
+        group = layout.attention_groups[stack.group]
+        pair = jax.tree.map(lambda a, j=group.layers.index(i): a[j], prefix.memory[stack.group])
+        windowed = dataclasses.replace(single, config=stack.config)
+        shared = _shared_inputs(windowed, stream, prefix, None, ring=False)
+        flags = jax.tree.map(lambda a: a[0], _layer_inputs(config, windowed, True))
+        block = Block(stack.config, None, "xla")
+        x, _ = block.apply(
+            {"params": jax.tree.map(lambda a, at=at: a[at], params)},
+            x,
+            dataclasses.replace(flags, prefix=pair),
+            shared,
+        )
+    return x
+
+
+def test_a_scan_over_the_pattern_is_the_layers_one_after_another():
+    model = model_of(CONFIG)
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(size=(2, 11, 16)).astype(np.float32))
+    place = jnp.broadcast_to(jnp.arange(11, dtype=jnp.int32), (2, 11))
+    stream = Stream(place + 3, jnp.ones_like(place), jnp.zeros_like(place))
+    memory = {
+        name: KeysValues(
+            *(
+                jnp.asarray(rng.normal(size=(len(group.layers), 3, group.kv_heads, size)).astype(np.float32))
+                for size in (group.key_size, group.value_size)
+            )
+        )
+        for name, group in decoder_layout(CONFIG).attention_groups.items()
+    }
+    prefix = Prefix(memory, jnp.arange(3))
+    found, _ = model.run(x, stream, prefix)
+    expected = model.module.apply(
+        {"params": model.params}, one_after_another(model, x, stream, prefix), method=Decoder.leave
+    )
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_the_rules_of_a_model_hold():
+    check_model(model_of(CONFIG))
+
+
+def test_a_gated_prefix_reaches_the_last_layers_of_each_group():
+    model = model_of(CONFIG)
+    rows = jnp.asarray(np.random.default_rng(2).normal(size=(3, 2, 16)).astype(np.float32))
+    memory = model.gated_memory(rows)
+    assert {name: own.keys.shape for name, own in memory.items()} == {"self": (1, 2, 2, 4), "wide": (2, 2, 1, 8)}
+    place = jnp.arange(5, dtype=jnp.int32)[None]
+    x, stream = model.embed(place), Stream(place, jnp.ones_like(place), jnp.zeros_like(place))
+    bare, closed, opened = (
+        model.run(x, stream, gated=None if gates is None else GatedPrefix(memory, jnp.asarray(gates)))[0]
+        for gates in (None, [0.0, 0.0, 0.0], [0.0, 1.0, 0.0])
+    )
+    np.testing.assert_array_equal(bare, closed)
+    assert np.abs(np.asarray(opened - bare)).max() > 1e-3
+    # The gate of layer 7 does not change what layers up to 6 compute: the keys of layer 7 stay the same.
+    _, before = model.run(x, stream, return_memory=True)
+    _, after = model.run(x, stream, gated=GatedPrefix(memory, jnp.asarray([0.0, 1.0, 0.0])), return_memory=True)
+    np.testing.assert_array_equal(before["self"].keys[-1], after["self"].keys[-1])
+    assert np.abs(np.asarray(before["wide"].keys[-1] - after["wide"].keys[-1])).max() > 1e-4
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    with pytest.raises(ConfigError, match="more than the 9 layers"):
+        dataclasses.replace(CONFIG, variants=(Variant(name="far", layers=(9,)),))
+    with pytest.raises(ConfigError, match="heads of size 3 cannot be rotated"):
+        layer_configs(dataclasses.replace(CONFIG, variants=(Variant(name="odd", layers=(1,), head_size=3),)))
