@@ -73,8 +73,8 @@ def test_fingerprint_survives_json(tmp_path):
 @pytest.mark.parametrize(
     ("family", "option", "value"),
     [
-        ("llama", "qk_norm", None),
-        ("qwen3", "qk_norm", True),
+        ("llama", "norm_place", None),
+        ("qwen3", "qk_norm", "head"),
         ("gemma2", "logit_cap", 4.0),
         ("llama", "rope.factor", None),
     ],

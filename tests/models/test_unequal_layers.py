@@ -78,8 +78,8 @@ def one_after_another(model: DecoderModel, x, stream: Stream, prefix: Prefix) ->
             params = params[key]
         own = layer_configs(config)[i]
         single = dataclasses.replace(stack, layers=(i,), config=own)
-        group = layout.attention_groups[stack.group]
-        pair = jax.tree.map(lambda a, j=group.layers.index(i): a[j], prefix.memory[stack.group])
+        place = layout.attention_groups[stack.group].layers.index(i)
+        pair = jax.tree.map(lambda a, place=place: a[place], prefix.memory[stack.group])
         windowed = dataclasses.replace(single, config=stack.config)
         shared = _shared_inputs(windowed, stream, prefix, None, ring=False)
         flags = jax.tree.map(lambda a: a[0], _layer_inputs(config, windowed, True))

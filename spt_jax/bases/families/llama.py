@@ -80,8 +80,14 @@ class Llama(LlamaLike):
 
 
 def llama_config(hf: Any, max_length: int | None, **changes: Any) -> DecoderConfig:
-    """The decoder of a config with Llama's field names; `changes` are the fields in which a family differs."""
-    rope = rope_config(hf, max_length)
+    """The decoder of a config with Llama's field names; `changes` are the fields in which a family differs.
+
+    Raises:
+      ConfigError: for a partial rotary embedding, unless the family sets `rope`: Llama's does not have it.
+    """
+    rope = changes.get("rope") or rope_config(hf, max_length)
+    if "rope" not in changes and rope.kind != "proportional" and rope.fraction != 1:
+        raise ConfigError(f"partial rotary embeddings are not supported for {hf.model_type!r}")
     fields = {
         "family": hf.model_type,
         "vocab_size": hf.vocab_size,
