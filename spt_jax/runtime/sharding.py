@@ -30,9 +30,11 @@ RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r"embedding$", (P(("fsdp", "tensor")), P("tensor", "fsdp"))),
     (r"positions$", (P(None, "fsdp"),)),
     (r"output$", (P(None, ("fsdp", "tensor")), P("fsdp", "tensor"))),
-    (r"(query|key|value|up|gate)/kernel$", (P(None, "fsdp", "tensor"),)),
+    (r"(query|key|value|up|gate|decay|beta)/kernel$", (P(None, "fsdp", "tensor"),)),
     (r"(query|key|value|up|gate)/bias$", (P(None, "tensor"),)),
-    (r"(attention/output|down)/kernel$", (P(None, "tensor", "fsdp"),)),
+    (r"((attention|delta_net)/output|down)/kernel$", (P(None, "tensor", "fsdp"),)),
+    (r"_convolution$", (P(None, None, "tensor"),)),
+    (r"(a_log|dt_bias)$", (P(None, "tensor"),)),
     (r"(norm/scale|norm/bias|(attention/output|down)/bias)$", (P(),)),
 )
 
