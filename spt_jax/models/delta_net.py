@@ -161,66 +161,67 @@ def delta_rule(
     """
     queries, keys, values, decays, betas = inputs
     length = keys.shape[2]
-    totals = _einsum("bts,bkrs->bkrt", mask.astype(jnp.float32), decays)
-    read = _einsum("bkth,bkrhv->bkrtv", jnp.concatenate([queries, keys], axis=2), initial)
-    read = read * jnp.exp(jnp.concatenate([totals, totals], axis=3))[..., None]
-    recalled, expected = jnp.split(read, 2, axis=3)
-    targets = betas[..., None] * (values - expected)
-    step = _of_block if length <= block else jax.checkpoint(_of_block)
+    sums = _sums(mask, decays)
+    grown = jnp.exp(jnp.sum(sums, axis=0))[..., None]
+    targets = betas[..., None] * (values - grown * _einsum("bkth,bkrhv->bkrtv", keys, initial))
     outputs, updates = [], []
     for start in range(0, length, block):
-        own, seen = slice(start, start + block), slice(start + block)
-        output, update = step(
-            queries[:, :, own],
-            keys[:, :, seen],
-            totals[..., seen],
-            betas[..., own],
-            targets[..., own, :],
-            mask[:, own, seen],
-            updates,
-        )
+        step = functools.partial(_of_block, slice(start, min(start + block, length)))
+        step = step if length <= block else jax.checkpoint(step)
+        output, update = step(inputs, sums, targets, mask, updates)
         outputs.append(output)
         updates.append(update)
-    final = _einsum("bs,bkrs->bkr", last.astype(jnp.float32), decays)
-    weights = _decayed(final[..., None], totals, last[:, None])
-    written = _einsum("bksh,bkrsv->bkrhv", keys, weights[..., 0, :, None] * jnp.concatenate(updates, axis=3))
-    return recalled + jnp.concatenate(outputs, axis=3), jnp.exp(final)[..., None, None] * initial + written
+    outputs = grown * _einsum("bkth,bkrhv->bkrtv", queries, initial) + jnp.concatenate(outputs, axis=3)
+    final = _sums(last[:, None], decays)
+    weights = _decayed(final, sums, last[:, None])[..., 0, :, None]
+    written = _einsum("bksh,bkrsv->bkrhv", keys, weights * jnp.concatenate(updates, axis=3))
+    return outputs, jnp.exp(jnp.sum(final, axis=0))[..., None] * initial + written
+
+
+def _sums(mask: Bool[Array, "B T S"], decays: Float[Array, "B K R S"]) -> Float[Array, "2 B K R T"]:
+    """Returns the sums G of decays as a multiple of 1/64 and a small rest.
+
+    Sums of multiples of 1/64 are exact. Differences of G are so as precise in a long row as in a short one.
+    """
+    coarse = jax.lax.stop_gradient(jnp.round(decays * 64) / 64)
+    return _einsum("bts,pbkrs->pbkrt", mask.astype(jnp.float32), jnp.stack([coarse, decays - coarse]))
 
 
 def _decayed(
-    at: Float[Array, "B K R T"], totals: Float[Array, "B K R S"], mask: Bool[Array, "B T S"]
+    at: Float[Array, "2 B K R T"], before: Float[Array, "2 B K R S"], mask: Bool[Array, "B T S"]
 ) -> Float[Array, "B K R T S"]:
-    """Returns exp(G_i - G_j) where the mask is True, else 0. Masked differences may overflow."""
+    """Returns exp(G_i - G_j) where the mask is True, else 0. Differences outside of the mask may overflow."""
     shown = mask[:, None, None]
-    differences = at[..., :, None] - totals[..., None, :]
-    return jnp.where(shown, jnp.exp(jnp.where(shown, differences, 0.0)), 0.0)
+    coarse, rest = at[..., :, None] - before[..., None, :]
+    return jnp.where(shown, jnp.exp(jnp.where(shown, coarse + rest, 0.0)), 0.0)
 
 
 def _of_block(
-    queries: Float[Array, "B K T H"],
-    keys: Float[Array, "B K S H"],
-    totals: Float[Array, "B K R S"],
-    betas: Float[Array, "B K R T"],
+    own: slice,
+    inputs: DeltaInputs,
+    sums: Float[Array, "2 B K R T"],
     targets: Float[Array, "B K R T Hv"],
-    mask: Bool[Array, "B T S"],
+    mask: Bool[Array, "B T T"],
     earlier: list[Float[Array, "B K R _ Hv"]],
-) -> tuple[Float[Array, "B K R T Hv"], Float[Array, "B K R T Hv"]]:
-    """Solves for the last T of S tokens, given the updates of the blocks before them.
+) -> tuple[Float[Array, "B K R _ Hv"], Float[Array, "B K R _ Hv"]]:
+    """Solves for a block of tokens, given the updates of the blocks before it.
 
     Returns:
-      What the tokens read of all updates, and their own updates.
+      What the tokens of the block read of all updates so far, and their own updates.
     """
-    length, start = queries.shape[2], keys.shape[2] - queries.shape[2]
-    both = jnp.concatenate([queries, keys[:, :, start:]], axis=2)
-    products = _einsum("bkth,bksh->bkts", both, keys)[:, :, None]
-    weights = _decayed(totals[..., start:], totals, mask)
-    system = betas[..., None] * products[..., length:, :] * weights
+    length, seen = own.stop - own.start, slice(own.stop)
+    both = jnp.concatenate([inputs.queries[:, :, own], inputs.keys[:, :, own]], axis=2)
+    products = _einsum("bkth,bksh->bkts", both, inputs.keys[:, :, seen])[:, :, None]
+    weights = _decayed(sums[..., own], sums[..., seen], mask[:, own, seen])
+    system = inputs.betas[..., own, None] * products[..., length:, :] * weights
+    update = targets[..., own, :]
     if earlier:
         before = jnp.concatenate(earlier, axis=3)
-        targets = targets - _einsum("bkrts,bkrsv->bkrtv", system[..., :start], before)
-    own = targets if length == 1 else _solve(system[..., start:], targets)
-    updates = jnp.concatenate([*earlier, own], axis=3)
-    return _einsum("bkrts,bkrsv->bkrtv", products[..., :length, :] * weights, updates), own
+        update = update - _einsum("bkrts,bkrsv->bkrtv", system[..., : own.start], before)
+    if length > 1:
+        update = _solve(system[..., own], update)
+    updates = jnp.concatenate([*earlier, update], axis=3)
+    return _einsum("bkrts,bkrsv->bkrtv", products[..., :length, :] * weights, updates), update
 
 
 def _solve(system: Float[Array, "B K R T T"], targets: Float[Array, "B K R T Hv"]) -> Float[Array, "B K R T Hv"]:

@@ -1,6 +1,7 @@
 """Gated DeltaNet in every layout of a row, against a loop over tokens in float64."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 from spt_jax.errors import ConfigError
 from spt_jax.models.attention import Stream
-from spt_jax.models.delta_net import GatedDeltaNet
+from spt_jax.models.delta_net import GatedDeltaNet, token_order
 from spt_jax.models.delta_net_config import DeltaNetConfig
 from spt_jax.models.layout import StateGroup
 from spt_jax.models.memory import State
@@ -80,9 +81,15 @@ def token_by_token(config: DeltaNetConfig, params: dict, x: np.ndarray, state: S
     return np.stack(outputs), State({"convolution": inputs[1 - config.convolution_width :], "recurrent": memory})
 
 
-def run(params: dict, x: np.ndarray, stream: Stream, state: State, config: DeltaNetConfig = CONFIG, block: int = 256):
-    layer = GatedDeltaNet(config, block=block)
-    return jax.jit(layer.apply)({"params": params}, jnp.asarray(x), stream, state)
+@functools.partial(jax.jit, static_argnames=("config", "block"))
+def run(params: dict, x, stream: Stream, state: State, config: DeltaNetConfig = CONFIG, block: int = 256):
+    return GatedDeltaNet(config, block=block).apply({"params": params}, jnp.asarray(x), stream, state)
+
+
+def whole_rows(rows: int, length: int, start: int = 0) -> Stream:
+    """One example in each row, without padding."""
+    positions = jnp.broadcast_to(jnp.arange(start, start + length)[None], (rows, length))
+    return Stream(positions, jnp.ones_like(positions), jnp.zeros_like(positions))
 
 
 def same(ours, expected, tolerance=TOLERANCE):
@@ -135,6 +142,19 @@ def laid_out():
     )
 
 
+def test_the_order_of_tokens():
+    """Two examples, a child of each, and padding, with two remembered tokens, whose indices are 0 and 1."""
+    positions = [[5, 0, 5, 6, 7, 8, 9, 8, 0]]
+    segments, parents = [[1, 0, 2, 2, 2, 3, 3, 4, 0]], [[0, 0, 0, 0, 0, 2, 2, 2, 0]]
+    order = token_order(Stream(*(jnp.asarray(a) for a in (positions, segments, parents))), remembered=2)
+    before = {0: [0], 2: [2], 3: [2, 3], 4: [2, 3, 4], 5: [2, 3, 4, 5], 6: [2, 3, 4, 5, 6], 7: [2, 3, 4, 7]}
+    mask = np.asarray([[[key in before.get(token, []) for key in range(9)] for token in range(9)]])
+    np.testing.assert_array_equal(order.mask, mask)
+    np.testing.assert_array_equal(order.previous, [[0, 0, 1, 1, 1, 4, 5, 6, 7, 6, 1]])
+    np.testing.assert_array_equal(order.last, [6])
+    np.testing.assert_array_equal(order.until_last, mask[:, 4])
+
+
 @pytest.mark.parametrize("block", [256, 7], ids=["one block", "several blocks"])
 @pytest.mark.parametrize("per_row", [True, False], ids=["own state", "shared state"])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -180,9 +200,7 @@ def test_a_row_in_parts(parts):
     expected, end = token_by_token(CONFIG, params, x[0], state)
     start, found = 0, []
     for length in parts:
-        positions = jnp.arange(start, start + length)[None]
-        stream = Stream(positions, jnp.ones_like(positions), jnp.zeros_like(positions))
-        y, state = run(params, x[:, start : start + length], stream, state)
+        y, state = run(params, x[:, start : start + length], whole_rows(1, length, start), state)
         found.append(y[0])
         start += length
     same(np.concatenate(found), expected)
@@ -202,59 +220,43 @@ def test_decoding_steps_of_finished_rows():
         np.testing.assert_array_equal(after.arrays[name][1], array[1])
 
 
-def directional(function, arguments: tuple, directions: tuple, step: float = 1e-5) -> float:
-    """The central difference of a function of float64 arrays."""
-
-    def moved(sign):
-        return function(
-            *(np.asarray(a, np.float64) + sign * step * d for a, d in zip(arguments, directions, strict=True))
-        )
-
-    return (moved(1) - moved(-1)) / (2 * step)
-
-
 @pytest.mark.parametrize("block", [256, 7], ids=["one block", "several blocks"])
-@pytest.mark.parametrize("argument", ["x", "convolution", "recurrent"])
-def test_gradients_are_finite_differences(argument, block, laid_out):
+def test_gradients_are_finite_differences(block, laid_out):
     """Of every output and of the states, in all layouts at once, with a state that the rows share."""
     _, stream, example = laid_out
     ids, _ = lay_out([part for parts in LAYOUTS.values() for part in parts], LENGTH, ROWS)
     params, state = random_params(CONFIG), state_of(CONFIG, seed=3)
     generator = np.random.default_rng(7)
-    cotangents = {name: generator.standard_normal((LENGTH, WIDTH)) for name in LAYOUTS}
+    cotangents = [(p, generator.standard_normal((len(p.ids), WIDTH))) for parts in LAYOUTS.values() for p in parts]
     on_state = {name: generator.standard_normal(shape) for name, shape in CONFIG.state_shapes}
 
-    def ours(x, convolution, recurrent):
-        own = State({"convolution": convolution, "recurrent": recurrent})
+    def ours(x, arrays):
         real = (stream.segments > 0)[..., None]
-        layer = GatedDeltaNet(CONFIG, block=block)
-        y, after = layer.apply({"params": params}, jnp.where(real, x[ids], 0.0), stream, own)
-        total = sum(
-            jnp.sum(cotangents[name][part.slice[1]] * y[part.slice]) for name in LAYOUTS for part in LAYOUTS[name]
-        )
+        y, after = run(params, jnp.where(real, x[ids], 0.0), stream, State(arrays), block=block)
         rows = np.asarray([root.row for root in ROOTS.values()])
+        total = sum(jnp.sum(cotangent * y[part.slice]) for part, cotangent in cotangents)
         return total + sum(jnp.sum(after.arrays[name][rows] * array[None]) for name, array in on_state.items())
 
-    def expected(x, convolution, recurrent):
-        own, total = State({"convolution": convolution, "recurrent": recurrent}), 0.0
-        for name, parts in LAYOUTS.items():
-            for part in parts:
-                y, after = token_by_token(CONFIG, params, x[part.example], own)
-                total += np.sum(cotangents[name][part.slice[1]] * y[len(part.context) :])
-                if part is ROOTS[name]:
-                    total += sum(np.sum(after.arrays[key] * array) for key, array in on_state.items())
+    def expected(x, arrays):
+        total = 0.0
+        for part, cotangent in cotangents:
+            y, after = token_by_token(CONFIG, params, x[part.example], State(arrays))
+            total += np.sum(cotangent * y[len(part.context) :])
+            if any(part is root for root in ROOTS.values()):
+                total += sum(np.sum(after.arrays[name] * array) for name, array in on_state.items())
         return total
 
-    arguments = (example, *(state.arrays[name] for name in ("convolution", "recurrent")))
-    place = ("x", "convolution", "recurrent").index(argument)
-    gradient = np.asarray(jax.jit(jax.grad(ours, place))(*map(jnp.asarray, arguments)), np.float64)
-    scale = np.linalg.norm(gradient)
-    assert scale > 0.1
-    for _ in range(3):
-        directions = [np.zeros(np.shape(a)) for a in arguments]
-        directions[place] = generator.standard_normal(directions[place].shape)
-        difference = directional(expected, arguments, tuple(directions))
-        assert abs(np.sum(gradient * directions[place]) - difference) < 2e-5 * scale
+    arguments = jax.tree.map(lambda a: np.asarray(a, np.float64), (example, state.arrays))
+    found, structure = jax.tree.flatten(jax.jit(jax.grad(ours, (0, 1)))(jnp.asarray(example), state.arrays))
+    for place, gradient in enumerate(found):
+        scale = np.linalg.norm(gradient)
+        assert scale > 0.1
+        for _ in range(3):
+            direction = generator.standard_normal(gradient.shape)
+            moved = [1e-5 * direction if i == place else np.zeros(other.shape) for i, other in enumerate(found)]
+            steps = jax.tree.unflatten(structure, moved)
+            ahead, behind = (expected(*jax.tree.map(sign, arguments, steps)) for sign in (np.add, np.subtract))
+            assert abs(np.sum(gradient * direction) - (ahead - behind) / 2e-5) < 2e-5 * scale
 
 
 @pytest.mark.parametrize(
@@ -263,8 +265,7 @@ def test_gradients_are_finite_differences(argument, block, laid_out):
 def test_other_shapes(changes):
     config = dataclasses.replace(CONFIG, **changes)
     params, state, x = random_params(config), state_of(config, seed=3), hidden(1, 9)
-    positions = jnp.arange(9)[None]
-    y, after = run(params, x, Stream(positions, jnp.ones_like(positions), jnp.zeros_like(positions)), state, config)
+    y, after = run(params, x, whole_rows(1, 9), state, config)
     expected, end = token_by_token(config, params, x[0], state)
     same(y[0], expected)
     same_state(after, end, 0)
@@ -272,9 +273,7 @@ def test_other_shapes(changes):
 
 def test_half_precision_keeps_the_state_in_float32():
     params, state, x = random_params(CONFIG), state_of(CONFIG, seed=3), hidden(1, 12)
-    positions = jnp.arange(12)[None]
-    stream = Stream(positions, jnp.ones_like(positions), jnp.zeros_like(positions))
-    y, after = run(params, jnp.asarray(x, jnp.bfloat16), stream, state)
+    y, after = run(params, jnp.asarray(x, jnp.bfloat16), whole_rows(1, 12), state)
     expected, _ = token_by_token(CONFIG, params, x[0], state)
     assert y.dtype == jnp.bfloat16 and {array.dtype for array in after.arrays.values()} == {jnp.dtype("float32")}
     same(y[0].astype(jnp.float32), expected, 0.05 * np.abs(expected).max())
@@ -317,8 +316,7 @@ def test_heads_are_split_over_the_tensor_axis():
         sharding = split[tuple(key.key for key in keys)]
         return jax.device_put(array[None], sharding)[0]
 
-    positions = jnp.broadcast_to(jnp.arange(9)[None], (4, 9))
-    stream = Stream(positions, jnp.ones_like(positions), jnp.zeros_like(positions))
+    stream = whole_rows(4, 9)
     expected, end = run(params, x, stream, state)
     with jax.set_mesh(mesh):
         y, after = run(jax.tree_util.tree_map_with_path(place, params), x, stream, state)

@@ -19,39 +19,39 @@ WIDTH, ROWS = 16, 3
 PARTS = ("query", "key", "value")
 
 
-def torch_config(config: DeltaNetConfig):
+def torch_config():
     from transformers import Qwen3_5TextConfig
 
     return Qwen3_5TextConfig(
         hidden_size=WIDTH,
         num_hidden_layers=1,
         layer_types=["linear_attention"],
-        linear_num_key_heads=config.key_heads,
-        linear_num_value_heads=config.value_heads,
-        linear_key_head_dim=config.key_size,
-        linear_value_head_dim=config.value_size,
-        linear_conv_kernel_dim=config.convolution_width,
-        rms_norm_eps=config.norm_epsilon,
+        linear_num_key_heads=CONFIG.key_heads,
+        linear_num_value_heads=CONFIG.value_heads,
+        linear_key_head_dim=CONFIG.key_size,
+        linear_value_head_dim=CONFIG.value_size,
+        linear_conv_kernel_dim=CONFIG.convolution_width,
+        rms_norm_eps=CONFIG.norm_epsilon,
     )
 
 
-def torch_layer(config: DeltaNetConfig = CONFIG, seed: int = 0):
+def torch_layer(seed: int = 0):
     """The torch layer with random weights; some heads forget within a few tokens and others after hundreds."""
     from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
-    layer = Qwen3_5GatedDeltaNet(torch_config(config), layer_idx=0)
+    layer = Qwen3_5GatedDeltaNet(torch_config(), layer_idx=0)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator) + (name == "norm.weight"))
-        layer.A_log.copy_(torch.linspace(-4, 1.5, config.value_heads))
+        layer.A_log.copy_(torch.linspace(-4, 1.5, CONFIG.value_heads))
     return layer.eval()
 
 
-def params_of(layer, config: DeltaNetConfig = CONFIG) -> dict:
+def params_of(layer) -> dict:
     """The same weights as parameters of `GatedDeltaNet`."""
     weights = {name: parameter.detach().numpy() for name, parameter in layer.named_parameters()}
-    ends = np.cumsum([config.key_width, config.key_width])
+    ends = np.cumsum([CONFIG.key_width, CONFIG.key_width])
     maps = dict(zip(PARTS, np.split(weights["in_proj_qkv.weight"], ends), strict=True))
     maps |= {
         ours: weights[f"in_proj_{theirs}.weight"] for ours, theirs in {"gate": "z", "decay": "a", "beta": "b"}.items()
@@ -68,8 +68,8 @@ def params_of(layer, config: DeltaNetConfig = CONFIG) -> dict:
     return jax.tree.map(jnp.asarray, params)
 
 
-def zeros(config: DeltaNetConfig = CONFIG) -> State:
-    return State({name: jnp.zeros(shape) for name, shape in config.state_shapes})
+def zeros() -> State:
+    return State({name: jnp.zeros(shape) for name, shape in CONFIG.state_shapes})
 
 
 def stream_of(segments, start: int = 0) -> Stream:
@@ -82,8 +82,9 @@ def hidden(length: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((ROWS, length, WIDTH)).astype(np.float32)
 
 
-def run(params: dict, x: np.ndarray, stream: Stream, state: State, config: DeltaNetConfig = CONFIG):
-    return jax.jit(GatedDeltaNet(config).apply)({"params": params}, jnp.asarray(x), stream, state)
+@jax.jit
+def run(params: dict, x, stream: Stream, state: State):
+    return GatedDeltaNet(CONFIG).apply({"params": params}, jnp.asarray(x), stream, state)
 
 
 def same(ours, theirs, tolerance: float = 1e-5) -> None:
@@ -122,7 +123,7 @@ def test_rows_in_parts(lengths):
     from transformers import DynamicCache
 
     layer = torch_layer()
-    params, cache, state, start = params_of(layer), DynamicCache(config=torch_config(CONFIG)), zeros(), 0
+    params, cache, state, start = params_of(layer), DynamicCache(config=torch_config()), zeros(), 0
     for number, length in enumerate(lengths):
         x = hidden(length, seed=number)
         y, state = run(params, x, stream_of(np.ones((ROWS, length)), start), state)
