@@ -112,8 +112,8 @@ def test_an_axis_that_does_not_divide_a_dimension_is_left_out():
 
 
 def test_a_leaf_that_no_rule_names():
-    with pytest.raises(ValueError, match="no sharding rule matches the leaf layers/router/kernel"):
-        parameter_sharding(make_mesh(), ("layers", "router", "kernel"), (3, 32, 4))
+    with pytest.raises(ValueError, match="no sharding rule matches the leaf layers/mixer/kernel"):
+        parameter_sharding(make_mesh(), ("layers", "mixer", "kernel"), (3, 32, 4))
 
 
 @pytest.mark.parametrize("axes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)

@@ -25,11 +25,17 @@ ROWS = ("data", "fsdp")
 
 # The first match wins. Paths look like "layers/attention/query/kernel"; stacked leaves have a leading L axis. Of two
 # specs, the one with the smaller shard is used. The vocabulary is split over both axes: each device multiplies the
-# hidden states of all rows by its part of the output matrix, which is never gathered.
+# hidden states of all rows by its part of the output matrix, which is never gathered. Kernels of experts have the axes
+# L and E; "tensor" splits E, or the hidden width if it does not divide E.
 RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r"embedding$", (P(("fsdp", "tensor")), P("tensor", "fsdp"))),
     (r"positions$", (P(None, "fsdp"),)),
     (r"output$", (P(None, ("fsdp", "tensor")), P("fsdp", "tensor"))),
+    (r"experts/(up|gate)/kernel$", (P(None, "tensor", "fsdp"), P(None, None, "fsdp", "tensor"))),
+    (r"experts/down/kernel$", (P(None, "tensor", None, "fsdp"), P(None, None, "tensor", "fsdp"))),
+    (r"experts/(up|gate)/bias$", (P(None, "tensor"), P(None, None, "tensor"))),
+    (r"experts/down/bias$", (P(None, "tensor"),)),
+    (r"(router/kernel|router/bias|correction|shared_gate/kernel)$", (P(),)),
     (r"(query|key|value|up|gate|decay|beta)/kernel$", (P(None, "fsdp", "tensor"),)),
     (r"(query|key|value|up|gate)/bias$", (P(None, "tensor"),)),
     (r"((attention|delta_net)/output|down)/kernel$", (P(None, "tensor", "fsdp"),)),
