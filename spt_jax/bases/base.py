@@ -142,10 +142,7 @@ def load_base(
         raise ConfigError(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
     directory = local_directory(str(path_or_hub_id), revision)
     config, tokenizer = read_config(directory, max_length), _read_tokenizer(directory)
-    for own in layer_configs(config):
-        check_divides(mesh, {"heads": own.heads, "key/value heads": own.kv_heads, "MLP columns": own.mlp_width})
-    if mesh.shape["sequence"] > 1 and (config.sinks or config.biased):
-        raise ConfigError("mesh.sequence > 1 does not work with ALiBi or sinks, which this base has")
+    _check_mesh(mesh, config)
     if attention == "auto":
         kernel, note = choose_kernel(config, DTYPES[dtype], mesh)
     else:
@@ -167,6 +164,19 @@ def load_base(
         fingerprint=fingerprint_of(config, digest, tokenizer_hash(tokenizer)),
         attention_note=note,
     )
+
+
+def _check_mesh(mesh: Mesh, config: DecoderConfig) -> None:
+    """Raises ConfigError if the layers cannot be split over the mesh."""
+    for own in layer_configs(config):
+        sizes = {"heads": own.heads, "key/value heads": own.kv_heads}
+        if own.delta_net is not None:
+            sizes = {"recurrent key heads": own.delta_net.key_heads, "recurrent value heads": own.delta_net.value_heads}
+        check_divides(mesh, sizes if own.experts is not None else {**sizes, "MLP columns": own.mlp_width})
+        if mesh.shape["sequence"] > 1 and (own.sinks or own.biased or own.delta_net is not None):
+            raise ConfigError(
+                "mesh.sequence > 1 does not work with ALiBi, sinks or recurrent layers: this base has some"
+            )
 
 
 def _leaf_sharding(mesh: Mesh, shapes: Params, path: tuple[str, ...]) -> Any:

@@ -11,9 +11,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spt_jax.models.attention import Scoring, Source, Stream, alibi_slopes, attend, attention_weights
 from spt_jax.models.config import DecoderConfig
+from spt_jax.models.delta_net import GatedDeltaNet
+from spt_jax.models.experts import Experts
 from spt_jax.models.kernels import Kernel
 from spt_jax.models.layers import Linear, Mlp, Norm
-from spt_jax.models.memory import KeysValues, from_cache
+from spt_jax.models.memory import KeysValues, State, from_cache
 from spt_jax.models.ring import ring_attend
 from spt_jax.models.rope import query_scale, rotate
 from spt_jax.runtime.sharding import ROWS, constrain
@@ -31,16 +33,16 @@ class LayerInputs:
       last: True for the last layer if only its keys and values are needed.
       rotates: whether the layer uses RoPE; None for always.
       windowed: whether the layer uses the sliding window; None if all layers of the stack do, or none.
-      prefix: keys and values of the prefix.
-      cache: keys and values of the cache.
+      prefix: keys and values of the prefix, or the state after it.
+      cache: keys and values of the cache, or the state after its tokens.
       gated: keys and values of the gated prefix, and the gate, which is 0 for layers without one.
     """
 
     last: Bool[Array, "*L"] | None
     rotates: Bool[Array, "*L"] | None
     windowed: Bool[Array, "*L"] | None
-    prefix: KeysValues | None = None
-    cache: KeysValues | None = None
+    prefix: KeysValues | State | None = None
+    cache: KeysValues | State | None = None
     gated: tuple[KeysValues, Float[Array, "*L"]] | None = None
 
 
@@ -165,6 +167,8 @@ class Attention(nn.Module):
         scoring = Scoring(config.score_scale or config.head_size**-0.5, config.score_cap)
         prefix, gated = of_row(stream.prompt_index, (layer.prefix, layer.gated))
         prefix, cache = jax.tree.map(lambda a: a.astype(queries.dtype), (prefix, layer.cache))
+        assert not isinstance(prefix, State)
+        assert not isinstance(cache, State)
         if shared.masks is None:
             assert self.mesh is not None
             window = config.window if config.window_layers else 0
@@ -217,13 +221,15 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], layer: LayerInputs, shared: SharedInputs
-    ) -> tuple[Float[Array, "B T D"], KeysValues]:
+    ) -> tuple[Float[Array, "B T D"], KeysValues | State]:
         config = self.config
         x = constrain(self.mesh, x, ROWS, "sequence")
         normed = self.norm("attention_norm", x, ("before", "around"))
-        attended, own = Attention(config, self.mesh, self.kernel, name="attention")(normed, layer, shared)
+        attended, own = self.mixed(normed, layer, shared)
 
         def mlp(module: nn.Module, x: Array) -> Array:
+            if config.experts is not None:
+                return self.scaled("mlp", Experts(config.experts, self.mesh, name="mlp")(x))
             return self.scaled("mlp", Mlp(config, name="mlp")(x))
 
         if config.parallel:
@@ -238,6 +244,18 @@ class Block(nn.Module):
 
         x = self.norm("mlp_sum_norm", x + _unless_last(self, layer, normed_mlp, x), ("sum",))
         return self.layer_scaled(x), own
+
+    def mixed(
+        self, x: Float[Array, "B T D"], layer: LayerInputs, shared: SharedInputs
+    ) -> tuple[Float[Array, "B T D"], KeysValues | State]:
+        """Returns the output of attention, or of the recurrent layer in its place, and what it remembers."""
+        config = self.config
+        if config.delta_net is None:
+            return Attention(config, self.mesh, self.kernel, name="attention")(x, layer, shared)
+        state = of_row(shared.stream.prompt_index, layer.prefix) if layer.cache is None else layer.cache
+        if not isinstance(state, State):
+            state = State({name: jnp.zeros(shape) for name, shape in config.delta_net.state_shapes})
+        return GatedDeltaNet(config.delta_net, name="delta_net")(x, shared.stream, state)
 
     def norm(self, name: str, x: Float[Array, "B T D"], places: tuple[str, ...]) -> Float[Array, "B T D"]:
         """Normalizes x if the config's norms are at one of these places."""

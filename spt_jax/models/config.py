@@ -6,6 +6,8 @@ import math
 from typing import Literal
 
 from spt_jax.errors import ConfigError
+from spt_jax.models.delta_net_config import DeltaNetConfig
+from spt_jax.models.experts_config import ExpertsConfig
 from spt_jax.models.rope import RopeConfig
 
 
@@ -16,7 +18,7 @@ class Variant:
     Attributes:
       name: of the group of their keys and values, if these have other sizes than the other layers'.
       layers: indices of the layers. A layer may be in several variants.
-      value_is_key: see `DecoderConfig`.
+      value_is_key, experts, delta_net: see `DecoderConfig`.
     """
 
     name: str
@@ -27,6 +29,8 @@ class Variant:
     mlp_width: int | None = None
     rope: RopeConfig | None = None
     value_is_key: bool | None = None
+    experts: ExpertsConfig | None = None
+    delta_net: DeltaNetConfig | None = None
 
     def changes(self) -> dict[str, object]:
         """Returns the fields of `DecoderConfig` that differ."""
@@ -75,6 +79,8 @@ class DecoderConfig:
       score_scale: factor of attention scores; None for H^-0.5.
       score_cap, logit_cap: soft caps of attention scores and logits.
       logit_scale: factor of the logits.
+      experts: mixture of experts in place of the MLP.
+      delta_net: recurrent layer in place of attention.
       variants: layers of other kinds.
     """
 
@@ -127,6 +133,8 @@ class DecoderConfig:
     score_cap: float | None = None
     logit_cap: float | None = None
     logit_scale: float | None = None
+    experts: ExpertsConfig | None = None
+    delta_net: DeltaNetConfig | None = None
     variants: tuple[Variant, ...] = ()
 
     def __post_init__(self) -> None:
@@ -174,9 +182,14 @@ class DecoderConfig:
     @property
     def matmul_parameters_of_layer(self) -> int:
         """Parameters of one layer that every token is multiplied with, if this is the config of the layer."""
-        attention = self.width * self.head_size * (2 * self.heads + 2 * self.kv_heads)
-        mlp = self.width * self.mlp_width * (3 if self.gated_mlp else 2)
-        return attention + mlp
+        if self.experts is not None:
+            mlp = self.experts.matmul_parameters(self.width)
+        else:
+            mlp = self.width * self.mlp_width * (3 if self.gated_mlp else 2)
+        if self.delta_net is not None:
+            return self.delta_net.matmul_parameters(self.width) + mlp
+        outputs = (3 if self.attention_gate else 2) * self.heads + (1 if self.value_is_key else 2) * self.kv_heads
+        return self.width * self.head_size * outputs + mlp
 
 
 _POSITIVE = ("norm_epsilon", "embedding_scale", "input_scale", "residual_scale", "score_scale", "score_cap",
@@ -285,8 +298,8 @@ def group_names(config: DecoderConfig) -> tuple[str, ...]:
     return tuple(names[_memory_sizes(config_of_layer)] for config_of_layer in layer_configs(config))
 
 
-def _memory_sizes(config: DecoderConfig) -> tuple[int, ...]:
-    return config.kv_heads, config.head_size
+def _memory_sizes(config: DecoderConfig) -> tuple[int, int] | DeltaNetConfig:
+    return config.delta_net or (config.kv_heads, config.head_size)
 
 
 def _longest_repetition(kinds: tuple[tuple[str, ...], ...]) -> tuple[int, int]:

@@ -17,8 +17,8 @@ from spt_jax.models.block import ATTENTION, Block, LayerInputs, SharedInputs, of
 from spt_jax.models.config import DecoderConfig, Period, Stack, group_names, layer_configs, periods
 from spt_jax.models.kernels import Kernel
 from spt_jax.models.layers import Linear, Norm
-from spt_jax.models.layout import Group, Layout
-from spt_jax.models.memory import KeysValues, Memory, keys_values
+from spt_jax.models.layout import Group, Layout, StateGroup
+from spt_jax.models.memory import KeysValues, Memory, State, keys_values
 from spt_jax.models.ring import splits
 from spt_jax.models.rope import rotation
 from spt_jax.runtime.sharding import ROWS, constrain, row_shards
@@ -46,7 +46,7 @@ class Remembered:
         """Returns the fields of `LayerInputs` for the layer of a stack, if the axis is that of its group's stacks."""
         fields = {"prefix": self.prefix, "cache": self.cache, "gated": self.gated}
         return {
-            name: None if field is None else jax.tree.map(lambda a: a[stack.at], field[stack.group])
+            name: None if field is None else jax.tree.map(lambda a: a[stack.at], field.get(stack.group))
             for name, field in fields.items()
         }
 
@@ -70,7 +70,7 @@ class PeriodOfLayers(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Memory | None]:
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
         kind: Any = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=policy)
-        own: dict[str, list[KeysValues]] = {}
+        own: dict[str, list[KeysValues | State]] = {}
         for i, stack in enumerate(self.period.stacks):
             block = kind(stack.config, self.mesh, self.kernel, name=str(i))
             if len(self.period.stacks) == 1:
@@ -81,7 +81,7 @@ class PeriodOfLayers(nn.Module):
         return x, {name: _stack(parts) for name, parts in own.items()} if self.return_memory else None
 
 
-def _stack(parts: list[KeysValues]) -> KeysValues:
+def _stack(parts: list[KeysValues | State]) -> KeysValues | State:
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts)
 
 
@@ -253,7 +253,7 @@ def _of_period(remembered: Remembered, config: DecoderConfig, period: Period) ->
         return jax.tree.map(by_repeat, tree)
 
     def of_field(field: Any) -> Any:
-        return None if field is None else {name: of_group(name, field[name]) for name in period.groups()}
+        return None if field is None else {name: of_group(name, field.get(name)) for name in period.groups()}
 
     return Remembered(of_field(remembered.prefix), of_field(remembered.cache), of_field(remembered.gated))
 
@@ -323,9 +323,12 @@ def _shared_inputs(stack: Stack, rows: Stream, prefix: Prefix | None, cache: Cac
 def decoder_layout(config: DecoderConfig) -> Layout:
     """Returns the layout of a decoder."""
     names = group_names(config)
-    groups = {}
+    groups: dict[str, Group | StateGroup] = {}
     for name in dict.fromkeys(names):
         layers = tuple(i for i in range(config.layers) if names[i] == name)
-        sizes = layer_configs(config)[layers[0]]
-        groups[name] = Group(layers, sizes.kv_heads, sizes.head_size, sizes.head_size)
+        own = layer_configs(config)[layers[0]]
+        if own.delta_net is None:
+            groups[name] = Group(layers, own.kv_heads, own.head_size, own.head_size)
+        else:
+            groups[name] = StateGroup(layers, own.delta_net.state_shapes)
     return Layout(config.vocab_size, config.input_width, config.max_positions, groups)

@@ -81,10 +81,11 @@ def step_flops(config: DecoderConfig, shape: StepShape) -> StepFlops:
     """
     *others, last = layer_configs(config)
     keys_values = 2 * last.width * last.kv_heads * last.head_size
+    if last.delta_net is not None:
+        keys_values = last.delta_net.matmul_parameters(last.width)
     leading = shape.prompts * shape.lead
     tokens = shape.rows * shape.length
-    # Per query, key and head: 2 H each for the score and the weighted sum in the forward pass, twice that backward.
-    pairs = [12 * one.heads * one.head_size for one in (*others, last)]
+    pairs = [_pair_flops(one) for one in (*others, last)]
     seen = shape.prefix + shape.lead
     return StepFlops(
         lead=4 * leading * (sum(one.matmul_parameters_of_layer for one in others) + keys_values),
@@ -92,6 +93,17 @@ def step_flops(config: DecoderConfig, shape: StepShape) -> StepFlops:
         attention=sum(pairs[:-1]) * leading * seen + sum(pairs) * tokens * (seen + shape.length),
         output=4 * shape.rows * shape.outputs * config.input_width * config.vocab_size,
     )
+
+
+def _pair_flops(config: DecoderConfig) -> int:
+    """Returns the operations of one layer per query and key.
+
+    Per head, 2 H each for the score and the weighted sum in the forward pass, and twice that backward. A Gated DeltaNet
+    layer has two scores and two sums.
+    """
+    if config.delta_net is not None:
+        return 12 * config.delta_net.value_heads * (config.delta_net.key_size + config.delta_net.value_size)
+    return 12 * config.heads * config.head_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +190,7 @@ def step_memory(
         return sum(_kept_bytes(one, tokens, keys, remat, itemsize, tensor) for one in layers)
 
     leading = shape.prompts * shape.lead
-    pairs = 2 * seen * shape.prompts * sum(one.kv_heads * one.head_size for one in layers)
+    pairs = 2 * seen * shape.prompts * sum(one.kv_heads * one.head_size for one in layers if one.delta_net is None)
     return StepMemory(
         weights=weights,
         kept=kept(rows * length, seen + length),
@@ -207,13 +219,19 @@ def choose_remat(estimate: Callable[[Remat], StepMemory], limit: int | None) -> 
 
 def _linear_outputs(config: DecoderConfig, tensor: int) -> int:
     """Returns how many numbers per token a layer's linear maps output."""
-    heads = (config.heads + 2 * config.kv_heads) * config.head_size // tensor
-    return 2 * config.width + heads + (2 if config.gated_mlp else 1) * config.mlp_width // tensor
+    heads = (config.heads + 2 * config.kv_heads) * config.head_size
+    if config.delta_net is not None:
+        heads = 2 * config.delta_net.key_width + 2 * config.delta_net.value_width
+    mlp = (2 if config.gated_mlp else 1) * config.mlp_width
+    if config.experts is not None:
+        mlp = 2 * (config.experts.top_k * config.experts.expert_width + config.experts.shared_width)
+    return 2 * config.width + (heads + mlp) // tensor
 
 
 def _layer_bytes(config: DecoderConfig, tokens: int, keys: int, itemsize: int, tensor: int, scores: int = 4) -> int:
     """Returns the bytes of a layer's linear outputs (twice), norms, and `scores` float32 arrays of attention scores."""
-    scores = scores * 4 * tokens * keys * config.heads // tensor
+    heads = config.heads if config.delta_net is None else 2 * config.delta_net.value_heads
+    scores = scores * 4 * tokens * keys * heads // tensor
     return tokens * (2 * itemsize * _linear_outputs(config, tensor) + 4 * 4 * config.width) + scores
 
 

@@ -14,6 +14,9 @@ from spt_jax.models.block import Block
 from spt_jax.models.config import DecoderConfig, Variant, group_names, layer_configs, periods
 from spt_jax.models.decoder import Decoder, _layer_inputs, _shared_inputs, decoder_layout
 from spt_jax.models.decoder_model import DecoderModel
+from spt_jax.models.delta_net_config import DeltaNetConfig
+from spt_jax.models.experts_config import ExpertsConfig
+from spt_jax.models.layout import Group, StateGroup
 from spt_jax.models.memory import KeysValues
 from spt_jax.models.rope import RopeConfig
 from spt_jax.testing import check_model
@@ -34,6 +37,17 @@ def model_of(config: DecoderConfig) -> DecoderModel:
         parameter_shapes(config),
     )
     return DecoderModel(params, Decoder(config, remat="none"))
+
+
+DELTA = DeltaNetConfig(key_heads=2, value_heads=4, key_size=4, value_size=6)
+EXPERTS = ExpertsConfig(experts=6, top_k=2, expert_width=8, shared_width=8, shared_gate=True, renormalize=True)
+MIXED = dataclasses.replace(
+    PLAIN, window=0, window_layers=(), local_rope=None, attention_gate=True, sinks=True,
+    variants=(
+        Variant(name="linear", layers=(0, 1, 2, 4, 5, 6, 8), delta_net=DELTA),
+        Variant(name="sparse", layers=(1, 3, 5, 7), experts=EXPERTS),
+    ),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -116,8 +130,17 @@ def test_a_scan_over_the_pattern_is_the_layers_one_after_another():
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 
 
-def test_the_rules_of_a_model_hold():
-    check_model(model_of(CONFIG))
+@pytest.mark.parametrize("config", [CONFIG, MIXED])
+def test_the_rules_of_a_model_hold(config):
+    check_model(model_of(config))
+
+
+def test_recurrent_layers_are_a_group_of_states():
+    groups = decoder_layout(MIXED).groups
+    assert groups == {
+        "linear": StateGroup((0, 1, 2, 4, 5, 6, 8), DELTA.state_shapes),
+        "self": Group((3, 7), 2, 4, 4),
+    }
 
 
 def test_a_gated_prefix_reaches_the_last_layers_of_each_group():
