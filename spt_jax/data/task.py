@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from spt_jax.data.examples import Example
 from spt_jax.data.reading import Spans
-from spt_jax.data.templates import CHECKS, Field, Template, parse
+from spt_jax.data.templates import TEMPLATE_TASKS, Field, Template, parse
 from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError, did_you_mean
 
@@ -54,10 +54,10 @@ class RecordEncoder(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Base class of the tasks: frozen dataclasses, registered under the name of the head that they need.
+    """Base class of the tasks: frozen dataclasses, registered under their names.
 
     Attributes:
-      name: the word of `Template.head` and `--method.head`.
+      name: the word of `--task.name` and `Template.head` and, if the task has a head, of `--method.head`.
       loss: the word of `--loss.over` for the default objective, and the only one with a head.
       has_head: whether the soft prompt needs a head in place of the base's output matrix.
       outputs: the number of outputs of the head; None for one per class.
@@ -170,10 +170,10 @@ TASKS: dict[str, Task] = {}
 
 
 def register(*tasks: Task) -> None:
-    """Adds tasks by name, so that templates, methods and configs can name them as their head."""
+    """Adds tasks by name, so that templates and configs can name them, and methods can have their heads."""
     for task in tasks:
         TASKS[task.name] = task
-        CHECKS[task.name] = task.check
+        TEMPLATE_TASKS[task.name] = task
 
 
 def task_of(template: Template) -> Task:
