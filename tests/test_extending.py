@@ -204,8 +204,8 @@ class Mistakes(Verbalizers):
 
     name: ClassVar[str] = "mistakes"
 
-    def evaluate(self, *arguments):
-        result = super().evaluate(*arguments)
+    def evaluate(self, scores, data):
+        result = super().evaluate(scores, data)
         wrong = sum(p["label"] != p["prediction"] for p in result.predictions)
         return dataclasses.replace(result, metrics={**result.metrics, "mistakes": wrong})
 

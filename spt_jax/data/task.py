@@ -14,6 +14,7 @@ from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError, did_you_mean
 
 Record = Mapping[str, Any]
+Scores = Sequence[Float[np.ndarray, "..."]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,31 @@ class RecordEncoder(Protocol):
 
     def read_text(self, record: Record, first: int, last: int) -> str:
         """Returns the text of the field `reads` from its token number `first` to `last`, inclusive."""
+        ...
+
+
+@runtime_checkable
+class EncodedRecords(Protocol):
+    """What a task may ask of a set of records that was scored."""
+
+    @property
+    def encoder(self) -> RecordEncoder:
+        """How the records were encoded."""
+        ...
+
+    @property
+    def records(self) -> Sequence[Record]:
+        """The records."""
+        ...
+
+    @property
+    def examples(self) -> Sequence[Example]:
+        """The encoded records."""
+        ...
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The maximum number of tokens of an answer."""
         ...
 
 
@@ -145,23 +171,13 @@ class Task:
         """Returns the scores of classes as they are served: the log-probability of each verbalizer or class."""
         return scores
 
-    def evaluate(
-        self,
-        encoder: RecordEncoder,
-        records: Sequence[Record],
-        examples: Sequence[Example],
-        scores: Sequence[Float[np.ndarray, "..."]],
-        max_length: int,
-    ) -> Evaluation:
+    def evaluate(self, scores: Scores, data: EncodedRecords) -> Evaluation:
         """Computes the metrics, which must include "loss" and "examples", and the predictions.
 
         Args:
-          encoder: how the records were encoded.
-          records: the records.
-          examples: the encoded records.
           scores: for each example, the log-probability of each choice, of its only target, or of each class [C]; if the
             head reads a field, its logits [R, C] at the R positions.
-          max_length: the maximum number of tokens of an answer.
+          data: the records and how they were encoded.
         """
         raise NotImplementedError
 
