@@ -1,7 +1,7 @@
 """What a config file imports: the dataclasses that make up an experiment, and `variant`."""
 
 from spt_jax.evaluation.evaluate import EvaluationConfig
-from spt_jax.experiment.config import BaseConfig, DataConfig, ExperimentConfig
+from spt_jax.experiment.config import BaseConfig, DataConfig, ExperimentConfig, TaskConfig
 from spt_jax.experiment.config_files import variant
 from spt_jax.runtime.sharding import MeshConfig
 from spt_jax.training.config import LogConfig, LossConfig, TrainConfig
@@ -16,6 +16,7 @@ __all__ = [
     "LossConfig",
     "MeshConfig",
     "OptimizerConfig",
+    "TaskConfig",
     "TrainConfig",
     "variant",
 ]

@@ -1,7 +1,9 @@
 """The code in docs/extending.md adds a family, a method, an objective and a task, which then work like all others."""
 
 import dataclasses
+import json
 import re
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +13,24 @@ import pytest
 import transformers
 
 import spt_jax
+import train
 from spt_jax.bases.families import FAMILIES
 from spt_jax.config import BaseConfig, DataConfig, ExperimentConfig
-from spt_jax.data.templates import CHECKS
+from spt_jax.data.templates import TEMPLATE_TASKS
+from spt_jax.errors import ConfigError
+from spt_jax.experiment.command_line import parse_train
 from spt_jax.experiment.config import make_template, resolve
 from spt_jax.inference.forward import output_logits
 from spt_jax.models.attention import Stream
 from spt_jax.models.quantized import KERNEL_ARRAYS
 from spt_jax.prompts import METHODS
 from spt_jax.serving.classify import Classifier
-from spt_jax.tasks import TASKS
+from spt_jax.studies.settings import config_fields, flag_words
+from spt_jax.tasks import TASKS, Verbalizers, register
 from spt_jax.testing import tiny_base, write_tiny_checkpoint
 from spt_jax.training.config import LossConfig
 from spt_jax.training.objectives import OBJECTIVES
-from tests.jobs import ROOT
+from tests.jobs import ROOT, losses, words, write_task
 
 RECORDS = [{"text": text, "label": label} for text, label in (("yes", "H"), ("no", "L"), ("maybe so", "N"))]
 
@@ -35,7 +41,7 @@ def page():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
     names = {"__name__": "page"}
     registries = [
-        (registry, dict(registry)) for registry in (FAMILIES, METHODS, OBJECTIVES, TASKS, CHECKS, KERNEL_ARRAYS)
+        (registry, dict(registry)) for registry in (FAMILIES, METHODS, OBJECTIVES, TASKS, TEMPLATE_TASKS, KERNEL_ARRAYS)
     ]
     for block in blocks:
         exec(block, names)
@@ -113,6 +119,128 @@ def test_the_objective_is_its_formula_in_every_layout_and_trains(page):
         chosen = jax.nn.log_softmax(logits)[rows.target_outputs[0], rows.target_ids[0]][rows.target_weights[0] > 0]
         alone.append(float(jnp.mean(-((1 - jnp.exp(chosen)) ** 1.5) * chosen)))
     np.testing.assert_allclose(losses[True][0], np.mean(alone), rtol=1e-5)
+
+
+def test_the_objective_and_its_options_are_flags(page, tmp_path, capsys):
+    focal = page["FocalCrossEntropy"]
+    write_task(tmp_path)
+
+    def parsed(*more):
+        return resolve(parse_train(words(tmp_path, tmp_path / "run", *more)).config).loss
+
+    assert parsed("--loss.over", "focal", "--loss.gamma", "1.5").objective(2) == focal(gamma=1.5)
+    assert parsed("--loss.over=focal", "--loss.class-weights", "1", "3") == LossConfig.of(
+        focal(), class_weights=(1.0, 3.0)
+    )
+    assert parsed() == LossConfig(over="verbalizers")
+    assert "loss.gamma" in config_fields(parse_train(words(tmp_path, tmp_path)).config)
+    setting = flag_words("loss.gamma", "0.5", parse_train(words(tmp_path, tmp_path)).config)
+    assert parsed("--loss.over", "focal", *setting) == LossConfig.of(focal(gamma=0.5))
+    with pytest.raises(ConfigError, match=r"loss.over is 'focall'; did you mean 'focal'\?"):
+        parsed("--loss.over", "focall")
+    with pytest.raises(ConfigError, match=r"loss\.gamma is not compatible with loss\.over=vocabulary"):
+        dataclasses.replace(LossConfig.of(focal()), over="vocabulary")
+    with pytest.raises(SystemExit):
+        parsed("--loss.gamma", "1.5")
+    assert "Unrecognized options: --loss.gamma" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parsed("--loss.over", "focal", "--help")
+    assert "how much less well predicted targets count" in capsys.readouterr().out
+
+
+def test_a_run_with_the_objective_records_its_options(page, tmp_path, capsys):
+    """The focal loss is the cross-entropy where gamma is 0, and less elsewhere. Verbalizers are one token each."""
+    write_task(tmp_path)
+    short = ("--train.steps", "3", "--train.evaluate-every", "3", "--data.test", "None", "--data.hard-prompt")
+
+    def run(name, *more):
+        assert train.main(words(tmp_path, tmp_path / name, *more, *short)) == 0
+        return np.asarray([loss for _, loss in losses(tmp_path / name)])
+
+    plain = run("plain", "--loss.over", "vocabulary")
+    np.testing.assert_allclose(run("zero", "--loss.over", "focal", "--loss.gamma", "0"), plain, rtol=1e-5)
+    assert (run("focal", "--loss.over", "focal", "--loss.gamma", "1") < 0.999 * plain).all()
+    recorded = json.loads((tmp_path / "focal" / "config.json").read_text())["loss"]
+    assert recorded == {"over": "focal", "label_smoothing": 0.0, "class_weights": [], "gamma": 1.0}
+    recorded = json.loads((tmp_path / "plain" / "config.json").read_text())["loss"]
+    assert recorded == {"over": "vocabulary", "label_smoothing": 0.0, "class_weights": []}  # as in version 0.1
+    again = words(tmp_path, tmp_path / "focal", *short, "--loss.over", "focal", "--resume")
+    assert train.main(again) == 2
+    assert "loss.gamma: 1.0 in the work directory, 2.0 now" in capsys.readouterr().err
+    assert train.main([*again, "--loss.gamma", "1"]) == 0
+
+
+def test_options_without_a_default_must_be_given(page, tmp_path):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Powered(spt_jax.Objective):
+        power: float
+
+        def __post_init__(self):
+            if self.power <= 0:
+                raise ConfigError(f"power is {self.power}")
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Misnamed(spt_jax.Objective):
+        over: int = 1
+
+    line = [str(ROOT / "configs" / "quickstart.py"), "--loss.over", "powered"]
+    with pytest.raises(ConfigError, match="Powered is not registered"):
+        LossConfig.of(Powered(power=1.0))
+    OBJECTIVES["powered"], OBJECTIVES["misnamed"] = Powered, Misnamed
+    assert parse_train([*line, "--loss.power", "2"]).config.loss.objective(2) == Powered(power=2.0)
+    with pytest.raises(SystemExit):
+        parse_train(line)
+    with pytest.raises(ConfigError, match=r"loss\.over=powered needs loss\.power"):
+        LossConfig(over="powered").resolved()
+    with pytest.raises(ConfigError, match=r"power is -1\.0"):
+        dataclasses.replace(LossConfig.of(Powered(power=1.0)), power=-1.0)
+    with pytest.raises(ConfigError, match=r"Misnamed\.over: .*rename it"):
+        LossConfig().with_options("misnamed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mistakes(Verbalizers):
+    """Classification by verbalizers that also counts mistakes."""
+
+    name: ClassVar[str] = "mistakes"
+
+    def evaluate(self, scores, data):
+        result = super().evaluate(scores, data)
+        wrong = sum(p["label"] != p["prediction"] for p in result.predictions)
+        return dataclasses.replace(result, metrics={**result.metrics, "mistakes": wrong})
+
+
+def test_a_task_without_a_head_is_named_on_the_command_line(page, tmp_path, capsys):
+    register(Mistakes())
+    write_task(tmp_path)
+    line = words(tmp_path, tmp_path / "run", "--train.steps", "2", "--train.evaluate-every", "2")
+    assert train.main([*line, "--task.name", "mistakes"]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())["test"]
+    assert set(results) == {"soft_prompt", "hard_prompt", "no_prompt"}
+    for metrics in results.values():
+        assert metrics["mistakes"] == round(30 * (1 - metrics["accuracy"]))
+    saved = spt_jax.load_prompt(tmp_path / "run" / "prompt", spt_jax.load_base(tmp_path / "model"))
+    assert saved.template.head == "mistakes"
+    with pytest.raises(SystemExit):
+        train.main([*line, "--task.name", "mistake"])
+    assert "task.name is 'mistake'; did you mean" in capsys.readouterr().err
+
+
+def test_the_task_and_the_head_agree(page, tmp_path):
+    register(Mistakes())
+    tokens = words(tmp_path, tmp_path / "run", "--task.name")
+    deep = ["--method.name", "deep_prompts", *tokens[1:]]
+
+    def task(line):
+        return make_template(resolve(parse_train([tokens[0], *line]).config)).head
+
+    assert task([*deep, "mistakes", "--data.prompt", "{text}"]) == "mistakes"
+    assert task([*deep, "rating", "--data.prompt", "{text}"]) == "rating"
+    assert task([*deep[:-1], "--data.prompt", "{text}"]) == "classification"
+    with pytest.raises(ConfigError, match=r"task\.name=rating and method\.head=classification differ"):
+        task([*deep, "rating", "--method.head", "classification", "--data.prompt", "{text}"])
+    with pytest.raises(ConfigError, match=r"task\.name=rating needs a head, and prompt_tuning has none"):
+        task([*tokens[1:], "rating"])
 
 
 def test_the_task_trains_and_is_evaluated_saved_and_served(page, tmp_path):

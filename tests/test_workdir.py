@@ -157,6 +157,14 @@ def test_a_run_of_version_0_1_is_resumed_with_a_line(tmp_path: Path, capsys: pyt
         assert line in (said := capsys.readouterr().out) and bool(line) == bool(said)
 
 
+def test_a_run_that_recorded_no_task_had_the_default_one(tmp_path: Path):
+    begin(tmp_path)
+    with held(tmp_path):
+        open_workdir(tmp_path, {**SETTINGS, "task": {"name": None}}, INPUTS, resume=True, overwrite=False)
+        with pytest.raises(ConfigError, match=r"task\.name: None in the work directory, 'rating' now"):
+            open_workdir(tmp_path, {**SETTINGS, "task": {"name": "rating"}}, INPUTS, resume=True, overwrite=False)
+
+
 @pytest.mark.parametrize("content", ["", '{"base": ', "[]", "\x00\x00", "\udcff"])
 def test_a_damaged_config_names_a_way(tmp_path: Path, content: str):
     begin(tmp_path)

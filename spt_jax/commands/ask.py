@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 import tyro
 
-from spt_jax.commands.saved import Saved, encoder_for
-from spt_jax.data.encoder import Encoder
+from spt_jax.commands.saved import Saved
+from spt_jax.data.encoder import Encoder, encoder_for
+from spt_jax.data.requests import field_record, text_records
 from spt_jax.data.sources import check_fields, read_records
 from spt_jax.data.task import task_of
-from spt_jax.data.templates import MESSAGES, Template
+from spt_jax.data.templates import Template
 from spt_jax.data.values import field_text
-from spt_jax.errors import ConfigError, did_you_mean
+from spt_jax.errors import ConfigError
 from spt_jax.evaluation.ensembles import evaluate_ensemble, score_together
 from spt_jax.evaluation.evaluate import EvaluationConfig, EvaluationSet, evaluate, from_scores, make_evaluation_set
 from spt_jax.inference.generation import SamplingConfig, generate
@@ -66,7 +67,7 @@ class Generate(Saved):
         template = read_prompt(self.prompt).template
         records = _records(template, self.texts, self.fields)
         base, saved = self.load()
-        encoder = encoder_for(template, base, saved.virtual)
+        encoder = encoder_for(base, template, taken=saved.virtual.prefix_length)
         if template.verbalizers or template.reads:
             asked = [encoder.with_any_label(record) for record in records]
             result = evaluate(base, make_evaluation_set(base, encoder, asked), saved.virtual)
@@ -88,7 +89,7 @@ class Generate(Saved):
         base, saved = self.load_all(self.named(unique))
         if len({bool(one.template.verbalizers) for one in saved}) > 1 or any(one.template.reads for one in saved):
             raise ConfigError("some of these prompts classify and others generate text; run them separately")
-        encoders = [encoder_for(one.template, base, one.virtual) for one in saved]
+        encoders = [encoder_for(base, one.template, taken=one.virtual.prefix_length) for one in saved]
         index = [unique.index(name) for name in self.names]
         records = [_records(saved[i].template, [text], {})[0] for i, text in zip(index, self.texts, strict=True)]
         virtuals = [one.virtual for one in saved]
@@ -119,29 +120,13 @@ def _ended(sampling: SamplingConfig, encoder: Encoder) -> SamplingConfig:
 
 
 def _records(template: Template, texts: Sequence[str], fields: Mapping[str, str]) -> list[dict[str, Any]]:
-    names = template.prompt_fields
     if texts and fields:
         raise ConfigError("give texts or --fields, not both")
-    if template.is_conversation:
-        return [{MESSAGES: [{"role": "user", "content": text}]} for text in _some(texts)]
-    if fields:
-        unknown = sorted(set(fields) - set(names))
-        if unknown:
-            raise ConfigError(f"the template has no field {unknown[0]!r}; {did_you_mean(unknown[0], names)}")
-        return [dict(fields)]
-    if not names and not texts:
-        return [{}]
-    if len(names) != 1:
-        raise ConfigError(
-            f"the template has the fields {', '.join(names) or 'none'}; give them as --fields name=value ..."
-        )
-    return [{names[0]: text} for text in _some(texts)]
-
-
-def _some(texts: Sequence[str]) -> Sequence[str]:
-    if not texts:
+    if fields or not (texts or template.prompt_fields):
+        return [field_record(template, fields)]
+    if not texts and len(template.prompt_fields) == 1:
         raise ConfigError("give at least one text to answer")
-    return texts
+    return text_records(template, texts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,7 +168,7 @@ class Evaluate(Saved):
 
         def asked(template: Template, virtual: VirtualPrompt | None) -> EvaluationSet:
             taken = 0 if virtual is None else virtual.prefix_length
-            return make_evaluation_set(base, encoder_for(template, base, virtual), records, config, taken=taken)
+            return make_evaluation_set(base, encoder_for(base, template, taken=taken), records, config, taken=taken)
 
         def metrics(template: Template, virtual: VirtualPrompt | None) -> dict[str, Any]:
             return evaluate(base, asked(template, virtual), virtual).metrics
@@ -221,7 +206,8 @@ class Evaluate(Saved):
         sets = []
         for one, asked in zip(saved, by_prompt.values(), strict=True):
             check_fields(asked, one.template.fields, self.data)
-            sets.append(make_evaluation_set(base, encoder_for(one.template, base, one.virtual), asked, config))
+            encoder = encoder_for(base, one.template, taken=one.virtual.prefix_length)
+            sets.append(make_evaluation_set(base, encoder, asked, config))
         scores = score_together(base, sets, [one.virtual for one in saved])
         results = [from_scores(asked, list(values)).metrics for asked, values in zip(sets, scores, strict=True)]
         self.report(dict(zip(by_prompt, results, strict=True)))

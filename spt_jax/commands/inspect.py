@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.commands.saved import Saved, bank_of, encoder_for
+from spt_jax.commands.saved import Saved, bank_of
+from spt_jax.data.encoder import encoder_for
 from spt_jax.data.sources import check_fields, read_records
 from spt_jax.errors import CheckpointError, ConfigError
 from spt_jax.evaluation.attribution import ablate, attention_received
@@ -86,7 +87,7 @@ class Inspect(Saved):
         assert self.data is not None
         records = read_records(self.data, split=self.split, limit=self.limit)
         check_fields(records, saved.template.fields, self.data)
-        data = make_evaluation_set(base, encoder_for(saved.template, base, saved.virtual), records)
+        data = make_evaluation_set(base, encoder_for(base, saved.template, taken=saved.virtual.prefix_length), records)
         measure, lost = ablate(base, data, saved.virtual)
         print(ablation_lines(measure, lost))
         report: dict[str, Any] = {"measure": measure, "lost": [dataclasses.asdict(loss) for loss in lost]}

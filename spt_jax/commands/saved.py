@@ -6,10 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from spt_jax.bases.base import FrozenBase, load_base
-from spt_jax.data.encoder import Encoder
-from spt_jax.data.templates import Template
 from spt_jax.errors import CheckpointError, did_you_mean
-from spt_jax.prompts import VirtualPrompt
 from spt_jax.prompts.storage import INFO_FILE, SavedPrompt, load_prompt, read_prompt
 
 
@@ -65,9 +62,3 @@ def bank_of(folder: Path) -> dict[str, Path]:
     if not found:
         raise CheckpointError(f"{folder}: there are no saved prompts")
     return found
-
-
-def encoder_for(template: Template, base: FrozenBase, virtual: VirtualPrompt | None) -> Encoder:
-    """Returns an encoder for the positions of the base that the soft prompt leaves free."""
-    taken = 0 if virtual is None else virtual.prefix_length
-    return Encoder(template, base.tokenizer, base.config.vocab_size, base.config.max_positions - taken)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from spt_jax.bases.base import FrozenBase
 from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.data.chats import ChatTemplate, Turn, turns_of
 from spt_jax.data.examples import Example
@@ -373,3 +374,28 @@ class Encoder:
         if not predicted.any():
             raise DataError(f"record {index + 1}: there is no assistant turn to learn from")
         return Example(np.asarray(ids, np.int32), predicted, (), 0, index)
+
+
+def encoder_for(
+    base: FrozenBase,
+    template: Template,
+    *,
+    taken: int = 0,
+    max_length: int | None = None,
+    shots: Sequence[Mapping[str, Any]] = (),
+) -> Encoder:
+    """Returns an encoder of records for a base.
+
+    Args:
+      base: the frozen base.
+      template: the template.
+      taken: the number of positions that the soft prompt's prefix takes before each record.
+      max_length: the maximum number of tokens of an example; at most, and by default, the positions that are left.
+      shots: solved records that precede each prompt.
+
+    Raises:
+      ConfigError: the template is not compatible with the tokenizer or the shots.
+    """
+    positions = base.config.max_positions - taken
+    limit = positions if max_length is None else min(max_length, positions)
+    return Encoder(template, base.tokenizer, base.config.vocab_size, limit, shots)

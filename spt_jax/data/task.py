@@ -9,11 +9,12 @@ from jaxtyping import Float
 
 from spt_jax.data.examples import Example
 from spt_jax.data.reading import Spans
-from spt_jax.data.templates import CHECKS, Field, Template, parse
+from spt_jax.data.templates import TEMPLATE_TASKS, Field, Template, parse
 from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError, did_you_mean
 
 Record = Mapping[str, Any]
+Scores = Sequence[Float[np.ndarray, "..."]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +53,37 @@ class RecordEncoder(Protocol):
         ...
 
 
+@runtime_checkable
+class EncodedRecords(Protocol):
+    """What a task may ask of a set of records that was scored."""
+
+    @property
+    def encoder(self) -> RecordEncoder:
+        """How the records were encoded."""
+        ...
+
+    @property
+    def records(self) -> Sequence[Record]:
+        """The records."""
+        ...
+
+    @property
+    def examples(self) -> Sequence[Example]:
+        """The encoded records."""
+        ...
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The maximum number of tokens of an answer."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Base class of the tasks: frozen dataclasses, registered under the name of the head that they need.
+    """Base class of the tasks: frozen dataclasses, registered under their names.
 
     Attributes:
-      name: the word of `Template.head` and `--method.head`.
+      name: the word of `--task.name` and `Template.head` and, if the task has a head, of `--method.head`.
       loss: the word of `--loss.over` for the default objective, and the only one with a head.
       has_head: whether the soft prompt needs a head in place of the base's output matrix.
       outputs: the number of outputs of the head; None for one per class.
@@ -145,23 +171,13 @@ class Task:
         """Returns the scores of classes as they are served: the log-probability of each verbalizer or class."""
         return scores
 
-    def evaluate(
-        self,
-        encoder: RecordEncoder,
-        records: Sequence[Record],
-        examples: Sequence[Example],
-        scores: Sequence[Float[np.ndarray, "..."]],
-        max_length: int,
-    ) -> Evaluation:
+    def evaluate(self, scores: Scores, data: EncodedRecords) -> Evaluation:
         """Computes the metrics, which must include "loss" and "examples", and the predictions.
 
         Args:
-          encoder: how the records were encoded.
-          records: the records.
-          examples: the encoded records.
           scores: for each example, the log-probability of each choice, of its only target, or of each class [C]; if the
             head reads a field, its logits [R, C] at the R positions.
-          max_length: the maximum number of tokens of an answer.
+          data: the records and how they were encoded.
         """
         raise NotImplementedError
 
@@ -170,10 +186,10 @@ TASKS: dict[str, Task] = {}
 
 
 def register(*tasks: Task) -> None:
-    """Adds tasks by name, so that templates, methods and configs can name them as their head."""
+    """Adds tasks by name, so that templates and configs can name them, and methods can have their heads."""
     for task in tasks:
         TASKS[task.name] = task
-        CHECKS[task.name] = task.check
+        TEMPLATE_TASKS[task.name] = task
 
 
 def task_of(template: Template) -> Task:

@@ -7,12 +7,13 @@ tokenizer adds one), and `{{` and `}}` for braces. Virtual token i has the id `v
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Protocol
 
 from spt_jax.errors import ConfigError, did_you_mean
 
 MESSAGES = "messages"
+TEXT = "language_model"  # the task of templates that name no other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +123,22 @@ def without_virtual(template: str) -> str:
     return re.sub(r"<soft(:\d+)?>", "", template)
 
 
-# The checks of the registered tasks (`spt_jax.data.task.register`), by the name of their head.
-CHECKS: dict[str, Callable[["Template"], None]] = {}
+class TemplateTask(Protocol):
+    """What a template asks of its task.
+
+    Attributes:
+      has_head: whether the soft prompt needs a head in place of the base's output matrix.
+    """
+
+    has_head: ClassVar[bool]
+
+    def check(self, template: "Template") -> None:
+        """Raises a ConfigError if the template lacks what the task needs."""
+        ...
+
+
+# The registered tasks, by name (`spt_jax.data.task.register`).
+TEMPLATE_TASKS: dict[str, TemplateTask] = {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,10 +154,11 @@ class Template:
       keep: which end of the truncated field is kept.
       task: the field that names a record's task, if each task has its own soft prompt.
       tasks: the tasks, in the order of their soft prompts.
-      head: the name of the task's head, a key of `spt_jax.TASKS`; language_model for none. A classification head
-        predicts a class at the last token of the prompt, a tagging head a class for each word of a field, and a span
-        head the start and the end of a substring of a field. With a head, the verbalizers only name the classes, in the
-        head's order, and the target's only field holds the class, the tags or the answer.
+      head: the name of the task, a key of `spt_jax.TASKS`, which is also that of its head. language_model is text or,
+        with verbalizers, classification, both without a head. A classification head predicts a class at the last token
+        of the prompt, a tagging head a class for each word of a field, and a span head the start and the end of a
+        substring of a field. With a head, the verbalizers only name the classes, in the head's order, and the target's
+        only field holds the class, the tags or the answer.
       reads: the prompt field that a tagging or span head reads.
       chat: whether to render prompt and target as a user and an assistant turn with the tokenizer's chat template.
       system: the system turn of such a chat.
@@ -156,7 +172,7 @@ class Template:
     keep: Literal["start", "end"] = "start"
     task: str | None = None
     tasks: tuple[str, ...] = ()
-    head: str = "language_model"
+    head: str = TEXT
     reads: str | None = None
     chat: bool = False
     system: str | None = None
@@ -175,9 +191,9 @@ class Template:
             raise ConfigError(
                 f"target {self.target!r}: with verbalizers, the target needs exactly one field, the label"
             )
-        if self.head not in CHECKS:
-            raise ConfigError(f"template.head is {self.head!r}; {did_you_mean(self.head, CHECKS)}")
-        CHECKS[self.head](self)
+        if self.head not in TEMPLATE_TASKS:
+            raise ConfigError(f"template.head is {self.head!r}; {did_you_mean(self.head, TEMPLATE_TASKS)}")
+        TEMPLATE_TASKS[self.head].check(self)
         if self.truncate == MESSAGES:
             raise ConfigError("data.truncate cannot shorten a chat: remove turns from long records")
         if self.truncate is not None and self.truncate not in self.prompt_fields:
@@ -208,8 +224,13 @@ class Template:
         return Field(MESSAGES) in parse(self.prompt)
 
     def bare(self, prompt: str | None = None) -> "Template":
-        """Returns the template without virtual tokens and head, with `prompt` in place of its own prompt if given."""
+        """Returns the template without virtual tokens and head, with `prompt` in place of its own prompt if given.
+
+        Without its head, the task is text or classification by verbalizers.
+        """
         prompt = without_virtual(self.prompt if prompt is None else prompt)
         truncate = self.truncate if Field(self.truncate or "") in parse(prompt) else None
-        changes: dict[str, Any] = {"task": None, "tasks": (), "head": "language_model", "reads": None}
+        changes: dict[str, Any] = {"task": None, "tasks": ()}
+        if TEMPLATE_TASKS[self.head].has_head:
+            changes |= {"head": TEXT, "reads": None}
         return dataclasses.replace(self, prompt=prompt, virtual_tokens=0, truncate=truncate, **changes)

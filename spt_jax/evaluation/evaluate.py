@@ -68,6 +68,11 @@ class EvaluationSet:
     config: EvaluationConfig
     prompts: Sequence[np.ndarray] = ()
 
+    @property
+    def max_new_tokens(self) -> int:
+        """The maximum number of tokens of an answer."""
+        return self.config.max_new_tokens
+
 
 def make_evaluation_set(
     base: FrozenBase,
@@ -222,8 +227,7 @@ def from_scores(data: EvaluationSet, scores: Sequence[Float[np.ndarray, "..."]])
       data: the set.
       scores: for each example, its row of `score`, or its `head_logits` if the head reads a field.
     """
-    task = task_of(data.encoder.template)
-    return task.evaluate(data.encoder, data.records, data.examples, scores, data.config.max_new_tokens)
+    return task_of(data.encoder.template).evaluate(scores, data)
 
 
 def _by_task(data: EvaluationSet, result: Evaluation) -> Evaluation:

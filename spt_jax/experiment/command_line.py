@@ -103,11 +103,11 @@ def parse_train(argv: Sequence[str]) -> Command[Any]:
 def parse_job(kind: type[AnyJob], argv: Sequence[str], program: str) -> AnyJob:
     """Parses a job's command line: a config file, then flags that override its fields or set options of the job.
 
-    The method's name is read first, so that only the options of that method exist. An invalid flag ends the program
-    with exit code 2 and a suggestion.
+    The names of the method and of the objective are read first, so that only their options exist. An invalid flag ends
+    the program with exit code 2 and a suggestion.
 
     Raises:
-      ConfigError: there is no config file, or the method is unknown.
+      ConfigError: there is no config file, or the method or the objective is unknown.
     """
     if not argv or argv[0].startswith("-"):
         usage = f"{program} CONFIG.py"
@@ -119,11 +119,16 @@ def parse_job(kind: type[AnyJob], argv: Sequence[str], program: str) -> AnyJob:
         )
     path, words = Path(argv[0]), list(argv[1:])
     config = load_config_file(path)
-    name = _method_name(words) or config.method.name
+    name = _last_value(words, "--method.name") or config.method.name
     if name not in METHODS:
         raise ConfigError(f"no method {name!r}; {did_you_mean(name, METHODS)}")
     if name != config.method.name:
         config = dataclasses.replace(config, method=METHODS[name]())
+    task = _last_value(words, "--task.name")
+    if task is not None and hasattr(config.method, "head") and _last_value(words, "--method.head") is None:
+        config = dataclasses.replace(config, method=dataclasses.replace(config.method, head=task))
+    over = _last_value(words, "--loss.over") or config.loss.over
+    config = dataclasses.replace(config, loss=config.loss.with_options(None if over == "None" else over))
     return tyro.cli(
         kind[METHODS[name]],  # type: ignore[index]
         default=kind(config=config, workdir=Path("out") / f"{kind.prefix}{path.stem}"),
@@ -132,15 +137,15 @@ def parse_job(kind: type[AnyJob], argv: Sequence[str], program: str) -> AnyJob:
     )
 
 
-def _method_name(words: Sequence[str]) -> str | None:
-    """Returns the last value of --method.name, or None."""
-    name = None
+def _last_value(words: Sequence[str], flag: str) -> str | None:
+    """Returns the last value of a flag, or None."""
+    value = None
     for i, word in enumerate(words):
-        if word == "--method.name" and i + 1 < len(words):
-            name = words[i + 1]
-        if word.startswith("--method.name="):
-            name = word.partition("=")[2]
-    return name
+        if word == flag and i + 1 < len(words):
+            value = words[i + 1]
+        if word.startswith(f"{flag}="):
+            value = word.partition("=")[2]
+    return value
 
 
 def first_command(argv: Sequence[str]) -> str:

@@ -4,13 +4,13 @@ import dataclasses
 from typing import Any, Generic, Literal, TypeVar
 
 from spt_jax.data.task import TASKS
-from spt_jax.data.templates import MESSAGES, Template, virtual_length, without_virtual
+from spt_jax.data.templates import MESSAGES, TEXT, Template, virtual_length, without_virtual
 from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.evaluation.evaluate import EvaluationConfig
 from spt_jax.models.kernels import KernelChoice
 from spt_jax.models.quantized import KERNEL_ARRAYS
 from spt_jax.options import Line, Lines, Pairs
-from spt_jax.prompts import Method, MultitaskPromptTuning
+from spt_jax.prompts import METHODS, Method, MultitaskPromptTuning
 from spt_jax.prompts.initializers import Initializer
 from spt_jax.runtime.sharding import MeshConfig
 from spt_jax.training.config import LogConfig, LossConfig, TrainConfig
@@ -100,12 +100,29 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What is predicted.
+
+    Attributes:
+      name: a registered task, such as tagging. Defaults to method.head where the method has a head; otherwise to
+        language_model, which is text or, with verbalizers, classification.
+    """
+
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name is not None and self.name not in TASKS:
+            raise ConfigError(f"task.name is {self.name!r}; {did_you_mean(self.name, TASKS)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ExperimentConfig(Generic[AnyMethod]):
     """Everything that defines a run, apart from where it is written."""
 
     base: BaseConfig
     data: DataConfig
     method: AnyMethod
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
@@ -135,7 +152,7 @@ def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
         if not data.verbalizers:
             raise ConfigError("method.init.name=labels needs data.verbalizers or method.init.labels")
         method = dataclasses.replace(method, init=dataclasses.replace(init, labels=tuple(data.verbalizers.values())))
-    task = TASKS[_head(method)].with_classes(data.verbalizers)
+    task = TASKS[task_name(config)].with_classes(data.verbalizers)
     if loss.over not in (None, task.loss) and (task.has_head or loss.needs_head):
         raise ConfigError(f"loss.over={loss.over} is not compatible with a {task.name} head; leave it out")
     if data.hard_prompt and not task.bare:
@@ -155,11 +172,25 @@ def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
         )
     if data.hard_prompt and f"{{{MESSAGES}}}" in data.prompt:
         raise ConfigError("data.hard_prompt is not compatible with {messages}: write it as a turn of the chat")
-    return dataclasses.replace(config, data=data, method=method, loss=loss, train=config.train.resolved())
+    return dataclasses.replace(config, data=data, method=method, loss=loss.resolved(), train=config.train.resolved())
 
 
-def _head(method: Method) -> str:
-    return getattr(method, "head", "language_model")
+def task_name(config: ExperimentConfig[Any]) -> str:
+    """Returns the name of the task, from `task.name` or `method.head`.
+
+    Raises:
+      ConfigError: the two differ, or the task needs a head and the method has none.
+    """
+    name, method = config.task.name, config.method
+    head: str | None = getattr(method, "head", None)
+    if name is None:
+        return head or TEXT
+    if head is None and TASKS[name].has_head:
+        able = ", ".join(other for other, kind in METHODS.items() if hasattr(kind, "head"))
+        raise ConfigError(f"task.name={name} needs a head, and {method.name} has none; methods with a head: {able}")
+    if head not in (None, name):
+        raise ConfigError(f"task.name={name} and method.head={head} differ; give only one of them")
+    return name
 
 
 def make_template(config: ExperimentConfig[Any]) -> Template:
@@ -174,7 +205,7 @@ def make_template(config: ExperimentConfig[Any]) -> Template:
         keep=data.keep,
         task=data.task,
         tasks=getattr(config.method, "tasks", ()),
-        head=_head(config.method),
+        head=task_name(config),
         reads=data.reads,
         chat=data.chat,
         system=data.system,

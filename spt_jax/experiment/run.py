@@ -8,7 +8,7 @@ from typing import Any
 
 from spt_jax.bases.base import FrozenBase, load_base, read_tokenizer
 from spt_jax.data.batches import BatchPlan, multiples, plan_batches
-from spt_jax.data.encoder import Encoder
+from spt_jax.data.encoder import Encoder, encoder_for
 from spt_jax.data.examples import Example, digest
 from spt_jax.data.sources import check_fields, read_records
 from spt_jax.data.task import task_of
@@ -58,13 +58,8 @@ class Experiment:
 
     def encoder(self, template: Template) -> Encoder:
         """Returns an encoder for a template, with the run's maximum length."""
-        return Encoder(template, self.base.tokenizer, self.base.config.vocab_size, self.max_length)
-
-    @property
-    def max_length(self) -> int:
-        """The most tokens of an example, within the positions that the method's prefix leaves free."""
-        positions = self.base.config.max_positions - self.config.method.prefix_length
-        return min(self.config.data.max_length or positions, positions)
+        taken, max_length = self.config.method.prefix_length, self.config.data.max_length
+        return encoder_for(self.base, template, taken=taken, max_length=max_length)
 
     def evaluation_set(self, records: Records, template: Template) -> EvaluationSet:
         """Returns the records encoded with a template."""

@@ -35,6 +35,8 @@ _LEFT_BY_A_KILL = [name for own in OUTPUTS for name in (f".{own}.tmp", f".{own}.
 _CONFIG_KEYS = {"base", "data", "method", "optimizer", "loss", "train", "evaluation", "mesh"}
 # Fields that may differ in a resumed run. In version 0.1, sweeps recorded their data in "examples".
 _MAY_DIFFER = ("mesh", "log", "inputs", "examples")
+# What runs that did not record a part of the config had there.
+_NOT_RECORDED = {"task": {"name": None}}
 
 Inputs = Mapping[str, Mapping[str, Any]]
 
@@ -232,7 +234,9 @@ def _saved_settings(path: Path) -> dict[str, Any]:
 
 
 def _check_settings(path: Path, settings: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    ours, theirs = ({k: v for k, v in config.items() if k not in _MAY_DIFFER} for config in (settings, saved))
+    ours, theirs = (
+        {k: v for k, v in {**_NOT_RECORDED, **config}.items() if k not in _MAY_DIFFER} for config in (settings, saved)
+    )
     different = [
         (name, now, there)
         for name, now, there in differing_fields(ours, theirs)

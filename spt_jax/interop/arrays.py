@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.data.encoder import Encoder
+from spt_jax.data.encoder import encoder_for
 from spt_jax.errors import CheckpointError, ConfigError
 from spt_jax.inference.forward import embed_stream
 from spt_jax.models.attention import Stream
@@ -69,7 +69,7 @@ def export_embeddings(saved: SavedPrompt, base: FrozenBase, record: dict[str, st
       ConfigError: the prompt has no token rows, or other parts.
     """
     _token_rows(saved)
-    encoder = Encoder(saved.template, base.tokenizer, base.config.vocab_size, base.config.max_positions)
+    encoder = encoder_for(base, saved.template)
     ids = jnp.asarray(encoder.prompt_ids(record))[None]
     stream = Stream(jnp.arange(ids.shape[1], dtype=jnp.int32)[None], jnp.ones_like(ids), jnp.zeros_like(ids))
     embeddings = embed_stream(base.model, saved.virtual, ids, stream)[0]

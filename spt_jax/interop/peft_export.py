@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.bases.tokenizer import Tokenizer
-from spt_jax.data.encoder import Encoder
+from spt_jax.data.encoder import encoder_for
 from spt_jax.data.templates import MESSAGES, Field, parse
 from spt_jax.errors import ConfigError
 from spt_jax.interop.peft import (
@@ -177,7 +177,7 @@ def _check_tokens(saved: SavedPrompt, base: FrozenBase) -> None:
     record: dict[str, Any] = dict.fromkeys(template.prompt_fields, "a")
     if template.is_conversation:
         record[MESSAGES] = [{"role": "user", "content": "a"}]
-    encoder = Encoder(template, tokenizer, vocab_size, base.config.max_positions)
+    encoder = encoder_for(base, template)
     ids = encoder.prompt_ids(record).tolist()
     virtual = list(range(vocab_size, vocab_size + template.virtual_tokens))
     front, ours = ids[: len(virtual)], ids[len(virtual) :]

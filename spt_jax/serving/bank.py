@@ -13,7 +13,7 @@ import numpy as np
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import round_up
-from spt_jax.data.encoder import Encoder
+from spt_jax.data.encoder import Encoder, encoder_for
 from spt_jax.data.templates import MESSAGES, Template
 from spt_jax.errors import CheckpointError, ConfigError, did_you_mean
 from spt_jax.inference.generation import BUCKET, programs
@@ -184,9 +184,8 @@ class PromptBank:
         self._bytes -= 0 if held is None else held.bytes
 
     def _entry(self, template: Template, virtual: VirtualPrompt | None) -> Entry:
-        base = self.base
-        positions = base.config.max_positions - (0 if virtual is None else virtual.prefix_length)
-        return Entry(virtual, template, Encoder(template, base.tokenizer, base.config.vocab_size, positions))
+        taken = 0 if virtual is None else virtual.prefix_length
+        return Entry(virtual, template, encoder_for(self.base, template, taken=taken))
 
     def remove(self, name: str) -> None:
         """Removes a prompt. Running requests are not affected.

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from spt_jax.data.encoder import Encoder
+from spt_jax.data.requests import field_record, text_records
 from spt_jax.data.templates import MESSAGES, Template
-from spt_jax.errors import SptError, did_you_mean
+from spt_jax.errors import ConfigError, SptError, did_you_mean
 from spt_jax.inference.answers import continuation_text, is_opening
 from spt_jax.inference.generation import SamplingConfig
 from spt_jax.serving import protocol as api
@@ -191,25 +192,15 @@ class Service:
           RefusedError: the template needs other fields, or a text is too long however it is tokenized.
         """
         template = self.bank.entry(self.known(model)).template
-        names = template.prompt_fields
         if (texts is None) == (fields is None):
             raise RefusedError(422, "give either a prompt or fields", param="prompt")
-        if fields is not None:
-            for name in fields:
-                if name not in names:
-                    hint = did_you_mean(name, names)
-                    raise RefusedError(422, f"{model!r} has no field {name!r}; {hint}", param="fields")
-            return [self._bounded(model, template, dict(fields))]
-        assert texts is not None
-        if template.is_conversation:
-            if not all(isinstance(text, str) for text in texts):
-                raise RefusedError(422, f"{model!r} reads a chat and does not take token ids", param="prompt")
-            turns = [{MESSAGES: [{"role": "user", "content": text}]} for text in texts]
-            return [self._bounded(model, template, record) for record in turns]
-        if len(names) != 1:
-            listed = ", ".join(names) or "none"
-            raise RefusedError(422, f"{model!r} has the fields {listed}; give them as fields", param="prompt")
-        return [self._bounded(model, template, {names[0]: text}) for text in texts]
+        if texts and template.is_conversation and not all(isinstance(text, str) for text in texts):
+            raise RefusedError(422, f"{model!r} reads a chat and does not take token ids", param="prompt")
+        try:
+            records = text_records(template, texts or ()) if fields is None else [field_record(template, fields)]
+        except ConfigError as error:
+            raise RefusedError(422, f"{model!r}: {error}", param="prompt" if fields is None else "fields") from error
+        return [self._bounded(model, template, record) for record in records]
 
     def chat_record(self, model: str, messages: Sequence[api.Message]) -> dict[str, Any]:
         """Returns the record for a template from a chat: the whole chat, or the text of its only user turn."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.data.encoder import Encoder
+from spt_jax.data.encoder import Encoder, encoder_for
 from spt_jax.data.examples import Example
 from spt_jax.data.task import task_of
 from spt_jax.data.templates import Template
@@ -126,19 +126,15 @@ def _mean_length(examples: Sequence[Example]) -> float:
 
 def _encoder(experiment: Experiment, template: Template, shots: Records = (), taken: int = 0) -> Encoder:
     """Returns an encoder with the run's maximum length, increased by the length of the solved examples."""
-    base, asked = experiment.base, experiment.config.data.max_length
-    positions = base.config.max_positions - taken
+    max_length = experiment.config.data.max_length
 
-    def encoder(limit: int, shots: Records) -> Encoder:
-        return Encoder(template, base.tokenizer, base.config.vocab_size, limit, shots)
+    def encoder(limit: int | None, shots: Records) -> Encoder:
+        return encoder_for(experiment.base, template, taken=taken, max_length=limit, shots=shots)
 
-    if asked is None:
-        return encoder(positions, shots)
-    added = 0
-    if shots:
-        without, with_shots = (len(encoder(positions, solved).prompt_ids(shots[0])) for solved in ((), shots))
-        added = with_shots - without
-    return encoder(min(asked + added, positions), shots)
+    if max_length is None or not shots:
+        return encoder(max_length, shots)
+    without, with_shots = (len(encoder(None, solved).prompt_ids(shots[0])) for solved in ((), shots))
+    return encoder(max_length + with_shots - without, shots)
 
 
 def _set(experiment: Experiment, encoder: Encoder, records: Records | None, taken: int = 0) -> EvaluationSet:

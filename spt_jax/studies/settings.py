@@ -12,6 +12,8 @@ import numpy as np
 from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.experiment.config import ExperimentConfig
 from spt_jax.prompts import METHODS
+from spt_jax.training.config import LossConfig
+from spt_jax.training.objectives import OBJECTIVES
 
 Settings = dict[str, str]  # values by dotted field name, as written on a command line
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
@@ -72,10 +74,12 @@ def parse_field(text: str, config: ExperimentConfig[Any]) -> tuple[str, list[str
 
 
 def config_fields(config: ExperimentConfig[Any]) -> dict[str, Any]:
-    """Returns a config's fields by dotted name, including those of all other methods, with their defaults."""
+    """Returns a config's fields by dotted name, including those of all other methods and objectives, with defaults."""
     found: dict[str, Any] = {}
     for method in METHODS.values():
-        found |= _fields(dataclasses.replace(config, method=method()))
+        found |= _fields(method(), "method.")
+    for over in OBJECTIVES:
+        found |= _fields(LossConfig().with_options(over), "loss.")
     return found | _fields(config)
 
 

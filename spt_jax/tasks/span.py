@@ -1,15 +1,13 @@
 """The start and the end of an answer within a field."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Float
 
 from spt_jax.data.examples import Example
 from spt_jax.data.reading import END, START, answer_text, span_reads
-from spt_jax.data.task import Evaluation, Record, RecordEncoder, Task
+from spt_jax.data.task import EncodedRecords, Evaluation, Record, RecordEncoder, Scores, Task
 from spt_jax.data.templates import Template
 from spt_jax.data.values import field_of
 from spt_jax.errors import DataError
@@ -52,28 +50,21 @@ class Span(Task):
         """
         return {**record, template.label_field or "": readable_words(self, template, record)[0]}
 
-    def evaluate(
-        self,
-        encoder: RecordEncoder,
-        records: Sequence[Record],
-        examples: Sequence[Example],
-        scores: Sequence[Float[np.ndarray, "..."]],
-        max_length: int,
-    ) -> Evaluation:
-        """Computes exact match and token F1 of the likeliest span of at most `max_length` tokens."""
+    def evaluate(self, scores: Scores, data: EncodedRecords) -> Evaluation:
+        """Computes exact match and token F1 of the likeliest span of at most `data.max_new_tokens` tokens."""
         losses, predictions = [], []
-        for own, example, record in zip(scores, examples, records, strict=True):
+        for own, example, record in zip(scores, data.examples, data.records, strict=True):
             start, end = log_softmax(own.T)
             classes = np.asarray(example.classes)
             losses.append(-(start[(classes & START) > 0][0] + end[(classes & END) > 0][0]) / 2)
             places = np.arange(len(start))
             length = places[None, :] - places[:, None] + 1
-            together = np.where((length > 0) & (length <= max_length), start[:, None] + end[None, :], -np.inf)
+            together = np.where((length > 0) & (length <= data.max_new_tokens), start[:, None] + end[None, :], -np.inf)
             first, last = np.unravel_index(together.argmax(), together.shape)
             predictions.append(
                 {
-                    "prediction": encoder.read_text(record, int(first), int(last)),
-                    "reference": self.reference(encoder.template, record),
+                    "prediction": data.encoder.read_text(record, int(first), int(last)),
+                    "reference": self.reference(data.encoder.template, record),
                     "log_probability": round(float(together.max()), 5),
                 }
             )

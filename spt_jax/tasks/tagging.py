@@ -5,11 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Float
 
 from spt_jax.data.examples import Example
 from spt_jax.data.reading import tag_reads, words_of
-from spt_jax.data.task import Evaluation, Record, RecordEncoder, Task
+from spt_jax.data.task import EncodedRecords, Evaluation, Record, RecordEncoder, Scores, Task
 from spt_jax.data.templates import Template
 from spt_jax.data.values import field_of, field_text
 from spt_jax.errors import DataError
@@ -64,17 +63,10 @@ class Tagging(Task):
         words = readable_words(self, template, record)
         return {**record, template.label_field or "": list(template.verbalizers)[:1] * len(words)}
 
-    def evaluate(
-        self,
-        encoder: RecordEncoder,
-        records: Sequence[Record],
-        examples: Sequence[Example],
-        scores: Sequence[Float[np.ndarray, "..."]],
-        max_length: int,
-    ) -> Evaluation:
+    def evaluate(self, scores: Scores, data: EncodedRecords) -> Evaluation:
         """Computes accuracy and macro-F1 over words and, for tags such as B-X, I-X and O, F1 over whole entities."""
-        names = list(encoder.template.verbalizers)
-        labels = [np.asarray(example.classes) for example in examples]
+        names = list(data.encoder.template.verbalizers)
+        labels = [np.asarray(example.classes) for example in data.examples]
         guesses = [own.argmax(axis=-1) for own in scores]
         flat_labels, flat_guesses = np.concatenate(labels), np.concatenate(guesses)
         losses = -log_softmax(np.concatenate(scores))[np.arange(len(flat_labels)), flat_labels]

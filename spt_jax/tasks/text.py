@@ -1,14 +1,14 @@
 """Text that the model generates."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from spt_jax.data.examples import Example
-from spt_jax.data.task import Evaluation, Record, RecordEncoder, Task
+from spt_jax.data.task import EncodedRecords, Evaluation, Record, RecordEncoder, Scores, Task
 from spt_jax.evaluation import metrics
 from spt_jax.tasks.verbalizers import Verbalizers
 
@@ -31,17 +31,10 @@ class Text(Task):
             predicted[0] = False  # there is no id before the first one to predict it from
         return Example(np.asarray(prompt + target, np.int32), predicted, (), 0, index)
 
-    def evaluate(
-        self,
-        encoder: RecordEncoder,
-        records: Sequence[Record],
-        examples: Sequence[Example],
-        scores: Sequence[Float[np.ndarray, "..."]],
-        max_length: int,
-    ) -> Evaluation:
+    def evaluate(self, scores: Scores, data: EncodedRecords) -> Evaluation:
         """Computes the loss per token and the perplexity of the targets."""
         values = np.stack(scores)[:, 0]
-        tokens: Int[np.ndarray, " N"] = np.asarray([int(example.predicted.sum()) for example in examples])
+        tokens: Int[np.ndarray, " N"] = np.asarray([int(example.predicted.sum()) for example in data.examples])
         result = {
             "loss": float(-values.sum() / tokens.sum()),
             "perplexity": metrics.perplexity(values.astype(np.float64), tokens),

@@ -1,14 +1,12 @@
 """Classification by the probabilities of verbalizers."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Float
 
 from spt_jax.data.examples import Example
-from spt_jax.data.task import Evaluation, Record, RecordEncoder, Task
+from spt_jax.data.task import EncodedRecords, Evaluation, Record, RecordEncoder, Scores, Task
 from spt_jax.data.templates import Template
 from spt_jax.data.values import field_text
 from spt_jax.errors import DataError, did_you_mean
@@ -28,16 +26,10 @@ class Verbalizers(Task):
         label = label_of(encoder.template, record, index)
         return Example(np.asarray(prompt, np.int32), np.zeros(len(prompt), bool), encoder.choices, label, index)
 
-    def evaluate(
-        self,
-        encoder: RecordEncoder,
-        records: Sequence[Record],
-        examples: Sequence[Example],
-        scores: Sequence[Float[np.ndarray, "..."]],
-        max_length: int,
-    ) -> Evaluation:
+    def evaluate(self, scores: Scores, data: EncodedRecords) -> Evaluation:
         """Computes accuracy and macro-F1 with bootstrap intervals, and the cross-entropy among the classes."""
-        values, classes = np.stack(scores), list(encoder.template.verbalizers)
+        values, classes = np.stack(scores), list(data.encoder.template.verbalizers)
+        examples = data.examples
         labels = np.asarray([example.label for example in examples])
         tokens = np.asarray([len(choice) for choice in examples[0].choices]) if examples[0].choices else 1
         predicted = values.argmax(axis=1)

@@ -1,22 +1,35 @@
 """Configuration of the loss, of the training loop and of logging."""
 
 import dataclasses
+import functools
 import math
+import typing
+
+import tyro
 
 from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.training.objectives import OBJECTIVES, Objective
 
+# Fields of objectives that are no options: they follow from the data.
+_COUNTED = frozenset({"choices"})
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Which loss is minimized.
+    """Which objective is minimized, and its options.
+
+    An objective's own options are fields of a subclass, which `of` and `with_options` return.
 
     Attributes:
-      over: "vocabulary" is the next-token cross-entropy of the target; "verbalizers" is the cross-entropy of the
-        correct class, given the sequence probabilities of the verbalizers; "span" is over the positions of the text
-        that a span head reads. Defaults to "verbalizers" if there are any. With a task head it is set automatically.
+      over: the name of a registered objective. "vocabulary" is the next-token cross-entropy of the target;
+        "verbalizers" is the cross-entropy of the correct class, given the sequence probabilities of the verbalizers;
+        "span" is over the positions of the text that a span head reads. Defaults to that of the task: "verbalizers" if
+        there are any. With a task head it is set automatically.
       label_smoothing: the share of the target distribution that is spread evenly over the vocabulary or the classes.
       class_weights: a weight per class, in the order of the verbalizers; if empty, all classes have equal weight.
+
+    Raises:
+      ConfigError: there is no such objective, or a field is out of its range or not an option of the objective.
     """
 
     over: str | None = None
@@ -29,10 +42,63 @@ class LossConfig:
         finite = all(0 <= weight < math.inf for weight in self.class_weights)
         if not finite or (self.class_weights and not any(self.class_weights)):
             raise ConfigError("loss.class_weights must be finite numbers of at least 0, and not all 0")
-        if self.over is not None and self.over not in OBJECTIVES:
-            raise ConfigError(f"loss.over is {self.over!r}; {did_you_mean(self.over, OBJECTIVES)}")
-        if self.over is not None and self.label_smoothing and "label_smoothing" not in self._options:
-            raise ConfigError(f"loss.label_smoothing is not compatible with loss.over={self.over}")
+        if self.over is not None:
+            check_objective(self.over)
+        used = {"label_smoothing"} if self.over is not None and self.label_smoothing else set()
+        for name in sorted((used | self._own) - _options(self._objective)):
+            raise ConfigError(f"loss.{name} is not compatible with loss.over={self.over}")
+        if self._own and not self._missing:
+            self.objective(2)  # which checks its options
+
+    @staticmethod
+    def of(objective: Objective, *, class_weights: tuple[float, ...] = ()) -> "LossConfig":
+        """Returns the config of a registered objective with its options.
+
+        Args:
+          objective: the objective. One that counts the choices of the data takes them from the data instead.
+          class_weights: a weight per class, as in the attributes.
+
+        Raises:
+          ConfigError: the class of the objective is not registered.
+        """
+        names = [name for name, kind in OBJECTIVES.items() if kind is type(objective)]
+        if not names:
+            raise ConfigError(f"{type(objective).__name__} is not registered: add it to OBJECTIVES under a name")
+        options = {name: getattr(objective, name) for name in _options(type(objective))}
+        return _config_type(type(objective))(over=names[0], class_weights=class_weights, **options)
+
+    def with_options(self, over: str | None) -> "LossConfig":
+        """Returns the config for an objective, with its options as fields.
+
+        Options of another objective are dropped. Those that are not set have their defaults, or `tyro.MISSING`, which
+        the command line replaces or refuses.
+
+        Args:
+          over: the name of the objective; None for the default of the task.
+
+        Raises:
+          ConfigError: there is no such objective, or the label smoothing is not an option of it.
+        """
+        kind = LossConfig if over is None else _config_type(check_objective(over))
+        if type(self) is kind:
+            return dataclasses.replace(self, over=over)
+        own = {
+            field.name: tyro.MISSING
+            for field in dataclasses.fields(kind)
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        }
+        return kind(over=over, label_smoothing=self.label_smoothing, class_weights=self.class_weights, **own)
+
+    def resolved(self) -> "LossConfig":
+        """Returns the config with all options of its objective as fields.
+
+        Raises:
+          ConfigError: an option without a default is not set.
+        """
+        loss = self.with_options(self.over)
+        for name in sorted(loss._missing):
+            raise ConfigError(f"loss.over={loss.over} needs loss.{name}")
+        return loss
 
     def objective(self, choices: int) -> Objective:
         """Returns the objective, by default over the vocabulary.
@@ -40,8 +106,9 @@ class LossConfig:
         Args:
           choices: the number of scored sequences per example.
         """
-        options = {"label_smoothing": self.label_smoothing, "choices": choices}
-        return self._objective(**{name: value for name, value in options.items() if name in self._options})
+        fields = {field.name for field in dataclasses.fields(self._objective)}
+        options = {**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)}, "choices": choices}
+        return self._objective(**{name: value for name, value in options.items() if name in fields})
 
     @property
     def uses_choices(self) -> bool:
@@ -58,8 +125,58 @@ class LossConfig:
         return OBJECTIVES[self.over or "vocabulary"]
 
     @property
-    def _options(self) -> set[str]:
-        return {field.name for field in dataclasses.fields(self._objective)}
+    def _own(self) -> set[str]:
+        return {field.name for field in dataclasses.fields(self)} - _SHARED
+
+    @property
+    def _missing(self) -> set[str]:
+        return {name for name in self._own if getattr(self, name) is tyro.MISSING}
+
+
+_SHARED = frozenset(field.name for field in dataclasses.fields(LossConfig))
+
+
+def check_objective(over: str) -> type[Objective]:
+    """Returns the registered objective of a name.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    if over not in OBJECTIVES:
+        raise ConfigError(f"loss.over is {over!r}; {did_you_mean(over, OBJECTIVES)}")
+    return OBJECTIVES[over]
+
+
+def _options(objective: type[Objective]) -> set[str]:
+    return {field.name for field in dataclasses.fields(objective) if field.init} - _COUNTED
+
+
+@functools.cache
+def _config_type(objective: type[Objective]) -> type[LossConfig]:
+    """Returns `LossConfig` with an objective's own options as further fields, from which the flags are made.
+
+    Raises:
+      ConfigError: an option has the name of a field of `LossConfig` that means something else.
+    """
+    options = _options(objective)
+    for name in sorted(options & (_SHARED - {"label_smoothing"})):
+        raise ConfigError(f"{objective.__name__}.{name}: an option of an objective cannot have this name; rename it")
+    types = typing.get_type_hints(objective, include_extras=True)
+    own = [
+        (field.name, types[field.name], dataclasses.field(default=field.default, default_factory=field.default_factory))
+        for field in dataclasses.fields(objective)
+        if field.name in options - _SHARED
+    ]
+    if not own:
+        return LossConfig
+    return dataclasses.make_dataclass(
+        f"{objective.__name__}Config",
+        own,
+        bases=(LossConfig,),
+        namespace={"__doc__": objective.__doc__, "__module__": __name__},
+        frozen=True,
+        kw_only=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
