@@ -293,10 +293,16 @@ def check_model(model: Model, *, seed: int = 0, tolerance: float = 1e-4) -> None
     def total(x: Float[Array, "1 T D"]) -> Float[Array, ""]:
         return log_probabilities(model, x).sum()
 
-    # One random direction per position, so that a position without a gradient shows.
+    # One random direction per position, so that a position without a gradient shows. A step may cross a point where the
+    # function jumps, such as the choice of another expert, and smaller ones then do not.
     noise = jax.random.normal(jax.random.key(seed), x.shape)
-    steps = 0.01 * jnp.linalg.norm(x) / jnp.linalg.norm(noise) * jnp.eye(24)[:, None, :, None] * noise[None]
-    slopes = np.asarray((jax.grad(total)(x)[None] * steps).sum(axis=(1, 2, 3)))
-    differences = np.asarray([(total(x + step) - total(x - step)) / 2 for step in steps])
-    off = np.abs(slopes - differences).max() / np.abs(differences).max()
+    errors = []
+    for size in (1e-2, 2e-3, 4e-4):
+        steps = size * jnp.linalg.norm(x) / jnp.linalg.norm(noise) * jnp.eye(24)[:, None, :, None] * noise[None]
+        slopes = np.asarray((jax.grad(total)(x)[None] * steps).sum(axis=(1, 2, 3)))
+        differences = np.asarray([(total(x + step) - total(x - step)) / 2 for step in steps])
+        errors.append(np.abs(slopes - differences) / np.abs(differences).max())
+        off = np.min(errors, axis=0).max()
+        if off <= 0.02:
+            break
     assert off <= 0.02, f"the gradient for the embeddings is off finite differences by {off:.1%}"
