@@ -260,7 +260,7 @@ def check_model(model: Model, *, seed: int = 0, tolerance: float = 1e-4) -> None
     check("a token sees only earlier tokens, and padding changes nothing", padded[:9], whole[:9])
     packed = logits((first, places, 1, 0), (second, places, 2, 0), length=length)
     check("packed sequences do not see each other", packed[:48], np.concatenate([whole, other]))
-    joined = logits((np.concatenate([first[:9], second[:6]]), places[:15], 1, 0))
+    joined = logits((np.concatenate([first[:9], second[:6]]), places[:15], 1, 0), length=24)
     shared = logits(
         (first[:9], places[:9], 1, 0), (first[9:], places[9:], 2, 1), (second[:6], places[9:15], 3, 1), length=length
     )
@@ -296,10 +296,10 @@ def check_model(model: Model, *, seed: int = 0, tolerance: float = 1e-4) -> None
     # One random direction per position, so that a position without a gradient shows. A step may cross a point where the
     # function jumps, such as the choice of another expert, and smaller ones then do not.
     noise = jax.random.normal(jax.random.key(seed), x.shape)
-    errors = []
+    gradient, errors = jax.grad(total)(x), []
     for size in (1e-2, 2e-3, 4e-4):
         steps = size * jnp.linalg.norm(x) / jnp.linalg.norm(noise) * jnp.eye(24)[:, None, :, None] * noise[None]
-        slopes = np.asarray((jax.grad(total)(x)[None] * steps).sum(axis=(1, 2, 3)))
+        slopes = np.asarray((gradient[None] * steps).sum(axis=(1, 2, 3)))
         differences = np.asarray([(total(x + step) - total(x - step)) / 2 for step in steps])
         errors.append(np.abs(slopes - differences) / np.abs(differences).max())
         off = np.min(errors, axis=0).max()
