@@ -170,6 +170,8 @@ def _check_mesh(mesh: Mesh, config: DecoderConfig) -> None:
     """Raises ConfigError if the layers cannot be split over the mesh."""
     for own in layer_configs(config):
         sizes = {"heads": own.heads, "key/value heads": own.kv_heads}
+        if own.latent is not None:
+            sizes = {"heads of latents": 1}
         if own.delta_net is not None:
             sizes = {"recurrent key heads": own.delta_net.key_heads, "recurrent value heads": own.delta_net.value_heads}
         check_divides(mesh, sizes if own.experts is not None else {**sizes, "MLP columns": own.mlp_width})

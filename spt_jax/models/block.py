@@ -1,214 +1,19 @@
 """One layer of a decoder: attention and MLP with norms and residual connections."""
 
-import dataclasses
-from typing import Any
-
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-from spt_jax.models.attention import Scoring, Source, Stream, alibi_slopes, attend, attention_weights
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.delta_net import GatedDeltaNet
 from spt_jax.models.experts import Experts
 from spt_jax.models.kernels import Kernel
-from spt_jax.models.layers import Linear, Mlp, Norm
-from spt_jax.models.memory import KeysValues, State, from_cache
-from spt_jax.models.ring import ring_attend
-from spt_jax.models.rope import query_scale, rotate
+from spt_jax.models.latent_attention import LatentAttention
+from spt_jax.models.layers import Mlp, Norm
+from spt_jax.models.memory import KeysValues, State
+from spt_jax.models.self_attention import Attention, LayerInputs, SharedInputs, of_row, unless_last
 from spt_jax.runtime.sharding import ROWS, constrain
-
-# Variable collection for attention weights; they are stored only if the caller makes it mutable.
-ATTENTION = "attention_weights"
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LayerInputs:
-    """Inputs that differ between layers. A field that no layer needs is None; flags are scanned along layers.
-
-    Attributes:
-      last: True for the last layer if only its keys and values are needed.
-      rotates: whether the layer uses RoPE; None for always.
-      windowed: whether the layer uses the sliding window; None if all layers of the stack do, or none.
-      prefix: keys and values of the prefix, or the state after it.
-      cache: keys and values of the cache, or the state after its tokens.
-      gated: keys and values of the gated prefix, and the gate, which is 0 for layers without one.
-    """
-
-    last: Bool[Array, "*L"] | None
-    rotates: Bool[Array, "*L"] | None
-    windowed: Bool[Array, "*L"] | None
-    prefix: KeysValues | State | None = None
-    cache: KeysValues | State | None = None
-    gated: tuple[KeysValues, Float[Array, "*L"]] | None = None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SharedInputs:
-    """Inputs that all layers of a stack share.
-
-    Attributes:
-      cos_sin: cosines and sines of RoPE; None for layers without RoPE.
-      local_cos_sin: those of layers with a sliding window, if they differ.
-      stream: positions and segments of the tokens.
-      prefix_positions: positions of the prefix, [P], or [B, P] if each row has its own prompt.
-      key_positions: positions of the keys of each source, [B, S], for ALiBi.
-      masks: attention masks of the sources in the order prefix, cache, row; None if rows are split over devices.
-      window_masks: the same with the sliding window, if some layers of the stack have it and some do not.
-    """
-
-    cos_sin: tuple[Array, Array] | None
-    local_cos_sin: tuple[Array, Array] | None
-    stream: Stream
-    prefix_positions: Int[Array, "*B P"] | None
-    key_positions: tuple[Array, ...]
-    masks: tuple[Array, ...] | None
-    window_masks: tuple[Array, ...] | None
-
-
-def of_row(prompt_index: Int[Array, " B"] | None, tree: Any) -> Any:
-    """Selects the prompt of each row, [S, ...] to [B, ...]. Without `prompt_index`, returns the tree as it is."""
-    return tree if prompt_index is None else jax.tree.map(lambda a: jnp.take(a, prompt_index, axis=0), tree)
-
-
-def _choose(flag: Bool[Array, ""] | None, yes: Any, no: Any) -> Any:
-    """Returns `yes` if the flag of this layer is set or there are no flags, else `no`."""
-    return yes if flag is None else jax.tree.map(lambda a, b: jnp.where(flag, a, b), yes, no)
-
-
-def _unless_last(module: nn.Module, layer: LayerInputs, function: Any, x: Array) -> Array:
-    """Returns `function(module, x)`, of the shape of x; if `layer.last` is set, skips it and returns x."""
-    return function(module, x) if layer.last is None else nn.cond(layer.last, lambda _, x: x, function, module, x)
-
-
-class Attention(nn.Module):
-    """Self-attention of one layer over prefix, cache and row. Also returns the keys and values of the row."""
-
-    config: DecoderConfig
-    mesh: Mesh | None
-    kernel: Kernel
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], layer: LayerInputs, shared: SharedInputs) -> tuple[Array, KeysValues]:
-        config = self.config
-        keys, values = self.keys_values(x)
-        own = KeysValues(self.placed(keys, "key", layer, shared), values)
-
-        def attended(module: nn.Module, x: Array) -> Array:
-            projected = self.project(x, "query", config.heads)
-            queries = self.placed(projected, "query", layer, shared)
-            scale = None if config.rope is None else query_scale(config.rope, shared.stream.positions)
-            if scale is not None:
-                queries = (queries * scale).astype(queries.dtype)
-            out = self.attend(queries, own, layer, shared)
-            if config.attention_gate:
-                out = out * jax.nn.sigmoid(self.project(x, "gate", config.heads))
-            out = out.reshape(*x.shape[:2], config.heads * config.head_size)
-            return Linear(config.width, config.output_bias, name="output")(out)
-
-        return _unless_last(self, layer, attended, x), own
-
-    @nn.compact
-    def remembered(self, x: Float[Array, "B T D"]) -> KeysValues:
-        """Returns the keys and values of x without RoPE."""
-        keys, values = self.keys_values(x)
-        return KeysValues(self.norm("key")(keys) if self.config.qk_norm in ("head", "heads") else keys, values)
-
-    def keys_values(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-        """Returns keys before their norm by head, and values."""
-        config = self.config
-        keys = self.project(x, "key", config.kv_heads)
-        values = keys if config.value_is_key else self.project(x, "value", config.kv_heads)
-        if config.value_norm:
-            values = Norm(config, use_scale=False, use_bias=False)(values)
-        return keys, values
-
-    def project(self, x: Float[Array, "B T D"], name: str, heads: int) -> Float[Array, "B T N H"]:
-        """Returns a linear map of x by heads."""
-        config = self.config
-        y = Linear(heads * config.head_size, config.qkv_bias, name=name)(x)
-        if config.clip_qkv is not None:
-            y = jnp.clip(y, -config.clip_qkv, config.clip_qkv)
-        if config.qk_norm == "whole" and name in ("query", "key"):
-            y = self.norm(name)(y)
-        return y.reshape(*x.shape[:2], heads, config.head_size)
-
-    def norm(self, name: str) -> Norm:
-        """The norm of queries or keys."""
-        heads = self.config.heads if name == "query" else self.config.kv_heads
-        shape = (heads, self.config.head_size) if self.config.qk_norm == "heads" else None
-        return Norm(self.config, shape, use_bias=False, name=f"{name}_norm")
-
-    def placed(
-        self, y: Float[Array, "B T N H"], name: str, layer: LayerInputs, shared: SharedInputs
-    ) -> Float[Array, "B T N H"]:
-        """Normalizes queries or keys by head and rotates them, where the config says so."""
-        config = self.config
-        by_head = config.qk_norm in ("head", "heads")
-        if by_head and not config.qk_norm_after_rope:
-            y = self.norm(name)(y)
-        if shared.cos_sin is not None:
-            assert config.rope is not None
-            cos_sin = shared.cos_sin
-            if shared.local_cos_sin is not None:
-                cos_sin = _choose(layer.windowed, shared.local_cos_sin, cos_sin)
-            y = _choose(layer.rotates, rotate(y, cos_sin, interleaved=config.rope.interleaved), y)
-        return self.norm(name)(y) if by_head and config.qk_norm_after_rope else y
-
-    def attend(
-        self, queries: Float[Array, "B T N H"], own: KeysValues, layer: LayerInputs, shared: SharedInputs
-    ) -> Float[Array, "B T N H"]:
-        """Attends to prefix, cache and row, and adds what the gated prefix contributes."""
-        config, stream = self.config, shared.stream
-        scoring = Scoring(config.score_scale or config.head_size**-0.5, config.score_cap)
-        prefix, gated = of_row(stream.prompt_index, (layer.prefix, layer.gated))
-        prefix, cache = jax.tree.map(lambda a: a.astype(queries.dtype), (prefix, layer.cache))
-        assert not isinstance(prefix, State)
-        assert not isinstance(cache, State)
-        if shared.masks is None:
-            assert self.mesh is not None
-            window = config.window if config.window_layers else 0
-            places = stream, prefix, shared.prefix_positions
-            options = {"window": window, "windowed": layer.windowed, "scoring": scoring}
-            out = ring_attend(self.mesh, queries, own, *places, **options)
-        else:
-            masks = shared.masks
-            if cache is not None:
-                slots = masks[-2].shape[-1]  # The last mask is that of the row itself.
-                cache = from_cache(cache, slots)
-            if shared.window_masks is not None:
-                masks = _choose(layer.windowed, shared.window_masks, masks)
-            pairs = [pair for pair in (prefix, cache, own) if pair is not None]
-            biases = [self.bias(positions) for positions in shared.key_positions]
-            sources = [
-                Source(pair.keys, pair.values, mask, bias)
-                for pair, mask, bias in zip(pairs, masks, biases or [None] * len(pairs), strict=True)
-            ]
-            sinks = self.param("sinks", nn.initializers.zeros, (config.heads,)) if config.sinks else None
-            # A decoding step has few scores, so a fused kernel has no benefit.
-            kernel = self.kernel if queries.shape[1] > 1 else "xla"
-            out = attend(queries, sources, scoring, sinks=sinks, kernel=kernel, mesh=self.mesh)
-            if self.is_mutable_collection(ATTENTION):
-                self.sow(ATTENTION, "weights", attention_weights(queries, sources, scoring, sinks))
-        return out if gated is None else out + _gated_attention(queries, *gated)
-
-    def bias(self, key_positions: Int[Array, "B S"]) -> Float[Array, "B N 1 S"]:
-        """Returns the ALiBi bias. A softmax does not change if all scores of a query do, so the keys are enough."""
-        slopes = jnp.asarray(alibi_slopes(self.config.heads)) * self.config.alibi_scale
-        return slopes[None, :, None, None] * key_positions.astype(jnp.float32)[:, None, None, :]
-
-
-def _gated_attention(
-    queries: Float[Array, "B T N H"], gated: KeysValues, gates: Float[Array, "*B"]
-) -> Float[Array, "B T N H"]:
-    """Returns the term that the gated prefix of one layer adds to its attention output."""
-    shape = (*queries.shape[:2], gated.keys.shape[-3])
-    source = Source(gated.keys.astype(queries.dtype), gated.values.astype(queries.dtype), jnp.ones(shape, bool))
-    return gates.reshape(-1, 1, 1, 1).astype(queries.dtype) * attend(queries, [source])
 
 
 class Block(nn.Module):
@@ -234,7 +39,7 @@ class Block(nn.Module):
 
         if config.parallel:
             of_mlp = normed if config.shared_norm else self.norm("mlp_norm", x, ("before", "around"))
-            x = x + self.scaled("attention", attended) + _unless_last(self, layer, mlp, of_mlp)
+            x = x + self.scaled("attention", attended) + unless_last(self, layer, mlp, of_mlp)
             return self.layer_scaled(x), own
 
         x = self.norm("attention_sum_norm", x + self.scaled("attention", attended), ("sum",))
@@ -242,7 +47,7 @@ class Block(nn.Module):
         def normed_mlp(module: nn.Module, x: Array) -> Array:
             return mlp(module, self.norm("mlp_norm", x, ("before", "around")))
 
-        x = self.norm("mlp_sum_norm", x + _unless_last(self, layer, normed_mlp, x), ("sum",))
+        x = self.norm("mlp_sum_norm", x + unless_last(self, layer, normed_mlp, x), ("sum",))
         return self.layer_scaled(x), own
 
     def mixed(
@@ -251,7 +56,8 @@ class Block(nn.Module):
         """Returns the output of attention, or of the recurrent layer in its place, and what it remembers."""
         config = self.config
         if config.delta_net is None:
-            return Attention(config, self.mesh, self.kernel, name="attention")(x, layer, shared)
+            kind = Attention if config.latent is None else LatentAttention
+            return kind(config, self.mesh, self.kernel, name="attention")(x, layer, shared)
         state = of_row(shared.stream.prompt_index, layer.prefix) if layer.cache is None else layer.cache
         if not isinstance(state, State):
             state = State({name: jnp.zeros(shape) for name, shape in config.delta_net.state_shapes})

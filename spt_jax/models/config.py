@@ -8,6 +8,7 @@ from typing import Literal
 from spt_jax.errors import ConfigError
 from spt_jax.models.delta_net_config import DeltaNetConfig
 from spt_jax.models.experts_config import ExpertsConfig
+from spt_jax.models.latent_config import LatentConfig
 from spt_jax.models.rope import RopeConfig
 
 
@@ -81,6 +82,7 @@ class DecoderConfig:
       logit_scale: factor of the logits.
       experts: mixture of experts in place of the MLP.
       delta_net: recurrent layer in place of attention.
+      latent: attention whose heads share one latent per token; `head_size` is the size of its rotated part.
       variants: layers of other kinds.
     """
 
@@ -135,6 +137,7 @@ class DecoderConfig:
     logit_scale: float | None = None
     experts: ExpertsConfig | None = None
     delta_net: DeltaNetConfig | None = None
+    latent: LatentConfig | None = None
     variants: tuple[Variant, ...] = ()
 
     def __post_init__(self) -> None:
@@ -155,6 +158,8 @@ class DecoderConfig:
         for rope in (self.rope, self.local_rope):
             if rope is not None:
                 rope.check(self.head_size)
+        if self.latent is not None and (self.rope is None or self.latent.rotated_size != self.head_size):
+            raise ConfigError("latent attention needs a RoPE, and head_size must be the size of the rotated part")
         finite = [name for name in _POSITIVE if (value := getattr(self, name)) is not None and not 0 < value < math.inf]
         if finite:
             raise ConfigError(f"{finite[0]} is {getattr(self, finite[0])}; it must be a finite number above 0")
@@ -188,6 +193,8 @@ class DecoderConfig:
             mlp = self.width * self.mlp_width * (3 if self.gated_mlp else 2)
         if self.delta_net is not None:
             return self.delta_net.matmul_parameters(self.width) + mlp
+        if self.latent is not None:
+            return self.latent.matmul_parameters(self.width, self.heads) + mlp
         outputs = (3 if self.attention_gate else 2) * self.heads + (1 if self.value_is_key else 2) * self.kv_heads
         return self.width * self.head_size * outputs + mlp
 
@@ -298,8 +305,8 @@ def group_names(config: DecoderConfig) -> tuple[str, ...]:
     return tuple(names[_memory_sizes(config_of_layer)] for config_of_layer in layer_configs(config))
 
 
-def _memory_sizes(config: DecoderConfig) -> tuple[int, int] | DeltaNetConfig:
-    return config.delta_net or (config.kv_heads, config.head_size)
+def _memory_sizes(config: DecoderConfig) -> tuple[int, int] | DeltaNetConfig | LatentConfig:
+    return config.delta_net or config.latent or (config.kv_heads, config.head_size)
 
 
 def _longest_repetition(kinds: tuple[tuple[str, ...], ...]) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Stream, soft_capped, visible, within_window
-from spt_jax.models.block import ATTENTION, Block, LayerInputs, SharedInputs, of_row
+from spt_jax.models.block import Block
 from spt_jax.models.config import DecoderConfig, Period, Stack, group_names, layer_configs, periods
 from spt_jax.models.kernels import Kernel
 from spt_jax.models.layers import Linear, Norm
@@ -21,6 +21,7 @@ from spt_jax.models.layout import Group, Layout, StateGroup
 from spt_jax.models.memory import KeysValues, Memory, State, keys_values
 from spt_jax.models.ring import splits
 from spt_jax.models.rope import rotation
+from spt_jax.models.self_attention import ATTENTION, LayerInputs, SharedInputs, of_row
 from spt_jax.runtime.sharding import ROWS, constrain, row_shards
 
 # What the backward pass recomputes: nothing; everything except the results of linear maps; each layer completely.
@@ -319,6 +320,13 @@ def _shared_inputs(stack: Stack, rows: Stream, prefix: Prefix | None, cache: Cac
     return SharedInputs(cos_sin, local, rows, prefix_positions, key_positions, masks, window_masks)
 
 
+def _memory_sizes(config: DecoderConfig) -> tuple[int, int, int]:
+    """Returns the heads of what a layer with attention remembers, and the sizes of its keys and values."""
+    if config.latent is not None:
+        return 1, config.latent.key_size, config.latent.rank
+    return config.kv_heads, config.head_size, config.head_size
+
+
 @functools.lru_cache(maxsize=64)
 def decoder_layout(config: DecoderConfig) -> Layout:
     """Returns the layout of a decoder."""
@@ -328,7 +336,7 @@ def decoder_layout(config: DecoderConfig) -> Layout:
         layers = tuple(i for i in range(config.layers) if names[i] == name)
         own = layer_configs(config)[layers[0]]
         if own.delta_net is None:
-            groups[name] = Group(layers, own.kv_heads, own.head_size, own.head_size)
+            groups[name] = Group(layers, *_memory_sizes(own))
         else:
             groups[name] = StateGroup(layers, own.delta_net.state_shapes)
     return Layout(config.vocab_size, config.input_width, config.max_positions, groups)

@@ -12,12 +12,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Stream, soft_capped
-from spt_jax.models.block import ATTENTION, Attention
 from spt_jax.models.config import DecoderConfig, layer_configs, periods
 from spt_jax.models.decoder import Decoder, decoder_layout
+from spt_jax.models.latent_attention import LatentAttention
 from spt_jax.models.layout import Layout, only_layers
 from spt_jax.models.memory import KeysValues, Memory
 from spt_jax.models.model import Params, TargetScores
+from spt_jax.models.self_attention import ATTENTION, Attention
 from spt_jax.models.vocabulary import log_sum_exp
 from spt_jax.runtime.sharding import to_host
 
@@ -87,8 +88,8 @@ class DecoderModel:
 
         def of_layer(i: int, x: Float[Array, "P D"]) -> KeysValues:
             params = jax.tree.map(lambda a: a.astype(jnp.float32), _at(self.params, *places[i]))
-            module: Any = Attention(configs[i], None, "xla")
-            return module.apply({"params": params}, x[None], method=Attention.remembered)
+            kind: Any = Attention if configs[i].latent is None else LatentAttention
+            return kind(configs[i], None, "xla").apply({"params": params}, x[None], method=kind.remembered)
 
         layers = layout.attention_layers[-rows.shape[0] :]
         by_layer = {i: jax.tree.map(lambda a: a[0], of_layer(i, x)) for i, x in zip(layers, rows, strict=True)}

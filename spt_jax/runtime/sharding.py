@@ -41,6 +41,8 @@ RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r"((attention|delta_net)/output|down)/kernel$", (P(None, "tensor", "fsdp"),)),
     (r"_convolution$", (P(None, None, "tensor"),)),
     (r"(a_log|dt_bias)$", (P(None, "tensor"),)),
+    (r"(latent|rotated_key)/kernel$", (P(None, "fsdp"),)),
+    (r"(latent|rotated_key)/bias$", (P(),)),
     (r"(input_map|output_map)/kernel$", (P("fsdp"),)),
     (r"logit_bias$", (P(("fsdp", "tensor")),)),
     (r"(scale|norm/bias|sinks|(attention/output|down)/bias)$", (P(),)),

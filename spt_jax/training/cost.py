@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from spt_jax.bases.checkpoint import parameter_shapes
 from spt_jax.data.batches import Batch, BatchPlan
 from spt_jax.models.config import DecoderConfig, layer_configs
-from spt_jax.models.decoder import Remat
+from spt_jax.models.decoder import Remat, decoder_layout
 from spt_jax.models.vocabulary import CHUNK_LOGITS, CHUNK_ROWS
 from spt_jax.runtime.sharding import row_shards, sharded_shapes
 
@@ -80,7 +80,7 @@ def step_flops(config: DecoderConfig, shape: StepShape) -> StepFlops:
     Padding is included. The method's network, task heads and gated prefixes are not.
     """
     *others, last = layer_configs(config)
-    keys_values = 2 * last.width * last.kv_heads * last.head_size
+    keys_values = last.width * (last.latent.key_size if last.latent else 2 * last.kv_heads * last.head_size)
     if last.delta_net is not None:
         keys_values = last.delta_net.matmul_parameters(last.width)
     leading = shape.prompts * shape.lead
@@ -103,6 +103,8 @@ def _pair_flops(config: DecoderConfig) -> int:
     """
     if config.delta_net is not None:
         return 12 * config.delta_net.value_heads * (config.delta_net.key_size + config.delta_net.value_size)
+    if config.latent is not None:
+        return 6 * config.heads * (config.latent.key_size + config.latent.rank)
     return 12 * config.heads * config.head_size
 
 
@@ -190,7 +192,9 @@ def step_memory(
         return sum(_kept_bytes(one, tokens, keys, remat, itemsize, tensor) for one in layers)
 
     leading = shape.prompts * shape.lead
-    pairs = 2 * seen * shape.prompts * sum(one.kv_heads * one.head_size for one in layers if one.delta_net is None)
+    groups = decoder_layout(config).attention_groups.values()
+    per_position = sum(len(group.layers) * group.kv_heads * (group.key_size + group.value_size) for group in groups)
+    pairs = seen * shape.prompts * per_position
     return StepMemory(
         weights=weights,
         kept=kept(rows * length, seen + length),
@@ -222,6 +226,8 @@ def _linear_outputs(config: DecoderConfig, tensor: int) -> int:
     heads = (config.heads + 2 * config.kv_heads) * config.head_size
     if config.delta_net is not None:
         heads = 2 * config.delta_net.key_width + 2 * config.delta_net.value_width
+    if config.latent is not None:
+        heads = config.heads * (2 * config.latent.key_size + config.latent.rank) + config.latent.key_size
     mlp = (2 if config.gated_mlp else 1) * config.mlp_width
     if config.experts is not None:
         mlp = 2 * (config.experts.top_k * config.experts.expert_width + config.experts.shared_width)

@@ -42,6 +42,7 @@ def _rope(kind: str, **options: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_theta": 10_000.0, **options, "rope_type": kind}, "head_dim": 16}
 
 
+_DEFAULT = {"rope_type": "default", "rope_theta": 100.0}
 _YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 
@@ -82,6 +83,11 @@ CASES = (
     _case("gemma2", "gemma2"),
     _case("gemma2 untied, biases", "gemma2", tie_word_embeddings=False, attention_bias=True),
     _case("gemma2 no caps", "gemma2", attn_logit_softcapping=None, final_logit_softcapping=None),
+    _case("deepseek_v2", "deepseek_v2"),
+    _case("deepseek_v2 query latent, greedy", "deepseek_v2", q_lora_rank=14, topk_method="greedy", n_shared_experts=1),
+    _case("deepseek_v2 dense, biases", "deepseek_v2", first_k_dense_replace=3, attention_bias=True, mlp_bias=True),
+    _case("deepseek_v3", "deepseek_v3"),
+    _case("deepseek_v3 no yarn, no renormalization", "deepseek_v3", norm_topk_prob=False, rope_parameters=_DEFAULT),
     _case("gpt2", "gpt2"),
     _case("gpt2 untied, exact gelu", "gpt2", tie_word_embeddings=False, activation_function="gelu", n_inner=48),
 )
