@@ -6,6 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
+import transformers
 
 from spt_jax.bases.checkpoint import parameter_shapes
 from spt_jax.bases.config import decoder_config
@@ -69,6 +70,23 @@ PUBLISHED = {
         {"vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024},
         124_439_808,
     ),
+    "bloom-560m": (
+        "bloom",
+        {"vocab_size": 250880, "n_embed": 1024, "n_layer": 24, "num_attention_heads": 16},
+        559_214_592,
+    ),
+    "pythia-410m": (
+        "gpt_neox",
+        {"vocab_size": 50304, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+         "num_attention_heads": 16, "max_position_embeddings": 2048},
+        405_334_016,
+    ),
+    "opt-1.3b": (
+        "opt",
+        {"vocab_size": 50272, "hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24,
+         "num_attention_heads": 32, "max_position_embeddings": 2048, "word_embed_proj_dim": 2048},
+        1_315_753_984,  # its two unused rows of positions left out
+    ),
 }  # fmt: skip
 
 
@@ -100,6 +118,28 @@ def test_leftover_fields_of_other_families_are_no_options():
     """Transformers' Llama has no window and its Qwen2 no output bias, whatever else stands in config.json."""
     assert decoder_config(tiny_config("llama", sliding_window=4)) == decoder_config(tiny_config("llama"))
     assert decoder_config(tiny_config("qwen2", attention_bias=True)) == decoder_config(tiny_config("qwen2"))
+
+
+def test_bloom_has_positions_as_trained_or_as_its_config_says():
+    assert decoder_config(tiny_config("bloom", seq_length=None)).max_positions == 2048
+    assert decoder_config(tiny_config("bloom", seq_length=512)).max_positions == 512
+
+
+def test_part_of_a_head_that_pythia_rotates():
+    """transformers fills in a quarter where config.json says nothing."""
+    fields = {"hidden_size": 64, "num_attention_heads": 2}
+    for options, size in (({"rotary_pct": None}, 8), ({}, 8), ({"rotary_pct": 0.5}, 16), ({"rotary_pct": 1.0}, 32)):
+        chosen = {name: value for name, value in options.items() if value is not None}
+        hf = transformers.GPTNeoXConfig(**fields, **chosen)
+        assert decoder_config(hf).rope.rotated_size(32) == size
+
+
+def test_opt_350m():
+    published = {"word_embed_proj_dim": 512, "hidden_size": 1024, "do_layer_norm_before": False}
+    config = decoder_config(tiny_config("opt", **published))
+    assert (config.input_width, config.width, config.norm_place, config.final_norm) == (512, 1024, "sum", False)
+    assert decoder_config(tiny_config("opt")).embedding_width is None
+    assert not decoder_config(tiny_config("opt", _remove_final_layer_norm=True)).final_norm
 
 
 def rope(kind, **options):
@@ -183,6 +223,7 @@ def test_rope_that_is_refused(fields, message):
         ("llama", {"num_key_value_heads": 3}, "4 query heads cannot share 3 key/value heads"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
         ("gpt2", {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn"),
         ("qwen2", {"layer_types": ["chunked_attention"] * 3, "sliding_window": 3, "use_sliding_window": True},

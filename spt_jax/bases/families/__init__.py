@@ -1,17 +1,23 @@
 """Families of bases: one file each, registered here."""
 
+from spt_jax.bases.families.bloom import Bloom
 from spt_jax.bases.families.family import Family, Origin, Part
 from spt_jax.bases.families.gemma import Gemma2
 from spt_jax.bases.families.gpt2 import GPT2
+from spt_jax.bases.families.gpt_neox import GPTNeoX
 from spt_jax.bases.families.llama import Llama
 from spt_jax.bases.families.mistral import Mistral
+from spt_jax.bases.families.opt import OPT
 from spt_jax.bases.families.qwen import Qwen2, Qwen3
 from spt_jax.bases.families.smollm import SmolLM3
 from spt_jax.errors import ConfigError
 
 __all__ = ["FAMILIES", "Family", "Origin", "Part", "family_of"]
 
-_REGISTERED: tuple[Family, ...] = (Gemma2(), GPT2(), Llama(), Mistral(), Qwen2(), Qwen3(), SmolLM3())
+_REGISTERED: tuple[Family, ...] = (
+    *(Gemma2(), GPT2(), Llama(), Mistral(), Qwen2(), Qwen3(), SmolLM3()),
+    *(Bloom(), GPTNeoX(), OPT()),
+)
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _REGISTERED}
 
