@@ -41,7 +41,27 @@ def hf_config(fields: Mapping[str, Any]) -> Any:
         value = fields.get(name)
         if value is not None and (type(value) is not int or not least <= value <= most):
             raise ConfigError(f"{name!r} is {value!r:.40}; it must be an integer from {least} to {most:,}")
+    _check_repeats(fields.get("attention_types"))
     return transformers.CONFIG_MAPPING[model_type].from_dict({k: v for k, v in fields.items() if k not in _UNREAD})
+
+
+def _check_repeats(types: Any) -> None:
+    """Checks `attention_types` of GPT-Neo, [[kinds, repeats], ...], of which transformers makes a list of layers.
+
+    Raises:
+      ConfigError: the list would be longer than that of any decoder, or is not one of such pairs.
+    """
+    if types is None:
+        return
+    most = _SIZES["num_layers"][1]
+    pairs = [pair for pair in types if isinstance(pair, list) and len(pair) == 2] if isinstance(types, list) else []
+    if any(not isinstance(kinds, list) or type(count) is not int or count < 0 for kinds, count in pairs):
+        pairs = []
+    if not pairs or len(pairs) != len(types) or sum(len(kinds) * count for kinds, count in pairs) > most:
+        raise ConfigError(
+            f"'attention_types' is {types!r:.60}; it must be a list of pairs of a list and a number, for at most"
+            f" {most:,} layers"
+        )
 
 
 def decoder_config(hf: Any, *, max_length: int | None = None) -> DecoderConfig:
