@@ -118,7 +118,7 @@ def test_old_config_files(tmp_path):
     same(row_logits(load_base(directory, dtype="float32"), ids), torch_logits(torch_model(directory), ids))
 
 
-@pytest.mark.parametrize("name", ["llama yarn", *FAMILIES])
+@pytest.mark.parametrize("name", ["llama yarn", "opt maps, sums", *FAMILIES])
 def test_gradient_through_a_shared_prefix(name, tmp_path):
     """Embeddings of 11 tokens run once, as a prefix of three rows; the gradient equals torch's, which repeats them.
 
