@@ -147,7 +147,9 @@ class Decoder(nn.Module):
             kernel = self.embedding.T if config.tied else self.output
             logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
             logits = logits if config.logit_scale is None else logits * config.logit_scale
-            logits = logits + self.logit_bias.astype(jnp.float32) if config.logit_bias else logits
+            if config.logit_bias:
+                bias = self.logit_bias.astype(jnp.float32)
+                logits = logits + bias.reshape((1,) * (logits.ndim - 1) + (-1,))
             return soft_capped(logits, config.logit_cap)
 
     @nn.compact
@@ -183,7 +185,7 @@ class Decoder(nn.Module):
             own.append(found)
         return self.leave(x) if return_hidden else None, _joined(own) if return_memory else None
 
-    def enter(self, x: Float[Array, "B T D"], rows: Stream) -> Float[Array, "B T D"]:
+    def enter(self, x: Float[Array, "B T E"], rows: Stream) -> Float[Array, "B T D"]:
         """Returns the input of the first layer for embeddings of real or virtual tokens."""
         config = self.config
         if config.embedding_width is not None:
@@ -194,7 +196,7 @@ class Decoder(nn.Module):
             x = x + jnp.take(self.position_embedding, rows.positions, axis=0, mode="clip").astype(x.dtype)
         return self.embedding_norm(x) if config.embedding_norm else x
 
-    def leave(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def leave(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
         """Returns hidden states for `logits`."""
         x = self.final_norm(x) if self.config.final_norm else x
         return x if self.config.embedding_width is None else self.output_map(x)

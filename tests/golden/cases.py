@@ -22,12 +22,21 @@ class Case:
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     max_length: int | None = None  # for load_base
     depends_on_length: bool = False  # transformers' frequencies change with the longest sequence seen
+    attention: str = "eager"  # transformers' implementation
 
     def __str__(self) -> str:
         return self.name
 
 
-def _case(name: str, family: str, *, max_length: int | None = None, depends_on_length: bool = False, **overrides: Any):
+def _case(
+    name: str,
+    family: str,
+    *,
+    max_length: int | None = None,
+    depends_on_length: bool = False,
+    attention: str = "eager",
+    **overrides: Any,
+):
     return Case(
         name=name,
         family=family,
@@ -35,6 +44,7 @@ def _case(name: str, family: str, *, max_length: int | None = None, depends_on_l
         overrides=overrides,
         max_length=max_length,
         depends_on_length=depends_on_length,
+        attention=attention,
     )
 
 
@@ -45,6 +55,8 @@ def _rope(kind: str, **options: Any) -> dict[str, Any]:
 _DEFAULT = {"rope_type": "default", "rope_theta": 100.0}
 _YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+
+_SEQUENTIAL = {"alibi": True, "new_decoder_architecture": False, "multi_query": False, "parallel_attn": False}
 
 CASES = (
     _case("llama", "llama"),
@@ -90,6 +102,27 @@ CASES = (
     _case("deepseek_v3 no yarn, no renormalization", "deepseek_v3", norm_topk_prob=False, rope_parameters=_DEFAULT),
     _case("gpt2", "gpt2"),
     _case("gpt2 untied, exact gelu", "gpt2", tie_word_embeddings=False, activation_function="gelu", n_inner=48),
+    _case("bloom", "bloom"),
+    _case("bloom untied, 4 heads", "bloom", tie_word_embeddings=False, hidden_size=32, n_head=4),
+    _case("gpt_neox", "gpt_neox"),
+    _case("gpt_neox sequential", "gpt_neox", use_parallel_residual=False, attention_bias=False, rotary_pct=1.0),
+    _case("opt", "opt"),
+    _case("opt maps, sums", "opt", word_embed_proj_dim=24, do_layer_norm_before=False),
+    _case("falcon", "falcon"),
+    _case("falcon one norm, untied", "falcon", num_ln_in_parallel_attn=1, tie_word_embeddings=False, num_kv_heads=4),
+    _case("falcon multi-query", "falcon", new_decoder_architecture=False, bias=False),
+    # Eager attention of transformers 5.24 adds the bias twice.
+    _case("falcon alibi", "falcon", attention="sdpa", num_attention_heads=16, num_kv_heads=16, **_SEQUENTIAL),
+    _case("gpt_bigcode", "gpt_bigcode"),
+    _case("gpt_bigcode every head its own keys", "gpt_bigcode", multi_query=False, scale_attn_weights=False),
+    _case("gptj", "gptj"),
+    _case("gpt_neo", "gpt_neo"),
+    _case("phi", "phi"),
+    _case("stablelm", "stablelm"),
+    _case("stablelm parallel", "stablelm", use_parallel_residual=True, use_qkv_bias=False, qk_layernorm=False),
+    _case("starcoder2", "starcoder2"),
+    _case("starcoder2 no biases", "starcoder2", use_bias=False, sliding_window=None, tie_word_embeddings=False),
+    _case("opt plain", "opt", tie_word_embeddings=False, enable_bias=False, layer_norm_elementwise_affine=False),
 )
 
 

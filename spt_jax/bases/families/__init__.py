@@ -1,27 +1,47 @@
 """Families of bases: one file each, registered here."""
 
+from spt_jax.bases.families.bloom import Bloom
 from spt_jax.bases.families.deepseek import DeepseekV2, DeepseekV3
+from spt_jax.bases.families.falcon import Falcon
 from spt_jax.bases.families.family import Family, Origin, Part
 from spt_jax.bases.families.gemma import Gemma2
 from spt_jax.bases.families.gpt2 import GPT2
+from spt_jax.bases.families.gpt_bigcode import GPTBigCode
+from spt_jax.bases.families.gpt_neo import GPTNeo
+from spt_jax.bases.families.gpt_neox import GPTNeoX
+from spt_jax.bases.families.gptj import GPTJ
 from spt_jax.bases.families.llama import Llama
 from spt_jax.bases.families.mistral import Mistral
+from spt_jax.bases.families.opt import OPT
+from spt_jax.bases.families.phi import Phi
 from spt_jax.bases.families.qwen import Qwen2, Qwen3
 from spt_jax.bases.families.smollm import SmolLM3
+from spt_jax.bases.families.stablelm import StableLm
+from spt_jax.bases.families.starcoder2 import Starcoder2
 from spt_jax.errors import ConfigError
 
 __all__ = ["FAMILIES", "Family", "Origin", "Part", "family_of"]
 
 _REGISTERED: tuple[Family, ...] = (
+    Bloom(),
     DeepseekV2(),
     DeepseekV3(),
+    Falcon(),
     Gemma2(),
     GPT2(),
+    GPTBigCode(),
+    GPTJ(),
+    GPTNeo(),
+    GPTNeoX(),
     Llama(),
     Mistral(),
+    OPT(),
+    Phi(),
     Qwen2(),
     Qwen3(),
     SmolLM3(),
+    StableLm(),
+    Starcoder2(),
 )
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _REGISTERED}
