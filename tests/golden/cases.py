@@ -82,6 +82,13 @@ CASES = (
     _case("gemma2", "gemma2"),
     _case("gemma2 untied, biases", "gemma2", tie_word_embeddings=False, attention_bias=True),
     _case("gemma2 no caps", "gemma2", attn_logit_softcapping=None, final_logit_softcapping=None),
+    _case("gemma", "gemma"),
+    _case("gemma untied, biases", "gemma", tie_word_embeddings=False, attention_bias=True),
+    _case("gemma3_text", "gemma3_text"),
+    _case("gemma3_text cap", "gemma3_text", final_logit_softcapping=4.0),
+    _case("gemma3_text no full layer", "gemma3_text", layer_types=["sliding_attention"] * 4),
+    _case("gemma3", "gemma3"),
+    _case("gemma3 untied, biases", "gemma3", tie_word_embeddings=False, attention_bias=True),
     _case("gpt2", "gpt2"),
     _case("gpt2 untied, exact gelu", "gpt2", tie_word_embeddings=False, activation_function="gelu", n_inner=48),
 )

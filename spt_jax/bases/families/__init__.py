@@ -1,7 +1,7 @@
 """Families of bases: one file each, registered here."""
 
 from spt_jax.bases.families.family import Family, Origin, Part
-from spt_jax.bases.families.gemma import Gemma2
+from spt_jax.bases.families.gemma import Gemma, Gemma2, Gemma3, Gemma3Text
 from spt_jax.bases.families.gpt2 import GPT2
 from spt_jax.bases.families.llama import Llama
 from spt_jax.bases.families.mistral import Mistral
@@ -11,7 +11,18 @@ from spt_jax.errors import ConfigError
 
 __all__ = ["FAMILIES", "Family", "Origin", "Part", "family_of"]
 
-_REGISTERED: tuple[Family, ...] = (Gemma2(), GPT2(), Llama(), Mistral(), Qwen2(), Qwen3(), SmolLM3())
+_REGISTERED: tuple[Family, ...] = (
+    Gemma(),
+    Gemma2(),
+    Gemma3(),
+    Gemma3Text(),
+    GPT2(),
+    Llama(),
+    Mistral(),
+    Qwen2(),
+    Qwen3(),
+    SmolLM3(),
+)
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _REGISTERED}
 
