@@ -113,14 +113,9 @@ def llama_config(hf: Any, max_length: int | None, **changes: Any) -> DecoderConf
     """The decoder of a config with Llama's field names; `changes` are the fields in which a family differs.
 
     Raises:
-      ConfigError: for an option that the decoder does not have, and for rotating a part of each head, unless `changes`
-        has the family's `rope`.
+      ConfigError: for an option that the decoder does not have; unless `changes` has a `rope`, as for `whole_rope`.
     """
-    rope = changes.get("rope")
-    if rope is None:
-        rope = rope_config(hf, max_length)
-        if rope.fraction != 1:
-            raise ConfigError(f"partial rotary embeddings are not supported for {hf.model_type}")
+    rope = changes.get("rope") or whole_rope(hf, max_length)
     positions = max(hf.max_position_embeddings, rope.dynamic_length)
     if rope.kind == "longrope" and rope.dynamic_length <= rope.original_max_positions:
         positions = rope.original_max_positions  # Longer sequences have other frequencies.
@@ -162,20 +157,37 @@ def windows(hf: Any) -> dict[str, Any]:
     return {"window": hf.sliding_window, "window_layers": sliding}
 
 
+def window_of_all(hf: Any) -> dict[str, Any]:
+    """The fields of the sliding window, from `sliding_window`, for families that have it in every layer."""
+    return (
+        {"window": hf.sliding_window, "window_layers": tuple(range(hf.num_hidden_layers))} if hf.sliding_window else {}
+    )
+
+
 def layers_of_type(hf: Any, kind: str) -> tuple[int, ...]:
     """The layers of one kind in `layer_types`."""
     return tuple(i for i, of_layer in enumerate(hf.layer_types) if of_layer == kind)
 
 
-def ropes_by_type(hf: Any, max_length: int | None) -> dict[str, RopeConfig]:
-    """The fields of RoPE for a config with `rope_parameters` by type of layer.
+def whole_rope(
+    hf: Any, max_length: int | None, *, layer_type: str | None = None, interleaved: bool = False
+) -> RopeConfig:
+    """The RoPE of a family that rotates whole heads and does not scale queries, as `rope_config` returns it.
 
     Raises:
-      ConfigError: as for `rope_config`, and for rotating a part of each head.
+      ConfigError: as for `rope_config`, and for these two options.
     """
-    ropes = {"rope": rope_config(hf, max_length, layer_type="full_attention")}
+    rope = rope_config(hf, max_length, layer_type=layer_type, interleaved=interleaved)
+    if rope.fraction != 1:
+        raise ConfigError(f"partial rotary embeddings (partial_rotary_factor) are not supported for {hf.model_type}")
+    if rope.query_beta:
+        raise ConfigError(f"rope_parameters: 'llama_4_scaling_beta' is not supported for {hf.model_type}")
+    return rope
+
+
+def ropes_by_type(hf: Any, max_length: int | None) -> dict[str, RopeConfig]:
+    """The fields of RoPE for a config with `rope_parameters` by type of layer, from `whole_rope`."""
+    ropes = {"rope": whole_rope(hf, max_length, layer_type="full_attention")}
     if "sliding_attention" in hf.layer_types:
-        ropes["local_rope"] = rope_config(hf, max_length, layer_type="sliding_attention")
-    if any(rope.fraction != 1 for rope in ropes.values()):
-        raise ConfigError(f"partial rotary embeddings are not supported for {hf.model_type}")
+        ropes["local_rope"] = whole_rope(hf, max_length, layer_type="sliding_attention")
     return ropes
