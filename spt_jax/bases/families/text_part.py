@@ -13,8 +13,7 @@ from spt_jax.models.config import DecoderConfig
 class TextFamily(Protocol):
     """A family whose tensors are named `model.*` if the language model is stored without the rest."""
 
-    @property
-    def model_type(self) -> str: ...
+    model_type: ClassVar[str]
 
     def config(self, hf: Any, max_length: int | None) -> DecoderConfig: ...
 
