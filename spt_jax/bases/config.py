@@ -12,8 +12,10 @@ from spt_jax.models.config import DecoderConfig
 _SIZES = {
     **dict.fromkeys(("num_hidden_layers", "n_layer"), (1, 10_000)),
     **dict.fromkeys(("hidden_size", "n_embd"), (1, 1 << 20)),
-    **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads"), (1, 1 << 16)),
-    **dict.fromkeys(("head_dim", "query_pre_attn_scalar"), (1, 1 << 16)),
+    **dict.fromkeys(
+        ("num_attention_heads", "n_head", "num_key_value_heads", "num_global_key_value_heads"), (1, 1 << 16)
+    ),
+    **dict.fromkeys(("head_dim", "global_head_dim", "query_pre_attn_scalar"), (1, 1 << 16)),
     **dict.fromkeys(("intermediate_size", "n_inner"), (1, 1 << 24)),
     "vocab_size": (1, 1 << 28),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "original_max_position_embeddings"), (1, 1 << 30)),

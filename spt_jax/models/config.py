@@ -174,7 +174,8 @@ class DecoderConfig:
     @property
     def matmul_parameters_of_layer(self) -> int:
         """Parameters of one layer that every token is multiplied with, if this is the config of the layer."""
-        attention = self.width * self.head_size * (2 * self.heads + 2 * self.kv_heads)
+        of_keys_values = (1 if self.value_is_key else 2) * self.kv_heads
+        attention = self.width * self.head_size * (2 * self.heads + of_keys_values)
         mlp = self.width * self.mlp_width * (3 if self.gated_mlp else 2)
         return attention + mlp
 

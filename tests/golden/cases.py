@@ -124,6 +124,9 @@ CASES = (
     _case("olmo", "olmo"),
     _case("olmo biases, unclipped", "olmo", clip_qkv=None, attention_bias=True),
     _case("hunyuan_v1_dense", "hunyuan_v1_dense"),
+    _case("gemma4_text", "gemma4_text"),
+    _case("gemma4_text own values, untied", "gemma4_text", attention_k_eq_v=False, tie_word_embeddings=False),
+    _case("gemma4", "gemma4"),
     _case("gpt2", "gpt2"),
     _case("gpt2 untied, exact gelu", "gpt2", tie_word_embeddings=False, activation_function="gelu", n_inner=48),
 )

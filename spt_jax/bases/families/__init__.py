@@ -5,6 +5,7 @@ from spt_jax.bases.families.cohere import Cohere, Cohere2
 from spt_jax.bases.families.exaone import Exaone4
 from spt_jax.bases.families.family import Family, Origin, Part
 from spt_jax.bases.families.gemma import Gemma, Gemma2, Gemma3, Gemma3Text
+from spt_jax.bases.families.gemma4 import Gemma4, Gemma4Text
 from spt_jax.bases.families.glm import Glm, Glm4
 from spt_jax.bases.families.gpt2 import GPT2
 from spt_jax.bases.families.granite import Granite
@@ -29,6 +30,8 @@ _REGISTERED: tuple[Family, ...] = (
     Gemma2(),
     Gemma3(),
     Gemma3Text(),
+    Gemma4(),
+    Gemma4Text(),
     Glm(),
     Glm4(),
     GPT2(),

@@ -78,7 +78,8 @@ class LlamaLike:
         qkv = ("attention/query", "attention/key", "attention/value")
         if self.fused_qkv is None:
             names = zip(qkv, ("q_proj", "k_proj", "v_proj"), strict=True)
-            table = projections([(ours, f"self_attn.{theirs}", config.qkv_bias) for ours, theirs in names], layer)
+            own = [(ours, f"self_attn.{theirs}", config.qkv_bias) for ours, theirs in names]
+            table = projections(own[:2] if config.value_is_key else own, layer)
         else:
             sizes = [heads * config.head_size for heads in (config.heads, config.kv_heads, config.kv_heads)]
             table = joined_projection(zip(qkv, sizes, strict=True), f"{layer}{self.fused_qkv}", config.qkv_bias)

@@ -1,4 +1,4 @@
-"""The language model inside a model that also reads images."""
+"""The language model inside a model that also reads images or sound."""
 
 import dataclasses
 import re
@@ -22,6 +22,7 @@ class TextFamily(Protocol):
     def tiny(self) -> Mapping[str, Any]: ...
 
 
+_OTHER_PARTS = "vision_tower|multi_modal_projector|embed_vision|audio_tower|embed_audio"
 # A vision model of about 5,000 parameters, for the fields that transformers' vision configs share.
 TINY_VISION: Mapping[str, Any] = {
     "hidden_size": 16,
@@ -37,7 +38,7 @@ class TextPart:
     """Base class of families whose config has the language model's in `text_config`.
 
     Files have the names `language_model.model.*`, as on the hub, or `model.language_model.*`, as transformers names the
-    modules. The tensors of the vision model and of its projection are left out.
+    modules. The tensors of the models of images and sound, and of their projections, are left out.
 
     Attributes:
       texts: families of the language model, which have the same tensors.
@@ -72,7 +73,7 @@ class TextPart:
 
     def canonical(self, name: str) -> str | None:
         """Returns the name in the table of a stored tensor; None if it is not of the language model."""
-        if re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", name):
+        if re.match(rf"(model\.)?({_OTHER_PARTS})\.", name):
             return None
         if re.fullmatch(r"(language_model\.)?lm_head\.weight", name):
             return OUTPUT_KEY
