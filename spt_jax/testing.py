@@ -50,7 +50,8 @@ def tiny_config(family: str = "llama", **overrides: Any) -> Any:
       family: a `model_type` that `spt_jax.bases.families` registers. Mistral has a sliding window of 7; Qwen3 has
         heads larger than width / heads; SmolLM3 has no RoPE in every second layer; Gemma 2 has soft caps low enough to
         matter.
-      **overrides: fields of the family's transformers config, such as `rope_parameters` or `tie_word_embeddings`.
+      **overrides: fields of the family's transformers config, such as `rope_parameters` or `tie_word_embeddings`; if
+        the language model has a config of its own in it, they are fields of that one.
 
     Raises:
       ConfigError: for an unknown family.
@@ -300,7 +301,7 @@ def check_model(model: Model, *, seed: int = 0, tolerance: float = 1e-4) -> None
 
     # One random direction per position, so that a position without a gradient shows.
     noise = jax.random.normal(jax.random.key(seed), x.shape)
-    steps = 0.01 * jnp.linalg.norm(x) / jnp.linalg.norm(noise) * jnp.eye(24)[:, None, :, None] * noise[None]
+    steps = 0.003 * jnp.linalg.norm(x) / jnp.linalg.norm(noise) * jnp.eye(24)[:, None, :, None] * noise[None]
     slopes = np.asarray((jax.grad(total)(x)[None] * steps).sum(axis=(1, 2, 3)))
     differences = np.asarray([(total(x + step) - total(x - step)) / 2 for step in steps])
     off = np.abs(slopes - differences).max() / np.abs(differences).max()

@@ -1,6 +1,7 @@
 """Logits and gradients of every family equal transformers', whose torch models read the very same checkpoint."""
 
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,20 @@ def test_dynamic_rope_follows_the_length_of_the_run(length, tmp_path):
     base = load_base(directory, dtype="float32", max_length=length)
     ids = token_ids(case)[:length]
     same(row_logits(base, ids), torch_logits(torch_model(directory), ids))
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral3", "gemma4"])
+def test_the_text_part_of_what_transformers_saves(family, tmp_path):
+    """With its vision model, if the tiny one has any, and the names that transformers gives its tensors."""
+    case = BY_NAME[family]
+    base, model = load_both(tmp_path, case)
+    model.save_pretrained(tmp_path / "again")
+    for file in (tmp_path / "model").glob("token*"):
+        shutil.copy(file, tmp_path / "again")
+    again = load_base(tmp_path / "again", dtype="float32")
+    assert again.fingerprint == base.fingerprint
+    ids = token_ids(case)
+    same(row_logits(again, ids), torch_logits(model, ids))
 
 
 def test_gpt2_keys_without_transformer_in_front(tmp_path):
