@@ -92,7 +92,7 @@ class Gemma3Text(Gemma2):
             **TINY,
             "num_hidden_layers": 4,
             "head_dim": 12,
-            "query_pre_attn_scalar": 20,
+            "query_pre_attn_scalar": 80,
             "sliding_window": 7,
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
             "rope_parameters": {
