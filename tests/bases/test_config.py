@@ -311,6 +311,7 @@ def test_rope_scaling_beside_rope_theta():
         ({"rope_type": "longrope", "short_factor": [1.0] * 4}, "'longrope' needs 'long_factor'"),
         ({"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 4}, "has 3 short and 4 long"),
         ({"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": ["2"] * 4}, "must be a list of numbers"),
+        ({"rope_type": "default", "llama_4_scaling_beta": 0.1}, "'llama_4_scaling_beta' is not supported for llama"),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial rotary"),
         ({"rope_type": "linear"}, "'linear' needs 'factor'"),
         ({"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0}, "'llama3' needs 'high_freq_factor'"),
@@ -326,7 +327,7 @@ def test_rope_that_is_refused(fields, message):
 @pytest.mark.parametrize(
     ("family", "fields", "message"),
     [
-        ("llama", {"hidden_act": "relu6"}, "activation 'relu6' is not supported; supported are silu"),
+        ("llama", {"hidden_act": "tanh"}, "activation 'tanh' is not supported; supported are silu"),
         ("llama", {"num_key_value_heads": 3}, "4 query heads cannot share 3 key/value heads"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),

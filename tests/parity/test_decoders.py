@@ -1,5 +1,8 @@
 """Logits and gradients of every family equal transformers', whose torch models read the very same checkpoint."""
 
+import re
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,7 @@ import safetensors.numpy
 
 torch = pytest.importorskip("torch")
 
-from spt_jax.bases.base import load_base
+from spt_jax.bases.base import load_base, read_config
 from spt_jax.bases.families import FAMILIES
 from spt_jax.models.attention import Cache, Prefix
 from spt_jax.models.memory import KeysValues, put, to_cache
@@ -19,15 +22,19 @@ from tests.layouts import Run, every_layout, forward, lay_out, row_logits
 pytestmark = pytest.mark.parity
 
 TOLERANCE = 1e-4
+OTHER_PARTS = r"(^|\.)(vision_tower|multi_modal_projector)\."  # of which our checkpoints have no tensors
 BY_NAME = {case.name: case for case in CASES}
 
 
 def torch_model(directory, attention="eager"):
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation=attention
+    architecture = getattr(transformers, FAMILIES[read_config(directory).family].architecture)
+    model, loading = architecture.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
     )
+    assert not loading["unexpected_keys"] and not loading["mismatched_keys"]
+    assert all(re.search(OTHER_PARTS, name) for name in loading["missing_keys"])
     return model.eval()
 
 
@@ -87,6 +94,20 @@ def test_dynamic_rope_follows_the_length_of_the_run(length, tmp_path):
     base = load_base(directory, dtype="float32", max_length=length)
     ids = token_ids(case)[:length]
     same(row_logits(base, ids), torch_logits(torch_model(directory), ids))
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral3", "gemma4"])
+def test_the_text_part_of_what_transformers_saves(family, tmp_path):
+    """With its vision model, if the tiny one has any, and the names that transformers gives its tensors."""
+    case = BY_NAME[family]
+    base, model = load_both(tmp_path, case)
+    model.save_pretrained(tmp_path / "again")
+    for file in (tmp_path / "model").glob("token*"):
+        shutil.copy(file, tmp_path / "again")
+    again = load_base(tmp_path / "again", dtype="float32")
+    assert again.fingerprint == base.fingerprint
+    ids = token_ids(case)
+    same(row_logits(again, ids), torch_logits(model, ids))
 
 
 def test_gpt2_keys_without_transformer_in_front(tmp_path):
@@ -161,12 +182,16 @@ def test_decoding_from_a_cache(name, tmp_path):
     base, model = load_both(tmp_path, case)
     ids = token_ids(case)[:24]
     slots = 32
-    shapes = {
-        name: (len(group.layers), 1, slots, group.kv_heads, group.key_size)
-        for name, group in base.model.layout.attention_groups.items()
+    empty = {
+        name: KeysValues(
+            *(
+                jnp.full((len(group.layers), 1, slots, group.kv_heads, size), 1e3)
+                for size in (group.key_size, group.value_size)
+            )
+        )
+        for name, group in base.layout.attention_groups.items()
     }
-    empty = to_cache({name: KeysValues(jnp.full(shape, 1e3), jnp.full(shape, 1e3)) for name, shape in shapes.items()})
-    cache = Cache(empty, *(jnp.zeros((1, slots), jnp.int32) for _ in range(2)))
+    cache = Cache(to_cache(empty), *(jnp.zeros((1, slots), jnp.int32) for _ in range(2)))
     steps = []
     for i, token in enumerate(ids):
         row, stream = lay_out([Run(0, 0, np.asarray([token]), ids[:i])], 1)

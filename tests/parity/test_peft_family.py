@@ -161,8 +161,9 @@ def ours_of(method, model, params, batch):
     ("name", "family"),
     [
         *((name, "llama") for name in CASES),
-        *(("prefix", family) for family in ("gpt2", "bloom", "opt")),
+        *(("prefix", family) for family in ("gpt2", "bloom", "opt", "gemma3_text", "granite")),
         ("p-tuning mlp", "qwen3"),
+        ("p-tuning mlp", "granite"),
     ],
 )
 def test_loss_logits_and_gradients_are_pefts(name, family, tmp_path):

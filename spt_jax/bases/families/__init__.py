@@ -1,20 +1,30 @@
 """Families of bases: one file each, registered here."""
 
+from spt_jax.bases.families.arcee import Arcee
 from spt_jax.bases.families.bloom import Bloom
+from spt_jax.bases.families.cohere import Cohere, Cohere2
 from spt_jax.bases.families.deepseek import DeepseekV2, DeepseekV3
+from spt_jax.bases.families.exaone import Exaone4
 from spt_jax.bases.families.falcon import Falcon
 from spt_jax.bases.families.family import Family, Origin, Part
-from spt_jax.bases.families.gemma import Gemma2
+from spt_jax.bases.families.gemma import Gemma, Gemma2, Gemma3, Gemma3Text
+from spt_jax.bases.families.gemma4 import Gemma4, Gemma4Text
+from spt_jax.bases.families.glm import Glm, Glm4
 from spt_jax.bases.families.gpt2 import GPT2
 from spt_jax.bases.families.gpt_bigcode import GPTBigCode
 from spt_jax.bases.families.gpt_neo import GPTNeo
 from spt_jax.bases.families.gpt_neox import GPTNeoX
 from spt_jax.bases.families.gptj import GPTJ
+from spt_jax.bases.families.granite import Granite
+from spt_jax.bases.families.hunyuan import HunYuanDense
 from spt_jax.bases.families.llama import Llama
-from spt_jax.bases.families.mistral import Mistral
+from spt_jax.bases.families.mistral import Ministral, Ministral3, Mistral, Mistral3
+from spt_jax.bases.families.olmo import Olmo, Olmo2, Olmo3
 from spt_jax.bases.families.opt import OPT
 from spt_jax.bases.families.phi import Phi
+from spt_jax.bases.families.phi3 import Phi3
 from spt_jax.bases.families.qwen import Qwen2, Qwen3
+from spt_jax.bases.families.seed_oss import SeedOss
 from spt_jax.bases.families.smollm import SmolLM3
 from spt_jax.bases.families.stablelm import StableLm
 from spt_jax.bases.families.starcoder2 import Starcoder2
@@ -23,22 +33,43 @@ from spt_jax.errors import ConfigError
 __all__ = ["FAMILIES", "Family", "Origin", "Part", "family_of"]
 
 _REGISTERED: tuple[Family, ...] = (
+    Arcee(),
     Bloom(),
+    Cohere(),
+    Cohere2(),
     DeepseekV2(),
     DeepseekV3(),
+    Exaone4(),
     Falcon(),
+    Gemma(),
     Gemma2(),
+    Gemma3(),
+    Gemma3Text(),
+    Gemma4(),
+    Gemma4Text(),
+    Glm(),
+    Glm4(),
     GPT2(),
     GPTBigCode(),
     GPTJ(),
     GPTNeo(),
     GPTNeoX(),
+    Granite(),
+    HunYuanDense(),
     Llama(),
+    Ministral(),
+    Ministral3(),
     Mistral(),
+    Mistral3(),
+    Olmo(),
+    Olmo2(),
+    Olmo3(),
     OPT(),
     Phi(),
+    Phi3(),
     Qwen2(),
     Qwen3(),
+    SeedOss(),
     SmolLM3(),
     StableLm(),
     Starcoder2(),

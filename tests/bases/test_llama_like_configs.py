@@ -1,0 +1,198 @@
+"""Configs of the families that derive from Llama: published sizes, defaults that transformers fills in, refusals."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from spt_jax.bases.base import load_base
+from spt_jax.bases.checkpoint import parameter_shapes
+from spt_jax.bases.config import decoder_config, hf_config
+from spt_jax.errors import CheckpointError, ConfigError
+from spt_jax.models.config import layer_configs
+from spt_jax.testing import tiny_config, write_tiny_checkpoint
+
+# Fields of published config.json files, and the parameters that their model cards and checkpoints count.
+PUBLISHED = {
+    "gemma-2b": (
+        {"model_type": "gemma", "vocab_size": 256000, "hidden_size": 2048, "intermediate_size": 16384,
+         "num_hidden_layers": 18, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256,
+         "hidden_act": "gelu"},
+        2_506_172_416,
+    ),
+    "gemma-3-1b": (
+        {"model_type": "gemma3_text", "vocab_size": 262144, "hidden_size": 1152, "intermediate_size": 6912,
+         "num_hidden_layers": 26, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+         "sliding_window": 512, "sliding_window_pattern": 6, "rope_theta": 1_000_000, "rope_local_base_freq": 10_000},
+        999_885_952,
+    ),
+    "Phi-3-mini-4k": (
+        {"model_type": "phi3", "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192,
+         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "sliding_window": 2047},
+        3_821_079_552,
+    ),
+    "OLMo-2-1B": (
+        {"model_type": "olmo2", "vocab_size": 100352, "hidden_size": 2048, "intermediate_size": 8192,
+         "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16},
+        1_484_916_736,
+    ),
+    "OLMo-1B": (
+        {"model_type": "olmo", "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 8192,
+         "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16, "tie_word_embeddings": True},
+        1_176_764_416,
+    ),
+    "aya-23-8B": (
+        {"model_type": "cohere", "vocab_size": 256000, "hidden_size": 4096, "intermediate_size": 14336,
+         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+        8_028_033_024,
+    ),
+    "glm-4-9b-hf": (
+        {"model_type": "glm", "vocab_size": 151552, "hidden_size": 4096, "intermediate_size": 13696,
+         "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 2},
+        9_399_951_360,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts_of_published_models(name):
+    fields, parameters = PUBLISHED[name]
+    shapes = jax.tree.leaves(parameter_shapes(decoder_config(hf_config(fields))))
+    assert sum(leaf.size for leaf in shapes) == parameters
+
+
+def test_gemmas_gelu_is_the_approximate_one():
+    assert decoder_config(tiny_config("gemma", hidden_act="gelu")).activation == "gelu_tanh"
+    assert decoder_config(tiny_config("gemma")).activation == "gelu_tanh"
+
+
+def test_gemma3_has_five_layers_with_a_window_and_a_rope_of_their_own():
+    config = decoder_config(hf_config(PUBLISHED["gemma-3-1b"][0]))
+    assert config.window == 512
+    assert [i for i in range(26) if i not in config.window_layers] == [5, 11, 17, 23]
+    assert config.rope is not None and config.local_rope is not None
+    assert (config.rope.theta, config.local_rope.theta) == (1_000_000.0, 10_000.0)
+    # How 4B and larger write the factor of the full layers.
+    scaled = {**PUBLISHED["gemma-3-1b"][0], "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    config = decoder_config(hf_config(scaled))
+    assert config.rope is not None and config.local_rope is not None
+    assert (config.rope.kind, config.rope.factor, config.local_rope.kind) == ("linear", 8.0, "default")
+
+
+def test_olmo3_scales_only_full_layers():
+    config = decoder_config(tiny_config("olmo3"))
+    assert config.window_layers == (0, 1, 2)
+    assert config.rope is not None and config.local_rope is not None
+    assert (config.rope.kind, config.local_rope.kind) == ("yarn", "default")
+
+
+def test_layers_without_rope():
+    assert decoder_config(tiny_config("cohere2")).no_rope_layers == (3,)
+    assert decoder_config(tiny_config("exaone4")).no_rope_layers == (3,)
+    whole = decoder_config(tiny_config("exaone4", sliding_window=None, layer_types=["full_attention"] * 4))
+    assert whole.no_rope_layers == whole.window_layers == ()
+
+
+def test_gemma4_has_heads_by_type_of_layer():
+    config = decoder_config(tiny_config("gemma4_text"))
+    sizes = [(own.head_size, own.kv_heads, own.value_is_key) for own in layer_configs(config)]
+    assert sizes == [(8, 2, False), (16, 1, True)] * 2
+    assert config.window_layers == (0, 2)
+
+
+def test_longrope_limits_the_run_to_the_length_of_its_frequencies():
+    """transformers chooses short or long factors by the longest sequence; a compiled program by the run's maximum."""
+    short = {"original_max_position_embeddings": 64}
+    hf = tiny_config("phi3", **short)
+    within, beyond = decoder_config(hf, max_length=64), decoder_config(hf, max_length=65)
+    assert (within.max_positions, beyond.max_positions) == (64, 512)
+    assert within.rope is not None and beyond.rope is not None
+    plain = 1_000.0 ** (-np.arange(6) / 6)
+    np.testing.assert_allclose(within.rope.inverse_frequencies(16), plain / within.rope.short_factors, rtol=1e-6)
+    np.testing.assert_allclose(beyond.rope.inverse_frequencies(16), plain / beyond.rope.long_factors, rtol=1e-6)
+    assert decoder_config(hf) == within
+    assert decoder_config(hf, max_length=100) == beyond
+
+
+def test_hunyuan_stretches_theta_whatever_the_length():
+    hf = tiny_config("hunyuan_v1_dense")
+    config = decoder_config(hf)
+    assert config.rope is not None
+    assert (config.rope.kind, config.rope.theta) == ("default", 100.0 * 50.0 ** (12 / 10))
+    assert decoder_config(hf, max_length=1000) == config
+
+
+def test_the_text_part_is_the_text_model():
+    inner, outer = decoder_config(tiny_config("gemma3_text")), decoder_config(tiny_config("gemma3"))
+    assert dataclasses.replace(outer, family="gemma3_text") == inner
+
+
+def test_tying_in_either_config():
+    """transformers 4 wrote it into text_config, where 5 has a default outside that is true."""
+    fields = tiny_config("mistral3").to_dict()
+    assert not decoder_config(hf_config({**fields, "tie_word_embeddings": True})).tied
+    assert decoder_config(tiny_config("mistral3", tie_word_embeddings=True)).tied
+
+
+def test_sizes_in_the_text_config_are_checked():
+    fields = tiny_config("gemma3").to_dict()
+    fields["text_config"]["num_hidden_layers"] = 10**9
+    with pytest.raises(ConfigError, match="'num_hidden_layers' is 1000000000; it must be an integer from 1 to 10,000"):
+        hf_config(fields)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral3", "gemma4"])
+def test_names_of_the_hub_and_of_the_modules(family, tmp_path):
+    """Both are read as the same base, without the tensors of the vision model."""
+    directory = write_tiny_checkpoint(tmp_path, family)
+    expected = load_base(directory, dtype="float32").fingerprint
+    file = directory / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    assert all("language_model" in name or name == "lm_head.weight" for name in tensors)
+    for model, head, other in [
+        ("language_model.model.", "language_model.lm_head.weight", "vision_tower.x"),
+        ("model.language_model.", "lm_head.weight", "model.multi_modal_projector.x"),
+        ("language_model.", "lm_head.weight", "model.vision_tower.x"),
+    ]:
+        renamed = {
+            head if name == "lm_head.weight" else model + name.split("model.")[-1]: tensor
+            for name, tensor in tensors.items()
+        }
+        safetensors.numpy.save_file({**renamed, other: np.zeros(3, np.float32)}, file)
+        assert load_base(directory, dtype="float32").fingerprint == expected
+        safetensors.numpy.save_file({**renamed, "model.speech_tower.x": np.zeros(3, np.float32)}, file)
+        with pytest.raises(CheckpointError, match="speech_tower"):
+            load_base(directory, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("gemma", {"use_bidirectional_attention": True}, "gemma with use_bidirectional_attention"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "gemma3_text with use_bidirectional_attention"),
+        ("gemma3_text", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping"),
+        ("gemma3", {"final_logit_softcapping": 5.0}, "gemma3 with final_logit_softcapping"),
+        ("mistral3", {"model_type": "llama"}, "of type 'llama' is not supported; supported are mistral"),
+        ("cohere", {"logit_scale": None}, "without a logit_scale"),
+        ("cohere2", {"sliding_window": None}, "sliding_window is not set"),
+        ("ministral", {"layer_types": ["chunked_attention"] * 3}, "'chunked_attention'"),
+        ("gemma4_text", {"hidden_size_per_layer_input": 8}, "hidden_size_per_layer_input"),
+        ("gemma4_text", {"num_kv_shared_layers": 2}, "num_kv_shared_layers"),
+        ("gemma4_text", {"enable_moe_block": True}, "enable_moe_block"),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention 'all'"),
+        ("gemma4_text", {"per_layer_config": {1: {"head_dim": 16}, 3: {"head_dim": 24}}}, "different heads"),
+    ],
+)  # fmt: skip
+def test_options_that_are_refused(family, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        decoder_config(tiny_config(family, **fields))
+
+
+def test_rotating_a_part_of_each_head_is_refused_where_transformers_ignores_it():
+    rope = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}
+    for family in ("gemma", "olmo2", "cohere"):
+        with pytest.raises(ConfigError, match=f"partial_rotary_factor.* not supported for {family}"):
+            decoder_config(tiny_config(family, rope_parameters=rope))
+    assert decoder_config(tiny_config("glm", rope_parameters=rope)).rope.fraction == 0.5
