@@ -118,7 +118,7 @@ class DeepseekV3(DeepseekV2):
         return _config(hf, max_length, experts, interleaved=True)
 
     def tiny(self) -> Mapping[str, Any]:
-        return {**_TINY, "q_lora_rank": 14, "norm_topk_prob": True}
+        return {**_TINY, "q_lora_rank": 14, "num_key_value_heads": 4, "norm_topk_prob": True}
 
 
 _LINEAR = ("gate", "up", "down")
