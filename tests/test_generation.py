@@ -56,7 +56,9 @@ def same(ours: list[Generated], theirs: list[Generated], tolerance: float = 1e-4
 # The cache and the prefix change nothing.
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "smollm3", "gemma2", "gpt2"])
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "qwen3", "smollm3", "gemma2", "gpt2", "bloom", "gpt_neo", "phi"]
+)
 def test_same_as_growing_the_sequence_without_a_cache(family):
     """Prompts of several lengths with virtual tokens in and behind the shared run. Mistral's window is 7 tokens."""
     base = base_of(family)

@@ -27,7 +27,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from spt_jax.bases.families import Origin, family_of
-from spt_jax.bases.families.family import OUTPUT_KEY, RenamedFamily
+from spt_jax.bases.families.family import OUTPUT_BIAS_KEY, OUTPUT_KEY, RenamedFamily
 from spt_jax.bases.files import checkpoint_files, listed, open_safetensors
 from spt_jax.errors import CheckpointError
 from spt_jax.models.attention import Stream
@@ -135,7 +135,7 @@ def _find_tensors(
 
 
 def _check_complete(config: DecoderConfig, missing: list[str], directory: Path) -> None:
-    if missing == [OUTPUT_KEY]:
+    if OUTPUT_KEY in missing and set(missing) <= {OUTPUT_KEY, OUTPUT_BIAS_KEY}:
         raise CheckpointError(
             f"{directory}: no output matrix ({OUTPUT_KEY!r}), and config.json does not tie it to the embedding. Save"
             " the model with its head (AutoModelForCausalLM), or set tie_word_embeddings true in config.json"

@@ -180,16 +180,53 @@ def test_tied_checkpoint_may_hold_the_output_matrix(tmp_path):
         read(directory)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "bloom", "falcon", "gpt_neox", "gptj", "opt"])
 def test_a_model_saved_without_its_prefix_is_the_same(family, tmp_path):
     """As transformers' `AutoModel(...).save_pretrained` writes it: without the prefix and the output matrix."""
     directory = write_tiny_checkpoint(tmp_path, family, tie_word_embeddings=True)
     params, digest = read(directory)
-    prefix = "transformer." if family == "gpt2" else "model."
+    prefix = FAMILIES[family].prefix
     edit(directory, lambda t: {key.removeprefix(prefix): value for key, value in t.items()})
     again, digest_again = read(directory)
     assert digest_again == digest
     jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+@pytest.mark.parametrize(
+    ("family", "names", "buffers"),
+    [
+        ("bloom", {"transformer.": ""}, []),
+        ("falcon", {}, ["transformer.h.{}.self_attention.rotary_emb.inv_freq"]),
+        ("gpt_neo", {}, ["transformer.h.{}.attn.attention.bias", "transformer.h.{}.attn.attention.masked_bias"]),
+        (
+            "gpt_neox",
+            {"lm_head.weight": "embed_out.weight"},
+            [f"gpt_neox.layers.{{}}.attention.{name}" for name in ("bias", "masked_bias", "rotary_emb.inv_freq")],
+        ),
+        ("gptj", {}, ["transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias"]),
+    ],
+)
+def test_names_and_buffers_of_published_checkpoints(family, names, buffers, tmp_path):
+    directory = write_tiny_checkpoint(tmp_path, family)
+    params, digest = read(directory)
+
+    def published(tensors):
+        for ours, theirs in names.items():
+            assert any(key.startswith(ours) for key in tensors)
+            tensors = {key.replace(ours, theirs, 1): value for key, value in tensors.items()}
+        return tensors | {name.format(i): np.ones(3, np.float32) for name in buffers for i in range(2)}
+
+    edit(directory, published)
+    again, digest_again = read(directory)
+    assert digest_again == digest
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_an_output_matrix_and_its_bias_are_missing_together(tmp_path):
+    directory = write_tiny_checkpoint(tmp_path, "gptj")
+    edit(directory, lambda t: {key: value for key, value in t.items() if not key.startswith("lm_head.")})
+    with pytest.raises(CheckpointError, match="no output matrix"):
+        read(directory)
 
 
 def test_an_untied_model_without_its_output_matrix(checkpoint):

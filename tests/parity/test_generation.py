@@ -31,7 +31,7 @@ def torch_ids(model, **inputs) -> list[int]:
     return out[0, inputs["input_ids"].shape[1] if "input_ids" in inputs else 0 :].tolist()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "opt"])
 def test_greedy_ids(family, tmp_path):
     """Four prompts in one batch: text alone, then with virtual tokens in front and, in two of them, amid the text."""
     directory = write_tiny_checkpoint(tmp_path, family, seed=7)

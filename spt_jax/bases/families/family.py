@@ -10,6 +10,7 @@ from spt_jax.errors import ConfigError
 from spt_jax.models.config import DecoderConfig, Stack, periods
 
 OUTPUT_KEY = "lm_head.weight"
+OUTPUT_BIAS_KEY = "lm_head.bias"
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",

@@ -3,13 +3,11 @@
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-from spt_jax.bases.families.family import OUTPUT_KEY, Origin, Part
+from spt_jax.bases.families.family import OUTPUT_BIAS_KEY, OUTPUT_KEY, Origin, Part
 from spt_jax.bases.families.rope import rope_config
 from spt_jax.errors import ConfigError
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.rope import RopeConfig
-
-OUTPUT_BIAS_KEY = "lm_head.bias"
 
 
 class GptLike:
