@@ -27,7 +27,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from spt_jax.bases.families import Origin, family_of
-from spt_jax.bases.families.family import OUTPUT_BIAS_KEY, OUTPUT_KEY, RenamedFamily
+from spt_jax.bases.families.family import OUTPUT_BIAS_KEY, OUTPUT_KEY, RenamedFamily, with_prefix
 from spt_jax.bases.files import checkpoint_files, listed, open_safetensors
 from spt_jax.errors import CheckpointError
 from spt_jax.models.attention import Stream
@@ -51,16 +51,10 @@ _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?
 _FLOATS = ("float64", "float32", "bfloat16", "float16")
 
 
-def _canonical(key: str, config: DecoderConfig) -> str | None:
-    """Returns the key of the family's table; None for a tensor of another part of the model.
-
-    Checkpoints saved from `AutoModel` lack the prefix.
-    """
+def _canonical(name: str, config: DecoderConfig) -> str | None:
+    """Returns the name in the family's table of a stored tensor; None for one of another part of the model."""
     family = family_of(config.family)
-    if isinstance(family, RenamedFamily):
-        return family.canonical(key)
-    prefix, key = family.prefix, getattr(family, "renamed", {}).get(key, key)
-    return key if key.startswith((prefix, "lm_head.")) else prefix + key
+    return family.canonical(name) if isinstance(family, RenamedFamily) else with_prefix(name, family.prefix)
 
 
 @dataclasses.dataclass(frozen=True)

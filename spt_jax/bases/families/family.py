@@ -84,8 +84,6 @@ class Family(Protocol):
       model_type: `model_type` in `config.json`.
       architecture: name of transformers' causal language model.
       prefix: what the names of all tensors but the output matrix start with; files saved without the head lack it.
-
-    A family whose files have other names for some tensors also has `renamed`, from these names to those of its table.
     """
 
     model_type: ClassVar[str]
@@ -123,6 +121,11 @@ class RenamedFamily(Protocol):
     def canonical(self, name: str) -> str | None:
         """Returns the name in the table of a stored tensor; None for a tensor that is left out on purpose."""
         ...
+
+
+def with_prefix(name: str, prefix: str) -> str:
+    """Returns the name of a tensor with the prefix, which checkpoints saved from `AutoModel` lack."""
+    return name if name.startswith((prefix, "lm_head.")) else prefix + name
 
 
 def by_stack(

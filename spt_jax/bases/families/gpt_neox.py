@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from spt_jax.bases.families.family import OUTPUT_KEY, Origin, activation, projections
+from spt_jax.bases.families.family import OUTPUT_KEY, Origin, activation, projections, with_prefix
 from spt_jax.bases.families.gpt import fused_attention, norms, output
 from spt_jax.bases.families.rope import rope_config
 from spt_jax.models.config import DecoderConfig
@@ -15,7 +15,6 @@ class GPTNeoX:
     model_type: ClassVar[str] = "gpt_neox"
     architecture: ClassVar[str] = "GPTNeoXForCausalLM"
     prefix: ClassVar[str] = "gpt_neox."
-    renamed: ClassVar[Mapping[str, str]] = {"embed_out.weight": OUTPUT_KEY}
 
     def config(self, hf: Any, max_length: int | None) -> DecoderConfig:
         rope = rope_config(hf, max_length)
@@ -60,6 +59,10 @@ class GPTNeoX:
             **projections(linear, layer),
             **output(config),
         }
+
+    def canonical(self, name: str) -> str:
+        """Returns the name in the table of a stored tensor; transformers 4 wrote the output matrix by another name."""
+        return with_prefix(OUTPUT_KEY if name == "embed_out.weight" else name, self.prefix)
 
     def tiny(self) -> Mapping[str, Any]:
         return {
