@@ -1,8 +1,11 @@
 """Writes tests/golden/logits.safetensors: the logits of transformers' torch models for every case of the tests.
 
-Run it from the repository root, with the `parity` extra installed, when a case is added or changed:
+Run it from the repository root, with the `parity` extra installed, when a case is added:
 
     python scripts/make_golden.py
+
+It adds the cases that are not stored, and removes those that are not among the cases of the tests. With names of cases,
+or "all", it computes these again.
 
 Checkpoints are not stored: `spt_jax.testing` recreates them from their seeds.
 """
@@ -19,6 +22,7 @@ import transformers
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from spt_jax.bases.families import FAMILIES  # noqa: E402
 from spt_jax.testing import write_tiny_checkpoint  # noqa: E402
 from tests.golden.cases import CASES, GOLDEN, KEPT, token_ids  # noqa: E402
 
@@ -27,15 +31,16 @@ def reference_logits(case) -> np.ndarray:
     """Returns the logits of transformers' model, float32 [len(KEPT), V]."""
     with tempfile.TemporaryDirectory() as directory, torch.no_grad():
         write_tiny_checkpoint(directory, case.family, seed=case.seed, **case.overrides)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, attn_implementation="eager"
-        )
+        architecture = getattr(transformers, FAMILIES[case.family].architecture)
+        model = architecture.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
         ids = torch.tensor(token_ids(case)[None].astype(np.int64))
         return np.ascontiguousarray(model.eval()(input_ids=ids, use_cache=False).logits[0, list(KEPT)].numpy())
 
 
-def main() -> None:
-    tensors = {case.name: reference_logits(case) for case in CASES}
+def main(again: list[str]) -> None:
+    stored = safetensors.numpy.load_file(GOLDEN) if GOLDEN.is_file() else {}
+    kept = {} if "all" in again else {name: rows for name, rows in stored.items() if name not in again}
+    tensors = {case.name: kept[case.name] if case.name in kept else reference_logits(case) for case in CASES}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     temporary = GOLDEN.with_suffix(".tmp")
     safetensors.numpy.save_file(tensors, temporary, metadata=versions)
@@ -44,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

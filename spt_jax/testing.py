@@ -60,7 +60,12 @@ def tiny_config(family: str = "llama", **overrides: Any) -> Any:
     if family not in FAMILIES:
         raise ConfigError(f"no tiny model of the family {family!r}; {did_you_mean(family, FAMILIES)}")
     tokens = {"vocab_size": _SIZES["byte"], "pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
-    return transformers.AutoConfig.for_model(family, **{**tokens, **FAMILIES[family].tiny(), **overrides})
+    fields = FAMILIES[family].tiny()
+    if "text_config" in fields:
+        outer = {name: value for name, value in overrides.items() if name in fields}
+        text = {**tokens, **fields["text_config"], **overrides}
+        return transformers.AutoConfig.for_model(family, **{**fields, **outer, "text_config": text})
+    return transformers.AutoConfig.for_model(family, **{**tokens, **fields, **overrides})
 
 
 def tiny_tokenizer(kind: TokenizerKind = "byte", *, add_bos: bool = True) -> Tokenizer:

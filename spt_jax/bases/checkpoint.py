@@ -27,7 +27,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from spt_jax.bases.families import Origin, family_of
-from spt_jax.bases.families.family import OUTPUT_KEY
+from spt_jax.bases.families.family import OUTPUT_KEY, RenamedFamily
 from spt_jax.bases.files import checkpoint_files, listed, open_safetensors
 from spt_jax.errors import CheckpointError
 from spt_jax.models.attention import Stream
@@ -51,9 +51,15 @@ _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias)$")
 _FLOATS = ("float64", "float32", "bfloat16", "float16")
 
 
-def _canonical(key: str, config: DecoderConfig) -> str:
-    """Returns the key with its prefix, which checkpoints saved from `AutoModel` lack."""
-    prefix = family_of(config.family).prefix
+def _canonical(key: str, config: DecoderConfig) -> str | None:
+    """Returns the key of the family's table; None for a tensor of another part of the model.
+
+    Checkpoints saved from `AutoModel` lack the prefix.
+    """
+    family = family_of(config.family)
+    if isinstance(family, RenamedFamily):
+        return family.canonical(key)
+    prefix = family.prefix
     return key if key.startswith((prefix, "lm_head.")) else prefix + key
 
 
@@ -110,6 +116,8 @@ def _find_tensors(
         with open_safetensors(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
                 key = _canonical(name, config)
+                if key is None:
+                    continue
                 if key in found:
                     raise CheckpointError(f"tensor {name!r} is in both {found[key].file.name} and {file.name}")
                 if key in expected or key == OUTPUT_KEY:

@@ -12,16 +12,21 @@ from spt_jax.models.config import DecoderConfig
 _SIZES = {
     **dict.fromkeys(("num_hidden_layers", "n_layer"), (1, 10_000)),
     **dict.fromkeys(("hidden_size", "n_embd"), (1, 1 << 20)),
-    **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads"), (1, 1 << 16)),
-    **dict.fromkeys(("head_dim", "query_pre_attn_scalar"), (1, 1 << 16)),
+    **dict.fromkeys(
+        ("num_attention_heads", "n_head", "num_key_value_heads", "num_global_key_value_heads"), (1, 1 << 16)
+    ),
+    **dict.fromkeys(("head_dim", "global_head_dim", "query_pre_attn_scalar"), (1, 1 << 16)),
     **dict.fromkeys(("intermediate_size", "n_inner"), (1, 1 << 24)),
     "vocab_size": (1, 1 << 28),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "original_max_position_embeddings"), (1, 1 << 30)),
     **dict.fromkeys(("sliding_window", "max_window_layers"), (0, 1 << 30)),
     "no_rope_layer_interval": (1, 10_000),
 }
-# What transformers builds for classifiers (a name for each of `num_labels`), and code that it would ask to run.
-_UNREAD = ("num_labels", "id2label", "label2id", "auto_map")
+# What transformers builds for classifiers (a name for each of `num_labels`), code that it would ask to run, and the
+# configs of parts that are not loaded.
+_UNREAD = ("num_labels", "id2label", "label2id", "auto_map", "vision_config", "audio_config")
+# The config of the language model inside a model that also reads images.
+_TEXT = "text_config"
 
 
 def hf_config(fields: Mapping[str, Any]) -> Any:
@@ -35,11 +40,17 @@ def hf_config(fields: Mapping[str, Any]) -> Any:
 
     model_type = str(fields.get("model_type"))
     family_of(model_type)
+    return transformers.CONFIG_MAPPING[model_type].from_dict(_checked(fields))
+
+
+def _checked(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks sizes, those of the inner language model among them, and leaves out what is not read."""
     for name, (least, most) in _SIZES.items():
         value = fields.get(name)
         if value is not None and (type(value) is not int or not least <= value <= most):
             raise ConfigError(f"{name!r} is {value!r:.40}; it must be an integer from {least} to {most:,}")
-    return transformers.CONFIG_MAPPING[model_type].from_dict({k: v for k, v in fields.items() if k not in _UNREAD})
+    kept = {name: value for name, value in fields.items() if name not in _UNREAD}
+    return kept | {_TEXT: _checked(kept[_TEXT])} if isinstance(kept.get(_TEXT), Mapping) else kept
 
 
 def decoder_config(hf: Any, *, max_length: int | None = None) -> DecoderConfig:

@@ -271,4 +271,5 @@ class Block(nn.Module):
         """Multiplies the output of a layer by its number, in families that have one."""
         if not self.config.layer_scale:
             return x
-        return x * self.param("scale", nn.initializers.ones, (1,)).astype(x.dtype)
+        scale = self.param("scale", nn.initializers.ones, (1,))
+        return x * scale.astype(x.dtype).reshape(1, 1, 1)

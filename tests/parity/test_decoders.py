@@ -1,5 +1,7 @@
 """Logits and gradients of every family equal transformers', whose torch models read the very same checkpoint."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,8 @@ import safetensors.numpy
 
 torch = pytest.importorskip("torch")
 
-from spt_jax.bases.base import load_base
+from spt_jax.bases.base import load_base, read_config
+from spt_jax.bases.families import FAMILIES
 from spt_jax.models.attention import Cache, Prefix
 from spt_jax.models.memory import KeysValues, put, to_cache
 from spt_jax.testing import write_tiny_checkpoint
@@ -18,15 +21,19 @@ from tests.layouts import Run, every_layout, forward, lay_out, row_logits
 pytestmark = pytest.mark.parity
 
 TOLERANCE = 1e-4
+OTHER_PARTS = r"(^|\.)(vision_tower|multi_modal_projector)\."  # of which our checkpoints have no tensors
 BY_NAME = {case.name: case for case in CASES}
 
 
 def torch_model(directory, attention="eager"):
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation=attention
+    architecture = getattr(transformers, FAMILIES[read_config(directory).family].architecture)
+    model, loading = architecture.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
     )
+    assert not loading["unexpected_keys"] and not loading["mismatched_keys"]
+    assert all(re.search(OTHER_PARTS, name) for name in loading["missing_keys"])
     return model.eval()
 
 
@@ -65,7 +72,7 @@ def test_logits_in_every_layout(case, tmp_path):
     print(f"{case.name}: largest error {worst:.1e}")
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gpt2"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_as_transformers_itself_pads(family, side, tmp_path):
     """The same padded row, mask and positions on both sides."""
@@ -117,7 +124,7 @@ def test_old_config_files(tmp_path):
     same(row_logits(load_base(directory, dtype="float32"), ids), torch_logits(torch_model(directory), ids))
 
 
-@pytest.mark.parametrize("name", ["llama yarn", "mistral", "qwen3", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", ["llama yarn", *FAMILIES])
 def test_gradient_through_a_shared_prefix(name, tmp_path):
     """Embeddings of 11 tokens run once, as a prefix of three rows; the gradient equals torch's, which repeats them.
 
@@ -153,16 +160,23 @@ def test_gradient_through_a_shared_prefix(name, tmp_path):
     np.testing.assert_allclose(np.asarray(gradient) / scale, theirs.grad.numpy() / scale, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "smollm3", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_decoding_from_a_cache(name, tmp_path):
     """Tokens fed one by one into a static cache with empty slots give the logits of the whole run."""
     case = BY_NAME[name]
     base, model = load_both(tmp_path, case)
     ids = token_ids(case)[:24]
-    config, slots = base.config, 32
-    empty = jnp.full((config.layers, 1, slots, config.kv_heads, config.head_size), 1e3)
-    empty = to_cache({"self": KeysValues(empty, empty)})
-    cache = Cache(empty, *(jnp.zeros((1, slots), jnp.int32) for _ in range(2)))
+    slots = 32
+    empty = {
+        name: KeysValues(
+            *(
+                jnp.full((len(group.layers), 1, slots, group.kv_heads, size), 1e3)
+                for size in (group.key_size, group.value_size)
+            )
+        )
+        for name, group in base.layout.attention_groups.items()
+    }
+    cache = Cache(to_cache(empty), *(jnp.zeros((1, slots), jnp.int32) for _ in range(2)))
     steps = []
     for i, token in enumerate(ids):
         row, stream = lay_out([Run(0, 0, np.asarray([token]), ids[:i])], 1)

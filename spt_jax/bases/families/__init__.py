@@ -1,17 +1,56 @@
 """Families of bases: one file each, registered here."""
 
+from spt_jax.bases.families.arcee import Arcee
+from spt_jax.bases.families.cohere import Cohere, Cohere2
+from spt_jax.bases.families.exaone import Exaone4
 from spt_jax.bases.families.family import Family, Origin, Part
-from spt_jax.bases.families.gemma import Gemma2
+from spt_jax.bases.families.gemma import Gemma, Gemma2, Gemma3, Gemma3Text
+from spt_jax.bases.families.gemma4 import Gemma4, Gemma4Text
+from spt_jax.bases.families.glm import Glm, Glm4
 from spt_jax.bases.families.gpt2 import GPT2
+from spt_jax.bases.families.granite import Granite
+from spt_jax.bases.families.hunyuan import HunYuanDense
 from spt_jax.bases.families.llama import Llama
-from spt_jax.bases.families.mistral import Mistral
+from spt_jax.bases.families.mistral import Ministral, Ministral3, Mistral, Mistral3
+from spt_jax.bases.families.olmo import Olmo, Olmo2, Olmo3
+from spt_jax.bases.families.phi3 import Phi3
 from spt_jax.bases.families.qwen import Qwen2, Qwen3
+from spt_jax.bases.families.seed_oss import SeedOss
 from spt_jax.bases.families.smollm import SmolLM3
 from spt_jax.errors import ConfigError
 
 __all__ = ["FAMILIES", "Family", "Origin", "Part", "family_of"]
 
-_REGISTERED: tuple[Family, ...] = (Gemma2(), GPT2(), Llama(), Mistral(), Qwen2(), Qwen3(), SmolLM3())
+_REGISTERED: tuple[Family, ...] = (
+    Arcee(),
+    Cohere(),
+    Cohere2(),
+    Exaone4(),
+    Gemma(),
+    Gemma2(),
+    Gemma3(),
+    Gemma3Text(),
+    Gemma4(),
+    Gemma4Text(),
+    Glm(),
+    Glm4(),
+    GPT2(),
+    Granite(),
+    HunYuanDense(),
+    Llama(),
+    Ministral(),
+    Ministral3(),
+    Mistral(),
+    Mistral3(),
+    Olmo(),
+    Olmo2(),
+    Olmo3(),
+    Phi3(),
+    Qwen2(),
+    Qwen3(),
+    SeedOss(),
+    SmolLM3(),
+)
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _REGISTERED}
 

@@ -113,6 +113,15 @@ class Family(Protocol):
         ...
 
 
+@runtime_checkable
+class RenamedFamily(Protocol):
+    """A family whose files have other names than its table, or tensors of parts that the decoder does not have."""
+
+    def canonical(self, name: str) -> str | None:
+        """Returns the name in the table of a stored tensor; None for a tensor that is left out on purpose."""
+        ...
+
+
 def by_stack(
     config: DecoderConfig, of_layer: Callable[[DecoderConfig], Mapping[str, Origin | tuple[Origin, ...]]]
 ) -> dict[str, tuple[Origin, ...]]:
@@ -147,6 +156,24 @@ def projections(table: Iterable[tuple[str, str, bool]], layer: str) -> dict[str,
         found[f"{ours}/kernel"] = Origin(f"{layer}{theirs}.weight", transpose=True)
         if bias:
             found[f"{ours}/bias"] = Origin(f"{layer}{theirs}.bias")
+    return found
+
+
+def joined_projection(parts: Iterable[tuple[str, int]], module: str, bias: bool) -> dict[str, Origin]:
+    """Returns the origins of linear layers whose weights are stored one after another in one of [out, in].
+
+    Args:
+      parts: path in the layer and output size of each, in their stored order.
+      module: name of the module that holds them.
+      bias: whether they have a bias.
+    """
+    found, start = {}, 0
+    for ours, size in parts:
+        part = Part(0, start, start + size)
+        found[f"{ours}/kernel"] = Origin(f"{module}.weight", transpose=True, take=part)
+        if bias:
+            found[f"{ours}/bias"] = Origin(f"{module}.bias", take=part)
+        start += size
     return found
 
 
