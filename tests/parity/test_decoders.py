@@ -21,7 +21,7 @@ from tests.layouts import Run, every_layout, forward, lay_out, row_logits
 pytestmark = pytest.mark.parity
 
 TOLERANCE = 1e-4
-OTHER_PARTS = r"(^|\.)(vision_tower|multi_modal_projector)\."  # of which our checkpoints have no tensors
+OTHER_PARTS = r"(^|\.)(vision_tower|multi_modal_projector|visual)\."  # of which our checkpoints have no tensors
 BY_NAME = {case.name: case for case in CASES}
 
 

@@ -15,6 +15,8 @@ from spt_jax.bases.families.mistral import Ministral, Ministral3, Mistral, Mistr
 from spt_jax.bases.families.olmo import Olmo, Olmo2, Olmo3
 from spt_jax.bases.families.phi3 import Phi3
 from spt_jax.bases.families.qwen import Qwen2, Qwen3
+from spt_jax.bases.families.qwen3_5 import Qwen35, Qwen35Moe, Qwen35MoeText, Qwen35Text
+from spt_jax.bases.families.qwen3_next import Qwen3Next
 from spt_jax.bases.families.seed_oss import SeedOss
 from spt_jax.bases.families.smollm import SmolLM3
 from spt_jax.errors import ConfigError
@@ -48,6 +50,11 @@ _REGISTERED: tuple[Family, ...] = (
     Phi3(),
     Qwen2(),
     Qwen3(),
+    Qwen35(),
+    Qwen35Moe(),
+    Qwen35MoeText(),
+    Qwen35Text(),
+    Qwen3Next(),
     SeedOss(),
     SmolLM3(),
 )

@@ -51,6 +51,7 @@ class Origin:
       take: the part of the tensor that the parameter takes.
       view: the shape in which `take` sees the tensor, such as [heads, 3, size, width] for queries, keys and values
         that are interleaved by head.
+      shape: the shape in which the tensor is written, if that of `view` is another.
       into: the part of the parameter, of one layer and expert, that the tensor fills.
       layers: the layers, in the order of the layer axis; None for all layers of the model.
       experts: number of experts, if `{e}` is in the key.
@@ -60,6 +61,7 @@ class Origin:
     transpose: bool = False
     take: Part | None = None
     view: tuple[int, ...] | None = None
+    shape: tuple[int, ...] | None = None
     into: Part | None = None
     layers: tuple[int, ...] | None = None
     experts: int = 0
@@ -119,6 +121,15 @@ class RenamedFamily(Protocol):
 
     def canonical(self, name: str) -> str | None:
         """Returns the name in the table of a stored tensor; None for a tensor that is left out on purpose."""
+        ...
+
+
+@runtime_checkable
+class SeveralTables(Protocol):
+    """A family whose files hold some parameters in other tensors than those of its table."""
+
+    def alternatives(self, config: DecoderConfig) -> Iterable[Mapping[str, Origin | tuple[Origin, ...]]]:
+        """Returns the tables of such files, as `Family.origins` does."""
         ...
 
 

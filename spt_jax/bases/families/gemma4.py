@@ -101,7 +101,9 @@ def _config_of_layers(hf: Any, layers: tuple[int, ...]) -> Any:
     configs = [hf.per_layer_config[layer] for layer in layers]
     sizes = {(config.head_dim, config.num_key_value_heads) for config in configs}
     if len(sizes) > 1:
-        raise ConfigError(f"{hf.model_type} with different heads in layers of one type is not supported: {sorted(sizes)}")
+        raise ConfigError(
+            f"{hf.model_type} with different heads in layers of one type is not supported: {sorted(sizes)}"
+        )
     return configs[0]
 
 
