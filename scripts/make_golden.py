@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from spt_jax.bases.families import FAMILIES  # noqa: E402
 from spt_jax.testing import write_tiny_checkpoint  # noqa: E402
-from tests.golden.cases import CASES, GOLDEN, KEPT, token_ids  # noqa: E402
+from tests.golden.cases import CASES, GOLDEN, KEPT, precise, token_ids  # noqa: E402
 
 
 def reference_logits(case) -> np.ndarray:
@@ -34,7 +34,7 @@ def reference_logits(case) -> np.ndarray:
         architecture = getattr(transformers, FAMILIES[case.family].architecture)
         model = architecture.from_pretrained(directory, dtype=torch.float32, attn_implementation=case.attention)
         ids = torch.tensor(token_ids(case)[None].astype(np.int64))
-        return np.ascontiguousarray(model.eval()(input_ids=ids, use_cache=False).logits[0, list(KEPT)].numpy())
+        return np.ascontiguousarray(precise(model.eval())(input_ids=ids, use_cache=False).logits[0, list(KEPT)].numpy())
 
 
 def main(again: list[str]) -> None:

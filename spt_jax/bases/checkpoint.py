@@ -27,7 +27,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from spt_jax.bases.families import Origin, family_of
-from spt_jax.bases.families.family import OUTPUT_BIAS_KEY, OUTPUT_KEY, RenamedFamily, with_prefix
+from spt_jax.bases.families.family import OUTPUT_BIAS_KEY, OUTPUT_KEY, RenamedFamily, SeveralTables, with_prefix
 from spt_jax.bases.files import checkpoint_files, listed, open_safetensors
 from spt_jax.errors import CheckpointError
 from spt_jax.models.attention import Stream
@@ -42,7 +42,10 @@ LeafPath = tuple[str, ...]
 
 def origins(config: DecoderConfig) -> dict[LeafPath, tuple[Origin, ...]]:
     """Returns the table of a decoder's family: every leaf of `Decoder(config)` and its origins."""
-    table = family_of(config.family).origins(config)
+    return _by_path(family_of(config.family).origins(config))
+
+
+def _by_path(table: Mapping[str, Origin | tuple[Origin, ...]]) -> dict[LeafPath, tuple[Origin, ...]]:
     return {tuple(path.split("/")): (found,) if isinstance(found, Origin) else found for path, found in table.items()}
 
 
@@ -78,8 +81,12 @@ class Place:
 
 def places(config: DecoderConfig) -> dict[str, list[Place]]:
     """Returns what each key of a checkpoint fills."""
+    return _places(config, origins(config))
+
+
+def _places(config: DecoderConfig, leaves: Mapping[LeafPath, tuple[Origin, ...]]) -> dict[str, list[Place]]:
     table: dict[str, list[Place]] = {}
-    for path, leaf_origins in origins(config).items():
+    for path, leaf_origins in leaves.items():
         for origin in leaf_origins:
             layers = enumerate(origin.layers or range(config.layers)) if "{i}" in origin.key else [(None, None)]
             experts = range(origin.experts) if "{e}" in origin.key else [None]
@@ -87,6 +94,19 @@ def places(config: DecoderConfig) -> dict[str, list[Place]]:
                 index = tuple(i for i in (at, expert) if i is not None)
                 table.setdefault(origin.key.format(i=layer, e=expert), []).append(Place(path, origin, index))
     return table
+
+
+def _places_in(files: list[Path], config: DecoderConfig) -> dict[str, list[Place]]:
+    """Returns what each key fills, by that of the family's tables whose tensors the files hold."""
+    family, table = family_of(config.family), places(config)
+    if not isinstance(family, SeveralTables):
+        return table
+    tables = [table, *(_places(config, _by_path(other)) for other in family.alternatives(config))]
+    keys: set[str | None] = set()
+    for file in files:
+        with open_safetensors(file) as tensors:
+            keys |= {_canonical(name, config) for name in tensors.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    return min(tables, key=lambda table: len(table.keys() - keys))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,9 +188,10 @@ def read_params(
       CheckpointError: for a damaged file and for missing, unknown, duplicate or misshapen tensors, and for values
         that are not finite.
     """
-    expected = places(config)
+    stored_in = checkpoint_files(directory)
+    expected = _places_in(stored_in, config)
     shapes = _flat(parameter_shapes(config))
-    found = _find_tensors(checkpoint_files(directory), config, expected, shapes)
+    found = _find_tensors(stored_in, config, expected, shapes)
     leaves: dict[LeafPath, jax.Array | KernelArray] = {}
     digests: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
@@ -338,7 +359,7 @@ def write_checkpoint(directory: Path, config: DecoderConfig, params: Params, dty
         for place in fills:
             target = place.origin.taken(tensor)
             target[...] = place.stored(np.asarray(leaves[place.path])).reshape(target.shape)
-        tensors[key] = tensor.reshape(_merged_shape(tensor, fills[0], leaves))
+        tensors[key] = tensor.reshape(fills[0].origin.shape or _merged_shape(tensor, fills[0], leaves))
     directory.mkdir(parents=True, exist_ok=True)
     if shards == 1:
         _save(tensors, directory / "model.safetensors")

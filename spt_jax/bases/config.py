@@ -22,7 +22,11 @@ _SIZES = {
     **dict.fromkeys(("max_position_embeddings", "n_positions", "original_max_position_embeddings"), (1, 1 << 30)),
     **dict.fromkeys(("sliding_window", "max_window_layers"), (0, 1 << 30)),
     **dict.fromkeys(("seq_length", "window_size"), (1, 1 << 30)),
-    "no_rope_layer_interval": (1, 10_000),
+    **dict.fromkeys(("no_rope_layer_interval", "full_attention_interval", "decoder_sparse_step"), (1, 10_000)),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), (1, 1 << 16)),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim"), (1, 1 << 16)),
+    **dict.fromkeys(("num_experts", "num_experts_per_tok"), (0, 1 << 16)),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), (0, 1 << 24)),
 }
 # What transformers builds for classifiers (a name for each of `num_labels`), code that it would ask to run, and the
 # configs of parts that are not loaded.

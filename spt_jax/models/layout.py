@@ -65,6 +65,11 @@ class Layout:
         return {name: group for name, group in self.groups.items() if isinstance(group, Group)}
 
     @property
+    def state_groups(self) -> dict[str, StateGroup]:
+        """The groups of recurrent layers."""
+        return {name: group for name, group in self.groups.items() if isinstance(group, StateGroup)}
+
+    @property
     def attention_layers(self) -> list[int]:
         """The indices of the layers with keys and values, ascending."""
         return sorted(layer for group in self.attention_groups.values() for layer in group.layers)

@@ -98,6 +98,16 @@ def spec(groups: Mapping[str, Group], positions: int) -> Memory:
     return {name: of_group(group) for name, group in groups.items()}
 
 
+def state_spec(groups: Mapping[str, StateGroup]) -> Memory:
+    """Returns the shapes of the states of one prompt, float32."""
+
+    def of_group(group: StateGroup) -> State:
+        axes, dtype = len(group.layers), jnp.float32
+        return State({name: jax.ShapeDtypeStruct((axes, *shape), dtype) for name, shape in group.shapes})
+
+    return {name: of_group(group) for name, group in groups.items()}
+
+
 def empty_cache(layout: Layout, rows: int, capacity: int, dtype: DTypeLike) -> Memory:
     """Returns zeros for the cache of a model."""
 
@@ -126,12 +136,8 @@ def cast(memory: Memory, dtype: DTypeLike) -> Memory:
 
 def with_states(memory: Memory, layout: Layout) -> Memory:
     """Adds the states before the first token, zeros, to the memory of one prompt that has only keys and values."""
-
-    def zeros(group: StateGroup) -> State:
-        return State({name: jnp.zeros((len(group.layers), *shape)) for name, shape in group.shapes})
-
-    groups = {name: group for name, group in layout.groups.items() if isinstance(group, StateGroup)}
-    return {**memory, **{name: zeros(group) for name, group in groups.items() if name not in memory}}
+    absent = {name: group for name, group in layout.state_groups.items() if name not in memory}
+    return {**memory, **jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state_spec(absent))}
 
 
 def concatenate(first: Memory, second: Memory) -> Memory:

@@ -12,8 +12,8 @@ from spt_jax.bases.base import FrozenBase
 from spt_jax.errors import ConfigError
 from spt_jax.models import memory
 from spt_jax.models.attention import Stream
-from spt_jax.models.layout import SELF
-from spt_jax.models.memory import KeysValues, Memory
+from spt_jax.models.layout import SELF, Layout
+from spt_jax.models.memory import KeysValues, Memory, State
 from spt_jax.models.model import Model
 from spt_jax.prompts.initializers import Initializer, initialize
 from spt_jax.prompts.method import DEFAULT_LENGTH, Method, PromptParams
@@ -39,6 +39,8 @@ class PrefixTuning(Method):
       hidden: width of that network.
       sink: number of first positions that are not trained. With start=tokens and sink > 0, the first is BOS if the base
         has one, because models use it as an attention sink.
+      states: also train the states of the recurrent layers before the first token, which are zeros otherwise (S0
+        tuning, arXiv 2604.01168). They start from zeros, or from those of the prompt that `init` names.
     """
 
     # In units of the values of the base, whose deviations are 0.4 and 1.3 in the two bases used to choose it.
@@ -51,6 +53,7 @@ class PrefixTuning(Method):
     reparameterization: Literal["flat", "mlp"] = "flat"
     hidden: int = 512
     sink: int = 0
+    states: bool = False
 
     def __post_init__(self) -> None:
         if self.length is not None and self.length < 1:
@@ -70,18 +73,23 @@ class PrefixTuning(Method):
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Any]:
         """Returns `free` keys and values with their `scale` and the `sink`, or `start` and the `network`; float32.
 
+        With the option `states` there are also `states`, by the name of the group and of the array, in units of
+        `scale` if there is one.
+
         Keys and values are in the form of `_packed`. `free` is in units of `scale`, the standard deviation of all
         values, so that a learning rate has the same effect for every base.
         """
         start_key, network_key = jax.random.split(key)
+        states = self._start_states(base)
         start = self._start(start_key, base)
         free = jax.tree.map(lambda a: a[..., self.sink :, :, :], start)
         if self.reparameterization == "flat":
             usual = start if self.start != "zero" else dataclasses.replace(self, start="tokens")._start(start_key, base)
             scale = _deviation(_unpacked(usual))
             sink = {"sink": jax.tree.map(lambda a: a[..., : self.sink, :, :], start)} if self.sink else {}
-            return {"free": jax.tree.map(lambda a: a / scale, free), "scale": scale} | sink
-        return {"start": start, "network": _init_network(network_key, self.hidden, free)}
+            states = jax.tree.map(lambda a: a / scale, states)
+            return {"free": jax.tree.map(lambda a: a / scale, free), "scale": scale} | sink | states
+        return {"start": start, "network": _init_network(network_key, self.hidden, free)} | states
 
     def materialize(self, params: Mapping[str, Any], model: Model) -> VirtualPrompt:
         """Returns keys and values at every position; those of the network are added to the initial ones."""
@@ -93,7 +101,15 @@ class PrefixTuning(Method):
         else:
             change = _apply_network(params["network"])
             both = jax.tree.map(lambda a, own: a.at[..., self.sink :, :, :].add(own), params["start"], change)
-        return VirtualPrompt(prefix=VirtualPrefix(_unpacked(both)))
+        scale = params["scale"] if self.reparameterization == "flat" else 1.0
+        states = jax.tree.map(lambda a: a * scale, params["states"]) if self.states else {}
+        whole = _unpacked(both), {name: State(arrays) for name, arrays in states.items()}
+        return VirtualPrompt(prefix=VirtualPrefix({**whole[0], **whole[1]}))
+
+    def spec(self, layout: Layout) -> VirtualPrompt:
+        prefix = memory.spec(layout.attention_groups, self.prefix_length)
+        states = memory.state_spec(layout.state_groups) if self.states else {}
+        return VirtualPrompt(prefix=VirtualPrefix({**prefix, **states}))
 
     def trainable(self, params: PromptParams) -> dict[str, Any]:
         """The sink, the scale and the initial keys and values of the network are not trained."""
@@ -122,21 +138,36 @@ class PrefixTuning(Method):
         keys = [noise_key] if len(leaves) == 1 else list(jax.random.split(noise_key, len(leaves)))
         return jax.tree.unflatten(structure, map(_noise_like, keys, leaves))
 
+    def _start_states(self, base: FrozenBase) -> dict[str, Any]:
+        """Returns the parameter `states`, not divided by the scale; nothing without that option."""
+        if not self.states:
+            return {}
+        if not base.layout.state_groups:
+            raise ConfigError(f"method.states is True, but no layer of {base.name} is recurrent; set it to False")
+        found = {name: own for name, own in self._saved_memory(base).items() if isinstance(own, State)}
+        whole = memory.with_states(found, base.layout)
+        return {"states": {name: own.arrays for name, own in whole.items() if isinstance(own, State)}}
+
     def _saved(self, base: FrozenBase) -> Packed | None:
         """Returns keys and values of the saved prompt that `init` names, or None if it has no prefix."""
+        found = self._saved_memory(base)
+        return _packed(found) if found else None
+
+    def _saved_memory(self, base: FrozenBase) -> Memory:
+        """Returns the prefix of the saved prompt that `init` names, or nothing if it has none."""
         if self.init.name != "prompt":
-            return None
+            return {}
         from spt_jax.prompts.storage import load_prompt
 
         virtual = load_prompt(self.init.path, base).virtual
         if virtual.prefix is None:
-            return None
+            return {}
         if virtual.prefix_length != self.prefix_length:
             raise ConfigError(
                 f"{self.init.path}: a prefix of {virtual.prefix_length} positions; method.length is"
                 f" {self.prefix_length}"
             )
-        return _packed(virtual.prefix.memory)
+        return virtual.prefix.memory
 
 
 @jax.jit

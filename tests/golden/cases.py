@@ -89,6 +89,17 @@ CASES = (
     _case("qwen3", "qwen3"),
     _case("qwen3 untied, biases", "qwen3", tie_word_embeddings=False, attention_bias=True),
     _case("qwen3 window", "qwen3", use_sliding_window=True, sliding_window=9, max_window_layers=2),
+    _case("qwen3_5_text", "qwen3_5_text"),
+    _case("qwen3_5_text tied, biases", "qwen3_5_text", tie_word_embeddings=True, attention_bias=True),
+    _case("qwen3_5_text recurrent only", "qwen3_5_text", layer_types=["linear_attention"] * 4),
+    _case("qwen3_5_text kernel of 2", "qwen3_5_text", linear_conv_kernel_dim=2, linear_num_key_heads=4),
+    _case("qwen3_5", "qwen3_5"),
+    _case("qwen3_5 tied", "qwen3_5", tie_word_embeddings=True),
+    _case("qwen3_5_moe_text", "qwen3_5_moe_text"),
+    _case("qwen3_5_moe", "qwen3_5_moe"),
+    _case("qwen3_next", "qwen3_next"),
+    _case("qwen3_next experts everywhere", "qwen3_next", mlp_only_layers=[], norm_topk_prob=True),
+    _case("qwen3_next every second", "qwen3_next", mlp_only_layers=[3], decoder_sparse_step=2),
     _case("smollm3", "smollm3"),
     _case("smollm3 untied, biases", "smollm3", tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
     _case("smollm3 window", "smollm3", use_sliding_window=True, sliding_window=9),
@@ -169,6 +180,14 @@ CASES = (
     _case("starcoder2 no biases", "starcoder2", use_bias=False, sliding_window=None, tie_word_embeddings=False),
     _case("opt plain", "opt", tie_word_embeddings=False, enable_bias=False, layer_norm_elementwise_affine=False),
 )
+
+
+def precise(model: Any) -> Any:
+    """Lets the recurrent layers of transformers' model go token by token; their rule for chunks rounds more."""
+    for module in model.modules():
+        if hasattr(module, "torch_chunk_gated_delta_rule"):
+            module.torch_chunk_gated_delta_rule = module.torch_recurrent_gated_delta_rule
+    return model
 
 
 def token_ids(case: Case) -> np.ndarray:

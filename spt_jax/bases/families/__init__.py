@@ -24,6 +24,8 @@ from spt_jax.bases.families.opt import OPT
 from spt_jax.bases.families.phi import Phi
 from spt_jax.bases.families.phi3 import Phi3
 from spt_jax.bases.families.qwen import Qwen2, Qwen3
+from spt_jax.bases.families.qwen3_5 import Qwen35, Qwen35Moe, Qwen35MoeText, Qwen35Text
+from spt_jax.bases.families.qwen3_next import Qwen3Next
 from spt_jax.bases.families.seed_oss import SeedOss
 from spt_jax.bases.families.smollm import SmolLM3
 from spt_jax.bases.families.stablelm import StableLm
@@ -69,6 +71,11 @@ _REGISTERED: tuple[Family, ...] = (
     Phi3(),
     Qwen2(),
     Qwen3(),
+    Qwen35(),
+    Qwen35Moe(),
+    Qwen35MoeText(),
+    Qwen35Text(),
+    Qwen3Next(),
     SeedOss(),
     SmolLM3(),
     StableLm(),

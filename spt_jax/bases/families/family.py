@@ -52,6 +52,7 @@ class Origin:
       take: the part of the tensor that the parameter takes.
       view: the shape in which `take` sees the tensor, such as [heads, 3, size, width] for queries, keys and values
         that are interleaved by head.
+      shape: the shape in which the tensor is written, if that of `view` is another.
       into: the part of the parameter, of one layer and expert, that the tensor fills.
       layers: the layers, in the order of the layer axis; None for all layers of the model.
       experts: number of experts, if `{e}` is in the key.
@@ -61,6 +62,7 @@ class Origin:
     transpose: bool = False
     take: Part | None = None
     view: tuple[int, ...] | None = None
+    shape: tuple[int, ...] | None = None
     into: Part | None = None
     layers: tuple[int, ...] | None = None
     experts: int = 0
@@ -126,6 +128,15 @@ class RenamedFamily(Protocol):
 def with_prefix(name: str, prefix: str) -> str:
     """Returns the name of a tensor with the prefix, which checkpoints saved from `AutoModel` lack."""
     return name if name.startswith((prefix, "lm_head.")) else prefix + name
+
+
+@runtime_checkable
+class SeveralTables(Protocol):
+    """A family whose files hold some parameters in other tensors than those of its table."""
+
+    def alternatives(self, config: DecoderConfig) -> Iterable[Mapping[str, Origin | tuple[Origin, ...]]]:
+        """Returns the tables of such files, as `Family.origins` does."""
+        ...
 
 
 def by_stack(

@@ -128,11 +128,12 @@ def llama_config(hf: Any, max_length: int | None, **changes: Any) -> DecoderConf
         "heads": hf.num_attention_heads,
         "kv_heads": hf.num_key_value_heads or hf.num_attention_heads,
         "head_size": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-        "mlp_width": hf.intermediate_size,
         "max_positions": positions,
         "tied": bool(hf.tie_word_embeddings),
         "rope": rope,
     }
+    if "mlp_width" not in changes:
+        fields["mlp_width"] = hf.intermediate_size
     if "norm_epsilon" not in changes:
         fields["norm_epsilon"] = float(hf.rms_norm_eps)
     if "activation" not in changes:

@@ -8,7 +8,7 @@ from spt_jax.models.config import DecoderConfig
 
 
 class SmolLM3(LlamaLike):
-    """SmolLM3 3B; `no_rope_layers` holds 1 for each layer that does rotate."""
+    """SmolLM3 3B: no RoPE in every fourth layer."""
 
     model_type: ClassVar[str] = "smollm3"
     architecture: ClassVar[str] = "SmolLM3ForCausalLM"
@@ -21,6 +21,7 @@ class SmolLM3(LlamaLike):
             qkv_bias=bias,
             output_bias=bias,
             mlp_bias=bool(hf.mlp_bias),
+            # The config's list has 1 for each layer that rotates.
             no_rope_layers=tuple(i for i in range(hf.num_hidden_layers) if not hf.no_rope_layers[i]),
             **windows(hf),
         )

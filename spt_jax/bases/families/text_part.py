@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
-from spt_jax.bases.families.family import OUTPUT_KEY, Origin
+from spt_jax.bases.families.family import OUTPUT_KEY, Origin, SeveralTables
 from spt_jax.errors import ConfigError
 from spt_jax.models.config import DecoderConfig
 
@@ -22,7 +22,7 @@ class TextFamily(Protocol):
     def tiny(self) -> Mapping[str, Any]: ...
 
 
-_OTHER_PARTS = "vision_tower|multi_modal_projector|embed_vision|audio_tower|embed_audio"
+_OTHER_PARTS = "vision_tower|multi_modal_projector|embed_vision|visual|audio_tower|embed_audio"
 # A vision model of about 5,000 parameters, for the fields that transformers' vision configs share.
 TINY_VISION: Mapping[str, Any] = {
     "hidden_size": 16,
@@ -62,10 +62,17 @@ class TextPart:
         return dataclasses.replace(inner, family=self.model_type, tied=tied)
 
     def origins(self, config: DecoderConfig) -> Mapping[str, Origin | tuple[Origin, ...]]:
+        return self._renamed(self.texts[0].origins(config))
+
+    def alternatives(self, config: DecoderConfig) -> tuple[Mapping[str, Origin | tuple[Origin, ...]], ...]:
+        """Returns other tables, if the family of the language model has some."""
+        text = self.texts[0]
+        return tuple(map(self._renamed, text.alternatives(config))) if isinstance(text, SeveralTables) else ()
+
+    def _renamed(self, table: Mapping[str, Origin | tuple[Origin, ...]]) -> Mapping[str, Origin | tuple[Origin, ...]]:
         def renamed(origin: Origin) -> Origin:
             return dataclasses.replace(origin, key=re.sub(r"^model\.", self.prefix, origin.key))
 
-        table = self.texts[0].origins(config)
         return {
             path: tuple(map(renamed, found)) if isinstance(found, tuple) else renamed(found)
             for path, found in table.items()
