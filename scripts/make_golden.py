@@ -2,8 +2,9 @@
 
 Run it from the repository root, with the `parity` extra installed, when a case is added or changed:
 
-    python scripts/make_golden.py
+    python scripts/make_golden.py [CASE ...]
 
+With names of cases, the others keep their stored logits.
 Checkpoints are not stored: `spt_jax.testing` recreates them from their seeds.
 """
 
@@ -28,14 +29,20 @@ def reference_logits(case) -> np.ndarray:
     with tempfile.TemporaryDirectory() as directory, torch.no_grad():
         write_tiny_checkpoint(directory, case.family, seed=case.seed, **case.overrides)
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, attn_implementation="eager"
+            directory, dtype=torch.float32, attn_implementation=case.attention
         )
         ids = torch.tensor(token_ids(case)[None].astype(np.int64))
         return np.ascontiguousarray(model.eval()(input_ids=ids, use_cache=False).logits[0, list(KEPT)].numpy())
 
 
-def main() -> None:
-    tensors = {case.name: reference_logits(case) for case in CASES}
+def main(names: list[str]) -> None:
+    stored = safetensors.numpy.load_file(GOLDEN) if names else {}
+    unknown = [name for name in names if name not in {case.name for case in CASES}]
+    if unknown:
+        sys.exit(f"no case is named {unknown[0]!r}")
+    tensors = {
+        case.name: reference_logits(case) if case.name in names or not names else stored[case.name] for case in CASES
+    }
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     temporary = GOLDEN.with_suffix(".tmp")
     safetensors.numpy.save_file(tensors, temporary, metadata=versions)
@@ -44,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

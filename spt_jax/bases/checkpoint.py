@@ -47,13 +47,17 @@ def origins(config: DecoderConfig) -> dict[LeafPath, tuple[Origin, ...]]:
 
 
 # Buffers that older libraries stored beside the weights; nothing is lost by passing over them.
-_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias)$")
+_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
 _FLOATS = ("float64", "float32", "bfloat16", "float16")
 
 
 def _canonical(key: str, config: DecoderConfig) -> str:
-    """Returns the key with its prefix, which checkpoints saved from `AutoModel` lack."""
-    prefix = family_of(config.family).prefix
+    """Returns the key that the family's table has for a tensor's name.
+
+    The prefix is missing from checkpoints that `AutoModel` saved.
+    """
+    family = family_of(config.family)
+    prefix, key = family.prefix, getattr(family, "renamed", {}).get(key, key)
     return key if key.startswith((prefix, "lm_head.")) else prefix + key
 
 
@@ -277,6 +281,21 @@ def _stored_shape(fills: list[Place], shapes: Mapping[LeafPath, Any]) -> tuple[i
     return tuple(shape)
 
 
+def _merged_shape(tensor: np.ndarray, place: Place, leaves: Mapping[LeafPath, Any]) -> tuple[int, ...]:
+    """Returns the shape of a stored tensor, whose axes are merged in its view where those of the parameter are."""
+    if place.origin.view is None:
+        return tensor.shape
+    axes = list(zip(tensor.shape, place.origin.taken(tensor).shape, strict=True))
+    shape = []
+    for size in place.stored(np.broadcast_to(np.float32(0), leaves[place.path].shape)).shape:
+        stored, taken = 1, 1
+        while axes and (taken < size or axes[0][1] == 1):
+            axis = axes.pop(0)
+            stored, taken = stored * axis[0], taken * axis[1]
+        shape.append(stored)
+    return tuple(shape)
+
+
 def _merges(shape: tuple[int, ...], view: tuple[int, ...]) -> bool:
     """Returns whether each axis of `shape` is a run of axes of `view`."""
     ends = set(itertools.accumulate(view, operator.mul))
@@ -317,11 +336,11 @@ def write_checkpoint(directory: Path, config: DecoderConfig, params: Params, dty
     leaves = _flat(params)
     tensors = {}
     for key, fills in places(config).items():
-        tensor = np.empty(_stored_shape(fills, leaves), dtype)
+        tensor = np.zeros(_stored_shape(fills, leaves), dtype)
         for place in fills:
             target = place.origin.taken(tensor)
             target[...] = place.stored(np.asarray(leaves[place.path])).reshape(target.shape)
-        tensors[key] = tensor
+        tensors[key] = tensor.reshape(_merged_shape(tensor, fills[0], leaves))
     directory.mkdir(parents=True, exist_ok=True)
     if shards == 1:
         _save(tensors, directory / "model.safetensors")

@@ -182,7 +182,7 @@ class Decoder(nn.Module):
             own.append(found)
         return self.leave(x) if return_hidden else None, _joined(own) if return_memory else None
 
-    def enter(self, x: Float[Array, "B T D"], rows: Stream) -> Float[Array, "B T D"]:
+    def enter(self, x: Float[Array, "B T E"], rows: Stream) -> Float[Array, "B T D"]:
         """Returns the input of the first layer for embeddings of real or virtual tokens."""
         config = self.config
         if config.embedding_width is not None:
@@ -193,7 +193,7 @@ class Decoder(nn.Module):
             x = x + jnp.take(self.position_embedding, rows.positions, axis=0, mode="clip").astype(x.dtype)
         return self.embedding_norm(x) if config.embedding_norm else x
 
-    def leave(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def leave(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
         """Returns hidden states for `logits`."""
         x = self.final_norm(x) if self.config.final_norm else x
         return x if self.config.embedding_width is None else self.output_map(x)

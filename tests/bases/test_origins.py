@@ -112,6 +112,8 @@ def test_what_is_written_is_read(config, tmp_path):
     assert found.keys() == leaves.keys()
     for path, leaf in leaves.items():
         np.testing.assert_array_equal(found[path], leaf)
+    tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    assert tensors["model.layers.1.qkv.weight"].shape == (HEADS * 3 * SIZE, WIDTH)
 
 
 @pytest.mark.parametrize(
@@ -130,17 +132,23 @@ def test_a_tensor_of_another_shape_is_named(config, stored, tmp_path, name, shap
         read(tmp_path, config)
 
 
+# Leading rows of stored tensors that no parameter has.
+UNUSED_ROWS = {"model.decoder.embed_positions.weight": 2}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_origins_cover_every_tensor_and_parameter(family):
     """Each element of a stored tensor fills one element of one parameter, and none is left over."""
     config = decoder_config(tiny_config(family))
     leaves = traverse_util.flatten_dict(random_params(config))
     counts = {path: np.zeros(leaf.shape, int) for path, leaf in leaves.items()}
-    for fills in checkpoint.places(config).values():
+    for key, fills in checkpoint.places(config).items():
         taken = np.zeros(checkpoint._stored_shape(fills, leaves), int)
         for place in fills:
             place.origin.taken(taken)[...] += 1
             place.stored(counts[place.path])[...] += 1
-        assert (taken == 1).all()
+        unused = UNUSED_ROWS.get(key, 0)
+        assert (taken[unused:] == 1).all()
+        assert not taken[:unused].any()
     for path, count in counts.items():
         assert (count == 1).all(), path

@@ -22,12 +22,21 @@ class Case:
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     max_length: int | None = None  # for load_base
     depends_on_length: bool = False  # transformers' frequencies change with the longest sequence seen
+    attention: str = "eager"  # transformers' implementation
 
     def __str__(self) -> str:
         return self.name
 
 
-def _case(name: str, family: str, *, max_length: int | None = None, depends_on_length: bool = False, **overrides: Any):
+def _case(
+    name: str,
+    family: str,
+    *,
+    max_length: int | None = None,
+    depends_on_length: bool = False,
+    attention: str = "eager",
+    **overrides: Any,
+):
     return Case(
         name=name,
         family=family,
@@ -35,6 +44,7 @@ def _case(name: str, family: str, *, max_length: int | None = None, depends_on_l
         overrides=overrides,
         max_length=max_length,
         depends_on_length=depends_on_length,
+        attention=attention,
     )
 
 
@@ -84,6 +94,13 @@ CASES = (
     _case("gemma2 no caps", "gemma2", attn_logit_softcapping=None, final_logit_softcapping=None),
     _case("gpt2", "gpt2"),
     _case("gpt2 untied, exact gelu", "gpt2", tie_word_embeddings=False, activation_function="gelu", n_inner=48),
+    _case("bloom", "bloom"),
+    _case("bloom untied, 4 heads", "bloom", tie_word_embeddings=False, hidden_size=32, n_head=4),
+    _case("gpt_neox", "gpt_neox"),
+    _case("gpt_neox sequential", "gpt_neox", use_parallel_residual=False, attention_bias=False, rotary_pct=1.0),
+    _case("opt", "opt"),
+    _case("opt maps, sums", "opt", word_embed_proj_dim=24, do_layer_norm_before=False),
+    _case("opt plain", "opt", tie_word_embeddings=False, enable_bias=False, layer_norm_elementwise_affine=False),
 )
 
 

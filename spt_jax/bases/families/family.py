@@ -83,6 +83,8 @@ class Family(Protocol):
       model_type: `model_type` in `config.json`.
       architecture: name of transformers' causal language model.
       prefix: what the names of all tensors but the output matrix start with; files saved without the head lack it.
+
+    A family whose files have other names for some tensors also has `renamed`, from these names to those of its table.
     """
 
     model_type: ClassVar[str]
