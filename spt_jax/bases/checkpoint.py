@@ -27,7 +27,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from spt_jax.bases.families import Origin, family_of
-from spt_jax.bases.families.family import OUTPUT_KEY
+from spt_jax.bases.families.family import OUTPUT_KEY, PartlyReadFamily
 from spt_jax.bases.files import checkpoint_files, listed, open_safetensors
 from spt_jax.errors import CheckpointError
 from spt_jax.models.attention import Stream
@@ -59,6 +59,12 @@ def _canonical(key: str, config: DecoderConfig) -> str:
     family = family_of(config.family)
     prefix, key = family.prefix, getattr(family, "renamed", {}).get(key, key)
     return key if key.startswith((prefix, "lm_head.")) else prefix + key
+
+
+def _left_out(key: str, config: DecoderConfig) -> bool:
+    """Returns whether the family leaves a tensor out on purpose."""
+    family = family_of(config.family)
+    return isinstance(family, PartlyReadFamily) and family.unread(key, config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +124,7 @@ def _find_tensors(
                     raise CheckpointError(f"tensor {name!r} is in both {found[key].file.name} and {file.name}")
                 if key in expected or key == OUTPUT_KEY:
                     found[key] = Stored(file, name)
-                elif not _BUFFERS.search(key):
+                elif not (_BUFFERS.search(key) or _left_out(key, config)):
                     unknown.append(f"{name!r} in {file.name}")
                 if key in expected:
                     _check_shape(tuple(tensors.get_slice(name).get_shape()), found[key], expected[key], shapes)

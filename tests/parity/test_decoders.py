@@ -9,6 +9,7 @@ import safetensors.numpy
 torch = pytest.importorskip("torch")
 
 from spt_jax.bases.base import load_base
+from spt_jax.bases.families import FAMILIES
 from spt_jax.models.attention import Cache, Prefix
 from spt_jax.models.memory import KeysValues, put, to_cache
 from spt_jax.testing import write_tiny_checkpoint
@@ -38,7 +39,7 @@ def torch_logits(model, ids: np.ndarray, **inputs) -> np.ndarray:
 
 def load_both(tmp_path, case):
     directory = write_tiny_checkpoint(tmp_path / "model", case.family, seed=case.seed, **case.overrides)
-    return load_base(directory, dtype="float32", max_length=case.max_length), torch_model(directory)
+    return load_base(directory, dtype="float32", max_length=case.max_length), torch_model(directory, case.attention)
 
 
 def same(ours, theirs, tolerance=TOLERANCE):
@@ -65,7 +66,7 @@ def test_logits_in_every_layout(case, tmp_path):
     print(f"{case.name}: largest error {worst:.1e}")
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gpt2"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_as_transformers_itself_pads(family, side, tmp_path):
     """The same padded row, mask and positions on both sides."""
@@ -117,7 +118,7 @@ def test_old_config_files(tmp_path):
     same(row_logits(load_base(directory, dtype="float32"), ids), torch_logits(torch_model(directory), ids))
 
 
-@pytest.mark.parametrize("name", ["llama yarn", "mistral", "qwen3", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", ["llama yarn", "opt maps, sums", *FAMILIES])
 def test_gradient_through_a_shared_prefix(name, tmp_path):
     """Embeddings of 11 tokens run once, as a prefix of three rows; the gradient equals torch's, which repeats them.
 
@@ -153,15 +154,18 @@ def test_gradient_through_a_shared_prefix(name, tmp_path):
     np.testing.assert_allclose(np.asarray(gradient) / scale, theirs.grad.numpy() / scale, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "smollm3", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_decoding_from_a_cache(name, tmp_path):
     """Tokens fed one by one into a static cache with empty slots give the logits of the whole run."""
     case = BY_NAME[name]
     base, model = load_both(tmp_path, case)
     ids = token_ids(case)[:24]
-    config, slots = base.config, 32
-    empty = jnp.full((config.layers, 1, slots, config.kv_heads, config.head_size), 1e3)
-    empty = to_cache({"self": KeysValues(empty, empty)})
+    slots = 32
+    shapes = {
+        name: (len(group.layers), 1, slots, group.kv_heads, group.key_size)
+        for name, group in base.model.layout.attention_groups.items()
+    }
+    empty = to_cache({name: KeysValues(jnp.full(shape, 1e3), jnp.full(shape, 1e3)) for name, shape in shapes.items()})
     cache = Cache(empty, *(jnp.zeros((1, slots), jnp.int32) for _ in range(2)))
     steps = []
     for i, token in enumerate(ids):

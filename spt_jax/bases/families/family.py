@@ -115,6 +115,15 @@ class Family(Protocol):
         ...
 
 
+@runtime_checkable
+class PartlyReadFamily(Protocol):
+    """A family whose files also hold tensors that the decoder does not have."""
+
+    def unread(self, key: str, config: DecoderConfig) -> bool:
+        """Returns whether a tensor that the table lacks is left out on purpose, by its name."""
+        ...
+
+
 def by_stack(
     config: DecoderConfig, of_layer: Callable[[DecoderConfig], Mapping[str, Origin | tuple[Origin, ...]]]
 ) -> dict[str, tuple[Origin, ...]]:
