@@ -10,14 +10,16 @@ from spt_jax.models.config import DecoderConfig
 # Fields of config.json that sizes are made of, and the least and largest values that any decoder has. transformers and
 # this library make lists as long as the model has layers, so that these are checked before either reads the rest.
 _SIZES = {
-    **dict.fromkeys(("num_hidden_layers", "n_layer"), (1, 10_000)),
-    **dict.fromkeys(("hidden_size", "n_embd"), (1, 1 << 20)),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), (1, 10_000)),
+    **dict.fromkeys(("hidden_size", "n_embd", "n_embed", "word_embed_proj_dim"), (1, 1 << 20)),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads"), (1, 1 << 16)),
-    **dict.fromkeys(("head_dim", "query_pre_attn_scalar"), (1, 1 << 16)),
-    **dict.fromkeys(("intermediate_size", "n_inner"), (1, 1 << 24)),
+    **dict.fromkeys(("num_heads", "num_kv_heads"), (1, 1 << 16)),
+    **dict.fromkeys(("head_dim", "query_pre_attn_scalar", "rotary_dim"), (1, 1 << 16)),
+    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"), (1, 1 << 24)),
     "vocab_size": (1, 1 << 28),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "original_max_position_embeddings"), (1, 1 << 30)),
     **dict.fromkeys(("sliding_window", "max_window_layers"), (0, 1 << 30)),
+    **dict.fromkeys(("seq_length", "window_size"), (1, 1 << 30)),
     "no_rope_layer_interval": (1, 10_000),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), (0, 1 << 16)),
     **dict.fromkeys(("num_experts_per_tok", "n_group", "topk_group"), (1, 1 << 16)),
@@ -46,7 +48,27 @@ def hf_config(fields: Mapping[str, Any]) -> Any:
         value = fields.get(name)
         if value is not None and (type(value) is not int or not least <= value <= most):
             raise ConfigError(f"{name!r} is {value!r:.40}; it must be an integer from {least} to {most:,}")
+    _check_repeats(fields.get("attention_types"))
     return transformers.CONFIG_MAPPING[model_type].from_dict({k: v for k, v in fields.items() if k not in _UNREAD})
+
+
+def _check_repeats(types: Any) -> None:
+    """Checks `attention_types` of GPT-Neo, [[kinds, repeats], ...], of which transformers makes a list of layers.
+
+    Raises:
+      ConfigError: the list would be longer than that of any decoder, or is not one of such pairs.
+    """
+    if types is None:
+        return
+    most = _SIZES["num_layers"][1]
+    pairs = [pair for pair in types if isinstance(pair, list) and len(pair) == 2] if isinstance(types, list) else []
+    if any(not isinstance(kinds, list) or type(count) is not int or count < 0 for kinds, count in pairs):
+        pairs = []
+    if not pairs or len(pairs) != len(types) or sum(len(kinds) * count for kinds, count in pairs) > most:
+        raise ConfigError(
+            f"'attention_types' is {types!r:.60}; it must be a list of pairs of a list and a number, for at most"
+            f" {most:,} layers"
+        )
 
 
 def decoder_config(hf: Any, *, max_length: int | None = None) -> DecoderConfig:

@@ -161,7 +161,7 @@ def plain_group(base: FrozenBase) -> Group:
 def _task_rows(
     path: Path, config: Mapping[str, Any], base: FrozenBase, length: int, task: int | None
 ) -> Float[Array, "P D"]:
-    where, width = path.with_name(CONFIG_FILE), base.config.width
+    where, width = path.with_name(CONFIG_FILE), base.layout.width
     tasks = _count(config, "num_tasks", where, 100_000)
     rank = _count(config, "num_ranks", where, max(length, width))
     if task is None or not 0 <= task < tasks:

@@ -198,8 +198,15 @@ class Attention(nn.Module):
 
     def bias(self, key_positions: Int[Array, "B S"]) -> Float[Array, "B N 1 S"]:
         """Returns the ALiBi bias. A softmax does not change if all scores of a query do, so the keys are enough."""
-        slopes = jnp.asarray(alibi_slopes(self.config.heads)) * self.config.alibi_scale
-        return slopes[None, :, None, None] * key_positions.astype(jnp.float32)[:, None, None, :]
+        rounded = _to_bfloat16 if self.config.alibi_rounded else lambda x: x
+        slopes = rounded(jnp.asarray(alibi_slopes(self.config.heads)))[None, :, None, None]
+        positions = rounded(key_positions.astype(jnp.float32))[:, None, None, :]
+        return rounded(slopes * positions) * self.config.alibi_scale
+
+
+def _to_bfloat16(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Rounds x to bfloat16, in float32: XLA may leave out a cast to bfloat16 and back."""
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
 def _gated_attention(

@@ -70,6 +70,8 @@ class DecoderConfig:
       positions: how a model without RoPE knows positions: a learned table that is added to the inputs, ALiBi (Press et
         al. 2022, arXiv 2108.12409), or not at all.
       alibi_scale: factor of the ALiBi bias.
+      alibi_rounded: whether slopes, positions and their products are rounded to bfloat16, whatever the precision of the
+        model (Falcon).
       window: the sliding window's width in tokens, for `window_layers`.
       embedding_width: width of the embedding table, if maps to and from `width` follow; None if it is `width`.
       embedding_scale: factor of the rows of the embedding table, not of virtual tokens.
@@ -122,6 +124,7 @@ class DecoderConfig:
     no_rope_layers: tuple[int, ...] = ()
     positions: Literal["learned", "alibi", "none"] = "learned"
     alibi_scale: float = 1.0
+    alibi_rounded: bool = False
     window: int = 0
     window_layers: tuple[int, ...] = ()
     embedding_width: int | None = None

@@ -146,7 +146,9 @@ class Decoder(nn.Module):
             kernel = self.embedding.T if config.tied else self.output
             logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
             logits = logits if config.logit_scale is None else logits * config.logit_scale
-            logits = logits + self.logit_bias.astype(jnp.float32) if config.logit_bias else logits
+            if config.logit_bias:
+                bias = self.logit_bias.astype(jnp.float32)
+                logits = logits + bias.reshape((1,) * (logits.ndim - 1) + (-1,))
             return soft_capped(logits, config.logit_cap)
 
     @nn.compact

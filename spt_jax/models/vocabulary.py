@@ -55,7 +55,7 @@ log_sum_exp.defvjp(_forward, _backward)
 
 def _log_sums(states: Array, matrix: Array, cap: float | None, bias: Array | None) -> tuple[Array, Array]:
     logits = jnp.dot(states, matrix.T, preferred_element_type=jnp.float32)
-    logits = soft_capped(logits if bias is None else logits + bias, cap)
+    logits = soft_capped(logits if bias is None else logits + bias[None, None], cap)
     return jax.nn.logsumexp(logits, axis=-1), logits
 
 

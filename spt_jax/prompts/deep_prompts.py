@@ -69,7 +69,7 @@ class DeepPrompts(PrefixTuning):
             return params
         if self.outputs is None:
             raise ConfigError("method.classes is not set, and there are no verbalizers to count")
-        head = {"kernel": jnp.zeros((base.config.width, self.outputs))}
+        head = {"kernel": jnp.zeros((base.layout.width, self.outputs))}
         return {**params, "head": {**head, "bias": jnp.zeros(self.outputs)} if self.head_bias else head}
 
     def materialize(self, params: Mapping[str, Any], model: Model) -> VirtualPrompt:

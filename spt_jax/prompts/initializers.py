@@ -101,7 +101,7 @@ def initialize(init: Initializer, key: Key[Array, ""], base: FrozenBase, length:
       ConfigError: the initializer cannot provide `length` rows of this width.
       CheckpointError: its file cannot be read, or its prompt is for another base.
     """
-    shape = (length, base.config.width)
+    shape = (length, base.layout.width)
     table = base.model.embedding_table()
     match init.name:
         case "uniform":

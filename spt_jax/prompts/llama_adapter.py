@@ -48,8 +48,10 @@ class LlamaAdapter(Method):
         """Returns standard normal rows [G, P, D], like normalized hidden states, and gates [G] of 0; float32.
 
         Raises:
-          ConfigError: the base has fewer than `layers` layers.
+          ConfigError: the base has fewer than `layers` layers, or they are not as wide as its embeddings.
         """
+        if base.layout.width != base.config.width:
+            raise ConfigError(f"{base.name}: llama_adapter needs embeddings as wide as the layers")
         layers, available = self._layers(base.layout), len(base.layout.attention_layers)
         if layers > available:
             raise ConfigError(f"method.layers is {layers}; {base.name} has {available} layers with attention")

@@ -53,7 +53,7 @@ class PTuning(TokenMethod):
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Any]:
         """Returns embeddings [P, D] and the layers of the encoder, float32."""
         row_key, embedding_key, *keys = jax.random.split(key, 9)
-        width, hidden = base.config.width, self.hidden or base.config.width
+        width, hidden = base.layout.width, self.hidden or base.layout.width
         if self.encoder == "mlp":
             sizes = (width, hidden, hidden, width)
             params: dict[str, Any] = {}

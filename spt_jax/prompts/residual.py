@@ -45,7 +45,7 @@ class ResidualPromptTuning(TokenMethod):
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Any]:
         """Returns rows [P, D] and the network, float32."""
         row_key, down_key, up_key = jax.random.split(key, 3)
-        width = base.config.width
+        width = base.layout.width
         network = {
             "down": init_linear(down_key, width, self.bottleneck),
             "up": init_linear(up_key, self.bottleneck, width),

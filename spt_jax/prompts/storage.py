@@ -301,7 +301,10 @@ def _read_info(directory: Path) -> dict[str, Any]:
             f"{path}: base.fingerprint.version is {fingerprint['version']}; this library knows {FINGERPRINT_VERSION}:"
             " a newer spt_jax wrote it"
         )
-    for name in ("width", "vocab_size", "layers", "kv_heads", "head_size"):
+    names = ["width", "vocab_size", "layers", "kv_heads", "head_size"]
+    if fingerprint["config"].get("embedding_width") is not None:
+        names.append("embedding_width")
+    for name in names:
         where = f"{path}: base.fingerprint.config.{name}"
         size = _converted(int, fingerprint["config"].get(name), where)
         if size < 1:

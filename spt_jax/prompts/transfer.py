@@ -89,9 +89,9 @@ def recycle(virtual: VirtualPrompt, source: FrozenBase, target: FrozenBase, *, t
     )
     by_id, special = sorted(source_ids.items(), key=lambda pair: pair[1]), set(source.tokenizer.all_special_tokens)
     shared = [(id_, target_ids[token]) for token, id_ in by_id if token in target_ids and token not in special][:top_k]
-    if len(shared) < source.config.width:
+    if len(shared) < source.layout.width:
         raise ConfigError(
-            f"{source.name} and {target.name} share {len(shared)} tokens; a map of width {source.config.width} needs at"
+            f"{source.name} and {target.name} share {len(shared)} tokens; a map of width {source.layout.width} needs at"
             " least as many"
         )
     from_ids, to_ids = np.asarray(shared).T

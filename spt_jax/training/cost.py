@@ -195,7 +195,7 @@ def step_memory(
         weights=weights,
         kept=kept(rows * length, seen + length),
         layer=layer(rows * length, seen + length),
-        logits=3 * 4 * chunk * vocabulary + 3 * itemsize * outputs * config.width,
+        logits=3 * 4 * chunk * vocabulary + 3 * itemsize * outputs * config.input_width,
         prefix=kept(leading, seen) + layer(leading, seen) + 3 * 4 * pairs // tensor,
     )
 

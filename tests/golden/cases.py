@@ -55,6 +55,8 @@ def _rope(kind: str, **options: Any) -> dict[str, Any]:
 _YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 
+_SEQUENTIAL = {"alibi": True, "new_decoder_architecture": False, "multi_query": False, "parallel_attn": False}
+
 CASES = (
     _case("llama", "llama"),
     _case("llama tied", "llama", tie_word_embeddings=True),
@@ -135,6 +137,20 @@ CASES = (
     _case("gpt_neox sequential", "gpt_neox", use_parallel_residual=False, attention_bias=False, rotary_pct=1.0),
     _case("opt", "opt"),
     _case("opt maps, sums", "opt", word_embed_proj_dim=24, do_layer_norm_before=False),
+    _case("falcon", "falcon"),
+    _case("falcon one norm, untied", "falcon", num_ln_in_parallel_attn=1, tie_word_embeddings=False, num_kv_heads=4),
+    _case("falcon multi-query", "falcon", new_decoder_architecture=False, bias=False),
+    # Eager attention of transformers 5.24 adds the bias twice.
+    _case("falcon alibi", "falcon", attention="sdpa", num_attention_heads=16, num_kv_heads=16, **_SEQUENTIAL),
+    _case("gpt_bigcode", "gpt_bigcode"),
+    _case("gpt_bigcode every head its own keys", "gpt_bigcode", multi_query=False, scale_attn_weights=False),
+    _case("gptj", "gptj"),
+    _case("gpt_neo", "gpt_neo"),
+    _case("phi", "phi"),
+    _case("stablelm", "stablelm"),
+    _case("stablelm parallel", "stablelm", use_parallel_residual=True, use_qkv_bias=False, qk_layernorm=False),
+    _case("starcoder2", "starcoder2"),
+    _case("starcoder2 no biases", "starcoder2", use_bias=False, sliding_window=None, tie_word_embeddings=False),
     _case("opt plain", "opt", tie_word_embeddings=False, enable_bias=False, layer_norm_elementwise_affine=False),
 )
 

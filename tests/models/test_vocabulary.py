@@ -20,21 +20,22 @@ def arrays() -> tuple[jax.Array, jax.Array, jax.Array]:
     return states.at[0, 3].set(30 * matrix[7]), matrix, jax.random.normal(keys[2], (B, Q))
 
 
-def plain(states, matrix, cap=None):
-    logits = states @ matrix.T
+def plain(states, matrix, cap=None, bias=None):
+    logits = states @ matrix.T + (0 if bias is None else bias[None, None])
     return jax.nn.logsumexp(logits if cap is None else cap * jnp.tanh(logits / cap), axis=-1)
 
 
-@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize(("cap", "biased"), [(None, False), (5.0, False), (None, True), (5.0, True)])
 @pytest.mark.parametrize("rows", [1, 10, 30, 1000])
-def test_chunks_are_the_whole(rows, cap, monkeypatch):
+def test_chunks_are_the_whole(rows, cap, biased, monkeypatch):
     monkeypatch.setattr(vocabulary, "CHUNK_ROWS", rows)
     monkeypatch.setattr(vocabulary, "CHUNK_LOGITS", 1)
     states, matrix, cotangent = arrays()
+    bias = 3 * jax.random.normal(jax.random.key(1), (V,)) if biased else None
     compiled = jax.jit(log_sum_exp, static_argnums=2)
-    np.testing.assert_allclose(compiled(states, matrix, cap), plain(states, matrix, cap), rtol=1e-6)
-    ours, pull = jax.vjp(lambda s: log_sum_exp(s, matrix, cap), states)
-    theirs, plain_pull = jax.vjp(lambda s: plain(s, matrix, cap), states)
+    np.testing.assert_allclose(compiled(states, matrix, cap, bias), plain(states, matrix, cap, bias), rtol=1e-6)
+    ours, pull = jax.vjp(lambda s: log_sum_exp(s, matrix, cap, bias), states)
+    theirs, plain_pull = jax.vjp(lambda s: plain(s, matrix, cap, bias), states)
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
     np.testing.assert_allclose(pull(cotangent)[0], plain_pull(cotangent)[0], rtol=1e-5, atol=1e-5)
 

@@ -158,7 +158,12 @@ def ours_of(method, model, params, batch):
 
 
 @pytest.mark.parametrize(
-    ("name", "family"), [*((name, "llama") for name in CASES), ("prefix", "gpt2"), ("p-tuning mlp", "qwen3")]
+    ("name", "family"),
+    [
+        *((name, "llama") for name in CASES),
+        *(("prefix", family) for family in ("gpt2", "bloom", "opt")),
+        ("p-tuning mlp", "qwen3"),
+    ],
 )
 def test_loss_logits_and_gradients_are_pefts(name, family, tmp_path):
     method, configure, convert = CASES[name]

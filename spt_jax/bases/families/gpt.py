@@ -1,0 +1,75 @@
+"""What GPT-like families share: LayerNorms with biases, and queries, keys and values in one tensor."""
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from spt_jax.bases.families.family import OUTPUT_KEY, Origin, Part
+from spt_jax.bases.families.rope import rope_config
+from spt_jax.errors import ConfigError
+from spt_jax.models.config import DecoderConfig
+from spt_jax.models.rope import RopeConfig
+
+OUTPUT_BIAS_KEY = "lm_head.bias"
+
+
+class GptLike:
+    """Base class of families whose tensors' names start with "transformer.", in some files without it."""
+
+    prefix: ClassVar[str] = "transformer."
+
+
+def norms(config: DecoderConfig, table: Iterable[tuple[str, str]]) -> dict[str, Origin]:
+    """Returns the origins of the scales and biases that the config's LayerNorms have.
+
+    Args:
+      config: of the decoder or of a layer.
+      table: path of the norm and name of its module.
+    """
+    found = {}
+    for ours, theirs in table:
+        if config.norm_scale:
+            found[f"{ours}/scale"] = Origin(f"{theirs}.weight")
+        if config.norm_bias:
+            found[f"{ours}/bias"] = Origin(f"{theirs}.bias")
+    return found
+
+
+def fused_attention(config: DecoderConfig, module: str, layers: str = "layers/") -> dict[str, Origin]:
+    """Returns the origins of queries, keys and values that one tensor holds in groups.
+
+    The rows of a group are those of the queries that share a key/value head, of their keys and of their values. With as
+    many key/value heads as heads they are the query, key and value of one head; with one, all heads come first.
+
+    Args:
+      config: of the decoder.
+      module: name of the linear layer, whose weight is stored as [out, in].
+      layers: what the paths of the parameters start with.
+    """
+    queries = config.heads // config.kv_heads
+    view = (config.kv_heads, queries + 2, config.head_size)
+    parts = {"query": (0, queries), "key": (queries, queries + 1), "value": (queries + 1, queries + 2)}
+    found = {}
+    for name, (start, stop) in parts.items():
+        path, part = f"{layers}attention/{name}", Part(1, start, stop)
+        found[f"{path}/kernel"] = Origin(f"{module}.weight", transpose=True, view=(*view, config.width), take=part)
+        if config.qkv_bias:
+            found[f"{path}/bias"] = Origin(f"{module}.bias", view=view, take=part)
+    return found
+
+
+def output(config: DecoderConfig) -> dict[str, Origin]:
+    """Returns the origins of an untied output matrix and of the logits' bias."""
+    found = {} if config.tied else {"output": Origin(OUTPUT_KEY, transpose=True)}
+    return {**found, "logit_bias": Origin(OUTPUT_BIAS_KEY)} if config.logit_bias else found
+
+
+def whole_head_rope(hf: Any, max_length: int | None) -> RopeConfig:
+    """The rotary embedding of a family that always rotates whole heads.
+
+    Raises:
+      ConfigError: for a part of a head, which transformers ignores or fails for, and for what `rope_config` refuses.
+    """
+    rope = rope_config(hf, max_length)
+    if rope.fraction != 1:
+        raise ConfigError(f"{hf.model_type} with partial_rotary_factor {rope.fraction} is not supported")
+    return rope
