@@ -167,7 +167,7 @@ def read_params(
       config: the decoder that the checkpoint is for.
       dtype: what every leaf is cast to.
       sharding_of: the sharding of each leaf, by its path.
-      quantize: what kernels become, from the tensors as stored.
+      quantize: what kernels become, from the tensors as stored, except those of routers and of gates of shared MLPs.
 
     Returns:
       The parameters of `Decoder(config)` and the hexadecimal SHA-256 digest of the tensors as stored.
@@ -184,7 +184,7 @@ def read_params(
     with contextlib.ExitStack() as stack:
         files = {file: stack.enter_context(open_safetensors(file)) for file in {at.file for at in found.values()}}
         for paths, keys in _groups(expected, shapes):
-            exact = {path: quantize is not None and path[-1] == "kernel" for path in paths}
+            exact = {path: quantize is not None and _quantizable(path) for path in paths}
             buffers = {path: aligned_empty(shapes[path].shape, np.float32 if exact[path] else dtype) for path in paths}
             for key in keys:
                 tensor = _get(files, found[key])
@@ -202,6 +202,11 @@ def read_params(
             _check_tied(_digest(_get(files, at), at), digests, directory, config)
     lines = "\n".join(f"{key} {digest}" for key, digest in sorted(digests.items()))
     return traverse_util.unflatten_dict(leaves), hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _quantizable(path: LeafPath) -> bool:
+    """Returns whether a leaf is a kernel that loses little by quantization: rounded routers choose other experts."""
+    return path[-1] == "kernel" and path[-2] not in ("router", "shared_gate")
 
 
 def _groups(
