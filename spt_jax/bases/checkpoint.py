@@ -57,7 +57,7 @@ _FLOATS = ("float64", "float32", "bfloat16", "float16")
 def _canonical(name: str, config: DecoderConfig) -> str | None:
     """Returns the name in the family's table of a stored tensor; None for one of another part of the model."""
     family = family_of(config.family)
-    return family.canonical(name) if isinstance(family, RenamedFamily) else with_prefix(name, family.prefix)
+    return family.canonical(name, config) if isinstance(family, RenamedFamily) else with_prefix(name, family.prefix)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +179,7 @@ def read_params(
       config: the decoder that the checkpoint is for.
       dtype: what every leaf is cast to.
       sharding_of: the sharding of each leaf, by its path.
-      quantize: what kernels become, from the tensors as stored.
+      quantize: what kernels become, from the tensors as stored, except those of routers and of gates of shared MLPs.
 
     Returns:
       The parameters of `Decoder(config)` and the hexadecimal SHA-256 digest of the tensors as stored.
@@ -197,7 +197,7 @@ def read_params(
     with contextlib.ExitStack() as stack:
         files = {file: stack.enter_context(open_safetensors(file)) for file in {at.file for at in found.values()}}
         for paths, keys in _groups(expected, shapes):
-            exact = {path: quantize is not None and path[-1] == "kernel" for path in paths}
+            exact = {path: quantize is not None and _quantizable(path) for path in paths}
             buffers = {path: aligned_empty(shapes[path].shape, np.float32 if exact[path] else dtype) for path in paths}
             for key in keys:
                 tensor = _get(files, found[key])
@@ -215,6 +215,11 @@ def read_params(
             _check_tied(_digest(_get(files, at), at), digests, directory, config)
     lines = "\n".join(f"{key} {digest}" for key, digest in sorted(digests.items()))
     return traverse_util.unflatten_dict(leaves), hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _quantizable(path: LeafPath) -> bool:
+    """Returns whether a leaf is a kernel that loses little by quantization: rounded routers choose other experts."""
+    return path[-1] == "kernel" and path[-2] not in ("router", "shared_gate")
 
 
 def _groups(

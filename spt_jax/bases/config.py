@@ -25,8 +25,12 @@ _SIZES = {
     **dict.fromkeys(("no_rope_layer_interval", "full_attention_interval", "decoder_sparse_step"), (1, 10_000)),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), (1, 1 << 16)),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim"), (1, 1 << 16)),
-    **dict.fromkeys(("num_experts", "num_experts_per_tok"), (0, 1 << 16)),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"), (0, 1 << 16)),
+    **dict.fromkeys(("n_group", "topk_group"), (1, 1 << 16)),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), (0, 1 << 24)),
+    "shared_intermediate_size": (0, 1 << 24),
+    "n_shared_experts": (0, 1 << 10),
+    "first_k_dense_replace": (0, 10_000),
 }
 # What transformers builds for classifiers (a name for each of `num_labels`), code that it would ask to run, and the
 # configs of parts that are not loaded.
@@ -91,6 +95,11 @@ def decoder_config(hf: Any, *, max_length: int | None = None) -> DecoderConfig:
       ConfigError: for an architecture or an option of one that this library does not have.
     """
     family = family_of(hf.model_type)
-    if getattr(hf, "quantization_config", None):
-        raise ConfigError("quantized checkpoints are not supported; use the model's unquantized one")
+    quantization = getattr(hf, "quantization_config", None)
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        raise ConfigError(
+            f"quantized checkpoints ({method or 'quantization_config'}) are not supported; use the model's unquantized"
+            " one"
+        )
     return family.config(hf, max_length)

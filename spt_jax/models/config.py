@@ -61,7 +61,7 @@ class DecoderConfig:
       qk_norm_after_rope: whether that is after RoPE.
       value_norm: whether values are normalized, without a scale.
       value_is_key: whether values are the keys before their norm and RoPE.
-      clip_qkv: queries, keys and values are clipped to [-clip_qkv, clip_qkv].
+      clip_qkv: queries, keys and values are clipped to [-clip_qkv, clip_qkv], after the norm of the whole projection.
       attention_gate: whether the output of attention is multiplied by the sigmoid of a linear map of its input.
       sinks: whether each head has a learned score in the denominator of the softmax.
       mlp_bias, qkv_bias, output_bias, logit_bias: whether these linear maps have a bias.

@@ -141,10 +141,10 @@ class Attention(nn.Module):
         """Returns a linear map of x by heads."""
         config = self.config
         y = Linear(heads * config.head_size, config.qkv_bias, name=name)(x)
-        if config.clip_qkv is not None:
-            y = jnp.clip(y, -config.clip_qkv, config.clip_qkv)
         if config.qk_norm == "whole" and name in ("query", "key"):
             y = self.norm(name)(y)
+        if config.clip_qkv is not None:
+            y = jnp.clip(y, -config.clip_qkv, config.clip_qkv)
         return y.reshape(*x.shape[:2], heads, config.head_size)
 
     def norm(self, name: str) -> Norm:

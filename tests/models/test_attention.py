@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from spt_jax.models.attention import Source, Stream, attend, visible, within_window
+from spt_jax.models.block import Attention
+from spt_jax.models.config import DecoderConfig
 
 
 def test_visible_by_definition():
@@ -118,3 +120,21 @@ def test_a_query_that_sees_nothing_is_finite_forward_and_backward():
     value, gradient = jax.value_and_grad(total)(jnp.asarray(queries))
     assert np.isfinite(value)
     assert np.all(np.isfinite(gradient))
+
+
+def test_whole_keys_are_normalized_and_then_clipped():
+    """As in OLMoE; values are only clipped."""
+    config = DecoderConfig(
+        family="test", vocab_size=9, width=8, layers=1, heads=2, kv_heads=2, head_size=4, mlp_width=8,
+        max_positions=9, qk_norm="whole", clip_qkv=0.5,
+    )  # fmt: skip
+    draw = np.random.default_rng(0).normal
+    key, value, scale = draw(size=(8, 8)), draw(size=(8, 8)), draw(size=8)
+    x = draw(size=(1, 5, 8))
+    params = {"key": {"kernel": key}, "value": {"kernel": value}, "key_norm": {"scale": scale}}
+    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+    found = Attention(config, None, "xla").apply({"params": params}, jnp.asarray(x, jnp.float32), method="remembered")
+    keys, values = x @ key, x @ value
+    keys = keys / np.sqrt(np.mean(keys**2, axis=-1, keepdims=True) + config.norm_epsilon) * scale
+    np.testing.assert_allclose(found.keys.reshape(1, 5, 8), np.clip(keys, -0.5, 0.5), atol=1e-5)
+    np.testing.assert_allclose(found.values.reshape(1, 5, 8), np.clip(values, -0.5, 0.5), atol=1e-5)

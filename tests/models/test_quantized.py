@@ -48,23 +48,22 @@ def base():
     return tiny_base(quantize="int8")
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "qwen2_moe", "gpt_oss"])
 def test_kernels_are_the_checkpoint_s_to_half_a_step(family):
+    """All but those that choose experts and weigh the shared MLP."""
     plain, own = tiny_base(family), tiny_base(family, quantize="int8")
-    found = kernels(own.params)
-    assert len(found) == sum("kernel" in str(path) for path, _ in jax.tree_util.tree_leaves_with_path(plain.params))
-    for theirs, ours in zip(
-        [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(plain.params) if "kernel" in str(path)],
-        found,
-        strict=True,
-    ):
+    leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(plain.params)]
+    exact = [path for path, _ in leaves if "router" in path or "shared_gate" in path]
+    expected = [leaf for path, leaf in leaves if "kernel" in path and path not in exact]
+    assert bool(exact) == (family in ("qwen2_moe", "gpt_oss"))
+    for theirs, ours in zip(expected, kernels(own.params), strict=True):
         assert ours.values.dtype == jnp.int8 and ours.values.shape == theirs.shape
-        assert np.all(np.abs(dense(ours) - theirs) <= ours.scale[:, None] * 0.5001)
-        np.testing.assert_array_equal(np.abs(ours.values).max(axis=1), 127)
+        assert np.all(np.abs(dense(ours) - theirs) <= ours.scale[..., None, :] * 0.5001)
+        np.testing.assert_array_equal(np.abs(ours.values).max(axis=-2), 127)
     assert own.fingerprint == plain.fingerprint
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_oss"])
 def test_the_model_computes_with_their_numbers(family):
     base = tiny_base(family, quantize="int8")
     np.testing.assert_allclose(all_logits(base.model), all_logits(exactly(base)), atol=1e-4)
@@ -78,8 +77,10 @@ def test_layers_are_a_quarter_as_large():
     assert sizes[1] < 0.27 * sizes[0]
 
 
-def test_on_a_mesh(base):
-    split = tiny_base(quantize="int8", mesh=make_mesh(MeshConfig(fsdp=2, tensor=2)))
+@pytest.mark.parametrize("family", ["llama", "granitemoeshared"])
+def test_on_a_mesh(family):
+    base, mesh = tiny_base(family, quantize="int8"), make_mesh(MeshConfig(fsdp=2, tensor=2))
+    split = tiny_base(family, quantize="int8", mesh=mesh)
     np.testing.assert_allclose(all_logits(split.model), all_logits(base.model), atol=1e-4)
     sharded = [own for own in kernels(split.params) if not own.values.sharding.is_fully_replicated]
     assert sharded and all(own.scale.sharding.mesh == split.mesh for own in sharded)

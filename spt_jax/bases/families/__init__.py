@@ -10,22 +10,28 @@ from spt_jax.bases.families.family import Family, Origin, Part
 from spt_jax.bases.families.gemma import Gemma, Gemma2, Gemma3, Gemma3Text
 from spt_jax.bases.families.gemma4 import Gemma4, Gemma4Text
 from spt_jax.bases.families.glm import Glm, Glm4
+from spt_jax.bases.families.glm_moe import Glm4Moe
 from spt_jax.bases.families.gpt2 import GPT2
 from spt_jax.bases.families.gpt_bigcode import GPTBigCode
 from spt_jax.bases.families.gpt_neo import GPTNeo
 from spt_jax.bases.families.gpt_neox import GPTNeoX
+from spt_jax.bases.families.gpt_oss import GptOss
 from spt_jax.bases.families.gptj import GPTJ
 from spt_jax.bases.families.granite import Granite
+from spt_jax.bases.families.granite_moe import GraniteMoe, GraniteMoeShared
 from spt_jax.bases.families.hunyuan import HunYuanDense
 from spt_jax.bases.families.llama import Llama
 from spt_jax.bases.families.mistral import Ministral, Ministral3, Mistral, Mistral3
+from spt_jax.bases.families.mixtral import Mixtral
 from spt_jax.bases.families.olmo import Olmo, Olmo2, Olmo3
+from spt_jax.bases.families.olmoe import Olmoe
 from spt_jax.bases.families.opt import OPT
 from spt_jax.bases.families.phi import Phi
 from spt_jax.bases.families.phi3 import Phi3
 from spt_jax.bases.families.qwen import Qwen2, Qwen3
 from spt_jax.bases.families.qwen3_5 import Qwen35, Qwen35Moe, Qwen35MoeText, Qwen35Text
 from spt_jax.bases.families.qwen3_next import Qwen3Next
+from spt_jax.bases.families.qwen_moe import Qwen2Moe, Qwen3Moe
 from spt_jax.bases.families.seed_oss import SeedOss
 from spt_jax.bases.families.smollm import SmolLM3
 from spt_jax.bases.families.stablelm import StableLm
@@ -51,30 +57,38 @@ _REGISTERED: tuple[Family, ...] = (
     Gemma4Text(),
     Glm(),
     Glm4(),
+    Glm4Moe(),
     GPT2(),
     GPTBigCode(),
     GPTJ(),
     GPTNeo(),
     GPTNeoX(),
+    GptOss(),
     Granite(),
+    GraniteMoe(),
+    GraniteMoeShared(),
     HunYuanDense(),
     Llama(),
     Ministral(),
     Ministral3(),
     Mistral(),
     Mistral3(),
+    Mixtral(),
     Olmo(),
     Olmo2(),
     Olmo3(),
+    Olmoe(),
     OPT(),
     Phi(),
     Phi3(),
     Qwen2(),
+    Qwen2Moe(),
     Qwen3(),
     Qwen35(),
     Qwen35Moe(),
     Qwen35MoeText(),
     Qwen35Text(),
+    Qwen3Moe(),
     Qwen3Next(),
     SeedOss(),
     SmolLM3(),

@@ -4,11 +4,12 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from spt_jax.bases.families.family import Origin, Part, projections
-from spt_jax.bases.families.llama import TINY, LlamaLike, llama_config
+from spt_jax.bases.families.experts import WithExperts, check_swiglu, experts_in
+from spt_jax.bases.families.family import Origin, Part, joined_projection, projections, with_prefix, without_layer
+from spt_jax.bases.families.llama import TINY, llama_config
 from spt_jax.bases.families.rope import rope_config
 from spt_jax.errors import ConfigError
-from spt_jax.models.config import DecoderConfig, Variant
+from spt_jax.models.config import DecoderConfig
 from spt_jax.models.experts_config import ExpertsConfig
 from spt_jax.models.latent_config import LatentConfig
 
@@ -37,11 +38,12 @@ _TINY: Mapping[str, Any] = {
 }
 
 
-class DeepseekV2(LlamaLike):
+class DeepseekV2(WithExperts):
     """DeepSeek V2 and V2 Lite (arXiv 2405.04434): latent attention, and experts behind the first layers."""
 
     model_type: ClassVar[str] = "deepseek_v2"
     architecture: ClassVar[str] = "DeepseekV2ForCausalLM"
+    shared: ClassVar[str] = "mlp.shared_experts"
 
     def config(self, hf: Any, max_length: int | None) -> DecoderConfig:
         if hf.topk_method not in ("greedy", "group_limited_greedy"):
@@ -54,43 +56,21 @@ class DeepseekV2(LlamaLike):
         )
         return _config(hf, max_length, experts, interleaved=True, mlp_bias=bool(hf.mlp_bias))
 
+    def canonical(self, name: str, config: DecoderConfig) -> str | None:
+        """Returns the name in the table of a stored tensor; None for the layer that predicts a second token."""
+        return without_layer(config.layers, with_prefix(name, self.prefix))
+
     def layer_origins(self, config: DecoderConfig) -> dict[str, Origin]:
-        assert config.latent is not None
-        layer, latent = "model.layers.{i}.", config.latent
+        layer = "model.layers.{i}."
         table = {
             "attention_norm/scale": Origin(layer + "input_layernorm.weight"),
             "mlp_norm/scale": Origin(layer + "post_attention_layernorm.weight"),
-            "attention/latent_norm/scale": Origin(layer + "self_attn.kv_a_layernorm.weight"),
-            **_split("attention", ("latent", "rotated_key"), (latent.rank, latent.rotated_size),
-                     layer + "self_attn.kv_a_proj_with_mqa", bias=config.qkv_bias),
-            **_by_head("attention", ("key_up", "value_up"), (latent.plain_size, latent.value_size),
-                       layer + "self_attn.kv_b_proj", config),
-            **projections([("attention/output", "self_attn.o_proj", config.output_bias)], layer),
-        }  # fmt: skip
-        if latent.query_rank is None:
-            table |= projections([("attention/query", "self_attn.q_proj", False)], layer)
-        else:
-            table |= projections([("attention/query_latent", "self_attn.q_a_proj", config.qkv_bias)], layer)
-            table |= projections([("attention/query", "self_attn.q_b_proj", False)], layer)
-            table["attention/query_latent_norm/scale"] = Origin(layer + "self_attn.q_a_layernorm.weight")
-        return table | (self._dense(config, layer) if config.experts is None else self._sparse(config, layer))
-
-    def _dense(self, config: DecoderConfig, layer: str) -> dict[str, Origin]:
-        return projections([(f"mlp/{name}", f"mlp.{name}_proj", config.mlp_bias) for name in _LINEAR], layer)
-
-    def _sparse(self, config: DecoderConfig, layer: str) -> dict[str, Origin]:
-        assert config.experts is not None
-        of_expert = layer + "mlp.experts.{e}."
-        table = {"mlp/router/kernel": Origin(layer + "mlp.gate.weight", transpose=True)}
-        for name in _LINEAR:
-            key = f"{of_expert}{name}_proj.weight"
-            table[f"mlp/experts/{name}/kernel"] = Origin(key, transpose=True, experts=config.experts.experts)
-        if config.experts.shared_width:
-            shared = [(f"mlp/shared/{name}", f"mlp.shared_experts.{name}_proj", False) for name in _LINEAR]
-            table |= projections(shared, layer)
-        if config.experts.correction:
-            table["mlp/correction"] = Origin(layer + "mlp.gate.e_score_correction_bias")
-        return table
+            **_attention_origins(config, layer + "self_attn."),
+        }
+        if config.experts is not None:
+            return table | self.experts_origins(config.experts, layer)
+        mlp = ("gate", "up", "down")
+        return table | projections([(f"mlp/{name}", f"mlp.{name}_proj", config.mlp_bias) for name in mlp], layer)
 
     def tiny(self) -> Mapping[str, Any]:
         return {**_TINY, "q_lora_rank": None, "topk_method": "group_limited_greedy"}
@@ -121,13 +101,9 @@ class DeepseekV3(DeepseekV2):
         return {**_TINY, "q_lora_rank": 14, "num_key_value_heads": 4, "norm_topk_prob": True}
 
 
-_LINEAR = ("gate", "up", "down")
-
-
 def _sizes(hf: Any) -> dict[str, Any]:
     """Returns the fields of the experts that both have."""
-    if hf.hidden_act != "silu":
-        raise ConfigError(f"{hf.model_type} with hidden_act {hf.hidden_act!r} is not supported; it must be 'silu'")
+    check_swiglu(hf)
     return {
         "experts": hf.n_routed_experts,
         "top_k": hf.num_experts_per_tok,
@@ -152,7 +128,8 @@ def _config(hf: Any, max_length: int | None, experts: ExpertsConfig, **changes: 
     all_dim = hf.rope_parameters.get("mscale_all_dim")
     if rope.kind != "default" and all_dim and rope.factor > 1:
         scale *= (0.1 * all_dim * math.log(rope.factor) + 1.0) ** 2
-    sparse = tuple(range(min(hf.first_k_dense_replace or 0, hf.num_hidden_layers), hf.num_hidden_layers))
+    count = hf.num_hidden_layers
+    sparse = range(hf.first_k_dense_replace or 0, count)
     return llama_config(
         hf,
         max_length,
@@ -163,31 +140,32 @@ def _config(hf: Any, max_length: int | None, experts: ExpertsConfig, **changes: 
         rope=rope,
         score_scale=scale,
         latent=latent,
-        variants=(Variant(name="sparse", layers=sparse, experts=experts),) if sparse else (),
+        **experts_in(sparse, count, experts),
         **changes,
     )
 
 
-def _split(path: str, names: tuple[str, str], sizes: tuple[int, int], module: str, *, bias: bool) -> dict[str, Origin]:
-    """Returns the origins of two linear layers that are stored one after the other in one of [out, in]."""
-    table = {}
-    for name, start, size in zip(names, (0, sizes[0]), sizes, strict=True):
-        part = Part(0, start, start + size)
-        table[f"{path}/{name}/kernel"] = Origin(f"{module}.weight", transpose=True, take=part)
-        if bias:
-            table[f"{path}/{name}/bias"] = Origin(f"{module}.bias", take=part)
-    return table
-
-
-def _by_head(
-    path: str, names: tuple[str, str], sizes: tuple[int, int], module: str, config: DecoderConfig
-) -> dict[str, Origin]:
-    """Returns the origins of two linear layers that are stored one after the other within each head."""
+def _attention_origins(config: DecoderConfig, module: str) -> dict[str, Origin]:
+    """Returns where the parameters of the attention of a layer are stored."""
     assert config.latent is not None
-    view = config.heads, sum(sizes), config.latent.rank
+    latent = config.latent
+    parts = [("attention/latent", latent.rank), ("attention/rotated_key", latent.rotated_size)]
+    table = {
+        "attention/latent_norm/scale": Origin(module + "kv_a_layernorm.weight"),
+        **joined_projection(parts, module + "kv_a_proj_with_mqa", config.qkv_bias),
+        **projections([("attention/output", "o_proj", config.output_bias)], module),
+    }
+    # Within each head, the rows of the keys come before those of the values.
+    view, start = (config.heads, latent.plain_size + latent.value_size, latent.rank), 0
+    for name, size in (("key_up", latent.plain_size), ("value_up", latent.value_size)):
+        part = Part(1, start, start + size)
+        table[f"attention/{name}/kernel"] = Origin(module + "kv_b_proj.weight", transpose=True, view=view, take=part)
+        start += size
+    if latent.query_rank is None:
+        return table | projections([("attention/query", "q_proj", False)], module)
+    queries = [("attention/query_latent", "q_a_proj", config.qkv_bias), ("attention/query", "q_b_proj", False)]
     return {
-        f"{path}/{name}/kernel": Origin(
-            f"{module}.weight", transpose=True, view=view, take=Part(1, start, start + size)
-        )
-        for name, start, size in zip(names, (0, sizes[0]), sizes, strict=True)
+        **table,
+        **projections(queries, module),
+        "attention/query_latent_norm/scale": Origin(module + "q_a_layernorm.weight"),
     }

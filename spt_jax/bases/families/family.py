@@ -120,7 +120,7 @@ class Family(Protocol):
 class RenamedFamily(Protocol):
     """A family whose files have other names than its table, or tensors of parts that the decoder does not have."""
 
-    def canonical(self, name: str) -> str | None:
+    def canonical(self, name: str, config: DecoderConfig) -> str | None:
         """Returns the name in the table of a stored tensor; None for a tensor that is left out on purpose."""
         ...
 
@@ -128,6 +128,11 @@ class RenamedFamily(Protocol):
 def with_prefix(name: str, prefix: str) -> str:
     """Returns the name of a tensor with the prefix, which checkpoints saved from `AutoModel` lack."""
     return name if name.startswith((prefix, "lm_head.")) else prefix + name
+
+
+def without_layer(layer: int, name: str) -> str | None:
+    """Returns the name of a tensor, or None if it is of this layer: one that predicts the token after the next."""
+    return None if name.startswith(f"model.layers.{layer}.") else name
 
 
 @runtime_checkable

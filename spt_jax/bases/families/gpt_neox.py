@@ -60,7 +60,7 @@ class GPTNeoX:
             **output(config),
         }
 
-    def canonical(self, name: str) -> str:
+    def canonical(self, name: str, config: DecoderConfig) -> str:
         """Returns the name in the table of a stored tensor; transformers 4 wrote the output matrix by another name."""
         return with_prefix(OUTPUT_KEY if name == "embed_out.weight" else name, self.prefix)
 

@@ -35,7 +35,7 @@ class Qwen35Text(HybridQwen):
     def config(self, hf: Any, max_length: int | None) -> DecoderConfig:
         return hybrid_config(hf, max_length)
 
-    def canonical(self, name: str) -> str | None:
+    def canonical(self, name: str, config: DecoderConfig) -> str | None:
         """Returns the name in the table of a stored tensor; None if it is not of the language model."""
         if name.startswith(_LEFT_OUT):
             return None
@@ -73,7 +73,7 @@ class Qwen35MoeText(Qwen35Text):
         return (_ExpertsApart().origins(config),)
 
     def tiny(self) -> Mapping[str, Any]:
-        return {name: value for name, value in _TINY.items() if name != "intermediate_size"} | TINY_EXPERTS
+        return {**{name: value for name, value in _TINY.items() if name != "intermediate_size"}, **TINY_EXPERTS}
 
 
 class _ExpertsApart(Qwen35Text):
@@ -92,13 +92,14 @@ class Qwen35(TextPart):
         # `text_config` has the default, false, where only the outer field is written.
         return dataclasses.replace(super().config(hf, max_length), tied=bool(hf.tie_word_embeddings))
 
-    def canonical(self, name: str) -> str | None:
-        return None if name.startswith(_LEFT_OUT) else super().canonical(name)
+    def canonical(self, name: str, config: DecoderConfig) -> str | None:
+        return None if name.startswith(_LEFT_OUT) else super().canonical(name, config)
 
     def tiny(self) -> Mapping[str, Any]:
         width = self.texts[-1].tiny()["hidden_size"]
         vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4}
-        return super().tiny() | {"vision_config": {**vision, "out_hidden_size": width, "num_position_embeddings": 16}}
+        vision |= {"out_hidden_size": width, "num_position_embeddings": 16}
+        return {**super().tiny(), "vision_config": vision}
 
 
 class Qwen35Moe(Qwen35):

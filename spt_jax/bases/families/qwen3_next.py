@@ -78,7 +78,7 @@ class Qwen3Next(HybridQwen):
             return hybrid_config(hf, max_length, experts=experts)
         return hybrid_config(hf, max_length, Variant(name="experts", layers=sparse, experts=experts))
 
-    def canonical(self, name: str) -> str | None:
+    def canonical(self, name: str, config: DecoderConfig) -> str | None:
         """Returns the name in the table of a stored tensor; None for a tensor that predicts several tokens at once."""
         if name.startswith("mtp."):
             return None

@@ -78,7 +78,7 @@ class TextPart:
             for path, found in table.items()
         }
 
-    def canonical(self, name: str) -> str | None:
+    def canonical(self, name: str, config: DecoderConfig) -> str | None:
         """Returns the name in the table of a stored tensor; None if it is not of the language model."""
         if re.match(rf"(model\.)?({_OTHER_PARTS})\.", name):
             return None

@@ -21,15 +21,15 @@ class Int8(KernelArray):
     scale: Float[Array, "*L F"]
 
     @classmethod
-    def quantize(cls, kernel: Float[np.ndarray, "L D F"], sharding: NamedSharding) -> "Int8":
-        """Quantizes one layer at a time to save host memory; the largest value of a channel becomes 127."""
+    def quantize(cls, kernel: Float[np.ndarray, "*L D F"], sharding: NamedSharding) -> "Int8":
+        """Quantizes one layer or expert at a time to save host memory; the largest value of a channel becomes 127."""
         values = aligned_empty(kernel.shape, np.int8)
-        scale = aligned_empty((kernel.shape[0], kernel.shape[2]), np.float32)
-        for own, rounded, largest in zip(kernel, values, scale, strict=True):
-            largest[...] = np.maximum(np.abs(own).max(axis=0) / 127, np.finfo(np.float32).tiny)
-            rounded[...] = np.rint(own / largest)
-        layers, _, columns = (*sharding.spec, None, None, None)[:3]
-        of_scale = NamedSharding(sharding.mesh, PartitionSpec(layers, columns))
+        scale = aligned_empty((*kernel.shape[:-2], kernel.shape[-1]), np.float32)
+        for i in np.ndindex(kernel.shape[:-2]):
+            scale[i] = np.maximum(np.abs(kernel[i]).max(axis=0) / 127, np.finfo(np.float32).tiny)
+            values[i] = np.rint(kernel[i] / scale[i])
+        *leading, _, columns = (*sharding.spec, *(None,) * kernel.ndim)[: kernel.ndim]
+        of_scale = NamedSharding(sharding.mesh, PartitionSpec(*leading, columns))
         return cls(put_on_devices(values, sharding), put_on_devices(scale, of_scale))
 
     def matmul(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:

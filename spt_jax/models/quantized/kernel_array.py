@@ -1,4 +1,4 @@
-"""Base class of the representations of a kernel [L, D, F] or, of one layer, [D, F]."""
+"""Base class of the representations of a kernel: [L, D, F], of experts [L, E, D, F] or, of one layer, [D, F]."""
 
 import numpy as np
 from jax.sharding import NamedSharding
@@ -6,13 +6,14 @@ from jaxtyping import Array, Float
 
 
 class KernelArray:
-    """A frozen kernel that is not a float array. Subclasses are registered dataclasses; all arrays have the axis L.
+    """A frozen kernel that is not a float array. Subclasses are registered dataclasses; all arrays have the
+    axes before D.
 
     Every linear map of the layers goes through `matmul`, and no gradient is taken with respect to the arrays.
     """
 
     @classmethod
-    def quantize(cls, kernel: Float[np.ndarray, "L D F"], sharding: NamedSharding) -> "KernelArray":
+    def quantize(cls, kernel: Float[np.ndarray, "*L D F"], sharding: NamedSharding) -> "KernelArray":
         """Returns a float32 kernel in this representation, on devices.
 
         Args:

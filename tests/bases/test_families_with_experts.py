@@ -1,0 +1,182 @@
+"""Families with experts: what their configs mean, what is refused, and tensors that are not read."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from spt_jax.bases.base import load_base
+from spt_jax.bases.checkpoint import parameter_shapes
+from spt_jax.bases.config import decoder_config, hf_config
+from spt_jax.errors import CheckpointError, ConfigError
+from spt_jax.models.config import layer_configs
+from spt_jax.testing import tiny_config, write_tiny_checkpoint
+
+# Fields of published config.json files, the parameters that their model cards and checkpoints count, and those that a
+# token is multiplied with, in billions.
+PUBLISHED = {
+    "Mixtral-8x7B-v0.1": (
+        "mixtral",
+        {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+         "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
+        46_702_792_704,
+        12.9,
+    ),
+    "Qwen3-30B-A3B": (
+        "qwen3_moe",
+        {"vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32,
+         "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
+         "moe_intermediate_size": 768, "decoder_sparse_step": 1, "tie_word_embeddings": False},
+        30_532_122_624,
+        3.3,
+    ),
+    "OLMoE-1B-7B-0924": (
+        "olmoe",
+        {"vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16,
+         "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8},
+        6_919_161_856,
+        1.3,
+    ),
+    "Qwen1.5-MoE-A2.7B": (
+        "qwen2_moe",
+        {"vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16,
+         "num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
+         "shared_expert_intermediate_size": 5632, "decoder_sparse_step": 1, "tie_word_embeddings": False},
+        14_315_784_192,
+        2.7,
+    ),
+    "gpt-oss-20b": (
+        "gpt_oss",
+        {"vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24,
+         "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32,
+         "num_experts_per_tok": 4},
+        20_914_757_184,
+        3.6,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts_of_published_models(name):
+    family, fields, parameters, active = PUBLISHED[name]
+    config = decoder_config(tiny_config(family, **fields))
+    assert sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(config))) == parameters
+    outputs = config.vocab_size * config.width
+    billions = [(config.matmul_parameters + matrices * outputs) / 1e9 for matrices in (1, 2)]
+    assert any(abs(count - active) < 0.06 for count in billions)  # Some cards count the embedding, and some do not.
+
+
+def sparse_layers(family, **fields):
+    config = decoder_config(tiny_config(family, **fields))
+    return [i for i, own in enumerate(layer_configs(config)) if own.experts is not None]
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+def test_which_layers_of_qwen_have_experts(family):
+    assert sparse_layers(family, num_hidden_layers=7, decoder_sparse_step=3) == [2, 5]
+    assert sparse_layers(family, num_hidden_layers=4, decoder_sparse_step=1, mlp_only_layers=[0, 2]) == [1, 3]
+    assert sparse_layers(family, num_hidden_layers=3, decoder_sparse_step=1) == [0, 1, 2]
+    assert sparse_layers(family, num_experts=0) == []
+    config = decoder_config(tiny_config(family, num_hidden_layers=3, decoder_sparse_step=1))
+    assert config.experts is not None and not config.variants
+
+
+def test_which_layers_of_glm_have_experts():
+    assert sparse_layers("glm4_moe", num_hidden_layers=5, first_k_dense_replace=2) == [2, 3, 4]
+    assert sparse_layers("glm4_moe", num_hidden_layers=2, first_k_dense_replace=2) == []
+
+
+def test_defaults_that_transformers_fills_in():
+    """The weights of the chosen experts are renormalised only if the config says so, GLM rotates half of each head,
+    and gpt-oss has its RoPE and its windows also if config.json does not mention them."""
+    experts = decoder_config(hf_config({"model_type": "qwen3_moe", "num_hidden_layers": 2})).experts
+    assert experts is not None and not experts.renormalize
+    assert decoder_config(hf_config({"model_type": "glm4_moe", "head_dim": 128})).rope.fraction == 0.5
+    gpt = decoder_config(hf_config({"model_type": "gpt_oss", "num_hidden_layers": 4}))
+    assert (gpt.rope.kind, gpt.rope.factor, gpt.rope.theta, gpt.rope.truncate) == ("yarn", 32.0, 150_000.0, False)
+    assert (gpt.window, gpt.window_layers) == (128, (0, 2))
+
+
+def test_windows():
+    """Of Qwen 3 in all layers, and of Qwen 2 in every second one below `max_window_layers`; if they are used at all."""
+    own = {"use_sliding_window": True, "sliding_window": 5, "num_hidden_layers": 6}
+    assert decoder_config(tiny_config("qwen3_moe", **own)).window_layers == (0, 1, 2, 3, 4, 5)
+    assert decoder_config(tiny_config("qwen2_moe", **own, max_window_layers=4)).window_layers == (0, 2)
+    for family in ("qwen2_moe", "qwen3_moe"):
+        unused = {**own, "use_sliding_window": False}
+        assert decoder_config(tiny_config(family, **unused)).window_layers == ()
+
+
+@pytest.mark.parametrize(
+    "family", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared", "glm4_moe"]
+)
+def test_experts_with_another_activation_are_refused(family):
+    with pytest.raises(ConfigError, match=f"hidden_act 'gelu' is not supported for {family}"):
+        decoder_config(tiny_config(family, hidden_act="gelu"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "mixtral", "num_local_experts": 10**9}, "'num_local_experts' is 1000000000"),
+        ({"model_type": "qwen3_moe", "num_experts": "many"}, "'num_experts' is 'many'"),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 0}, "'decoder_sparse_step' is 0"),
+        ({"model_type": "glm4_moe", "n_shared_experts": 10**6}, "'n_shared_experts' is 1000000"),
+        ({"model_type": "granitemoeshared", "shared_intermediate_size": -1}, "'shared_intermediate_size' is -1"),
+    ],
+)
+def test_sizes_out_of_range(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        hf_config(fields)
+
+
+def test_more_experts_per_token_than_there_are():
+    with pytest.raises(ConfigError, match="top_k is 7, but there are only 4 experts"):
+        decoder_config(tiny_config("mixtral", num_experts_per_tok=7))
+
+
+def test_released_gpt_oss_is_refused(tmp_path):
+    """Its experts are MXFP4."""
+    directory = write_tiny_checkpoint(tmp_path, "gpt_oss")
+    file = directory / "config.json"
+    quantized = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
+    file.write_text(json.dumps(quantized))
+    with pytest.raises(ConfigError, match=r"quantized checkpoints \(mxfp4\) are not supported"):
+        load_base(directory)
+
+
+def with_layer(directory, layer):
+    """Adds the tensors of one more layer, as GLM has them for the prediction of further tokens."""
+    tensors = safetensors.numpy.load_file(directory / "model.safetensors")
+    for name in ("eh_proj.weight", "enorm.weight", "shared_head.head.weight", "mlp.experts.0.up_proj.weight"):
+        tensors[f"model.layers.{layer}.{name}"] = np.ones((2, 2), np.float32)
+    safetensors.numpy.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_the_layer_that_predicts_further_tokens_is_not_read(tmp_path):
+    directory = write_tiny_checkpoint(tmp_path, "glm4_moe")
+    fingerprint = load_base(directory, dtype="float32").fingerprint
+    with_layer(directory, 3)
+    assert load_base(directory, dtype="float32").fingerprint == fingerprint
+    with_layer(directory, 4)
+    with pytest.raises(CheckpointError, match="holds 4 tensors that a glm4_moe model does not have"):
+        load_base(directory)
+
+
+def test_other_families_have_no_such_layer(tmp_path):
+    directory = write_tiny_checkpoint(tmp_path, "olmoe")
+    with_layer(directory, 2)
+    with pytest.raises(CheckpointError, match="holds 4 tensors that a olmoe model does not have"):
+        load_base(directory)
+
+
+def test_gpt_oss_alternates_the_columns_of_gate_and_up(tmp_path):
+    """Against the stored tensors themselves, so that writer and reader cannot share a mistake."""
+    directory = write_tiny_checkpoint(tmp_path, "gpt_oss")
+    stored = safetensors.numpy.load_file(directory / "model.safetensors")["model.layers.1.mlp.experts.gate_up_proj"]
+    experts = load_base(directory, dtype="float32").params["layers"]["mlp"]["experts"]
+    assert stored.shape == (6, 32, 16)
+    np.testing.assert_array_equal(experts["gate"]["kernel"][1], stored[:, :, ::2])
+    np.testing.assert_array_equal(experts["up"]["kernel"][1], stored[:, :, 1::2])
