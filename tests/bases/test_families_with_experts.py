@@ -93,8 +93,10 @@ def test_defaults_that_transformers_fills_in():
     and gpt-oss has its RoPE and its windows also if config.json does not mention them."""
     experts = decoder_config(hf_config({"model_type": "qwen3_moe", "num_hidden_layers": 2})).experts
     assert experts is not None and not experts.renormalize
-    assert decoder_config(hf_config({"model_type": "glm4_moe", "head_dim": 128})).rope.fraction == 0.5
+    rope = decoder_config(hf_config({"model_type": "glm4_moe", "head_dim": 128})).rope
+    assert rope is not None and rope.fraction == 0.5
     gpt = decoder_config(hf_config({"model_type": "gpt_oss", "num_hidden_layers": 4}))
+    assert gpt.rope is not None
     assert (gpt.rope.kind, gpt.rope.factor, gpt.rope.theta, gpt.rope.truncate) == ("yarn", 32.0, 150_000.0, False)
     assert (gpt.window, gpt.window_layers) == (128, (0, 2))
 

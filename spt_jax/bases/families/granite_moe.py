@@ -68,7 +68,7 @@ class GraniteMoe(WithExperts):
 
 
 class GraniteMoeShared(GraniteMoe):
-    """The same with a shared MLP beside the experts."""
+    """Granite 3 with experts, and a shared MLP beside them."""
 
     model_type: ClassVar[str] = "granitemoeshared"
     architecture: ClassVar[str] = "GraniteMoeSharedForCausalLM"
