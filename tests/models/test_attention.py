@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from spt_jax.models.attention import Source, Stream, attend, visible, within_window
-from spt_jax.models.block import Attention
 from spt_jax.models.config import DecoderConfig
+from spt_jax.models.self_attention import Attention
 
 
 def test_visible_by_definition():

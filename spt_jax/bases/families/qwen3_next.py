@@ -217,7 +217,8 @@ def _rest_of_delta_net(config: DecoderConfig) -> dict[str, Origin]:
     table, start = {}, 0
     for name, width in widths.items():
         part = Part(0, start, start + width)
-        table[f"{name}_convolution"] = Origin(f"{module}conv1d.weight", transpose=True, view=shape, take=part)
+        key = f"{module}conv1d.weight"
+        table[f"{name}_convolution"] = Origin(key, transpose=True, view=shape, take=part, shape=shape)
         start += width
     return {
         **table,
