@@ -145,7 +145,7 @@ def test_missing_and_damaged_config(tmp_path):
 def test_unsupported_architecture_lists_those_supported(model_type, tmp_path):
     directory = write_tiny_checkpoint(tmp_path)
     rewrite(directory / "config.json", model_type=model_type)
-    with pytest.raises(ConfigError, match=", ".join(sorted(FAMILIES))):
+    with pytest.raises(ConfigError, match=", ".join(FAMILIES)):
         load_base(directory)
 
 
