@@ -271,7 +271,7 @@ def check_model(model: Model, *, seed: int = 0, tolerance: float = 1e-4) -> None
         (first[:9], places[:9], 1, 0), (first[9:], places[9:], 2, 1), (second[:6], places[9:15], 3, 1), length=length
     )
     check("a continuation sees the context that it shares", shared[9:24], whole[9:])
-    check("continuations of one context do not see each other", shared[24:30], joined[9:])
+    check("continuations of one context do not see each other", shared[24:30], joined[9:15])
 
     one = np.ones((1, 24), np.int32)
     stream = Stream(jnp.asarray(places[None]), jnp.asarray(one), jnp.asarray(0 * one))
