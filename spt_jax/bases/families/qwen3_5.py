@@ -73,7 +73,7 @@ class Qwen35MoeText(Qwen35Text):
         return (_ExpertsApart().origins(config),)
 
     def tiny(self) -> Mapping[str, Any]:
-        return {name: value for name, value in _TINY.items() if name != "intermediate_size"} | TINY_EXPERTS
+        return {name: value for name, value in {**_TINY, **TINY_EXPERTS}.items() if name != "intermediate_size"}
 
 
 class _ExpertsApart(Qwen35Text):
@@ -98,7 +98,8 @@ class Qwen35(TextPart):
     def tiny(self) -> Mapping[str, Any]:
         width = self.texts[-1].tiny()["hidden_size"]
         vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4}
-        return super().tiny() | {"vision_config": {**vision, "out_hidden_size": width, "num_position_embeddings": 16}}
+        vision |= {"out_hidden_size": width, "num_position_embeddings": 16}
+        return {**super().tiny(), "vision_config": vision}
 
 
 class Qwen35Moe(Qwen35):

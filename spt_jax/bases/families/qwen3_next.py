@@ -23,7 +23,7 @@ TINY_HYBRID: Mapping[str, Any] = {
     "linear_key_head_dim": 6,
     "linear_value_head_dim": 5,
     # A norm of small numbers would magnify rounding errors.
-    "rms_norm_eps": 0.1,
+    "rms_norm_eps": 0.5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
 }
 TINY_EXPERTS: Mapping[str, Any] = {
