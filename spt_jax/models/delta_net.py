@@ -82,16 +82,14 @@ def _backwards(order: TokenOrder, start: Int[Array, "B N"], count: int) -> list[
     """Returns the indices of the tokens at `start`, of those right before them, and so on, `count` of them."""
     found = [start]
     for _ in range(count - 1):
-        found.append(jnp.take_along_axis(order.previous, found[-1], axis=1))
+        found.append(jnp.take_along_axis(order.previous, found[-1], axis=1, mode="promise_in_bounds"))
     return found
 
 
 def _pick(tail: Float[Array, "B C F"], x: Float[Array, "B T F"], index: Int[Array, "B N"]) -> Float[Array, "B N F"]:
     """Returns rows of the remembered tokens and of the row, by the indices of `TokenOrder`, in float32."""
-    remembered = tail.shape[1]
-    early = jnp.take_along_axis(tail, jnp.minimum(index, remembered - 1)[:, :, None], axis=1)
-    late = jnp.take_along_axis(x, jnp.maximum(index - remembered, 0)[:, :, None], axis=1)
-    return jnp.where((index < remembered)[:, :, None], early, late.astype(jnp.float32))
+    whole = jnp.concatenate([tail, x.astype(jnp.float32)], axis=1)
+    return jnp.take_along_axis(whole, index[:, :, None], axis=1, mode="promise_in_bounds")
 
 
 def convolve(

@@ -15,8 +15,7 @@ LAYER = "model.layers.{i}."
 
 TINY_HYBRID: Mapping[str, Any] = {
     **TINY,
-    "num_hidden_layers": 4,
-    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
     "head_dim": 8,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
