@@ -96,7 +96,7 @@ def our_loss(base, examples, *, lead: int = P, packing: bool = True):
 
 
 @pytest.mark.parametrize("kind", ["target", "spans"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "qwen3", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "qwen3", "gemma2", "qwen3_5_text"])
 def test_loss_and_gradient_are_pefts(family, kind, tmp_path):
     """A right-padded batch there; packed rows that share one run of the prompt here."""
     base, model = load_both(tmp_path, family)
