@@ -82,16 +82,14 @@ def _backwards(order: TokenOrder, start: Int[Array, "B N"], count: int) -> list[
     """Returns the indices of the tokens at `start`, of those right before them, and so on, `count` of them."""
     found = [start]
     for _ in range(count - 1):
-        found.append(jnp.take_along_axis(order.previous, found[-1], axis=1))
+        found.append(jnp.take_along_axis(order.previous, found[-1], axis=1, mode="promise_in_bounds"))
     return found
 
 
 def _pick(tail: Float[Array, "B C F"], x: Float[Array, "B T F"], index: Int[Array, "B N"]) -> Float[Array, "B N F"]:
     """Returns rows of the remembered tokens and of the row, by the indices of `TokenOrder`, in float32."""
-    remembered = tail.shape[1]
-    early = jnp.take_along_axis(tail, jnp.minimum(index, remembered - 1)[:, :, None], axis=1)
-    late = jnp.take_along_axis(x, jnp.maximum(index - remembered, 0)[:, :, None], axis=1)
-    return jnp.where((index < remembered)[:, :, None], early, late.astype(jnp.float32))
+    whole = jnp.concatenate([tail, x.astype(jnp.float32)], axis=1)
+    return jnp.take_along_axis(whole, index[:, :, None], axis=1, mode="promise_in_bounds")
 
 
 def convolve(
@@ -240,22 +238,20 @@ def _solve(system: Float[Array, "B K R T T"], targets: Float[Array, "B K R T Hv"
 def _inverse(lower: Float[Array, "B K R T T"]) -> Float[Array, "B K R T T"]:
     """Returns (I + L)^-1 of a matrix L below the diagonal, from the inverses of ever larger blocks on the diagonal.
 
-    Of [[P, 0], [C, Q]] the inverse is [[P', 0], [-Q' C P', Q']], where P' and Q' are the inverses of P and Q.
+    Of [[P, 0], [C, Q]] the inverse is [[P', 0], [-Q' C P', Q']], where P' and Q' are the inverses of P and Q. All
+    levels have the shape of the whole matrix, so that one loop body is compiled.
     """
-    *leading, length, _ = lower.shape
-    size = 1 << (length - 1).bit_length()
-    lower = jnp.pad(lower, [(0, 0)] * len(leading) + [(0, size - length)] * 2)
-    inverse, half = jnp.ones((*leading, size, 1, 1), lower.dtype), 1
-    while half < size:
-        count = size // (2 * half)
-        blocks = lower.reshape(*leading, count, 2 * half, count, 2 * half)
-        corners = _einsum("bkritiu->bkritu", blocks[:, :, :, :, half:, :, :half])
-        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
-        corners = -_einsum("bkritu,bkriuv,bkrivw->bkritw", second, corners, first)
-        upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
-        inverse = jnp.concatenate([upper, jnp.concatenate([corners, second], axis=-1)], axis=-2)
-        half *= 2
-    return inverse[..., 0, :length, :length]
+    length = lower.shape[-1]
+    places = jnp.arange(length)
+
+    def double(level: Int[Array, ""], inverse: Float[Array, "B K R T T"]) -> Float[Array, "B K R T T"]:
+        number = places >> level  # of the block that each row or column is in
+        corners = (number[:, None] == number[None] + 1) & (number[:, None] % 2 == 1)
+        shown = jnp.where(corners[None, None, None], lower, 0.0)
+        return inverse - _einsum("bkrit,bkrtu,bkruj->bkrij", inverse, shown, inverse)
+
+    identity = jnp.broadcast_to(jnp.eye(length, dtype=lower.dtype), lower.shape)
+    return jax.lax.fori_loop(0, (length - 1).bit_length(), double, identity)
 
 
 class GatedNorm(nn.Module):

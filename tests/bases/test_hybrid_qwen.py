@@ -38,9 +38,9 @@ def test_experts_of_some_layers():
         config = decoder_config(tiny_config("qwen3_next", **fields))
         return [i for i, layer in enumerate(layer_configs(config)) if layer.experts is not None]
 
-    assert sparse(mlp_only_layers=None) == [0, 1, 2, 3]
-    assert sparse(mlp_only_layers=[0, 2]) == [1, 3]
-    assert sparse(mlp_only_layers=[3], decoder_sparse_step=2) == [1]
+    assert sparse(mlp_only_layers=None) == [0, 1, 2]
+    assert sparse(mlp_only_layers=[0, 2]) == [1]
+    assert sparse(mlp_only_layers=[], decoder_sparse_step=2) == [1]
     assert sparse(num_experts=0) == []
 
 
@@ -49,7 +49,7 @@ def test_experts_of_some_layers():
     ("fields", "message"),
     [
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        ({"layer_types": ["sliding_attention"] * 4}, r"layer types \['sliding_attention'\] are not supported"),
+        ({"layer_types": ["sliding_attention"] * 3}, r"layer types \['sliding_attention'\] are not supported"),
         ({"linear_num_value_heads": 3}, "3 value heads cannot share 2 key heads evenly"),
         ({"linear_conv_kernel_dim": 1}, "convolution_width is 1; it must be at least 2"),
     ],
@@ -61,8 +61,8 @@ def test_options_that_are_refused(family, fields, message):
 
 def test_layer_types_of_another_length():
     hf = tiny_config(TEXT)
-    hf.layer_types = hf.layer_types[:3]
-    with pytest.raises(ConfigError, match="layer_types has 3 layers; num_hidden_layers is 4"):
+    hf.layer_types = hf.layer_types[:2]
+    with pytest.raises(ConfigError, match="layer_types has 2 layers; num_hidden_layers is 3"):
         decoder_config(hf)
 
 
@@ -83,8 +83,8 @@ def test_stored_shapes(tmp_path):
     write_tiny_checkpoint(tmp_path, TEXT, attention_bias=True)
     shapes = {name: array.shape for name, array in safetensors.numpy.load_file(tmp_path / WEIGHTS).items()}
     assert shapes["model.layers.0.linear_attn.conv1d.weight"] == (2 * 2 * 6 + 4 * 5, 1, 4)
-    assert shapes["model.layers.1.self_attn.q_proj.weight"] == (4 * 2 * 8, 32)
-    assert shapes["model.layers.1.self_attn.q_proj.bias"] == (4 * 2 * 8,)
+    assert shapes["model.layers.2.self_attn.q_proj.weight"] == (4 * 2 * 8, 32)
+    assert shapes["model.layers.2.self_attn.q_proj.bias"] == (4 * 2 * 8,)
 
 
 def same_params(one, other) -> None:

@@ -97,7 +97,8 @@ def our_loss(base, examples, *, lead: int = P, packing: bool = True):
 
 @pytest.mark.parametrize("kind", ["target", "spans"])
 @pytest.mark.parametrize(
-    "family", ["llama", "gpt2", "mistral", "qwen3", "gemma2", "bloom", "opt", "gemma3_text", "granite", "olmoe"]
+    "family",
+    ["llama", "gpt2", "mistral", "qwen3", "gemma2", "bloom", "opt", "gemma3_text", "granite", "olmoe", "qwen3_5_text"],
 )
 def test_loss_and_gradient_are_pefts(family, kind, tmp_path):
     """A right-padded batch there; packed rows that share one run of the prompt here."""

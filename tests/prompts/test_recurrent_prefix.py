@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from spt_jax.data.batches import pack, plan_batches
+from spt_jax.data.batches import pack, place_batch, plan_batches
 from spt_jax.data.templates import Template
 from spt_jax.errors import ConfigError
 from spt_jax.inference.forward import encode_prefix, run_stream
@@ -69,7 +69,7 @@ def test_training_lowers_the_loss(states, reparameterization):
         dataclasses.replace(one, ids=one.ids[one.ids < VOCAB], predicted=one.predicted[one.ids < VOCAB])
         for one in random_examples("target", 6)
     ]
-    batch = pack(examples, plan_batches(examples, lead=0, batch_size=6, packing=True))
+    batch = place_batch(pack(examples, plan_batches(examples, lead=0, batch_size=6, packing=True)), base.mesh)
     optimizer = optax.adam(0.1)
 
     @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)

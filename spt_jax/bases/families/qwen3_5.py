@@ -73,7 +73,7 @@ class Qwen35MoeText(Qwen35Text):
         return (_ExpertsApart().origins(config),)
 
     def tiny(self) -> Mapping[str, Any]:
-        return {**{name: value for name, value in _TINY.items() if name != "intermediate_size"}, **TINY_EXPERTS}
+        return {name: value for name, value in {**_TINY, **TINY_EXPERTS}.items() if name != "intermediate_size"}
 
 
 class _ExpertsApart(Qwen35Text):

@@ -15,15 +15,14 @@ LAYER = "model.layers.{i}."
 
 TINY_HYBRID: Mapping[str, Any] = {
     **TINY,
-    "num_hidden_layers": 4,
-    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
     "head_dim": 8,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 6,
     "linear_value_head_dim": 5,
     # A norm of small numbers would magnify rounding errors.
-    "rms_norm_eps": 0.1,
+    "rms_norm_eps": 0.5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
 }
 TINY_EXPERTS: Mapping[str, Any] = {
