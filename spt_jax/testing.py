@@ -33,6 +33,8 @@ from spt_jax.models.model import Model, Params
 TokenizerKind = Literal["byte", "sentencepiece"]
 
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
+# Model types whose tokenizers transformers builds itself from the stored vocabulary, as byte-level BPE.
+OWN_TOKENIZERS = ("qwen2", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text")
 _SIZES: dict[str, int] = {"byte": 320, "sentencepiece": 384}
 
 # Common words, and letters that have one token at the start of a text and another after a space. There are enough
@@ -183,10 +185,12 @@ def write_tiny_checkpoint(
 
     Raises:
       ConfigError: for an unknown family, options that the library's decoder does not support, or a SentencePiece-like
-        tokenizer for Qwen2 (transformers reads the tokenizer of any Qwen2 model as byte-level BPE).
+        tokenizer for a family of `OWN_TOKENIZERS`.
     """
-    if family == "qwen2" and tokenizer != "byte":
-        raise ConfigError("transformers reads the tokenizer of any qwen2 model as byte-level BPE; use another family")
+    if family in OWN_TOKENIZERS and tokenizer != "byte":
+        raise ConfigError(
+            f"transformers reads the tokenizer of any {family} model as byte-level BPE; use another family"
+        )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     hf = tiny_config(family, **{"vocab_size": _SIZES[tokenizer], **overrides})

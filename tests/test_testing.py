@@ -12,6 +12,7 @@ from spt_jax.testing import (
     BOS_ID,
     EOS_ID,
     FAMILIES,
+    OWN_TOKENIZERS,
     PAD_ID,
     random_params,
     tiny_base,
@@ -54,18 +55,19 @@ def test_control_tokens(kind):
 
 
 @pytest.mark.parametrize("kind", ["byte", "sentencepiece"])
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"qwen2"}))
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(OWN_TOKENIZERS)))
 def test_tokenizers_survive_the_disk(kind, family, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(write_tiny_checkpoint(tmp_path, family, tokenizer=kind))
     assert tokenizer_hash(tokenizer) == tokenizer_hash(tiny_tokenizer(kind))
 
 
-def test_qwen2_has_a_tokenizer_of_its_own_in_transformers(tmp_path):
+@pytest.mark.parametrize("family", OWN_TOKENIZERS)
+def test_some_families_have_a_tokenizer_of_their_own_in_transformers(family, tmp_path):
     """Other splits of words, the same vocabulary and nothing added to it."""
-    base = tiny_base("qwen2")
+    base = tiny_base(family)
     assert base.tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
     with pytest.raises(ConfigError, match="byte-level"):
-        write_tiny_checkpoint(tmp_path, "qwen2", tokenizer="sentencepiece")
+        write_tiny_checkpoint(tmp_path, family, tokenizer="sentencepiece")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
