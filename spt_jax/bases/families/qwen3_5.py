@@ -65,8 +65,8 @@ class Qwen35MoeText(Qwen35Text):
         experts = experts_config(hf, renormalize=True)
         return hybrid_config(hf, max_length, experts=experts, mlp_width=experts.expert_width)
 
-    def expert_origins(self, sizes: ExpertsConfig) -> dict[str, Origin]:
-        return experts_together(sizes)
+    def experts_origins(self, experts: ExpertsConfig, layer: str) -> dict[str, Origin]:
+        return super().experts_origins(experts, layer) | experts_together(experts)
 
     def alternatives(self, config: DecoderConfig) -> tuple[Mapping[str, Origin | tuple[Origin, ...]], ...]:
         """Returns the table of files in which each expert has tensors of its own."""

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from spt_jax.bases.families.family import Origin, Part, projections
-from spt_jax.bases.families.llama import TINY, LlamaLike, layers_of_type, llama_config
+from spt_jax.bases.families.experts import WithExperts
+from spt_jax.bases.families.family import Origin, Part
+from spt_jax.bases.families.llama import TINY, layers_of_type, llama_config
 from spt_jax.bases.families.rope import rope_config
 from spt_jax.errors import ConfigError
 from spt_jax.models.config import DecoderConfig, Variant
@@ -33,30 +34,20 @@ TINY_EXPERTS: Mapping[str, Any] = {
 }
 
 
-class HybridQwen(LlamaLike):
+class HybridQwen(WithExperts):
     """Base class of Qwens in which most layers are recurrent, and the output of attention is multiplied by a gate."""
 
     def layer_origins(self, config: DecoderConfig) -> dict[str, Origin]:
-        left_out = ("attention/",) if config.delta_net is not None else ()
-        left_out += ("mlp/",) if config.experts is not None else ()
-        table = {path: o for path, o in super().layer_origins(config).items() if not path.startswith(left_out)}
+        table = super().layer_origins(config)
         if config.delta_net is None:
-            table |= _gated_queries(config)
-        else:
-            maps = self.delta_net_maps(config.width, config.delta_net)
-            table |= {f"delta_net/{path}": origin for path, origin in (maps | _rest_of_delta_net(config)).items()}
-        if config.experts is not None:
-            experts = self.expert_origins(config.experts) | _shared_expert()
-            table |= {f"mlp/{path}": origin for path, origin in experts.items()}
-        return table
+            return table | _gated_queries(config)
+        maps = self.delta_net_maps(config.width, config.delta_net) | _rest_of_delta_net(config)
+        kept = {path: origin for path, origin in table.items() if not path.startswith("attention/")}
+        return kept | {f"delta_net/{path}": origin for path, origin in maps.items()}
 
     def delta_net_maps(self, width: int, sizes: DeltaNetConfig) -> dict[str, Origin]:
         """Returns where the linear maps of the input of a recurrent layer are stored."""
         raise NotImplementedError
-
-    def expert_origins(self, sizes: ExpertsConfig) -> dict[str, Origin]:
-        """Returns where the linear maps of the experts are stored."""
-        return experts_apart(sizes)
 
 
 class Qwen3Next(HybridQwen):
@@ -152,30 +143,14 @@ def experts_config(hf: Any, *, renormalize: bool) -> ExpertsConfig:
     )
 
 
-def experts_apart(sizes: ExpertsConfig) -> dict[str, Origin]:
-    """Returns the origins of experts that have tensors of their own."""
-    return {
-        f"experts/{name}/kernel": Origin(
-            f"{LAYER}mlp.experts.{{e}}.{name}_proj.weight", transpose=True, experts=sizes.experts
-        )
-        for name in ("gate", "up", "down")
-    }
-
-
 def experts_together(sizes: ExpertsConfig) -> dict[str, Origin]:
     """Returns the origins of experts that share two tensors: [E, 2 F, D] for gate and up, and [E, D, F] for down."""
     both, width = f"{LAYER}mlp.experts.gate_up_proj", sizes.expert_width
     return {
-        "experts/gate/kernel": Origin(both, transpose=True, take=Part(1, 0, width)),
-        "experts/up/kernel": Origin(both, transpose=True, take=Part(1, width, 2 * width)),
-        "experts/down/kernel": Origin(f"{LAYER}mlp.experts.down_proj", transpose=True),
+        "mlp/experts/gate/kernel": Origin(both, transpose=True, take=Part(1, 0, width)),
+        "mlp/experts/up/kernel": Origin(both, transpose=True, take=Part(1, width, 2 * width)),
+        "mlp/experts/down/kernel": Origin(f"{LAYER}mlp.experts.down_proj", transpose=True),
     }
-
-
-def _shared_expert() -> dict[str, Origin]:
-    names = [(f"shared/{name}", f"shared_expert.{name}_proj") for name in ("gate", "up", "down")]
-    names += [("router", "gate"), ("shared_gate", "shared_expert_gate")]
-    return projections([(ours, theirs, False) for ours, theirs in names], f"{LAYER}mlp.")
 
 
 def _gated_queries(config: DecoderConfig) -> dict[str, Origin]:
