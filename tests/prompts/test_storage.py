@@ -17,12 +17,14 @@ import pytest
 import safetensors.numpy
 
 from spt_jax.bases.base import FrozenBase
+from spt_jax.bases.families import FAMILIES
 from spt_jax.data.templates import Template
 from spt_jax.errors import CheckpointError
-from spt_jax.prompts import PromptTuning, initializers
+from spt_jax.models import memory
+from spt_jax.prompts import PrefixTuning, PromptTuning, initializers
 from spt_jax.prompts.initializers import initialize
 from spt_jax.prompts.storage import load_prompt, read_prompt, save_prompt
-from spt_jax.prompts.virtual import Head, VirtualPrompt
+from spt_jax.prompts.virtual import Head, VirtualPrefix, VirtualPrompt
 from spt_jax.runtime.sharding import MeshConfig, make_mesh, replicated
 from spt_jax.testing import tiny_base
 from tests.disks import small_disk
@@ -428,3 +430,15 @@ def test_what_is_not_the_directory_says_what_it_is(saved, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"it is a PEFT adapter: convert it with .* import"):
         read_prompt(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prefix_of_every_family_is_read_without_its_base(family, tmp_path):
+    base = tiny_base(family)
+    shapes = memory.spec(base.layout.attention_groups, LENGTH)
+    virtual = VirtualPrompt(prefix=VirtualPrefix(jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)))
+    template = Template(prompt="{text}", target="{label}")
+    directory = save_prompt(tmp_path / "prompt", base, PrefixTuning(length=LENGTH), virtual, template)
+    saved = read_prompt(directory)
+    assert saved.layout == base.layout
+    jax.tree.map(np.testing.assert_array_equal, saved.virtual, virtual)
