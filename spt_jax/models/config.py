@@ -1,5 +1,6 @@
 """The shape of a decoder."""
 
+import collections
 import dataclasses
 import functools
 import math
@@ -9,6 +10,7 @@ from spt_jax.errors import ConfigError
 from spt_jax.models.delta_net_config import DeltaNetConfig
 from spt_jax.models.experts_config import ExpertsConfig
 from spt_jax.models.latent_config import LatentConfig
+from spt_jax.models.layout import SELF
 from spt_jax.models.rope import RopeConfig
 
 
@@ -156,6 +158,12 @@ class DecoderConfig:
         listed = [*self.window_layers, *self.no_rope_layers, *(i for one in self.variants for i in one.layers)]
         if any(not 0 <= layer < self.layers for layer in listed):
             raise ConfigError(f"the lists of layers name more than the {self.layers} layers of the model")
+        for name, found in collections.Counter(one.name for one in self.variants).items():
+            if found > 1 or name == SELF:
+                raise ConfigError(f"variants need names of their own, other than {SELF!r}; {name!r} is taken")
+        for one in self.variants:
+            if len(set(one.layers)) < len(one.layers):
+                raise ConfigError(f"the variant {one.name!r} names a layer twice")
         if self.local_rope and not self.rope:
             raise ConfigError("a RoPE of the layers with a sliding window needs one of the other layers")
         for rope in (self.rope, self.local_rope):
@@ -166,6 +174,8 @@ class DecoderConfig:
         finite = [name for name in _POSITIVE if (value := getattr(self, name)) is not None and not 0 < value < math.inf]
         if finite:
             raise ConfigError(f"{finite[0]} is {getattr(self, finite[0])}; it must be a finite number above 0")
+        if self.variants:
+            periods(self)
 
     @property
     def input_width(self) -> int:
@@ -209,22 +219,25 @@ _POSITIVE = ("norm_epsilon", "embedding_scale", "input_scale", "residual_scale",
 @functools.lru_cache(maxsize=64)
 def layer_configs(config: DecoderConfig) -> tuple[DecoderConfig, ...]:
     """Returns the config of each layer, in which no layer is a variant. Layers of one kind share one object."""
-    kinds = layer_kinds(config)
-    return tuple(_of_kind(config, kind) for kind in kinds)
+    kinds, changes = layer_kinds(config), {variant.name: variant.changes() for variant in config.variants}
+
+    def of_kind(kind: tuple[str, ...]) -> DecoderConfig:
+        fields: dict[str, object] = {"variants": ()}
+        for name in kind:
+            fields |= changes[name]
+        return dataclasses.replace(config, **fields)  # pyright: ignore[reportArgumentType]
+
+    by_kind = {kind: of_kind(kind) for kind in set(kinds)}
+    return tuple(by_kind[kind] for kind in kinds)
 
 
 def layer_kinds(config: DecoderConfig) -> tuple[tuple[str, ...], ...]:
     """Returns the names of the variants that each layer is in."""
-    return tuple(tuple(one.name for one in config.variants if i in one.layers) for i in range(config.layers))
-
-
-@functools.lru_cache(maxsize=64)
-def _of_kind(config: DecoderConfig, kind: tuple[str, ...]) -> DecoderConfig:
-    changes: dict[str, object] = {"variants": ()}
+    kinds: list[list[str]] = [[] for _ in range(config.layers)]
     for variant in config.variants:
-        if variant.name in kind:
-            changes |= variant.changes()
-    return dataclasses.replace(config, **changes)  # pyright: ignore[reportArgumentType]
+        for layer in variant.layers:
+            kinds[layer].append(variant.name)
+    return tuple(map(tuple, kinds))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,9 +283,17 @@ class Period:
         return found
 
 
+# The most layers that are compiled one by one, and the longest sequence of layers that is looked for.
+MAX_STACKS, MAX_PERIOD = 256, 64
+
+
 @functools.lru_cache(maxsize=64)
 def periods(config: DecoderConfig) -> tuple[Period, ...]:
-    """Returns the layers as few repeating sequences. Equal layers are one period of one stack, "layers"."""
+    """Returns the layers as few repeating sequences. Equal layers are one period of one stack, "layers".
+
+    Raises:
+      ConfigError: the layers repeat so little that their program would be too large.
+    """
     kinds, configs, groups = layer_kinds(config), layer_configs(config), group_names(config)
     found, start = [], 0
     while start < config.layers:
@@ -286,6 +307,11 @@ def periods(config: DecoderConfig) -> tuple[Period, ...]:
             stacks.append(Stack(path, layers, _of_layers(configs[i], layers), groups[i], at))
         found.append(Period(name, tuple(stacks)))
         start += size * repeats
+        if sum(len(period.stacks) for period in found) > MAX_STACKS:
+            raise ConfigError(
+                f"the kinds of layers repeat too little: the first {start} of {config.layers} layers are more than"
+                f" {MAX_STACKS} stacks of equal layers"
+            )
     return tuple(found)
 
 
@@ -301,11 +327,11 @@ def _of_layers(config: DecoderConfig, layers: tuple[int, ...]) -> DecoderConfig:
 
 def group_names(config: DecoderConfig) -> tuple[str, ...]:
     """Returns the name of the group of each layer's memory: that of the first variant with such sizes, or "self"."""
-    names = {_memory_sizes(_of_kind(config, ())): "self"}
-    for config_of_layer, kind in zip(layer_configs(config), layer_kinds(config), strict=True):
+    names, sizes = {_memory_sizes(config): SELF}, [_memory_sizes(one) for one in layer_configs(config)]
+    for own, kind in zip(sizes, layer_kinds(config), strict=True):
         if kind:
-            names.setdefault(_memory_sizes(config_of_layer), kind[0])
-    return tuple(names[_memory_sizes(config_of_layer)] for config_of_layer in layer_configs(config))
+            names.setdefault(own, kind[0])
+    return tuple(names[own] for own in sizes)
 
 
 def _memory_sizes(config: DecoderConfig) -> tuple[int, int] | DeltaNetConfig | LatentConfig:
@@ -315,7 +341,7 @@ def _memory_sizes(config: DecoderConfig) -> tuple[int, int] | DeltaNetConfig | L
 def _longest_repetition(kinds: tuple[tuple[str, ...], ...]) -> tuple[int, int]:
     """Returns the length of the first sequence and how often it repeats, such that both cover the most layers."""
     best = 1, 1
-    for size in range(1, len(kinds) // 2 + 1):
+    for size in range(1, min(len(kinds) // 2, MAX_PERIOD) + 1):
         repeats = 1
         while kinds[repeats * size : (repeats + 1) * size] == kinds[:size]:
             repeats += 1

@@ -332,13 +332,14 @@ def _memory_sizes(config: DecoderConfig) -> tuple[int, int, int]:
 @functools.lru_cache(maxsize=64)
 def decoder_layout(config: DecoderConfig) -> Layout:
     """Returns the layout of a decoder."""
-    names = group_names(config)
+    layers: dict[str, list[int]] = {}
+    for i, name in enumerate(group_names(config)):
+        layers.setdefault(name, []).append(i)
     groups: dict[str, Group | StateGroup] = {}
-    for name in dict.fromkeys(names):
-        layers = tuple(i for i in range(config.layers) if names[i] == name)
-        own = layer_configs(config)[layers[0]]
-        if own.delta_net is None:
-            groups[name] = Group(layers, *_memory_sizes(own))
+    for name, own in layers.items():
+        sizes = layer_configs(config)[own[0]]
+        if sizes.delta_net is None:
+            groups[name] = Group(tuple(own), *_memory_sizes(sizes))
         else:
-            groups[name] = StateGroup(layers, own.delta_net.state_shapes)
+            groups[name] = StateGroup(tuple(own), sizes.delta_net.state_shapes)
     return Layout(config.vocab_size, config.input_width, config.max_positions, groups)

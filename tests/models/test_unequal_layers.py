@@ -1,6 +1,7 @@
 """Layers of unequal kind: one scan per repeating sequence gives what the layers give one after another."""
 
 import dataclasses
+import time
 
 import jax
 import jax.numpy as jnp
@@ -167,4 +168,28 @@ def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match="more than the 9 layers"):
         dataclasses.replace(CONFIG, variants=(Variant(name="far", layers=(9,)),))
     with pytest.raises(ConfigError, match="heads of size 3 cannot be rotated"):
-        layer_configs(dataclasses.replace(CONFIG, variants=(Variant(name="odd", layers=(1,), head_size=3),)))
+        dataclasses.replace(CONFIG, variants=(Variant(name="odd", layers=(1,), head_size=3),))
+    with pytest.raises(ConfigError, match="names a layer twice"):
+        dataclasses.replace(CONFIG, variants=(Variant(name="twice", layers=(1, 1)),))
+    with pytest.raises(ConfigError, match=r"names of their own.*'wide' is taken"):
+        dataclasses.replace(CONFIG, variants=(WIDE, WIDE))
+    with pytest.raises(ConfigError, match="'self' is taken"):
+        dataclasses.replace(CONFIG, variants=(Variant(name="self", layers=(1,)),))
+
+
+@pytest.mark.parametrize("layers", [10_000, 65_536])
+def test_layers_without_a_pattern_are_refused_soon(layers):
+    some = tuple(np.flatnonzero(np.random.default_rng(0).random(layers) < 0.5).tolist())
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match="repeat too little"):
+        dataclasses.replace(PLAIN, layers=layers, variants=(Variant(name="some", layers=some, mlp_width=8),))
+    assert time.monotonic() - start < 5
+
+
+def test_many_layers_with_a_pattern_are_read_soon():
+    start = time.monotonic()
+    variants = tuple(Variant(name=f"{i}", layers=tuple(range(i, 65_536, 50)), mlp_width=8 + i) for i in range(50))
+    config = dataclasses.replace(PLAIN, layers=65_536, variants=variants)
+    assert [len(period.stacks) for period in periods(config)] == [50, *[1] * 36]
+    assert decoder_layout(config).attention_groups["self"].layers == tuple(range(65_536))
+    assert time.monotonic() - start < 10
