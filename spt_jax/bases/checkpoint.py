@@ -11,8 +11,6 @@ import functools
 import hashlib
 import itertools
 import json
-import math
-import operator
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -289,41 +287,20 @@ def _check_tied(output: str, digests: Mapping[str, str], directory: Path, config
 def _check_shape(stored: tuple[int, ...], at: Stored, fills: list[Place], shapes: Mapping[LeafPath, Any]) -> None:
     """Checks that the leaves that a tensor fills cover it exactly."""
     shape = _stored_shape(fills, shapes)
-    if stored != shape and not (fills[0].origin.view and _merges(stored, shape)):
+    if stored != shape:
         raise CheckpointError(f"tensor {at.name!r} in {at.file.name} has shape {stored}; the config asks for {shape}")
 
 
 def _stored_shape(fills: list[Place], shapes: Mapping[LeafPath, Any]) -> tuple[int, ...]:
-    """Returns the shape of a stored tensor; if its origins have a view, that of the view."""
+    """Returns the shape of a stored tensor."""
     first = fills[0]
-    if first.origin.view is not None:
-        return first.origin.view
+    if first.origin.shape is not None:
+        return first.origin.shape
     shape = list(first.stored(np.broadcast_to(np.float32(0), shapes[first.path].shape)).shape)
     for place in fills:
         if place.origin.take is not None:
             shape[place.origin.take.axis] = max(p.origin.take.stop for p in fills if p.origin.take is not None)
     return tuple(shape)
-
-
-def _merged_shape(tensor: np.ndarray, place: Place, leaves: Mapping[LeafPath, Any]) -> tuple[int, ...]:
-    """Returns the shape of a stored tensor, whose axes are merged in its view where those of the parameter are."""
-    if place.origin.view is None:
-        return tensor.shape
-    axes = list(zip(tensor.shape, place.origin.taken(tensor).shape, strict=True))
-    shape = []
-    for size in place.stored(np.broadcast_to(np.float32(0), leaves[place.path].shape)).shape:
-        stored, taken = 1, 1
-        while axes and (taken < size or axes[0][1] == 1):
-            axis = axes.pop(0)
-            stored, taken = stored * axis[0], taken * axis[1]
-        shape.append(stored)
-    return tuple(shape)
-
-
-def _merges(shape: tuple[int, ...], view: tuple[int, ...]) -> bool:
-    """Returns whether each axis of `shape` is a run of axes of `view`."""
-    ends = set(itertools.accumulate(view, operator.mul))
-    return math.prod(shape) == math.prod(view) and set(itertools.accumulate(shape, operator.mul)) <= ends
 
 
 def _digest(tensor: np.ndarray, at: Stored) -> str:
@@ -364,7 +341,7 @@ def write_checkpoint(directory: Path, config: DecoderConfig, params: Params, dty
         for place in fills:
             target = place.origin.taken(tensor)
             target[...] = place.stored(np.asarray(leaves[place.path])).reshape(target.shape)
-        tensors[key] = tensor.reshape(fills[0].origin.shape or _merged_shape(tensor, fills[0], leaves))
+        tensors[key] = tensor
     directory.mkdir(parents=True, exist_ok=True)
     if shards == 1:
         _save(tensors, directory / "model.safetensors")

@@ -32,7 +32,13 @@ SHAPES = {
 VIEW = (HEADS, 3, SIZE, WIDTH)
 ORIGINS = {
     **{
-        f"layers/{name}/kernel": Origin(LAYER + "qkv.weight", transpose=True, view=VIEW, take=Part(1, at, at + 1))
+        f"layers/{name}/kernel": Origin(
+            LAYER + "qkv.weight",
+            transpose=True,
+            view=VIEW,
+            take=Part(1, at, at + 1),
+            shape=(HEADS * 3 * SIZE, WIDTH),
+        )
         for at, name in enumerate(("query", "key", "value"))
     },
     "dense/gate/kernel": Origin(LAYER + "gate_up.weight", transpose=True, take=Part(0, 0, MLP), layers=(1,)),

@@ -156,10 +156,13 @@ def _attention_origins(config: DecoderConfig, module: str) -> dict[str, Origin]:
         **projections([("attention/output", "o_proj", config.output_bias)], module),
     }
     # Within each head, the rows of the keys come before those of the values.
-    view, start = (config.heads, latent.plain_size + latent.value_size, latent.rank), 0
+    both = latent.plain_size + latent.value_size
+    view, shape, start = (config.heads, both, latent.rank), (config.heads * both, latent.rank), 0
     for name, size in (("key_up", latent.plain_size), ("value_up", latent.value_size)):
         part = Part(1, start, start + size)
-        table[f"attention/{name}/kernel"] = Origin(module + "kv_b_proj.weight", transpose=True, view=view, take=part)
+        table[f"attention/{name}/kernel"] = Origin(
+            module + "kv_b_proj.weight", transpose=True, view=view, take=part, shape=shape
+        )
         start += size
     if latent.query_rank is None:
         return table | projections([("attention/query", "q_proj", False)], module)

@@ -51,8 +51,8 @@ class Origin:
       transpose: whether the last two axes are exchanged: Hugging Face's Linear stores [out, in], ours is [in, out].
       take: the part of the tensor that the parameter takes.
       view: the shape in which `take` sees the tensor, such as [heads, 3, size, width] for queries, keys and values
-        that are interleaved by head.
-      shape: the shape in which the tensor is written, if that of `view` is another.
+        that are interleaved by head; it needs `shape`.
+      shape: the shape of the tensor; None if it follows from the parameters that it fills.
       into: the part of the parameter, of one layer and expert, that the tensor fills.
       layers: the layers, in the order of the layer axis; None for all layers of the model.
       experts: number of experts, if `{e}` is in the key.

@@ -1,5 +1,6 @@
 """What GPT-like families share: LayerNorms with biases, and queries, keys and values in one tensor."""
 
+import math
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -45,13 +46,16 @@ def fused_attention(config: DecoderConfig, module: str, layers: str = "layers/")
     """
     queries = config.heads // config.kv_heads
     view = (config.kv_heads, queries + 2, config.head_size)
+    rows = math.prod(view)
     parts = {"query": (0, queries), "key": (queries, queries + 1), "value": (queries + 1, queries + 2)}
     found = {}
     for name, (start, stop) in parts.items():
         path, part = f"{layers}attention/{name}", Part(1, start, stop)
-        found[f"{path}/kernel"] = Origin(f"{module}.weight", transpose=True, view=(*view, config.width), take=part)
+        found[f"{path}/kernel"] = Origin(
+            f"{module}.weight", transpose=True, view=(*view, config.width), take=part, shape=(rows, config.width)
+        )
         if config.qkv_bias:
-            found[f"{path}/bias"] = Origin(f"{module}.bias", view=view, take=part)
+            found[f"{path}/bias"] = Origin(f"{module}.bias", view=view, take=part, shape=(rows,))
     return found
 
 

@@ -50,8 +50,9 @@ class GptOss(WithExperts):
         count, hidden, experts = config.experts.experts, config.experts.expert_width, layer + "mlp.experts."
         for at, name in enumerate(("gate", "up")):  # Their columns alternate.
             take = Part(-1, at, at + 1)
-            columns = Origin(experts + "gate_up_proj", take=take, view=(count, config.width, hidden, 2))
-            biases = Origin(experts + "gate_up_proj_bias", take=take, view=(count, hidden, 2))
+            key, rows = experts + "gate_up_proj", (count, config.width)
+            columns = Origin(key, take=take, view=(*rows, hidden, 2), shape=(*rows, 2 * hidden))
+            biases = Origin(key + "_bias", take=take, view=(count, hidden, 2), shape=(count, 2 * hidden))
             table |= {f"mlp/experts/{name}/kernel": columns, f"mlp/experts/{name}/bias": biases}
         table["mlp/experts/down/kernel"] = Origin(experts + "down_proj")
         table["mlp/experts/down/bias"] = Origin(experts + "down_proj_bias")
