@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from spt_jax.bases.families.family import Origin, projections
-from spt_jax.bases.families.gpt import GptLike, fused_attention, norms, output
+from spt_jax.bases.families.gpt import GptLike, fused_attention, gpt_config, norms, output
 from spt_jax.errors import ConfigError
 from spt_jax.models.config import DecoderConfig
 
@@ -20,26 +20,14 @@ class Bloom(GptLike):
     def config(self, hf: Any, max_length: int | None) -> DecoderConfig:
         if hf.apply_residual_connection_post_layernorm:
             raise ConfigError("BLOOM with apply_residual_connection_post_layernorm is not supported")
-        return DecoderConfig(
-            family="bloom",
-            vocab_size=hf.vocab_size,
-            width=hf.hidden_size,
-            layers=hf.n_layer,
-            heads=hf.n_head,
-            kv_heads=hf.n_head,
-            head_size=hf.hidden_size // hf.n_head,
+        return gpt_config(
+            hf,
             mlp_width=4 * hf.hidden_size,
             max_positions=getattr(hf, "seq_length", None) or _TRAINED_LENGTH,
-            norm="layer",
             norm_epsilon=float(hf.layer_norm_epsilon),
             embedding_norm=True,
             activation="gelu_tanh",
-            gated_mlp=False,
-            qkv_bias=True,
-            output_bias=True,
-            mlp_bias=True,
             positions="alibi",
-            tied=bool(hf.tie_word_embeddings),
         )
 
     def origins(self, config: DecoderConfig) -> Mapping[str, Origin]:

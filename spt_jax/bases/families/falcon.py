@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from spt_jax.bases.families.family import Origin, activation, projections
-from spt_jax.bases.families.gpt import GptLike, fused_attention, norms, output, whole_head_rope
+from spt_jax.bases.families.gpt import GptLike, fused_attention, gpt_config, norms, output, whole_head_rope
 from spt_jax.errors import ConfigError
 from spt_jax.models.config import DecoderConfig
 
@@ -20,24 +20,16 @@ class Falcon(GptLike):
     architecture: ClassVar[str] = "FalconForCausalLM"
 
     def config(self, hf: Any, max_length: int | None) -> DecoderConfig:
-        heads, head_size, bias = hf.num_attention_heads, hf.hidden_size // hf.num_attention_heads, bool(hf.bias)
+        head_size, bias = hf.hidden_size // hf.num_attention_heads, bool(hf.bias)
         rope = None if hf.alibi else whole_head_rope(hf, max_length)
-        return DecoderConfig(
-            family="falcon",
-            vocab_size=hf.vocab_size,
-            width=hf.hidden_size,
-            layers=hf.num_hidden_layers,
-            heads=heads,
+        return gpt_config(
+            hf,
             kv_heads=_kv_heads(hf),
-            head_size=head_size,
             mlp_width=hf.ffn_hidden_size,
-            max_positions=max(hf.max_position_embeddings, rope.dynamic_length if rope else 0),
-            norm="layer",
             norm_epsilon=float(hf.layer_norm_epsilon),
             parallel=bool(hf.parallel_attn),
             shared_norm=_shares_norm(hf),
             activation=activation(hf.activation),
-            gated_mlp=False,
             qkv_bias=bias,
             output_bias=bias,
             mlp_bias=bias,
@@ -45,7 +37,6 @@ class Falcon(GptLike):
             positions="alibi" if hf.alibi else "learned",
             alibi_scale=head_size**-0.5 if hf.alibi else 1.0,
             alibi_rounded=bool(hf.alibi),
-            tied=bool(hf.tie_word_embeddings),
         )
 
     def origins(self, config: DecoderConfig) -> Mapping[str, Origin]:

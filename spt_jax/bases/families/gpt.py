@@ -17,6 +17,34 @@ class GptLike:
     prefix: ClassVar[str] = "transformer."
 
 
+def gpt_config(hf: Any, **changes: Any) -> DecoderConfig:
+    """The decoder of a config, with LayerNorms, biases and an MLP without a gate.
+
+    Args:
+      hf: a transformers config, by the names that transformers gives to the sizes of all models.
+      **changes: fields in which the family differs; among them `mlp_width`, `norm_epsilon` and `activation`.
+    """
+    rope = changes.get("rope")
+    fields = {
+        "family": hf.model_type,
+        "vocab_size": hf.vocab_size,
+        "width": hf.hidden_size,
+        "layers": hf.num_hidden_layers,
+        "heads": hf.num_attention_heads,
+        "kv_heads": hf.num_attention_heads,
+        "head_size": hf.hidden_size // hf.num_attention_heads,
+        "norm": "layer",
+        "gated_mlp": False,
+        "qkv_bias": True,
+        "output_bias": True,
+        "mlp_bias": True,
+        "tied": bool(hf.tie_word_embeddings),
+    }
+    if "max_positions" not in changes:
+        fields["max_positions"] = max(hf.max_position_embeddings, rope.dynamic_length if rope else 0)
+    return DecoderConfig(**{**fields, **changes})
+
+
 def norms(config: DecoderConfig, table: Iterable[tuple[str, str]]) -> dict[str, Origin]:
     """Returns the origins of the scales and biases that the config's LayerNorms have.
 

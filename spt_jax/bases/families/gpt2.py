@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from spt_jax.bases.families.family import OUTPUT_KEY, Origin, Part, activation
+from spt_jax.bases.families.gpt import gpt_config
 from spt_jax.errors import ConfigError
 from spt_jax.models.config import DecoderConfig
 
@@ -21,24 +22,11 @@ class GPT2:
                 raise ConfigError(f"GPT-2 with {option} is not supported")
         if not getattr(hf, "scale_attn_weights", True):
             raise ConfigError("GPT-2 without scale_attn_weights is not supported")
-        return DecoderConfig(
-            family="gpt2",
-            vocab_size=hf.vocab_size,
-            width=hf.n_embd,
-            layers=hf.n_layer,
-            heads=hf.n_head,
-            kv_heads=hf.n_head,
-            head_size=hf.n_embd // hf.n_head,
+        return gpt_config(
+            hf,
             mlp_width=hf.n_inner or 4 * hf.n_embd,
-            max_positions=hf.n_positions,
-            norm="layer",
             norm_epsilon=float(hf.layer_norm_epsilon),
             activation=activation(hf.activation_function),
-            gated_mlp=False,
-            qkv_bias=True,
-            output_bias=True,
-            mlp_bias=True,
-            tied=hf.tie_word_embeddings,
         )
 
     def origins(self, config: DecoderConfig) -> Mapping[str, Origin]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from spt_jax.bases.families.family import Origin, activation, projections
-from spt_jax.bases.families.gpt import GptLike, fused_attention, norms, output
+from spt_jax.bases.families.gpt import GptLike, fused_attention, gpt_config, norms, output
 from spt_jax.errors import ConfigError
 from spt_jax.models.config import DecoderConfig
 
@@ -18,25 +18,13 @@ class GPTBigCode(GptLike):
     def config(self, hf: Any, max_length: int | None) -> DecoderConfig:
         if hf.add_cross_attention:
             raise ConfigError("GPTBigCode with add_cross_attention is not supported")
-        return DecoderConfig(
-            family="gpt_bigcode",
-            vocab_size=hf.vocab_size,
-            width=hf.n_embd,
-            layers=hf.n_layer,
-            heads=hf.n_head,
+        return gpt_config(
+            hf,
             kv_heads=1 if hf.multi_query else hf.n_head,
-            head_size=hf.n_embd // hf.n_head,
             mlp_width=hf.n_inner or 4 * hf.n_embd,
-            max_positions=hf.n_positions,
-            norm="layer",
             norm_epsilon=float(hf.layer_norm_epsilon),
             activation=activation(hf.activation_function),
-            gated_mlp=False,
-            qkv_bias=True,
-            output_bias=True,
-            mlp_bias=True,
             score_scale=None if hf.scale_attn_weights else 1.0,
-            tied=bool(hf.tie_word_embeddings),
         )
 
     def origins(self, config: DecoderConfig) -> Mapping[str, Origin]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from spt_jax.bases.families.family import Origin, activation, projections
-from spt_jax.bases.families.gpt import GptLike, norms, output
+from spt_jax.bases.families.gpt import GptLike, gpt_config, norms, output
 from spt_jax.errors import ConfigError
 from spt_jax.models.config import DecoderConfig
 
@@ -21,26 +21,15 @@ class GPTNeo(GptLike):
         if unknown:
             raise ConfigError(f"attention_layers of kind {unknown[0]!r:.60} are not supported; there are global, local")
         local = tuple(i for i, kind in enumerate(kinds) if kind == "local")
-        return DecoderConfig(
-            family="gpt_neo",
-            vocab_size=hf.vocab_size,
-            width=hf.hidden_size,
-            layers=hf.num_layers,
-            heads=hf.num_heads,
-            kv_heads=hf.num_heads,
-            head_size=hf.hidden_size // hf.num_heads,
+        return gpt_config(
+            hf,
             mlp_width=hf.intermediate_size or 4 * hf.hidden_size,
-            max_positions=hf.max_position_embeddings,
-            norm="layer",
             norm_epsilon=float(hf.layer_norm_epsilon),
             activation=activation(hf.activation_function),
-            gated_mlp=False,
-            output_bias=True,
-            mlp_bias=True,
             window=hf.window_size if local else 0,
             window_layers=local,
             score_scale=1.0,
-            tied=bool(hf.tie_word_embeddings),
+            qkv_bias=False,
         )
 
     def origins(self, config: DecoderConfig) -> Mapping[str, Origin]:

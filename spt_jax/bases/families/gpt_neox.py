@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from spt_jax.bases.families.family import OUTPUT_KEY, Origin, activation, projections, with_prefix
-from spt_jax.bases.families.gpt import fused_attention, norms, output
+from spt_jax.bases.families.gpt import fused_attention, gpt_config, norms, output
 from spt_jax.bases.families.rope import rope_config
 from spt_jax.models.config import DecoderConfig
 
@@ -18,26 +18,15 @@ class GPTNeoX:
 
     def config(self, hf: Any, max_length: int | None) -> DecoderConfig:
         rope = rope_config(hf, max_length)
-        return DecoderConfig(
-            family="gpt_neox",
-            vocab_size=hf.vocab_size,
-            width=hf.hidden_size,
-            layers=hf.num_hidden_layers,
-            heads=hf.num_attention_heads,
-            kv_heads=hf.num_attention_heads,
-            head_size=hf.hidden_size // hf.num_attention_heads,
+        return gpt_config(
+            hf,
             mlp_width=hf.intermediate_size,
-            max_positions=max(hf.max_position_embeddings, rope.dynamic_length),
-            norm="layer",
             norm_epsilon=float(hf.layer_norm_eps),
             parallel=bool(hf.use_parallel_residual),
             activation=activation(hf.hidden_act),
-            gated_mlp=False,
             qkv_bias=bool(hf.attention_bias),
             output_bias=bool(hf.attention_bias),
-            mlp_bias=True,
             rope=rope,
-            tied=bool(hf.tie_word_embeddings),
         )
 
     def origins(self, config: DecoderConfig) -> Mapping[str, Origin]:

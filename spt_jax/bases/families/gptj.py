@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from spt_jax.bases.families.family import Origin, activation, projections
-from spt_jax.bases.families.gpt import GptLike, norms, output
+from spt_jax.bases.families.gpt import GptLike, gpt_config, norms, output
 from spt_jax.errors import ConfigError
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.rope import RopeConfig
@@ -19,26 +19,17 @@ class GPTJ(GptLike):
 
     def config(self, hf: Any, max_length: int | None) -> DecoderConfig:
         head_size = hf.n_embd // hf.n_head
-        return DecoderConfig(
-            family="gptj",
-            vocab_size=hf.vocab_size,
-            width=hf.n_embd,
-            layers=hf.n_layer,
-            heads=hf.n_head,
-            kv_heads=hf.n_head,
-            head_size=head_size,
+        return gpt_config(
+            hf,
             mlp_width=hf.n_inner or 4 * hf.n_embd,
-            max_positions=hf.n_positions,
-            norm="layer",
             norm_epsilon=float(hf.layer_norm_epsilon),
             parallel=True,
             shared_norm=True,
             activation=activation(hf.activation_function),
-            gated_mlp=False,
-            mlp_bias=True,
             logit_bias=True,
             rope=RopeConfig(fraction=_fraction(hf.rotary_dim, head_size), interleaved=True),
-            tied=bool(hf.tie_word_embeddings),
+            qkv_bias=False,
+            output_bias=False,
         )
 
     def origins(self, config: DecoderConfig) -> Mapping[str, Origin]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from spt_jax.bases.families.family import Origin, Part, activation, projections
-from spt_jax.bases.families.gpt import norms, output
+from spt_jax.bases.families.gpt import gpt_config, norms, output
 from spt_jax.models.config import DecoderConfig
 
 # The first rows of the table of positions, which the model does not use.
@@ -23,28 +23,18 @@ class OPT:
 
     def config(self, hf: Any, max_length: int | None) -> DecoderConfig:
         before, bias = bool(hf.do_layer_norm_before), bool(hf.enable_bias)
-        return DecoderConfig(
-            family="opt",
-            vocab_size=hf.vocab_size,
-            width=hf.hidden_size,
-            layers=hf.num_hidden_layers,
-            heads=hf.num_attention_heads,
-            kv_heads=hf.num_attention_heads,
-            head_size=hf.hidden_size // hf.num_attention_heads,
+        return gpt_config(
+            hf,
             mlp_width=hf.ffn_dim,
-            max_positions=hf.max_position_embeddings,
             embedding_width=None if hf.word_embed_proj_dim == hf.hidden_size else hf.word_embed_proj_dim,
-            norm="layer",
             norm_scale=bool(hf.layer_norm_elementwise_affine),
             norm_bias=bool(hf.layer_norm_elementwise_affine),
             norm_place="before" if before else "sum",
             final_norm=before and not hf._remove_final_layer_norm,
             activation=activation(hf.activation_function),
-            gated_mlp=False,
             qkv_bias=bias,
             output_bias=bias,
             mlp_bias=bias,
-            tied=bool(hf.tie_word_embeddings),
         )
 
     def origins(self, config: DecoderConfig) -> Mapping[str, Origin]:

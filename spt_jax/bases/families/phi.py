@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from spt_jax.bases.families.family import Origin, activation, projections
-from spt_jax.bases.families.gpt import norms, output
+from spt_jax.bases.families.gpt import gpt_config, norms, output
 from spt_jax.bases.families.rope import rope_config
 from spt_jax.errors import ConfigError
 from spt_jax.models.config import DecoderConfig
@@ -21,28 +21,17 @@ class Phi:
         if hf.qk_layernorm:
             raise ConfigError("Phi with qk_layernorm is not supported")
         rope = rope_config(hf, max_length)
-        return DecoderConfig(
-            family="phi",
-            vocab_size=hf.vocab_size,
-            width=hf.hidden_size,
-            layers=hf.num_hidden_layers,
-            heads=hf.num_attention_heads,
+        return gpt_config(
+            hf,
             kv_heads=hf.num_key_value_heads,
             head_size=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
             mlp_width=hf.intermediate_size,
-            max_positions=max(hf.max_position_embeddings, rope.dynamic_length),
-            norm="layer",
             norm_epsilon=float(hf.layer_norm_eps),
             parallel=True,
             shared_norm=True,
             activation=activation(hf.hidden_act),
-            gated_mlp=False,
-            qkv_bias=True,
-            output_bias=True,
-            mlp_bias=True,
             logit_bias=True,
             rope=rope,
-            tied=bool(hf.tie_word_embeddings),
         )
 
     def origins(self, config: DecoderConfig) -> Mapping[str, Origin]:

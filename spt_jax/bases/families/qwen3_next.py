@@ -1,5 +1,6 @@
 """Qwen3-Next, and what Qwen 3.5 shares with it: recurrent layers, gated attention, and experts."""
 
+import abc
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -34,7 +35,7 @@ TINY_EXPERTS: Mapping[str, Any] = {
 }
 
 
-class HybridQwen(WithExperts):
+class HybridQwen(WithExperts, abc.ABC):
     """Base class of Qwens in which most layers are recurrent, and the output of attention is multiplied by a gate."""
 
     def layer_origins(self, config: DecoderConfig) -> dict[str, Origin]:
@@ -45,9 +46,9 @@ class HybridQwen(WithExperts):
         kept = {path: origin for path, origin in table.items() if not path.startswith("attention/")}
         return kept | {f"delta_net/{path}": origin for path, origin in maps.items()}
 
+    @abc.abstractmethod
     def delta_net_maps(self, width: int, sizes: DeltaNetConfig) -> dict[str, Origin]:
         """Returns where the linear maps of the input of a recurrent layer are stored."""
-        raise NotImplementedError
 
 
 class Qwen3Next(HybridQwen):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from spt_jax.bases.families.family import Origin, activation, projections
-from spt_jax.bases.families.gpt import norms, output
+from spt_jax.bases.families.gpt import gpt_config, norms, output
 from spt_jax.bases.families.rope import rope_config
 from spt_jax.models.config import DecoderConfig
 
@@ -21,17 +21,10 @@ class StableLm:
 
     def config(self, hf: Any, max_length: int | None) -> DecoderConfig:
         rope, parallel = rope_config(hf, max_length), bool(hf.use_parallel_residual)
-        return DecoderConfig(
-            family="stablelm",
-            vocab_size=hf.vocab_size,
-            width=hf.hidden_size,
-            layers=hf.num_hidden_layers,
-            heads=hf.num_attention_heads,
+        return gpt_config(
+            hf,
             kv_heads=hf.num_key_value_heads,
-            head_size=hf.hidden_size // hf.num_attention_heads,
             mlp_width=hf.intermediate_size,
-            max_positions=max(hf.max_position_embeddings, rope.dynamic_length),
-            norm="layer",
             norm_epsilon=float(hf.layer_norm_eps),
             parallel=parallel,
             shared_norm=parallel,
@@ -39,7 +32,9 @@ class StableLm:
             qkv_bias=bool(hf.use_qkv_bias),
             qk_norm="heads" if hf.qk_layernorm else "none",
             rope=rope,
-            tied=bool(hf.tie_word_embeddings),
+            gated_mlp=True,
+            output_bias=False,
+            mlp_bias=False,
         )
 
     def origins(self, config: DecoderConfig) -> Mapping[str, Origin]:

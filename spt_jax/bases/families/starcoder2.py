@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from spt_jax.bases.families.family import Origin, activation, projections
-from spt_jax.bases.families.gpt import norms, output, whole_head_rope
+from spt_jax.bases.families.gpt import gpt_config, norms, output, whole_head_rope
 from spt_jax.models.config import DecoderConfig
 
 
@@ -17,27 +17,19 @@ class Starcoder2:
 
     def config(self, hf: Any, max_length: int | None) -> DecoderConfig:
         rope, bias, window = whole_head_rope(hf, max_length), bool(hf.use_bias), hf.sliding_window
-        return DecoderConfig(
-            family="starcoder2",
-            vocab_size=hf.vocab_size,
-            width=hf.hidden_size,
-            layers=hf.num_hidden_layers,
-            heads=hf.num_attention_heads,
+        return gpt_config(
+            hf,
             kv_heads=hf.num_key_value_heads,
             head_size=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
             mlp_width=hf.intermediate_size,
-            max_positions=max(hf.max_position_embeddings, rope.dynamic_length),
-            norm="layer",
             norm_epsilon=float(hf.norm_epsilon),
             activation=activation(hf.hidden_act),
-            gated_mlp=False,
             qkv_bias=bias,
             output_bias=bias,
             mlp_bias=bias,
             rope=rope,
             window=window or 0,
             window_layers=() if window is None else tuple(range(hf.num_hidden_layers)),
-            tied=bool(hf.tie_word_embeddings),
         )
 
     def origins(self, config: DecoderConfig) -> Mapping[str, Origin]:
