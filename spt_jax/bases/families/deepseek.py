@@ -49,6 +49,7 @@ class DeepseekV2(WithExperts):
         if hf.topk_method not in ("greedy", "group_limited_greedy"):
             raise ConfigError(f"DeepSeek V2 with topk_method {hf.topk_method!r} is not supported")
         grouped = hf.topk_method == "group_limited_greedy"
+        _check_present(hf, "num_experts_per_tok", *(("n_group", "topk_group") if grouped else ()))
         experts = ExpertsConfig(
             **_sizes(hf),
             groups=hf.n_group if grouped else 1,
@@ -99,6 +100,13 @@ class DeepseekV3(DeepseekV2):
 
     def tiny(self) -> Mapping[str, Any]:
         return {**_TINY, "q_lora_rank": 14, "num_key_value_heads": 4, "norm_topk_prob": True}
+
+
+def _check_present(hf: Any, *names: str) -> None:
+    """Raises ConfigError where a field is None, as transformers fills in what config.json of DeepSeek V2 leaves out."""
+    for name in names:
+        if getattr(hf, name) is None:
+            raise ConfigError(f"the config of {hf.model_type} does not say {name!r}")
 
 
 def _sizes(hf: Any) -> dict[str, Any]:
