@@ -5,6 +5,7 @@ changes the logits.
 """
 
 import dataclasses
+import functools
 import json
 import tempfile
 from collections.abc import Sequence
@@ -277,40 +278,41 @@ def check_model(model: Model, *, seed: int = 0, tolerance: float = 1e-4) -> None
     check("a continuation sees the context that it shares", shared[9:24], whole[9:])
     check("continuations of one context do not see each other", shared[24:30], joined[9:15])
 
+    both = logits((ids.reshape(48), np.arange(48, dtype=np.int32), 1, 0), length=length)[24:48]
     one = np.ones((1, 24), np.int32)
-    stream = Stream(jnp.asarray(places[None]), jnp.asarray(one), jnp.asarray(0 * one))
-    before, after = (jax.tree.map(lambda array, part=part: array[:, part], stream) for part in (np.s_[:9], np.s_[9:]))
-    _, memory = run(model, jnp.asarray(ids[:1, :9]), before)
+    before = Stream(jnp.asarray(places[None]), jnp.asarray(one), jnp.asarray(0 * one))
+    after = dataclasses.replace(before, positions=before.positions + 24)
+    _, memory = run(model, jnp.asarray(ids[:1]), before)
     prefix = Prefix(jax.tree.map(lambda array: array[:, 0], memory), before.positions[0])
-    found = run(model, jnp.asarray(ids[:1, 9:]), after, prefix)[0]
-    check("a prefix is the context that it was computed from", np.asarray(found[0]), whole[9:])
+    found = run(model, jnp.asarray(ids[1:]), after, prefix)[0]
+    check("a prefix is the context that it was computed from", np.asarray(found[0]), both)
     cache = Cache(to_cache(memory), before.positions, before.segments)
-    found = run(model, jnp.asarray(ids[:1, 9:]), after, None, cache)[0]
-    check("a cache is the context that it was computed from", np.asarray(found[0]), whole[9:])
+    found = run(model, jnp.asarray(ids[1:]), after, None, cache)[0]
+    check("a cache is the context that it was computed from", np.asarray(found[0]), both)
 
     targets, at = jnp.asarray(ids[:1, 1:, None]), jnp.arange(23)[None]
 
     @jax.jit
-    def log_probabilities(model: Model, x: Float[Array, "1 T D"]) -> Float[Array, "1 M"]:
-        hidden, _ = model.run(x, stream)
+    @functools.partial(jax.value_and_grad, argnums=1, has_aux=True)
+    def total(model: Model, x: Float[Array, "1 T D"]) -> tuple[Float[Array, ""], Float[Array, " M"]]:
+        hidden, _ = model.run(x, before)
         assert hidden is not None
-        return model.scores(hidden, at, targets).log_probabilities[:, :, 0]
+        found = model.scores(hidden, at, targets).log_probabilities[0, :, 0]
+        return found.sum(), found
 
     x = model.embed(jnp.asarray(ids[:1]))
     expected = np.take_along_axis(np.asarray(jax.nn.log_softmax(whole[:-1])), first[1:, None], axis=1)[:, 0]
-    check("scores are log-probabilities of the logits", np.asarray(log_probabilities(model, x)[0]), expected)
-
-    def total(x: Float[Array, "1 T D"]) -> Float[Array, ""]:
-        return log_probabilities(model, x).sum()
+    (_, log_probabilities), gradient = total(model, x)
+    check("scores are log-probabilities of the logits", np.asarray(log_probabilities), expected)
 
     # One random direction per position, so that a position without a gradient shows. A step may cross a point where the
     # function jumps, such as the choice of another expert, and smaller ones then do not.
     noise = jax.random.normal(jax.random.key(seed), x.shape)
-    gradient, errors = jax.grad(total)(x), []
+    errors = []
     for size in (3e-3, 6e-4):
         steps = size * jnp.linalg.norm(x) / jnp.linalg.norm(noise) * jnp.eye(24)[:, None, :, None] * noise[None]
         slopes = np.asarray((gradient[None] * steps).sum(axis=(1, 2, 3)))
-        differences = np.asarray([(total(x + step) - total(x - step)) / 2 for step in steps])
+        differences = np.asarray([(total(model, x + step)[0][0] - total(model, x - step)[0][0]) / 2 for step in steps])
         errors.append(np.abs(slopes - differences) / np.abs(differences).max())
         off = np.min(errors, axis=0).max()
         if off <= 0.02:
