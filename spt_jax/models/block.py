@@ -1,5 +1,8 @@
 """One layer of a decoder: attention and MLP with norms and residual connections."""
 
+import functools
+import operator
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -69,7 +72,7 @@ class Block(nn.Module):
             if config.mamba is not None:
                 found.append(Mamba2(config.mamba, name="mamba")(x, order, state))
         outputs, own = zip(*found, strict=True)
-        return sum(outputs[1:], outputs[0]), own
+        return functools.reduce(operator.add, outputs), own
 
     def norm(self, name: str, x: Float[Array, "B T D"], places: tuple[str, ...]) -> Float[Array, "B T D"]:
         """Normalizes x if the config's norms are at one of these places."""

@@ -201,7 +201,7 @@ class Mamba2(nn.Module):
         sizes = {"value": config.value_width, "key": config.key_width, "query": config.key_width}
         ends = config.value_width, config.value_width + config.key_width
         tails: dict[str, Array] = dict(zip(sizes, jnp.split(tail, ends, axis=-1), strict=True))
-        scales = dict(zip(("gate", "value", "key", "query", "step"), config.part_scales, strict=True))
+        scales: dict[str, float] = dict(zip(("gate", "value", "key", "query", "step"), config.part_scales, strict=True))
 
         def part(name: str, size: int) -> Float[Array, "B T F"]:
             return scaled(Linear(size, config.input_bias, name=name)(x), scales[name])

@@ -101,9 +101,11 @@ def convolve(
     def pick(index: Int[Array, "B N"]) -> Float[Array, "B N F"]:
         return jnp.take_along_axis(whole, index[:, :, None], axis=1, mode="promise_in_bounds")
 
-    weights = kernel.astype(jnp.float32)
-    windows = pick(order.windows.reshape(x.shape[0], -1)).reshape(*x.shape[:2], *weights.shape)
-    return jnp.sum(windows * weights[None, None], axis=2), pick(order.tail)
+    weights = kernel.astype(jnp.float32)[:, None, None]
+    y = x.astype(jnp.float32) * weights[-1]
+    for place in range(kernel.shape[0] - 1):
+        y = y + pick(order.windows[:, :, place]) * weights[place]
+    return y, pick(order.tail)
 
 
 def decay_sums(mask: Bool[Array, "B T S"], decays: Float[Array, "B K R S"]) -> Float[Array, "2 B K R T"]:

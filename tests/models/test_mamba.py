@@ -57,7 +57,7 @@ def token_by_token(config: MambaConfig, params: dict, x: np.ndarray, state: Stat
     weights = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     inputs, memory = (np.asarray(state.arrays[name], np.float64) for name in ("convolution", "recurrent"))
     kernel = np.concatenate([weights[f"{name}_convolution"] for name in PARTS], 1)
-    scales = dict(zip(("gate", "value", "key", "query", "step"), config.part_scales, strict=True))
+    scales: dict[str, float] = dict(zip(("gate", "value", "key", "query", "step"), config.part_scales, strict=True))
     ends, outputs = np.cumsum([config.value_width, config.key_width]), []
 
     def part(name: str, token: np.ndarray) -> np.ndarray:

@@ -14,7 +14,10 @@ _LAYER = "model.layers.{i}."
 
 
 class FalconH1(LlamaLike):
-    """Falcon-H1 (arXiv 2507.22448): attention and Mamba-2 side by side in each layer, and factors of most linear maps."""
+    """Falcon-H1 (arXiv 2507.22448): attention beside Mamba-2 in each layer, and factors of most linear maps.
+
+    PEFT leaves out the factor of the embeddings, so that its prompts belong to another function.
+    """
 
     model_type: ClassVar[str] = "falcon_h1"
     architecture: ClassVar[str] = "FalconH1ForCausalLM"
