@@ -4,27 +4,38 @@ Per value head, a matrix S of keys by values is decayed and corrected at every t
 
     S_i = exp(g_i) S_(i-1) + k_i u_i^T,    u_i = beta_i (v_i - exp(g_i) S_(i-1)^T k_i),    o_i = S_i^T q_i
 
-"Before" is the relation of `TokenOrder`, and not the order in the row. With G_i the sum of g over token i and the
-tokens before it, unrolling the recurrence gives
+"Before" is the relation of `TokenOrder`, and not the order in the row, which is computed by chunks. With G_i the sum of
+g over token i and the tokens of its chunk before it, and S_0 the state after the nearest token before token i in an
+earlier chunk, unrolling the recurrence gives
 
     u_i = beta_i (v_i - exp(G_i) S_0^T k_i - sum over j before i of exp(G_i - G_j) (k_i . k_j) u_j)
     o_i = exp(G_i) S_0^T q_i + sum over j before i, and i itself, of exp(G_i - G_j) (q_i . k_j) u_j
 
-which is one triangular system per head. It is solved by blocks of tokens.
+with j in the chunk of i, which is one triangular system per head.
 """
 
-import functools
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from spt_jax.models.delta_net_config import DeltaNetConfig
+from spt_jax.models.delta_net_config import CHUNK, DeltaNetConfig
 from spt_jax.models.layers import Linear
 from spt_jax.models.memory import State
-from spt_jax.models.recurrence import GatedNorm, TokenOrder, convolve, decay_sums, decayed, exact_einsum
+from spt_jax.models.recurrence import (
+    Chunk,
+    ChunkResult,
+    GatedNorm,
+    TokenOrder,
+    by_chunks,
+    convolve,
+    decay_sums,
+    decayed,
+    end_states,
+    exact_einsum,
+)
 
 # Added to the squared length of queries and keys before they are divided by their length.
 LENGTH_EPSILON = 1e-6
@@ -41,80 +52,36 @@ class DeltaInputs(NamedTuple):
       betas: how much of its correction each token writes, from 0 to 1.
     """
 
-    queries: Float[Array, "B K T H"]
-    keys: Float[Array, "B K T H"]
-    values: Float[Array, "B K R T Hv"]
-    decays: Float[Array, "B K R T"]
-    betas: Float[Array, "B K R T"]
+    queries: Float[Array, "B T K H"]
+    keys: Float[Array, "B T K H"]
+    values: Float[Array, "B T K R Hv"]
+    decays: Float[Array, "B T K R"]
+    betas: Float[Array, "B T K R"]
 
 
 @jax.named_scope("delta_rule")
-def delta_rule(
-    inputs: DeltaInputs,
-    initial: Float[Array, "B K R H Hv"],
-    mask: Bool[Array, "B T T"],
-    last: Bool[Array, "B T"],
-    block: int = 128,
-) -> tuple[Float[Array, "B K R T Hv"], Float[Array, "B K R H Hv"]]:
-    """Computes the gated delta rule (Yang et al. 2024, equation 10) over tokens that form trees.
+def delta_rule(chunk: Chunk[DeltaInputs], states: Float[Array, "S B K R H Hv"]) -> ChunkResult:
+    """Computes the gated delta rule (Yang et al. 2024, equation 10) over a chunk of tokens."""
+    queries, keys, values, decays, betas = chunk.inputs
+    length = keys.shape[1]
+    by_head, factors = jnp.moveaxis(decays, 1, -1), jnp.moveaxis(betas, 1, -1)[..., None]
+    sums = decay_sums(chunk.mask, by_head)
+    weights, grown = decayed(sums, sums, chunk.mask), jnp.exp(jnp.sum(sums, axis=0))[..., None]
+    both, base = jnp.concatenate([queries, keys], axis=1), jnp.concatenate([chunk.base, chunk.base], axis=1)
+    choices = exact_einsum("btkh,bts->btskh", both, base.astype(jnp.float32))
+    read = exact_einsum("btskh,sbkrhv->bkrtv", choices, states)
+    products = exact_einsum("btkh,bskh->bkts", both, keys)[:, :, None]
 
-    The time is quadratic in T, as for attention; the temporary memory is that of `block` queries.
-
-    Args:
-      inputs: queries, keys, values, decays and betas.
-      initial: the state before the first token of every tree.
-      mask: True where the key is the query itself or a token before it, which is to its left.
-      last: the tokens up to the one whose state is returned; none for `initial` itself.
-      block: queries that are solved for together.
-
-    Returns:
-      The outputs, and the state after the last one of `last`.
-    """
-    queries, keys, values, decays, betas = inputs
-    length = keys.shape[2]
-    sums = decay_sums(mask, decays)
-    grown = jnp.exp(jnp.sum(sums, axis=0))[..., None]
-    targets = betas[..., None] * (values - grown * exact_einsum("bkth,bkrhv->bkrtv", keys, initial))
-    outputs, updates = [], []
-    for start in range(0, length, block):
-        step = functools.partial(_of_block, slice(start, min(start + block, length)))
-        step = step if length <= block else jax.checkpoint(step)
-        output, update = step(inputs, sums, targets, mask, updates)
-        outputs.append(output)
-        updates.append(update)
-    outputs = grown * exact_einsum("bkth,bkrhv->bkrtv", queries, initial) + jnp.concatenate(outputs, axis=3)
-    final = decay_sums(last[:, None], decays)
-    weights = decayed(final, sums, last[:, None])[..., 0, :, None]
-    written = exact_einsum("bksh,bkrsv->bkrhv", keys, weights * jnp.concatenate(updates, axis=3))
-    return outputs, jnp.exp(jnp.sum(final, axis=0))[..., None] * initial + written
-
-
-def _of_block(
-    own: slice,
-    inputs: DeltaInputs,
-    sums: Float[Array, "2 B K R T"],
-    targets: Float[Array, "B K R T Hv"],
-    mask: Bool[Array, "B T T"],
-    earlier: list[Float[Array, "B K R _ Hv"]],
-) -> tuple[Float[Array, "B K R _ Hv"], Float[Array, "B K R _ Hv"]]:
-    """Solves for a block of tokens, given the updates of the blocks before it.
-
-    Returns:
-      What the tokens of the block read of all updates so far, and their own updates.
-    """
-    length, seen = own.stop - own.start, slice(own.stop)
-    both = jnp.concatenate([inputs.queries[:, :, own], inputs.keys[:, :, own]], axis=2)
-    products = exact_einsum("bkth,bksh->bkts", both, inputs.keys[:, :, seen])[:, :, None]
-    weights = decayed(sums[..., own], sums[..., seen], mask[:, own, seen])
-    system = inputs.betas[..., own, None] * products[..., length:, :] * weights
-    update = targets[..., own, :]
-    if earlier:
-        before = jnp.concatenate(earlier, axis=3)
-        update = update - exact_einsum("bkrts,bkrsv->bkrtv", system[..., : own.start], before)
+    updates = factors * (jnp.moveaxis(values, 1, 3) - grown * read[..., length:, :])
     if length > 1:
-        update = _solve(system[..., own], update)
-    updates = jnp.concatenate([*earlier, update], axis=3)
-    return exact_einsum("bkrts,bkrsv->bkrtv", products[..., :length, :] * weights, updates), update
+        updates = _solve(factors * products[..., length:, :] * weights, updates)
+    own = exact_einsum("bkrts,bkrsv->bkrtv", products[..., :length, :] * weights, updates)
+    outputs = jnp.moveaxis(grown * read[..., :length, :] + own, 3, 1)
+
+    def written(weights: Float[Array, "B K R E T"]) -> Float[Array, "E B K R H Hv"]:
+        return exact_einsum("bkres,bskh,bkrsv->ebkrhv", weights, keys, updates)
+
+    return ChunkResult(outputs, end_states(chunk, by_head, sums, states, written))
 
 
 def _solve(system: Float[Array, "B K R T T"], targets: Float[Array, "B K R T Hv"]) -> Float[Array, "B K R T Hv"]:
@@ -163,11 +130,11 @@ class GatedDeltaNet(nn.Module):
 
     Attributes:
       config: sizes of the layer.
-      block: queries that are solved for together in a long row.
+      chunk: tokens of a chunk of a long row.
     """
 
     config: DeltaNetConfig
-    block: int = 128
+    chunk: int = CHUNK
 
     @nn.compact
     @jax.named_scope("delta_net")
@@ -201,25 +168,24 @@ class GatedDeltaNet(nn.Module):
             y, tails[name] = convolve(own, kernel, tails[name], order)
             return jax.nn.silu(y).reshape(batch, length, count, size)
 
-        def per_head(x: Float[Array, "B T N"]) -> Float[Array, "B K R T"]:
-            return jnp.moveaxis(x, 1, 2).reshape(batch, heads, repeats, length)
+        def by_group(x: Float[Array, "B T N ..."]) -> Float[Array, "B T K R ..."]:
+            return x.reshape(batch, length, heads, repeats, *x.shape[3:])
 
         queries = _unit(convolved("query", heads, config.key_size)) * config.key_size**-0.5
         keys = _unit(convolved("key", heads, config.key_size))
-        values = jnp.moveaxis(convolved("value", config.value_heads, config.value_size), 1, 2)
-        values = values.reshape(batch, heads, repeats, length, config.value_size)
+        values = by_group(convolved("value", config.value_heads, config.value_size))
 
         rate = self.param("a_log", nn.initializers.zeros, (config.value_heads,)).astype(jnp.float32)
         bias = self.param("dt_bias", nn.initializers.ones, (config.value_heads,)).astype(jnp.float32)
         steps = jax.nn.softplus(Linear(config.value_heads, name="decay")(x).astype(jnp.float32) + bias[None, None])
-        decays = per_head(-jnp.exp(rate)[None, None] * steps)
-        betas = per_head(jax.nn.sigmoid(Linear(config.value_heads, name="beta")(x).astype(jnp.float32)))
+        decays = by_group(-jnp.exp(rate)[None, None] * steps)
+        betas = by_group(jax.nn.sigmoid(Linear(config.value_heads, name="beta")(x).astype(jnp.float32)))
 
-        inputs = DeltaInputs(jnp.moveaxis(queries, 1, 2), jnp.moveaxis(keys, 1, 2), values, decays, betas)
+        inputs = DeltaInputs(queries, keys, values, decays, betas)
         initial = recurrent.reshape(batch, heads, repeats, config.key_size, config.value_size)
-        outputs, final = delta_rule(inputs, initial, order.mask, order.until_last, self.block)
+        outputs, final = by_chunks(delta_rule, inputs, initial, order, self.chunk)
 
-        outputs = jnp.moveaxis(outputs.reshape(batch, config.value_heads, length, config.value_size), 1, 2)
+        outputs = outputs.reshape(batch, length, config.value_heads, config.value_size)
         gate = Linear(config.value_width, name="gate")(x).reshape(outputs.shape)
         outputs = GatedNorm(config.norm_epsilon, name="norm")(outputs, gate).astype(x.dtype)
         y = Linear(width, name="output")(outputs.reshape(batch, length, config.value_width))

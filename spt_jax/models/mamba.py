@@ -17,12 +17,22 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from spt_jax.models.layers import Linear, scaled
 from spt_jax.models.mamba_config import CHUNK, MambaConfig
 from spt_jax.models.memory import State
-from spt_jax.models.recurrence import GatedNorm, TokenOrder, convolve, decay_sums, decayed, exact_einsum
+from spt_jax.models.recurrence import (
+    Chunk,
+    ChunkResult,
+    GatedNorm,
+    TokenOrder,
+    by_chunks,
+    convolve,
+    decay_sums,
+    decayed,
+    end_states,
+)
 
 
 class SpaceInputs(NamedTuple):
@@ -41,63 +51,9 @@ class SpaceInputs(NamedTuple):
     decays: Float[Array, "B T K R"]
 
 
-class Chunk(NamedTuple):
-    """Consecutive tokens of rows, and the earlier states that they continue.
-
-    Attributes:
-      inputs: of the tokens.
-      mask: True where the key is the query itself or a token before it.
-      base: one-hot, which of S states is the one before the chunk, for each token.
-      ends: for each of E tokens whose state is returned, the tokens of the chunk up to it; none if it is not in there.
-      ends_base: as `base`, for these tokens; for one that is not in the chunk, the state that is returned.
-    """
-
-    inputs: SpaceInputs
-    mask: Bool[Array, "B T T"]
-    base: Bool[Array, "B T S"]
-    ends: Bool[Array, "B E T"]
-    ends_base: Bool[Array, "B E S"]
-
-
 @jax.named_scope("state_space")
-def state_space(
-    inputs: SpaceInputs, initial: Float[Array, "B K R Hv H"], order: TokenOrder, chunk: int = CHUNK
-) -> tuple[Float[Array, "B T K R Hv"], Float[Array, "B K R Hv H"]]:
-    """Computes a state space (Dao & Gu 2024, equation 16) over tokens that form trees.
-
-    The time and the memory are linear in T, for chunks of a fixed length. Two states are passed from chunk to chunk:
-    that after the last token, which may be of a child, and that after the last token without a parent, which later
-    children continue.
-
-    Args:
-      inputs: queries, keys, values and decays.
-      initial: the state before the first token of every tree.
-      order: the order of the tokens, as `token_order` describes it.
-      chunk: tokens of a chunk.
-
-    Returns:
-      The outputs without D x, and the state after the last token of each row that has no parent.
-    """
-    batch, length = order.roots.shape
-    if length <= chunk:
-        one, roots = jnp.ones((batch, length, 1), bool), order.until_last[:, None]
-        outputs, states = _of_chunk(Chunk(inputs, order.mask, one, roots, one[:, :1]), initial[None])
-        return outputs, states[0]
-
-    chunks = _split(inputs, order, chunk)
-
-    def step(states: Float[Array, "2 B K R Hv H"], own: Chunk) -> tuple[Array, Array]:
-        outputs, states = _of_chunk(own, jnp.concatenate([states, initial[None]]))
-        return states, outputs
-
-    states, outputs = jax.lax.scan(jax.checkpoint(step), jnp.stack([initial, initial]), chunks)
-    return jnp.moveaxis(outputs, 0, 1).reshape(batch, -1, *outputs.shape[3:])[:, :length], states[1]
-
-
-def _of_chunk(
-    chunk: Chunk, states: Float[Array, "S B K R Hv H"]
-) -> tuple[Float[Array, "B T K R Hv"], Float[Array, "E B K R Hv H"]]:
-    """Returns the outputs of the tokens of a chunk, and the states after those whose state is asked for."""
+def state_space(chunk: Chunk[SpaceInputs], states: Float[Array, "S B K R Hv H"]) -> ChunkResult:
+    """Computes a state space (Dao & Gu 2024, equation 16) over a chunk of tokens, without D x."""
     queries, keys, values, decays = chunk.inputs
     by_head = jnp.moveaxis(decays, 1, -1)
     sums = decay_sums(chunk.mask, by_head)
@@ -107,56 +63,10 @@ def _of_chunk(
     grown = jnp.moveaxis(jnp.exp(jnp.sum(sums, axis=0)), -1, 1)[..., None]
     outputs = own + grown * jnp.einsum("btskh,sbkrvh->btkrv", choices, states)
 
-    ends = decay_sums(chunk.ends, by_head)
-    written = jnp.einsum("bkres,bskh,bskrv->ebkrvh", decayed(ends, sums, chunk.ends), keys, values)
-    before = exact_einsum("bes,sbkrvh->ebkrvh", chunk.ends_base.astype(jnp.float32), states)
-    grown = jnp.moveaxis(jnp.exp(jnp.sum(ends, axis=0)), -1, 0)[..., None, None]
-    return outputs, grown * before + written
+    def written(weights: Float[Array, "B K R E T"]) -> Float[Array, "E B K R Hv H"]:
+        return jnp.einsum("bkres,bskh,bskrv->ebkrvh", weights, keys, values)
 
-
-def _split(inputs: SpaceInputs, order: TokenOrder, size: int) -> Chunk:
-    """Returns the chunks of rows, along a new leading axis.
-
-    Of the states before a chunk, number 0 is that after the last token, 1 that after the last one without a parent,
-    and 2 the initial one. Number 0 and 1 are also the states that are returned.
-    """
-    batch, length = order.roots.shape
-    count = -(-length // size)
-    missing = count * size - length
-
-    def by_chunk(x: Array) -> Array:
-        padded = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(padded.reshape(batch, count, size, *x.shape[2:]), 1, 0)
-
-    def columns(mask: Bool[Array, "L B E T"]) -> Bool[Array, "L B E size"]:
-        """Returns those of each chunk itself."""
-        padded = jnp.pad(mask, [(0, 0)] * 3 + [(0, missing)]).reshape(*mask.shape[:3], count, size)
-        return jnp.take_along_axis(padded, jnp.arange(count)[:, None, None, None, None], axis=3)[:, :, :, 0]
-
-    real = jnp.diagonal(order.mask, axis1=1, axis2=2)
-    kinds = by_chunk(jnp.stack([real, order.roots], axis=2))
-    places = jnp.arange(count * size).reshape(count, 1, size, 1)
-    # The last token of each kind up to the end of each chunk, and up to the end of the one before it; -1 for none.
-    last: Int[Array, "L B 2"] = jax.lax.cummax(jnp.max(jnp.where(kinds, places, -1), axis=2), axis=0)
-    earlier = jnp.concatenate([jnp.full_like(last[:1], -1), last[:-1]])
-
-    def state_before(mask: Bool[Array, "L B E T"]) -> Bool[Array, "L B E 3"]:
-        """Returns which state precedes the chunk for tokens, of which each row of the mask shows those before it."""
-        found = jnp.take_along_axis(mask, jnp.maximum(earlier, 0)[:, :, None], axis=3) & (earlier >= 0)[:, :, None]
-        latest, root = found[..., 0], found[..., 1]
-        return jnp.stack([latest, root & ~latest, ~root & ~latest], axis=3)
-
-    mask = by_chunk(order.mask)
-    rows = jnp.take_along_axis(order.mask[None], jnp.maximum(last, 0)[..., None], axis=2)
-    present = (last > earlier)[..., None]
-    kept = jnp.broadcast_to(jnp.eye(2, 3, dtype=bool)[None, None], (count, batch, 2, 3))
-    return Chunk(
-        inputs=SpaceInputs(*map(by_chunk, inputs)),
-        mask=columns(mask),
-        base=state_before(mask),
-        ends=columns(rows) & present,
-        ends_base=jnp.where(present, state_before(rows), kept),
-    )
+    return ChunkResult(outputs, end_states(chunk, by_head, sums, states, written))
 
 
 class Mamba2(nn.Module):
@@ -227,7 +137,7 @@ class Mamba2(nn.Module):
         by_group = functools.partial(jnp.reshape, shape=(batch, length, groups, repeats, -1))
         inputs = SpaceInputs(queries, keys, by_group(values * steps[..., None]), by_group(decays)[..., 0])
         initial = recurrent.reshape(batch, groups, repeats, config.head_size, config.state_size)
-        outputs, final = state_space(inputs, initial, order, self.chunk)
+        outputs, final = by_chunks(state_space, inputs, initial, order, self.chunk)
 
         skip = of_heads("skip", nn.initializers.ones)[..., None]
         outputs = (outputs.reshape(values.shape) + skip * values).reshape(batch, length, groups, -1)

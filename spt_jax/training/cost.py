@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 
 from spt_jax.bases.checkpoint import parameter_shapes
 from spt_jax.data.batches import Batch, BatchPlan
+from spt_jax.models import delta_net_config, mamba_config
 from spt_jax.models.config import DecoderConfig, layer_configs
 from spt_jax.models.decoder import Remat, decoder_layout
-from spt_jax.models.mamba_config import CHUNK
 from spt_jax.models.vocabulary import CHUNK_LOGITS, CHUNK_ROWS
 from spt_jax.runtime.sharding import row_shards, sharded_shapes
 
@@ -100,8 +100,8 @@ def _pair_flops(config: DecoderConfig) -> int:
     """Returns the operations of one layer per query and key.
 
     Per head, 2 H each for the score and the weighted sum in the forward pass, and twice that backward. A Gated DeltaNet
-    layer has two scores and two sums. The scores of a Mamba-2 layer are those of its groups; in rows longer than a
-    chunk, it needs less.
+    layer has two scores and two sums; the scores of a Mamba-2 layer are those of its groups. In rows longer than a
+    chunk, both need less.
     """
     operations = 0
     if config.delta_net is not None:
@@ -245,9 +245,9 @@ def _layer_bytes(config: DecoderConfig, tokens: int, keys: int, itemsize: int, t
     """Returns the bytes of a layer's linear outputs (twice), norms, and `scores` float32 arrays of attention scores."""
     per_token = keys * config.heads if config.attends else 0
     if config.delta_net is not None:
-        per_token += 2 * keys * config.delta_net.value_heads
+        per_token += 2 * min(keys, delta_net_config.CHUNK) * config.delta_net.value_heads
     if config.mamba is not None:
-        per_token += 2 * min(keys, CHUNK) * config.mamba.heads
+        per_token += 2 * min(keys, mamba_config.CHUNK) * config.mamba.heads
     scores = scores * 4 * tokens * per_token // tensor
     return tokens * (2 * itemsize * _linear_outputs(config, tensor) + 4 * 4 * config.width) + scores
 

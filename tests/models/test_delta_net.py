@@ -16,9 +16,8 @@ from spt_jax.models.layout import StateGroup
 from spt_jax.models.memory import State
 from spt_jax.models.recurrence import token_order
 from spt_jax.runtime.sharding import MeshConfig, make_mesh, parameter_sharding
-from tests.layouts import Run, lay_out
+from tests.layouts import lay_out
 from tests.recurrent_rows import (
-    EXAMPLE,
     LAYOUTS,
     LENGTH,
     ROOTS,
@@ -80,20 +79,15 @@ def token_by_token(config: DeltaNetConfig, params: dict, x: np.ndarray, state: S
     return np.stack(outputs), State({"convolution": inputs[1 - config.convolution_width :], "recurrent": memory})
 
 
-@functools.partial(jax.jit, static_argnames=("config", "block"))
-def run(params: dict, x, stream: Stream, state: State, config: DeltaNetConfig = CONFIG, block: int = 256):
+@functools.partial(jax.jit, static_argnames=("config", "chunk"))
+def run(params: dict, x, stream: Stream, state: State, config: DeltaNetConfig = CONFIG, chunk: int = 256):
     order = token_order(stream, config.convolution_width - 1)
-    return GatedDeltaNet(config, block=block).apply({"params": params}, jnp.asarray(x), order, state)
-
-
-# A child of the first segment also comes after other segments.
-LATE = Run(4, 23, EXAMPLE[21:22], EXAMPLE[:5], segment=7, parent=1)
-PLACED = {**LAYOUTS, "branches": [*LAYOUTS["branches"], LATE]}
+    return GatedDeltaNet(config, chunk=chunk).apply({"params": params}, jnp.asarray(x), order, state)
 
 
 @pytest.fixture(scope="module")
 def laid_out():
-    return rows_of(PLACED)
+    return rows_of(LAYOUTS)
 
 
 def test_the_order_of_tokens():
@@ -112,17 +106,17 @@ def test_the_order_of_tokens():
     np.testing.assert_array_equal(order.until_last, mask[:, 4])
 
 
-@pytest.mark.parametrize("block", [256, 7], ids=["one block", "several blocks"])
+@pytest.mark.parametrize("chunk", [256, 7], ids=["one chunk", "several chunks"])
 @pytest.mark.parametrize("per_row", [True, False], ids=["own state", "shared state"])
-@pytest.mark.parametrize("layout", PLACED)
-def test_every_layout(layout, per_row, block, laid_out):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout(layout, per_row, chunk, laid_out):
     """Every run is what it is alone, after its parent's tokens and the initial state; padding changes nothing."""
     x, stream, example = laid_out
     params = random_params(CONFIG)
     state = state_of(CONFIG, *[ROWS] * per_row, seed=3)
-    y, after = run(params, x, stream, state, block=block)
+    y, after = run(params, x, stream, state, chunk=chunk)
     assert np.isfinite(y).all()
-    for part in PLACED[layout]:
+    for part in LAYOUTS[layout]:
         initial = of_row(state, part.row) if per_row else state
         expected, end = token_by_token(CONFIG, params, example[part.example], initial)
         same(y[part.slice], expected[len(part.context) :])
@@ -177,19 +171,19 @@ def test_decoding_steps_of_finished_rows():
         np.testing.assert_array_equal(after.arrays[name][1], array[1])
 
 
-@pytest.mark.parametrize("block", [256, 7], ids=["one block", "several blocks"])
-def test_gradients_are_finite_differences(block, laid_out):
+@pytest.mark.parametrize("chunk", [256, 7], ids=["one chunk", "several chunks"])
+def test_gradients_are_finite_differences(chunk, laid_out):
     """Of every output and of the states, in all layouts at once, with a state that the rows share."""
     _, stream, example = laid_out
-    ids, _ = lay_out([part for parts in PLACED.values() for part in parts], LENGTH, ROWS)
+    ids, _ = lay_out([part for parts in LAYOUTS.values() for part in parts], LENGTH, ROWS)
     params, state = random_params(CONFIG), state_of(CONFIG, seed=3)
     generator = np.random.default_rng(7)
-    cotangents = [(p, generator.standard_normal((len(p.ids), WIDTH))) for parts in PLACED.values() for p in parts]
+    cotangents = [(p, generator.standard_normal((len(p.ids), WIDTH))) for parts in LAYOUTS.values() for p in parts]
     on_state = {name: generator.standard_normal(shape) for name, shape in CONFIG.state_shapes}
 
     def ours(x, arrays):
         real = (stream.segments > 0)[..., None]
-        y, after = run(params, jnp.where(real, x[ids], 0.0), stream, State(arrays), block=block)
+        y, after = run(params, jnp.where(real, x[ids], 0.0), stream, State(arrays), chunk=chunk)
         rows = np.asarray([root.row for root in ROOTS.values()])
         total = sum(jnp.sum(cotangent * y[part.slice]) for part, cotangent in cotangents)
         return total + sum(jnp.sum(after.arrays[name][rows] * array[None]) for name, array in on_state.items())
