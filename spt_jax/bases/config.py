@@ -25,6 +25,8 @@ _SIZES = {
     **dict.fromkeys(("no_rope_layer_interval", "full_attention_interval", "decoder_sparse_step"), (1, 10_000)),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), (1, 1 << 16)),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim"), (1, 1 << 16)),
+    **dict.fromkeys(("mamba_n_heads", "mamba_n_groups", "mamba_d_head", "mamba_d_conv", "mamba_expand"), (1, 1 << 16)),
+    **dict.fromkeys(("mamba_d_ssm", "mamba_d_state"), (1, 1 << 24)),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"), (0, 1 << 16)),
     **dict.fromkeys(("n_group", "topk_group"), (1, 1 << 16)),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), (0, 1 << 24)),
@@ -57,6 +59,8 @@ def _checked(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Checks sizes, those of the inner language model among them, and leaves out what is not read."""
     for name, (least, most) in _SIZES.items():
         value = fields.get(name)
+        if name == "mamba_d_head" and value == "auto":  # transformers computes it.
+            continue
         if value is not None and (type(value) is not int or not least <= value <= most):
             raise ConfigError(f"{name!r} is {value!r:.40}; it must be an integer from {least} to {most:,}")
     _check_repeats(fields.get("attention_types"))

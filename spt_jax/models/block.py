@@ -1,5 +1,8 @@
 """One layer of a decoder: attention and MLP with norms and residual connections."""
 
+import functools
+import operator
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -10,9 +13,10 @@ from spt_jax.models.delta_net import GatedDeltaNet
 from spt_jax.models.experts import Experts
 from spt_jax.models.kernels import Kernel
 from spt_jax.models.latent_attention import LatentAttention
-from spt_jax.models.layers import Mlp, Norm
+from spt_jax.models.layers import Mlp, Norm, scaled
+from spt_jax.models.mamba import Mamba2
 from spt_jax.models.memory import KeysValues, State
-from spt_jax.models.self_attention import Attention, LayerInputs, SharedInputs, of_row, unless_last
+from spt_jax.models.self_attention import Attention, LayerInputs, SharedInputs, unless_last
 from spt_jax.runtime.sharding import ROWS, constrain
 
 
@@ -26,7 +30,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], layer: LayerInputs, shared: SharedInputs
-    ) -> tuple[Float[Array, "B T D"], KeysValues | State]:
+    ) -> tuple[Float[Array, "B T D"], tuple[KeysValues | State, ...]]:
         config = self.config
         x = constrain(self.mesh, x, ROWS, "sequence")
         normed = self.norm("attention_norm", x, ("before", "around"))
@@ -52,16 +56,23 @@ class Block(nn.Module):
 
     def mixed(
         self, x: Float[Array, "B T D"], layer: LayerInputs, shared: SharedInputs
-    ) -> tuple[Float[Array, "B T D"], KeysValues | State]:
-        """Returns the output of attention, or of the recurrent layer in its place, and what it remembers."""
-        config = self.config
-        if config.delta_net is None:
+    ) -> tuple[Float[Array, "B T D"], tuple[KeysValues | State, ...]]:
+        """Returns the output of attention and of the recurrent part, and what they remember, in this order."""
+        config, found = self.config, []
+        if config.attends:
             kind = Attention if config.latent is None else LatentAttention
-            return kind(config, self.mesh, self.kernel, name="attention")(x, layer, shared)
-        state = of_row(shared.stream.prompt_index, layer.prefix) if layer.cache is None else layer.cache
-        if not isinstance(state, State):
-            state = State({name: jnp.zeros(shape) for name, shape in config.delta_net.state_shapes})
-        return GatedDeltaNet(config.delta_net, name="delta_net")(x, shared.stream, state)
+            found.append(kind(config, self.mesh, self.kernel, name="attention")(x, layer, shared))
+        if config.recurrent is not None:
+            state, order = layer.state, shared.order
+            assert order is not None
+            if state is None:
+                state = State({name: jnp.zeros(shape) for name, shape in config.recurrent.state_shapes})
+            if config.delta_net is not None:
+                found.append(GatedDeltaNet(config.delta_net, name="delta_net")(x, order, state))
+            if config.mamba is not None:
+                found.append(Mamba2(config.mamba, name="mamba")(x, order, state))
+        outputs, own = zip(*found, strict=True)
+        return functools.reduce(operator.add, outputs), own
 
     def norm(self, name: str, x: Float[Array, "B T D"], places: tuple[str, ...]) -> Float[Array, "B T D"]:
         """Normalizes x if the config's norms are at one of these places."""
@@ -70,8 +81,7 @@ class Block(nn.Module):
     def scaled(self, part: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns the output of attention or MLP as it is added to the residual."""
         x = self.norm(f"{part}_out_norm", x, ("after", "around"))
-        scale = self.config.residual_scale
-        return x if scale is None else x * jnp.asarray(scale, x.dtype)
+        return scaled(x, self.config.residual_scale)
 
     def layer_scaled(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Multiplies the output of a layer by its number, in families that have one."""

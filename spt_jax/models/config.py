@@ -10,7 +10,8 @@ from spt_jax.errors import ConfigError
 from spt_jax.models.delta_net_config import DeltaNetConfig
 from spt_jax.models.experts_config import ExpertsConfig
 from spt_jax.models.latent_config import LatentConfig
-from spt_jax.models.layout import SELF
+from spt_jax.models.layout import RECURRENT, SELF, Group, StateGroup
+from spt_jax.models.mamba_config import MambaConfig
 from spt_jax.models.rope import RopeConfig
 
 
@@ -21,7 +22,7 @@ class Variant:
     Attributes:
       name: of the group of their keys and values, if these have other sizes than the other layers'.
       layers: indices of the layers. A layer may be in several variants.
-      value_is_key, experts, delta_net: see `DecoderConfig`.
+      value_is_key, experts, delta_net, mamba: see `DecoderConfig`.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Variant:
     value_is_key: bool | None = None
     experts: ExpertsConfig | None = None
     delta_net: DeltaNetConfig | None = None
+    mamba: MambaConfig | None = None
 
     def changes(self) -> dict[str, object]:
         """Returns the fields of `DecoderConfig` that differ."""
@@ -80,12 +82,17 @@ class DecoderConfig:
       embedding_scale: factor of the rows of the embedding table, not of virtual tokens.
       input_scale: factor of all inputs, virtual tokens among them.
       residual_scale: factor of the outputs of attention and MLP.
+      attention_input_scale, attention_output_scale: factors of the input of the queries, keys and values, and of the
+        output of attention.
+      key_scale: factor of keys, those that are remembered among them.
+      mlp_gate_scale, mlp_output_scale: factors of the MLP's gate before its activation function, and of its output.
       layer_scale: whether each layer's output is multiplied by a stored number.
       score_scale: factor of attention scores; None for H^-0.5.
       score_cap, logit_cap: soft caps of attention scores and logits.
       logit_scale: factor of the logits.
       experts: mixture of experts in place of the MLP.
       delta_net: recurrent layer in place of attention.
+      mamba: recurrent layer in place of attention, or beside it.
       latent: attention whose heads share one latent per token; `head_size` is the size of its rotated part.
       variants: layers of other kinds.
     """
@@ -135,6 +142,11 @@ class DecoderConfig:
     embedding_scale: float | None = None
     input_scale: float | None = None
     residual_scale: float | None = None
+    attention_input_scale: float | None = None
+    attention_output_scale: float | None = None
+    key_scale: float | None = None
+    mlp_gate_scale: float | None = None
+    mlp_output_scale: float | None = None
     layer_scale: bool = False
     score_scale: float | None = None
     score_cap: float | None = None
@@ -142,6 +154,7 @@ class DecoderConfig:
     logit_scale: float | None = None
     experts: ExpertsConfig | None = None
     delta_net: DeltaNetConfig | None = None
+    mamba: MambaConfig | None = None
     latent: LatentConfig | None = None
     variants: tuple[Variant, ...] = ()
 
@@ -159,8 +172,10 @@ class DecoderConfig:
         if any(not 0 <= layer < self.layers for layer in listed):
             raise ConfigError(f"the lists of layers name more than the {self.layers} layers of the model")
         for name, found in collections.Counter(one.name for one in self.variants).items():
-            if found > 1 or name == SELF:
-                raise ConfigError(f"variants need names of their own, other than {SELF!r}; {name!r} is taken")
+            if found > 1 or name in (SELF, RECURRENT):
+                raise ConfigError(
+                    f"variants need names of their own, other than {SELF!r} and {RECURRENT!r}; {name!r} is taken"
+                )
         for one in self.variants:
             if len(set(one.layers)) < len(one.layers):
                 raise ConfigError(f"the variant {one.name!r} names a layer twice")
@@ -171,6 +186,12 @@ class DecoderConfig:
                 rope.check(self.head_size)
         if self.latent is not None and (self.rope is None or self.latent.rotated_size != self.head_size):
             raise ConfigError("latent attention needs a RoPE, and head_size must be the size of the rotated part")
+        if self.delta_net is not None and self.mamba is not None:
+            raise ConfigError("a layer cannot have both Gated DeltaNet and Mamba-2")
+        if self.latent is not None and any((self.attention_input_scale, self.attention_output_scale, self.key_scale)):
+            raise ConfigError("latent attention has no scales of its input, keys and output")
+        if self.experts is not None and any((self.mlp_gate_scale, self.mlp_output_scale)):
+            raise ConfigError("experts have no scales of their gates and outputs")
         finite = [name for name in _POSITIVE if (value := getattr(self, name)) is not None and not 0 < value < math.inf]
         if finite:
             raise ConfigError(f"{finite[0]} is {getattr(self, finite[0])}; it must be a finite number above 0")
@@ -193,6 +214,29 @@ class DecoderConfig:
         return self.rope is None and self.positions == "alibi"
 
     @property
+    def recurrent(self) -> DeltaNetConfig | MambaConfig | None:
+        """The recurrent part of a layer, if this is the config of the layer."""
+        return self.delta_net or self.mamba
+
+    @property
+    def attends(self) -> bool:
+        """Whether a layer has attention, if this is its config."""
+        return self.recurrent is None or (self.mamba is not None and self.mamba.beside_attention)
+
+    @property
+    def remembers(self) -> tuple[Group | StateGroup, ...]:
+        """What a layer remembers, if this is its config: keys and values, then a state. The groups list no layers."""
+        found: list[Group | StateGroup] = []
+        if self.attends:
+            sizes = self.kv_heads, self.head_size, self.head_size
+            if self.latent is not None:
+                sizes = 1, self.latent.key_size, self.latent.rank
+            found.append(Group((), *sizes))
+        if self.recurrent is not None:
+            found.append(StateGroup((), self.recurrent.state_shapes))
+        return tuple(found)
+
+    @property
     def matmul_parameters(self) -> int:
         """Parameters that every token is multiplied with, without the output matrix."""
         return sum(config.matmul_parameters_of_layer for config in layer_configs(self))
@@ -204,8 +248,10 @@ class DecoderConfig:
             mlp = self.experts.matmul_parameters(self.width)
         else:
             mlp = self.width * self.mlp_width * (3 if self.gated_mlp else 2)
-        if self.delta_net is not None:
-            return self.delta_net.matmul_parameters(self.width) + mlp
+        if self.recurrent is not None:
+            mlp += self.recurrent.matmul_parameters(self.width)
+        if not self.attends:
+            return mlp
         if self.latent is not None:
             return self.latent.matmul_parameters(self.width, self.heads) + mlp
         outputs = (3 if self.attention_gate else 2) * self.heads + (1 if self.value_is_key else 2) * self.kv_heads
@@ -213,7 +259,8 @@ class DecoderConfig:
 
 
 _POSITIVE = ("norm_epsilon", "embedding_scale", "input_scale", "residual_scale", "score_scale", "score_cap",
-             "logit_cap", "logit_scale", "clip_qkv", "alibi_scale")  # fmt: skip
+             "logit_cap", "logit_scale", "clip_qkv", "alibi_scale", "attention_input_scale", "attention_output_scale",
+             "key_scale", "mlp_gate_scale", "mlp_output_scale")  # fmt: skip
 
 
 @functools.lru_cache(maxsize=64)
@@ -248,15 +295,15 @@ class Stack:
       path: the path of their parameters.
       layers: indices of the layers, in the order of that axis.
       config: of one of them.
-      group: name of the group of what they remember.
-      at: place of the stack among those of its group in one period.
+      groups: names of the groups of what they remember: keys and values, then a state.
+      places: for each group, the place of the stack among those of the group in one period.
     """
 
     path: str
     layers: tuple[int, ...]
     config: DecoderConfig
-    group: str
-    at: int
+    groups: tuple[str, ...]
+    places: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,8 +325,8 @@ class Period:
     def groups(self) -> dict[str, int]:
         """Returns how many stacks each group has."""
         found: dict[str, int] = {}
-        for stack in self.stacks:
-            found[stack.group] = found.get(stack.group, 0) + 1
+        for name in (name for stack in self.stacks for name in stack.groups):
+            found[name] = found.get(name, 0) + 1
         return found
 
 
@@ -302,9 +349,9 @@ def periods(config: DecoderConfig) -> tuple[Period, ...]:
         stacks: list[Stack] = []
         for i in range(start, start + size):
             path = name if size == 1 else f"{name}/{i - start}"
-            at = sum(stack.group == groups[i] for stack in stacks)
+            places = tuple(sum(name in stack.groups for stack in stacks) for name in groups[i])
             layers = tuple(range(i, i + size * repeats, size))
-            stacks.append(Stack(path, layers, _of_layers(configs[i], layers), groups[i], at))
+            stacks.append(Stack(path, layers, _of_layers(configs[i], layers), groups[i], places))
         found.append(Period(name, tuple(stacks)))
         start += size * repeats
         if sum(len(period.stacks) for period in found) > MAX_STACKS:
@@ -325,17 +372,26 @@ def _of_layers(config: DecoderConfig, layers: tuple[int, ...]) -> DecoderConfig:
     return config
 
 
-def group_names(config: DecoderConfig) -> tuple[str, ...]:
-    """Returns the name of the group of each layer's memory: that of the first variant with such sizes, or "self"."""
-    names, sizes = {_memory_sizes(config): SELF}, [_memory_sizes(one) for one in layer_configs(config)]
-    for own, kind in zip(sizes, layer_kinds(config), strict=True):
-        if kind:
-            names.setdefault(own, kind[0])
-    return tuple(names[own] for own in sizes)
+def group_names(config: DecoderConfig) -> tuple[tuple[str, ...], ...]:
+    """Returns the names of the groups of what each layer remembers, in the order of `DecoderConfig.remembers`.
 
+    Layers that remember the same shapes share a group. It has the name of the first variant with it, or "self". Of a
+    layer that also has a state beside its attention, the group of the state has "recurrent" in its name.
+    """
 
-def _memory_sizes(config: DecoderConfig) -> tuple[int, int] | DeltaNetConfig | LatentConfig:
-    return config.delta_net or config.latent or (config.kv_heads, config.head_size)
+    def new(name: str) -> tuple[str, str]:
+        return name, RECURRENT if name == SELF else f"{name}_{RECURRENT}"
+
+    names = dict(zip(config.remembers, new(SELF), strict=False))
+    kinds, configs = layer_kinds(config), layer_configs(config)
+    by_kind: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for kind, own in zip(kinds, configs, strict=True):
+        if kind not in by_kind:
+            remembered = own.remembers
+            for shape, name in zip(remembered, new(kind[0] if kind else SELF), strict=False):
+                names.setdefault(shape, name)
+            by_kind[kind] = tuple(names[shape] for shape in remembered)
+    return tuple(by_kind[kind] for kind in kinds)
 
 
 def _longest_repetition(kinds: tuple[tuple[str, ...], ...]) -> tuple[int, int]:

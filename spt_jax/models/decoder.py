@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -19,6 +20,7 @@ from spt_jax.models.kernels import Kernel
 from spt_jax.models.layers import Linear, Norm
 from spt_jax.models.layout import Group, Layout, StateGroup
 from spt_jax.models.memory import KeysValues, Memory, State, keys_values
+from spt_jax.models.recurrence import TokenOrder, token_order
 from spt_jax.models.ring import splits
 from spt_jax.models.rope import rotation
 from spt_jax.models.self_attention import ATTENTION, LayerInputs, SharedInputs, of_row
@@ -34,8 +36,8 @@ class Remembered:
     """What layers are given of earlier tokens, by group, with the layers of the group as the leading axis.
 
     Attributes:
-      prefix: keys and values of the prefix.
-      cache: keys and values of the cache.
+      prefix: keys and values, or states, of the prefix.
+      cache: keys and values, or states, of the cache.
       gated: keys and values of the gated prefix, and gates, which are 0 for layers without one.
     """
 
@@ -43,13 +45,23 @@ class Remembered:
     cache: Memory | None
     gated: dict[str, tuple[KeysValues, Float[Array, "L ..."]]] | None
 
-    def of_layer(self, stack: Stack) -> dict[str, Any]:
+    def of_layer(self, stack: Stack, prompt_index: Int[Array, " B"] | None) -> dict[str, Any]:
         """Returns the fields of `LayerInputs` for the layer of a stack, if the axis is that of its group's stacks."""
-        fields = {"prefix": self.prefix, "cache": self.cache, "gated": self.gated}
-        return {
-            name: None if field is None else jax.tree.map(lambda a: a[stack.at], field.get(stack.group))
-            for name, field in fields.items()
-        }
+        fields: dict[str, Any] = {}
+        for group, place in zip(stack.groups, stack.places, strict=True):
+            prefix, cache, gated = (
+                None if field is None else jax.tree.map(lambda a, place=place: a[place], field.get(group))
+                for field in (self.prefix, self.cache, self.gated)
+            )
+            if isinstance(prefix, State) or isinstance(cache, State):
+                fields["state"] = of_row(prompt_index, prefix) if cache is None else cache
+            else:
+                fields |= {
+                    name: own
+                    for name, own in (("prefix", prefix), ("cache", cache), ("gated", gated))
+                    if own is not None
+                }
+        return fields
 
 
 class PeriodOfLayers(nn.Module):
@@ -76,9 +88,10 @@ class PeriodOfLayers(nn.Module):
             block = kind(stack.config, self.mesh, self.kernel, name=str(i))
             if len(self.period.stacks) == 1:
                 nn.share_scope(self, block)
-            layer = dataclasses.replace(inputs[i], **remembered.of_layer(stack))
-            x, remembered_here = block(x, layer, shared[i])
-            own.setdefault(stack.group, []).append(remembered_here)
+            given = remembered.of_layer(stack, shared[i].stream.prompt_index)
+            x, kept = block(x, dataclasses.replace(inputs[i], **given), shared[i])
+            for group, part in zip(stack.groups, kept, strict=True):
+                own.setdefault(group, []).append(part)
         return x, {name: _stack(parts) for name, parts in own.items()} if self.return_memory else None
 
 
@@ -169,9 +182,10 @@ class Decoder(nn.Module):
         remembered = _remembered(config, rows, prefix, cache, gated)
         ring = cache is None and splits(self.mesh, rows)
         x, own = self.enter(x, rows), []
+        orders = _orders(config, rows)
         for period in periods(config):
             inputs = tuple(_layer_inputs(config, stack, return_hidden) for stack in period.stacks)
-            shared = tuple(_shared_inputs(stack, rows, prefix, cache, ring=ring) for stack in period.stacks)
+            shared = tuple(_shared_inputs(one, rows, prefix, cache, orders, ring=ring) for one in period.stacks)
             in_axes: Any = (0, 0, nn.broadcast)
             scan = nn.scan(
                 PeriodOfLayers,
@@ -246,7 +260,7 @@ def _of_period(remembered: Remembered, config: DecoderConfig, period: Period) ->
     first = period.stacks[0].layers[0]
 
     def of_group(name: str, tree: Any) -> Any:
-        before, stacks = names[:first].count(name), period.groups()[name]
+        before, stacks = sum(name in own for own in names[:first]), period.groups()[name]
         count = stacks * period.repeats
 
         def by_repeat(array: Array) -> Array:
@@ -295,16 +309,32 @@ def _all_windowed(stack: Stack) -> bool:
     return set(stack.layers) <= set(stack.config.window_layers)
 
 
-def _shared_inputs(stack: Stack, rows: Stream, prefix: Prefix | None, cache: Cache | None, ring: bool) -> SharedInputs:
+def _orders(config: DecoderConfig, rows: Stream) -> dict[int, TokenOrder]:
+    """Returns the order of the tokens for recurrent layers, by the number of tokens that their states remember."""
+    recurrent = {stack.config.recurrent for period in periods(config) for stack in period.stacks}
+    widths = {one.convolution_width for one in recurrent if one is not None}
+    return {width - 1: token_order(rows, width - 1) for width in sorted(widths)}
+
+
+def _shared_inputs(
+    stack: Stack,
+    rows: Stream,
+    prefix: Prefix | None,
+    cache: Cache | None,
+    orders: Mapping[int, TokenOrder],
+    *,
+    ring: bool,
+) -> SharedInputs:
     """Returns the inputs that layers share. With ring attention there are no masks, as each device computes its own."""
     config = stack.config
+    order = None if config.recurrent is None else orders[config.recurrent.convolution_width - 1]
     cos_sin, local = (
         None if rope is None else rotation(rope, config.head_size, rows.positions)
         for rope in (config.rope, config.local_rope)
     )
     prefix_positions = None if prefix is None else of_row(rows.prompt_index, prefix.positions)
     if ring:
-        return SharedInputs(cos_sin, local, rows, prefix_positions, (), None, None)
+        return SharedInputs(cos_sin, local, rows, order, prefix_positions, (), None, None)
     sources: list[tuple[Array, Array | None]] = [(rows.positions, rows.segments)]
     if cache is not None:
         sources.insert(0, (cache.positions, cache.segments))
@@ -314,32 +344,23 @@ def _shared_inputs(stack: Stack, rows: Stream, prefix: Prefix | None, cache: Cac
     key_positions = tuple(positions for positions, _ in sources) if config.biased else ()
     masks = tuple(visible(rows, positions, segments) for positions, segments in sources)
     if not config.window_layers:
-        return SharedInputs(cos_sin, local, rows, prefix_positions, key_positions, masks, None)
+        return SharedInputs(cos_sin, local, rows, order, prefix_positions, key_positions, masks, None)
     windows = [within_window(rows, positions, config.window) for positions, _ in sources]
     window_masks = tuple(mask & window for mask, window in zip(masks, windows, strict=True))
     if _all_windowed(stack):
-        return SharedInputs(cos_sin, local, rows, prefix_positions, key_positions, window_masks, None)
-    return SharedInputs(cos_sin, local, rows, prefix_positions, key_positions, masks, window_masks)
-
-
-def _memory_sizes(config: DecoderConfig) -> tuple[int, int, int]:
-    """Returns the heads of what a layer with attention remembers, and the sizes of its keys and values."""
-    if config.latent is not None:
-        return 1, config.latent.key_size, config.latent.rank
-    return config.kv_heads, config.head_size, config.head_size
+        return SharedInputs(cos_sin, local, rows, order, prefix_positions, key_positions, window_masks, None)
+    return SharedInputs(cos_sin, local, rows, order, prefix_positions, key_positions, masks, window_masks)
 
 
 @functools.lru_cache(maxsize=64)
 def decoder_layout(config: DecoderConfig) -> Layout:
     """Returns the layout of a decoder."""
+    shapes: dict[str, Group | StateGroup] = {}
     layers: dict[str, list[int]] = {}
-    for i, name in enumerate(group_names(config)):
-        layers.setdefault(name, []).append(i)
-    groups: dict[str, Group | StateGroup] = {}
-    for name, own in layers.items():
-        sizes = layer_configs(config)[own[0]]
-        if sizes.delta_net is None:
-            groups[name] = Group(tuple(own), *_memory_sizes(sizes))
-        else:
-            groups[name] = StateGroup(tuple(own), sizes.delta_net.state_shapes)
+    for i, (names, own) in enumerate(zip(group_names(config), layer_configs(config), strict=True)):
+        for name in names:
+            layers.setdefault(name, []).append(i)
+        if not shapes.keys() >= set(names):
+            shapes |= zip(names, own.remembers, strict=True)
+    groups = {name: dataclasses.replace(shapes[name], layers=tuple(own)) for name, own in layers.items()}
     return Layout(config.vocab_size, config.input_width, config.max_positions, groups)

@@ -4,117 +4,41 @@ Per value head, a matrix S of keys by values is decayed and corrected at every t
 
     S_i = exp(g_i) S_(i-1) + k_i u_i^T,    u_i = beta_i (v_i - exp(g_i) S_(i-1)^T k_i),    o_i = S_i^T q_i
 
-A row holds several examples, and some branch off the end of another, so that "before" is a relation between tokens and
-not their order in the row. With G_i the sum of g over token i and the tokens before it, unrolling the recurrence gives
+"Before" is the relation of `TokenOrder`, and not the order in the row, which is computed by chunks. With G_i the sum of
+g over token i and the tokens of its chunk before it, and S_0 the state after the nearest token before token i in an
+earlier chunk, unrolling the recurrence gives
 
     u_i = beta_i (v_i - exp(G_i) S_0^T k_i - sum over j before i of exp(G_i - G_j) (k_i . k_j) u_j)
     o_i = exp(G_i) S_0^T q_i + sum over j before i, and i itself, of exp(G_i - G_j) (q_i . k_j) u_j
 
-which is one triangular system per head. It is solved by blocks of tokens.
+with j in the chunk of i, which is one triangular system per head.
 """
 
-import dataclasses
-import functools
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from spt_jax.models.attention import Stream, visible
-from spt_jax.models.delta_net_config import DeltaNetConfig
+from spt_jax.models.delta_net_config import CHUNK, DeltaNetConfig
 from spt_jax.models.layers import Linear
 from spt_jax.models.memory import State
+from spt_jax.models.recurrence import (
+    Chunk,
+    ChunkResult,
+    GatedNorm,
+    TokenOrder,
+    by_chunks,
+    convolve,
+    decay_sums,
+    decayed,
+    end_states,
+    exact_einsum,
+)
 
 # Added to the squared length of queries and keys before they are divided by their length.
 LENGTH_EPSILON = 1e-6
-
-# Accelerators would round float32 factors to fewer bits. The sums of decays and the triangular system need them all.
-_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TokenOrder:
-    """Which tokens of a row come before which. Padding comes before nothing, and nothing before it.
-
-    Indices count the C tokens that the state remembers, then the T tokens of the row.
-
-    Attributes:
-      mask: True where the key is the query itself or a token before it.
-      previous: the index of the token right before each of the C + T; that of the first one is not used.
-      last: the index of the last token of the row that has no parent; C - 1 if the row has none.
-      until_last: True for that token and those before it.
-    """
-
-    mask: Bool[Array, "B T T"]
-    previous: Int[Array, "B _"]
-    last: Int[Array, " B"]
-    until_last: Bool[Array, "B T"]
-
-
-def token_order(stream: Stream, remembered: int) -> TokenOrder:
-    """Returns the order of the tokens of each row.
-
-    The tokens before a token are those that attention would see: the earlier ones of its segment, and those of the
-    parent of its segment. The order must be a tree, with every token to the right of those before it: a parent has no
-    parent, and its children start where it ends.
-
-    Args:
-      stream: positions and segments of the tokens.
-      remembered: number C of tokens that the state remembers.
-    """
-    batch, length = stream.positions.shape
-    real = stream.segments > 0
-    mask = visible(stream, stream.positions, stream.segments) & real[:, :, None]
-    places = remembered + jnp.arange(length)[None]
-    before = mask & ~jnp.eye(length, dtype=bool)[None]
-    # The mask contains no token to the right, so the rightmost one before a token is the nearest.
-    nearest = jnp.max(jnp.where(before, places[:, None], remembered - 1), axis=2)
-    chain = jnp.broadcast_to(jnp.arange(-1, remembered - 1)[None], (batch, remembered))
-    last = jnp.max(jnp.where(real & (stream.parents == 0), places, remembered - 1), axis=1)
-    until_last = jnp.any(mask & (places == last[:, None])[:, :, None], axis=1)
-    return TokenOrder(mask, jnp.concatenate([jnp.maximum(chain, 0), nearest], axis=1), last, until_last)
-
-
-def _backwards(order: TokenOrder, start: Int[Array, "B N"], count: int) -> list[Int[Array, "B N"]]:
-    """Returns the indices of the tokens at `start`, of those right before them, and so on, `count` of them."""
-    found = [start]
-    for _ in range(count - 1):
-        found.append(jnp.take_along_axis(order.previous, found[-1], axis=1, mode="promise_in_bounds"))
-    return found
-
-
-def _pick(tail: Float[Array, "B C F"], x: Float[Array, "B T F"], index: Int[Array, "B N"]) -> Float[Array, "B N F"]:
-    """Returns rows of the remembered tokens and of the row, by the indices of `TokenOrder`, in float32."""
-    whole = jnp.concatenate([tail, x.astype(jnp.float32)], axis=1)
-    return jnp.take_along_axis(whole, index[:, :, None], axis=1, mode="promise_in_bounds")
-
-
-def convolve(
-    x: Float[Array, "B T F"], kernel: Float[Array, "W F"], tail: Float[Array, "B C F"], order: TokenOrder
-) -> tuple[Float[Array, "B T F"], Float[Array, "B C F"]]:
-    """Computes the causal depthwise convolution of each token and the C = W - 1 tokens before it.
-
-    Args:
-      x: inputs of the row's tokens.
-      kernel: weights; the last row is that of the token itself.
-      tail: inputs of the last tokens before the row, float32.
-      order: the order of the tokens.
-
-    Returns:
-      The result in float32, and the tail after the last token of the row that has no parent.
-    """
-    batch, length, _ = x.shape
-    width = kernel.shape[0]
-    weights = kernel.astype(jnp.float32)[::-1]
-    places = jnp.broadcast_to(width - 1 + jnp.arange(length)[None], (batch, length))
-    y = x.astype(jnp.float32) * weights[None, None, 0]
-    for weight, index in zip(weights[1:], _backwards(order, places, width)[1:], strict=True):
-        y = y + _pick(tail, x, index) * weight[None, None]
-    last = _backwards(order, order.last[:, None], width - 1)
-    return y, _pick(tail, x, jnp.concatenate(last[::-1], axis=1))
 
 
 class DeltaInputs(NamedTuple):
@@ -128,98 +52,36 @@ class DeltaInputs(NamedTuple):
       betas: how much of its correction each token writes, from 0 to 1.
     """
 
-    queries: Float[Array, "B K T H"]
-    keys: Float[Array, "B K T H"]
-    values: Float[Array, "B K R T Hv"]
-    decays: Float[Array, "B K R T"]
-    betas: Float[Array, "B K R T"]
+    queries: Float[Array, "B T K H"]
+    keys: Float[Array, "B T K H"]
+    values: Float[Array, "B T K R Hv"]
+    decays: Float[Array, "B T K R"]
+    betas: Float[Array, "B T K R"]
 
 
 @jax.named_scope("delta_rule")
-def delta_rule(
-    inputs: DeltaInputs,
-    initial: Float[Array, "B K R H Hv"],
-    mask: Bool[Array, "B T T"],
-    last: Bool[Array, "B T"],
-    block: int = 128,
-) -> tuple[Float[Array, "B K R T Hv"], Float[Array, "B K R H Hv"]]:
-    """Computes the gated delta rule (Yang et al. 2024, equation 10) over tokens that form trees.
+def delta_rule(chunk: Chunk[DeltaInputs], states: Float[Array, "S B K R H Hv"]) -> ChunkResult:
+    """Computes the gated delta rule (Yang et al. 2024, equation 10) over a chunk of tokens."""
+    queries, keys, values, decays, betas = chunk.inputs
+    length = keys.shape[1]
+    by_head, factors = jnp.moveaxis(decays, 1, -1), jnp.moveaxis(betas, 1, -1)[..., None]
+    sums = decay_sums(chunk.mask, by_head)
+    weights, grown = decayed(sums, sums, chunk.mask), jnp.exp(jnp.sum(sums, axis=0))[..., None]
+    both, base = jnp.concatenate([queries, keys], axis=1), jnp.concatenate([chunk.base, chunk.base], axis=1)
+    choices = exact_einsum("btkh,bts->btskh", both, base.astype(jnp.float32))
+    read = exact_einsum("btskh,sbkrhv->bkrtv", choices, states)
+    products = exact_einsum("btkh,bskh->bkts", both, keys)[:, :, None]
 
-    The time is quadratic in T, as for attention; the temporary memory is that of `block` queries.
-
-    Args:
-      inputs: queries, keys, values, decays and betas.
-      initial: the state before the first token of every tree.
-      mask: True where the key is the query itself or a token before it, which is to its left.
-      last: the tokens up to the one whose state is returned; none for `initial` itself.
-      block: queries that are solved for together.
-
-    Returns:
-      The outputs, and the state after the last one of `last`.
-    """
-    queries, keys, values, decays, betas = inputs
-    length = keys.shape[2]
-    sums = _sums(mask, decays)
-    grown = jnp.exp(jnp.sum(sums, axis=0))[..., None]
-    targets = betas[..., None] * (values - grown * _einsum("bkth,bkrhv->bkrtv", keys, initial))
-    outputs, updates = [], []
-    for start in range(0, length, block):
-        step = functools.partial(_of_block, slice(start, min(start + block, length)))
-        step = step if length <= block else jax.checkpoint(step)
-        output, update = step(inputs, sums, targets, mask, updates)
-        outputs.append(output)
-        updates.append(update)
-    outputs = grown * _einsum("bkth,bkrhv->bkrtv", queries, initial) + jnp.concatenate(outputs, axis=3)
-    final = _sums(last[:, None], decays)
-    weights = _decayed(final, sums, last[:, None])[..., 0, :, None]
-    written = _einsum("bksh,bkrsv->bkrhv", keys, weights * jnp.concatenate(updates, axis=3))
-    return outputs, jnp.exp(jnp.sum(final, axis=0))[..., None] * initial + written
-
-
-def _sums(mask: Bool[Array, "B T S"], decays: Float[Array, "B K R S"]) -> Float[Array, "2 B K R T"]:
-    """Returns the sums G of decays as a multiple of 1/64 and a small rest.
-
-    Sums of multiples of 1/64 are exact. Differences of G are so as precise in a long row as in a short one.
-    """
-    coarse = jax.lax.stop_gradient(jnp.round(decays * 64) / 64)
-    return _einsum("bts,pbkrs->pbkrt", mask.astype(jnp.float32), jnp.stack([coarse, decays - coarse]))
-
-
-def _decayed(
-    at: Float[Array, "2 B K R T"], before: Float[Array, "2 B K R S"], mask: Bool[Array, "B T S"]
-) -> Float[Array, "B K R T S"]:
-    """Returns exp(G_i - G_j) where the mask is True, else 0. Differences outside of the mask may overflow."""
-    shown = mask[:, None, None]
-    coarse, rest = at[..., :, None] - before[..., None, :]
-    return jnp.where(shown, jnp.exp(jnp.where(shown, coarse + rest, 0.0)), 0.0)
-
-
-def _of_block(
-    own: slice,
-    inputs: DeltaInputs,
-    sums: Float[Array, "2 B K R T"],
-    targets: Float[Array, "B K R T Hv"],
-    mask: Bool[Array, "B T T"],
-    earlier: list[Float[Array, "B K R _ Hv"]],
-) -> tuple[Float[Array, "B K R _ Hv"], Float[Array, "B K R _ Hv"]]:
-    """Solves for a block of tokens, given the updates of the blocks before it.
-
-    Returns:
-      What the tokens of the block read of all updates so far, and their own updates.
-    """
-    length, seen = own.stop - own.start, slice(own.stop)
-    both = jnp.concatenate([inputs.queries[:, :, own], inputs.keys[:, :, own]], axis=2)
-    products = _einsum("bkth,bksh->bkts", both, inputs.keys[:, :, seen])[:, :, None]
-    weights = _decayed(sums[..., own], sums[..., seen], mask[:, own, seen])
-    system = inputs.betas[..., own, None] * products[..., length:, :] * weights
-    update = targets[..., own, :]
-    if earlier:
-        before = jnp.concatenate(earlier, axis=3)
-        update = update - _einsum("bkrts,bkrsv->bkrtv", system[..., : own.start], before)
+    updates = factors * (jnp.moveaxis(values, 1, 3) - grown * read[..., length:, :])
     if length > 1:
-        update = _solve(system[..., own], update)
-    updates = jnp.concatenate([*earlier, update], axis=3)
-    return _einsum("bkrts,bkrsv->bkrtv", products[..., :length, :] * weights, updates), update
+        updates = _solve(factors * products[..., length:, :] * weights, updates)
+    own = exact_einsum("bkrts,bkrsv->bkrtv", products[..., :length, :] * weights, updates)
+    outputs = jnp.moveaxis(grown * read[..., :length, :] + own, 3, 1)
+
+    def written(weights: Float[Array, "B K R E T"]) -> Float[Array, "E B K R H Hv"]:
+        return exact_einsum("bkres,bskh,bkrsv->ebkrhv", weights, keys, updates)
+
+    return ChunkResult(outputs, end_states(chunk, by_head, sums, states, written))
 
 
 def _solve(system: Float[Array, "B K R T T"], targets: Float[Array, "B K R T Hv"]) -> Float[Array, "B K R T Hv"]:
@@ -230,9 +92,9 @@ def _solve(system: Float[Array, "B K R T T"], targets: Float[Array, "B K R T Hv"
     """
     lower = jnp.tril(system, -1)
     inverse = _inverse(jax.lax.stop_gradient(lower))
-    found = _einsum("bkrts,bkrsv->bkrtv", inverse, jax.lax.stop_gradient(targets))
-    change = _einsum("bkrts,bkrsv->bkrtv", lower - jax.lax.stop_gradient(lower), found)
-    return _einsum("bkrts,bkrsv->bkrtv", inverse, targets - change)
+    found = exact_einsum("bkrts,bkrsv->bkrtv", inverse, jax.lax.stop_gradient(targets))
+    change = exact_einsum("bkrts,bkrsv->bkrtv", lower - jax.lax.stop_gradient(lower), found)
+    return exact_einsum("bkrts,bkrsv->bkrtv", inverse, targets - change)
 
 
 def _inverse(lower: Float[Array, "B K R T T"]) -> Float[Array, "B K R T T"]:
@@ -248,22 +110,10 @@ def _inverse(lower: Float[Array, "B K R T T"]) -> Float[Array, "B K R T T"]:
         number = places >> level  # of the block that each row or column is in
         corners = (number[:, None] == number[None] + 1) & (number[:, None] % 2 == 1)
         shown = jnp.where(corners[None, None, None], lower, 0.0)
-        return inverse - _einsum("bkrit,bkrtu,bkruj->bkrij", inverse, shown, inverse)
+        return inverse - exact_einsum("bkrit,bkrtu,bkruj->bkrij", inverse, shown, inverse)
 
     identity = jnp.broadcast_to(jnp.eye(length, dtype=lower.dtype), lower.shape)
     return jax.lax.fori_loop(0, (length - 1).bit_length(), double, identity)
-
-
-class GatedNorm(nn.Module):
-    """RMSNorm of each head, multiplied by the SiLU of a gate, in float32."""
-
-    epsilon: float
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B T N Hv"], gate: Float[Array, "B T N Hv"]) -> Float[Array, "B T N Hv"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return x * scale[None, None, None] * jax.nn.silu(gate.astype(jnp.float32))
 
 
 def _unit(x: Float[Array, "B T K H"]) -> Float[Array, "B T K H"]:
@@ -280,20 +130,22 @@ class GatedDeltaNet(nn.Module):
 
     Attributes:
       config: sizes of the layer.
-      block: queries that are solved for together in a long row.
+      chunk: tokens of a chunk of a long row.
     """
 
     config: DeltaNetConfig
-    block: int = 128
+    chunk: int = CHUNK
 
     @nn.compact
     @jax.named_scope("delta_net")
-    def __call__(self, x: Float[Array, "B T D"], stream: Stream, state: State) -> tuple[Float[Array, "B T D"], State]:
+    def __call__(
+        self, x: Float[Array, "B T D"], order: TokenOrder, state: State
+    ) -> tuple[Float[Array, "B T D"], State]:
         """Applies the layer to rows of tokens.
 
         Args:
           x: hidden states.
-          stream: positions and segments of the tokens; see `token_order` for what they must satisfy.
+          order: the order of the tokens, with C = convolution_width - 1.
           state: the state before the rows; without the axis B, one that all rows share.
 
         Returns:
@@ -302,7 +154,6 @@ class GatedDeltaNet(nn.Module):
         config = self.config
         batch, length, width = x.shape
         heads, repeats = config.key_heads, config.value_heads // config.key_heads
-        order = token_order(stream, config.convolution_width - 1)
         tail, recurrent = (
             jnp.broadcast_to(state.arrays[name].astype(jnp.float32), (batch, *shape))
             for name, shape in config.state_shapes
@@ -317,25 +168,24 @@ class GatedDeltaNet(nn.Module):
             y, tails[name] = convolve(own, kernel, tails[name], order)
             return jax.nn.silu(y).reshape(batch, length, count, size)
 
-        def per_head(x: Float[Array, "B T N"]) -> Float[Array, "B K R T"]:
-            return jnp.moveaxis(x, 1, 2).reshape(batch, heads, repeats, length)
+        def by_group(x: Float[Array, "B T N ..."]) -> Float[Array, "B T K R ..."]:
+            return x.reshape(batch, length, heads, repeats, *x.shape[3:])
 
         queries = _unit(convolved("query", heads, config.key_size)) * config.key_size**-0.5
         keys = _unit(convolved("key", heads, config.key_size))
-        values = jnp.moveaxis(convolved("value", config.value_heads, config.value_size), 1, 2)
-        values = values.reshape(batch, heads, repeats, length, config.value_size)
+        values = by_group(convolved("value", config.value_heads, config.value_size))
 
         rate = self.param("a_log", nn.initializers.zeros, (config.value_heads,)).astype(jnp.float32)
         bias = self.param("dt_bias", nn.initializers.ones, (config.value_heads,)).astype(jnp.float32)
         steps = jax.nn.softplus(Linear(config.value_heads, name="decay")(x).astype(jnp.float32) + bias[None, None])
-        decays = per_head(-jnp.exp(rate)[None, None] * steps)
-        betas = per_head(jax.nn.sigmoid(Linear(config.value_heads, name="beta")(x).astype(jnp.float32)))
+        decays = by_group(-jnp.exp(rate)[None, None] * steps)
+        betas = by_group(jax.nn.sigmoid(Linear(config.value_heads, name="beta")(x).astype(jnp.float32)))
 
-        inputs = DeltaInputs(jnp.moveaxis(queries, 1, 2), jnp.moveaxis(keys, 1, 2), values, decays, betas)
+        inputs = DeltaInputs(queries, keys, values, decays, betas)
         initial = recurrent.reshape(batch, heads, repeats, config.key_size, config.value_size)
-        outputs, final = delta_rule(inputs, initial, order.mask, order.until_last, self.block)
+        outputs, final = by_chunks(delta_rule, inputs, initial, order, self.chunk)
 
-        outputs = jnp.moveaxis(outputs.reshape(batch, config.value_heads, length, config.value_size), 1, 2)
+        outputs = outputs.reshape(batch, length, config.value_heads, config.value_size)
         gate = Linear(config.value_width, name="gate")(x).reshape(outputs.shape)
         outputs = GatedNorm(config.norm_epsilon, name="norm")(outputs, gate).astype(x.dtype)
         y = Linear(width, name="output")(outputs.reshape(batch, length, config.value_width))

@@ -5,6 +5,9 @@ import math
 
 from spt_jax.errors import ConfigError
 
+# Tokens that a layer solves for together; in longer rows, a state is passed from chunk to chunk.
+CHUNK = 128
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeltaNetConfig:

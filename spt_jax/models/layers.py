@@ -34,6 +34,11 @@ def linear(
     return y + bias.astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
+def scaled(x: Float[Array, "*B D"], scale: float | None) -> Float[Array, "*B D"]:
+    """Returns x times a factor, in the dtype of x; x itself if there is none."""
+    return x if scale is None or scale == 1 else x * jnp.asarray(scale, x.dtype)
+
+
 class Linear(nn.Module):
     """A linear layer with a kernel [D, features] and an optional bias."""
 
@@ -91,7 +96,8 @@ class Mlp(nn.Module):
         activation = ACTIVATIONS[config.activation]
         up = Linear(config.mlp_width, config.mlp_bias, name="up")(x)
         if config.gated_mlp:
-            hidden = activation(Linear(config.mlp_width, config.mlp_bias, name="gate")(x)) * up
+            gate = Linear(config.mlp_width, config.mlp_bias, name="gate")(x)
+            hidden = activation(scaled(gate, config.mlp_gate_scale)) * up
         else:
             hidden = activation(up)
-        return Linear(config.width, config.mlp_bias, name="down")(hidden)
+        return scaled(Linear(config.width, config.mlp_bias, name="down")(hidden), config.mlp_output_scale)

@@ -6,6 +6,8 @@ from typing import Literal
 
 # The group of the self-attention of a plain decoder. In files, its name is left out.
 SELF = "self"
+# The group of the states of layers that have a recurrent part beside the attention of that group.
+RECURRENT = "recurrent"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Layout:
       vocab_size: number V of real token ids; virtual token i has the id V + i.
       width: size D of an embedding.
       max_positions: the longest sequence.
-      groups: the layers that remember something, by name; a plain decoder has one group, "self".
+      groups: the layers that remember something, by name; a plain decoder has one group, "self". A layer that has both
+        attention and a recurrent part is in two.
     """
 
     vocab_size: int

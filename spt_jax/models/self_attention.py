@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 from spt_jax.models.attention import Scoring, Source, Stream, alibi_slopes, attend, attention_weights
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.kernels import Kernel
-from spt_jax.models.layers import Linear, Norm
+from spt_jax.models.layers import Linear, Norm, scaled
 from spt_jax.models.memory import KeysValues, State, from_cache
+from spt_jax.models.recurrence import TokenOrder
 from spt_jax.models.ring import ring_attend
 from spt_jax.models.rope import query_scale, rotate
 
@@ -30,16 +31,19 @@ class LayerInputs:
       last: True for the last layer if only its keys and values are needed.
       rotates: whether the layer uses RoPE; None for always.
       windowed: whether the layer uses the sliding window; None if all layers of the stack do, or none.
-      prefix: keys and values of the prefix, or the state after it.
-      cache: keys and values of the cache, or the state after its tokens.
+      prefix: keys and values of the prefix.
+      cache: keys and values of the cache.
+      state: the state of a recurrent part before the rows: that after the cache, or that after the prefix; None for
+        zeros.
       gated: keys and values of the gated prefix, and the gate, which is 0 for layers without one.
     """
 
     last: Bool[Array, "*L"] | None
     rotates: Bool[Array, "*L"] | None
     windowed: Bool[Array, "*L"] | None
-    prefix: KeysValues | State | None = None
-    cache: KeysValues | State | None = None
+    prefix: KeysValues | None = None
+    cache: KeysValues | None = None
+    state: State | None = None
     gated: tuple[KeysValues, Float[Array, "*L"]] | None = None
 
 
@@ -52,6 +56,7 @@ class SharedInputs:
       cos_sin: cosines and sines of RoPE; None for layers without RoPE.
       local_cos_sin: those of layers with a sliding window, if they differ.
       stream: positions and segments of the tokens.
+      order: the order of the tokens, for recurrent layers.
       prefix_positions: positions of the prefix, [P], or [B, P] if each row has its own prompt.
       key_positions: positions of the keys of each source, [B, S], for ALiBi.
       masks: attention masks of the sources in the order prefix, cache, row; None if rows are split over devices.
@@ -61,6 +66,7 @@ class SharedInputs:
     cos_sin: tuple[Array, Array] | None
     local_cos_sin: tuple[Array, Array] | None
     stream: Stream
+    order: TokenOrder | None
     prefix_positions: Int[Array, "*B P"] | None
     key_positions: tuple[Array, ...]
     masks: tuple[Array, ...] | None
@@ -92,6 +98,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], layer: LayerInputs, shared: SharedInputs) -> tuple[Array, KeysValues]:
         config = self.config
+        x = scaled(x, config.attention_input_scale)
         keys, values = self.keys_values(x)
         own = KeysValues(self.placed_keys(keys, layer, shared), values)
 
@@ -120,12 +127,12 @@ class Attention(nn.Module):
         if config.attention_gate:
             out = out * jax.nn.sigmoid(self.project(x, "gate", config.heads))
         out = out.reshape(*out.shape[:2], config.heads * config.head_size)
-        return Linear(config.width, config.output_bias, name="output")(out)
+        return scaled(Linear(config.width, config.output_bias, name="output")(out), config.attention_output_scale)
 
     @nn.compact
     def remembered(self, x: Float[Array, "B T D"]) -> KeysValues:
         """Returns the keys and values of x without RoPE."""
-        keys, values = self.keys_values(x)
+        keys, values = self.keys_values(scaled(x, self.config.attention_input_scale))
         return KeysValues(self.norm("key")(keys) if self.config.qk_norm in ("head", "heads") else keys, values)
 
     def keys_values(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K Hv"]]:
@@ -135,7 +142,7 @@ class Attention(nn.Module):
         values = keys if config.value_is_key else self.project(x, "value", config.kv_heads)
         if config.value_norm:
             values = Norm(config, use_scale=False, use_bias=False)(values)
-        return keys, values
+        return scaled(keys, config.key_scale), values
 
     def project(self, x: Float[Array, "B T D"], name: str, heads: int) -> Float[Array, "B T N H"]:
         """Returns a linear map of x by heads."""
@@ -177,8 +184,6 @@ class Attention(nn.Module):
         scoring = Scoring(config.score_scale or config.head_size**-0.5, config.score_cap)
         prefix, gated = of_row(stream.prompt_index, (layer.prefix, layer.gated))
         prefix, cache = jax.tree.map(lambda a: a.astype(queries.dtype), (prefix, layer.cache))
-        assert not isinstance(prefix, State)
-        assert not isinstance(cache, State)
         if shared.masks is None:
             assert self.mesh is not None
             window = config.window if config.window_layers else 0

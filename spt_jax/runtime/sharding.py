@@ -36,16 +36,16 @@ RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r"experts/(up|gate)/bias$", (P(None, "tensor"), P(None, None, "tensor"))),
     (r"experts/down/bias$", (P(None, "tensor"),)),
     (r"(router/kernel|router/bias|correction|shared_gate/kernel)$", (P(),)),
-    (r"(query|key|value|up|gate|decay|beta)/kernel$", (P(None, "fsdp", "tensor"),)),
-    (r"(query|key|value|up|gate)/bias$", (P(None, "tensor"),)),
-    (r"((attention|delta_net)/output|down)/kernel$", (P(None, "tensor", "fsdp"),)),
+    (r"(query|key|value|up|gate|decay|beta|step)/kernel$", (P(None, "fsdp", "tensor"),)),
+    (r"(query|key|value|up|gate|step)/bias$", (P(None, "tensor"),)),
+    (r"((attention|delta_net|mamba)/output|down)/kernel$", (P(None, "tensor", "fsdp"),)),
     (r"_convolution$", (P(None, None, "tensor"),)),
-    (r"(a_log|dt_bias)$", (P(None, "tensor"),)),
+    (r"(a_log|dt_bias|skip|_convolution_bias)$", (P(None, "tensor"),)),
     (r"(latent|rotated_key)/kernel$", (P(None, "fsdp"),)),
     (r"(latent|rotated_key)/bias$", (P(),)),
     (r"(input_map|output_map)/kernel$", (P("fsdp"),)),
     (r"logit_bias$", (P(("fsdp", "tensor")),)),
-    (r"(scale|norm/bias|sinks|(attention/output|down)/bias)$", (P(),)),
+    (r"(scale|norm/bias|sinks|((attention|mamba)/output|down)/bias)$", (P(),)),
 )
 
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from spt_jax.bases.checkpoint import parameter_shapes
 from spt_jax.data.batches import Batch, BatchPlan
+from spt_jax.models import delta_net_config, mamba_config
 from spt_jax.models.config import DecoderConfig, layer_configs
 from spt_jax.models.decoder import Remat, decoder_layout
 from spt_jax.models.vocabulary import CHUNK_LOGITS, CHUNK_ROWS
@@ -80,9 +81,9 @@ def step_flops(config: DecoderConfig, shape: StepShape) -> StepFlops:
     Padding is included. The method's network, task heads and gated prefixes are not.
     """
     *others, last = layer_configs(config)
-    keys_values = last.width * (last.latent.key_size if last.latent else 2 * last.kv_heads * last.head_size)
-    if last.delta_net is not None:
-        keys_values = last.delta_net.matmul_parameters(last.width)
+    keys_values = 0 if last.recurrent is None else last.recurrent.matmul_parameters(last.width)
+    if last.attends:
+        keys_values += last.width * (last.latent.key_size if last.latent else 2 * last.kv_heads * last.head_size)
     leading = shape.prompts * shape.lead
     tokens = shape.rows * shape.length
     pairs = [_pair_flops(one) for one in (*others, last)]
@@ -99,13 +100,19 @@ def _pair_flops(config: DecoderConfig) -> int:
     """Returns the operations of one layer per query and key.
 
     Per head, 2 H each for the score and the weighted sum in the forward pass, and twice that backward. A Gated DeltaNet
-    layer has two scores and two sums.
+    layer has two scores and two sums; the scores of a Mamba-2 layer are those of its groups. In rows longer than a
+    chunk, both need less.
     """
+    operations = 0
     if config.delta_net is not None:
-        return 12 * config.delta_net.value_heads * (config.delta_net.key_size + config.delta_net.value_size)
-    if config.latent is not None:
-        return 6 * config.heads * (config.latent.key_size + config.latent.rank)
-    return 12 * config.heads * config.head_size
+        operations += 12 * config.delta_net.value_heads * (config.delta_net.key_size + config.delta_net.value_size)
+    if config.mamba is not None:
+        operations += 6 * (config.mamba.key_width + config.mamba.value_width)
+    if config.attends and config.latent is not None:
+        operations += 6 * config.heads * (config.latent.key_size + config.latent.rank)
+    elif config.attends:
+        operations += 12 * config.heads * config.head_size
+    return operations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,11 +230,11 @@ def choose_remat(estimate: Callable[[Remat], StepMemory], limit: int | None) -> 
 
 def _linear_outputs(config: DecoderConfig, tensor: int) -> int:
     """Returns how many numbers per token a layer's linear maps output."""
-    heads = (config.heads + 2 * config.kv_heads) * config.head_size
-    if config.delta_net is not None:
-        heads = 2 * config.delta_net.key_width + 2 * config.delta_net.value_width
-    if config.latent is not None:
+    heads = (config.heads + 2 * config.kv_heads) * config.head_size if config.attends else 0
+    if config.attends and config.latent is not None:
         heads = config.heads * (2 * config.latent.key_size + config.latent.rank) + config.latent.key_size
+    if config.recurrent is not None:
+        heads += 2 * config.recurrent.key_width + 2 * config.recurrent.value_width
     mlp = (2 if config.gated_mlp else 1) * config.mlp_width
     if config.experts is not None:
         mlp = 2 * (config.experts.top_k * config.experts.expert_width + config.experts.shared_width)
@@ -236,8 +243,12 @@ def _linear_outputs(config: DecoderConfig, tensor: int) -> int:
 
 def _layer_bytes(config: DecoderConfig, tokens: int, keys: int, itemsize: int, tensor: int, scores: int = 4) -> int:
     """Returns the bytes of a layer's linear outputs (twice), norms, and `scores` float32 arrays of attention scores."""
-    heads = config.heads if config.delta_net is None else 2 * config.delta_net.value_heads
-    scores = scores * 4 * tokens * keys * heads // tensor
+    per_token = keys * config.heads if config.attends else 0
+    if config.delta_net is not None:
+        per_token += 2 * min(keys, delta_net_config.CHUNK) * config.delta_net.value_heads
+    if config.mamba is not None:
+        per_token += 2 * min(keys, mamba_config.CHUNK) * config.mamba.heads
+    scores = scores * 4 * tokens * per_token // tensor
     return tokens * (2 * itemsize * _linear_outputs(config, tensor) + 4 * 4 * config.width) + scores
 
 

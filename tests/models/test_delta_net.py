@@ -10,45 +10,43 @@ import pytest
 
 from spt_jax.errors import ConfigError
 from spt_jax.models.attention import Stream
-from spt_jax.models.delta_net import GatedDeltaNet, token_order
+from spt_jax.models.delta_net import GatedDeltaNet
 from spt_jax.models.delta_net_config import DeltaNetConfig
 from spt_jax.models.layout import StateGroup
 from spt_jax.models.memory import State
+from spt_jax.models.recurrence import token_order
 from spt_jax.runtime.sharding import MeshConfig, make_mesh, parameter_sharding
-from tests.layouts import Run, lay_out
+from tests.layouts import lay_out
+from tests.recurrent_rows import (
+    LAYOUTS,
+    LENGTH,
+    ROOTS,
+    ROWS,
+    WIDTH,
+    hidden,
+    of_row,
+    rows_of,
+    same,
+    same_state,
+    sigmoid,
+    state_of,
+    whole_rows,
+)
 
 CONFIG = DeltaNetConfig(key_heads=2, value_heads=4, key_size=6, value_size=5)
-WIDTH = 16
-TOLERANCE = 1e-5
 
 
 def random_params(config: DeltaNetConfig, seed: int = 0) -> dict:
     """Every leaf is random; of the decays, some heads forget within a few tokens and others after hundreds."""
-    stream = Stream(*(jnp.zeros((1, 1), jnp.int32) for _ in range(3)))
+    order = token_order(Stream(*(jnp.zeros((1, 1), jnp.int32) for _ in range(3))), config.convolution_width - 1)
     shapes = jax.eval_shape(
-        GatedDeltaNet(config).init, jax.random.key(0), jnp.zeros((1, 1, WIDTH)), stream, state_of(config)
+        GatedDeltaNet(config).init, jax.random.key(0), jnp.zeros((1, 1, WIDTH)), order, state_of(config)
     )
     generator = np.random.default_rng(seed)
     params = jax.tree.map(lambda leaf: 0.4 * generator.standard_normal(leaf.shape), shapes["params"])
     params["norm"]["scale"] += 1
     params["a_log"] = np.linspace(-4, 1.5, config.value_heads)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
-
-
-def state_of(config: DeltaNetConfig, *rows: int, seed: int | None = None) -> State:
-    """A random state, or zeros without a seed."""
-    generator = np.random.default_rng(seed)
-    scale = 0.0 if seed is None else 0.5
-    arrays = {name: scale * generator.standard_normal((*rows, *shape)) for name, shape in config.state_shapes}
-    return State({name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()})
-
-
-def hidden(*shape: int, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((*shape, WIDTH)).astype(np.float32)
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
 
 
 def token_by_token(config: DeltaNetConfig, params: dict, x: np.ndarray, state: State) -> tuple[np.ndarray, State]:
@@ -81,65 +79,15 @@ def token_by_token(config: DeltaNetConfig, params: dict, x: np.ndarray, state: S
     return np.stack(outputs), State({"convolution": inputs[1 - config.convolution_width :], "recurrent": memory})
 
 
-@functools.partial(jax.jit, static_argnames=("config", "block"))
-def run(params: dict, x, stream: Stream, state: State, config: DeltaNetConfig = CONFIG, block: int = 256):
-    return GatedDeltaNet(config, block=block).apply({"params": params}, jnp.asarray(x), stream, state)
-
-
-def whole_rows(rows: int, length: int, start: int = 0) -> Stream:
-    """One example in each row, without padding."""
-    positions = jnp.broadcast_to(jnp.arange(start, start + length)[None], (rows, length))
-    return Stream(positions, jnp.ones_like(positions), jnp.zeros_like(positions))
-
-
-def same(ours, expected, tolerance=TOLERANCE):
-    np.testing.assert_allclose(np.asarray(ours), expected, atol=tolerance, rtol=tolerance)
-
-
-def same_state(ours: State, expected: State, row: int) -> None:
-    for name, array in expected.arrays.items():
-        same(ours.arrays[name][row], array)
-
-
-def of_row(state: State, row: int) -> State:
-    return State({name: array[row] for name, array in state.arrays.items()})
-
-
-LENGTH = 24
-# Each run's ids are the places of its tokens in the example, and serve only to be laid out.
-EXAMPLE = np.arange(LENGTH, dtype=np.int32)
-LAYOUTS = {
-    "full": [Run(0, 0, EXAMPLE)],
-    "right padding": [Run(1, 0, EXAMPLE[:17])],
-    "left padding": [Run(2, 9, EXAMPLE[:15])],
-    "packed": [
-        Run(3, 0, EXAMPLE[:2], segment=1),
-        Run(3, 2, EXAMPLE[2:13], segment=2),
-        Run(3, 15, EXAMPLE[:6], segment=3),
-    ],
-    "branches": [
-        Run(4, 1, EXAMPLE[:5], segment=1),
-        Run(4, 7, EXAMPLE[5:9], EXAMPLE[:5], segment=2, parent=1),
-        Run(4, 11, EXAMPLE[9:10], EXAMPLE[:5], segment=3, parent=1),
-        Run(4, 12, EXAMPLE[10:16], segment=4),
-        Run(4, 18, EXAMPLE[16:19], EXAMPLE[10:16], segment=5, parent=4),
-        Run(4, 21, EXAMPLE[19:21], EXAMPLE[:5], segment=6, parent=1),
-    ],
-}
-ROOTS = {name: [run for run in runs if not run.parent][-1] for name, runs in LAYOUTS.items()}
-ROWS = len(LAYOUTS) + 1  # The last row is padding.
+@functools.partial(jax.jit, static_argnames=("config", "chunk"))
+def run(params: dict, x, stream: Stream, state: State, config: DeltaNetConfig = CONFIG, chunk: int = 256):
+    order = token_order(stream, config.convolution_width - 1)
+    return GatedDeltaNet(config, chunk=chunk).apply({"params": params}, jnp.asarray(x), order, state)
 
 
 @pytest.fixture(scope="module")
 def laid_out():
-    """Hidden states of the rows, their stream, and the hidden states of each place of the example."""
-    ids, stream = lay_out([run for runs in LAYOUTS.values() for run in runs], LENGTH, ROWS)
-    example = hidden(LENGTH)
-    return (
-        np.where((np.asarray(stream.segments) > 0)[..., None], example[ids], 100 * hidden(1, 1, seed=5)),
-        stream,
-        example,
-    )
+    return rows_of(LAYOUTS)
 
 
 def test_the_order_of_tokens():
@@ -150,20 +98,23 @@ def test_the_order_of_tokens():
     before = {0: [0], 2: [2], 3: [2, 3], 4: [2, 3, 4], 5: [2, 3, 4, 5], 6: [2, 3, 4, 5, 6], 7: [2, 3, 4, 7]}
     mask = np.asarray([[[key in before.get(token, []) for key in range(9)] for token in range(9)]])
     np.testing.assert_array_equal(order.mask, mask)
-    np.testing.assert_array_equal(order.previous, [[0, 0, 1, 1, 1, 4, 5, 6, 7, 6, 1]])
-    np.testing.assert_array_equal(order.last, [6])
+    right_before = [1, 1, 1, 4, 5, 6, 7, 6, 1]
+    np.testing.assert_array_equal(order.windows[0, :, 1:], np.stack([right_before, 2 + np.arange(9)], 1))
+    np.testing.assert_array_equal(order.windows[0, :, 0], [0, 0, 0, 1, 4, 5, 6, 5, 0])
+    np.testing.assert_array_equal(order.roots, [[1, 0, 1, 1, 1, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(order.tail, [[5, 6]])
     np.testing.assert_array_equal(order.until_last, mask[:, 4])
 
 
-@pytest.mark.parametrize("block", [256, 7], ids=["one block", "several blocks"])
+@pytest.mark.parametrize("chunk", [256, 7], ids=["one chunk", "several chunks"])
 @pytest.mark.parametrize("per_row", [True, False], ids=["own state", "shared state"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout(layout, per_row, block, laid_out):
+def test_every_layout(layout, per_row, chunk, laid_out):
     """Every run is what it is alone, after its parent's tokens and the initial state; padding changes nothing."""
     x, stream, example = laid_out
     params = random_params(CONFIG)
     state = state_of(CONFIG, *[ROWS] * per_row, seed=3)
-    y, after = run(params, x, stream, state, block=block)
+    y, after = run(params, x, stream, state, chunk=chunk)
     assert np.isfinite(y).all()
     for part in LAYOUTS[layout]:
         initial = of_row(state, part.row) if per_row else state
@@ -220,8 +171,8 @@ def test_decoding_steps_of_finished_rows():
         np.testing.assert_array_equal(after.arrays[name][1], array[1])
 
 
-@pytest.mark.parametrize("block", [256, 7], ids=["one block", "several blocks"])
-def test_gradients_are_finite_differences(block, laid_out):
+@pytest.mark.parametrize("chunk", [256, 7], ids=["one chunk", "several chunks"])
+def test_gradients_are_finite_differences(chunk, laid_out):
     """Of every output and of the states, in all layouts at once, with a state that the rows share."""
     _, stream, example = laid_out
     ids, _ = lay_out([part for parts in LAYOUTS.values() for part in parts], LENGTH, ROWS)
@@ -232,7 +183,7 @@ def test_gradients_are_finite_differences(block, laid_out):
 
     def ours(x, arrays):
         real = (stream.segments > 0)[..., None]
-        y, after = run(params, jnp.where(real, x[ids], 0.0), stream, State(arrays), block=block)
+        y, after = run(params, jnp.where(real, x[ids], 0.0), stream, State(arrays), chunk=chunk)
         rows = np.asarray([root.row for root in ROOTS.values()])
         total = sum(jnp.sum(cotangent * y[part.slice]) for part, cotangent in cotangents)
         return total + sum(jnp.sum(after.arrays[name][rows] * array[None]) for name, array in on_state.items())

@@ -18,6 +18,7 @@ from spt_jax.models.decoder_model import DecoderModel
 from spt_jax.models.delta_net_config import DeltaNetConfig
 from spt_jax.models.experts_config import ExpertsConfig
 from spt_jax.models.layout import Group, StateGroup
+from spt_jax.models.mamba_config import MambaConfig
 from spt_jax.models.memory import KeysValues
 from spt_jax.models.rope import RopeConfig
 from spt_jax.testing import check_model
@@ -50,6 +51,18 @@ MIXED = dataclasses.replace(
     ),
 )  # fmt: skip
 
+MAMBA = MambaConfig(heads=4, groups=2, head_size=6, state_size=5)
+BESIDE = dataclasses.replace(MAMBA, beside_attention=True, head_size=3)
+# Mamba-2 beside attention, in its place, and beside attention of another shape.
+BOTH = dataclasses.replace(
+    PLAIN, layers=5, window=0, window_layers=(), local_rope=None, mamba=BESIDE, attention_input_scale=0.7,
+    attention_output_scale=1.4, key_scale=0.8, mlp_gate_scale=1.2, mlp_output_scale=0.6,
+    variants=(
+        Variant(name="replaced", layers=(1,), mamba=MAMBA),
+        Variant(name="wide", layers=(3,), kv_heads=1, head_size=8, mamba=dataclasses.replace(BESIDE, state_size=7)),
+    ),
+)  # fmt: skip
+
 
 @pytest.mark.parametrize(
     ("kinds", "expected"),
@@ -78,7 +91,7 @@ def test_groups_have_layers_of_one_size():
         "self": ((1, 2, 4, 5, 7), 2, 4),
         "wide": ((0, 3, 6, 8), 1, 8),
     }
-    assert group_names(PLAIN) == ("self",) * 9
+    assert group_names(PLAIN) == (("self",),) * 9
 
 
 def one_after_another(model: DecoderModel, x, stream: Stream, prefix: Prefix) -> jax.Array:
@@ -93,10 +106,11 @@ def one_after_another(model: DecoderModel, x, stream: Stream, prefix: Prefix) ->
             params = params[key]
         own = layer_configs(config)[i]
         single = dataclasses.replace(stack, layers=(i,), config=own)
-        place = layout.attention_groups[stack.group].layers.index(i)
-        pair = jax.tree.map(lambda a, place=place: a[place], prefix.memory[stack.group])
+        (group,) = stack.groups
+        place = layout.attention_groups[group].layers.index(i)
+        pair = jax.tree.map(lambda a, place=place: a[place], prefix.memory[group])
         windowed = dataclasses.replace(single, config=stack.config)
-        shared = _shared_inputs(windowed, stream, prefix, None, ring=False)
+        shared = _shared_inputs(windowed, stream, prefix, None, {}, ring=False)
         flags = jax.tree.map(lambda a: a[0], _layer_inputs(config, windowed, True))
         block = Block(stack.config, None, "xla")
         x, _ = block.apply(
@@ -131,7 +145,7 @@ def test_a_scan_over_the_pattern_is_the_layers_one_after_another():
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("config", [CONFIG, MIXED])
+@pytest.mark.parametrize("config", [CONFIG, MIXED, BOTH])
 def test_the_rules_of_a_model_hold(config):
     check_model(model_of(config))
 
@@ -142,6 +156,28 @@ def test_recurrent_layers_are_a_group_of_states():
         "linear": StateGroup((0, 2), DELTA.state_shapes),
         "self": Group((1,), 2, 4, 4),
     }
+
+
+def test_a_layer_with_attention_and_a_state_is_in_two_groups():
+    assert decoder_layout(BOTH).groups == {
+        "self": Group((0, 2, 4), 2, 4, 4),
+        "recurrent": StateGroup((0, 2, 4), BESIDE.state_shapes),
+        "replaced": StateGroup((1,), MAMBA.state_shapes),
+        "wide": Group((3,), 1, 8, 8),
+        "wide_recurrent": StateGroup((3,), (("convolution", (3, 12 + 28)), ("recurrent", (4, 3, 7)))),
+    }
+    assert decoder_layout(BOTH).attention_layers == [0, 2, 3, 4]
+
+
+def test_options_that_exclude_each_other():
+    for changes, message in [
+        ({"delta_net": DELTA}, "cannot have both Gated DeltaNet and Mamba-2"),
+        ({"experts": EXPERTS}, "experts have no scales"),
+        ({"key_scale": 0.0}, "key_scale is 0.0; it must be a finite number above 0"),
+        ({"variants": (Variant(name="recurrent", layers=(1,), mlp_width=8),)}, "'recurrent' is taken"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            dataclasses.replace(BOTH, **changes)
 
 
 def test_a_gated_prefix_reaches_the_last_layers_of_each_group():

@@ -11,6 +11,7 @@ from spt_jax.models.attention import Stream
 from spt_jax.models.delta_net import GatedDeltaNet
 from spt_jax.models.delta_net_config import DeltaNetConfig
 from spt_jax.models.memory import State
+from spt_jax.models.recurrence import token_order
 
 pytestmark = pytest.mark.parity
 
@@ -84,7 +85,8 @@ def hidden(length: int, seed: int = 1) -> np.ndarray:
 
 @jax.jit
 def run(params: dict, x, stream: Stream, state: State):
-    return GatedDeltaNet(CONFIG).apply({"params": params}, jnp.asarray(x), stream, state)
+    order = token_order(stream, CONFIG.convolution_width - 1)
+    return GatedDeltaNet(CONFIG).apply({"params": params}, jnp.asarray(x), order, state)
 
 
 def same(ours, theirs, tolerance: float = 1e-5) -> None:

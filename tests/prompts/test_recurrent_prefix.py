@@ -29,22 +29,27 @@ P = 5
 STATES = {"prefix/linear/arrays/convolution", "prefix/linear/arrays/recurrent"}
 
 
+TWO = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+OPTIONS = {"qwen3_5_text": TWO, "granitemoehybrid": TWO, "falcon_h1": {}}
+EVERY_FAMILY = pytest.mark.parametrize("family", OPTIONS)
+
+
 @functools.cache
-def base_of():
-    return tiny_base("qwen3_5_text", num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+def base_of(family: str = "qwen3_5_text"):
+    return tiny_base(family, **OPTIONS[family])
 
 
 def method_of(**options) -> PrefixTuning:
     return PrefixTuning(length=P, init=Initializer(name="vocabulary"), **options)
 
 
-def moved(method: PrefixTuning):
+def moved(method: PrefixTuning, family: str = "qwen3_5_text"):
     """Parameters away from their start, and what they are materialized to."""
-    params = method.init_params(jax.random.key(0), base_of())
+    params = method.init_params(jax.random.key(0), base_of(family))
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     params = structure.unflatten([a + 0.3 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)])
-    return method.materialize(params, base_of().model)
+    return method.materialize(params, base_of(family).model)
 
 
 @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
@@ -54,11 +59,12 @@ def logits_of(model, virtual, ids, stream):
     return model.logits(hidden)
 
 
-def row_logits(virtual, ids, first: int = 0) -> np.ndarray:
+def row_logits(virtual, ids, first: int = 0, family: str = "qwen3_5_text") -> np.ndarray:
     """Logits [T, V] of one row whose first token has the position `first`, in a program for 32 tokens."""
     _, stream = lay_out([Run(0, 0, ids)], 32)
     stream = dataclasses.replace(stream, positions=stream.positions + first)
-    return np.asarray(logits_of(base_of().model, virtual, np.pad(ids, (0, 32 - len(ids)))[None], stream))[0, : len(ids)]
+    padded = np.pad(ids, (0, 32 - len(ids)))[None]
+    return np.asarray(logits_of(base_of(family).model, virtual, padded, stream))[0, : len(ids)]
 
 
 @pytest.mark.parametrize("reparameterization", ["flat", "mlp"])
@@ -90,9 +96,10 @@ def test_training_lowers_the_loss(states, reparameterization):
         assert min(jax.tree.leaves(changes)) > 0  # every number of both arrays
 
 
-def test_a_prefix_of_the_states_and_keys_of_tokens_is_those_tokens():
+@EVERY_FAMILY
+def test_a_prefix_of_the_states_and_keys_of_tokens_is_those_tokens(family):
     """Without the states, the recurrent layers do not know of the tokens."""
-    base = base_of()
+    base = base_of(family)
     lead, ids = np.asarray([7, 90, 33, 200, 41], np.int32), np.asarray([11, 60, 250, 8, 75, 31], np.int32)
     rows = base.model.embed(jnp.asarray(lead))
     _, found = base.model.run(rows[None], lay_out([Run(0, 0, lead)], P)[1], return_memory=True)
@@ -103,20 +110,22 @@ def test_a_prefix_of_the_states_and_keys_of_tokens_is_those_tokens():
     params = method.init_params(jax.random.key(0), base)
     without = method.materialize(params, base.model)
     params["states"] = jax.tree.map(lambda a: a / params["scale"], states)
-    whole = row_logits(None, np.concatenate([lead, ids]))[P:]
-    np.testing.assert_allclose(row_logits(method.materialize(params, base.model), ids, P), whole, atol=5e-5)
-    assert np.abs(row_logits(without, ids, P) - whole).max() > 0.1
+    whole = row_logits(None, np.concatenate([lead, ids]), family=family)[P:]
+    found = row_logits(method.materialize(params, base.model), ids, P, family)
+    np.testing.assert_allclose(found, whole, atol=5e-5)
+    assert np.abs(row_logits(without, ids, P, family) - whole).max() > 0.1
 
 
+@EVERY_FAMILY
 @pytest.mark.parametrize("states", [False, True])
-def test_generation_from_the_cache(states):
-    base, virtual = base_of(), moved(method_of(states=states))
+def test_generation_from_the_cache(states, family):
+    base, virtual = base_of(family), moved(method_of(states=states), family)
     prompts = [one.ids[one.ids < VOCAB] for one in random_examples("target", 3)]
     answers = generate(base, prompts, virtual, SamplingConfig(max_new_tokens=8))
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = prompt.tolist()
         for token, log_probability in zip(answer.ids, answer.log_probabilities, strict=True):
-            scores = row_logits(virtual, np.asarray(ids, np.int32), P)[-1]
+            scores = row_logits(virtual, np.asarray(ids, np.int32), P, family)[-1]
             assert token == scores.argmax()
             assert log_probability == pytest.approx(scores.max() - np.logaddexp.reduce(scores), abs=1e-4)
             ids.append(token)

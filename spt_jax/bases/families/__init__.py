@@ -6,6 +6,7 @@ from spt_jax.bases.families.cohere import Cohere, Cohere2
 from spt_jax.bases.families.deepseek import DeepseekV2, DeepseekV3
 from spt_jax.bases.families.exaone import Exaone4
 from spt_jax.bases.families.falcon import Falcon
+from spt_jax.bases.families.falcon_h1 import FalconH1
 from spt_jax.bases.families.family import Family, Origin, Part
 from spt_jax.bases.families.gemma import Gemma, Gemma2, Gemma3, Gemma3Text
 from spt_jax.bases.families.gemma4 import Gemma4, Gemma4Text
@@ -18,6 +19,7 @@ from spt_jax.bases.families.gpt_neox import GPTNeoX
 from spt_jax.bases.families.gpt_oss import GptOss
 from spt_jax.bases.families.gptj import GPTJ
 from spt_jax.bases.families.granite import Granite
+from spt_jax.bases.families.granite_hybrid import GraniteMoeHybrid
 from spt_jax.bases.families.granite_moe import GraniteMoe, GraniteMoeShared
 from spt_jax.bases.families.hunyuan import HunYuanDense
 from spt_jax.bases.families.llama import Llama
@@ -49,6 +51,7 @@ _REGISTERED: tuple[Family, ...] = (
     DeepseekV3(),
     Exaone4(),
     Falcon(),
+    FalconH1(),
     Gemma(),
     Gemma2(),
     Gemma3(),
@@ -66,6 +69,7 @@ _REGISTERED: tuple[Family, ...] = (
     GptOss(),
     Granite(),
     GraniteMoe(),
+    GraniteMoeHybrid(),
     GraniteMoeShared(),
     HunYuanDense(),
     Llama(),

@@ -7,6 +7,16 @@ from spt_jax.bases.families.llama import TINY, LlamaLike, llama_config
 from spt_jax.models.config import DecoderConfig
 
 
+def granite_scales(hf: Any) -> dict[str, float]:
+    """Returns the factors of Granite's inputs (virtual tokens among them), residuals, scores and logits."""
+    return {
+        "input_scale": float(hf.embedding_multiplier),
+        "residual_scale": float(hf.residual_multiplier),
+        "score_scale": float(hf.attention_multiplier),
+        "logit_scale": 1 / hf.logits_scaling,
+    }
+
+
 class Granite(LlamaLike):
     """Granite 3 without experts: Llama with factors of inputs (virtual tokens among them), residuals and logits."""
 
@@ -21,10 +31,7 @@ class Granite(LlamaLike):
             qkv_bias=bias,
             output_bias=bias,
             mlp_bias=bool(hf.mlp_bias),
-            input_scale=float(hf.embedding_multiplier),
-            residual_scale=float(hf.residual_multiplier),
-            score_scale=float(hf.attention_multiplier),
-            logit_scale=1 / hf.logits_scaling,
+            **granite_scales(hf),
         )
 
     def tiny(self) -> Mapping[str, Any]:

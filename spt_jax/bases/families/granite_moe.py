@@ -5,9 +5,37 @@ from typing import Any, ClassVar
 
 from spt_jax.bases.families.experts import WithExperts, check_swiglu
 from spt_jax.bases.families.family import Origin, Part, projections
+from spt_jax.bases.families.granite import granite_scales
 from spt_jax.bases.families.llama import TINY, llama_config
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.experts_config import ExpertsConfig
+
+
+def granite_experts(hf: Any, shared_width: int) -> ExpertsConfig:
+    """Returns the experts of a config with Granite's field names."""
+    return ExpertsConfig(
+        experts=hf.num_local_experts,
+        top_k=hf.num_experts_per_tok,
+        expert_width=hf.intermediate_size,
+        shared_width=shared_width,
+        scoring="softmax_of_chosen",
+    )
+
+
+def joined_mlp(path: str, module: str, width: int) -> dict[str, Origin]:
+    """Returns where an MLP, or all experts together, are stored: the rows of gate and up in one tensor.
+
+    Args:
+      path: of the MLP in the layer.
+      module: name of the module that holds it.
+      width: hidden width.
+    """
+    inwards, outwards = (f"{module}.{name}_linear.weight" for name in ("input", "output"))
+    table = {f"{path}/down/kernel": Origin(outwards, transpose=True)}
+    for at, name in enumerate(("gate", "up")):
+        part = Part(-2, at * width, (at + 1) * width)
+        table[f"{path}/{name}/kernel"] = Origin(inwards, transpose=True, take=part)
+    return table
 
 
 class GraniteMoe(WithExperts):
@@ -25,31 +53,17 @@ class GraniteMoe(WithExperts):
             max_length,
             qkv_bias=bias,
             output_bias=bias,
-            input_scale=float(hf.embedding_multiplier),
-            residual_scale=float(hf.residual_multiplier),
-            score_scale=float(hf.attention_multiplier),
-            logit_scale=1 / hf.logits_scaling,
-            experts=ExpertsConfig(
-                experts=hf.num_local_experts,
-                top_k=hf.num_experts_per_tok,
-                expert_width=hf.intermediate_size,
-                shared_width=getattr(hf, "shared_intermediate_size", 0) if hf.model_type == "granitemoeshared" else 0,
-                scoring="softmax_of_chosen",
+            experts=granite_experts(
+                hf, getattr(hf, "shared_intermediate_size", 0) if hf.model_type == "granitemoeshared" else 0
             ),
+            **granite_scales(hf),
         )
 
     def experts_origins(self, experts: ExpertsConfig, layer: str) -> dict[str, Origin]:
-        """Returns where the experts are stored: the rows of gate and up one after the other, in one tensor for all."""
         table = projections([("mlp/router", self.router, False)], layer)
-        parts = [("experts", "block_sparse_moe", experts.expert_width)]
+        table |= joined_mlp("mlp/experts", f"{layer}block_sparse_moe", experts.expert_width)
         if experts.shared_width:
-            parts.append(("shared", "shared_mlp", experts.shared_width))
-        for ours, theirs, hidden in parts:
-            inwards, outwards = (f"{layer}{theirs}.{name}_linear.weight" for name in ("input", "output"))
-            for at, name in enumerate(("gate", "up")):
-                take = Part(-2, at * hidden, (at + 1) * hidden)
-                table[f"mlp/{ours}/{name}/kernel"] = Origin(inwards, transpose=True, take=take)
-            table[f"mlp/{ours}/down/kernel"] = Origin(outwards, transpose=True)
+            table |= joined_mlp("mlp/shared", f"{layer}shared_mlp", experts.shared_width)
         return table
 
     def tiny(self) -> Mapping[str, Any]:

@@ -116,9 +116,9 @@ def llama_config(hf: Any, max_length: int | None, **changes: Any) -> DecoderConf
     Raises:
       ConfigError: for an option that the decoder does not have; unless `changes` has a `rope`, as for `whole_rope`.
     """
-    rope = changes.get("rope") or whole_rope(hf, max_length)
-    positions = max(hf.max_position_embeddings, rope.dynamic_length)
-    if rope.kind == "longrope" and rope.dynamic_length <= rope.original_max_positions:
+    rope = changes["rope"] if "rope" in changes else whole_rope(hf, max_length)
+    positions = max(hf.max_position_embeddings, rope.dynamic_length if rope is not None else 0)
+    if rope is not None and rope.kind == "longrope" and rope.dynamic_length <= rope.original_max_positions:
         positions = rope.original_max_positions  # Longer sequences have other frequencies.
     fields = {
         "family": hf.model_type,

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from spt_jax.bases.families.experts import WithExperts
 from spt_jax.bases.families.family import Origin, Part
 from spt_jax.bases.families.llama import TINY, layers_of_type, llama_config
+from spt_jax.bases.families.recurrent import convolution_origins
 from spt_jax.bases.families.rope import rope_config
 from spt_jax.errors import ConfigError
 from spt_jax.models.config import DecoderConfig, Variant
@@ -187,16 +188,10 @@ def _by_key_head(module: str, heads: int, width: int, sizes: Mapping[str, int]) 
 def _rest_of_delta_net(config: DecoderConfig) -> dict[str, Origin]:
     sizes, module = config.delta_net, f"{LAYER}linear_attn."
     assert sizes is not None
-    widths = {"query": sizes.key_width, "key": sizes.key_width, "value": sizes.value_width}
-    shape = sum(widths.values()), 1, sizes.convolution_width
-    table, start = {}, 0
-    for name, width in widths.items():
-        part = Part(0, start, start + width)
-        key = f"{module}conv1d.weight"
-        table[f"{name}_convolution"] = Origin(key, transpose=True, view=shape, take=part, shape=shape)
-        start += width
+    parts = [("query", sizes.key_width), ("key", sizes.key_width), ("value", sizes.value_width)]
+    convolved = [(f"{name}_convolution", size) for name, size in parts]
     return {
-        **table,
+        **convolution_origins(convolved, f"{module}conv1d", sizes.convolution_width),
         "a_log": Origin(f"{module}A_log"),
         "dt_bias": Origin(f"{module}dt_bias"),
         "norm/scale": Origin(f"{module}norm.weight"),
