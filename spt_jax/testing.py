@@ -248,6 +248,7 @@ def check_model(model: Model, *, seed: int = 0, tolerance: float = 1e-4) -> None
     def run(
         model: Model, ids: Array, stream: Stream, prefix: Prefix | None = None, cache: Cache | None = None
     ) -> tuple[Array, Memory]:
+        stream = dataclasses.replace(stream, ids=ids)
         hidden, memory = model.run(model.embed(ids), stream, prefix, cache, return_memory=True)
         assert hidden is not None and memory is not None
         return model.logits(hidden), memory
@@ -292,7 +293,7 @@ def check_model(model: Model, *, seed: int = 0, tolerance: float = 1e-4) -> None
 
     @jax.jit
     def log_probabilities(model: Model, x: Float[Array, "1 T D"]) -> Float[Array, "1 M"]:
-        hidden, _ = model.run(x, stream)
+        hidden, _ = model.run(x, dataclasses.replace(stream, ids=jnp.asarray(ids[:1])))
         assert hidden is not None
         return model.scores(hidden, at, targets).log_probabilities[:, :, 0]
 

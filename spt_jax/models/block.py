@@ -12,6 +12,7 @@ from spt_jax.models.kernels import Kernel
 from spt_jax.models.latent_attention import LatentAttention
 from spt_jax.models.layers import Mlp, Norm
 from spt_jax.models.memory import KeysValues, State
+from spt_jax.models.per_layer import PerLayerInput
 from spt_jax.models.self_attention import Attention, LayerInputs, SharedInputs, of_row, unless_last
 from spt_jax.runtime.sharding import ROWS, constrain
 
@@ -48,7 +49,7 @@ class Block(nn.Module):
             return mlp(module, self.norm("mlp_norm", x, ("before", "around")))
 
         x = self.norm("mlp_sum_norm", x + unless_last(self, layer, normed_mlp, x), ("sum",))
-        return self.layer_scaled(x), own
+        return self.layer_scaled(self.with_per_layer(x, layer)), own
 
     def mixed(
         self, x: Float[Array, "B T D"], layer: LayerInputs, shared: SharedInputs
@@ -72,6 +73,17 @@ class Block(nn.Module):
         x = self.norm(f"{part}_out_norm", x, ("after", "around"))
         scale = self.config.residual_scale
         return x if scale is None else x * jnp.asarray(scale, x.dtype)
+
+    def with_per_layer(self, x: Float[Array, "B T D"], layer: LayerInputs) -> Float[Array, "B T D"]:
+        """Adds what the layer computes from its own embeddings of the tokens, in families that have some."""
+        y = layer.by_layer
+        if y is None:
+            return x
+
+        def added(module: nn.Module, x: Array) -> Array:
+            return x + PerLayerInput(self.config, name="per_layer")(x, y)
+
+        return unless_last(self, layer, added, x)
 
     def layer_scaled(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Multiplies the output of a layer by its number, in families that have one."""

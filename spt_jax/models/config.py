@@ -11,6 +11,7 @@ from spt_jax.models.delta_net_config import DeltaNetConfig
 from spt_jax.models.experts_config import ExpertsConfig
 from spt_jax.models.latent_config import LatentConfig
 from spt_jax.models.layout import SELF
+from spt_jax.models.per_layer_config import PerLayerConfig
 from spt_jax.models.rope import RopeConfig
 
 
@@ -21,7 +22,7 @@ class Variant:
     Attributes:
       name: of the group of their keys and values, if these have other sizes than the other layers'.
       layers: indices of the layers. A layer may be in several variants.
-      value_is_key, experts, delta_net: see `DecoderConfig`.
+      value_is_key, kv_source, experts, delta_net: see `DecoderConfig`.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Variant:
     mlp_width: int | None = None
     rope: RopeConfig | None = None
     value_is_key: bool | None = None
+    kv_source: int | None = None
     experts: ExpertsConfig | None = None
     delta_net: DeltaNetConfig | None = None
 
@@ -63,6 +65,7 @@ class DecoderConfig:
       qk_norm_after_rope: whether that is after RoPE.
       value_norm: whether values are normalized, without a scale.
       value_is_key: whether values are the keys before their norm and RoPE.
+      kv_source: the earlier layer whose keys and values a layer reads; None if it has its own.
       clip_qkv: queries, keys and values are clipped to [-clip_qkv, clip_qkv], after the norm of the whole projection.
       attention_gate: whether the output of attention is multiplied by the sigmoid of a linear map of its input.
       sinks: whether each head has a learned score in the denominator of the softmax.
@@ -87,6 +90,7 @@ class DecoderConfig:
       experts: mixture of experts in place of the MLP.
       delta_net: recurrent layer in place of attention.
       latent: attention whose heads share one latent per token; `head_size` is the size of its rotated part.
+      per_layer: embeddings of the tokens for each layer, beside those of the first layer's input.
       variants: layers of other kinds.
     """
 
@@ -119,6 +123,7 @@ class DecoderConfig:
     qk_norm_after_rope: bool = False
     value_norm: bool = False
     value_is_key: bool = False
+    kv_source: int | None = None
     clip_qkv: float | None = None
     attention_gate: bool = False
     sinks: bool = False
@@ -143,6 +148,7 @@ class DecoderConfig:
     experts: ExpertsConfig | None = None
     delta_net: DeltaNetConfig | None = None
     latent: LatentConfig | None = None
+    per_layer: PerLayerConfig | None = None
     variants: tuple[Variant, ...] = ()
 
     def __post_init__(self) -> None:
@@ -174,7 +180,15 @@ class DecoderConfig:
         finite = [name for name in _POSITIVE if (value := getattr(self, name)) is not None and not 0 < value < math.inf]
         if finite:
             raise ConfigError(f"{finite[0]} is {getattr(self, finite[0])}; it must be a finite number above 0")
+        if self.per_layer is not None and self.per_layer.vocab_size < self.vocab_size:
+            raise ConfigError(
+                f"embeddings by layer: vocab_size is {self.per_layer.vocab_size}, below that of the decoder,"
+                f" {self.vocab_size}"
+            )
+        if self.per_layer is not None and (self.parallel or self.embedding_width is not None):
+            raise ConfigError("embeddings by layer need attention and MLP in sequence, and embeddings of the same width")
         if self.variants:
+            _check_sources(layer_configs(self))
             periods(self)
 
     @property
@@ -195,7 +209,8 @@ class DecoderConfig:
     @property
     def matmul_parameters(self) -> int:
         """Parameters that every token is multiplied with, without the output matrix."""
-        return sum(config.matmul_parameters_of_layer for config in layer_configs(self))
+        of_inputs = 0 if self.per_layer is None else self.width * self.layers * self.per_layer.width
+        return of_inputs + sum(config.matmul_parameters_of_layer for config in layer_configs(self))
 
     @property
     def matmul_parameters_of_layer(self) -> int:
@@ -204,11 +219,14 @@ class DecoderConfig:
             mlp = self.experts.matmul_parameters(self.width)
         else:
             mlp = self.width * self.mlp_width * (3 if self.gated_mlp else 2)
+        if self.per_layer is not None:
+            mlp += 2 * self.width * self.per_layer.width
         if self.delta_net is not None:
             return self.delta_net.matmul_parameters(self.width) + mlp
         if self.latent is not None:
             return self.latent.matmul_parameters(self.width, self.heads) + mlp
-        outputs = (3 if self.attention_gate else 2) * self.heads + (1 if self.value_is_key else 2) * self.kv_heads
+        own = 0 if self.kv_source is not None else 1 if self.value_is_key else 2
+        outputs = (3 if self.attention_gate else 2) * self.heads + own * self.kv_heads
         return self.width * self.head_size * outputs + mlp
 
 
@@ -231,6 +249,30 @@ def layer_configs(config: DecoderConfig) -> tuple[DecoderConfig, ...]:
     return tuple(by_kind[kind] for kind in kinds)
 
 
+def _check_sources(configs: tuple[DecoderConfig, ...]) -> None:
+    """Checks that layers without keys and values of their own read those of an earlier layer with the same sizes.
+
+    Raises:
+      ConfigError: one does not.
+    """
+    for layer, config in enumerate(configs):
+        if config.kv_source is None:
+            continue
+        source = configs[config.kv_source] if 0 <= config.kv_source < layer else None
+        if source is None or source.kv_source is not None or _memory_sizes(source) != _memory_sizes(config):
+            raise ConfigError(
+                f"layer {layer} cannot read the keys and values of layer {config.kv_source}: that must be an earlier"
+                " layer with keys and values of its own, of the same sizes"
+            )
+        if config.delta_net is not None or config.latent is not None:
+            raise ConfigError(f"layer {layer} cannot read another layer's keys and values in place of its own state")
+
+
+def kv_sources(config: DecoderConfig) -> tuple[int, ...]:
+    """Returns the layers whose keys and values other layers read, ascending."""
+    return tuple(sorted({one.kv_source for one in config.variants if one.kv_source is not None}))
+
+
 def layer_kinds(config: DecoderConfig) -> tuple[tuple[str, ...], ...]:
     """Returns the names of the variants that each layer is in."""
     kinds: list[list[str]] = [[] for _ in range(config.layers)]
@@ -248,14 +290,14 @@ class Stack:
       path: the path of their parameters.
       layers: indices of the layers, in the order of that axis.
       config: of one of them.
-      group: name of the group of what they remember.
+      group: name of the group of what they remember; None if they read the keys and values of another layer.
       at: place of the stack among those of its group in one period.
     """
 
     path: str
     layers: tuple[int, ...]
     config: DecoderConfig
-    group: str
+    group: str | None
     at: int
 
 
@@ -277,10 +319,7 @@ class Period:
 
     def groups(self) -> dict[str, int]:
         """Returns how many stacks each group has."""
-        found: dict[str, int] = {}
-        for stack in self.stacks:
-            found[stack.group] = found.get(stack.group, 0) + 1
-        return found
+        return dict(collections.Counter(stack.group for stack in self.stacks if stack.group is not None))
 
 
 # The most layers that are compiled one by one, and the longest sequence of layers that is looked for.
@@ -325,13 +364,18 @@ def _of_layers(config: DecoderConfig, layers: tuple[int, ...]) -> DecoderConfig:
     return config
 
 
-def group_names(config: DecoderConfig) -> tuple[str, ...]:
-    """Returns the name of the group of each layer's memory: that of the first variant with such sizes, or "self"."""
+@functools.lru_cache(maxsize=64)
+def group_names(config: DecoderConfig) -> tuple[str | None, ...]:
+    """Returns the name of the group of each layer's memory: that of the first variant with such sizes, or "self".
+
+    It is None for a layer that reads the keys and values of another.
+    """
     names, sizes = {_memory_sizes(config): SELF}, [_memory_sizes(one) for one in layer_configs(config)]
     for own, kind in zip(sizes, layer_kinds(config), strict=True):
         if kind:
             names.setdefault(own, kind[0])
-    return tuple(names[own] for own in sizes)
+    configs = layer_configs(config)
+    return tuple(names[own] if one.kv_source is None else None for own, one in zip(sizes, configs, strict=True))
 
 
 def _memory_sizes(config: DecoderConfig) -> tuple[int, int] | DeltaNetConfig | LatentConfig:
