@@ -46,7 +46,11 @@ class Block(nn.Module):
         x = self.norm("attention_sum_norm", x + self.scaled("attention", attended), ("sum",))
 
         def normed_mlp(module: nn.Module, x: Array) -> Array:
-            return mlp(module, self.norm("mlp_norm", x, ("before", "around")))
+            normed = self.norm("mlp_norm", x, ("before", "around"))
+            if config.experts is not None and config.experts_beside_mlp:
+                dense = Norm(config, name="dense_out_norm")(Mlp(config, name="mlp")(normed))
+                return self.scaled("mlp", dense + self.mixture(x))
+            return mlp(module, normed)
 
         x = self.norm("mlp_sum_norm", x + unless_last(self, layer, normed_mlp, x), ("sum",))
         return self.layer_scaled(self.with_per_layer(x, layer)), own
@@ -73,6 +77,13 @@ class Block(nn.Module):
         x = self.norm(f"{part}_out_norm", x, ("after", "around"))
         scale = self.config.residual_scale
         return x if scale is None else x * jnp.asarray(scale, x.dtype)
+
+    def mixture(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns the output of the experts beside the MLP, whose router reads x as it is."""
+        assert self.config.experts is not None
+        normed = Norm(self.config, name="mixture_norm")(x)
+        out = Experts(self.config.experts, self.mesh, name="mixture")(normed, x)
+        return Norm(self.config, name="mixture_out_norm")(out)
 
     def with_per_layer(self, x: Float[Array, "B T D"], layer: LayerInputs) -> Float[Array, "B T D"]:
         """Adds what the layer computes from its own embeddings of the tokens, in families that have some."""

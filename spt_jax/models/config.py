@@ -88,6 +88,8 @@ class DecoderConfig:
       score_cap, logit_cap: soft caps of attention scores and logits.
       logit_scale: factor of the logits.
       experts: mixture of experts in place of the MLP.
+      experts_beside_mlp: whether the experts are beside the MLP, and not in its place: their outputs are added, each
+        after a norm of its own, and the experts' input has another norm.
       delta_net: recurrent layer in place of attention.
       latent: attention whose heads share one latent per token; `head_size` is the size of its rotated part.
       per_layer: embeddings of the tokens for each layer, beside those of the first layer's input.
@@ -146,6 +148,7 @@ class DecoderConfig:
     logit_cap: float | None = None
     logit_scale: float | None = None
     experts: ExpertsConfig | None = None
+    experts_beside_mlp: bool = False
     delta_net: DeltaNetConfig | None = None
     latent: LatentConfig | None = None
     per_layer: PerLayerConfig | None = None
@@ -180,13 +183,17 @@ class DecoderConfig:
         finite = [name for name in _POSITIVE if (value := getattr(self, name)) is not None and not 0 < value < math.inf]
         if finite:
             raise ConfigError(f"{finite[0]} is {getattr(self, finite[0])}; it must be a finite number above 0")
+        if self.experts_beside_mlp and (self.parallel or self.norm_place != "around"):
+            raise ConfigError("experts beside the MLP need attention and MLP in sequence, and norms around each")
         if self.per_layer is not None and self.per_layer.vocab_size < self.vocab_size:
             raise ConfigError(
                 f"embeddings by layer: vocab_size is {self.per_layer.vocab_size}, below that of the decoder,"
                 f" {self.vocab_size}"
             )
         if self.per_layer is not None and (self.parallel or self.embedding_width is not None):
-            raise ConfigError("embeddings by layer need attention and MLP in sequence, and embeddings of the same width")
+            raise ConfigError(
+                "embeddings by layer need attention and MLP in sequence, and embeddings of the same width"
+            )
         if self.variants:
             _check_sources(layer_configs(self))
             periods(self)
@@ -215,10 +222,11 @@ class DecoderConfig:
     @property
     def matmul_parameters_of_layer(self) -> int:
         """Parameters of one layer that every token is multiplied with, if this is the config of the layer."""
+        mlp = 0
         if self.experts is not None:
-            mlp = self.experts.matmul_parameters(self.width)
-        else:
-            mlp = self.width * self.mlp_width * (3 if self.gated_mlp else 2)
+            mlp += self.experts.matmul_parameters(self.width)
+        if self.experts is None or self.experts_beside_mlp:
+            mlp += self.width * self.mlp_width * (3 if self.gated_mlp else 2)
         if self.per_layer is not None:
             mlp += 2 * self.width * self.per_layer.width
         if self.delta_net is not None:

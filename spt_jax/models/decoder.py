@@ -46,7 +46,8 @@ class Remembered:
         """Returns the fields of `LayerInputs` for the layer of a stack, if the axis is that of its group's stacks."""
         fields = {"prefix": self.prefix, "cache": self.cache, "gated": self.gated}
         return {
-            name: None if field is None or stack.group is None
+            name: None
+            if field is None or stack.group is None
             else jax.tree.map(lambda a: a[stack.at], field.get(stack.group))
             for name, field in fields.items()
         }
@@ -129,9 +130,7 @@ class Decoder(nn.Module):
 
     def embed(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         """Returns rows of the embedding table, scaled in families that do; ids must be in [0, V)."""
-        rows = (
-            take_rows(self.mesh, self.embedding, ids) if ids.ndim == 2 else jnp.take(self.embedding, ids, axis=0)
-        )
+        rows = take_rows(self.mesh, self.embedding, ids) if ids.ndim == 2 else jnp.take(self.embedding, ids, axis=0)
         scale = self.config.embedding_scale
         return rows if scale is None else rows * jnp.asarray(scale, rows.dtype)
 

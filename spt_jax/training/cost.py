@@ -233,7 +233,9 @@ def _linear_outputs(config: DecoderConfig, tensor: int) -> int:
         heads = config.heads * (2 * config.latent.key_size + config.latent.rank) + config.latent.key_size
     mlp = (2 if config.gated_mlp else 1) * config.mlp_width
     if config.experts is not None:
-        mlp = 2 * (config.experts.top_k * config.experts.expert_width + config.experts.shared_width)
+        mlp = (mlp if config.experts_beside_mlp else 0) + 2 * (
+            config.experts.top_k * config.experts.expert_width + config.experts.shared_width
+        )
     by_layer = 0 if config.per_layer is None else config.width + 2 * config.per_layer.width
     return 2 * config.width + by_layer + (heads + mlp) // tensor
 
