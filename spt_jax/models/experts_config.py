@@ -35,8 +35,8 @@ class ExpertsConfig:
       expert_scale: whether the weights of each expert are also multiplied by a stored number.
       bias: whether the linear maps of the experts have biases.
       gate: "swiglu" is silu(gate) * up; "geglu_tanh" is gelu(gate) * up, in its tanh form;
-        "clamped_swiglu" is that of gpt-oss, gate * sigmoid(gate_slope * gate) * (up + 1), with gate at most `gate_limit`
-        and up between -`gate_limit` and `gate_limit`.
+        "clamped_swiglu" is that of gpt-oss, gate * sigmoid(gate_slope * gate) * (up + 1), with gate at most
+        `gate_limit` and up between -`gate_limit` and `gate_limit`.
       gate_limit: for "clamped_swiglu" only.
       gate_slope: for "clamped_swiglu" only.
 
