@@ -249,6 +249,7 @@ def check_model(model: Model, *, seed: int = 0, tolerance: float = 1e-4) -> None
     def run(
         model: Model, ids: Array, stream: Stream, prefix: Prefix | None = None, cache: Cache | None = None
     ) -> tuple[Array, Memory]:
+        stream = dataclasses.replace(stream, ids=ids)
         hidden, memory = model.run(model.embed(ids), stream, prefix, cache, return_memory=True)
         assert hidden is not None and memory is not None
         return model.logits(hidden), memory
@@ -295,7 +296,7 @@ def check_model(model: Model, *, seed: int = 0, tolerance: float = 1e-4) -> None
     @jax.jit
     @functools.partial(jax.value_and_grad, argnums=1, has_aux=True)
     def total(model: Model, x: Float[Array, "1 T D"]) -> tuple[Float[Array, ""], Float[Array, " M"]]:
-        hidden, _ = model.run(x, before)
+        hidden, _ = model.run(x, dataclasses.replace(before, ids=jnp.asarray(ids[:1])))
         assert hidden is not None
         found = model.scores(hidden, at, targets).log_probabilities[0, :, 0]
         return found.sum(), found

@@ -63,6 +63,7 @@ def every_layout(ids: np.ndarray) -> dict[str, list[Run]]:
 
 @jax.jit
 def _forward(model, ids, stream, prefix, cache):
+    stream = dataclasses.replace(stream, ids=ids)
     hidden, memory = model.run(model.embed(ids), stream, prefix, cache, return_memory=True)
     return model.logits(hidden), memory
 

@@ -323,7 +323,7 @@ def parameter_shapes(config: DecoderConfig) -> Params:
 
     def init() -> Any:
         x, place = jnp.zeros((1, 1, config.input_width)), jnp.zeros((1, 1), jnp.int32)
-        return Decoder(config).init(jax.random.key(0), x, Stream(place, place, place))["params"]
+        return Decoder(config).init(jax.random.key(0), x, Stream(place, place, place, ids=place))["params"]
 
     return jax.eval_shape(init)
 

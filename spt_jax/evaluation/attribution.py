@@ -149,7 +149,7 @@ def _received(
     prefix = encode_prefix(model, virtual, jnp.zeros(0, jnp.int32))
     places = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
     real = (places <= last[:, None]).astype(jnp.int32)
-    stream = Stream(places + virtual.first_position, real, jnp.zeros_like(real))
+    stream = Stream(places + virtual.first_position, real, jnp.zeros_like(real), ids=ids)
     weights = model.attention_weights(embed_stream(model, virtual, ids, stream), stream, prefix)
     at_last = jnp.take_along_axis(weights, last[None, :, None, None], axis=2)[:, :, 0]  # [L, B, keys]
     if prefix is not None:

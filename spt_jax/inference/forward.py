@@ -78,6 +78,7 @@ def run_stream(
       The hidden states and the memory, as `Model.run` returns them.
     """
     x = embed_stream(model, virtual, ids, stream)
+    stream = dataclasses.replace(stream, ids=ids)
     gated = None if virtual is None else virtual.gated
     return model.run(
         x,

@@ -66,9 +66,11 @@ def export_embeddings(saved: SavedPrompt, base: FrozenBase, record: dict[str, st
       A tensor in the format of `torch.save`, base64-encoded, as vLLM reads it.
 
     Raises:
-      ConfigError: the prompt has no token rows, or other parts.
+      ConfigError: the prompt has no token rows, or other parts, or the base also needs the ids of the tokens.
     """
     _token_rows(saved)
+    if base.config.per_layer is not None:
+        raise ConfigError(f"{base.name} has embeddings by layer, which embeddings of its first layer cannot replace")
     encoder = encoder_for(base, saved.template)
     ids = jnp.asarray(encoder.prompt_ids(record))[None]
     stream = Stream(jnp.arange(ids.shape[1], dtype=jnp.int32)[None], jnp.ones_like(ids), jnp.zeros_like(ids))

@@ -153,7 +153,8 @@ def plain_group(base: FrozenBase) -> Group:
       ConfigError: layers differ, or keys and values differ in size.
     """
     group = base.layout.attention_groups.get(SELF)
-    if len(base.layout.groups) > 1 or group is None or group.key_size != group.value_size:
+    equal = group is not None and len(group.layers) == base.config.layers and group.key_size == group.value_size
+    if group is None or not equal:
         raise ConfigError(f"{base.name}: PEFT has prefixes only for models whose layers all have the same attention")
     return group
 

@@ -32,12 +32,14 @@ class Stream:
       segments: index of the example in its row, from 1; 0 marks padding.
       parents: a second segment whose tokens are visible (a verbalizer sees its example); 0 for none.
       prompt_index: which of S stacked prompts each row uses; None if all rows share one prompt.
+      ids: id of each token; from V on, it is virtual. Only bases with embeddings by layer read them, and need them.
     """
 
     positions: Int[Array, "B T"]
     segments: Int[Array, "B T"]
     parents: Int[Array, "B T"]
     prompt_index: Int[Array, " B"] | None = None
+    ids: Int[Array, "B T"] | None = None
 
 
 @jax.tree_util.register_dataclass

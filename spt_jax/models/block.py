@@ -16,6 +16,7 @@ from spt_jax.models.latent_attention import LatentAttention
 from spt_jax.models.layers import Mlp, Norm, scaled
 from spt_jax.models.mamba import Mamba2
 from spt_jax.models.memory import KeysValues, State
+from spt_jax.models.per_layer import PerLayerInput
 from spt_jax.models.self_attention import Attention, LayerInputs, SharedInputs, unless_last
 from spt_jax.runtime.sharding import ROWS, constrain
 
@@ -49,10 +50,14 @@ class Block(nn.Module):
         x = self.norm("attention_sum_norm", x + self.scaled("attention", attended), ("sum",))
 
         def normed_mlp(module: nn.Module, x: Array) -> Array:
-            return mlp(module, self.norm("mlp_norm", x, ("before", "around")))
+            normed = self.norm("mlp_norm", x, ("before", "around"))
+            if config.experts is not None and config.experts_beside_mlp:
+                dense = Norm(config, name="dense_out_norm")(Mlp(config, name="mlp")(normed))
+                return self.scaled("mlp", dense + self.mixture(x))
+            return mlp(module, normed)
 
         x = self.norm("mlp_sum_norm", x + unless_last(self, layer, normed_mlp, x), ("sum",))
-        return self.layer_scaled(x), own
+        return self.layer_scaled(self.with_per_layer(x, layer)), own
 
     def mixed(
         self, x: Float[Array, "B T D"], layer: LayerInputs, shared: SharedInputs
@@ -82,6 +87,24 @@ class Block(nn.Module):
         """Returns the output of attention or MLP as it is added to the residual."""
         x = self.norm(f"{part}_out_norm", x, ("after", "around"))
         return scaled(x, self.config.residual_scale)
+
+    def mixture(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns the output of the experts beside the MLP, whose router reads x as it is."""
+        assert self.config.experts is not None
+        normed = Norm(self.config, name="mixture_norm")(x)
+        out = Experts(self.config.experts, self.mesh, name="mixture")(normed, x)
+        return Norm(self.config, name="mixture_out_norm")(out)
+
+    def with_per_layer(self, x: Float[Array, "B T D"], layer: LayerInputs) -> Float[Array, "B T D"]:
+        """Adds what the layer computes from its own embeddings of the tokens, in families that have some."""
+        y = layer.by_layer
+        if y is None:
+            return x
+
+        def added(module: nn.Module, x: Array) -> Array:
+            return x + PerLayerInput(self.config, name="per_layer")(x, y)
+
+        return unless_last(self, layer, added, x)
 
     def layer_scaled(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Multiplies the output of a layer by its number, in families that have one."""

@@ -12,6 +12,8 @@ from spt_jax.models.experts_config import ExpertsConfig
 from spt_jax.models.latent_config import LatentConfig
 from spt_jax.models.layout import RECURRENT, SELF, Group, StateGroup
 from spt_jax.models.mamba_config import MambaConfig
+from spt_jax.models.per_layer_config import PerLayerConfig
+from spt_jax.models.repetition import longest_repetition
 from spt_jax.models.rope import RopeConfig
 
 
@@ -22,7 +24,7 @@ class Variant:
     Attributes:
       name: of the group of their keys and values, if these have other sizes than the other layers'.
       layers: indices of the layers. A layer may be in several variants.
-      value_is_key, experts, delta_net, mamba: see `DecoderConfig`.
+      value_is_key, kv_source, experts, delta_net, mamba: see `DecoderConfig`.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Variant:
     mlp_width: int | None = None
     rope: RopeConfig | None = None
     value_is_key: bool | None = None
+    kv_source: int | None = None
     experts: ExpertsConfig | None = None
     delta_net: DeltaNetConfig | None = None
     mamba: MambaConfig | None = None
@@ -65,6 +68,7 @@ class DecoderConfig:
       qk_norm_after_rope: whether that is after RoPE.
       value_norm: whether values are normalized, without a scale.
       value_is_key: whether values are the keys before their norm and RoPE.
+      kv_source: the earlier layer whose keys and values a layer reads; None if it has its own.
       clip_qkv: queries, keys and values are clipped to [-clip_qkv, clip_qkv], after the norm of the whole projection.
       attention_gate: whether the output of attention is multiplied by the sigmoid of a linear map of its input.
       sinks: whether each head has a learned score in the denominator of the softmax.
@@ -91,9 +95,12 @@ class DecoderConfig:
       score_cap, logit_cap: soft caps of attention scores and logits.
       logit_scale: factor of the logits.
       experts: mixture of experts in place of the MLP.
+      experts_beside_mlp: whether the experts are beside the MLP, and not in its place: their outputs are added, each
+        after a norm of its own, and the experts' input has another norm.
       delta_net: recurrent layer in place of attention.
       mamba: recurrent layer in place of attention, or beside it.
       latent: attention whose heads share one latent per token; `head_size` is the size of its rotated part.
+      per_layer: embeddings of the tokens for each layer, beside those of the first layer's input.
       variants: layers of other kinds.
     """
 
@@ -126,6 +133,7 @@ class DecoderConfig:
     qk_norm_after_rope: bool = False
     value_norm: bool = False
     value_is_key: bool = False
+    kv_source: int | None = None
     clip_qkv: float | None = None
     attention_gate: bool = False
     sinks: bool = False
@@ -153,9 +161,11 @@ class DecoderConfig:
     logit_cap: float | None = None
     logit_scale: float | None = None
     experts: ExpertsConfig | None = None
+    experts_beside_mlp: bool = False
     delta_net: DeltaNetConfig | None = None
     mamba: MambaConfig | None = None
     latent: LatentConfig | None = None
+    per_layer: PerLayerConfig | None = None
     variants: tuple[Variant, ...] = ()
 
     def __post_init__(self) -> None:
@@ -195,7 +205,19 @@ class DecoderConfig:
         finite = [name for name in _POSITIVE if (value := getattr(self, name)) is not None and not 0 < value < math.inf]
         if finite:
             raise ConfigError(f"{finite[0]} is {getattr(self, finite[0])}; it must be a finite number above 0")
+        if self.experts_beside_mlp and (self.parallel or self.norm_place != "around"):
+            raise ConfigError("experts beside the MLP need attention and MLP in sequence, and norms around each")
+        if self.per_layer is not None and self.per_layer.vocab_size < self.vocab_size:
+            raise ConfigError(
+                f"embeddings by layer: vocab_size is {self.per_layer.vocab_size}, below that of the decoder,"
+                f" {self.vocab_size}"
+            )
+        if self.per_layer is not None and (self.parallel or self.embedding_width is not None):
+            raise ConfigError(
+                "embeddings by layer need attention and MLP in sequence, and embeddings of the same width"
+            )
         if self.variants:
+            _check_sources(layer_configs(self))
             periods(self)
 
     @property
@@ -227,7 +249,7 @@ class DecoderConfig:
     def remembers(self) -> tuple[Group | StateGroup, ...]:
         """What a layer remembers, if this is its config: keys and values, then a state. The groups list no layers."""
         found: list[Group | StateGroup] = []
-        if self.attends:
+        if self.attends and self.kv_source is None:
             sizes = self.kv_heads, self.head_size, self.head_size
             if self.latent is not None:
                 sizes = 1, self.latent.key_size, self.latent.rank
@@ -239,22 +261,27 @@ class DecoderConfig:
     @property
     def matmul_parameters(self) -> int:
         """Parameters that every token is multiplied with, without the output matrix."""
-        return sum(config.matmul_parameters_of_layer for config in layer_configs(self))
+        of_inputs = 0 if self.per_layer is None else self.width * self.layers * self.per_layer.width
+        return of_inputs + sum(config.matmul_parameters_of_layer for config in layer_configs(self))
 
     @property
     def matmul_parameters_of_layer(self) -> int:
         """Parameters of one layer that every token is multiplied with, if this is the config of the layer."""
+        mlp = 0
         if self.experts is not None:
-            mlp = self.experts.matmul_parameters(self.width)
-        else:
-            mlp = self.width * self.mlp_width * (3 if self.gated_mlp else 2)
+            mlp += self.experts.matmul_parameters(self.width)
+        if self.experts is None or self.experts_beside_mlp:
+            mlp += self.width * self.mlp_width * (3 if self.gated_mlp else 2)
+        if self.per_layer is not None:
+            mlp += 2 * self.width * self.per_layer.width
         if self.recurrent is not None:
             mlp += self.recurrent.matmul_parameters(self.width)
         if not self.attends:
             return mlp
         if self.latent is not None:
             return self.latent.matmul_parameters(self.width, self.heads) + mlp
-        outputs = (3 if self.attention_gate else 2) * self.heads + (1 if self.value_is_key else 2) * self.kv_heads
+        own = 0 if self.kv_source is not None else 1 if self.value_is_key else 2
+        outputs = (3 if self.attention_gate else 2) * self.heads + own * self.kv_heads
         return self.width * self.head_size * outputs + mlp
 
 
@@ -278,6 +305,31 @@ def layer_configs(config: DecoderConfig) -> tuple[DecoderConfig, ...]:
     return tuple(by_kind[kind] for kind in kinds)
 
 
+def _check_sources(configs: tuple[DecoderConfig, ...]) -> None:
+    """Checks that layers without keys and values of their own read those of an earlier layer with the same sizes.
+
+    Raises:
+      ConfigError: one does not.
+    """
+    for layer, config in enumerate(configs):
+        if config.kv_source is None:
+            continue
+        source = configs[config.kv_source] if 0 <= config.kv_source < layer else None
+        sizes = config.kv_heads, config.head_size
+        if source is None or source.kv_source is not None or (source.kv_heads, source.head_size) != sizes:
+            raise ConfigError(
+                f"layer {layer} cannot read the keys and values of layer {config.kv_source}: that must be an earlier"
+                " layer with keys and values of its own, of the same sizes"
+            )
+        if config.recurrent is not None or config.latent is not None:
+            raise ConfigError(f"layer {layer} cannot read another layer's keys and values in place of its own state")
+
+
+def kv_sources(config: DecoderConfig) -> tuple[int, ...]:
+    """Returns the layers whose keys and values other layers read, ascending."""
+    return tuple(sorted({one.kv_source for one in config.variants if one.kv_source is not None}))
+
+
 def layer_kinds(config: DecoderConfig) -> tuple[tuple[str, ...], ...]:
     """Returns the names of the variants that each layer is in."""
     kinds: list[list[str]] = [[] for _ in range(config.layers)]
@@ -295,7 +347,8 @@ class Stack:
       path: the path of their parameters.
       layers: indices of the layers, in the order of that axis.
       config: of one of them.
-      groups: names of the groups of what they remember: keys and values, then a state.
+      groups: names of the groups of what they remember: keys and values, then a state. There is none if they read the
+        keys and values of another layer.
       places: for each group, the place of the stack among those of the group in one period.
     """
 
@@ -324,14 +377,10 @@ class Period:
 
     def groups(self) -> dict[str, int]:
         """Returns how many stacks each group has."""
-        found: dict[str, int] = {}
-        for name in (name for stack in self.stacks for name in stack.groups):
-            found[name] = found.get(name, 0) + 1
-        return found
+        return dict(collections.Counter(name for stack in self.stacks for name in stack.groups))
 
 
-# The most layers that are compiled one by one, and the longest sequence of layers that is looked for.
-MAX_STACKS, MAX_PERIOD = 256, 64
+MAX_STACKS = 256  # The most layers that are compiled one by one.
 
 
 @functools.lru_cache(maxsize=64)
@@ -344,7 +393,7 @@ def periods(config: DecoderConfig) -> tuple[Period, ...]:
     kinds, configs, groups = layer_kinds(config), layer_configs(config), group_names(config)
     found, start = [], 0
     while start < config.layers:
-        size, repeats = _longest_repetition(kinds[start:])
+        size, repeats = longest_repetition(kinds[start:])
         name = "layers" if not config.variants else f"layers_{start}"
         stacks: list[Stack] = []
         for i in range(start, start + size):
@@ -372,6 +421,7 @@ def _of_layers(config: DecoderConfig, layers: tuple[int, ...]) -> DecoderConfig:
     return config
 
 
+@functools.lru_cache(maxsize=64)
 def group_names(config: DecoderConfig) -> tuple[tuple[str, ...], ...]:
     """Returns the names of the groups of what each layer remembers, in the order of `DecoderConfig.remembers`.
 
@@ -392,15 +442,3 @@ def group_names(config: DecoderConfig) -> tuple[tuple[str, ...], ...]:
                 names.setdefault(shape, name)
             by_kind[kind] = tuple(names[shape] for shape in remembered)
     return tuple(by_kind[kind] for kind in kinds)
-
-
-def _longest_repetition(kinds: tuple[tuple[str, ...], ...]) -> tuple[int, int]:
-    """Returns the length of the first sequence and how often it repeats, such that both cover the most layers."""
-    best = 1, 1
-    for size in range(1, min(len(kinds) // 2, MAX_PERIOD) + 1):
-        repeats = 1
-        while kinds[repeats * size : (repeats + 1) * size] == kinds[:size]:
-            repeats += 1
-        if repeats > 1 and size * repeats > math.prod(best):
-            best = size, repeats
-    return best

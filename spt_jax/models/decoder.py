@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -15,16 +14,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Stream, soft_capped, visible, within_window
 from spt_jax.models.block import Block
-from spt_jax.models.config import DecoderConfig, Period, Stack, group_names, layer_configs, periods
+from spt_jax.models.config import DecoderConfig, Period, Stack, group_names, kv_sources, layer_configs, periods
 from spt_jax.models.kernels import Kernel
-from spt_jax.models.layers import Linear, Norm
+from spt_jax.models.layers import Linear, Norm, take_rows
 from spt_jax.models.layout import Group, Layout, StateGroup
 from spt_jax.models.memory import KeysValues, Memory, State, keys_values
+from spt_jax.models.per_layer import PerLayerEmbedding
 from spt_jax.models.recurrence import TokenOrder, token_order
 from spt_jax.models.ring import splits
 from spt_jax.models.rope import rotation
-from spt_jax.models.self_attention import ATTENTION, LayerInputs, SharedInputs, of_row
-from spt_jax.runtime.sharding import ROWS, constrain, row_shards
+from spt_jax.models.self_attention import ATTENTION, LayerInputs, SharedInputs, SourceLayer, of_row
 
 # What the backward pass recomputes: nothing; everything except the results of linear maps; each layer completely.
 Remat = Literal["none", "dots", "full"]
@@ -65,9 +64,13 @@ class Remembered:
 
 
 class PeriodOfLayers(nn.Module):
-    """The layers of one period in order: the body of the scan over its repeats."""
+    """The layers of one period in order: the body of the scan over its repeats.
+
+    Besides the hidden states and the memory, it returns the keys and values of the stacks whose layers others read.
+    """
 
     period: Period
+    sources: tuple[int, ...]
     mesh: Mesh | None
     kernel: Kernel
     remat: Remat
@@ -80,10 +83,11 @@ class PeriodOfLayers(nn.Module):
         inputs: tuple[LayerInputs, ...],
         remembered: Remembered,
         shared: tuple[SharedInputs, ...],
-    ) -> tuple[Float[Array, "B T D"], Memory | None]:
+    ) -> tuple[Float[Array, "B T D"], tuple[Memory | None, tuple[KeysValues, ...]]]:
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
         kind: Any = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=policy)
         own: dict[str, list[KeysValues | State]] = {}
+        read: list[KeysValues] = []
         for i, stack in enumerate(self.period.stacks):
             block = kind(stack.config, self.mesh, self.kernel, name=str(i))
             if len(self.period.stacks) == 1:
@@ -92,27 +96,14 @@ class PeriodOfLayers(nn.Module):
             x, kept = block(x, dataclasses.replace(inputs[i], **given), shared[i])
             for group, part in zip(stack.groups, kept, strict=True):
                 own.setdefault(group, []).append(part)
-        return x, {name: _stack(parts) for name, parts in own.items()} if self.return_memory else None
+            if set(stack.layers) & set(self.sources):
+                read.append(kept[0])
+        memory = {name: _stack(parts) for name, parts in own.items()} if self.return_memory else None
+        return x, (memory, tuple(read))
 
 
 def _stack(parts: list[KeysValues | State]) -> KeysValues | State:
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts)
-
-
-def _take_by_chunks(mesh: Mesh | None, table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Computes `jnp.take(table, ids, axis=0)` for a table with V, and ids with rows, split over fsdp.
-
-    Each device looks up the tokens of all fsdp devices in its shard of the table, and XLA sums the parts on the devices
-    of the rows. In chunks, the temporary memory of a device does not exceed that of its rows of the result.
-    """
-    (batch, length), width = ids.shape, table.shape[1]
-    if mesh is None or mesh.shape["fsdp"] == 1 or batch % row_shards(mesh):
-        return jnp.take(table, ids, axis=0)
-    parts = math.gcd(length, mesh.shape["sequence"])
-    count = math.gcd(length // parts, mesh.shape["fsdp"])
-    chunks = jnp.moveaxis(ids.reshape(batch, parts, count, length // parts // count), 2, 0)
-    taken = jax.lax.map(lambda chunk: constrain(mesh, jnp.take(table, chunk, axis=0), ROWS, "sequence"), chunks)
-    return constrain(mesh, jnp.moveaxis(taken, 0, 2).reshape(batch, length, width), ROWS, "sequence")
 
 
 class Decoder(nn.Module):
@@ -144,12 +135,12 @@ class Decoder(nn.Module):
             self.embedding_norm = Norm(config)
         if config.final_norm:
             self.final_norm = Norm(config)
+        if config.per_layer is not None:
+            self.per_layer = PerLayerEmbedding(config, self.mesh)
 
     def embed(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         """Returns rows of the embedding table, scaled in families that do; ids must be in [0, V)."""
-        rows = (
-            _take_by_chunks(self.mesh, self.embedding, ids) if ids.ndim == 2 else jnp.take(self.embedding, ids, axis=0)
-        )
+        rows = take_rows(self.mesh, self.embedding, ids) if ids.ndim == 2 else jnp.take(self.embedding, ids, axis=0)
         scale = self.config.embedding_scale
         return rows if scale is None else rows * jnp.asarray(scale, rows.dtype)
 
@@ -181,11 +172,22 @@ class Decoder(nn.Module):
         config = self.config
         remembered = _remembered(config, rows, prefix, cache, gated)
         ring = cache is None and splits(self.mesh, rows)
+        by_layer = self.by_layer(x, rows)
+        rows = dataclasses.replace(rows, ids=None)  # No layer reads them.
         x, own = self.enter(x, rows), []
         orders = _orders(config, rows)
+        sources: dict[int, KeysValues] = {}
         for period in periods(config):
-            inputs = tuple(_layer_inputs(config, stack, return_hidden) for stack in period.stacks)
-            shared = tuple(_shared_inputs(one, rows, prefix, cache, orders, ring=ring) for one in period.stacks)
+            if not (return_hidden or period.groups()):
+                continue
+            inputs = tuple(_layer_inputs(config, stack, return_hidden, by_layer) for stack in period.stacks)
+            shared = tuple(
+                dataclasses.replace(
+                    _shared_inputs(stack, rows, prefix, cache, orders, ring=ring),
+                    source=_source_layer(config, stack, sources, remembered),
+                )
+                for stack in period.stacks
+            )
             in_axes: Any = (0, 0, nn.broadcast)
             scan = nn.scan(
                 PeriodOfLayers,
@@ -194,10 +196,24 @@ class Decoder(nn.Module):
                 in_axes=in_axes,
                 length=period.repeats,
             )
-            module = scan(period, self.mesh, self.attention, self.remat, return_memory, name=period.name)
-            x, found = module(x, inputs, _of_period(remembered, config, period), shared)
+            options = self.mesh, self.attention, self.remat, return_memory
+            module = scan(period, kv_sources(config), *options, name=period.name)
+            x, (found, read) = module(x, inputs, _of_period(remembered, config, period), shared)
             own.append(found)
+            sources |= _read_layers(config, period, read)
         return self.leave(x) if return_hidden else None, _joined(own) if return_memory else None
+
+    def by_layer(self, x: Float[Array, "B T E"], rows: Stream) -> Float[Array, "L B T d"] | None:
+        """Returns the tokens' embeddings for each layer, in families that have some.
+
+        Raises:
+          ValueError: the stream has no ids.
+        """
+        if self.config.per_layer is None:
+            return None
+        if rows.ids is None:
+            raise ValueError("this base has embeddings by layer, so that Stream.ids must hold the ids of the tokens")
+        return self.per_layer(x, rows.ids)
 
     def enter(self, x: Float[Array, "B T E"], rows: Stream) -> Float[Array, "B T D"]:
         """Returns the input of the first layer for embeddings of real or virtual tokens."""
@@ -291,12 +307,50 @@ def _joined(parts: list[Memory]) -> Memory:
     }
 
 
-def _layer_inputs(config: DecoderConfig, stack: Stack, return_hidden: bool) -> LayerInputs:
+def _read_layers(config: DecoderConfig, period: Period, read: tuple[KeysValues, ...]) -> dict[int, KeysValues]:
+    """Returns the keys and values of the layers of a period that others read, by layer, from those of all repeats."""
+    sources = set(kv_sources(config))
+    stacks = [stack for stack in period.stacks if set(stack.layers) & sources]
+    return {
+        layer: jax.tree.map(lambda array, at=at: array[at], own)
+        for stack, own in zip(stacks, read, strict=True)
+        for at, layer in enumerate(stack.layers)
+        if layer in sources
+    }
+
+
+def _source_layer(
+    config: DecoderConfig, stack: Stack, sources: dict[int, KeysValues], remembered: Remembered
+) -> SourceLayer | None:
+    """Returns what the layers of a stack read of another layer; None if they have their own keys and values."""
+    source = stack.config.kv_source
+    if source is None:
+        return None
+    names = group_names(config)
+    (name,) = names[source]
+    at = sum(name in own for own in names[:source])
+
+    def of_layer(memory: Memory | None) -> Any:
+        return None if memory is None else jax.tree.map(lambda array: array[at], memory.get(name))
+
+    return SourceLayer(sources[source], of_layer(remembered.prefix), of_layer(remembered.cache))
+
+
+def _layer_inputs(
+    config: DecoderConfig, stack: Stack, return_hidden: bool, by_layer: Float[Array, "L B T d"] | None = None
+) -> LayerInputs:
+    last = max(layer for layer, name in enumerate(group_names(config)) if name)
     return LayerInputs(
-        last=None if return_hidden else _flags((config.layers - 1,), stack),
+        last=None if return_hidden else _flags((last,), stack),
         rotates=_flags(config.no_rope_layers, stack, invert=True),
         windowed=None if _all_windowed(stack) else _flags(stack.config.window_layers, stack),
+        by_layer=None if by_layer is None else by_layer[_slice(stack.layers)],
     )
+
+
+def _slice(layers: tuple[int, ...]) -> slice:
+    """Returns the slice of the layers of a stack, which are equally far apart."""
+    return slice(layers[0], layers[-1] + 1, layers[1] - layers[0] if len(layers) > 1 else 1)
 
 
 def _flags(layers: tuple[int, ...], stack: Stack, invert: bool = False) -> Bool[Array, " L"] | None:

@@ -78,7 +78,8 @@ class DecoderModel:
     ) -> Float[Array, "L B T S"]:
         _, kept = self._apply(x, stream, prefix, mutable=[ATTENTION])
         places = self._places()
-        return jnp.stack([_at(kept[ATTENTION], *places[i])["weights"][0] for i in self.layout.attention_layers])
+        layers = [i for i, config in enumerate(layer_configs(self.config)) if config.attends]
+        return jnp.stack([_at(kept[ATTENTION], *places[i])["weights"][0] for i in layers])
 
     def embedding_table(self) -> Float[np.ndarray, "V D"]:
         return to_host(self.params["embedding"]).astype(np.float32) * (self.config.embedding_scale or 1.0)

@@ -62,6 +62,8 @@ def expert_mlp(config: ExpertsConfig, weights: ExpertWeights, x: Float[Array, "*
 def _gated(config: ExpertsConfig, gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
     if config.gate == "swiglu":
         return jax.nn.silu(gate) * up
+    if config.gate == "geglu_tanh":
+        return jax.nn.gelu(gate, approximate=True) * up
     gate = jnp.minimum(gate, config.gate_limit)
     up = jnp.clip(up, -config.gate_limit, config.gate_limit)
     return gate * jax.nn.sigmoid(config.gate_slope * gate) * (up + 1)

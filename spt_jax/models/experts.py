@@ -120,13 +120,18 @@ def _mix_rows(
 
 
 class Router(nn.Module):
-    """A linear map [D, E] in float32."""
+    """A linear map [D, E] in float32, after a norm if the config has one."""
 
     config: ExpertsConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
-        experts = self.config.experts
+        experts, epsilon = self.config.experts, self.config.router_norm_epsilon
+        if epsilon is not None:
+            scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
+            x = x.astype(jnp.float32)
+            x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+            x = x * scale.reshape((1,) * (x.ndim - 1) + (-1,)) * x.shape[-1] ** -0.5
         kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], experts))
         bias = self.param("bias", nn.initializers.zeros, (experts,)) if self.config.router_bias else None
         return router_logits(x, kernel, bias)
@@ -176,7 +181,8 @@ class Experts(nn.Module):
     """Mixture-of-experts MLP (Shazeer et al. 2017, arXiv 1701.06538) with the variants of `ExpertsConfig`.
 
     Its parameters: `router/kernel` [D, E], `router/bias` and `correction` [E], `experts/{gate,up}/kernel` [E, D, F],
-    `experts/down/kernel` [E, F, D], `experts/*/bias`, `shared/{gate,up,down}/kernel` and `shared_gate/kernel` [D, 1].
+    `experts/down/kernel` [E, F, D], `experts/*/bias`, `shared/{gate,up,down}/kernel` and `shared_gate/kernel` [D, 1],
+    `router/scale` [D] and `scale` [E].
 
     Attributes:
       config: its shape.
@@ -190,11 +196,15 @@ class Experts(nn.Module):
 
     @nn.compact
     @jax.named_scope("experts")
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], routed: Float[Array, "B T D"] | None = None) -> Float[Array, "B T D"]:
+        """Returns the outputs for x; the router reads `routed`, by default x."""
         config, mesh = self.config, self.mesh
-        logits = Router(config, name="router")(x)
+        logits = Router(config, name="router")(x if routed is None else routed)
         bias = self.param("correction", nn.initializers.zeros, (config.experts,)) if config.correction else None
         coefficients, ids = route(config, logits, bias)
+        if config.expert_scale:
+            scale = self.param("scale", nn.initializers.ones, (config.experts,))
+            coefficients = coefficients * jnp.take(scale.astype(jnp.float32), ids)
         weights = Stacks(config, name="experts")(x.shape[-1])
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
         dispatch = self.dispatch or choose_dispatch(config, x.dtype, platform)

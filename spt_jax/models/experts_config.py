@@ -24,15 +24,19 @@ class ExpertsConfig:
       renormalize: whether the weights of a token are divided by their sum.
       renormalize_epsilon: added to that sum.
       router_bias: whether the router has a bias.
+      router_norm_epsilon: epsilon of an RMSNorm of the router's input, which is then multiplied by a stored scale and
+        by D^-0.5 (Gemma 4); None for no norm.
       correction: whether a bias is added to the scores for the choice of experts only, and not to the weights (Wang et
         al. 2024, arXiv 2408.15664).
       groups: the number of groups of adjacent experts; 1 for no groups.
       top_groups: the number of groups that the experts of a token are chosen from (DeepSeek-V2, arXiv 2405.04434).
       group_score: a group's score: that of its best expert ("max") or the sum of its best two ("top2_sum").
       scale: factor of all weights.
+      expert_scale: whether the weights of each expert are also multiplied by a stored number.
       bias: whether the linear maps of the experts have biases.
-      gate: "swiglu" is silu(gate) * up; "clamped_swiglu" is that of gpt-oss, gate * sigmoid(gate_slope * gate) *
-        (up + 1), with gate at most `gate_limit` and up between -`gate_limit` and `gate_limit`.
+      gate: "swiglu" is silu(gate) * up; "geglu_tanh" is gelu(gate) * up, in its tanh form;
+        "clamped_swiglu" is that of gpt-oss, gate * sigmoid(gate_slope * gate) * (up + 1), with gate at most
+        `gate_limit` and up between -`gate_limit` and `gate_limit`.
       gate_limit: for "clamped_swiglu" only.
       gate_slope: for "clamped_swiglu" only.
 
@@ -49,13 +53,15 @@ class ExpertsConfig:
     renormalize: bool = False
     renormalize_epsilon: float = 0.0
     router_bias: bool = False
+    router_norm_epsilon: float | None = None
     correction: bool = False
     groups: int = 1
     top_groups: int = 1
     group_score: Literal["max", "top2_sum"] = "max"
     scale: float = 1.0
+    expert_scale: bool = False
     bias: bool = False
-    gate: Literal["swiglu", "clamped_swiglu"] = "swiglu"
+    gate: Literal["swiglu", "geglu_tanh", "clamped_swiglu"] = "swiglu"
     gate_limit: float = 7.0
     gate_slope: float = 1.702
 
@@ -77,9 +83,9 @@ class ExpertsConfig:
             )
         if self.renormalize_epsilon and not self.renormalize:
             raise ConfigError("experts: renormalize_epsilon has no effect unless renormalize is True")
-        for name in ("scale", "gate_limit", "gate_slope"):
+        for name in ("scale", "gate_limit", "gate_slope", "router_norm_epsilon"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
+            if value is not None and not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"experts: {name} is {value}; it must be a finite number above 0")
         self._check_groups()
 

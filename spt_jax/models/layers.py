@@ -1,14 +1,17 @@
 """Layers of a decoder: linear layers, norms, MLP."""
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
 
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.quantized import KernelArray
+from spt_jax.runtime.sharding import ROWS, constrain, row_shards
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -37,6 +40,22 @@ def linear(
 def scaled(x: Float[Array, "*B D"], scale: float | None) -> Float[Array, "*B D"]:
     """Returns x times a factor, in the dtype of x; x itself if there is none."""
     return x if scale is None or scale == 1 else x * jnp.asarray(scale, x.dtype)
+
+
+def take_rows(mesh: Mesh | None, table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Computes `jnp.take(table, ids, axis=0)` for a table with V, and ids with rows, split over fsdp.
+
+    Each device looks up the tokens of all fsdp devices in its shard of the table, and XLA sums the parts on the devices
+    of the rows. In chunks, the temporary memory of a device does not exceed that of its rows of the result.
+    """
+    (batch, length), width = ids.shape, table.shape[1]
+    if mesh is None or mesh.shape["fsdp"] == 1 or batch % row_shards(mesh):
+        return jnp.take(table, ids, axis=0)
+    parts = math.gcd(length, mesh.shape["sequence"])
+    count = math.gcd(length // parts, mesh.shape["fsdp"])
+    chunks = jnp.moveaxis(ids.reshape(batch, parts, count, length // parts // count), 2, 0)
+    taken = jax.lax.map(lambda chunk: constrain(mesh, jnp.take(table, chunk, axis=0), ROWS, "sequence"), chunks)
+    return constrain(mesh, jnp.moveaxis(taken, 0, 2).reshape(batch, length, width), ROWS, "sequence")
 
 
 class Linear(nn.Module):

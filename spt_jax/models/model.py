@@ -79,7 +79,7 @@ class Model(Protocol):
 
         Args:
           x: embeddings of real or virtual tokens, without position embeddings.
-          stream: positions and segments of the tokens.
+          stream: positions and segments of the tokens, and their ids, which some bases read again in each layer.
           prefix: memory that all rows share.
           cache: memory of earlier tokens of each row.
           gated: gated keys and values of the last layers.

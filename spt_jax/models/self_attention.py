@@ -36,6 +36,7 @@ class LayerInputs:
       state: the state of a recurrent part before the rows: that after the cache, or that after the prefix; None for
         zeros.
       gated: keys and values of the gated prefix, and the gate, which is 0 for layers without one.
+      by_layer: the layer's embeddings of the tokens.
     """
 
     last: Bool[Array, "*L"] | None
@@ -45,6 +46,23 @@ class LayerInputs:
     cache: KeysValues | None = None
     state: State | None = None
     gated: tuple[KeysValues, Float[Array, "*L"]] | None = None
+    by_layer: Float[Array, "*L B T d"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SourceLayer:
+    """What layers without keys and values of their own read of an earlier layer.
+
+    Attributes:
+      own: its keys and values of the row.
+      prefix: its keys and values of the prefix.
+      cache: its keys and values of the cache.
+    """
+
+    own: KeysValues
+    prefix: KeysValues | None
+    cache: KeysValues | None
 
 
 @jax.tree_util.register_dataclass
@@ -61,6 +79,7 @@ class SharedInputs:
       key_positions: positions of the keys of each source, [B, S], for ALiBi.
       masks: attention masks of the sources in the order prefix, cache, row; None if rows are split over devices.
       window_masks: the same with the sliding window, if some layers of the stack have it and some do not.
+      source: the layer whose keys and values the layers of the stack read in place of their own.
     """
 
     cos_sin: tuple[Array, Array] | None
@@ -71,6 +90,7 @@ class SharedInputs:
     key_positions: tuple[Array, ...]
     masks: tuple[Array, ...] | None
     window_masks: tuple[Array, ...] | None
+    source: SourceLayer | None = None
 
 
 def of_row(prompt_index: Int[Array, " B"] | None, tree: Any) -> Any:
@@ -89,7 +109,10 @@ def unless_last(module: nn.Module, layer: LayerInputs, function: Any, x: Array) 
 
 
 class Attention(nn.Module):
-    """Self-attention of one layer over prefix, cache and row. Also returns the keys and values of the row."""
+    """Self-attention of one layer over prefix, cache and row. Also returns the keys and values of the row.
+
+    A layer with a `kv_source` has no keys and values of its own, and returns those that it reads.
+    """
 
     config: DecoderConfig
     mesh: Mesh | None
@@ -99,8 +122,12 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "B T D"], layer: LayerInputs, shared: SharedInputs) -> tuple[Array, KeysValues]:
         config = self.config
         x = scaled(x, config.attention_input_scale)
-        keys, values = self.keys_values(x)
-        own = KeysValues(self.placed_keys(keys, layer, shared), values)
+        if shared.source is None:
+            keys, values = self.keys_values(x)
+            own = KeysValues(self.placed_keys(keys, layer, shared), values)
+        else:
+            own = shared.source.own
+            layer = dataclasses.replace(layer, prefix=shared.source.prefix, cache=shared.source.cache)
 
         def attended(module: nn.Module, x: Array) -> Array:
             queries = self.queries(x, layer, shared)

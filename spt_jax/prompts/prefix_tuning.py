@@ -6,7 +6,8 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.errors import ConfigError
@@ -129,9 +130,11 @@ class PrefixTuning(Method):
         row_key, noise_key = jax.random.split(key)
         rows = initialize(self.init, row_key, base, length)
         bos = base.tokenizer.bos_token_id
+        ids = np.full(length, base.layout.vocab_size, np.int32)
         if self.sink and bos is not None and self.start == "tokens":
+            ids[0] = bos
             rows = rows.at[0].set(base.model.embed(jnp.asarray([bos]))[0].astype(jnp.float32))
-        both = _packed(memory_of_rows(base.model, rows))
+        both = _packed(memory_of_rows(base.model, rows, jnp.asarray(ids)))
         if self.start == "tokens":
             return both
         leaves, structure = jax.tree.flatten(both)
@@ -171,10 +174,16 @@ class PrefixTuning(Method):
 
 
 @jax.jit
-def memory_of_rows(model: Model, rows: Float[Array, "P D"]) -> Memory:
-    """Returns keys (after RoPE) and values of every layer for embeddings at the start of a sequence, float32."""
+def memory_of_rows(model: Model, rows: Float[Array, "P D"], ids: Int[Array, " P"]) -> Memory:
+    """Returns keys (after RoPE) and values of every layer for embeddings at the start of a sequence, float32.
+
+    Args:
+      model: the base.
+      rows: the embeddings.
+      ids: their ids, from V on for those that are not embeddings of tokens.
+    """
     positions = jnp.arange(rows.shape[0], dtype=jnp.int32)[None]
-    stream = Stream(positions, jnp.ones_like(positions), jnp.zeros_like(positions))
+    stream = Stream(positions, jnp.ones_like(positions), jnp.zeros_like(positions), ids=ids[None])
     x = rows[None].astype(model.dtype)
     _, found = model.run(x, stream, return_memory=True, return_hidden=False)
     assert found is not None

@@ -59,7 +59,7 @@ class StepFlops:
     backward pass, where full training needs 4.
 
     Attributes:
-      lead: linear maps of the leading ids; in the last layer, only those of keys and values.
+      lead: linear maps of the leading ids, up to the last layer with keys and values of its own, and there only those.
       rows: linear maps of the rows.
       attention: attention scores and weighted sums over all keys, since masks save nothing.
       output: the output matrix, only at the output positions.
@@ -80,18 +80,20 @@ def step_flops(config: DecoderConfig, shape: StepShape) -> StepFlops:
 
     Padding is included. The method's network, task heads and gated prefixes are not.
     """
-    *others, last = layer_configs(config)
+    layers = layer_configs(config)
+    *others, last = [one for one in layers if one.kv_source is None]
     keys_values = 0 if last.recurrent is None else last.recurrent.matmul_parameters(last.width)
     if last.attends:
         keys_values += last.width * (last.latent.key_size if last.latent else 2 * last.kv_heads * last.head_size)
     leading = shape.prompts * shape.lead
     tokens = shape.rows * shape.length
-    pairs = [_pair_flops(one) for one in (*others, last)]
+    pairs = [_pair_flops(one) for one in layers]
+    by_layer = 0 if config.per_layer is None else config.width * config.layers * config.per_layer.width
     seen = shape.prefix + shape.lead
     return StepFlops(
-        lead=4 * leading * (sum(one.matmul_parameters_of_layer for one in others) + keys_values),
+        lead=4 * leading * (sum(one.matmul_parameters_of_layer for one in others) + keys_values + by_layer),
         rows=4 * tokens * config.matmul_parameters,
-        attention=sum(pairs[:-1]) * leading * seen + sum(pairs) * tokens * (seen + shape.length),
+        attention=sum(pairs[: len(others)]) * leading * seen + sum(pairs) * tokens * (seen + shape.length),
         output=4 * shape.rows * shape.outputs * config.input_width * config.vocab_size,
     )
 
@@ -230,15 +232,19 @@ def choose_remat(estimate: Callable[[Remat], StepMemory], limit: int | None) -> 
 
 def _linear_outputs(config: DecoderConfig, tensor: int) -> int:
     """Returns how many numbers per token a layer's linear maps output."""
-    heads = (config.heads + 2 * config.kv_heads) * config.head_size if config.attends else 0
+    own = 2 * config.kv_heads if config.kv_source is None else 0
+    heads = (config.heads + own) * config.head_size if config.attends else 0
     if config.attends and config.latent is not None:
         heads = config.heads * (2 * config.latent.key_size + config.latent.rank) + config.latent.key_size
     if config.recurrent is not None:
         heads += 2 * config.recurrent.key_width + 2 * config.recurrent.value_width
     mlp = (2 if config.gated_mlp else 1) * config.mlp_width
     if config.experts is not None:
-        mlp = 2 * (config.experts.top_k * config.experts.expert_width + config.experts.shared_width)
-    return 2 * config.width + (heads + mlp) // tensor
+        mlp = (mlp if config.experts_beside_mlp else 0) + 2 * (
+            config.experts.top_k * config.experts.expert_width + config.experts.shared_width
+        )
+    by_layer = 0 if config.per_layer is None else config.width + 2 * config.per_layer.width
+    return 2 * config.width + by_layer + (heads + mlp) // tensor
 
 
 def _layer_bytes(config: DecoderConfig, tokens: int, keys: int, itemsize: int, tensor: int, scores: int = 4) -> int:

@@ -12,6 +12,7 @@ from spt_jax.bases.checkpoint import parameter_shapes
 from spt_jax.bases.config import decoder_config, hf_config
 from spt_jax.errors import CheckpointError, ConfigError
 from spt_jax.models.config import layer_configs
+from spt_jax.models.decoder import decoder_layout
 from spt_jax.testing import tiny_config, write_tiny_checkpoint
 
 # Fields of published config.json files, and the parameters that their model cards and checkpoints count.
@@ -102,6 +103,32 @@ def test_gemma4_has_heads_by_type_of_layer():
     assert config.window_layers == (0, 2)
 
 
+def test_gemma4_layers_that_read_the_keys_and_values_of_others():
+    """As those of E2B, whose first 15 of 35 layers have keys and values."""
+    types = [*["sliding_attention"] * 4, "full_attention"] * 7
+    fields = {"num_hidden_layers": 35, "layer_types": types, "num_kv_shared_layers": 20, "use_double_wide_mlp": True}
+    config = decoder_config(tiny_config("gemma4_text", **fields))
+    found = [(own.kv_source, own.mlp_width) for own in layer_configs(config)]
+    assert found == [(None, 64)] * 15 + [*[(13, 128)] * 4, (14, 128)] * 4
+    layers = {name: group.layers for name, group in decoder_layout(config).attention_groups.items()}
+    assert layers == {"self": tuple(i for i in range(15) if i % 5 < 4), "full": (4, 9, 14)}
+
+
+def test_gemma4_tensors_of_keys_that_no_layer_reads(tmp_path):
+    """Files hold the keys and values of all layers, those of layers that read others' among them."""
+    directory = write_tiny_checkpoint(tmp_path, "gemma4", num_kv_shared_layers=2)
+    expected = load_base(directory, dtype="float32").fingerprint
+    file, unread = directory / "model.safetensors", np.ones(3, np.float32)
+    tensors = safetensors.numpy.load_file(file)
+    names = ("k_proj.weight", "v_proj.weight", "k_norm.weight")
+    more = {f"model.language_model.layers.{i}.self_attn.{name}": unread for i in (2, 3) for name in names}
+    safetensors.numpy.save_file(tensors | more, file)
+    assert load_base(directory, dtype="float32").fingerprint == expected
+    safetensors.numpy.save_file({**tensors, "model.language_model.layers.3.self_attn.x_proj.weight": unread}, file)
+    with pytest.raises(CheckpointError, match="x_proj"):
+        load_base(directory, dtype="float32")
+
+
 def test_longrope_limits_the_run_to_the_length_of_its_frequencies():
     """transformers chooses short or long factors by the longest sequence; a compiled program by the run's maximum."""
     short = {"original_max_position_embeddings": 64}
@@ -143,7 +170,7 @@ def test_sizes_in_the_text_config_are_checked():
         hf_config(fields)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "mistral3", "gemma4"])
+@pytest.mark.parametrize("family", ["gemma3", "mistral3", "gemma4", "gemma4_unified"])
 def test_names_of_the_hub_and_of_the_modules(family, tmp_path):
     """Both are read as the same base, without the tensors of the vision model."""
     directory = write_tiny_checkpoint(tmp_path, family)
@@ -178,9 +205,14 @@ def test_names_of_the_hub_and_of_the_modules(family, tmp_path):
         ("cohere", {"logit_scale": None}, "without a logit_scale"),
         ("cohere2", {"sliding_window": None}, "sliding_window is not set"),
         ("ministral", {"layer_types": ["chunked_attention"] * 3}, "'chunked_attention'"),
-        ("gemma4_text", {"hidden_size_per_layer_input": 8}, "hidden_size_per_layer_input"),
-        ("gemma4_text", {"num_kv_shared_layers": 2}, "num_kv_shared_layers"),
-        ("gemma4_text", {"enable_moe_block": True}, "enable_moe_block"),
+        ("gemma4_text", {"hidden_size_per_layer_input": 8, "pad_token_id": None}, "needs pad_token_id"),
+        ("gemma4_text", {"hidden_size_per_layer_input": 8, "pad_token_id": 319, "vocab_size_per_layer_input": 300},
+         "virtual_id is 319; it must be one of the 300 rows"),
+        ("gemma4_text", {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 300}, "300, below.*320"),
+        ("gemma4_text", {"num_kv_shared_layers": 3}, "is 3, but no layer of type 'full_attention'"),
+        ("gemma4_text", {"num_kv_shared_layers": 5}, "num_kv_shared_layers is 5"),
+        ("gemma4_text", {"enable_moe_block": True}, "enable_moe_block needs num_experts"),
+        ("gemma4_text", {"enable_moe_block": True, "hidden_activation": "silu"}, "hidden_activation 'silu'"),
         ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention 'all'"),
         ("gemma4_text", {"per_layer_config": {1: {"head_dim": 16}, 3: {"head_dim": 24}}}, "different heads"),
     ],

@@ -58,6 +58,33 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positi
 
 _SEQUENTIAL = {"alibi": True, "new_decoder_architecture": False, "multi_query": False, "parallel_attn": False}
 
+_TWICE = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+# As Gemma 4 E2B: each layer has embeddings of its own, and the last two read the keys and values of layers 2 and 3.
+# With a smaller epsilon, norms of the few numbers of an embedding amplify the rounding errors of both sides.
+_E2B = {
+    "attention_k_eq_v": False,
+    "num_hidden_layers": 6,
+    "num_key_value_heads": 1,
+    "num_global_key_value_heads": None,
+    "intermediate_size": 16,
+    "rms_norm_eps": 1e-2,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 328,
+    "head_dim": 4,
+    "global_head_dim": 8,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+}
+
+_A4B = {
+    "enable_moe_block": True,
+    "num_experts": 5,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 8,
+    "intermediate_size": 16,
+}
+
 CASES = (
     _case("llama", "llama"),
     _case("llama tied", "llama", tie_word_embeddings=True),
@@ -155,7 +182,20 @@ CASES = (
     _case("hunyuan_v1_dense", "hunyuan_v1_dense"),
     _case("gemma4_text", "gemma4_text"),
     _case("gemma4_text own values, untied", "gemma4_text", attention_k_eq_v=False, tie_word_embeddings=False),
+    _case("gemma4_text E2B", "gemma4_text", **_E2B),
+    _case(
+        "gemma4_text E2B keys as values",
+        "gemma4_text",
+        **_E2B | {"attention_k_eq_v": True, "attention_bias": True, "layer_types": _TWICE, "num_kv_shared_layers": 3},
+    ),
+    _case("gemma4_text A4B", "gemma4_text", **_A4B),
     _case("gemma4", "gemma4"),
+    _case("gemma4 E2B", "gemma4", **_E2B),
+    _case("gemma4_unified_text", "gemma4_unified_text"),
+    _case(
+        "gemma4_unified_text reading layers", "gemma4_unified_text", num_kv_shared_layers=2, use_double_wide_mlp=True
+    ),
+    _case("gemma4_unified", "gemma4_unified"),
     _case("gpt2", "gpt2"),
     _case("gpt2 untied, exact gelu", "gpt2", tie_word_embeddings=False, activation_function="gelu", n_inner=48),
     _case("qwen3_moe", "qwen3_moe"),

@@ -10,6 +10,7 @@ from spt_jax.bases.families import FAMILIES
 from spt_jax.bases.families.text_part import TextPart
 from spt_jax.models.decoder_model import DecoderModel
 from spt_jax.testing import check_model, tiny_base
+from tests.golden.cases import CASES
 
 # The language model inside another model is the decoder of a family of its own.
 ALONE = [name for name, family in FAMILIES.items() if not isinstance(family, TextPart)]
@@ -18,6 +19,12 @@ ALONE = [name for name, family in FAMILIES.items() if not isinstance(family, Tex
 @pytest.mark.parametrize("family", ALONE)
 def test_every_family_keeps_the_rules(family):
     check_model(tiny_base(family).model)
+
+
+@pytest.mark.parametrize("name", ["gemma4_text E2B", "gemma4_text A4B"])
+def test_kinds_of_gemma4_keep_the_rules(name):
+    (case,) = (case for case in CASES if case.name == name)
+    check_model(tiny_base(case.family, **case.overrides).model)
 
 
 @jax.tree_util.register_dataclass

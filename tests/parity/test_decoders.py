@@ -1,5 +1,6 @@
 """Logits and gradients of every family equal transformers', whose torch models read the very same checkpoint."""
 
+import dataclasses
 import re
 import shutil
 
@@ -27,8 +28,9 @@ BY_NAME = {case.name: case for case in CASES}
 # A family of each kind of layer. The logits of all families equal transformers' in every layout, and check_model
 # compares their padded rows, caches and gradients with those logits.
 REPRESENTATIVES = (
-    "bloom", "cohere2", "deepseek_v3", "falcon", "falcon_h1", "gemma2", "gemma4_text", "gpt2", "gpt_oss", "granite",
-    "granitemoehybrid", "llama", "mistral", "olmo3", "phi", "qwen3", "qwen3_5_text", "qwen3_moe", "smollm3",
+    "bloom", "cohere2", "deepseek_v3", "falcon", "falcon_h1", "gemma2", "gemma4_text", "gemma4_text E2B", "gpt2",
+    "gpt_oss", "granite", "granitemoehybrid", "llama", "mistral", "olmo3", "phi", "qwen3", "qwen3_5_text", "qwen3_moe",
+    "smollm3",
 )  # fmt: skip
 
 
@@ -104,7 +106,7 @@ def test_dynamic_rope_follows_the_length_of_the_run(length, tmp_path):
     same(row_logits(base, ids), torch_logits(torch_model(directory), ids))
 
 
-@pytest.mark.parametrize("family", ["gemma3", "mistral3", "gemma4"])
+@pytest.mark.parametrize("family", ["gemma3", "mistral3", "gemma4", "gemma4 E2B"])
 def test_the_text_part_of_what_transformers_saves(family, tmp_path):
     """With its vision model, if the tiny one has any, and the names that transformers gives its tensors."""
     case = BY_NAME[family]
@@ -151,7 +153,8 @@ def test_old_config_files(tmp_path):
 def test_gradient_through_a_shared_prefix(name, tmp_path):
     """Embeddings of 11 tokens run once, as a prefix of three rows; the gradient equals torch's, which repeats them.
 
-    A merge of separately normalised attentions by their log-sum-exp passes on the logits and fails here.
+    A merge of separately normalised attentions by their log-sum-exp passes on the logits and fails here. In the layers'
+    own embeddings, the 11 tokens are virtual: they take the row of padding, as images do in transformers.
     """
     case = BY_NAME[name]
     base, model = load_both(tmp_path, case)
@@ -159,7 +162,10 @@ def test_gradient_through_a_shared_prefix(name, tmp_path):
     lead, rows = 11, np.stack([ids[20:36], ids[40:56], ids[60:76]])
     start = np.asarray(base.model.embed(jnp.asarray(ids[:lead])))
     ids_, stream = lay_out([Run(i, 0, row, ids[:lead]) for i, row in enumerate(rows)], 16)
+    stream = dataclasses.replace(stream, ids=jnp.asarray(ids_))
     lead_stream = lay_out([Run(0, 0, ids[:lead])], lead)[1]
+    virtual = base.layout.vocab_size + jnp.arange(lead, dtype=jnp.int32)
+    lead_stream = dataclasses.replace(lead_stream, ids=virtual[None])
 
     def loss(start):
         _, memory = base.model.run(start[None], lead_stream, return_memory=True)
@@ -175,7 +181,12 @@ def test_gradient_through_a_shared_prefix(name, tmp_path):
     # Not those of torch's embedding module: Falcon-H1 scales them after it.
     embedded = torch.tensor(np.asarray(base.model.embed(jnp.asarray(rows))))
     inputs = torch.cat([theirs[None].expand(3, -1, -1), embedded], dim=1)
-    scores = model(inputs_embeds=inputs, use_cache=False).logits[:, lead:-1].log_softmax(-1)
+    options = {}
+    if base.config.per_layer is not None:
+        padding = np.full((3, lead), model.config.pad_token_id)
+        with_padding = torch.tensor(np.concatenate([padding, rows], axis=1).astype(np.int64))
+        options["per_layer_inputs"] = model.model.get_per_layer_inputs(with_padding)
+    scores = model(inputs_embeds=inputs, use_cache=False, **options).logits[:, lead:-1].log_softmax(-1)
     expected = -scores.gather(-1, torch.tensor(rows.astype(np.int64))[:, 1:, None]).sum()
     expected.backward()
     np.testing.assert_allclose(value, expected.item(), rtol=1e-5)

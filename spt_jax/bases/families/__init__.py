@@ -9,7 +9,7 @@ from spt_jax.bases.families.falcon import Falcon
 from spt_jax.bases.families.falcon_h1 import FalconH1
 from spt_jax.bases.families.family import Family, Origin, Part
 from spt_jax.bases.families.gemma import Gemma, Gemma2, Gemma3, Gemma3Text
-from spt_jax.bases.families.gemma4 import Gemma4, Gemma4Text
+from spt_jax.bases.families.gemma4 import Gemma4, Gemma4Text, Gemma4Unified, Gemma4UnifiedText
 from spt_jax.bases.families.glm import Glm, Glm4
 from spt_jax.bases.families.glm_moe import Glm4Moe
 from spt_jax.bases.families.gpt2 import GPT2
@@ -58,6 +58,8 @@ _REGISTERED: tuple[Family, ...] = (
     Gemma3Text(),
     Gemma4(),
     Gemma4Text(),
+    Gemma4Unified(),
+    Gemma4UnifiedText(),
     Glm(),
     Glm4(),
     Glm4Moe(),

@@ -22,7 +22,7 @@ class TextFamily(Protocol):
     def tiny(self) -> Mapping[str, Any]: ...
 
 
-_OTHER_PARTS = "vision_tower|multi_modal_projector|embed_vision|visual|audio_tower|embed_audio"
+_OTHER_PARTS = "vision_tower|multi_modal_projector|embed_vision|visual|audio_tower|embed_audio|vision_embedder"
 # A vision model of about 5,000 parameters, for the fields that transformers' vision configs share.
 TINY_VISION: Mapping[str, Any] = {
     "hidden_size": 16,
