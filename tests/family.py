@@ -23,8 +23,19 @@ OPTIONS: dict[str, dict] = {
 }
 
 
+# The tiny base of a method that needs recurrent layers. Lists would make it unfit for a cache.
+HYBRID = {"family": "qwen3_5_text", "num_hidden_layers": 2, "layer_types": ("linear_attention", "full_attention")}
+BASES: dict[str, dict] = {"state_tuning": HYBRID}
+
+
+def has_length(name: str) -> bool:
+    """Whether the method has virtual tokens or positions, whose number is its option `length`."""
+    return any(field.name == "length" for field in dataclasses.fields(METHODS[name]))
+
+
 def method_of(name: str) -> Any:
-    return METHODS[name](**{"length": VIRTUAL, **OPTIONS.get(name, {})})
+    length = {"length": VIRTUAL} if has_length(name) else {}
+    return METHODS[name](**{**length, **OPTIONS.get(name, {})})
 
 
 def moved_params(method: Any, base: FrozenBase, seed: int = 1) -> Any:

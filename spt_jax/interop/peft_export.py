@@ -27,7 +27,7 @@ from spt_jax.interop.peft import (
     template_front,
 )
 from spt_jax.models.config import DecoderConfig
-from spt_jax.models.memory import keys_values
+from spt_jax.models.memory import keys_values, states
 from spt_jax.prompts import VirtualPrompt
 from spt_jax.prompts.storage import SavedPrompt, write_directory
 from spt_jax.prompts.virtual import Head
@@ -43,6 +43,10 @@ def export_peft(directory: str | Path, saved: SavedPrompt, base: FrozenBase) -> 
     """
     _check_tokens(saved, base)
     virtual, sizes = saved.virtual, base.config
+    if virtual.pinned:
+        raise ConfigError("this prompt was trained with method.pin_prefix, and PEFT has no such option")
+    if virtual.prefix is not None and states(virtual.prefix.memory):
+        raise ConfigError(f"PEFT has no prompts with states of recurrent layers, as this {saved.method.name} prompt has")
     parts = [name for name in ("tokens", "shift", "prefix", "gated", "head") if getattr(virtual, name) is not None]
     prompt_learning = _common(saved, base)
     if parts == ["tokens"]:
