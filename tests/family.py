@@ -23,9 +23,8 @@ OPTIONS: dict[str, dict] = {
 }
 
 
-# The tiny base of a method that needs recurrent layers. Lists would make it unfit for a cache.
-HYBRID = {"family": "qwen3_5_text", "num_hidden_layers": 2, "layer_types": ("linear_attention", "full_attention")}
-BASES: dict[str, dict] = {"state_tuning": HYBRID}
+# Options of the tiny base of a method that needs recurrent layers.
+BASES: dict[str, dict] = {"state_tuning": {"family": "qwen3_5_text"}}
 
 
 def has_length(name: str) -> bool:

@@ -41,12 +41,12 @@ def export_peft(directory: str | Path, saved: SavedPrompt, base: FrozenBase) -> 
         prompt has only one part.
       CheckpointError: the directory has other files, or cannot be written.
     """
-    _check_tokens(saved, base)
     virtual, sizes = saved.virtual, base.config
     if virtual.pinned:
         raise ConfigError("this prompt was trained with method.pin_prefix, and PEFT has no such option")
     if virtual.prefix is not None and states(virtual.prefix.memory):
-        raise ConfigError(f"PEFT has no prompts with states of recurrent layers, as this {saved.method.name} prompt has")
+        raise ConfigError(f"this {saved.method.name} prompt has states of recurrent layers, which PEFT does not have")
+    _check_tokens(saved, base)
     parts = [name for name in ("tokens", "shift", "prefix", "gated", "head") if getattr(virtual, name) is not None]
     prompt_learning = _common(saved, base)
     if parts == ["tokens"]:

@@ -153,9 +153,7 @@ def _sources(ring: _Ring, prefix: Any, places: Any) -> tuple[Source | None, Any]
     (positions, segments, parents, _), of_prefix, windowed = places
     stream = Stream(positions, segments, parents)
 
-    def source(
-        pair: KeysValues, key_positions: Array, key_segments: Array | None, key_pinned: Array | None
-    ) -> Source:
+    def source(pair: KeysValues, key_positions: Array, key_segments: Array | None, key_pinned: Array | None) -> Source:
         mask = visible(stream, key_positions, key_segments)
         if ring.window:
             mask &= ~windowed | within_window(stream, key_positions, ring.window, key_pinned)

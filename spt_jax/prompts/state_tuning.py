@@ -92,9 +92,7 @@ class StateTuning(Method):
     def materialize(self, params: Mapping[str, Any], model: Model) -> VirtualPrompt:
         """Returns the states of all recurrent layers; those that are not trained are zeros."""
         trained: Arrays = jax.tree.map(jnp.multiply, params["states"], params["scale"])
-        whole = {
-            name: State({**arrays, **trained[name]}) for name, arrays in start_states({}, model.layout).items()
-        }
+        whole = {name: State({**arrays, **trained[name]}) for name, arrays in start_states({}, model.layout).items()}
         return VirtualPrompt(prefix=VirtualPrefix(whole))
 
     def spec(self, layout: Layout) -> VirtualPrompt:

@@ -112,7 +112,9 @@ def save_prompt(
     """
     directory = Path(directory)
     if virtual.pinned is not method.pins:
-        raise CheckpointError(f"{directory}: `pinned` of the prompt is {virtual.pinned}, that of its method {method.pins}")
+        raise CheckpointError(
+            f"{directory}: `pinned` of the prompt is {virtual.pinned}, that of its method {method.pins}"
+        )
     arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(virtual).items()}
     found = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
     _check_tensors(directory, found, method, template, base.layout)
