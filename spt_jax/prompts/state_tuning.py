@@ -41,8 +41,9 @@ class StateTuning(Method):
         token. The paper trains only the states of the recurrence.
     """
 
-    # In units of the states of the base.
-    recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.1, "schedule": "linear"}
+    # In units of the states of the base. On random bases of 30,000 parameters the loss still falls faster with 1 and 3;
+    # trained bases react more to their states, and the paper's steps are smaller.
+    recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.3, "schedule": "linear"}
 
     name: Literal["state_tuning"] = "state_tuning"
     noise: float = 0.0
