@@ -60,8 +60,8 @@ def zeros(shapes):
 
 @functools.cache
 def token_batch():
-    """Rows with virtual tokens and leading ids."""
-    return batch_of(method_of("prompt_tuning"), tiny_base(), shared=True, packing=True)
+    """Rows with virtual tokens; without leading ids, the model is traced once."""
+    return batch_of(method_of("prompt_tuning"), tiny_base(), shared=False, packing=True)
 
 
 def whole_prompt(base: FrozenBase, specs: dict[str, VirtualPrompt]) -> VirtualPrompt:
