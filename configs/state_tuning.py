@@ -2,8 +2,8 @@
 
     python train.py configs/state_tuning.py
 
-The shipped model has no recurrent layers, so this config reads a base from the hub; expect a download of about 1.8 GB on
-the first run. No results have been measured yet.
+The shipped model has no recurrent layers, so this config reads a base from the hub: a download of about 1.8 GB on the
+first run. No results have been measured yet.
 """
 
 import dataclasses
