@@ -111,7 +111,7 @@ def test_shapes_and_a_loss_without_compilation(family, monkeypatch):
 # `test_family.py`.
 KINDS = {
     "bloom": PrefixTuning(length=4),  # ALiBi
-    "gpt2": PromptTuning(length=3),  # LayerNorm, learned positions
+    "gpt2": PromptTuning(length=VIRTUAL),  # LayerNorm, learned positions
     "mixtral": PrefixTuning(length=4, reparameterization="mlp", hidden=8),  # experts
     "deepseek_v3": PrefixTuning(length=4, sink=1),  # latent attention
 }
