@@ -40,6 +40,7 @@ from spt_jax.prompts import (
     PromptTuning,
     PTuning,
     ResidualPromptTuning,
+    StateTuning,
     VirtualPrompt,
     transfer,
 )
@@ -103,6 +104,7 @@ __all__ = [
     "SpanCrossEntropy",
     "SptError",
     "Standing",
+    "StateTuning",
     "Task",
     "Template",
     "TrainConfig",

@@ -23,8 +23,18 @@ OPTIONS: dict[str, dict] = {
 }
 
 
+# Options of the tiny base of a method that needs recurrent layers.
+BASES: dict[str, dict] = {"state_tuning": {"family": "qwen3_5_text"}}
+
+
+def has_length(name: str) -> bool:
+    """Whether the method has virtual tokens or positions, whose number is its option `length`."""
+    return any(field.name == "length" for field in dataclasses.fields(METHODS[name]))
+
+
 def method_of(name: str) -> Any:
-    return METHODS[name](**{"length": VIRTUAL, **OPTIONS.get(name, {})})
+    length = {"length": VIRTUAL} if has_length(name) else {}
+    return METHODS[name](**{**length, **OPTIONS.get(name, {})})
 
 
 def moved_params(method: Any, base: FrozenBase, seed: int = 1) -> Any:

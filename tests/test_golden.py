@@ -10,7 +10,6 @@ import pytest
 import safetensors.numpy
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.prompts import METHODS
 from spt_jax.testing import tiny_base
 from tests.golden import methods
 
@@ -37,7 +36,7 @@ def test_a_prompt_of_version_0_1_loads_and_answers_the_same(folder):
     same(methods.answers(folder, base_of(family)), f"{family}/{folder.name}/", ("scores", "ids", "log_probabilities"))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", methods.NAMES)
 def test_five_steps_of_training_are_the_same(name):
     numbers, _ = methods.trained(name, base_of("llama"))
     same(numbers, f"llama/{name}/", ("metrics", "params"))

@@ -23,7 +23,7 @@ from spt_jax.testing import tiny_base
 from spt_jax.training.objectives import CrossEntropy, Objective
 from spt_jax.training.step import loss_and_gradient
 from tests.examples import HEAD, QUICK_COMPILE, VIRTUAL, random_examples
-from tests.family import batch_of, method_of, moved_params, objective_of
+from tests.family import BASES, batch_of, method_of, moved_params, objective_of
 
 # Relative to the largest number of the reference. Products of bfloat16 numbers differ from the reference's by 2^-8
 # each; over a few layers, and twice as many for gradients, they add up to these bounds.
@@ -174,7 +174,8 @@ def family(name: str, dtype: str, packing: bool) -> Mapping[str, float]:
 
 def method(name: str) -> Mapping[str, float]:
     """Checks one method: packed rows with shared leading ids on the device, one full sequence per row on the CPU."""
-    own, reference = method_of(name), reference_base("llama", num_key_value_heads=4)
+    own = method_of(name)
+    reference = reference_base(**{"family": "llama", "num_key_value_heads": 4, **BASES.get(name, {})})
     with on_device(cpu()):
         params = jax.tree.map(np.asarray, moved_params(own, reference))
     objective, base = objective_of(own, reference), moved_base(reference, accelerator())

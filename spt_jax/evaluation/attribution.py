@@ -15,7 +15,7 @@ from spt_jax.errors import ConfigError
 from spt_jax.evaluation.evaluate import EvaluationSet, evaluate
 from spt_jax.evaluation.metrics import Difference, paired_bootstrap
 from spt_jax.evaluation.predictions import measures, record_values
-from spt_jax.inference.forward import embed_stream, encode_prefix
+from spt_jax.inference.forward import embed_stream, encode_prefix, pinned_ids
 from spt_jax.models import memory
 from spt_jax.models.attention import Stream
 from spt_jax.models.model import Model
@@ -28,7 +28,7 @@ def position_count(virtual: VirtualPrompt) -> int:
     Raises:
       ConfigError: the prompt has neither.
     """
-    if virtual.prefix is not None:
+    if virtual.prefix_length:
         return virtual.prefix_length
     if virtual.gated is not None:
         return memory.length(virtual.gated.memory)
@@ -123,7 +123,7 @@ def attention_received(
     Raises:
       ConfigError: the prompt has neither. Gated keys and values do not count, since they have a separate softmax.
     """
-    if virtual.prefix is None and virtual.tokens is None:
+    if not virtual.prefix_length and virtual.tokens is None:
         raise ConfigError("this prompt has no positions in the base's own attention")
     # A request ends where its answer begins.
     requests = [e.ids if e.reads is not None else e.ids[: e.first_target] for e in examples]
@@ -150,6 +150,7 @@ def _received(
     places = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
     real = (places <= last[:, None]).astype(jnp.int32)
     stream = Stream(places + virtual.first_position, real, jnp.zeros_like(real), ids=ids)
+    stream = dataclasses.replace(stream, pinned=pinned_ids(model, virtual, ids))
     weights = model.attention_weights(embed_stream(model, virtual, ids, stream), stream, prefix)
     at_last = jnp.take_along_axis(weights, last[None, :, None, None], axis=2)[:, :, 0]  # [L, B, keys]
     if prefix is not None:

@@ -39,13 +39,17 @@ def _parts(virtual: VirtualPrompt) -> str:
         parts.append(f"an update of the real tokens' embeddings at the first {len(shift)} positions, norm {norm:.3g}")
     if prefix is not None:
         layers = sum(len(own.keys) for own in memory.keys_values(prefix.memory))
-        parts.append(f"keys and values of {layers} layers at {virtual.prefix_length} positions")
+        recurrent = sum(len(jax.tree.leaves(own)[0]) for own in memory.states(prefix.memory))
+        if layers:
+            parts.append(f"keys and values of {layers} layers at {virtual.prefix_length} positions")
+        if recurrent:
+            parts.append(f"initial states of {recurrent} recurrent layers")
     if gated is not None:
         length = memory.length(gated.memory)
         parts.append(f"{length} gated keys and values in the last {len(gated.gates)} layers")
     if head is not None:
         parts.append(f"a head for {head.kernel.shape[1]} classes")
-    return ", ".join(parts)
+    return ", ".join(parts) + ("; sliding windows do not hide it" if virtual.pinned else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +105,8 @@ def layer_drift(saved: SavedPrompt, start: VirtualPrompt | None) -> list[tuple[f
     """
     if start is None or start.prefix is None or saved.virtual.prefix is None:
         return []
+    if not saved.virtual.prefix_length:
+        return []
     now, then = (memory.by_layer(prefix.memory, saved.layout) for prefix in (saved.virtual.prefix, start.prefix))
     if any(np.linalg.norm(array) == 0 for own in then for array in (own.keys, own.values)):
         return []
@@ -124,7 +130,7 @@ def started_from(saved: SavedPrompt, base: FrozenBase) -> VirtualPrompt | None:
 
 
 def similarity_map(prompts: Sequence[VirtualPrompt]) -> Float[np.ndarray, "S S"]:
-    """Returns cosines between prompts of one kind: between mean token rows, or mean keys and values of all layers.
+    """Returns cosines between prompts of one kind: of mean token rows, of mean keys and values, or of initial states.
 
     For token rows, this is the measure of SPoT (Vu et al. 2022, arXiv 2110.07904).
 
@@ -137,7 +143,8 @@ def similarity_map(prompts: Sequence[VirtualPrompt]) -> Float[np.ndarray, "S S"]
             return np.asarray(virtual.tokens, np.float64).mean(axis=0)
         if virtual.prefix is not None:
             leaves = jax.tree.leaves(memory.keys_values(virtual.prefix.memory))
-            return np.concatenate([np.asarray(leaf, np.float64).mean(axis=-3).ravel() for leaf in leaves])
+            means = [np.asarray(leaf, np.float64).mean(axis=-3).ravel() for leaf in leaves]
+            return np.concatenate(means or [np.asarray(leaf).ravel() for leaf in jax.tree.leaves(virtual.prefix)])
         raise ConfigError("a similarity map needs prompts of token rows, or of keys and values")
 
     summaries = [summary(virtual) for virtual in prompts]

@@ -158,12 +158,14 @@ class Experiment:
 
     def window_note(self, examples: Sequence[Example]) -> str | None:
         """Returns a note if examples are longer than a sliding window, since the soft prompt then leaves the window."""
-        sizes, longest = self.base.config, max(example.length for example in examples)
-        if not sizes.window_layers or longest + self.config.method.prefix_length <= sizes.window:
+        sizes, longest, method = self.base.config, max(example.length for example in examples), self.config.method
+        leaves = (method.token_count or method.prefix_length) and not method.pins
+        if not sizes.window_layers or not leaves or longest + method.prefix_length <= sizes.window:
             return None
         return (
             f"note: {len(sizes.window_layers)} of {sizes.layers} layers see only the last {sizes.window} tokens, and"
-            f" examples have up to {longest}; in those layers, later tokens do not attend to the soft prompt"
+            f" examples have up to {longest}; in those layers, later tokens do not attend to the soft prompt;"
+            " with --method.pin-prefix they do"
         )
 
     def objective(self, plan: BatchPlan) -> Objective:
@@ -221,6 +223,7 @@ def load_experiment(config: ExperimentConfig[Any], base: FrozenBase | None = Non
     positions = base.config.max_positions
     if data.max_length is not None and data.max_length > positions:
         raise ConfigError(f"data.max_length is {data.max_length}, but {base.name} has {positions} positions")
+    config.method.check_base(base)
     taken = config.method.token_count + config.method.prefix_length
     if taken >= (data.max_length or positions):
         raise ConfigError(f"{taken} virtual tokens leave no room in {data.max_length or positions} positions")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from spt_jax.inference.forward import encode_prefix, run_stream
+from spt_jax.inference.forward import encode_prefix, pinned_ids, run_stream
 from spt_jax.models import memory
 from spt_jax.models.attention import Cache, Prefix, Stream
 from spt_jax.models.model import Model
@@ -82,7 +82,7 @@ def encode_lead(
     prefix = encode_prefix(model, virtual, lead_ids, lead_length)
     if prefix is None:
         return None
-    return Prefix(memory.cast(prefix.memory, model.dtype), prefix.positions)
+    return dataclasses.replace(prefix, memory=memory.cast(prefix.memory, model.dtype))
 
 
 def prefill(
@@ -111,12 +111,15 @@ def prefill(
     segments = (slots < lengths).astype(jnp.int32)
     stream = Stream(positions[:, :length], segments[:, :length], jnp.zeros_like(rows.ids), rows.prompt_index)
     _, found = run_stream(model, virtual, rows.ids, stream, prefix, return_memory=True, return_hidden=False)
+    pinned = pinned_ids(model, virtual, rows.ids, rows.prompt_index)
+    if pinned is not None:
+        pinned = jnp.pad(pinned, [(0, 0), (0, capacity)])
     return DecodeState(
         step=jnp.zeros((), jnp.int32),
         ids=jnp.pad(rows.last[:, None], [(0, 0), (0, capacity)]),
         log_probabilities=jnp.zeros((batch, capacity), jnp.float32),
         ended=jnp.zeros((batch,), bool),
-        cache=Cache(memory.to_cache(memory.pad(found, capacity)), positions, segments),
+        cache=Cache(memory.to_cache(memory.pad(found, capacity)), positions, segments, pinned),
     )
 
 
@@ -159,6 +162,7 @@ def decode(
                 memory.put(cache.memory, memory.to_cache(new), slot),
                 cache.positions,
                 put(cache.segments, segments, slot, axis=1),
+                cache.pinned,
             ),
         )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from spt_jax.data.batches import Rows
 from spt_jax.models import memory
@@ -52,6 +52,25 @@ def _rows(
     return jnp.take(table, numbers, axis=0) if prompt_index is None else table[prompt_index[:, None], numbers]
 
 
+def pinned_ids(
+    model: Model, virtual: VirtualPrompt | None, ids: Int[Array, "*B T"], prompt_index: Int[Array, "*B"] | None = None
+) -> Bool[Array, "*B T"] | None:
+    """Returns which ids a sliding window never hides: the virtual ones, if their prompt pins them; None for none.
+
+    Args:
+      model: the base.
+      virtual: the soft prompt, or S stacked ones.
+      ids: real and virtual ids.
+      prompt_index: the prompt of each row, if there are several.
+    """
+    if virtual is None or virtual.pinned is False or not model.layout.windowed:
+        return None
+    pinned = ids >= model.layout.vocab_size
+    if virtual.pinned is True:
+        return pinned
+    return pinned & jnp.asarray(virtual.pinned)[prompt_index, None]
+
+
 def run_stream(
     model: Model,
     virtual: VirtualPrompt | None,
@@ -69,7 +88,7 @@ def run_stream(
       model: the base.
       virtual: the soft prompt; its token rows and gated prefix are applied.
       ids: real and virtual ids.
-      stream: positions and segments of the ids.
+      stream: positions and segments of the ids; virtual ids are pinned if the soft prompt says so.
       prefix: the memory of what precedes the stream, such as that from `encode_prefix`.
       cache: the memory of earlier ids.
       return_memory, return_hidden: what to return.
@@ -79,6 +98,8 @@ def run_stream(
     """
     x = embed_stream(model, virtual, ids, stream)
     stream = dataclasses.replace(stream, ids=ids)
+    if stream.pinned is None:
+        stream = dataclasses.replace(stream, pinned=pinned_ids(model, virtual, ids, stream.prompt_index))
     gated = None if virtual is None else virtual.gated
     return model.run(
         x,
@@ -124,22 +145,43 @@ def run_lead(
 
     Without leading ids, there are no hidden states.
     """
-    if lead_ids.ndim == 2:
-        one_lead = functools.partial(run_lead, model, return_hidden=return_hidden)
-        return jax.vmap(one_lead)(virtual, lead_ids, lead_length)
+    if lead_ids.ndim == 1:
+        return _run_lead(model, virtual, lead_ids, lead_length, None, return_hidden=return_hidden)
+    pins = None
+    if virtual is not None and isinstance(virtual.pinned, tuple):
+        pins, virtual = jnp.asarray(virtual.pinned), dataclasses.replace(virtual, pinned=True)
+    one_lead = functools.partial(_run_lead, model, return_hidden=return_hidden)
+    return jax.vmap(one_lead)(virtual, lead_ids, lead_length, pins)
+
+
+def _run_lead(
+    model: Model,
+    virtual: VirtualPrompt | None,
+    lead_ids: Int[Array, " P"],
+    lead_length: Int[Array, ""] | None,
+    pins: Bool[Array, ""] | None,
+    *,
+    return_hidden: bool,
+) -> tuple[Prefix | None, Float[Array, "P D"] | None]:
+    """`run_lead` of one prompt; `pins` is whether a prompt with `pinned` is one of those that are."""
     length = lead_ids.shape[0]
     prefix, start = None, 0
+    pinned = pinned_ids(model, virtual, lead_ids)
+    pinned = pinned if pinned is None or pins is None else pinned & pins
     if virtual is not None and virtual.prefix is not None:
         start = virtual.first_position
         places = jnp.arange(virtual.prefix_length, dtype=jnp.int32)
-        whole = memory.with_states(virtual.prefix.memory, model.layout)
-        prefix = Prefix(whole, jnp.where(places < start, places, NEVER))
+        whole = memory.of_all_layers(virtual.prefix.memory, model.layout)
+        of_prefix = None if pinned is None else jnp.full(places.shape, True if pins is None else pins)
+        prefix = Prefix(whole, jnp.where(places < start, places, NEVER), of_prefix)
     if length == 0:
         return prefix, None
     positions = start + jnp.arange(length, dtype=jnp.int32)
     real = jnp.ones(length, bool) if lead_length is None else jnp.arange(length) < lead_length
     segments = real.astype(jnp.int32)[None]
     stream = Stream(positions[None], segments, jnp.zeros_like(segments))
+    if pinned is not None:
+        stream = dataclasses.replace(stream, pinned=pinned[None])
     hidden, found = run_stream(
         model, virtual, lead_ids[None], stream, prefix, return_memory=True, return_hidden=return_hidden
     )
@@ -148,8 +190,11 @@ def run_lead(
     if lead_length is not None:
         positions = jnp.where(real, positions, NEVER)
     if prefix is None:
-        return Prefix(lead, positions), hidden
-    return Prefix(memory.concatenate(prefix.memory, lead), jnp.concatenate([prefix.positions, positions])), hidden
+        return Prefix(lead, positions, pinned), hidden
+    places, pinned = jax.tree.map(
+        lambda *own: jnp.concatenate(own), (prefix.positions, prefix.pinned), (positions, pinned)
+    )
+    return Prefix(memory.concatenate(prefix.memory, lead), places, pinned), hidden
 
 
 @jax.named_scope("rows")

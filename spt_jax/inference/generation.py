@@ -106,7 +106,7 @@ def programs(mesh: Mesh, layout: Layout) -> Programs:
 
     def prefix(*axes: None) -> Any:
         heads = PartitionSpec(*axes, None, None, "tensor")
-        return Prefix(memory.shardings(layout, mesh, heads, PartitionSpec()), everywhere)
+        return Prefix(memory.shardings(layout, mesh, heads, PartitionSpec()), everywhere, everywhere)
 
     return Programs(
         encode_lead=jax.jit(encode_lead, out_shardings=prefix()),
@@ -121,7 +121,7 @@ def cache_sharding(mesh: Mesh, layout: Layout) -> Any:
     rows: Any = row_sharding(mesh)
     by_row = PartitionSpec(None, *rows.spec)
     heads = PartitionSpec(*by_row, "tensor")
-    return Cache(memory.shardings(layout, mesh, heads, by_row), rows, rows)
+    return Cache(memory.shardings(layout, mesh, heads, by_row), rows, rows, rows)
 
 
 def generate(

@@ -110,4 +110,6 @@ def _token_rows(saved: SavedPrompt) -> Float[np.ndarray, "P D"]:
     if virtual.tokens is None or any((virtual.prefix, virtual.gated, virtual.head)) or virtual.shift is not None:
         name = saved.info["method"]["name"]
         raise ConfigError(f"a {name} prompt does not consist only of token rows, as this format requires")
+    if virtual.pinned:
+        raise ConfigError("this prompt was trained with method.pin_prefix, which this format cannot express")
     return np.asarray(virtual.tokens)

@@ -27,7 +27,7 @@ from spt_jax.interop.peft import (
     template_front,
 )
 from spt_jax.models.config import DecoderConfig
-from spt_jax.models.memory import keys_values
+from spt_jax.models.memory import keys_values, states
 from spt_jax.prompts import VirtualPrompt
 from spt_jax.prompts.storage import SavedPrompt, write_directory
 from spt_jax.prompts.virtual import Head
@@ -41,8 +41,12 @@ def export_peft(directory: str | Path, saved: SavedPrompt, base: FrozenBase) -> 
         prompt has only one part.
       CheckpointError: the directory has other files, or cannot be written.
     """
-    _check_tokens(saved, base)
     virtual, sizes = saved.virtual, base.config
+    if virtual.pinned:
+        raise ConfigError("this prompt was trained with method.pin_prefix, and PEFT has no such option")
+    if virtual.prefix is not None and states(virtual.prefix.memory):
+        raise ConfigError(f"this {saved.method.name} prompt has states of recurrent layers, which PEFT does not have")
+    _check_tokens(saved, base)
     parts = [name for name in ("tokens", "shift", "prefix", "gated", "head") if getattr(virtual, name) is not None]
     prompt_learning = _common(saved, base)
     if parts == ["tokens"]:

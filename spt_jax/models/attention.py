@@ -33,6 +33,7 @@ class Stream:
       parents: a second segment whose tokens are visible (a verbalizer sees its example); 0 for none.
       prompt_index: which of S stacked prompts each row uses; None if all rows share one prompt.
       ids: id of each token; from V on, it is virtual. Only bases with embeddings by layer read them, and need them.
+      pinned: the tokens that a sliding window never hides from later ones; None for none.
     """
 
     positions: Int[Array, "B T"]
@@ -40,6 +41,7 @@ class Stream:
     parents: Int[Array, "B T"]
     prompt_index: Int[Array, " B"] | None = None
     ids: Int[Array, "B T"] | None = None
+    pinned: Bool[Array, "B T"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -54,10 +56,12 @@ class Prefix:
     Attributes:
       memory: keys (after RoPE) and values [*S L P K H], or states [*S L ...].
       positions: the position of each key.
+      pinned: the positions that a sliding window never hides; None for none.
     """
 
     memory: Memory
     positions: Int[Array, "*S P"]
+    pinned: Bool[Array, "*S P"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -91,11 +95,13 @@ class Cache:
         matrix products of attention read them, which avoids a copy of the cache in every decoding step.
       positions: the position of each slot's token.
       segments: the segment of each slot's token.
+      pinned: the slots that a sliding window never hides; None for none.
     """
 
     memory: Memory
     positions: Int[Array, "B S"]
     segments: Int[Array, "B S"]
+    pinned: Bool[Array, "B S"] | None = None
 
 
 def visible(
@@ -114,9 +120,15 @@ def visible(
     return (same | parent) & causal
 
 
-def within_window(queries: Stream, key_positions: Int[Array, "B S"], window: int) -> Bool[Array, "B T S"]:
-    """Returns a mask that is True where the key is among the last `window` positions up to that of the query."""
-    return queries.positions[:, :, None] - key_positions[:, None, :] < window
+def within_window(
+    queries: Stream, key_positions: Int[Array, "B S"], window: int, pinned: Bool[Array, "B S"] | None = None
+) -> Bool[Array, "B T S"]:
+    """Returns a mask that is True where the key is among the last `window` positions up to that of the query.
+
+    It is also True for keys that are pinned.
+    """
+    near = queries.positions[:, :, None] - key_positions[:, None, :] < window
+    return near if pinned is None else near | pinned[:, None, :]
 
 
 @jax.tree_util.register_dataclass
@@ -161,6 +173,7 @@ def attend(
     """Computes grouped-query attention with one softmax over all sources.
 
     Scores and softmax are float32. A query whose keys are all masked (padding) gets a mean of values instead of NaN.
+    A source may have no positions, as the prefix of a prompt that has only recurrent states.
 
     Args:
       queries: queries, after RoPE.
@@ -175,6 +188,7 @@ def attend(
       Mixed values in the dtype of the queries.
     """
     scoring = scoring or Scoring(queries.shape[-1] ** -0.5)
+    sources = [source for source in sources if source.mask.shape[-1]]
     if kernel != "xla":
         one = _as_one(sources)
         return attend_fused(kernel, mesh, queries, one.keys, one.values, one.mask, scale=scoring.scale, cap=scoring.cap)
@@ -205,6 +219,7 @@ def attention_weights(
     sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T S"]:
     """Returns the attention weights over the keys of all sources, averaged over heads, float32."""
+    sources = [source for source in sources if source.mask.shape[-1]]
     kv_heads = sources[0].keys.shape[-2]
     grouped = grouped_heads(queries, kv_heads)
     scores = jnp.concatenate([scores_of(grouped, source, scoring) for source in sources], axis=-1)

@@ -386,24 +386,28 @@ def _shared_inputs(
         None if rope is None else rotation(rope, config.head_size, rows.positions)
         for rope in (config.rope, config.local_rope)
     )
-    prefix_positions = None if prefix is None else of_row(rows.prompt_index, prefix.positions)
+    of_prefix: tuple[Array | None, Array | None] = (None, None)
+    if prefix is not None:
+        of_prefix = of_row(rows.prompt_index, (prefix.positions, prefix.pinned))
+    inputs = functools.partial(SharedInputs, cos_sin, local, rows, order, *of_prefix)
     if ring:
-        return SharedInputs(cos_sin, local, rows, order, prefix_positions, (), None, None)
-    sources: list[tuple[Array, Array | None]] = [(rows.positions, rows.segments)]
+        return inputs((), None, None)
+    sources: list[tuple[Array, Array | None, Array | None]] = [(rows.positions, rows.segments, rows.pinned)]
     if cache is not None:
-        sources.insert(0, (cache.positions, cache.segments))
-    if prefix_positions is not None:
-        shape = (rows.positions.shape[0], prefix_positions.shape[-1])
-        sources.insert(0, (jnp.broadcast_to(prefix_positions, shape), None))
-    key_positions = tuple(positions for positions, _ in sources) if config.biased else ()
-    masks = tuple(visible(rows, positions, segments) for positions, segments in sources)
+        sources.insert(0, (cache.positions, cache.segments, cache.pinned))
+    if of_prefix[0] is not None:
+        shape = (rows.positions.shape[0], of_prefix[0].shape[-1])
+        positions, pinned = jax.tree.map(lambda a: jnp.broadcast_to(a, shape), of_prefix)
+        sources.insert(0, (positions, None, pinned))
+    key_positions = tuple(positions for positions, *_ in sources) if config.biased else ()
+    masks = tuple(visible(rows, positions, segments) for positions, segments, _ in sources)
     if not config.window_layers:
-        return SharedInputs(cos_sin, local, rows, order, prefix_positions, key_positions, masks, None)
-    windows = [within_window(rows, positions, config.window) for positions, _ in sources]
+        return inputs(key_positions, masks, None)
+    windows = [within_window(rows, positions, config.window, pinned) for positions, _, pinned in sources]
     window_masks = tuple(mask & window for mask, window in zip(masks, windows, strict=True))
     if _all_windowed(stack):
-        return SharedInputs(cos_sin, local, rows, order, prefix_positions, key_positions, window_masks, None)
-    return SharedInputs(cos_sin, local, rows, order, prefix_positions, key_positions, masks, window_masks)
+        return inputs(key_positions, window_masks, None)
+    return inputs(key_positions, masks, window_masks)
 
 
 @functools.lru_cache(maxsize=64)
@@ -417,4 +421,4 @@ def decoder_layout(config: DecoderConfig) -> Layout:
         if not shapes.keys() >= set(names):
             shapes |= zip(names, own.remembers, strict=True)
     groups = {name: dataclasses.replace(shapes[name], layers=tuple(own)) for name, own in layers.items()}
-    return Layout(config.vocab_size, config.input_width, config.max_positions, groups)
+    return Layout(config.vocab_size, config.input_width, config.max_positions, groups, bool(config.window_layers))

@@ -52,15 +52,17 @@ class Layout:
       max_positions: the longest sequence.
       groups: the layers that remember something, by name; a plain decoder has one group, "self". A layer that has both
         attention and a recurrent part is in two.
+      windowed: whether some layers have a sliding window.
     """
 
     vocab_size: int
     width: int
     max_positions: int
     groups: Mapping[str, Group | StateGroup]
+    windowed: bool = False
 
     def __hash__(self) -> int:
-        return hash((self.vocab_size, self.width, self.max_positions, frozenset(self.groups.items())))
+        return hash((self.vocab_size, self.width, self.max_positions, frozenset(self.groups.items()), self.windowed))
 
     @property
     def attention_groups(self) -> dict[str, Group]:

@@ -77,6 +77,11 @@ def keys_values(memory: Memory) -> list[KeysValues]:
     return [own for own in memory.values() if isinstance(own, KeysValues)]
 
 
+def states(memory: Memory) -> list[State]:
+    """Returns the states of each group that has them."""
+    return [own for own in memory.values() if isinstance(own, State)]
+
+
 def by_layer(memory: Memory, layout: Layout) -> list[KeysValues]:
     """Returns the keys and values [P, K, H] of each layer that has them, in the order of the layers."""
     found = {
@@ -134,10 +139,12 @@ def cast(memory: Memory, dtype: DTypeLike) -> Memory:
     return jax.tree.map(lambda array: array.astype(dtype), memory)
 
 
-def with_states(memory: Memory, layout: Layout) -> Memory:
-    """Adds the states before the first token, zeros, to the memory of one prompt that has only keys and values."""
-    absent = {name: group for name, group in layout.state_groups.items() if name not in memory}
-    return {**memory, **jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state_spec(absent))}
+def of_all_layers(memory: Memory, layout: Layout) -> Memory:
+    """Adds to the memory of one prompt what it lacks: states of zeros, and keys and values at no positions."""
+    states = {name: group for name, group in layout.state_groups.items() if name not in memory}
+    pairs = {name: group for name, group in layout.attention_groups.items() if name not in memory}
+    absent = {**state_spec(states), **spec(pairs, length(memory))}
+    return {**memory, **jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), absent)}
 
 
 def concatenate(first: Memory, second: Memory) -> Memory:

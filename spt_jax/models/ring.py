@@ -87,6 +87,7 @@ def ring_attend(
     stream: Stream,
     prefix: KeysValues | None = None,
     prefix_positions: Array | None = None,
+    prefix_pinned: Array | None = None,
     *,
     window: int = 0,
     windowed: Bool[Array, ""] | None = None,
@@ -101,15 +102,18 @@ def ring_attend(
       stream: positions and segments of the tokens.
       prefix: keys and values, [P, K, H] for all rows or [B, P, K, H] for each row.
       prefix_positions: positions of the prefix, [P] or [B, P].
+      prefix_pinned: the positions of the prefix that a window never hides, likewise; None for none.
       window: width of the sliding window; 0 for none.
       windowed: whether this layer uses the window; None for always.
       scoring: as for `attend`.
     """
     scoring = scoring or Scoring(queries.shape[-1] ** -0.5)
+    if prefix is not None and not prefix.keys.shape[-3]:
+        prefix = prefix_positions = prefix_pinned = None
     ring = _Ring(mesh, scoring, window, prefix is not None and prefix.keys.ndim == 4)
-    tokens = (stream.positions, stream.segments, stream.parents)
+    tokens = (stream.positions, stream.segments, stream.parents, stream.pinned)
     windowed = jnp.asarray(window > 0) if windowed is None else windowed
-    return _ring_attend(ring, (queries, own, prefix), (tokens, prefix_positions, windowed))
+    return _ring_attend(ring, (queries, own, prefix), (tokens, (prefix_positions, prefix_pinned), windowed))
 
 
 def take_tokens(mesh: Mesh, x: Float[Array, "B T D"], places: Int[Array, "B Q"]) -> Float[Array, "B Q D"]:
@@ -146,19 +150,20 @@ _ring_attend.defvjp(_forward, _backward)
 
 def _sources(ring: _Ring, prefix: Any, places: Any) -> tuple[Source | None, Any]:
     """Returns the prefix as a source (None without one), and a function that makes a source of rotating arrays."""
-    (positions, segments, parents), prefix_positions, windowed = places
+    (positions, segments, parents, _), of_prefix, windowed = places
     stream = Stream(positions, segments, parents)
 
-    def source(pair: KeysValues, key_positions: Array, key_segments: Array | None) -> Source:
+    def source(pair: KeysValues, key_positions: Array, key_segments: Array | None, key_pinned: Array | None) -> Source:
         mask = visible(stream, key_positions, key_segments)
         if ring.window:
-            mask &= ~windowed | within_window(stream, key_positions, ring.window)
+            mask &= ~windowed | within_window(stream, key_positions, ring.window, key_pinned)
         return Source(pair.keys, pair.values, mask)
 
     if prefix is None:
         return None, source
-    rows = positions.shape[0]
-    return source(prefix, jnp.broadcast_to(prefix_positions, (rows, prefix_positions.shape[-1])), None), source
+    shape = (positions.shape[0], of_prefix[0].shape[-1])
+    prefix_positions, prefix_pinned = jax.tree.map(lambda a: jnp.broadcast_to(a, shape), of_prefix)
+    return source(prefix, prefix_positions, None, prefix_pinned), source
 
 
 def _device_forward(ring: _Ring, arrays: Any, places: Any) -> tuple[Array, Array, Array]:
@@ -167,7 +172,7 @@ def _device_forward(ring: _Ring, arrays: Any, places: Any) -> tuple[Array, Array
     Keys and values make a full rotation, so that all steps share one loop body.
     """
     queries, own, prefix = arrays
-    positions, segments, _ = places[0]
+    positions, segments, _, pinned = places[0]
     grouped = grouped_heads(queries, own.keys.shape[2])
     prefix_source, source = _sources(ring, prefix, places)
 
@@ -187,7 +192,7 @@ def _device_forward(ring: _Ring, arrays: Any, places: Any) -> tuple[Array, Array
     state = (zeros - jnp.inf, zeros, jnp.zeros((*grouped.shape[:3], own.values.shape[3]), jnp.float32))
     if prefix_source is not None:
         state = update(state, prefix_source)
-    carry = (state, (own, positions, segments))
+    carry = (state, (own, positions, segments, pinned))
     ((highest, total, mixed), _), _ = jax.lax.scan(step, carry, length=ring.mesh.shape[AXIS])
     return ungrouped_heads((mixed / total).astype(queries.dtype), queries.shape), highest, total
 
@@ -197,7 +202,7 @@ def _device_backward(
 ) -> tuple[Array, KeysValues, KeysValues | None]:
     """Returns cotangents of the queries, keys and values of this device, and of the full prefix."""
     queries, own, prefix = arrays
-    positions, segments, _ = places[0]
+    positions, segments, _, pinned = places[0]
     kv_heads, dtype = own.keys.shape[2], queries.dtype
     grouped, d_out = grouped_heads(queries, kv_heads), grouped_heads(cotangent, kv_heads)
     product = (d_out.astype(jnp.float32) * grouped_heads(out, kv_heads)).sum(-1, keepdims=True)
@@ -228,7 +233,7 @@ def _device_backward(
         axes = (AXIS,) if ring.separate_prefixes else (AXIS, *ROWS)
         d_prefix = jax.tree.map(lambda a, like: jax.lax.psum(a, axes).astype(like.dtype), d_source, prefix)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), own)
-    carry = (d_queries, (own, positions, segments), zeros)
+    carry = (d_queries, (own, positions, segments, pinned), zeros)
     (d_queries, _, d_pair), _ = jax.lax.scan(step, carry, length=ring.mesh.shape[AXIS])
     d_own = jax.tree.map(lambda a: a.astype(dtype), d_pair)
     return ungrouped_heads(d_queries.astype(dtype), queries.shape), d_own, d_prefix

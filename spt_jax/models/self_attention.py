@@ -76,6 +76,7 @@ class SharedInputs:
       stream: positions and segments of the tokens.
       order: the order of the tokens, for recurrent layers.
       prefix_positions: positions of the prefix, [P], or [B, P] if each row has its own prompt.
+      prefix_pinned: the positions of the prefix that a window never hides, likewise; None for none.
       key_positions: positions of the keys of each source, [B, S], for ALiBi.
       masks: attention masks of the sources in the order prefix, cache, row; None if rows are split over devices.
       window_masks: the same with the sliding window, if some layers of the stack have it and some do not.
@@ -87,6 +88,7 @@ class SharedInputs:
     stream: Stream
     order: TokenOrder | None
     prefix_positions: Int[Array, "*B P"] | None
+    prefix_pinned: Bool[Array, "*B P"] | None
     key_positions: tuple[Array, ...]
     masks: tuple[Array, ...] | None
     window_masks: tuple[Array, ...] | None
@@ -214,7 +216,7 @@ class Attention(nn.Module):
         if shared.masks is None:
             assert self.mesh is not None
             window = config.window if config.window_layers else 0
-            places = stream, prefix, shared.prefix_positions
+            places = stream, prefix, shared.prefix_positions, shared.prefix_pinned
             options = {"window": window, "windowed": layer.windowed, "scoring": scoring}
             out = ring_attend(self.mesh, queries, own, *places, **options)
         else:

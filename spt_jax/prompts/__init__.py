@@ -13,6 +13,7 @@ from spt_jax.prompts.p_tuning import PTuning
 from spt_jax.prompts.prefix_tuning import PrefixTuning
 from spt_jax.prompts.prompt_tuning import PromptTuning
 from spt_jax.prompts.residual import ResidualPromptTuning
+from spt_jax.prompts.state_tuning import StateTuning
 from spt_jax.prompts.virtual import VirtualPrompt
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "PromptParams",
     "PromptTuning",
     "ResidualPromptTuning",
+    "StateTuning",
     "VirtualPrompt",
 ]
 
@@ -43,4 +45,5 @@ METHODS: dict[str, Any] = {
     "llama_adapter": LlamaAdapter,
     "deep_prompts": DeepPrompts,
     "multitask_prompt_tuning": MultitaskPromptTuning,
+    "state_tuning": StateTuning,
 }

@@ -159,7 +159,7 @@ class ContextPromptTuning(TokenMethod):
         """Returns start + delta as virtual tokens. Labels have no gradient."""
         del model
         free = jnp.asarray(self._radii(1) > 0, jnp.float32)[:, None]
-        return VirtualPrompt(tokens=params["start"] + free * params["delta"])
+        return VirtualPrompt(tokens=params["start"] + free * params["delta"], pinned=self.pins)
 
     def trainable(self, params: PromptParams) -> dict[str, bool]:
         """Only the difference is trained."""

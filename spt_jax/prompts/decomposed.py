@@ -57,7 +57,8 @@ class DecomposedPromptTuning(TokenMethod):
     def materialize(self, params: Mapping[str, Any], model: Model) -> VirtualPrompt:
         """Returns the rows, and the update as left @ right, times a factor that scales its learning rate under Adam."""
         del model
-        return VirtualPrompt(tokens=params["tokens"], shift=self.change_rate * (params["left"] @ params["right"]))
+        shift = self.change_rate * (params["left"] @ params["right"])
+        return VirtualPrompt(tokens=params["tokens"], shift=shift, pinned=self.pins)
 
     def spec(self, layout: Layout) -> VirtualPrompt:
         """Returns the shapes of the rows and the update."""

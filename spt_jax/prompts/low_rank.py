@@ -50,7 +50,7 @@ class LowRankPromptTuning(TokenMethod):
     def materialize(self, params: Mapping[str, Any], model: Model) -> VirtualPrompt:
         """Returns start + left @ right as virtual tokens."""
         del model
-        return VirtualPrompt(tokens=params["start"] + params["left"] @ params["right"])
+        return VirtualPrompt(tokens=params["start"] + params["left"] @ params["right"], pinned=self.pins)
 
     def trainable(self, params: PromptParams) -> dict[str, bool]:
         """Only the factors are trained."""

@@ -85,6 +85,11 @@ class Method:
         return 0
 
     @property
+    def pins(self) -> bool:
+        """Whether layers with a sliding window never hide the prompt from later tokens, `VirtualPrompt.pinned`."""
+        return False
+
+    @property
     def needs_tokenizer(self) -> bool:
         """Whether `bind` must be called first."""
         return False
@@ -138,7 +143,19 @@ class Method:
         """
         tokens = shape(self.token_count, layout.width) if self.token_count else None
         prefix = memory.spec(layout.attention_groups, self.prefix_length)
-        return VirtualPrompt(tokens=tokens, prefix=VirtualPrefix(prefix) if self.prefix_length else None)
+        virtual = VirtualPrompt(tokens=tokens, prefix=VirtualPrefix(prefix) if self.prefix_length else None)
+        return dataclasses.replace(virtual, pinned=self.pins)
+
+    def check_base(self, base: FrozenBase) -> None:
+        """Checks the options against a base, before training.
+
+        Raises:
+          ConfigError: `pin_prefix` is set, and no layer of the base has a sliding window.
+        """
+        if self.pins and not base.layout.windowed:
+            raise ConfigError(
+                f"method.pin_prefix is True, but no layer of {base.name} has a sliding window; set it to False"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,14 +165,21 @@ class TokenMethod(Method):
     Attributes:
       length: number of virtual tokens P; default the sum over `<soft:n>` in the template, or 20.
       init: initializer of the rows.
+      pin_prefix: in layers with a sliding window, every later token attends to the virtual tokens, however far behind
+        they are. By default the window hides them, as it hides other tokens.
     """
 
     length: int | None = None
     init: Initializer = dataclasses.field(default_factory=Initializer)
+    pin_prefix: bool = False
 
     def __post_init__(self) -> None:
         if self.length is not None and self.length < 1:
             raise ConfigError(f"method.length is {self.length}; a soft prompt has at least 1 virtual token")
+
+    @property
+    def pins(self) -> bool:
+        return self.pin_prefix
 
     @property
     def token_count(self) -> int:

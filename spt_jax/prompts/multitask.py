@@ -82,19 +82,22 @@ class MultitaskPromptTuning(TokenMethod):
         shared = params["tokens"][None]
         if self.combine == "concatenate":
             shared = jnp.broadcast_to(shared, (params["own"].shape[0], *shared.shape[1:]))
-            return VirtualPrompt(tokens=jnp.concatenate([shared, params["own"]], axis=1))
+            return VirtualPrompt(tokens=jnp.concatenate([shared, params["own"]], axis=1), pinned=self.pins)
         matrices = params["left"] @ params["right"]
-        return VirtualPrompt(tokens=shared * matrices if self.combine == "multiply" else shared + matrices)
+        rows = shared * matrices if self.combine == "multiply" else shared + matrices
+        return VirtualPrompt(tokens=rows, pinned=self.pins)
 
     def spec(self, layout: Layout) -> VirtualPrompt:
         """Returns the shape of the rows of all tasks."""
-        return VirtualPrompt(tokens=shape(len(self.tasks), self.token_count, layout.width))
+        return VirtualPrompt(tokens=shape(len(self.tasks), self.token_count, layout.width), pinned=self.pins)
 
     def artifacts(self, virtual: VirtualPrompt, params: Mapping[str, Any]) -> dict[str, tuple[Method, VirtualPrompt]]:
         """Returns a prompt per task, and the shared prompt as a start for new tasks."""
         assert virtual.tokens is not None
         rows = {SHARED: params["tokens"], **dict(zip(self.tasks, virtual.tokens, strict=True))}
-        return {
-            name: (PromptTuning(length=len(tokens), init=self.init), VirtualPrompt(tokens=tokens))
-            for name, tokens in rows.items()
-        }
+
+        def of_task(tokens: Float[Array, "P D"]) -> tuple[Method, VirtualPrompt]:
+            method = PromptTuning(length=len(tokens), init=self.init, pin_prefix=self.pin_prefix)
+            return method, VirtualPrompt(tokens=tokens, pinned=self.pins)
+
+        return {name: of_task(tokens) for name, tokens in rows.items()}

@@ -80,7 +80,7 @@ class PTuning(TokenMethod):
     def materialize(self, params: Mapping[str, Any], model: Model) -> VirtualPrompt:
         """Returns the outputs of the encoder as virtual tokens."""
         del model
-        return VirtualPrompt(tokens=_encode(params))
+        return VirtualPrompt(tokens=_encode(params), pinned=self.pins)
 
 
 def _encode(params: Mapping[str, Any]) -> Float[Array, "P D"]:

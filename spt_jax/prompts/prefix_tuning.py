@@ -41,7 +41,10 @@ class PrefixTuning(Method):
       sink: number of first positions that are not trained. With start=tokens and sink > 0, the first is BOS if the base
         has one, because models use it as an attention sink.
       states: also train the states of the recurrent layers before the first token, which are zeros otherwise (S0
-        tuning, arXiv 2604.01168). They start from zeros, or from those of the prompt that `init` names.
+        tuning, arXiv 2604.01168; the method `state_tuning` trains only these). They start from zeros, or from those of
+        the prompt that `init` names.
+      pin_prefix: in layers with a sliding window, every token attends to all keys and values of the prefix, however far
+        behind they are. By default the window hides them, as it hides tokens.
     """
 
     # In units of the values of the base, whose deviations are 0.4 and 1.3 in the two bases used to choose it.
@@ -55,6 +58,7 @@ class PrefixTuning(Method):
     hidden: int = 512
     sink: int = 0
     states: bool = False
+    pin_prefix: bool = False
 
     def __post_init__(self) -> None:
         if self.length is not None and self.length < 1:
@@ -65,6 +69,10 @@ class PrefixTuning(Method):
             raise ConfigError(
                 f"method.sink is {self.sink}; it must be in 0 to {self.prefix_length - 1}: the others are trained"
             )
+
+    @property
+    def pins(self) -> bool:
+        return self.pin_prefix
 
     @property
     def prefix_length(self) -> int:
@@ -105,12 +113,12 @@ class PrefixTuning(Method):
         scale = params["scale"] if self.reparameterization == "flat" else 1.0
         states = jax.tree.map(lambda a: a * scale, params["states"]) if self.states else {}
         whole = _unpacked(both), {name: State(arrays) for name, arrays in states.items()}
-        return VirtualPrompt(prefix=VirtualPrefix({**whole[0], **whole[1]}))
+        return VirtualPrompt(prefix=VirtualPrefix({**whole[0], **whole[1]}), pinned=self.pins)
 
     def spec(self, layout: Layout) -> VirtualPrompt:
         prefix = memory.spec(layout.attention_groups, self.prefix_length)
         states = memory.state_spec(layout.state_groups) if self.states else {}
-        return VirtualPrompt(prefix=VirtualPrefix({**prefix, **states}))
+        return VirtualPrompt(prefix=VirtualPrefix({**prefix, **states}), pinned=self.pins)
 
     def trainable(self, params: PromptParams) -> dict[str, Any]:
         """The sink, the scale and the initial keys and values of the network are not trained."""
@@ -147,9 +155,7 @@ class PrefixTuning(Method):
             return {}
         if not base.layout.state_groups:
             raise ConfigError(f"method.states is True, but no layer of {base.name} is recurrent; set it to False")
-        found = {name: own for name, own in self._saved_memory(base).items() if isinstance(own, State)}
-        whole = memory.with_states(found, base.layout)
-        return {"states": {name: own.arrays for name, own in whole.items() if isinstance(own, State)}}
+        return {"states": start_states(self._saved_memory(base), base.layout)}
 
     def _saved(self, base: FrozenBase) -> Packed | None:
         """Returns keys and values of the saved prompt that `init` names, or None if it has no prefix."""
@@ -173,23 +179,28 @@ class PrefixTuning(Method):
         return virtual.prefix.memory
 
 
+def start_states(found: Memory, layout: Layout) -> dict[str, Any]:
+    """Returns the states before the first token by group and name: those found, otherwise zeros."""
+    whole = memory.of_all_layers(found, layout)
+    return {name: own.arrays for name, own in whole.items() if isinstance(own, State)}
+
+
 @jax.jit
-def memory_of_rows(model: Model, rows: Float[Array, "P D"], ids: Int[Array, " P"]) -> Memory:
-    """Returns keys (after RoPE) and values of every layer for embeddings at the start of a sequence, float32.
+def memory_of_rows(model: Model, rows: Float[Array, "P D"], ids: Int[Array, " P"] | None = None) -> Memory:
+    """Returns what all layers remember of embeddings at the start of a sequence, float32.
 
     Args:
       model: the base.
       rows: the embeddings.
-      ids: their ids, from V on for those that are not embeddings of tokens.
+      ids: their ids, from V on for those that are not embeddings of tokens; None if none is.
     """
+    ids = jnp.full(rows.shape[:1], model.layout.vocab_size) if ids is None else ids
     positions = jnp.arange(rows.shape[0], dtype=jnp.int32)[None]
     stream = Stream(positions, jnp.ones_like(positions), jnp.zeros_like(positions), ids=ids[None])
     x = rows[None].astype(model.dtype)
     _, found = model.run(x, stream, return_memory=True, return_hidden=False)
     assert found is not None
-    return jax.tree.map(
-        lambda a: a[:, 0].astype(jnp.float32), {name: found[name] for name in model.layout.attention_groups}
-    )
+    return jax.tree.map(lambda a: a[:, 0].astype(jnp.float32), found)
 
 
 def _packed(whole: Memory) -> Packed:

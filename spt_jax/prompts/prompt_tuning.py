@@ -31,4 +31,4 @@ class PromptTuning(TokenMethod):
     def materialize(self, params: Mapping[str, Any], model: Model) -> VirtualPrompt:
         """Returns the rows as virtual tokens."""
         del model
-        return VirtualPrompt(tokens=jnp.asarray(params["tokens"]))
+        return VirtualPrompt(tokens=jnp.asarray(params["tokens"]), pinned=self.pins)

@@ -62,4 +62,5 @@ class ResidualPromptTuning(TokenMethod):
         network = jax.tree.map(lambda a: a * self.network_rate, params["network"])
         x = linear(network["up"], jax.nn.relu(linear(network["down"], rows)))
         x = jax.nn.standardize(x, axis=-1, epsilon=1e-5)
-        return VirtualPrompt(tokens=rows + x * network["norm"]["scale"][None] + network["norm"]["bias"][None])
+        change = x * network["norm"]["scale"][None] + network["norm"]["bias"][None]
+        return VirtualPrompt(tokens=rows + change, pinned=self.pins)

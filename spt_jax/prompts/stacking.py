@@ -34,7 +34,13 @@ def stack_prompts(prompts: Sequence[VirtualPrompt]) -> VirtualPrompt:
         prefix=_stacked_prefix([p.prefix for p in prompts]),
         gated=_stacked_gated([p.gated for p in prompts]),
         head=_stacked_head([p.head for p in prompts]),
+        pinned=_stacked_pins([p.pinned for p in prompts]),
     )
+
+
+def _stacked_pins(pins: Sequence[bool | tuple[bool, ...]]) -> bool | tuple[bool, ...]:
+    flags = tuple(pin is True for pin in pins)
+    return flags[0] if len(set(flags)) == 1 else flags
 
 
 def _stacked_prefix(parts: Sequence[VirtualPrefix | None]) -> VirtualPrefix | None:

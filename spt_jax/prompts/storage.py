@@ -108,9 +108,13 @@ def save_prompt(
 
     Raises:
       CheckpointError: the files cannot be written, the directory holds something else, or the arrays are not finite
-        float32 arrays of the shapes that the method declares.
+        float32 arrays of the shapes that the method declares, or `pinned` is not as it declares.
     """
     directory = Path(directory)
+    if virtual.pinned is not method.pins:
+        raise CheckpointError(
+            f"{directory}: `pinned` of the prompt is {virtual.pinned}, that of its method {method.pins}"
+        )
     arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(virtual).items()}
     found = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
     _check_tensors(directory, found, method, template, base.layout)

@@ -39,28 +39,37 @@ def ranked_sources(target: VirtualPrompt, bank: Mapping[str, VirtualPrompt]) -> 
     return sorted(similarities, key=lambda pair: -pair[1])
 
 
+def _common_pin(prompts: Sequence[VirtualPrompt]) -> bool:
+    pins = {prompt.pinned for prompt in prompts}
+    if len(pins) > 1:
+        raise ConfigError("some of these prompts were trained with method.pin_prefix and others were not")
+    return pins == {True}
+
+
 def average(prompts: Sequence[VirtualPrompt]) -> VirtualPrompt:
     """Returns the mean token rows of prompts of equal length.
 
     Raises:
-      ConfigError: there are no prompts, or their shapes differ.
+      ConfigError: there are no prompts, or their shapes or `pinned` differ.
     """
     shapes = {token_rows(prompt).shape for prompt in prompts}
     if len(shapes) != 1:
         raise ConfigError(f"prompts to average must have one shape; these have {sorted(shapes) or 'none'}")
-    return VirtualPrompt(tokens=jnp.mean(jnp.stack([token_rows(prompt) for prompt in prompts]), axis=0))
+    rows = jnp.mean(jnp.stack([token_rows(prompt) for prompt in prompts]), axis=0)
+    return VirtualPrompt(tokens=rows, pinned=_common_pin(prompts))
 
 
 def concatenate(prompts: Sequence[VirtualPrompt]) -> VirtualPrompt:
     """Concatenates the token rows of prompts.
 
     Raises:
-      ConfigError: there are no prompts, or their widths differ.
+      ConfigError: there are no prompts, or their widths or `pinned` differ.
     """
     widths = {token_rows(prompt).shape[1] for prompt in prompts}
     if len(widths) != 1:
         raise ConfigError(f"prompts to concatenate must have one width; these have {sorted(widths) or 'none'}")
-    return VirtualPrompt(tokens=jnp.concatenate([token_rows(prompt) for prompt in prompts]))
+    rows = jnp.concatenate([token_rows(prompt) for prompt in prompts])
+    return VirtualPrompt(tokens=rows, pinned=_common_pin(prompts))
 
 
 def recycle(virtual: VirtualPrompt, source: FrozenBase, target: FrozenBase, *, top_k: int = 5000) -> VirtualPrompt:
@@ -98,4 +107,4 @@ def recycle(virtual: VirtualPrompt, source: FrozenBase, target: FrozenBase, *, t
     tables = (base.model.embedding_table() for base in (source, target))
     source_rows, target_rows = (table[ids] for table, ids in zip(tables, (from_ids, to_ids), strict=True))
     matrix = np.linalg.lstsq(source_rows, target_rows, rcond=None)[0]
-    return VirtualPrompt(tokens=jnp.asarray(rows @ matrix))
+    return VirtualPrompt(tokens=jnp.asarray(rows @ matrix), pinned=virtual.pinned)

@@ -48,6 +48,8 @@ class VirtualPrompt:
       prefix: memory of the positions before the first token.
       gated: gated keys and values of the last layers.
       head: task head, used in place of the output matrix.
+      pinned: whether layers with a sliding window never hide the prefix and the virtual tokens from later tokens; for S
+        stacked prompts, one for all or one for each.
     """
 
     tokens: Float[Array, "*S P D"] | None = None
@@ -55,6 +57,7 @@ class VirtualPrompt:
     prefix: VirtualPrefix | None = None
     gated: GatedPrefix | None = None
     head: Head | None = None
+    pinned: bool | tuple[bool, ...] = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def prefix_length(self) -> int:

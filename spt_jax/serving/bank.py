@@ -293,7 +293,7 @@ def hold(base: FrozenBase, virtual: VirtualPrompt, lead: np.ndarray) -> DevicePr
     padded = jax.device_put(_padded(stack_prompts([virtual])), replicated(base.mesh))
     first = virtual.prefix_length
     prefix = None
-    if len(lead) or first:
+    if len(lead) or virtual.prefix is not None:
         ids = np.zeros((1, round_up(len(lead), BUCKET)), np.int32)
         ids[0, : len(lead)] = lead
         encode = programs(base.mesh, base.layout).encode_leads

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from spt_jax.inference.decoding import ALTERNATIVES, RowSampling, likeliest, next_tokens
-from spt_jax.inference.forward import run_stream
+from spt_jax.inference.forward import pinned_ids, run_stream
 from spt_jax.models import memory
 from spt_jax.models.attention import NEVER, Cache, Prefix, Stream
 from spt_jax.models.model import Model
@@ -101,7 +101,8 @@ class RequestIds:
 def empty_slots(model: Model, count: int, capacity: int) -> Slots:
     """Returns `count` empty slots with `capacity` cache entries each."""
     places = jnp.zeros((count, capacity), jnp.int32)
-    cache = Cache(memory.empty_cache(model.layout, count, capacity, model.dtype), places, places)
+    pinned = jnp.zeros((count, capacity), bool) if model.layout.windowed else None
+    cache = Cache(memory.empty_cache(model.layout, count, capacity, model.dtype), places, places, pinned)
     none = jnp.zeros(count, jnp.int32)
     sampling = RowSampling(jnp.zeros(count), none, jnp.ones(count), none.astype(jnp.uint32), none)
     return Slots(cache, none, none, none, none, sampling)
@@ -143,12 +144,17 @@ def admit(
     scores = model.logits(hidden[numbers, requests.lengths - 1])
     firsts = NewTokens(*next_tokens(scores, jnp.int32(0), sampling), likeliest(scores, wanted))
     cache, taken = dataclasses.replace(slots.cache, segments=slots.cache.segments.at[at].set(0)), 0
-    for part in filter(None, (lead, Cache(memory.to_cache(found), positions, real))):
+    pinned = pinned_ids(model, virtual, requests.ids, numbers)
+    for part in filter(None, (lead, Cache(memory.to_cache(found), positions, real, pinned))):
         own = slice(taken, taken := taken + part.positions.shape[1])
+        pins = cache.pinned
+        if pins is not None:
+            pins = pins.at[at, own].set(False if part.pinned is None else part.pinned)
         cache = Cache(
             memory.put_rows(cache.memory, memory.finite(memory.cast(part.memory, model.dtype)), at, own),
             cache.positions.at[at, own].set(part.positions),
             cache.segments.at[at, own].set(part.segments),
+            pins,
         )
     slots = Slots(
         cache,
@@ -168,7 +174,9 @@ def _side_by_side(prefixes: Sequence[Prefix]) -> Cache | None:
     rows = memory.stack_rows([prefix.memory for prefix in prefixes])
     positions = jnp.stack([prefix.positions for prefix in prefixes])
     held = positions != NEVER
-    return Cache(memory.to_cache(rows), jnp.where(held, positions, 0), held.astype(jnp.int32))
+    pins = [prefix.pinned for prefix in prefixes if prefix.pinned is not None]
+    pinned = jnp.stack(pins) if pins else None
+    return Cache(memory.to_cache(rows), jnp.where(held, positions, 0), held.astype(jnp.int32), pinned)
 
 
 def decode(
@@ -210,7 +218,10 @@ def decode(
         own = jnp.ones_like(slots.ids)[:, None]
         stream = Stream(slots.positions[:, None], own, jnp.zeros_like(own))
         cache = slots.cache
-        near = dataclasses.replace(cache, positions=cache.positions[:, :reach], segments=cache.segments[:, :reach])
+        positions, segments, pinned = jax.tree.map(
+            lambda a: a[:, :reach], (cache.positions, cache.segments, cache.pinned)
+        )
+        near = Cache(cache.memory, positions, segments, pinned)
         hidden, own_memory = run_stream(model, None, slots.ids[:, None], stream, None, near, return_memory=True)
         scores = model.logits(hidden[:, 0])
         new = NewTokens(*next_tokens(scores, slots.steps, slots.sampling), likeliest(scores, wanted))
@@ -219,6 +230,7 @@ def decode(
             memory.put_each(cache.memory, memory.finite(own_memory), at),
             cache.positions.at[numbers, at].set(slots.positions),
             cache.segments.at[numbers, at].set(busy.astype(jnp.int32)),
+            None if cache.pinned is None else cache.pinned.at[numbers, at].set(False),
         )
         moved = Slots(cache, slots.filled + 1, new.ids, slots.positions + 1, slots.steps + 1, slots.sampling)
         chosen = jax.tree.map(lambda all_steps, own: all_steps.at[step].set(own), chosen, new)

@@ -13,6 +13,7 @@ from spt_jax.data.batches import Batch, BatchPlan
 from spt_jax.models import delta_net_config, mamba_config
 from spt_jax.models.config import DecoderConfig, layer_configs
 from spt_jax.models.decoder import Remat, decoder_layout
+from spt_jax.models.memory import state_spec
 from spt_jax.models.vocabulary import CHUNK_LOGITS, CHUNK_ROWS
 from spt_jax.runtime.sharding import row_shards, sharded_shapes
 
@@ -129,7 +130,8 @@ class StepMemory:
       layer: the memory of one layer during its backward pass.
       logits: the logits of one chunk of outputs over a device's part of the vocabulary, and the hidden states of all
         outputs.
-      prefix: the share of the leading ids in the above, and the keys and values of the prefix with their cotangents.
+      prefix: the share of the leading ids in the above, and the keys, values and states of the prefix with their
+        cotangents.
     """
 
     weights: int
@@ -201,15 +203,17 @@ def step_memory(
         return sum(_kept_bytes(one, tokens, keys, remat, itemsize, tensor) for one in layers)
 
     leading = shape.prompts * shape.lead
-    groups = decoder_layout(config).attention_groups.values()
+    layout = decoder_layout(config)
+    groups = layout.attention_groups.values()
     per_position = sum(len(group.layers) * group.kv_heads * (group.key_size + group.value_size) for group in groups)
     pairs = seen * shape.prompts * per_position
+    states = shape.prompts * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state_spec(layout.state_groups)))
     return StepMemory(
         weights=weights,
         kept=kept(rows * length, seen + length),
         layer=layer(rows * length, seen + length),
         logits=3 * 4 * chunk * vocabulary + 3 * itemsize * outputs * config.input_width,
-        prefix=kept(leading, seen) + layer(leading, seen) + 3 * 4 * pairs // tensor,
+        prefix=kept(leading, seen) + layer(leading, seen) + 3 * 4 * (pairs // tensor + states),
     )
 
 

@@ -101,6 +101,7 @@ def init_members(
     make = make_optimizer(optimizer, steps)
     states = []
     for member in members:
+        member.method.check_base(base)
         params = member.method.init_params(jax.random.key(member.seed), base)
         if member.method.token_count < longest:
             params = {"tokens": jnp.pad(params["tokens"], ((0, longest - member.method.token_count), (0, 0)))}

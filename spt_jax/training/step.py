@@ -57,7 +57,12 @@ class TrainState:
 def init_state(
     key: Key[Array, ""], base: FrozenBase, method: Method, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Initializes parameters and optimizer state, replicated over the base's mesh."""
+    """Initializes parameters and optimizer state, replicated over the base's mesh.
+
+    Raises:
+      ConfigError: the options of the method are not compatible with the base.
+    """
+    method.check_base(base)
     params = method.init_params(key, base)
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     return jax.device_put(state, replicated(base.mesh))
@@ -137,13 +142,15 @@ def _scaled_loss_and_gradient(
         )
         if prefix is None:
             return (None, hidden), None
-        return (prefix.memory, hidden), prefix.positions
+        return (prefix.memory, hidden), (prefix.positions, prefix.pinned)
 
     virtual, materialize_vjp = jax.vjp(lambda p: method.materialize(p, model), params)
-    (memory, lead_hidden), encode_vjp, positions = jax.vjp(encode, virtual, has_aux=True)
+    if virtual.pinned is not method.pins:
+        raise ConfigError(f"{method.name} does not pin its prompt: its `materialize` must return `pinned=self.pins`")
+    (memory, lead_hidden), encode_vjp, places = jax.vjp(encode, virtual, has_aux=True)
 
     def rows_loss(memory: Memory | None, virtual: VirtualPrompt, rows: Rows) -> tuple[Array, Array]:
-        prefix = None if memory is None else Prefix(memory, positions)
+        prefix = None if memory is None else Prefix(memory, *places)
         scores = target_scores(model, virtual, prefix, rows, objective.scored_ids(rows))
         return objective.loss(scores, rows)
 

@@ -30,6 +30,11 @@ PROMPTS = Path(__file__).parent / "prompts"
 NUMBERS = Path(__file__).parent / "methods.safetensors"
 FAMILIES = ("llama", "gemma2")
 STEPS = 5
+# The methods of version 0.1.
+NAMES = (
+    "prompt_tuning", "prefix_tuning", "p_tuning", "residual_prompt_tuning", "low_rank_prompt_tuning",
+    "decomposed_prompt_tuning", "cpt", "llama_adapter", "deep_prompts", "multitask_prompt_tuning",
+)  # fmt: skip
 
 # Options beside the length, for methods that need some to be built or to show an effect.
 OPTIONS: dict[str, dict] = {
@@ -113,7 +118,7 @@ def main() -> None:
     numbers = {}
     for family in FAMILIES:
         base = tiny_base(family)
-        for name in METHODS:
+        for name in NAMES:
             own, params = trained(name, base)
             numbers |= {f"{family}/{name}/{key}": value for key, value in own.items()}
             method = method_of(name)

@@ -69,8 +69,13 @@ def test_operations_along_positions():
     same(memory.without_position(one, 1), changed(lambda a: np.delete(a, 1, 1), one))
     same(memory.cast(one, jnp.bfloat16), jax.tree.map(lambda a: a.astype(jnp.bfloat16), one))
     without = {name: own for name, own in one.items() if name != "recurrent"}
-    same(memory.with_states(without, LAYOUT), {**without, "recurrent": State({"sum": jnp.zeros((1, 5))})})
-    same(memory.with_states(one, LAYOUT), one)
+    same(memory.of_all_layers(without, LAYOUT), {**without, "recurrent": State({"sum": jnp.zeros((1, 5))})})
+    same(memory.of_all_layers(one, LAYOUT), one)
+    whole = memory.of_all_layers({"recurrent": one["recurrent"]}, LAYOUT)
+    same({"recurrent": whole["recurrent"]}, {"recurrent": one["recurrent"]})
+    nothing = {name: memory.KeysValues(own.keys[:, :0], own.values[:, :0]) for name, own in without.items()}
+    same({name: whole[name] for name in without}, nothing)
+    same(memory.concatenate(whole, one), one)
 
 
 def test_stacking():

@@ -17,7 +17,7 @@ from spt_jax.training.step import loss_and_gradient
 from tests.examples import QUICK_COMPILE
 from tests.family import batch_of, method_of, moved_params, objective_of
 
-METHODS_OF_TOKENS = sorted(set(METHODS) - {"llama_adapter"})
+METHODS_OF_TOKENS = sorted(set(METHODS) - {"llama_adapter", "state_tuning"})  # which have no rows of that width
 
 
 @functools.cache

@@ -26,17 +26,23 @@ from spt_jax.testing import tiny_base
 from spt_jax.training.checkpoints import Checkpoints
 from spt_jax.training.step import init_state, loss_and_gradient, make_train_step
 from tests.examples import QUICK_COMPILE, random_examples
-from tests.family import batch_of, fit_ids, has_head, method_of, moved_params, objective_of, task_of, tasks_of
+from tests.family import BASES, batch_of, fit_ids, has_head, method_of, moved_params, objective_of, task_of, tasks_of
+
+
+def base_of(name: str, remat: str = "none", **axes: int):
+    """The base of a method; that of most methods is the same."""
+    return cached_base(name if name in BASES else "", remat, **axes)
 
 
 @functools.cache
-def base_of(remat: str = "none", **axes: int):
-    base = tiny_base(num_key_value_heads=4, mesh=make_mesh(MeshConfig(**axes)))
+def cached_base(name: str, remat: str, **axes: int):
+    options = {"num_key_value_heads": 4, **BASES.get(name, {})}
+    base = tiny_base(**options, mesh=make_mesh(MeshConfig(**axes)))
     return dataclasses.replace(base, model=base.model.with_options(remat=remat))
 
 
 def params_of(name: str, seed: int = 1):
-    return moved_params(method_of(name), base_of(), seed)
+    return moved_params(method_of(name), base_of(name), seed)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "objective", "microbatches"), compiler_options=QUICK_COMPILE)
@@ -46,7 +52,7 @@ def jitted(method, objective, model, params, batch, microbatches=1):
 
 @functools.cache
 def plain(name: str):
-    method, base = method_of(name), base_of()
+    method, base = method_of(name), base_of(name)
     batch = batch_of(method, base, shared=False, packing=False)
     return jitted(method, objective_of(method, base), base.model, params_of(name), batch)
 
@@ -56,7 +62,7 @@ def test_sharing_packing_microbatches_remat_and_mesh_change_nothing(name):
     loss, gradient, _ = plain(name)
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
     assert largest > 1e-4, "a gradient of nothing agrees with anything"
-    method, base = method_of(name), base_of(remat="full", data=2, tensor=2)
+    method, base = method_of(name), base_of(name, remat="full", data=2, tensor=2)
     batch = batch_of(method, base, shared=True, packing=True, microbatches=2)
     params = jax.device_put(params_of(name), replicated(base.mesh))
     ours, slope, _ = jitted(method, objective_of(method, base), base.model, params, batch, 2)
@@ -72,7 +78,7 @@ def logits_of(model, virtual, batch):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_generation_is_the_teacher_forced_argmax(name):
-    method, base = method_of(name), base_of()
+    method, base = method_of(name), base_of(name)
     virtual = method.materialize(params_of(name), base.model)
     prompts = [fit_ids(method, e.ids) for e in random_examples("choices", 3)]
     if has_head(method, base):
@@ -96,7 +102,7 @@ def test_generation_is_the_teacher_forced_argmax(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_two_steps_and_two_more_after_a_restart_are_four(name, tmp_path):
-    method, base = method_of(name), base_of()
+    method, base = method_of(name), base_of(name)
     optimizer = optax.adamw(0.01, weight_decay=0.1)
     batch = batch_of(method, base, shared=True, packing=True)
     step = make_train_step(base, method, optimizer, objective_of(method, base))
@@ -118,7 +124,7 @@ def test_two_steps_and_two_more_after_a_restart_are_four(name, tmp_path):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_saved_is_the_whole_prompt(name, tmp_path):
-    trained, base, params = method_of(name), base_of(), params_of(name)
+    trained, base, params = method_of(name), base_of(name), params_of(name)
     whole = trained.materialize(params, base.model)
     for part, (method, virtual) in trained.artifacts(whole, params).items():
         prompt = "<soft>{a}" if method.token_count else "{a}"

@@ -35,6 +35,7 @@ from spt_jax.testing import tiny_base
 from spt_jax.training.objectives import CrossEntropy
 from spt_jax.training.step import loss_and_gradient
 from tests.examples import QUICK_COMPILE, VOCAB, random_examples
+from tests.family import has_length
 
 WORDS = "Hello world, this is the question"
 
@@ -238,7 +239,7 @@ def test_a_context_in_words():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        *((name, {"length": 0}, "length is 0") for name in METHODS),
+        *((name, {"length": 0}, "length is 0") for name in METHODS if has_length(name)),
         ("prefix_tuning", {"sink": 20}, "sink is 20; it must be in 0 to 19"),
         ("prefix_tuning", {"hidden": 0}, "hidden is 0"),
         ("p_tuning", {"hidden": 0}, "hidden is 0"),
@@ -254,6 +255,8 @@ def test_a_context_in_words():
         ("cpt", {"decay": 1.5}, "decay is 1.5"),
         ("cpt", {"ids": (1, 2), "kinds": (1,)}, "ids has 2 numbers for 1 virtual tokens"),
         ("llama_adapter", {"layers": 0}, "layers is 0"),
+        ("state_tuning", {"noise": -1.0}, "noise is -1"),
+        ("state_tuning", {"noise": 0.1, "path": "a"}, "give only one"),
     ],
 )
 def test_bad_options(name, options, message):
