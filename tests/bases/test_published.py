@@ -23,7 +23,7 @@ EXPERTS = r"experts/(up|gate|down)/(kernel|bias)$"
 # Large leaves that every device along "tensor" holds whole, and the most that they are of all parameters.
 WHOLE = {
     r"^positions$": 0.015,  # Each device adds the rows of its own tokens.
-    r"attention/(latent|query_latent|rotated_key)/kernel$": 0.002,  # All heads read the same latents.
+    r"attention/(latent|query_latent|rotated_key)/kernel$": 0.003,  # All heads read the same latents.
     r"router/kernel$": 0.001,  # Every device needs the scores of all experts, to choose the best.
 }
 
