@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
@@ -36,13 +36,13 @@ RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r"experts/(up|gate)/bias$", (P(None, "tensor"), P(None, None, "tensor"))),
     (r"experts/down/bias$", (P(None, "tensor"),)),
     (r"(router/kernel|router/bias|correction|shared_gate/kernel)$", (P(),)),
+    (r"(latent|rotated_key)/kernel$", (P(None, "fsdp"),)),
+    (r"(latent|rotated_key)/bias$", (P(),)),
     (r"(query|key|value|up|gate|decay|beta|step)/kernel$", (P(None, "fsdp", "tensor"),)),
     (r"(query|key|value|up|gate|step)/bias$", (P(None, "tensor"),)),
     (r"((attention|delta_net|mamba)/output|down)/kernel$", (P(None, "tensor", "fsdp"),)),
     (r"_convolution$", (P(None, None, "tensor"),)),
     (r"(a_log|dt_bias|skip|_convolution_bias)$", (P(None, "tensor"),)),
-    (r"(latent|rotated_key)/kernel$", (P(None, "fsdp"),)),
-    (r"(latent|rotated_key)/bias$", (P(),)),
     (r"(input_map|output_map)/kernel$", (P("fsdp"),)),
     (r"per_layer/projection/kernel$", (P("fsdp", "tensor"),)),
     (r"logit_bias$", (P(("fsdp", "tensor")),)),
@@ -112,7 +112,7 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[: math.prod(shape)])
 
 
-def parameter_sharding(mesh: Mesh, path: Sequence[str], shape: tuple[int, ...]) -> NamedSharding:
+def parameter_sharding(mesh: Mesh | AbstractMesh, path: Sequence[str], shape: tuple[int, ...]) -> NamedSharding:
     """Returns the sharding of the frozen leaf at `path`. Axes that do not divide their dimension are left out.
 
     Raises:
@@ -126,7 +126,7 @@ def parameter_sharding(mesh: Mesh, path: Sequence[str], shape: tuple[int, ...]) 
     return min(shardings, key=lambda sharding: math.prod(sharding.shard_shape(shape)))
 
 
-def sharded_shapes(mesh: Mesh, shapes: Any, dtype: Any) -> Any:
+def sharded_shapes(mesh: Mesh | AbstractMesh, shapes: Any, dtype: Any) -> Any:
     """Adds a dtype and shardings to a tree of shapes of frozen leaves, as `parameter_shapes` returns it."""
 
     def place(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
@@ -136,7 +136,7 @@ def sharded_shapes(mesh: Mesh, shapes: Any, dtype: Any) -> Any:
     return jax.tree_util.tree_map_with_path(place, shapes)
 
 
-def fitting(mesh: Mesh, spec: P, shape: tuple[int, ...]) -> NamedSharding:
+def fitting(mesh: Mesh | AbstractMesh, spec: P, shape: tuple[int, ...]) -> NamedSharding:
     """Returns a sharding by those axes of `spec` that divide their dimensions."""
     kept = []
     for axes, size in zip(spec, shape, strict=False):

@@ -1,0 +1,36 @@
+"""The program of a step does not grow with the number of layers, if their kinds repeat."""
+
+import functools
+
+import pytest
+
+from benchmarks.shapes import lower_step
+from spt_jax.bases.config import decoder_config
+from spt_jax.testing import tiny_config
+from spt_jax.training.cost import StepShape
+
+SHAPE = StepShape(rows=2, length=16, outputs=4, lead=4)
+WINDOW, FULL, RECURRENT = "sliding_attention", "full_attention", "linear_attention"
+# The layers that repeat, and the most instructions as a multiple of Llama's. Norms of outputs, queries and keys, and a
+# second mask and RoPE, are in the one body of Gemma 3. The period of Qwen 3.5 has four bodies, three of them recurrent.
+FAMILIES = {
+    "gemma3_text": ([WINDOW] * 5 + [FULL], 1.45),
+    "gpt_oss": ([WINDOW, FULL], 1.8),
+    "qwen3_5_text": ([RECURRENT] * 3 + [FULL], 6.5),
+}
+
+
+@functools.cache
+def instructions(family: str, layers: int, kinds: tuple[str, ...] = ()) -> int:
+    """Returns the number of instructions of a step before XLA compiles it."""
+    fields = {"layer_types": list(kinds) * (layers // len(kinds))} if kinds else {}
+    config = decoder_config(tiny_config(family, num_hidden_layers=layers, **fields))
+    return sum(" = " in line for line in lower_step(config, SHAPE, remat="dots").as_text().splitlines())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_repeat_are_compiled_once(family):
+    kinds, most = FAMILIES[family]
+    found = instructions(family, 24, tuple(kinds))
+    assert found == instructions(family, 12, tuple(kinds))
+    assert found <= most * instructions("llama", 24)
