@@ -86,6 +86,7 @@ _QWEN35_35B = _without(_QWEN35_9B, "intermediate_size") | {
     "model_type": "qwen3_5_moe_text", "hidden_size": 2048, "num_hidden_layers": 40, "num_key_value_heads": 2,
     "num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
 }  # fmt: skip
+_GRANITE_4 = ["attention" if i % 10 == 5 else "mamba" for i in range(40)]
 _MINISTRAL_3_3B = _sizes(131072, 3072, 9216, 26, 32, 8, head_dim=128, **_TIED)
 
 # fmt: off
@@ -139,6 +140,13 @@ PUBLISHED: Mapping[str, Published] = {
     ),
     "gemma-4-31B": Published("gemma4", _GEMMA_4_31B, 30_697_345_340, stated=False, in_text_config=True),
     "gemma-4-31B, text": Published("gemma4_text", _GEMMA_4_31B, 30_697_345_340, stated=False),
+    "gemma-4-E2B, text": Published("gemma4_text", _TIED, 5_077_177_886, stated=False),  # transformers' defaults
+    "gemma4_unified, transformers' defaults": Published(
+        "gemma4_unified", _TIED, 3_010_758_430, stated=False, in_text_config=True,
+    ),
+    "gemma4_unified_text, transformers' defaults": Published(
+        "gemma4_unified_text", _TIED, 3_010_758_430, stated=False,
+    ),
     "glm-4-9b-hf": Published(
         "glm", _sizes(151552, 4096, 13696, 40, 32, 2, head_dim=128, attention_bias=True, **_UNTIED),
         9_399_951_360,
@@ -173,6 +181,16 @@ PUBLISHED: Mapping[str, Published] = {
     ),
     "pythia-70m": Published("gpt_neox", _sizes(50304, 512, 2048, 6, 8, 8), 70_426_624),
     "pythia-410m": Published("gpt_neox", _sizes(50304, 1024, 4096, 24, 16, 16), 405_334_016),
+    "granite-4.0-h-tiny": Published(
+        "granitemoehybrid", _sizes(100352, 1536, 512, 40, 12, 4, layer_types=_GRANITE_4, mamba_n_heads=48,
+        mamba_d_head=64, mamba_d_state=128, mamba_n_groups=1, mamba_expand=2, num_local_experts=64,
+        num_experts_per_tok=6, shared_intermediate_size=1024, position_embedding_type="nope", **_TIED),
+        6_939_037_248, stated=False,
+    ),
+    "Falcon-H1-0.5B-Base": Published(
+        "falcon_h1", _sizes(32784, 1024, 2048, 36, 8, 2, head_dim=64, mamba_d_ssm=1536, mamba_n_heads=24,
+        mamba_d_head=64, mamba_d_state=128, mamba_n_groups=1, **_UNTIED), 521_411_104,
+    ),
     "gpt-oss-20b": Published("gpt_oss", _GPT_OSS_20B, 20_914_757_184, active=3.6),
     "gpt-oss-120b": Published(
         "gpt_oss", _GPT_OSS_20B | {"num_hidden_layers": 36, "num_local_experts": 128}, 116_829_156_672, active=5.1,

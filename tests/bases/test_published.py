@@ -15,10 +15,13 @@ MESH = AbstractMesh((4, 1, 2, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 LARGE = 1 << 20
 # The axis that "tensor" splits: outputs of the maps into heads and hidden units, inputs of the maps out of them.
 COLUMNS = (
-    r"(^output|(attention|delta_net)/(query|key|value|gate|beta|decay|key_up|value_up)/kernel"
-    r"|(mlp|shared)/(up|gate)/kernel)$"
+    r"(^output|(attention|delta_net|mamba)/(query|key|value|gate|beta|decay|step|key_up|value_up)/kernel"
+    r"|(mlp|shared)/(up|gate)/kernel|per_layer/(gate|projection)/kernel)$"
 )
-ROWS = r"(^embedding|(attention|delta_net)/output/kernel|(mlp|shared)/down/kernel)$"
+ROWS = (
+    r"(^embedding|(attention|delta_net|mamba)/output/kernel"
+    r"|(mlp|shared)/down/kernel|per_layer/(embedding|down/kernel))$"
+)
 EXPERTS = r"experts/(up|gate|down)/(kernel|bias)$"
 # Large leaves that every device along "tensor" holds whole, and the most that they are of all parameters.
 WHOLE = {

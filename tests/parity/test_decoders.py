@@ -23,7 +23,8 @@ from tests.layouts import Run, every_layout, forward, lay_out, row_logits
 pytestmark = pytest.mark.parity
 
 TOLERANCE = 1e-4
-OTHER_PARTS = r"(^|\.)(vision_tower|multi_modal_projector|visual)\."  # of which our checkpoints have no tensors
+# Of which our checkpoints have no tensors.
+OTHER_PARTS = r"(^|\.)(vision_tower|multi_modal_projector|visual|vision_embedder|embed_vision|embed_audio)\."
 BY_NAME = {case.name: case for case in CASES}
 # A family of each kind of layer. The logits of all families equal transformers' in every layout, and check_model
 # compares their padded rows, caches and gradients with those logits.
