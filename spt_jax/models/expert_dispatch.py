@@ -246,7 +246,9 @@ class Pairs:
 
     def unsort(self, x: Float[Array, "Mk D"]) -> Float[Array, "M k D"]:
         """Returns sorted rows in the order of the tokens, float32."""
-        rows = jnp.take(x, jnp.argsort(self.order), axis=0, unique_indices=True, mode="clip")
+        places = jnp.arange(len(self.order), dtype=self.order.dtype)
+        inverse = jnp.zeros_like(self.order).at[self.order].set(places, unique_indices=True)  # cheaper than a sort
+        rows = jnp.take(x, inverse, axis=0, unique_indices=True, mode="clip")
         return rows.reshape(*self.inside.shape, -1).astype(jnp.float32)
 
 
