@@ -28,7 +28,7 @@ def test_the_python_examples_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 JOBS = {"sweep": Sweep, "compare": Compare, "find-rate": FindRate}
-COMMANDS = re.findall(r"^(?:`)?python -m spt_jax (sweep|compare|find-rate) (configs/[^\n`]+)", README, re.MULTILINE)
+COMMANDS = re.findall(r"^(?:`)?spt-jax (sweep|compare|find-rate) (configs/[^\n`]+)", README, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("name", "line"), COMMANDS)
