@@ -13,21 +13,21 @@ heads, H head size, V vocabulary.
 """
 
 # Must come first: it handles signals that arrive while the other modules are imported.
-from spt_jax.runtime import signals  # noqa: F401 (exported)
+from spt_jax.runtime import signals
 
 # isort: split
 import importlib
 import importlib.util
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
+if TYPE_CHECKING or not signals.is_program():
     from spt_jax.exports import *  # noqa: F403
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """Imports what the package exports when it is first needed: JAX takes seconds, and `spt-jax --help` needs none."""
+    """Imports the package's exports when one is needed: `spt-jax --help` must not wait seconds for JAX."""
     if name.startswith("__") and name != "__all__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if importlib.util.find_spec(f"{__name__}.{name}") is not None:

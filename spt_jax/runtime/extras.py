@@ -1,4 +1,4 @@
-"""Packages that only some features need: the optional dependencies of pyproject.toml."""
+"""Packages that only some features need: the optional dependencies in pyproject.toml."""
 
 import importlib
 import importlib.util
