@@ -3,20 +3,16 @@
 Completing must be instant, and importing JAX takes seconds, so the script contains all words.
 """
 
-import argparse
 import dataclasses
 import functools
 import importlib
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import tyro
 
 from spt_jax.commands.program import COMMANDS
 from spt_jax.errors import ConfigError, did_you_mean
-from spt_jax.experiment.command_line import Command, Job
+from spt_jax.experiment.config import ExperimentConfig
 from spt_jax.experiment.config_files import load_config_file
 from spt_jax.experiment.shipped import shipped_configs
 from spt_jax.prompts import METHODS
@@ -25,10 +21,9 @@ from spt_jax.runtime.signals import PROGRAM
 SHELLS = ("bash", "zsh", "fish")
 HELP = """usage: spt-jax completion {bash,zsh,fish}
 
-Prints a completion script. For bash or zsh, put into ~/.bashrc or ~/.zshrc (after compinit):
-  source FILE
-where FILE is the output, or for fish save the output as
-  ~/.config/fish/completions/spt-jax.fish"""
+Prints a completion script. Save it to a file, and add `source FILE` to
+~/.bashrc, or to ~/.zshrc after compinit. For fish, save it as
+~/.config/fish/completions/spt-jax.fish. Print it again after an update."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -54,25 +49,38 @@ def command_words(name: str) -> list[str]:
         return list(SHELLS)
     if entry.options is not None:
         kind = getattr(importlib.import_module(entry.load().__module__), entry.options)
-        return list(dict.fromkeys([*shipped_configs(), *_job_flags(kind, "prompt_tuning"), *_method_flags()]))
-    return _flags(tyro.extras.get_parser(entry.load())) if entry.starts_jax else ["--help"]
+        configs = shipped_configs()
+        job = kind(config=load_config_file(configs["quickstart"]), workdir=Path("out"))
+        return list(dict.fromkeys([*configs, *option_flags(job), *_method_flags(), "--help"]))
+    return [*(option_flags(entry.load()) if entry.starts_jax else []), "--help"]
 
 
 @functools.cache
 def _method_flags() -> list[str]:
-    return [flag for name in METHODS for flag in _job_flags(Command, name)]
+    return [flag for method in METHODS.values() for flag in option_flags(method(), "method.")]
 
 
-def _job_flags(kind: type[Job[Any]], method: str) -> list[str]:
-    config = load_config_file(shipped_configs()["quickstart"])
-    default = kind(config=dataclasses.replace(config, method=METHODS[method]()), workdir=Path("out"))
-    return _flags(tyro.extras.get_parser(kind[METHODS[method]], default=default))  # type: ignore[index]
+def option_flags(options: object, prefix: str = "") -> list[str]:
+    """Returns the flags of a dataclass, those of nested ones included.
 
-
-def _flags(parser: argparse.ArgumentParser) -> list[str]:
-    """Returns the long options of a parser; those that tyro adds for itself are left out."""
-    options = [option for action in parser._actions for option in action.option_strings]
-    return [option for option in options if option.startswith("--") and not option.startswith("--tyro-")]
+    Args:
+      options: the dataclass, or an instance, whose values are then used to find nested ones.
+      prefix: what precedes the names of its fields, such as "train.".
+    """
+    flags = []
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        value = getattr(options, field.name, field.default)
+        if value is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
+        if isinstance(value, ExperimentConfig):
+            flags += option_flags(value, prefix)
+        elif dataclasses.is_dataclass(value):
+            flags += option_flags(value, f"{prefix}{field.name}.")
+        elif "Positional" not in repr(field.type):
+            flags.append(f"--{prefix}{field.name}")
+            if isinstance(value, bool):
+                flags.append(f"--{prefix}no-{field.name}")
+    return [flag.replace("_", "-") for flag in flags]
 
 
 def bash_script(words: Mapping[str, Sequence[str]], *, zsh: bool = False) -> str:

@@ -13,7 +13,7 @@ from spt_jax.runtime.extras import EXTRAS, installed
 
 HELP = """usage: spt-jax env
 
-Shows versions, the devices that JAX finds, and what is missing for an accelerator."""
+Shows versions, the devices that JAX finds, and what an accelerator needs."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy")
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu")
 # The NVIDIA drivers that each CUDA release of JAX needs (docs.jax.dev, installation).
