@@ -41,10 +41,11 @@ def test_commands_that_start_from_a_config_parse(name: str, line: str):
 
 
 def test_the_training_commands_parse():
-    lines = re.findall(r"^spt-jax train ([^\n]*(?:\\\n +--[^\n]*)*)", README, re.MULTILINE)
-    assert [shlex.split(line, comments=True)[0] for line in lines] == ["quickstart", "local_files"]
-    for line in lines:
-        parse_train(shlex.split(line.replace("\\\n", " "), comments=True))
+    found = re.findall(r"^spt-jax train ([^\n]*(?:\n +--[^\n]*)*)", README, re.MULTILINE)
+    lines = [shlex.split(line.replace("\\\n", " "), comments=True) for line in found]
+    assert [words[0] for words in lines] == ["quickstart", "local_files"]
+    for words in lines:
+        parse_train(words)
 
 
 def test_every_such_command_is_shown():
