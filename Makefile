@@ -12,7 +12,7 @@ OLDER := transformers==5.23.0
 COMPILE := $(BIN)/uv pip compile -q pyproject.toml --extra test --extra parity --extra lint \
 	--universal --python-version 3.11 --no-annotate --no-emit-index-url --no-emit-find-links
 
-.PHONY: quickstart test parity bench accelerator lint lock newest lowest clean
+.PHONY: quickstart test parity bench accelerator lint package lock newest lowest clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -20,7 +20,7 @@ $(BIN)/python:
 
 $(VENV)/.base: pyproject.toml $(LOCK) | $(BIN)/python
 	$(BIN)/pip install -q $(if $(LOCK),-c $(LOCK)) --upgrade pip
-	$(PIP) -e .
+	$(PIP) -e '.[metrics,plots,datasets]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
@@ -58,6 +58,13 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# The wheel and the source archive in dist/, with their metadata checked.
+package: | $(BIN)/python
+	$(PIP) build twine
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 lock: | $(BIN)/python
 	$(PIP) uv

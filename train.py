@@ -1,195 +1,21 @@
-"""Trains a soft prompt on a frozen language model, compares it with hand-written prompts, and saves it.
+"""The command `spt-jax train` for a checkout that is not installed.
 
-    python train.py configs/quickstart.py [--field value ...] [--resume | --overwrite] [--dry-run]
-
-Exit codes: 0 done, 1 the run failed, 2 the command line or the config is invalid, 130 or 143 stopped by a signal after
-saving.
+python train.py configs/quickstart.py [--field value ...] [--resume | --overwrite] [--dry-run]
 """
 
 # Must come first: it handles signals that arrive while the other modules are imported.
-from spt_jax.runtime import signals
+from spt_jax.runtime import signals  # noqa: F401
 
 # isort: split
-import contextlib
-import dataclasses
-import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-import jax
-
-from spt_jax.bases.base import describe_base
-from spt_jax.data.batches import pack, place_batch
-from spt_jax.data.preview import describe
-from spt_jax.errors import ConfigError, TrainingError
-from spt_jax.evaluation.evaluate import evaluate
-from spt_jax.evaluation.predictions import predictions_jsonl
-from spt_jax.experiment.command_line import Command, config_json, exit_code, first_command, parse_train
-from spt_jax.experiment.config import resolve
-from spt_jax.experiment.run import Experiment, compare, evaluation_sets, input_digests, load_experiment
-from spt_jax.experiment.workdir import CONFIG_FILE, check_workdir, held, input_paths, open_workdir
-from spt_jax.reports.plots import plot_curves
-from spt_jax.reports.report import comparison_table, reference_lines
-from spt_jax.runtime import measure, processes
-from spt_jax.runtime.files import write_json, write_text
-from spt_jax.training.logs import MetricsLog, NoLog, read_metrics
-from spt_jax.training.loop import Best
-from spt_jax.training.objectives import prepare_examples
-from spt_jax.training.optimizers import make_optimizer
-from spt_jax.training.single import Outcome, TrainingData, fit
-from spt_jax.training.step import init_state, make_train_step
+from spt_jax.commands.program import run_command
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; turns errors into a message on stderr, and returns the exit code."""
-
-    def program() -> None:
-        command = parse_train(argv)
-        with processes.joined(command.processes):
-            run(command, argv)
-
-    return exit_code(program)
-
-
-def run(command: Command[Any], argv: Sequence[str]) -> None:
-    """Runs the job from the config to the results."""
-    measure.keep_compiled_programs(command.compilation_cache)
-    compile_seconds = measure.compile_clock()
-    processes.check_agreement(
-        "command", lambda: {**config_json(command), "processes": None, "versions": measure.versions()}
-    )
-    workdir, mode = command.workdir, {"resume": command.resumes, "overwrite": command.overwrite}
-    reads = input_paths(command.config, Path(argv[0]))
-    if not command.dry_run and processes.leads():
-        check_workdir(workdir, **mode, reads=reads)
-    experiment = load_experiment(resolve(command.config))
-    config, base = experiment.config, experiment.base
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    examples, plan = experiment.training_set()
-    print(describe_base(base))
-    note = experiment.window_note(examples)
-    if note is not None:
-        print(note)
-    experiment, memory = experiment.fitted(plan)
-    base = experiment.base
-    print(f"estimated memory of a step per device: {memory}; rematerialization: {base.model.module.remat}")
-    if command.dry_run:
-        dry_run(experiment, examples, plan, optimizer)
-        return
-    asked = evaluation_sets(experiment)
-    digests = input_digests(
-        [(experiment, {"train": examples, **{name: sets.soft.examples for name, sets in asked.items()}})]
-    )
-    processes.check_agreement(
-        "inputs", lambda: {**digests, "dtype": str(base.dtype), "attention": base.model.module.attention}
-    )
-    # The default dtype depends on the device, and a run may be resumed on another one.
-    settings = config_json(dataclasses.replace(config, base=dataclasses.replace(config.base, dtype=str(base.dtype))))
-
-    def validate(params: Any) -> dict[str, Any]:
-        return evaluate(base, asked["validation"].soft, experiment.virtual(params), generated=False).metrics
-
-    def save_best(best: Best) -> None:
-        extra = {"step": best.step, "validation": best.metrics, "command": first_command(argv)}
-        experiment.save(workdir / "prompt", best.params, extra)
-
-    def open_log(step: int) -> MetricsLog:
-        return MetricsLog(workdir, config.log, from_step=step, run_config=settings) if processes.leads() else NoLog()
-
-    with contextlib.ExitStack() as stack:
-
-        def claim() -> None:
-            stack.enter_context(held(workdir))
-            open_workdir(workdir, settings, digests, **mode, reads=reads)
-
-        processes.from_first("workdir", claim)
-        if not (workdir / CONFIG_FILE).exists():
-            raise ConfigError(
-                f"{workdir} is not the same directory in all processes; --workdir must be a shared directory"
-            )
-        stack.enter_context(signals.advising("Continue with --resume"))
-        try:
-            outcome = fit(
-                base,
-                config.method,
-                optimizer,
-                experiment.objective(plan),
-                TrainingData(examples, plan, config.loss.class_weights or None),
-                config.train,
-                workdir=workdir,
-                log=open_log,
-                validate=validate if "validation" in asked else None,
-                save_best=save_best,
-                metadata={"config": settings},
-                resume=command.resumes,
-                resume_from=command.resume_from,
-                profile=command.profile if processes.leads() else 0,
-            )
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            remat = base.model.module.remat
-            raise TrainingError(
-                f"the device ran out of memory. Estimated: {memory}; rematerialization: {remat}. To reduce memory, use"
-                " more --train.microbatches, --base.remat full, a smaller --evaluation.batch-size, or"
-                " --mesh.fsdp over more devices"
-            ) from error
-        signals.reclaim()
-        results = compare(base, asked, experiment.virtual(outcome.best.params))
-        if processes.leads():
-            finish(experiment, outcome, results, workdir, argv, compile_seconds())
-
-
-def dry_run(experiment: Experiment, examples: Any, plan: Any, optimizer: Any) -> None:
-    """Prints the training examples and the memory that a step needs."""
-    base, config = experiment.base, experiment.config
-    print(describe(examples, plan, config.train.batch_size, base.tokenizer, base.config.vocab_size))
-    state = init_state(jax.random.key(config.train.seed), base, config.method, optimizer)
-    objective = experiment.objective(plan)
-    first = prepare_examples(objective, base, examples[: config.train.batch_size])
-    batch = place_batch(pack(first, plan), base.mesh)
-    step = make_train_step(base, config.method, optimizer, objective, config.train.microbatches)
-    print(measure.planned_memory(step, state, batch, base.params))
-
-
-def finish(
-    experiment: Experiment, outcome: Outcome, results: Any, workdir: Path, argv: Sequence[str], compile_seconds: float
-) -> None:
-    """Prints the comparison, and writes predictions.jsonl, curves.png and, last, results.json."""
-    metrics = {split: {k: v and v.metrics for k, v in by.items()} for split, by in results.items()}
-    prompt_bytes = sum(file.stat().st_size for file in (workdir / "prompt").rglob("prompt.*"))
-    answered = {name: result.predictions for name, result in results.get("test", {}).items() if result is not None}
-    write_text(workdir / "predictions.jsonl", predictions_jsonl(answered))
-    references = reference_lines(metrics.get("validation", {}))
-    plot_curves(workdir / "curves.png", read_metrics(workdir / "metrics.jsonl"), references)
-    write_json(
-        workdir / "results.json",
-        {
-            **metrics,
-            "steps": outcome.steps,
-            "best_step": outcome.best.step,
-            "trainable_parameters": experiment.config.method.trainable_count(outcome.best.params),
-            "base_parameters": experiment.base.parameter_count,
-            "base_dtype": str(experiment.base.dtype),
-            "attention": experiment.base.model.module.attention,
-            "prompt_bytes": prompt_bytes,
-            "train_seconds": round(outcome.train_seconds, 2),
-            "compile_seconds": round(compile_seconds, 2),
-            "examples_per_second": round(outcome.rates.examples, 2),
-            "tokens_per_second": round(outcome.rates.tokens, 1),
-            "flops_utilization": round(outcome.rates.utilization, 4),
-            "peak_memory_bytes": measure.peak_memory_bytes(),
-            "device": measure.device_name(),
-            "versions": measure.versions(),
-            "command": shlex.join(["train.py", *argv]),
-        },
-    )
-    print(comparison_table(metrics))
-    print(
-        f"{workdir}/prompt: the soft prompt, {prompt_bytes:,} bytes. {workdir}: results.json, curves.png, metrics.jsonl"
-    )
+    """Runs `spt-jax train`; returns the exit code."""
+    return run_command("train", argv, "python train.py")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trains LoRA through PEFT on the data and steps of a run, for `python -m spt_jax compare --others LoRA=DIRECTORY`.
+"""Trains LoRA through PEFT on the data and steps of a run, for `spt-jax compare --others LoRA=DIRECTORY`.
 
     python benchmarks/lora.py configs/quickstart.py --workdir out/lora
 

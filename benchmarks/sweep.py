@@ -3,7 +3,7 @@
     python benchmarks/sweep.py --task trec          # stories260K, from the folder of real data; about 20 minutes
     python benchmarks/sweep.py --task sms_spam
 
-Trains every length with three seeds (`python -m spt_jax sweep --patience 0`), then evaluates what the sweep would have
+Trains every length with three seeds (`spt-jax sweep --patience 0`), then evaluates what the sweep would have
 seen with its default patience: trials are the same, bit for bit on a CPU. An interrupted benchmark can be resumed.
 Writes JSON and the plot of that sweep.
 """

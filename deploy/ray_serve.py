@@ -26,7 +26,7 @@ SPARE = 64
 
 
 class Settings(BaseModel):
-    """Of every replica; a change replaces them. The names are those of `python -m spt_jax serve`.
+    """Of every replica; a change replaces them. The names are those of `spt-jax serve`.
 
     allowed_hosts: all names, without ports, under which browsers may use the application; null for any.
     """

@@ -1,4 +1,4 @@
-"""`python -m spt_jax compare`: every number of its table, computed again from what it stored."""
+"""`spt-jax compare`: every number of its table, computed again from what it stored."""
 
 import json
 import math

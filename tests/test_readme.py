@@ -28,17 +28,24 @@ def test_the_python_examples_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 JOBS = {"sweep": Sweep, "compare": Compare, "find-rate": FindRate}
-COMMANDS = re.findall(r"^(?:`)?python -m spt_jax (sweep|compare|find-rate) (configs/[^\n`]+)", README, re.MULTILINE)
+COMMANDS = re.findall(r"^(?:`)?spt-jax (sweep|compare|find-rate) ([^\n`]+)", README, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("name", "line"), COMMANDS)
 def test_commands_that_start_from_a_config_parse(name: str, line: str):
-    path, *words = shlex.split(line)
-    argv = [str(ROOT / path), *words]
+    argv = shlex.split(line)
     command = parse_job(JOBS[name], argv, name)
     if isinstance(command, Sweep):
         command.validate()
         assert all(plan_stages(command, argv))
+
+
+def test_the_training_commands_parse():
+    found = re.findall(r"^spt-jax train ([^\n]*(?:\n +--[^\n]*)*)", README, re.MULTILINE)
+    lines = [shlex.split(line.replace("\\\n", " "), comments=True) for line in found]
+    assert [words[0] for words in lines] == ["quickstart", "local_files"]
+    for words in lines:
+        parse_train(words)
 
 
 def test_every_such_command_is_shown():

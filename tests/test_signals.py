@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -88,13 +89,22 @@ def test_a_forked_child_dies_alone():
     assert ended(FORKED, signal.SIGTERM)[0] == 143
 
 
-@pytest.mark.parametrize("program", [["train.py"], ["-m", "spt_jax"]])
+CONSOLE_SCRIPT = "import sys\nfrom spt_jax.commands.program import main\nsys.exit(main())\n"
+
+
+@pytest.mark.parametrize("program", [["train.py"], ["-m", "spt_jax"], ["spt-jax"]])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_during_the_imports(program: list[str], number: signal.Signals):
+def test_a_signal_during_the_imports(program: list[str], number: signal.Signals, tmp_path: Path):
     """The imports take seconds; the handlers are there after some hundredths."""
     words = ["configs/quickstart.py", "--dry-run"] if program == ["train.py"] else ["serve", "--base", "starter"]
+    if program == ["spt-jax"]:  # as pip writes it for the entry point
+        (tmp_path / "spt-jax").write_text(CONSOLE_SCRIPT)
+        program = [str(tmp_path / "spt-jax")]
     line = [sys.executable, "-X", "importtime", *program, *words]
-    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stderr is not None
         for said in process.stderr:
             if said.rstrip().endswith("spt_jax.runtime.signals"):

@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import spt_jax.__main__
+import spt_jax.commands.train
 import train
 from spt_jax.experiment.workdir import MARKER, prepare_workdir
 from spt_jax.training import loop, single
@@ -153,7 +154,7 @@ def test_signal_saves_and_resume_goes_on(files, finished, tmp_path, monkeypatch,
 
 
 def test_a_signal_during_the_last_validation_is_not_lost(files, finished, tmp_path, monkeypatch, capsys):
-    evaluate, calls = train.evaluate, []
+    evaluate, calls = spt_jax.commands.train.evaluate, []
 
     def evaluate_and_signal(*arguments, **named):
         calls.append(1)
@@ -162,7 +163,7 @@ def test_a_signal_during_the_last_validation_is_not_lost(files, finished, tmp_pa
         return evaluate(*arguments, **named)
 
     workdir = tmp_path / "stopped"
-    monkeypatch.setattr(train, "evaluate", evaluate_and_signal)
+    monkeypatch.setattr(spt_jax.commands.train, "evaluate", evaluate_and_signal)
     assert train.main(words(files, workdir)) == 143
     assert "stopped by SIGTERM after step 40; the state is saved. Continue with --resume" in capsys.readouterr().err
     assert not (workdir / "results.json").exists()

@@ -112,7 +112,7 @@ def _adapter(directory: Path) -> str:
     base = read_json(directory / "adapter_config.json", CONFIG_BYTES).get("base_model_name_or_path")
     return (
         f"; it is a PEFT adapter of {str(base)[:200]!r}. Set base.path to that model; a soft prompt of PEFT's can then"
-        " be imported with `python -m spt_jax import`"
+        " be imported with `spt-jax import`"
     )
 
 

@@ -1,1 +1,1 @@
-"""The commands of `python -m spt_jax`."""
+"""The commands of `spt-jax`."""

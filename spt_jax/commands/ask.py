@@ -1,4 +1,4 @@
-"""`python -m spt_jax generate | evaluate`: runs the base with one saved prompt, or with several in one batch."""
+"""`spt-jax generate | evaluate`: runs the base with one saved prompt, or with several in one batch."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -17,6 +17,7 @@ from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError
 from spt_jax.evaluation.ensembles import evaluate_ensemble, score_together
 from spt_jax.evaluation.evaluate import EvaluationConfig, EvaluationSet, evaluate, from_scores, make_evaluation_set
+from spt_jax.evaluation.metrics import missing_note
 from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.options import Lines, Pairs
 from spt_jax.prompts import VirtualPrompt
@@ -164,6 +165,8 @@ class Evaluate(Saved):
             return
         template = read_prompt(self.prompt).template
         check_fields(records, template.fields, self.data)
+        if task_of(template).generates and (note := missing_note()):
+            print(note)
         base, saved = self.load()
 
         def asked(template: Template, virtual: VirtualPrompt | None) -> EvaluationSet:

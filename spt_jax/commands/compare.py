@@ -1,4 +1,4 @@
-"""`python -m spt_jax compare`: compares soft prompts with the alternatives to them."""
+"""`spt-jax compare`: compares soft prompts with the alternatives to them."""
 
 import dataclasses
 import shlex
@@ -12,14 +12,15 @@ from spt_jax.evaluation.predictions import predictions_jsonl
 from spt_jax.experiment.command_line import Job, config_json, parse_job
 from spt_jax.experiment.config import AnyMethod, resolve
 from spt_jax.experiment.run import load_experiment
+from spt_jax.experiment.shipped import config_path
 from spt_jax.experiment.workdir import CONFIG_FILE, check_workdir, held, input_paths, prepare_workdir
 from spt_jax.options import Pairs
-from spt_jax.reports.plots import plot_comparison
+from spt_jax.reports.plots import can_draw, missing_note, plot_comparison
 from spt_jax.runtime import measure
 from spt_jax.runtime.files import write_json, write_text
 from spt_jax.studies.comparison import PREDICTIONS_FILE, Entry, ask, baselines, make_table, markdown, read_outside
 
-PROGRAM = "python -m spt_jax compare"
+PROGRAM = "spt-jax compare"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,8 +69,10 @@ def main(argv: Sequence[str]) -> None:
     command.validate()
     measure.keep_compiled_programs(command.compilation_cache)
     others = {name: Path(folder) for name, folder in command.others.items()}
-    reads = input_paths(command.config, Path(argv[0]), *command.prompts, *others.values())
+    reads = input_paths(command.config, config_path(argv[0]), *command.prompts, *others.values())
     check_workdir(command.workdir, overwrite=command.overwrite, reads=reads)
+    if note := missing_note("compare.png"):
+        print(note)
     experiment = load_experiment(resolve(command.config))
     print(describe_base(experiment.base))
     outside = [read_outside(name, folder) for name, folder in others.items()]
@@ -81,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
         prepare_workdir(command.workdir, overwrite=command.overwrite, reads=reads)
         write_results(command.workdir, entries, table, config_json(command), argv)
     print(markdown(table))
-    print(f"{command.workdir}: compare.md, compare.json, compare.png, predictions.jsonl")
+    print(f"{command.workdir}: compare.md, compare.json,{' compare.png,' if can_draw() else ''} predictions.jsonl")
 
 
 def write_results(
@@ -104,4 +107,5 @@ def write_results(
         },
     )
     write_text(workdir / "compare.md", markdown(table) + "\n")
-    plot_comparison(workdir / "compare.png", table)
+    if can_draw():
+        plot_comparison(workdir / "compare.png", table)

@@ -1,4 +1,4 @@
-"""`python -m spt_jax import | export`: converts prompts from and to the formats of other libraries."""
+"""`spt-jax import | export`: converts prompts from and to the formats of other libraries."""
 
 import dataclasses
 from pathlib import Path

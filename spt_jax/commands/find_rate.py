@@ -1,24 +1,24 @@
-"""`python -m spt_jax find-rate`: suggests a learning rate for a config with a range test."""
+"""`spt-jax find-rate`: suggests a learning rate for a config with a range test."""
 
 import dataclasses
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import ClassVar
 
 from spt_jax.bases.base import describe_base
 from spt_jax.experiment.command_line import Job, config_json, parse_job
 from spt_jax.experiment.config import AnyMethod, resolve
 from spt_jax.experiment.run import load_experiment
+from spt_jax.experiment.shipped import config_path
 from spt_jax.experiment.workdir import CONFIG_FILE, check_workdir, held, input_paths, prepare_workdir
-from spt_jax.reports.plots import plot_range_test
+from spt_jax.reports.plots import can_draw, missing_note, plot_range_test
 from spt_jax.runtime import measure
 from spt_jax.runtime.files import write_json
 from spt_jax.training.clock import progress_bar
 from spt_jax.training.population import Member
 from spt_jax.training.rate_finder import range_test
 
-PROGRAM = "python -m spt_jax find-rate"
+PROGRAM = "spt-jax find-rate"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,8 +46,10 @@ def main(argv: Sequence[str]) -> None:
     """
     command = parse_job(FindRate, argv, PROGRAM)
     measure.keep_compiled_programs(command.compilation_cache)
-    workdir, reads = command.workdir, input_paths(command.config, Path(argv[0]))
+    workdir, reads = command.workdir, input_paths(command.config, config_path(argv[0]))
     check_workdir(workdir, overwrite=command.overwrite, reads=reads)
+    if note := missing_note("rates.png"):
+        print(note)
     experiment = load_experiment(resolve(command.config))
     examples, plan = experiment.training_set()
     experiment, _ = experiment.fitted(plan)
@@ -78,8 +80,9 @@ def main(argv: Sequence[str]) -> None:
                 "command": shlex.join([*PROGRAM.split(), *argv]),
             },
         )
-        plot_range_test(workdir / "rates.png", found.rates, found.losses, found.smoothed, found.suggested)
+        if can_draw():
+            plot_range_test(workdir / "rates.png", found.rates, found.losses, found.smoothed, found.suggested)
     optimizer = experiment.config.optimizer
     now = f"{optimizer.name} has {optimizer.learning_rate} in this config"
     print(f"suggested: --optimizer.learning-rate {found.suggested:.2g}; {now}")
-    print(f"{workdir}: rates.json, rates.png")
+    print(f"{workdir}: rates.json{', rates.png' if can_draw() else ''}")

@@ -1,4 +1,4 @@
-"""`python -m spt_jax inspect | similar`: describes a saved prompt, and finds similar ones."""
+"""`spt-jax inspect | similar`: describes a saved prompt, and finds similar ones."""
 
 import dataclasses
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from spt_jax.bases.base import FrozenBase
 from spt_jax.commands.saved import Saved, bank_of
 from spt_jax.data.encoder import encoder_for
-from spt_jax.data.sources import check_fields, read_records
+from spt_jax.data.sources import check_fields, check_source, read_records
 from spt_jax.errors import CheckpointError, ConfigError
 from spt_jax.evaluation.attribution import ablate, attention_received
 from spt_jax.evaluation.evaluate import make_evaluation_set
@@ -25,7 +25,7 @@ from spt_jax.evaluation.inspection import (
 )
 from spt_jax.prompts.storage import SavedPrompt, load_prompt, read_prompt
 from spt_jax.prompts.transfer import ranked_sources
-from spt_jax.reports.plots import plot_inspection
+from spt_jax.reports.plots import can_draw, missing_note, plot_inspection
 from spt_jax.runtime.files import write_json
 
 
@@ -59,6 +59,10 @@ class Inspect(Saved):
                 )
             print(describe_prompt(read_prompt(self.prompt)))
             return
+        if self.data is not None:
+            check_source(self.data)
+        if self.output is not None and (note := missing_note("inspect.png")):
+            print(note)
         base, saved = self.load()
         start = started_from(saved, base)
         rows, drifts = compared_rows(saved, start, base, self.nearest), layer_drift(saved, start)
@@ -79,8 +83,9 @@ class Inspect(Saved):
         if self.output is not None:
             self.output.mkdir(parents=True, exist_ok=True)
             write_json(self.output / "inspect.json", report)
-            plot_inspection(self.output / "inspect.png", report)
-            print(f"{self.output}: inspect.json, inspect.png")
+            if can_draw():
+                plot_inspection(self.output / "inspect.png", report)
+            print(f"{self.output}: inspect.json{', inspect.png' if can_draw() else ''}")
 
     def worth(self, base: FrozenBase, saved: SavedPrompt) -> dict[str, Any]:
         """Returns the effect of ablating each position on the records, and the attention that it receives."""

@@ -1,4 +1,4 @@
-"""`python -m spt_jax serve`: serves one base and a directory of prompts over HTTP."""
+"""`spt-jax serve`: serves one base and a directory of prompts over HTTP."""
 
 import dataclasses
 import os

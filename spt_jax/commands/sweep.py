@@ -1,4 +1,4 @@
-"""`python -m spt_jax sweep`: trains prompts with many settings on one frozen base, and reports the best.
+"""`spt-jax sweep`: trains prompts with many settings on one frozen base, and reports the best.
 
 Trials of one setting differ only in the seed. Prompt lengths are tried in ascending order until validation stops
 improving, by the rules of `plateau`.
@@ -7,16 +7,17 @@ improving, by the rules of `plateau`.
 import dataclasses
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 from spt_jax.bases.base import describe_base
 from spt_jax.errors import ConfigError, TrainingError
+from spt_jax.evaluation import metrics
 from spt_jax.experiment.command_line import Job, config_json, first_command, parse_job
 from spt_jax.experiment.config import AnyMethod, resolve
 from spt_jax.experiment.run import input_digests
+from spt_jax.experiment.shipped import config_path
 from spt_jax.experiment.workdir import check_workdir, held, input_paths, open_workdir
-from spt_jax.reports.plots import plot_sweep
+from spt_jax.reports.plots import can_draw, missing_note, plot_sweep
 from spt_jax.runtime import measure, signals
 from spt_jax.runtime.files import write_json
 from spt_jax.studies.plateau import Estimate, check_records, has_plateaued, shortest_of_the_best
@@ -43,8 +44,9 @@ from spt_jax.studies.trials import (
     write_rows,
 )
 from spt_jax.training.halving import Halving
+from spt_jax.training.logs import check_log
 
-PROGRAM = "python -m spt_jax sweep"
+PROGRAM = "spt-jax sweep"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,14 +112,20 @@ def main(argv: Sequence[str]) -> None:
     command.validate()
     measure.keep_compiled_programs(command.compilation_cache)
     workdir, words = command.workdir, shlex.join([*PROGRAM.split(), *argv])
-    mode, config_file = {"resume": command.resume, "overwrite": command.overwrite}, Path(argv[0])
+    mode, config_file = {"resume": command.resume, "overwrite": command.overwrite}, config_path(argv[0])
     check_workdir(workdir, **mode, reads=input_paths(command.config, config_file))
+    check_log(command.config.log)
+    if note := missing_note("sweep.png"):
+        print(note)
     stages, prepare = plan_stages(command, argv), Preparation()
     planned = {trial.number: trial for stage in stages for trial in stage}
     if command.ensemble > len(planned):
         raise ConfigError(f"--ensemble is {command.ensemble}; there are {len(planned)} trials")
     # Prepares the longest prompts first, to fail before training if they do not fit.
     all_prepared = [prepare(trial) for trial in reversed(planned.values())]
+    tested = [prepared.asked["test"] for prepared in all_prepared if "test" in prepared.asked]
+    if any(asked.prompts for asked in tested) and (note := metrics.missing_note()):
+        print(note)
     if command.ensemble:
         check_ensemble(all_prepared)
     for prepared in all_prepared:
@@ -175,7 +183,8 @@ def main(argv: Sequence[str]) -> None:
                 "command": words,
             },
         )
-        print(f"{workdir}: trials.csv, trials.parquet, results.json, sweep.png, and each trial's prompt in trials/")
+        plot = "sweep.png, " if can_draw() else ""
+        print(f"{workdir}: trials.csv, trials.parquet, results.json, {plot}and each trial's prompt in trials/")
 
 
 def plan_stages(command: Sweep[Any], argv: Sequence[str]) -> list[list[Trial]]:
@@ -233,12 +242,13 @@ def finish(
     number = max(chosen.trials, key=lambda trial: trial_score(rows[trial]))
     copy_prompt(trial_folder(workdir, number) / "prompt", workdir / "prompt")
     print(f"chosen: {named(chosen.settings)}, {reason}; {workdir}/prompt is from trial {number}")
-    plot_sweep(
-        workdir / "sweep.png",
-        [(score.settings, score.validation, score.by_seed) for score in scores],
-        chosen.settings,
-        chosen.measure.replace("_", " "),
-    )
+    if can_draw():
+        plot_sweep(
+            workdir / "sweep.png",
+            [(score.settings, score.validation, score.by_seed) for score in scores],
+            chosen.settings,
+            chosen.measure.replace("_", " "),
+        )
     unfinished = {trial.number: rows[trial.number]["status"] for trial in ran if not finished(rows[trial.number])}
     if unfinished:
         print("not finished: " + "; ".join(f"trial {number}, {status}" for number, status in unfinished.items()))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_jax.errors import ConfigError, DataError, did_you_mean
+from spt_jax.runtime.extras import check_installed, load_extra
 
 Record = dict[str, Any]
 
@@ -49,7 +50,8 @@ def read_records(
       limit: the maximum number of records to read; None reads all.
 
     Raises:
-      ConfigError: `limit` is below 1, or a revision was given for a local file.
+      ConfigError: `limit` is below 1, a revision was given for a local file, or the source is on the hub and `datasets`
+        is not installed.
       DataError: the source does not exist, cannot be parsed (the message names the line) or has no records.
     """
     if limit is not None and limit < 1:
@@ -57,7 +59,7 @@ def read_records(
     path = Path(source).expanduser()
     if path.is_dir():
         raise DataError(f"{path} is a directory; name one file in it ({did_you_mean('', _data_files(path))})")
-    if not path.is_file() and not _looks_like_file(source):
+    if _on_hub(source):
         records = _hub_records(source, split, revision, limit)
     elif revision is not None:
         raise ConfigError(f"revision {revision!r} belongs to a hub data set, and {source} is a local file")
@@ -66,6 +68,16 @@ def read_records(
     if not records:
         raise DataError(f"{source}: no records")
     return records
+
+
+def check_source(source: str) -> None:
+    """Checks that a source can be read with the installed packages.
+
+    Raises:
+      ConfigError: it is a data set of the hub, and `datasets` is not installed; the message names the extra.
+    """
+    if _on_hub(source):
+        check_installed("datasets", f"the hub data set {source!r}")
 
 
 def check_fields(records: Iterable[Mapping[str, Any]], fields: Sequence[str], source: str) -> None:
@@ -85,6 +97,10 @@ def check_fields(records: Iterable[Mapping[str, Any]], fields: Sequence[str], so
                 raise DataError(f"{source}: record {number} has no field {field!r}; {did_you_mean(field, record)}")
             if record[field] is None:
                 raise DataError(f"{source}: field {field!r} of record {number} is null; fill it in or drop the record")
+
+
+def _on_hub(source: str) -> bool:
+    return not Path(source).expanduser().exists() and not _looks_like_file(source)
 
 
 def _looks_like_file(source: str) -> bool:
@@ -313,8 +329,7 @@ def _check_expansion(size: int, limit: int, path: Path) -> None:
 
 
 def _hub_records(source: str, split: str, revision: str | None, limit: int | None) -> list[Record]:
-    import datasets
-
+    datasets = load_extra("datasets", f"the hub data set {source!r}")
     name, _, config = source.partition(":")
     try:
         rows: Any = datasets.load_dataset(name, config or None, split=split, revision=revision)

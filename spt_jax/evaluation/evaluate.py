@@ -25,6 +25,7 @@ from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.models.attention import Prefix
 from spt_jax.models.model import Model
 from spt_jax.prompts import VirtualPrompt
+from spt_jax.runtime.extras import installed
 from spt_jax.runtime.sharding import to_host
 
 
@@ -202,7 +203,7 @@ def evaluate(
       Tagging head: accuracy and macro-F1 over words and, for tags such as B-X, I-X and O, F1 over whole entities.
       Span head: exact match and token F1 of the text between the likeliest start and end.
       Text: loss per token and perplexity over the targets and, if `generated`, exact match, token F1, BLEU and ROUGE of
-        greedily generated answers.
+        greedily generated answers. BLEU and ROUGE are left out without the extra `metrics`.
 
     Args:
       base: the frozen base.
@@ -276,17 +277,16 @@ def _with_answers(
     answers = generate(base, prompts, virtual, sampling, prompt_index=index, batch_size=data.config.batch_size)
     texts = [answer.text.strip() for answer in answers]
     matches = metrics.bootstrap_interval(metrics.exact_match_values(texts, references))
-    rouge = metrics.rouge(texts, references)
-    more = {
+    more: dict[str, Any] = {
         "exact_match": matches.value,
         "exact_match_interval": matches.bounds,
         "token_f1": metrics.token_f1(texts, references),
-        "bleu": metrics.bleu(texts, references),
-        "rouge1": rouge.rouge1,
-        "rouge2": rouge.rouge2,
-        "rougeL": rouge.rougeL,
-        "generated": len(texts),
     }
+    if installed("sacrebleu"):
+        more["bleu"] = metrics.bleu(texts, references)
+    if installed("rouge_score"):
+        more |= dataclasses.asdict(metrics.rouge(texts, references))
+    more["generated"] = len(texts)
     answered = [
         {**p, "prediction": t, "reference": r} for p, t, r in zip(result.predictions, texts, references, strict=False)
     ]

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from spt_jax.errors import ConfigError, DataError, did_you_mean
+from spt_jax.runtime.extras import install_line, installed, load_extra
 
 BLOCK = 2_000_000  # indices drawn at once, which limits the memory needed for large test sets
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -293,11 +294,11 @@ def bleu(predictions: Sequence[str], references: References) -> float:
       references: for each prediction a text, or a sequence of one or more texts.
 
     Raises:
+      ConfigError: sacrebleu is not installed.
       DataError: there are no examples, not as many predictions as references, or an example has no reference. The
         message numbers examples from 1.
     """
-    import sacrebleu
-
+    sacrebleu = load_extra("sacrebleu", "BLEU")
     lists = _reference_lists(predictions, references)
     most = max(len(texts) for texts in lists)
     # sacrebleu takes one list per reference number i, with None for examples that have fewer references.
@@ -311,15 +312,23 @@ def rouge(predictions: Sequence[str], references: References) -> RougeScores:
     If there are several references, the one with the best F-measure counts, separately for each score.
 
     Raises:
+      ConfigError: rouge-score is not installed.
       DataError: see `bleu`.
     """
-    from rouge_score import rouge_scorer
-
+    rouge_scorer = load_extra("rouge_score.rouge_scorer", "ROUGE")
     names = [field.name for field in dataclasses.fields(RougeScores)]
     scorer = rouge_scorer.RougeScorer(names)
     lists = _reference_lists(predictions, references)
     scores = [scorer.score_multi(texts, text) for texts, text in zip(lists, predictions, strict=True)]
     return RougeScores(**{name: float(np.mean([score[name].fmeasure for score in scores])) for name in names})
+
+
+def missing_note() -> str | None:
+    """Returns a note on the scores of generated text whose packages are not installed; None if all are."""
+    missing = [name for name, module in (("BLEU", "sacrebleu"), ("ROUGE", "rouge_score")) if not installed(module)]
+    if not missing:
+        return None
+    return f"note: {' and '.join(missing)} will be left out of the results; to have them: {install_line('sacrebleu')}"
 
 
 def perplexity(log_probabilities: Values | Number, token_counts: Values | Number) -> float:

@@ -1,11 +1,13 @@
 """Reads a config file and a command line into an experiment."""
 
 import dataclasses
+import inspect
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 import tyro
@@ -13,7 +15,8 @@ import tyro
 from spt_jax.errors import ConfigError, SptError, did_you_mean
 from spt_jax.experiment.config import AnyMethod, ExperimentConfig
 from spt_jax.experiment.config_files import load_config_file
-from spt_jax.prompts import METHODS
+from spt_jax.experiment.shipped import config_path, config_summary, shipped_configs
+from spt_jax.prompts import METHODS, Method
 from spt_jax.runtime.files import DISK_FULL, READ_ONLY, write_error
 from spt_jax.runtime.measure import PROFILE_BEHIND
 from spt_jax.runtime.processes import ProcessesConfig
@@ -95,29 +98,31 @@ def exit_code(program: Callable[[], None]) -> int:
 AnyJob = TypeVar("AnyJob", bound=Job[Any])
 
 
-def parse_train(argv: Sequence[str]) -> Command[Any]:
-    """Parses the command line of `train.py`, as in `parse_job`."""
-    return parse_job(Command, argv, "python train.py")
+def parse_train(argv: Sequence[str], program: str = "spt-jax train") -> Command[Any]:
+    """Parses the command line of `spt-jax train`, as in `parse_job`."""
+    return parse_job(Command, argv, program)
 
 
 def parse_job(kind: type[AnyJob], argv: Sequence[str], program: str) -> AnyJob:
-    """Parses a job's command line: a config file, then flags that override its fields or set options of the job.
+    """Parses a job's command line: a config, then flags that override its fields or set options of the job.
+
+    The config is the name of one that ships with the package, or a file.
 
     The names of the method and of the objective are read first, so that only their options exist. An invalid flag ends
     the program with exit code 2 and a suggestion.
 
     Raises:
-      ConfigError: there is no config file, or the method or the objective is unknown.
+      ConfigError: there is no config, or the method or the objective is unknown.
     """
     if not argv or argv[0].startswith("-"):
-        usage = f"{program} CONFIG.py"
         if {"-h", "--help"} & set(argv):
-            print(f"usage: {usage} [--field value ...]\n\nfields: {usage} --help")
+            print(job_usage(kind, program))
             sys.exit(0)
         raise ConfigError(
-            f"the first argument must be a config file: {program} configs/quickstart.py [--field value ...]"
+            f"the first argument must be a config, the name of a shipped one or a file: {program} quickstart"
+            " [--field value ...]; `spt-jax configs` lists the names"
         )
-    path, words = Path(argv[0]), list(argv[1:])
+    path, words = config_path(argv[0]), list(argv[1:])
     config = load_config_file(path)
     name = _last_value(words, "--method.name") or config.method.name
     if name not in METHODS:
@@ -129,12 +134,50 @@ def parse_job(kind: type[AnyJob], argv: Sequence[str], program: str) -> AnyJob:
         config = dataclasses.replace(config, method=dataclasses.replace(config.method, head=task))
     over = _last_value(words, "--loss.over") or config.loss.over
     config = dataclasses.replace(config, loss=config.loss.with_options(None if over == "None" else over))
+    _describe_names(METHODS[name])
     return tyro.cli(
         kind[METHODS[name]],  # type: ignore[index]
         default=kind(config=config, workdir=Path("out") / f"{kind.prefix}{path.stem}"),
         args=words,
-        prog=f"{program} {path}",
+        prog=f"{program} {argv[0]}",
     )
+
+
+def job_usage(kind: type[Job[Any]], program: str) -> str:
+    """Returns the help of a job without a config: the shipped configs, the methods, and how to show the options."""
+    configs = {name: config_summary(path) for name, path in shipped_configs().items()}
+    return "\n".join(
+        [
+            f"usage: {program} CONFIG [--field value ...]",
+            "",
+            (inspect.getdoc(kind) or "").partition("\n")[0],
+            "",
+            "CONFIG is a file, or the name of a config that ships with the package:",
+            *_columns(configs),
+            "",
+            "--method.name is one of:",
+            *_columns(method_summaries()),
+            "",
+            f"{program} CONFIG --help lists all fields",
+        ]
+    )
+
+
+def method_summaries() -> dict[str, str]:
+    """Returns the first line of each method's docstring by the method's name."""
+    return {name: (inspect.getdoc(method) or "").partition("\n")[0] for name, method in METHODS.items()}
+
+
+def _columns(lines: Mapping[str, str]) -> list[str]:
+    width = max(map(len, lines))
+    return [f"  {name:<{width}}  {line}" for name, line in lines.items()]
+
+
+def _describe_names(method: type[Method]) -> None:
+    """Makes the help of --method.name list all methods; tyro reads it from the metadata of the field."""
+    (field,) = (field for field in dataclasses.fields(method) if field.name == "name")
+    text = "\n".join(["the method, one of:", *(f"{name}: {line}" for name, line in method_summaries().items())])
+    field.metadata = MappingProxyType({**field.metadata, "help": text})
 
 
 def _last_value(words: Sequence[str], flag: str) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.experiment.config import ExperimentConfig
+from spt_jax.experiment.shipped import shipped_configs
 from spt_jax.prompts import METHODS, Method
 
 
@@ -27,6 +28,8 @@ def load_config_file(path: Path) -> ExperimentConfig[Any]:
             if near
             else f"config files there: {', '.join(sorted(siblings)) or 'none in that folder'}"
         )
+        if path.stem in shipped_configs():
+            hint += f"; the config that ships with the package is named {path.stem}, without a folder and .py"
         raise ConfigError(f"no config file {path}; {hint}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:

@@ -66,7 +66,7 @@ class ContextObjective:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContextPromptTuning(TokenMethod):
-    """The hyper-parameters of context-aware prompt tuning.
+    """Virtual tokens that stay close to real ones.
 
     Attributes:
       name: the method.

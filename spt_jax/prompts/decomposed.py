@@ -22,7 +22,7 @@ from spt_jax.prompts.virtual import VirtualPrompt, shape
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecomposedPromptTuning(TokenMethod):
-    """The hyper-parameters of decomposed prompt tuning.
+    """Virtual tokens, and a low-rank update of embeddings.
 
     Attributes:
       name: the method.

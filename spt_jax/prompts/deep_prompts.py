@@ -20,7 +20,7 @@ HEAD_UNIT = 32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeepPrompts(PrefixTuning):
-    """The hyper-parameters of deep prompts: those of prefix tuning, and the task head.
+    """Keys and values of every layer, and a task head.
 
     Attributes:
       name: the method.

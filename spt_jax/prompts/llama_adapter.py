@@ -20,7 +20,7 @@ from spt_jax.prompts.virtual import VirtualPrompt, shape
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaAdapter(Method):
-    """The hyper-parameters of LLaMA-Adapter.
+    """Gated prompts in the last layers.
 
     In each of these layers, every token attends to the prompt of the layer under a separate softmax. The result is
     multiplied by the gate of the layer and added to its attention output. With gates of 0, training starts from the

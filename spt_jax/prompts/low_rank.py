@@ -21,7 +21,7 @@ from spt_jax.prompts.virtual import VirtualPrompt
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowRankPromptTuning(TokenMethod):
-    """The hyper-parameters of low-rank prompt tuning.
+    """Frozen virtual tokens plus a low-rank matrix.
 
     Attributes:
       name: the method.

@@ -24,7 +24,9 @@ SHARED = "shared"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MultitaskPromptTuning(TokenMethod):
-    """The hyper-parameters of multitask prompt tuning. `data.task` names the field with the task of a record.
+    """A shared prompt, and a low-rank matrix per task.
+
+    `data.task` names the field with the task of a record.
 
     Attributes:
       name: the method.

@@ -22,7 +22,7 @@ LSTM_LAYERS = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PTuning(TokenMethod):
-    """The hyper-parameters of P-tuning.
+    """Virtual tokens that a small network computes.
 
     Attributes:
       name: the method.

@@ -26,7 +26,7 @@ Packed = Float[Array, "2 L P K H"] | Mapping[str, Mapping[str, Float[Array, "L P
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefixTuning(Method):
-    """The hyper-parameters of prefix tuning.
+    """Keys and values of every layer before the input.
 
     Attributes:
       name: the method.

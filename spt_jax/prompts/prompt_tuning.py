@@ -16,7 +16,7 @@ from spt_jax.prompts.virtual import VirtualPrompt
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptTuning(TokenMethod):
-    """The hyper-parameters of prompt tuning.
+    """Trained rows among the input embeddings.
 
     Attributes:
       name: the method.

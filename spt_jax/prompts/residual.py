@@ -19,7 +19,7 @@ from spt_jax.prompts.virtual import VirtualPrompt
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResidualPromptTuning(TokenMethod):
-    """The hyper-parameters of residual prompt tuning.
+    """Virtual tokens plus a small network applied to them.
 
     Attributes:
       name: the method.

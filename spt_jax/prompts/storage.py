@@ -335,7 +335,7 @@ def _instead(directory: Path) -> str:
     if interrupted.exists():
         return f"; a save was interrupted, the previous prompt is {interrupted}"
     if (directory / "adapter_config.json").exists():
-        return "; it is a PEFT adapter: convert it with `python -m spt_jax import --source`"
+        return "; it is a PEFT adapter: convert it with `spt-jax import --source`"
     inner = sorted(path.parent.name for path in directory.glob(f"*/{INFO_FILE}"))
     return f"; it holds the prompts {', '.join(inner[:5])}: name one of their directories" if inner else ""
 

@@ -8,10 +8,23 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from spt_jax.runtime.extras import install_line, installed, load_extra
 from spt_jax.runtime.files import write_bytes
 from spt_jax.studies.plateau import Estimate
 
 LIGHT, DARK, ACCENT, GREY = "#9bbad9", "#1f4e79", "#b3541e", "#555555"
+
+
+def can_draw() -> bool:
+    """Returns whether matplotlib is installed; without it, the functions of this module raise a `ConfigError`."""
+    return installed("matplotlib")
+
+
+def missing_note(name: str) -> str | None:
+    """Returns a note that a plot will not be drawn; None if it can be."""
+    if can_draw():
+        return None
+    return f"note: {name} will not be drawn without matplotlib; to have it: {install_line('matplotlib')}"
 
 
 def plot_curves(path: Path, lines: Sequence[Mapping[str, Any]], references: Mapping[str, float]) -> None:
@@ -124,8 +137,7 @@ def plot_inspection(path: Path, report: Mapping[str, Any]) -> None:
       path: the PNG to write.
       report: the contents of `inspect.json`: rows, lost, attention, similarity.
     """
-    from matplotlib.ticker import MaxNLocator
-
+    locator = load_extra("matplotlib.ticker", path.name).MaxNLocator
     rows, lost, attention, similarity = (report.get(name) for name in ("rows", "lost", "attention", "similarity"))
     figure, panes = _panes(sum(map(bool, (rows, lost, attention, similarity))) or 1)
     left = iter(panes)
@@ -135,7 +147,7 @@ def plot_inspection(path: Path, report: Mapping[str, Any]) -> None:
         if rows[0]["drift"] is not None:
             pane.plot(places, [row["drift"] for row in rows], "o", color=ACCENT, markersize=4, label="drift from start")
         pane.set(xlabel="virtual token", ylabel="multiples of the vocabulary's median norm", title="Norms")
-        pane.xaxis.set_major_locator(MaxNLocator(integer=True))
+        pane.xaxis.set_major_locator(locator(integer=True))
         pane.legend(frameon=False, fontsize="small")
     if lost:
         pane = next(left)
@@ -150,8 +162,8 @@ def plot_inspection(path: Path, report: Mapping[str, Any]) -> None:
         image = pane.imshow(np.asarray(attention["by_layer_and_position"]), aspect="auto", cmap="Blues")
         figure.colorbar(image, ax=pane)
         pane.set(xlabel="position", ylabel="layer", title="Attention of the last token")
-        pane.xaxis.set_major_locator(MaxNLocator(integer=True))
-        pane.yaxis.set_major_locator(MaxNLocator(integer=True))
+        pane.xaxis.set_major_locator(locator(integer=True))
+        pane.yaxis.set_major_locator(locator(integer=True))
     if similarity:
         pane, names = next(left), [_plain(Path(name).parent.name or name) for name in similarity["prompts"]]
         image = pane.imshow(np.asarray(similarity["cosines"]), cmap="RdBu_r", vmin=-1, vmax=1)
@@ -195,11 +207,8 @@ def _plain(text: str) -> str:
 
 def _panes(count: int) -> tuple[Any, list[Any]]:
     """Returns a figure with `count` panes side by side."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.5 * count, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = load_extra("matplotlib.figure", "a plot").Figure(figsize=(4.5 * count, 3.6), layout="constrained")
+    load_extra("matplotlib.backends.backend_agg", "a plot").FigureCanvasAgg(figure)
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 

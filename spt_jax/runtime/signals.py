@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+PROGRAM = "spt-jax"  # the console script
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 _FLUSH_SECONDS = 0.2  # time for the main thread to flush its output
@@ -30,12 +31,14 @@ _seen: list[int] = []  # signals since that `held` was entered
 
 
 def is_program() -> bool:
-    """Returns whether this process is `python -m spt_jax` or the train.py next to this package."""
+    """Returns whether this process is `spt-jax`, `python -m spt_jax` or the train.py next to this package."""
     if sys.argv[:1] == ["-m"]:  # Python is still locating the module.
         arguments = sys.orig_argv
         return "-mspt_jax" in arguments or ("-m", "spt_jax") in itertools.pairwise(arguments)
     file = getattr(sys.modules.get("__main__"), "__file__", None)
-    return file is not None and Path(file).resolve() == Path(__file__).resolve().parents[2] / "train.py"
+    if file is None:
+        return False
+    return Path(file).name == PROGRAM or Path(file).resolve() == Path(__file__).resolve().parents[2] / "train.py"
 
 
 def install() -> None:

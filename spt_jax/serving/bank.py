@@ -136,7 +136,7 @@ class PromptBank:
             method, virtual = import_peft(folder, self.base)
             if virtual.head is not None:
                 raise CheckpointError(
-                    f"{folder}: a PEFT head has no class names; use `python -m spt_jax import` with --verbalizers"
+                    f"{folder}: a PEFT head has no class names; use `spt-jax import` with --verbalizers"
                 )
             prompt = default_template(self.base, method)
             self._put(name, virtual, Template(prompt=prompt, target="{target}", virtual_tokens=method.token_count))

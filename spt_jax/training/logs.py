@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spt_jax.errors import CheckpointError, ConfigError
+from spt_jax.errors import CheckpointError
+from spt_jax.runtime.extras import check_installed, load_extra
 from spt_jax.runtime.files import write_text, writing
 from spt_jax.training.config import LogConfig
 
@@ -31,6 +32,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 f"{path}, line {number}, is damaged ({error}): delete that line, or the file, which only holds metrics"
             ) from error
     return lines
+
+
+def check_log(config: LogConfig) -> None:
+    """Checks that the packages of all destinations are installed.
+
+    Raises:
+      ConfigError: one is not; the message names the extra.
+    """
+    if config.tensorboard:
+        check_installed("tensorboardX", "log.tensorboard")
+    if config.wandb:
+        check_installed("wandb", "log.wandb")
 
 
 class MetricsLog:
@@ -105,18 +118,12 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _tensorboard(workdir: Path, from_step: int) -> Any:
-    try:
-        import tensorboardX
-    except ImportError as error:
-        raise ConfigError("log.tensorboard needs the extra: pip install 'spt_jax[tensorboard]'") from error
+    tensorboardX = load_extra("tensorboardX", "log.tensorboard")
     return tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=from_step or None)
 
 
 def _wandb(project: str, workdir: Path, run_config: Mapping[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError("log.wandb needs the extra: pip install 'spt_jax[wandb]'") from error
+    wandb = load_extra("wandb", "log.wandb")
     return wandb.init(
         project=project,
         dir=str(workdir),

@@ -1,4 +1,4 @@
-"""`python -m spt_jax`: what it prints for a saved prompt, and how it fails."""
+"""`spt-jax`: what it prints for a saved prompt, and how it fails."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`python -m spt_jax serve` as its users run it."""
+"""`spt-jax serve` as its users run it."""
 
 import json
 import os

@@ -126,7 +126,7 @@ def test_a_stopped_sweep_goes_on_to_the_same_end(files, lengths, tmp_path, monke
     for trial in ("001", "004"):  # ended before and after the stop
         info = json.loads((tmp_path / "run" / "trials" / trial / "prompt" / "prompt.json").read_text())
         assert info["extra"]["command"] == shlex.join(
-            ["python", "-m", "spt_jax", "sweep", *words(files, tmp_path / "run", *QUICK, *LENGTHS)]
+            ["spt-jax", "sweep", *words(files, tmp_path / "run", *QUICK, *LENGTHS)]
         )
     np.testing.assert_array_equal(arrays(tmp_path / "run"), arrays(lengths))
 

@@ -1,7 +1,7 @@
 """Quotes, or prompts for a chat, continued by BLOOMZ 560M, as in Hugging Face's cookbook on prompt tuning.
 
-    python train.py configs/quotes_bloomz_560m.py --data.train quotes.jsonl
-    python train.py configs/quotes_bloomz_560m.py --data.train prompts.csv --data.target "{prompt}"
+    spt-jax train quotes_bloomz_560m --data.train quotes.jsonl
+    spt-jax train quotes_bloomz_560m --data.train prompts.csv --data.target "{prompt}"
 
 The files are those of Abirate/english_quotes and fka/awesome-chatgpt-prompts. Expect a download of about 1.1 GB on the
 first run. No results have been measured yet.

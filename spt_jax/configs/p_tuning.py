@@ -1,6 +1,8 @@
-"""P-tuning: 20 virtual tokens computed by a small network, which is dropped when the prompt is saved.
+"""P-tuning on the shipped task.
 
-On the shipped model and task:  python train.py configs/p_tuning.py
+20 virtual tokens computed by a small network, which is dropped when the prompt is saved.
+
+    spt-jax train p_tuning
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Any local checkpoint and data files; everything is set on the command line.
+"""Any base and data files, named on the command line.
 
-    python train.py configs/local_files.py --workdir out/trec --base.path PATH \\
+    spt-jax train local_files --workdir out/trec --base.path PATH \\
         --data.train train.jsonl --data.validation validation.jsonl --data.test test.jsonl \\
         --data.prompt "<soft>{text}\\n" --data.target "{label}" \\
         --data.verbalizers person=H location=L number=N entity=E description=D abbreviation=A \\

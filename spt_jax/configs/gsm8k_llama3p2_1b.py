@@ -1,6 +1,8 @@
-"""Grade-school mathematics (GSM8K) with Llama 3.2 1B, both from the hub. The model requires you to accept its license.
+"""Grade-school mathematics (GSM8K) with Llama 3.2 1B.
 
-    python train.py configs/gsm8k_llama3p2_1b.py --base.remat full
+Both are from the hub. The model requires you to accept its license.
+
+    spt-jax train gsm8k_llama3p2_1b --base.remat full
 
 Expect a download of about 2.5 GB on the first run. No results have been measured yet.
 """

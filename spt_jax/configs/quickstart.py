@@ -1,6 +1,8 @@
-"""Sorts requests to an assistant by topic, with the small model that ships with the package. No download needed.
+"""Topics of requests, with the shipped model and data.
 
-make quickstart        or        python train.py configs/quickstart.py
+Sorts requests to an assistant by topic. No download needed.
+
+spt-jax train quickstart
 """
 
 from pathlib import Path

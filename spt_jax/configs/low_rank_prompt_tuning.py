@@ -1,6 +1,8 @@
-"""Low-rank prompt tuning: 20 frozen virtual tokens plus a trained matrix of rank 8.
+"""Low-rank prompt tuning on the shipped task.
 
-On the shipped model and task:  python train.py configs/low_rank_prompt_tuning.py
+20 frozen virtual tokens plus a trained matrix of rank 8.
+
+    spt-jax train low_rank_prompt_tuning
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """State tuning: the states of the recurrent layers of Qwen 3.5 before the first token, on the shipped task.
 
-    python train.py configs/state_tuning.py
+    spt-jax train state_tuning
 
 The shipped model has no recurrent layers, so this config reads a base from the hub: a download of about 1.8 GB on the
 first run. No results have been measured yet.

@@ -1,6 +1,8 @@
-"""Sentiment of film reviews (SST-2) with Qwen3 0.6B, both from the hub.
+"""Sentiment of film reviews (SST-2) with Qwen3 0.6B.
 
-    python train.py configs/sst2_qwen3_0p6b.py
+Both are from the hub.
+
+    spt-jax train sst2_qwen3_0p6b
 
 Expect a download of about 1.5 GB on the first run. Add --mesh.data N to use N GPUs or TPUs. No results have been
 measured yet.

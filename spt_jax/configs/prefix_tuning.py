@@ -1,6 +1,8 @@
-"""Prefix tuning: keys and values of every layer at 20 positions before the request.
+"""Prefix tuning on the shipped task.
 
-On the shipped model and task:  python train.py configs/prefix_tuning.py
+Keys and values of every layer at 20 positions before the request.
+
+    spt-jax train prefix_tuning
 """
 
 from pathlib import Path

@@ -1,6 +1,8 @@
-"""LLaMA-Adapter: 20 rows in each of the last layers, scaled by a gate that starts closed.
+"""LLaMA-Adapter on the shipped task.
 
-On the shipped model and task:  python train.py configs/llama_adapter.py
+20 rows in each of the last layers, scaled by a gate that starts closed.
+
+    spt-jax train llama_adapter
 """
 
 from pathlib import Path

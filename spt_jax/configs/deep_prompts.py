@@ -1,6 +1,8 @@
-"""Deep prompts: keys and values of every layer, and a classification head that reads the request's last token.
+"""Deep prompts on the shipped task.
 
-On the shipped model and task:  python train.py configs/deep_prompts.py
+Keys and values of every layer, and a classification head that reads the request's last token.
+
+    spt-jax train deep_prompts
 """
 
 from pathlib import Path

@@ -1,6 +1,8 @@
-"""Decomposed prompt tuning: 20 virtual tokens and a low-rank change of the request's own embeddings.
+"""Decomposed prompt tuning on the shipped task.
 
-On the shipped model and task:  python train.py configs/decomposed_prompt_tuning.py
+20 virtual tokens and a low-rank change of the request's own embeddings.
+
+    spt-jax train decomposed_prompt_tuning
 """
 
 from pathlib import Path

@@ -1,6 +1,8 @@
-"""Several tasks in one run, from files whose records name their task: a shared prompt, and a small matrix per task.
+"""Several tasks in one run, from files of your own.
 
-    python train.py configs/multitask_prompt_tuning.py --workdir out/tasks --base.path PATH \\
+The records name their task. Trains a shared prompt, and a small matrix per task.
+
+    spt-jax train multitask_prompt_tuning --workdir out/tasks --base.path PATH \\
         --data.train train.jsonl --data.validation validation.jsonl --data.test test.jsonl --data.task task \\
         --data.prompt "<soft:20>{text}\\n" --data.target "{answer}"
 

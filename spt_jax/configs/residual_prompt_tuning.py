@@ -1,6 +1,8 @@
-"""Residual prompt tuning: 20 virtual tokens plus the output of a small network applied to them.
+"""Residual prompt tuning on the shipped task.
 
-On the shipped model and task:  python train.py configs/residual_prompt_tuning.py
+20 virtual tokens plus the output of a small network applied to them.
+
+    spt-jax train residual_prompt_tuning
 """
 
 from pathlib import Path

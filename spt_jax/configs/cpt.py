@@ -1,6 +1,8 @@
-"""Context-aware prompt tuning: the tokens of an instruction, each trained within a ball around its embedding.
+"""Context-aware prompt tuning on the shipped task.
 
-On the shipped model and task:  python train.py configs/cpt.py
+The tokens of an instruction, each trained within a ball around its embedding.
+
+    spt-jax train cpt
 """
 
 from pathlib import Path
