@@ -6,7 +6,7 @@ import math
 from spt_jax.errors import ConfigError
 
 # Tokens that a layer solves for together; in longer rows, a state is passed from chunk to chunk.
-CHUNK = 128
+CHUNK = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

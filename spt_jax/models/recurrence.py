@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -242,7 +242,7 @@ def _split(inputs: Inputs, order: TokenOrder, size: int) -> Chunk[Inputs]:
 
 
 def end_states(
-    chunk: Chunk[Any],
+    chunk: Chunk[Inputs],
     decays: Float[Array, "B K R T"],
     sums: Float[Array, "2 B K R T"],
     states: Float[Array, "S B K R ..."],

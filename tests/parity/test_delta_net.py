@@ -11,7 +11,7 @@ from spt_jax.models.attention import Stream
 from spt_jax.models.delta_net import GatedDeltaNet
 from spt_jax.models.delta_net_config import DeltaNetConfig
 from spt_jax.models.memory import State
-from spt_jax.models.recurrence import token_order
+from spt_jax.models.recurrence import by_chunks, token_order
 
 pytestmark = pytest.mark.parity
 
@@ -173,12 +173,13 @@ def test_gradients_of_the_initial_state():
     values, initial = draw(ROWS, heads, repeats, length, value_size), draw(ROWS, heads, repeats, key_size, value_size)
     decays, betas = -np.exp(draw(ROWS, heads, repeats, length)), 1 / (1 + np.exp(draw(ROWS, heads, repeats, length)))
     cotangents = draw(*values.shape), draw(*initial.shape)
-    mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool))[None], (ROWS, length, length))
+    order = token_order(stream_of(np.ones((ROWS, length))), 1)
 
     def ours(initial):
-        inputs = DeltaInputs(*map(jnp.asarray, (queries, keys, values, decays, betas)))
-        found = delta_rule(inputs, initial, mask, jnp.ones((ROWS, length), bool))
-        return sum(jnp.sum(a * b) for a, b in zip(found, cotangents, strict=True))
+        tokens_after_heads = ((queries, 2), (keys, 2), (values, 3), (decays, 3), (betas, 3))
+        inputs = DeltaInputs(*(jnp.moveaxis(jnp.asarray(array), axis, 1) for array, axis in tokens_after_heads))
+        outputs, final = by_chunks(delta_rule, inputs, initial, order, 16)
+        return jnp.sum(jnp.moveaxis(outputs, 1, 3) * cotangents[0]) + jnp.sum(final * cotangents[1])
 
     def by_head(array, *sizes):
         return torch.tensor(array.reshape(ROWS, -1, length, *sizes)).transpose(1, 2)
