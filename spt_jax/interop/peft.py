@@ -74,6 +74,9 @@ HEADS = {
     "QUESTION_ANS": PeftHead("span", "base_model.qa_outputs"),
 }
 
+# Families that scale the rows of the embedding table outside of the embedding module, which is all that PEFT calls.
+UNSCALED = ("falcon_h1",)
+
 
 def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = None) -> tuple[Method, VirtualPrompt]:
     """Reads a soft prompt that PEFT saved for this base.
@@ -89,7 +92,8 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
     Raises:
       CheckpointError: a file is missing or damaged, `peft_type` is not one of those above, or tensors are missing,
         unknown, of the wrong shape or not finite.
-      ConfigError: `task` is missing or does not exist, or the prompt is not a multitask prompt.
+      ConfigError: `task` is missing or does not exist, the prompt is not a multitask prompt, or PEFT's model of the
+        base computes another function.
     """
     directory = Path(directory)
     config = _read_config(directory)
@@ -117,9 +121,11 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
         raise CheckpointError(f"{where}: num_transformer_submodules is 2: the prompt is for an encoder-decoder model")
     sizes = base.config
     if kind in TOKEN_TYPES:
-        rows = _read_arrays(path, {EMBEDDINGS: (length, sizes.width)}, base)[EMBEDDINGS]
+        check_tokens_agree(base)
+        rows = _read_arrays(path, {EMBEDDINGS: (length, base.layout.width)}, base)[EMBEDDINGS]
         return PromptTuning(length=length), VirtualPrompt(tokens=jnp.asarray(rows))
     if kind == MULTITASK_TYPE:
+        check_tokens_agree(base)
         return PromptTuning(length=length), VirtualPrompt(tokens=_task_rows(path, config, base, length, task))
     head = HEADS.get(str(config.get("task_type")))
     group = plain_group(base)
@@ -144,6 +150,21 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
     classes = len(bias) if outputs is None else None
     method = DeepPrompts(length=length, head=head.task, classes=classes, head_bias=head.has_bias)
     return method, VirtualPrompt(prefix=prefix, head=Head(jnp.asarray(kernel), jnp.asarray(bias)))
+
+
+def check_tokens_agree(base: FrozenBase) -> None:
+    """Checks that PEFT's model of a base with virtual tokens is the base with these embeddings before the text.
+
+    Raises:
+      ConfigError: it is not.
+    """
+    if base.config.per_layer is not None:
+        raise ConfigError(f"{base.name} has embeddings by layer, for which PEFT has no virtual tokens")
+    if base.config.family in UNSCALED and base.config.embedding_scale not in (None, 1.0):
+        raise ConfigError(
+            f"{base.name}: with virtual tokens, PEFT leaves out the factor {base.config.embedding_scale:g} of the"
+            f" text's embeddings that {base.config.family} has, so that its prompts do not fit this base"
+        )
 
 
 def plain_group(base: FrozenBase) -> Group:

@@ -23,6 +23,7 @@ from spt_jax.interop.peft import (
     MULTITASK_TYPE,
     WEIGHTS_FILE,
     PeftHead,
+    check_tokens_agree,
     plain_group,
     template_front,
 )
@@ -176,6 +177,8 @@ def _check_tokens(saved: SavedPrompt, base: FrozenBase) -> None:
 
     For a chat, only the order is compared, because the ids of the turns come from the chat template on both sides.
     """
+    if saved.virtual.tokens is not None:
+        check_tokens_agree(base)
     template, tokenizer, vocab_size = saved.template, base.tokenizer, base.config.vocab_size
     chat = template.chat or template.is_conversation
     record: dict[str, Any] = dict.fromkeys(template.prompt_fields, "a")

@@ -77,7 +77,7 @@ class Block(nn.Module):
             if config.mamba is not None:
                 found.append(Mamba2(config.mamba, name="mamba")(x, order, state))
         outputs, own = zip(*found, strict=True)
-        return functools.reduce(operator.add, outputs), own
+        return functools.reduce(operator.add, outputs), own if config.kv_source is None else ()
 
     def norm(self, name: str, x: Float[Array, "B T D"], places: tuple[str, ...]) -> Float[Array, "B T D"]:
         """Normalizes x if the config's norms are at one of these places."""

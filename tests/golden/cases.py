@@ -61,7 +61,7 @@ _SEQUENTIAL = {"alibi": True, "new_decoder_architecture": False, "multi_query": 
 _TWICE = ["sliding_attention", "sliding_attention", "full_attention"] * 2
 # As Gemma 4 E2B: each layer has embeddings of its own, and the last two read the keys and values of layers 2 and 3.
 # With a smaller epsilon, norms of the few numbers of an embedding amplify the rounding errors of both sides.
-_E2B = {
+E2B = {
     "attention_k_eq_v": False,
     "num_hidden_layers": 6,
     "num_key_value_heads": 1,
@@ -182,15 +182,15 @@ CASES = (
     _case("hunyuan_v1_dense", "hunyuan_v1_dense"),
     _case("gemma4_text", "gemma4_text"),
     _case("gemma4_text own values, untied", "gemma4_text", attention_k_eq_v=False, tie_word_embeddings=False),
-    _case("gemma4_text E2B", "gemma4_text", **_E2B),
+    _case("gemma4_text E2B", "gemma4_text", **E2B),
     _case(
         "gemma4_text E2B keys as values",
         "gemma4_text",
-        **_E2B | {"attention_k_eq_v": True, "attention_bias": True, "layer_types": _TWICE, "num_kv_shared_layers": 3},
+        **E2B | {"attention_k_eq_v": True, "attention_bias": True, "layer_types": _TWICE, "num_kv_shared_layers": 3},
     ),
     _case("gemma4_text A4B", "gemma4_text", **_A4B),
     _case("gemma4", "gemma4"),
-    _case("gemma4 E2B", "gemma4", **_E2B),
+    _case("gemma4 E2B", "gemma4", **E2B),
     _case("gemma4_unified_text", "gemma4_unified_text"),
     _case(
         "gemma4_unified_text reading layers", "gemma4_unified_text", num_kv_shared_layers=2, use_double_wide_mlp=True

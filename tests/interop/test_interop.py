@@ -27,6 +27,7 @@ from spt_jax.prompts.initializers import initialize
 from spt_jax.prompts.storage import load_prompt, save_prompt
 from spt_jax.prompts.virtual import VirtualPrefix
 from spt_jax.testing import tiny_base, tiny_tokenizer, write_tiny_checkpoint
+from tests.golden.cases import E2B
 
 P, D, L, K, H = 4, 32, 3, 2, 8
 
@@ -400,3 +401,20 @@ def test_commands(tmp_path, capsys):
     peft_directory(tmp_path / "theirs", num_virtual_tokens=9)
     assert main([*words[:-1], str(tmp_path / "bad")]) == 1
     assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [("falcon_h1", "PEFT leaves out the factor .* of the text's embeddings"), ("gemma4_text", "embeddings by layer")],
+)
+def test_bases_whose_texts_peft_embeds_otherwise(tmp_path, family, message):
+    """PEFT joins its rows with what the embedding module returns, which is not all that these models add to a token."""
+    base = tiny_base(family, **(E2B if family == "gemma4_text" else {}))
+    directory = peft_directory(tmp_path / "peft", {"prompt_embeddings": noise(P, base.layout.width)})
+    with pytest.raises(ConfigError, match=message):
+        import_peft(directory, base)
+    virtual = VirtualPrompt(tokens=jnp.asarray(noise(P, base.layout.width)))
+    template = Template(prompt="<soft><bos>{text}", target="{label}", virtual_tokens=P)
+    saved = save_prompt(tmp_path / "ours", base, PromptTuning(length=P), virtual, template)
+    with pytest.raises(ConfigError, match=message):
+        export_peft(tmp_path / "theirs", load_prompt(saved, base), base)
