@@ -32,6 +32,7 @@ from spt_jax.training.objectives import CrossEntropy, VerbalizerCrossEntropy
 from spt_jax.training.step import init_state, make_train_step
 from tests.examples import QUICK_COMPILE, VIRTUAL
 from tests.family import batch_of, method_of
+from tests.golden.cases import E2B
 from tests.layouts import Run, lay_out
 
 
@@ -76,7 +77,7 @@ def whole_prompt(base: FrozenBase, specs: dict[str, VirtualPrompt]) -> VirtualPr
 def test_shapes_and_a_loss_without_compilation(family, monkeypatch):
     base, specs, computed = zero_base(family), {}, prefix_tuning.memory_of_rows
     for module in (prefix_tuning, state_tuning):
-        monkeypatch.setattr(module, "memory_of_rows", lambda model, rows: zeros(jax.eval_shape(computed, model, rows)))
+        monkeypatch.setattr(module, "memory_of_rows", lambda *inputs: zeros(jax.eval_shape(computed, *inputs)))
     for name in METHODS:
         method = method_of(name)
         if hasattr(method, "init"):
@@ -114,6 +115,8 @@ KINDS = {
     "gpt2": PromptTuning(length=VIRTUAL),  # LayerNorm, learned positions
     "mixtral": PrefixTuning(length=4, reparameterization="mlp", hidden=8),  # experts
     "deepseek_v3": PrefixTuning(length=4, sink=1),  # latent attention
+    "falcon_h1": PrefixTuning(length=4, states=True),  # attention beside a recurrent layer
+    "gemma4_text": PromptTuning(length=VIRTUAL),  # embeddings by layer, layers that read others' keys and values
 }
 
 
@@ -126,7 +129,8 @@ def logits_of(model, virtual, ids, stream):
 
 @pytest.mark.parametrize("family", KINDS)
 def test_trains_resumes_and_serves(family, tmp_path):
-    base, method, optimizer = tiny_base(family), KINDS[family], optax.adam(0.02)
+    changes = E2B if family == "gemma4_text" else {}
+    base, method, optimizer = tiny_base(family, **changes), KINDS[family], optax.adam(0.02)
     batch = batch_of(method, base, shared=True, packing=True)
     state = init_state(jax.random.key(0), base, method, optimizer)
     step, losses = make_train_step(base, method, optimizer, VerbalizerCrossEntropy(choices=3)), []
