@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import spt_jax.commands.train
 import train
 from spt_jax.runtime.files import write_bytes
 from spt_jax.training import single
@@ -30,7 +31,7 @@ def job(tmp_path_factory: pytest.TempPathFactory):
     files = tmp_path_factory.mktemp("task")
     write_task(files)
     patch, loaded, steps = pytest.MonkeyPatch(), [], []
-    load, make = train.load_experiment, single.make_train_step
+    load, make = spt_jax.commands.train.load_experiment, single.make_train_step
 
     def load_once(config):
         if not loaded:
@@ -42,9 +43,9 @@ def job(tmp_path_factory: pytest.TempPathFactory):
             steps.append(make(*arguments))
         return steps[0]
 
-    patch.setattr(train, "load_experiment", load_once)
+    patch.setattr(spt_jax.commands.train, "load_experiment", load_once)
     patch.setattr(single, "make_train_step", make_once)
-    patch.setattr(train, "plot_curves", lambda path, lines, references: write_bytes(path, b"PNG"))
+    patch.setattr(spt_jax.commands.train, "plot_curves", lambda path, lines, references: write_bytes(path, b"PNG"))
     yield lambda workdir, *more: train.main(words(files, workdir, *SHORT, *more))
     patch.undo()
 
