@@ -21,7 +21,7 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or not signals.is_program():
-    from spt_jax.exports import *  # noqa: F403
+    from spt_jax.commands.exports import *  # noqa: F403
 
 __version__ = "0.1.0"
 
@@ -32,7 +32,7 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if importlib.util.find_spec(f"{__name__}.{name}") is not None:
         return importlib.import_module(f"{__name__}.{name}")
-    exports = importlib.import_module(f"{__name__}.exports")
+    exports = importlib.import_module(f"{__name__}.commands.exports")
     if name != "__all__" and name not in exports.__all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value = getattr(exports, name)
@@ -40,4 +40,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *importlib.import_module(f"{__name__}.exports").__all__})
+    return sorted({*globals(), *importlib.import_module(f"{__name__}.commands.exports").__all__})

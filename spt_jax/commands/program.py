@@ -118,7 +118,7 @@ def run_command(name: str, words: Sequence[str], program: str | None = None) -> 
         return 0
     if "jax" not in sys.modules:
         print(f"{program or f'{PROGRAM} {name}'}: loading JAX", file=sys.stderr, flush=True)
-    importlib.import_module("spt_jax.exports")  # which fills the registries of tasks, methods and objectives
+    importlib.import_module("spt_jax.commands.exports")  # which fills the registries of tasks, methods and objectives
     from spt_jax.experiment.command_line import exit_code
 
     return exit_code(_bound(entry.load(), f"{PROGRAM} {name}", words, program))

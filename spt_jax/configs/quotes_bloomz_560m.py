@@ -1,4 +1,6 @@
-"""Quotes, or prompts for a chat, continued by BLOOMZ 560M, as in Hugging Face's cookbook on prompt tuning.
+"""Quotes or chat prompts, continued by BLOOMZ 560M.
+
+As in Hugging Face's cookbook on prompt tuning.
 
     spt-jax train quotes_bloomz_560m --data.train quotes.jsonl
     spt-jax train quotes_bloomz_560m --data.train prompts.csv --data.target "{prompt}"

@@ -1,4 +1,6 @@
-"""State tuning: the states of the recurrent layers of Qwen 3.5 before the first token, on the shipped task.
+"""State tuning of Qwen 3.5 on the shipped task.
+
+The initial states of its recurrent layers are trained.
 
     spt-jax train state_tuning
 

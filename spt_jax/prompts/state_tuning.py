@@ -28,7 +28,7 @@ Arrays = Mapping[str, Mapping[str, Float[Array, "..."]]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StateTuning(Method):
-    """The hyper-parameters of state tuning, for bases with recurrent layers.
+    """States of recurrent layers before the first token.
 
     The prompt takes no positions: the recurrent layers start from trained states in place of zeros, and all else is as
     without it.
