@@ -14,7 +14,7 @@ from spt_jax.testing import write_tiny_checkpoint
 from tests.jobs import ROOT
 from tests.notebook_files import write_quotes, write_tweets
 
-TWEETS, QUOTES = (ROOT / "configs" / f"{name}_bloomz_560m.py" for name in ("twitter_complaints", "quotes"))
+TWEETS, QUOTES = (ROOT / "configs" / f"{name}_bloomz_560m.py" for name in ("tweets", "quotes"))
 
 
 @pytest.fixture(scope="module")
