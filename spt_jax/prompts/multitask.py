@@ -96,7 +96,7 @@ class MultitaskPromptTuning(TokenMethod):
     def artifacts(self, virtual: VirtualPrompt, params: Mapping[str, Any]) -> dict[str, tuple[Method, VirtualPrompt]]:
         """Returns a prompt per task, and the shared prompt as a start for new tasks."""
         assert virtual.tokens is not None
-        rows = {SHARED: params["tokens"], **dict(zip(self.tasks, virtual.tokens, strict=True))}
+        rows = {SHARED: jnp.asarray(params["tokens"]), **dict(zip(self.tasks, virtual.tokens, strict=True))}
 
         def of_task(tokens: Float[Array, "P D"]) -> tuple[Method, VirtualPrompt]:
             method = PromptTuning(length=len(tokens), init=self.init, pin_prefix=self.pin_prefix)

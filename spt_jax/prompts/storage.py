@@ -321,7 +321,7 @@ def _read_info(directory: Path) -> dict[str, Any]:
 def _saved_layout(fingerprint: Fingerprint, where: str) -> Layout:
     """Returns the layout of the base of a saved prompt, which need not be loaded. Only the sizes matter."""
     sizes = {field.name for field in dataclasses.fields(DecoderConfig) if field.default is dataclasses.MISSING}
-    sizes |= {"embedding_width", "delta_net", "mamba", "latent", "rope", "variants"}
+    sizes |= {"embedding_width", "window", "window_layers", "delta_net", "mamba", "latent", "rope", "variants"}
     config = fingerprint.current.config
     try:
         return decoder_layout(_build(DecoderConfig, {k: v for k, v in config.items() if k in sizes}, where))

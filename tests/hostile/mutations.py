@@ -80,10 +80,18 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from _places(value[key])
 
 
+def _text(value: Any) -> str:
+    """JSON text; of values that Python cannot write, text that is nested as deeply."""
+    try:
+        return json.dumps(value)
+    except RecursionError:
+        return "[" * 2000
+
+
 def mutated_safetensors(content: bytes, rng: random.Random) -> bytes:
     """Another header, its length told rightly mostly, before the same or damaged tensors."""
     length = int.from_bytes(content[:8], "little")
-    header = json.dumps(mutated_json(json.loads(content[8 : 8 + length]), rng)).encode()
+    header = _text(mutated_json(json.loads(content[8 : 8 + length]), rng)).encode()
     told = rng.choice((len(header), len(header), len(header), 0, 2**40, len(header) - 1))
     tensors = content[8 + length :]
     return struct.pack("<Q", told) + header + rng.choice((tensors, tensors, tensors + b"\0", tensors[:-1], b""))
@@ -95,7 +103,7 @@ def changed_file(path: Path, rng: random.Random) -> None:
     if rng.random() < 0.3 or path.suffix not in (".json", ".safetensors"):
         path.write_bytes(mutated_bytes(content, rng))
     elif path.suffix == ".json":
-        path.write_text(json.dumps(mutated_json(json.loads(content), rng)))
+        path.write_text(_text(mutated_json(json.loads(content), rng)))
     else:
         path.write_bytes(mutated_safetensors(content, rng))
 
