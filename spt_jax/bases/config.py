@@ -55,7 +55,16 @@ def hf_config(fields: Mapping[str, Any]) -> Any:
 
     model_type = str(fields.get("model_type"))
     family_of(model_type)
-    return transformers.CONFIG_MAPPING[model_type].from_dict(_checked(fields))
+    return transformers.CONFIG_MAPPING[model_type].from_dict(_checked(_with_floats(fields)))
+
+
+def _with_floats(value: Any) -> Any:
+    """Replaces {"__float__": "Infinity"}, as transformers writes numbers that JSON does not have, by the number."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {name: _with_floats(own) for name, own in value.items()}
+    return [_with_floats(own) for own in value] if isinstance(value, list) else value
 
 
 def _checked(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -96,10 +96,10 @@ class MultitaskPromptTuning(TokenMethod):
     def artifacts(self, virtual: VirtualPrompt, params: Mapping[str, Any]) -> dict[str, tuple[Method, VirtualPrompt]]:
         """Returns a prompt per task, and the shared prompt as a start for new tasks."""
         assert virtual.tokens is not None
-        rows = {SHARED: jnp.asarray(params["tokens"]), **dict(zip(self.tasks, virtual.tokens, strict=True))}
+        rows = {SHARED: params["tokens"], **dict(zip(self.tasks, virtual.tokens, strict=True))}
 
         def of_task(tokens: Float[Array, "P D"]) -> tuple[Method, VirtualPrompt]:
             method = PromptTuning(length=len(tokens), init=self.init, pin_prefix=self.pin_prefix)
             return method, VirtualPrompt(tokens=tokens, pinned=self.pins)
 
-        return {name: of_task(tokens) for name, tokens in rows.items()}
+        return {name: of_task(jnp.asarray(tokens)) for name, tokens in rows.items()}
