@@ -249,7 +249,7 @@ def test_layers_that_read_the_keys_and_values_of_others_keep_the_rules():
     assert [(len(period.stacks), period.repeats) for period in periods(READING)] == [(2, 2), (2, 2)]
     groups = decoder_layout(READING).attention_groups
     assert {name: group.layers for name, group in groups.items()} == {"self": (0, 2), "wide": (1, 3)}
-    assert group_names(READING) == ("self", "wide", "self", "wide", None, None, None, None)
+    assert group_names(READING) == (("self",), ("wide",), ("self",), ("wide",), (), (), (), ())
     check_model(model_of(READING))
 
 
