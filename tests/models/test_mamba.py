@@ -1,216 +1,12 @@
-"""Mamba-2 in every layout of a row, against a loop over tokens in float64."""
+"""Options of Mamba-2, against a loop over tokens in float64."""
 
 import dataclasses
-import functools
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from spt_jax.errors import ConfigError
-from spt_jax.models.attention import Stream
-from spt_jax.models.mamba import Mamba2
-from spt_jax.models.mamba_config import MambaConfig
-from spt_jax.models.memory import State
-from spt_jax.models.recurrence import token_order
-from spt_jax.runtime.sharding import MeshConfig, make_mesh, parameter_sharding
-from tests.layouts import lay_out
-from tests.recurrent_rows import (
-    LAYOUTS,
-    LENGTH,
-    ROOTS,
-    ROWS,
-    WIDTH,
-    hidden,
-    of_row,
-    rows_of,
-    same,
-    same_state,
-    sigmoid,
-    state_of,
-    whole_rows,
-)
-
-CONFIG = MambaConfig(
-    heads=4, groups=2, head_size=5, state_size=6, input_bias=True, output_bias=True, norm_epsilon=1e-2,
-    input_scale=0.8, part_scales=(0.9, 1.1, 1.2, 0.7, 1.3), output_scale=0.6,
-)  # fmt: skip
-PARTS = ("value", "key", "query")
-
-
-def random_params(config: MambaConfig, seed: int = 0) -> dict:
-    """Every leaf is random; some heads forget within a few tokens and others after hundreds."""
-    order = token_order(whole_rows(1, 1), config.convolution_width - 1)
-    layer, x = Mamba2(config), jnp.zeros((1, 1, WIDTH))
-    shapes = jax.eval_shape(layer.init, jax.random.key(0), x, order, state_of(config))
-    generator = np.random.default_rng(seed)
-    params = jax.tree.map(lambda leaf: 0.4 * generator.standard_normal(leaf.shape), shapes["params"])
-    if "norm" in params:
-        params["norm"]["scale"] += 1
-    params["a_log"] = np.linspace(-4, 1.5, config.heads)
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
-
-
-def token_by_token(config: MambaConfig, params: dict, x: np.ndarray, state: State) -> tuple[np.ndarray, State]:
-    """The layer for one example [T, D] after a state, in float64, as the recurrence defines it."""
-    weights = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-    inputs, memory = (np.asarray(state.arrays[name], np.float64) for name in ("convolution", "recurrent"))
-    kernel = np.concatenate([weights[f"{name}_convolution"] for name in PARTS], 1)
-    scales: dict[str, float] = dict(zip(("gate", "value", "key", "query", "step"), config.part_scales, strict=True))
-    ends, outputs = np.cumsum([config.value_width, config.key_width]), []
-
-    def part(name: str, token: np.ndarray) -> np.ndarray:
-        y = config.input_scale * token @ weights[name]["kernel"]
-        return scales[name] * (y + weights[name]["bias"] if config.input_bias else y)
-
-    for token in np.asarray(x, np.float64):
-        inputs = np.concatenate([inputs, np.concatenate([part(name, token) for name in PARTS])[None]])
-        inputs = inputs[-config.convolution_width :]
-        mixed = (inputs * kernel).sum(0)
-        if config.convolution_bias:
-            mixed += np.concatenate([weights[f"{name}_convolution_bias"] for name in PARTS])
-        values, keys, queries = np.split(mixed * sigmoid(mixed), ends)
-        values = values.reshape(config.heads, config.head_size)
-        keys, queries = (a.reshape(config.groups, config.state_size) for a in (keys, queries))
-        steps = np.log1p(np.exp(part("step", token) + weights["dt_bias"]))
-        read, memory = np.zeros_like(values), memory.copy()
-        for n in range(config.heads):
-            group = n // (config.heads // config.groups)
-            memory[n] *= np.exp(-np.exp(weights["a_log"][n]) * steps[n])
-            memory[n] += np.outer(steps[n] * values[n], keys[group])
-            read[n] = memory[n] @ queries[group] + weights["skip"][n] * values[n]
-        y, gate = (a.reshape(config.groups, -1) for a in (read, part("gate", token)))
-        factor = gate * sigmoid(gate)
-        y = y if config.norm == "gate_last" else y * factor
-        if config.norm != "none":
-            y = y / np.sqrt((y**2).mean(1, keepdims=True) + config.norm_epsilon)
-            y = y * weights["norm"]["scale"].reshape(y.shape)
-        y = y * factor if config.norm == "gate_last" else y
-        y = y.ravel() @ weights["output"]["kernel"]
-        outputs.append(config.output_scale * (y + weights["output"]["bias"] if config.output_bias else y))
-    return np.stack(outputs), State({"convolution": inputs[1 - config.convolution_width :], "recurrent": memory})
-
-
-@functools.partial(jax.jit, static_argnames=("config", "chunk"))
-def run(params: dict, x, stream: Stream, state: State, config: MambaConfig = CONFIG, chunk: int = 256):
-    order = token_order(stream, config.convolution_width - 1)
-    return Mamba2(config, chunk=chunk).apply({"params": params}, jnp.asarray(x), order, state)
-
-
-@pytest.fixture(scope="module")
-def laid_out():
-    return rows_of(LAYOUTS)
-
-
-CHUNKS = pytest.mark.parametrize("chunk", [256, 7, 4, 1], ids=lambda n: f"chunks of {n}")
-STATES = pytest.mark.parametrize("per_row", [True, False], ids=["own state", "shared state"])
-
-
-@CHUNKS
-@STATES
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout(layout, per_row, chunk, laid_out):
-    """Every run is what it is alone, after its parent's tokens and the initial state; padding changes nothing."""
-    x, stream, example = laid_out
-    params = random_params(CONFIG)
-    state = state_of(CONFIG, *[ROWS] * per_row, seed=3)
-    y, after = run(params, x, stream, state, chunk=chunk)
-    assert np.isfinite(y).all()
-    for part in LAYOUTS[layout]:
-        initial = of_row(state, part.row) if per_row else state
-        expected, end = token_by_token(CONFIG, params, example[part.example], initial)
-        same(y[part.slice], expected[len(part.context) :])
-        if part is ROOTS[layout]:
-            same_state(after, end, part.row)
-
-
-@pytest.mark.parametrize("chunk", [256, 7])
-@STATES
-def test_a_row_of_padding_keeps_its_state(per_row, chunk, laid_out):
-    x, stream, _ = laid_out
-    state = state_of(CONFIG, *[ROWS] * per_row, seed=3)
-    _, after = run(random_params(CONFIG), x, stream, state, chunk=chunk)
-    for name, array in state.arrays.items():
-        np.testing.assert_array_equal(after.arrays[name][-1], array[-1] if per_row else array)
-
-
-@pytest.mark.parametrize("chunk", [256, 3])
-def test_padding_between_the_tokens_of_an_example(chunk):
-    """Some templates leave gaps: they are no tokens, and positions continue after them."""
-    params, state, x = random_params(CONFIG), state_of(CONFIG, 1, seed=3), hidden(1, 12)
-    real = np.asarray([[0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 0]])
-    stream = Stream(*(jnp.asarray(a, jnp.int32) for a in (real * (real.cumsum(1) + 4), real, 0 * real)))
-    y, after = run(params, x, stream, state, chunk=chunk)
-    expected, end = token_by_token(CONFIG, params, x[0, real[0] > 0], of_row(state, 0))
-    same(y[0, real[0] > 0], expected)
-    same_state(after, end, 0)
-
-
-@pytest.mark.parametrize("parts", [(11, 1, 1, 7), (1, 2, 17), (1,) * 20], ids=str)
-def test_a_row_in_parts(parts):
-    """Each part continues from the state of the one before it, some of them shorter than the convolution."""
-    params, state, x = random_params(CONFIG), state_of(CONFIG, seed=3), hidden(1, 20)
-    expected, end = token_by_token(CONFIG, params, x[0], state)
-    start, found = 0, []
-    for length in parts:
-        y, state = run(params, x[:, start : start + length], whole_rows(1, length, start), state, chunk=6)
-        found.append(y[0])
-        start += length
-    same(np.concatenate(found), expected)
-    same_state(state, end, 0)
-
-
-def test_decoding_steps_of_finished_rows():
-    """A step in which some rows have no token changes only the others."""
-    params, state, x = random_params(CONFIG), state_of(CONFIG, 3, seed=3), hidden(3, 1)
-    segments = jnp.asarray([[1], [0], [1]])
-    y, after = run(params, x, Stream(jnp.full((3, 1), 9), segments, jnp.zeros_like(segments)), state)
-    for row in (0, 2):
-        expected, end = token_by_token(CONFIG, params, x[row], of_row(state, row))
-        same(y[row], expected)
-        same_state(after, end, row)
-    for name, array in state.arrays.items():
-        np.testing.assert_array_equal(after.arrays[name][1], array[1])
-
-
-@pytest.mark.parametrize("chunk", [256, 7])
-def test_gradients_are_finite_differences(chunk, laid_out):
-    """Of every output and of the states, in all layouts at once, with a state that the rows share."""
-    _, stream, example = laid_out
-    ids, _ = lay_out([part for parts in LAYOUTS.values() for part in parts], LENGTH, ROWS)
-    params, state = random_params(CONFIG), state_of(CONFIG, seed=3)
-    generator = np.random.default_rng(7)
-    cotangents = [(p, generator.standard_normal((len(p.ids), WIDTH))) for parts in LAYOUTS.values() for p in parts]
-    on_state = {name: generator.standard_normal(shape) for name, shape in CONFIG.state_shapes}
-
-    def ours(x, arrays):
-        real = (stream.segments > 0)[..., None]
-        y, after = run(params, jnp.where(real, x[ids], 0.0), stream, State(arrays), chunk=chunk)
-        rows = np.asarray([root.row for root in ROOTS.values()])
-        total = sum(jnp.sum(cotangent * y[part.slice]) for part, cotangent in cotangents)
-        return total + sum(jnp.sum(after.arrays[name][rows] * array[None]) for name, array in on_state.items())
-
-    def expected(x, arrays):
-        total = 0.0
-        for part, cotangent in cotangents:
-            y, after = token_by_token(CONFIG, params, x[part.example], State(arrays))
-            total += np.sum(cotangent * y[len(part.context) :])
-            if any(part is root for root in ROOTS.values()):
-                total += sum(np.sum(after.arrays[name] * array) for name, array in on_state.items())
-        return total
-
-    arguments = jax.tree.map(lambda a: np.asarray(a, np.float64), (example, state.arrays))
-    found, structure = jax.tree.flatten(jax.jit(jax.grad(ours, (0, 1)))(jnp.asarray(example), state.arrays))
-    for place, gradient in enumerate(found):
-        scale = np.linalg.norm(gradient)
-        assert scale > 0.1
-        for _ in range(3):
-            direction = generator.standard_normal(gradient.shape)
-            moved = [1e-5 * direction if i == place else np.zeros(other.shape) for i, other in enumerate(found)]
-            steps = jax.tree.unflatten(structure, moved)
-            ahead, behind = (expected(*jax.tree.map(sign, arguments, steps)) for sign in (np.add, np.subtract))
-            assert abs(np.sum(gradient * direction) - (ahead - behind) / 2e-5) < 2e-5 * scale
+from tests.recurrent_layers import MAMBA, random_params, run, token_by_token
+from tests.recurrent_rows import hidden, same, same_state, state_of, whole_rows
 
 
 @pytest.mark.parametrize(
@@ -224,29 +20,12 @@ def test_gradients_are_finite_differences(chunk, laid_out):
     ids=str,
 )
 def test_other_options(changes):
-    config = dataclasses.replace(CONFIG, **changes)
+    config = dataclasses.replace(MAMBA, **changes)
     params, state, x = random_params(config), state_of(config, seed=3), hidden(1, 9)
-    y, after = run(params, x, whole_rows(1, 9), state, config, chunk=4)
+    y, after = run(config, params, x, whole_rows(1, 9), state, chunk=4)
     expected, end = token_by_token(config, params, x[0], state)
     same(y[0], expected)
     same_state(after, end, 0)
-
-
-def test_a_long_row_is_as_precise_as_a_short_one():
-    """Sums of decays grow with the row, and their differences do not."""
-    params, state, x = random_params(CONFIG), state_of(CONFIG, seed=3), hidden(1, 600)
-    y, after = run(params, x, whole_rows(1, 600), state)
-    expected, end = token_by_token(CONFIG, params, x[0], state)
-    same(y[0], expected)
-    same_state(after, end, 0)
-
-
-def test_half_precision_keeps_the_state_in_float32():
-    params, state, x = random_params(CONFIG), state_of(CONFIG, seed=3), hidden(1, 12)
-    y, after = run(params, jnp.asarray(x, jnp.bfloat16), whole_rows(1, 12), state)
-    expected, _ = token_by_token(CONFIG, params, x[0], state)
-    assert y.dtype == jnp.bfloat16 and {array.dtype for array in after.arrays.values()} == {jnp.dtype("float32")}
-    same(y[0].astype(jnp.float32), expected, 0.05 * np.abs(expected).max())
 
 
 def test_what_a_config_refuses():
@@ -259,36 +38,4 @@ def test_what_a_config_refuses():
         ({"part_scales": (1.0, 1.0, float("inf"), 1.0, 1.0)}, "it must be finite and above 0"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            dataclasses.replace(CONFIG, **changes)
-
-
-def test_sizes_that_others_rely_on():
-    params = random_params(CONFIG)
-    counted = sum(leaf["kernel"].size for leaf in params.values() if isinstance(leaf, dict) and "kernel" in leaf)
-    assert CONFIG.matmul_parameters(WIDTH) == counted
-
-
-def test_heads_are_split_over_the_tensor_axis():
-    """Every leaf has a rule; those with an axis of heads are split along it, and the result is the same."""
-    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
-    params, state, x = random_params(CONFIG), state_of(CONFIG, seed=3), hidden(4, 9)
-    split = {
-        (*path, leaf): parameter_sharding(mesh, ["layers", "mamba", *path, leaf], (1, *array.shape))
-        for path, leaf, array in (
-            ([key.key for key in keys[:-1]], keys[-1].key, array)
-            for keys, array in jax.tree_util.tree_leaves_with_path(params)
-        )
-    }
-    whole = {path for path, sharding in split.items() if "tensor" not in str(sharding.spec)}
-    assert whole == {("norm", "scale"), ("output", "bias")}
-
-    def place(keys, array):
-        sharding = split[tuple(key.key for key in keys)]
-        return jax.device_put(array[None], sharding)[0]
-
-    stream = whole_rows(4, 9)
-    expected, end = run(params, x, stream, state)
-    with jax.set_mesh(mesh):
-        y, after = run(jax.tree_util.tree_map_with_path(place, params), x, stream, state)
-    same(y, np.asarray(expected))
-    jax.tree.map(same, after, end)
+            dataclasses.replace(MAMBA, **changes)
