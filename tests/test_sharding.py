@@ -18,6 +18,7 @@ from spt_jax.runtime.sharding import (
     row_shards,
 )
 from spt_jax.testing import tiny_base
+from tests.golden.cases import A4B
 from tests.layouts import Run, lay_out
 
 MESHES = {
@@ -137,6 +138,11 @@ def test_heads_that_the_tensor_axis_does_not_divide():
         tiny_base(mesh=make_mesh(MeshConfig(tensor=4)))
     with pytest.raises(ConfigError, match=r"mesh\.tensor=3 does not divide 4 heads; 2 works"):
         check_divides(make_mesh(MeshConfig(tensor=3)), {"heads": 4})
+
+
+def test_an_mlp_beside_experts_is_split_too():
+    with pytest.raises(ConfigError, match=r"mesh\.tensor=2 does not divide 15 MLP columns"):
+        tiny_base("gemma4_text", mesh=make_mesh(MeshConfig(tensor=2)), **A4B | {"intermediate_size": 15})
 
 
 def test_more_devices_than_there_are():

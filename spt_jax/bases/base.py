@@ -177,8 +177,13 @@ def _check_mesh(mesh: Mesh, config: DecoderConfig) -> None:
         if own.mamba is not None:
             sizes |= {"recurrent heads": own.mamba.heads, "numbers of a recurrent key": own.mamba.key_width}
         if own.delta_net is not None:
-            sizes = {"recurrent key heads": own.delta_net.key_heads, "recurrent value heads": own.delta_net.value_heads}
-        check_divides(mesh, sizes if own.experts is not None else {**sizes, "MLP columns": own.mlp_width})
+            sizes |= {
+                "recurrent key heads": own.delta_net.key_heads,
+                "recurrent value heads": own.delta_net.value_heads,
+            }
+        if own.experts is None or own.experts_beside_mlp:
+            sizes |= {"MLP columns": own.mlp_width}
+        check_divides(mesh, sizes)
         if mesh.shape["sequence"] > 1 and (own.sinks or own.biased or own.recurrent is not None):
             raise ConfigError(
                 "mesh.sequence > 1 does not work with ALiBi, sinks or recurrent layers: this base has some"

@@ -4,33 +4,19 @@ import importlib.metadata
 import os
 import platform
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import spt_jax
-from spt_jax.errors import ConfigError
 from spt_jax.runtime.extras import EXTRAS, installed
 
-HELP = """usage: spt-jax env
-
-Shows versions, the devices that JAX finds, and what an accelerator needs."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy")
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu")
 # The NVIDIA drivers that each CUDA release of JAX needs (docs.jax.dev, installation).
 CUDA_DRIVERS = {"cuda13": 580, "cuda12": 525}
 
 
-def main(argv: Sequence[str]) -> None:
-    """Prints the versions at once, then the devices.
-
-    Raises:
-      ConfigError: there are arguments.
-    """
-    if argv and argv[0] in ("-h", "--help"):
-        print(HELP)
-        return
-    if argv:
-        raise ConfigError(f"spt-jax env takes no arguments, such as {argv[0]!r}")
+def main() -> None:
+    """Shows versions, the devices that JAX finds, and what an accelerator needs."""
     print(f"spt_jax {spt_jax.__version__}, Python {platform.python_version()}, {platform.platform()}", flush=True)
     for name in (*PACKAGES, *PLUGINS):
         if (version := _version(name)) is not None:

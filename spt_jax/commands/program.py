@@ -6,12 +6,13 @@ command needs it.
 
 import dataclasses
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import spt_jax
-from spt_jax.errors import SptError, did_you_mean
+from spt_jax.errors import did_you_mean
 from spt_jax.runtime.signals import PROGRAM
 
 
@@ -23,7 +24,7 @@ class Entry:
       summary: what it does, in one line.
       module: its module in `spt_jax.commands`.
       attribute: a function of the words after the command, or a dataclass of options with a method `run`.
-      starts_jax: whether its module imports JAX.
+      starts_jax: whether its module imports JAX. If not, the attribute is a function without arguments.
       options: for a command that starts from a config, the `Job` with its options.
     """
 
@@ -110,18 +111,25 @@ def run_command(name: str, words: Sequence[str], program: str | None = None) -> 
     """
     entry = COMMANDS[name]
     if not entry.starts_jax:
-        try:
-            entry.load()(words)
-        except SptError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return error.exit_code
-        return 0
+        return _run_without_options(entry.load(), name, words)
     if "jax" not in sys.modules:
         print(f"{program or f'{PROGRAM} {name}'}: loading JAX", file=sys.stderr, flush=True)
     importlib.import_module("spt_jax.commands.exports")  # which fills the registries of tasks, methods and objectives
     from spt_jax.experiment.command_line import exit_code
 
     return exit_code(_bound(entry.load(), f"{PROGRAM} {name}", words, program))
+
+
+def _run_without_options(function: Callable[[], None], name: str, words: Sequence[str]) -> int:
+    """Runs a command that takes no arguments, or prints its docstring as help; returns the exit code."""
+    if words and words[0] in ("-h", "--help"):
+        print(f"usage: {PROGRAM} {name}\n\n{inspect.getdoc(function)}")
+    elif words:
+        print(f"error: {PROGRAM} {name} takes no arguments, such as {words[0]!r}", file=sys.stderr)
+        return 2
+    else:
+        function()
+    return 0
 
 
 def _bound(target: Any, prog: str, words: Sequence[str], program: str | None) -> Callable[[], None]:

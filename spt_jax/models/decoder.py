@@ -16,7 +16,7 @@ from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Stream, soft_ca
 from spt_jax.models.block import Block
 from spt_jax.models.config import DecoderConfig, Period, Stack, group_names, kv_sources, layer_configs, periods
 from spt_jax.models.kernels import Kernel
-from spt_jax.models.layers import Linear, Norm, take_rows
+from spt_jax.models.layers import Linear, Norm, scaled, take_rows
 from spt_jax.models.layout import Group, Layout, StateGroup
 from spt_jax.models.memory import KeysValues, Memory, State, keys_values
 from spt_jax.models.per_layer import PerLayerEmbedding
@@ -141,8 +141,7 @@ class Decoder(nn.Module):
     def embed(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         """Returns rows of the embedding table, scaled in families that do; ids must be in [0, V)."""
         rows = take_rows(self.mesh, self.embedding, ids) if ids.ndim == 2 else jnp.take(self.embedding, ids, axis=0)
-        scale = self.config.embedding_scale
-        return rows if scale is None else rows * jnp.asarray(scale, rows.dtype)
+        return scaled(rows, self.config.embedding_scale)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Returns next-token logits in float32 for hidden states returned by `__call__`."""
@@ -220,8 +219,7 @@ class Decoder(nn.Module):
         config = self.config
         if config.embedding_width is not None:
             x = self.input_map(x)
-        if config.input_scale is not None:
-            x = x * jnp.asarray(config.input_scale, x.dtype)
+        x = scaled(x, config.input_scale)
         if config.learned_positions:
             x = x + jnp.take(self.position_embedding, rows.positions, axis=0, mode="clip").astype(x.dtype)
         return self.embedding_norm(x) if config.embedding_norm else x
@@ -337,7 +335,7 @@ def _source_layer(
 
 
 def _layer_inputs(
-    config: DecoderConfig, stack: Stack, return_hidden: bool, by_layer: Float[Array, "L B T d"] | None = None
+    config: DecoderConfig, stack: Stack, return_hidden: bool, by_layer: Float[Array, "L B T d"] | None
 ) -> LayerInputs:
     last = max(layer for layer, name in enumerate(group_names(config)) if name)
     return LayerInputs(

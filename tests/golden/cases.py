@@ -77,7 +77,7 @@ E2B = {
     "use_double_wide_mlp": True,
 }
 
-_A4B = {
+A4B = {
     "enable_moe_block": True,
     "num_experts": 5,
     "top_k_experts": 2,
@@ -188,7 +188,7 @@ CASES = (
         "gemma4_text",
         **E2B | {"attention_k_eq_v": True, "attention_bias": True, "layer_types": _TWICE, "num_kv_shared_layers": 3},
     ),
-    _case("gemma4_text A4B", "gemma4_text", **_A4B),
+    _case("gemma4_text A4B", "gemma4_text", **A4B),
     _case("gemma4", "gemma4"),
     _case("gemma4 E2B", "gemma4", **E2B),
     _case("gemma4_unified_text", "gemma4_unified_text"),
