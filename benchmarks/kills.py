@@ -3,7 +3,7 @@
     python -m benchmarks.kills [--runs 20] [--sweeps 20] [--signals KILL TERM INT] [--seed 0]
 
 Prints a line per trial. Fails if the results are not bit for bit those of an uninterrupted job, if a stopped process
-prints more than one line or has an exit code other than 130 or 143, or if temporary files are left over.
+prints more than one line about it or has an exit code other than 130 or 143, or if temporary files are left over.
 """
 
 import argparse
@@ -25,7 +25,8 @@ JOBS = {
     "run": [sys.executable, "train.py"],
     "sweep": [sys.executable, "-m", "spt_jax", "sweep"],
 }
-OPTIONS = {"run": QUICK, "sweep": (*QUICK, "--lengths", "2", "3", "--seeds", "0", "1")}
+OPTIONS = {"run": QUICK, "sweep": (*QUICK, "--lengths", "2", "3", "--seeds", "0", "1", "--resolution", "0.2")}
+PROGRESS = ("loading JAX", "training:")  # What a job prints to stderr if nothing stops it.
 MEASURED = ("train_seconds", "compile_seconds", "examples_per_second", "tokens_per_second", "flops_utilization",
             "peak_memory_bytes", "command")  # fmt: skip
 ENDS = ("*.json", "metrics.jsonl", "predictions.jsonl", "trials.jsonl", "trials.csv", "*.safetensors")
@@ -92,7 +93,7 @@ def main() -> int:
                     process.send_signal(stop)
                     error = process.communicate()[1]
                 code = process.returncode
-                printed = [text for text in error.splitlines() if text.strip() and "training:" not in text]
+                printed = [text for text in error.splitlines() if text.strip() and not any(map(text.count, PROGRESS))]
                 clean = code in (0, -9) or (code == 128 + stop and len(printed) == 1 and "stopped by" in printed[0])
                 left = [path.name for path in (workdir / "checkpoints").glob("*tmp*")]
                 process = start(*(["--resume"] if (workdir / "config.json").exists() else []))
