@@ -24,9 +24,9 @@ from jax.experimental import topologies
 from benchmarks import common
 from benchmarks.shapes import lower_step
 from spt_jax.models.config import DecoderConfig
-from spt_jax.models.decoder import Remat
 from spt_jax.models.kernels import Kernel
 from spt_jax.models.rope import RopeConfig
+from spt_jax.models.stacks import Remat
 from spt_jax.runtime.sharding import MeshConfig, make_mesh
 from spt_jax.training.cost import StepShape, step_memory
 

@@ -11,9 +11,10 @@ from spt_jax.bases.checkpoint import parameter_shapes
 from spt_jax.data.batches import Batch, Rows
 from spt_jax.models.attention import Stream
 from spt_jax.models.config import DecoderConfig
-from spt_jax.models.decoder import Decoder, Remat
+from spt_jax.models.decoder import Decoder
 from spt_jax.models.decoder_model import DecoderModel
 from spt_jax.models.kernels import Kernel
+from spt_jax.models.stacks import Remat
 from spt_jax.prompts import Method, PrefixTuning, PromptTuning
 from spt_jax.runtime.sharding import make_mesh, replicated, row_sharding, sharded_shapes
 from spt_jax.training.cost import StepShape

@@ -32,8 +32,8 @@ from spt_jax.bases.base import FrozenBase, load_base
 from spt_jax.data.batches import Batch, pack, place_batch, plan_batches
 from spt_jax.data.examples import Example
 from spt_jax.models import vocabulary
-from spt_jax.models.decoder import Remat
 from spt_jax.models.decoder_model import DecoderModel
+from spt_jax.models.stacks import Remat
 from spt_jax.prompts import PromptTuning
 from spt_jax.training.step import init_state, make_train_step
 

@@ -27,9 +27,9 @@ from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.models.attention import Cache, Prefix, Stream
 from spt_jax.models.config import DecoderConfig
-from spt_jax.models.decoder import Remat
 from spt_jax.models.memory import Memory, to_cache
 from spt_jax.models.model import Model, Params
+from spt_jax.models.stacks import Remat
 
 TokenizerKind = Literal["byte", "sentencepiece"]
 

@@ -22,12 +22,13 @@ from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.bases.tokenizer import read_tokenizer as tokenizer_of
 from spt_jax.errors import CheckpointError, ConfigError, did_you_mean
 from spt_jax.models.config import DecoderConfig, layer_configs
-from spt_jax.models.decoder import Decoder, Remat
+from spt_jax.models.decoder import Decoder
 from spt_jax.models.decoder_model import DecoderModel
 from spt_jax.models.kernels import KernelChoice, check_kernel, choose_kernel
 from spt_jax.models.layout import Layout
 from spt_jax.models.model import Params
 from spt_jax.models.quantized import KERNEL_ARRAYS
+from spt_jax.models.stacks import Remat
 from spt_jax.runtime import measure
 from spt_jax.runtime.sharding import check_divides, make_mesh, parameter_sharding
 

@@ -17,7 +17,7 @@ from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation.evaluate import Evaluation, EvaluationSet, evaluate, make_evaluation_set, selection_score
 from spt_jax.experiment.config import ExperimentConfig, make_template, resolve
-from spt_jax.models.decoder import Remat
+from spt_jax.models.stacks import Remat
 from spt_jax.prompts import PromptParams, VirtualPrompt
 from spt_jax.prompts.storage import save_prompt
 from spt_jax.runtime import measure, processes

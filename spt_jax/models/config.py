@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Literal
 
@@ -346,14 +347,16 @@ class Stack:
     Attributes:
       path: the path of their parameters.
       layers: indices of the layers, in the order of that axis.
+      run: how many of them follow one another in each repeat of their period.
       config: of one of them.
       groups: names of the groups of what they remember: keys and values, then a state. There is none if they read the
         keys and values of another layer.
-      places: for each group, the place of the stack among those of the group in one period.
+      places: for each group, the place of the first layer of a run among those of the group in one repeat.
     """
 
     path: str
     layers: tuple[int, ...]
+    run: int
     config: DecoderConfig
     groups: tuple[str, ...]
     places: tuple[int, ...]
@@ -361,11 +364,11 @@ class Stack:
 
 @dataclasses.dataclass(frozen=True)
 class Period:
-    """A sequence of layers that repeats: one layer of each stack, in this order.
+    """A sequence of layers that repeats: the run of each stack, in this order.
 
     Attributes:
       name: of its parameters.
-      stacks: stacks of as many layers as there are repeats.
+      stacks: stacks of as many runs as there are repeats.
     """
 
     name: str
@@ -373,14 +376,14 @@ class Period:
 
     @property
     def repeats(self) -> int:
-        return len(self.stacks[0].layers)
+        return len(self.stacks[0].layers) // self.stacks[0].run
 
     def groups(self) -> dict[str, int]:
-        """Returns how many stacks each group has."""
-        return dict(collections.Counter(name for stack in self.stacks for name in stack.groups))
+        """Returns how many layers of one repeat each group has."""
+        return dict(collections.Counter(name for own in self.stacks for name in own.groups for _ in range(own.run)))
 
 
-MAX_STACKS = 256  # The most layers that are compiled one by one.
+MAX_STACKS = 256  # The most kinds of layers that are compiled one by one.
 
 
 @functools.lru_cache(maxsize=64)
@@ -394,13 +397,16 @@ def periods(config: DecoderConfig) -> tuple[Period, ...]:
     found, start = [], 0
     while start < config.layers:
         size, repeats = longest_repetition(kinds[start:])
+        apart = range(0, size * repeats, size)
+        own = [(_of_layers(configs[i], tuple(i + n for n in apart)), groups[i]) for i in range(start, start + size)]
         name = "layers" if not config.variants else f"layers_{start}"
         stacks: list[Stack] = []
-        for i in range(start, start + size):
-            path = name if size == 1 else f"{name}/{i - start}"
-            places = tuple(sum(name in stack.groups for stack in stacks) for name in groups[i])
-            layers = tuple(range(i, i + size * repeats, size))
-            stacks.append(Stack(path, layers, _of_layers(configs[i], layers), groups[i], places))
+        for (of_run, names), members in itertools.groupby(range(size), own.__getitem__):
+            run = tuple(members)
+            path, counts = name if size == 1 else f"{name}/{run[0]}", Period(name, tuple(stacks)).groups()
+            places = tuple(counts.get(group, 0) for group in names)
+            layers = tuple(start + n + i for n in apart for i in run)
+            stacks.append(Stack(path, layers, len(run), of_run, names, places))
         found.append(Period(name, tuple(stacks)))
         start += size * repeats
         if sum(len(period.stacks) for period in found) > MAX_STACKS:

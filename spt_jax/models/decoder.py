@@ -1,9 +1,10 @@
 """A causal decoder in Flax Linen: embeddings, scanned layers, and the output matrix."""
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,96 +15,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Stream, soft_capped, visible, within_window
 from spt_jax.models.block import Block
-from spt_jax.models.config import DecoderConfig, Period, Stack, group_names, kv_sources, layer_configs, periods
+from spt_jax.models.config import DecoderConfig, Stack, group_names, kv_sources, layer_configs, periods
 from spt_jax.models.kernels import Kernel
 from spt_jax.models.layers import Linear, Norm, scaled, take_rows
 from spt_jax.models.layout import Group, Layout, StateGroup
-from spt_jax.models.memory import KeysValues, Memory, State, keys_values
+from spt_jax.models.memory import KeysValues, Memory, keys_values
 from spt_jax.models.per_layer import PerLayerEmbedding
 from spt_jax.models.recurrence import TokenOrder, token_order
 from spt_jax.models.ring import splits
 from spt_jax.models.rope import rotation
 from spt_jax.models.self_attention import ATTENTION, LayerInputs, SharedInputs, SourceLayer, of_row
-
-# What the backward pass recomputes: nothing; everything except the results of linear maps; each layer completely.
-Remat = Literal["none", "dots", "full"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Remembered:
-    """What layers are given of earlier tokens, by group, with the layers of the group as the leading axis.
-
-    Attributes:
-      prefix: keys and values, or states, of the prefix.
-      cache: keys and values, or states, of the cache.
-      gated: keys and values of the gated prefix, and gates, which are 0 for layers without one.
-    """
-
-    prefix: Memory | None
-    cache: Memory | None
-    gated: dict[str, tuple[KeysValues, Float[Array, "L ..."]]] | None
-
-    def of_layer(self, stack: Stack, prompt_index: Int[Array, " B"] | None) -> dict[str, Any]:
-        """Returns the fields of `LayerInputs` for the layer of a stack, if the axis is that of its group's stacks."""
-        fields: dict[str, Any] = {}
-        for group, place in zip(stack.groups, stack.places, strict=True):
-            prefix, cache, gated = (
-                None if field is None else jax.tree.map(lambda a, place=place: a[place], field.get(group))
-                for field in (self.prefix, self.cache, self.gated)
-            )
-            if isinstance(prefix, State) or isinstance(cache, State):
-                fields["state"] = of_row(prompt_index, prefix) if cache is None else cache
-            else:
-                fields |= {
-                    name: own
-                    for name, own in (("prefix", prefix), ("cache", cache), ("gated", gated))
-                    if own is not None
-                }
-        return fields
-
-
-class PeriodOfLayers(nn.Module):
-    """The layers of one period in order: the body of the scan over its repeats.
-
-    Besides the hidden states and the memory, it returns the keys and values of the stacks whose layers others read.
-    """
-
-    period: Period
-    sources: tuple[int, ...]
-    mesh: Mesh | None
-    kernel: Kernel
-    remat: Remat
-    return_memory: bool
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        inputs: tuple[LayerInputs, ...],
-        remembered: Remembered,
-        shared: tuple[SharedInputs, ...],
-    ) -> tuple[Float[Array, "B T D"], tuple[Memory | None, tuple[KeysValues, ...]]]:
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
-        kind: Any = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=policy)
-        own: dict[str, list[KeysValues | State]] = {}
-        read: list[KeysValues] = []
-        for i, stack in enumerate(self.period.stacks):
-            block = kind(stack.config, self.mesh, self.kernel, name=str(i))
-            if len(self.period.stacks) == 1:
-                nn.share_scope(self, block)
-            given = remembered.of_layer(stack, shared[i].stream.prompt_index)
-            x, kept = block(x, dataclasses.replace(inputs[i], **given), shared[i])
-            for group, part in zip(stack.groups, kept, strict=True):
-                own.setdefault(group, []).append(part)
-            if set(stack.layers) & set(self.sources):
-                read.append(kept[0])
-        memory = {name: _stack(parts) for name, parts in own.items()} if self.return_memory else None
-        return x, (memory, tuple(read))
-
-
-def _stack(parts: list[KeysValues | State]) -> KeysValues | State:
-    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts)
+from spt_jax.models.stacks import Remat, Remembered, init_period, joined, run_period
 
 
 class Decoder(nn.Module):
@@ -176,6 +98,7 @@ class Decoder(nn.Module):
         x, own = self.enter(x, rows), []
         orders = _orders(config, rows)
         sources: dict[int, KeysValues] = {}
+        before: collections.Counter[str] = collections.Counter()  # Layers of each group in earlier periods.
         for period in periods(config):
             if not (return_hidden or period.groups()):
                 continue
@@ -187,20 +110,31 @@ class Decoder(nn.Module):
                 )
                 for stack in period.stacks
             )
-            in_axes: Any = (0, 0, nn.broadcast)
-            scan = nn.scan(
-                PeriodOfLayers,
-                variable_axes={"params": 0, ATTENTION: 0},
-                split_rngs={"params": True},
-                in_axes=in_axes,
-                length=period.repeats,
+            blocks = [Block(stack.config, self.mesh, self.attention, parent=None) for stack in period.stacks]
+            if self.has_variable("params", period.name):
+                params = self.get_variable("params", period.name)
+            else:
+                params = self.param(period.name, init_period, period, blocks, x, inputs, shared)
+            x, outputs = run_period(
+                period,
+                blocks,
+                params,
+                x,
+                inputs,
+                shared,
+                remembered,
+                before,
+                sources=kv_sources(config),
+                remat=self.remat,
+                return_memory=return_memory,
+                return_weights=self.is_mutable_collection(ATTENTION),
             )
-            options = self.mesh, self.attention, self.remat, return_memory
-            module = scan(period, kv_sources(config), *options, name=period.name)
-            x, (found, read) = module(x, inputs, _of_period(remembered, config, period), shared)
-            own.append(found)
-            sources |= _read_layers(config, period, read)
-        return self.leave(x) if return_hidden else None, _joined(own) if return_memory else None
+            for path, weights in (outputs.weights or {}).items():
+                self.put_variable(ATTENTION, path, weights)
+            before.update({name: period.repeats * count for name, count in period.groups().items()})
+            sources |= outputs.read
+            own.append(outputs.memory or {})
+        return self.leave(x) if return_hidden else None, joined(own) if return_memory else None
 
     def by_layer(self, x: Float[Array, "B T E"], rows: Stream) -> Float[Array, "L B T d"] | None:
         """Returns the tokens' embeddings for each layer, in families that have some.
@@ -268,55 +202,6 @@ def _sizes(group: Group) -> tuple[int, int]:
     return group.key_size, group.value_size
 
 
-def _of_period(remembered: Remembered, config: DecoderConfig, period: Period) -> Remembered:
-    """Returns the part of the layers of a period, by repeat and stack."""
-    names = group_names(config)
-    first = period.stacks[0].layers[0]
-
-    def of_group(name: str, tree: Any) -> Any:
-        before, stacks = sum(name in own for own in names[:first]), period.groups()[name]
-        count = stacks * period.repeats
-
-        def by_repeat(array: Array) -> Array:
-            part = array if array.shape[0] == count else array[before : before + count]
-            return part.reshape(period.repeats, stacks, *array.shape[1:])
-
-        return jax.tree.map(by_repeat, tree)
-
-    def of_field(field: Any) -> Any:
-        return None if field is None else {name: of_group(name, field.get(name)) for name in period.groups()}
-
-    return Remembered(of_field(remembered.prefix), of_field(remembered.cache), of_field(remembered.gated))
-
-
-def _joined(parts: list[Memory]) -> Memory:
-    """Returns what the layers of all periods remember, with the layers of each group as the leading axis."""
-
-    def flat(array: Array) -> Array:
-        return array.reshape(-1, *array.shape[2:])
-
-    found: dict[str, list[Any]] = {}
-    for part in parts:
-        for name, own in part.items():
-            found.setdefault(name, []).append(jax.tree.map(flat, own))
-    return {
-        name: own[0] if len(own) == 1 else jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *own)
-        for name, own in found.items()
-    }
-
-
-def _read_layers(config: DecoderConfig, period: Period, read: tuple[KeysValues, ...]) -> dict[int, KeysValues]:
-    """Returns the keys and values of the layers of a period that others read, by layer, from those of all repeats."""
-    sources = set(kv_sources(config))
-    stacks = [stack for stack in period.stacks if set(stack.layers) & sources]
-    return {
-        layer: jax.tree.map(lambda array, at=at: array[at], own)
-        for stack, own in zip(stacks, read, strict=True)
-        for at, layer in enumerate(stack.layers)
-        if layer in sources
-    }
-
-
 def _source_layer(
     config: DecoderConfig, stack: Stack, sources: dict[int, KeysValues], remembered: Remembered
 ) -> SourceLayer | None:
@@ -342,13 +227,16 @@ def _layer_inputs(
         last=None if return_hidden else _flags((last,), stack),
         rotates=_flags(config.no_rope_layers, stack, invert=True),
         windowed=None if _all_windowed(stack) else _flags(stack.config.window_layers, stack),
-        by_layer=None if by_layer is None else by_layer[_slice(stack.layers)],
+        by_layer=None if by_layer is None else _of_stack(stack, by_layer),
     )
 
 
-def _slice(layers: tuple[int, ...]) -> slice:
-    """Returns the slice of the layers of a stack, which are equally far apart."""
-    return slice(layers[0], layers[-1] + 1, layers[1] - layers[0] if len(layers) > 1 else 1)
+def _of_stack(stack: Stack, array: Float[Array, "N ..."]) -> Float[Array, "L ..."]:
+    """Returns the part of the layers of a stack, as slices: their gradient is not that of a gather."""
+    runs = np.reshape(stack.layers, (-1, stack.run))
+    apart = runs[1, 0] - runs[0, 0] if len(runs) > 1 else 1
+    parts = [array[own[0] : own[-1] + 1 : apart] for own in runs.T]
+    return parts[0] if len(parts) == 1 else jnp.stack(parts, axis=1).reshape(-1, *array.shape[1:])
 
 
 def _flags(layers: tuple[int, ...], stack: Stack, invert: bool = False) -> Bool[Array, " L"] | None:

@@ -79,7 +79,7 @@ class DecoderModel:
         _, kept = self._apply(x, stream, prefix, mutable=[ATTENTION])
         places = self._places()
         layers = [i for i, config in enumerate(layer_configs(self.config)) if config.attends]
-        return jnp.stack([_at(kept[ATTENTION], *places[i])["weights"][0] for i in layers])
+        return jnp.stack([kept[ATTENTION][places[i][0]][places[i][1]] for i in layers])
 
     def embedding_table(self) -> Float[np.ndarray, "V D"]:
         return to_host(self.params["embedding"]).astype(np.float32) * (self.config.embedding_scale or 1.0)
@@ -88,7 +88,8 @@ class DecoderModel:
         layout, places, configs = self.layout, self._places(), layer_configs(self.config)
 
         def of_layer(i: int, x: Float[Array, "P D"]) -> KeysValues:
-            params = jax.tree.map(lambda a: a.astype(jnp.float32), _at(self.params, *places[i]))
+            path, at = places[i]
+            params = jax.tree.map(lambda a: a.astype(jnp.float32), _at(self.params, f"{path}/attention", at))
             kind: Any = Attention if configs[i].latent is None else LatentAttention
             return kind(configs[i], None, "xla").apply({"params": params}, x[None], method=kind.remembered)
 
@@ -100,9 +101,9 @@ class DecoderModel:
         }
 
     def _places(self) -> dict[int, tuple[str, int]]:
-        """Returns the path of the attention of each layer, and the layer's index along the leading axis."""
+        """Returns the path of the stack of each layer, and the layer's index along the leading axis."""
         stacks = [stack for period in periods(self.config) for stack in period.stacks]
-        return {layer: (f"{stack.path}/attention", at) for stack in stacks for at, layer in enumerate(stack.layers)}
+        return {layer: (stack.path, at) for stack in stacks for at, layer in enumerate(stack.layers)}
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         return self._apply(hidden, method=Decoder.logits)

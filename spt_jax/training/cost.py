@@ -12,8 +12,9 @@ from spt_jax.bases.checkpoint import parameter_shapes
 from spt_jax.data.batches import Batch, BatchPlan
 from spt_jax.models import delta_net_config, mamba_config
 from spt_jax.models.config import DecoderConfig, layer_configs
-from spt_jax.models.decoder import Remat, decoder_layout
+from spt_jax.models.decoder import decoder_layout
 from spt_jax.models.memory import state_spec
+from spt_jax.models.stacks import Remat
 from spt_jax.models.vocabulary import CHUNK_LOGITS, CHUNK_ROWS
 from spt_jax.runtime.sharding import row_shards, sharded_shapes
 

@@ -81,8 +81,13 @@ def test_layers_are_split_into_the_longest_repetitions(kinds, expected):
         for name in sorted(set(kinds))
     )
     config = dataclasses.replace(PLAIN, layers=len(kinds), window_layers=(), local_rope=None, variants=variants)
-    found = [("".join(kinds[one.layers[0]] for one in period.stacks), period.repeats) for period in periods(config)]
+    found = [
+        ("".join(kinds[one.layers[0]] * one.run for one in period.stacks), period.repeats) for period in periods(config)
+    ]
     assert found == expected
+    assert all(
+        kinds[i] == kinds[one.layers[0]] for period in periods(config) for one in period.stacks for i in one.layers
+    )
     assert sorted(i for period in periods(config) for one in period.stacks for i in one.layers) == [*range(len(kinds))]
 
 
@@ -106,7 +111,7 @@ def one_after_another(model: DecoderModel, x, stream: Stream, prefix: Prefix) ->
         for key in stack.path.split("/"):
             params = params[key]
         own = layer_configs(config)[i]
-        single = dataclasses.replace(stack, layers=(i,), config=own)
+        single = dataclasses.replace(stack, layers=(i,), run=1, config=own)
         (group,) = stack.groups
         place = layout.attention_groups[group].layers.index(i)
         pair = jax.tree.map(lambda a, place=place: a[place], prefix.memory[group])
