@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 import spt_jax.__main__
 import spt_jax.commands.train
 import train
+from spt_jax.experiment import training
 from spt_jax.experiment.workdir import MARKER, prepare_workdir
 from spt_jax.training import loop, single
 from tests.jobs import ROOT, arrays, losses, words, write_task
@@ -154,7 +155,7 @@ def test_signal_saves_and_resume_goes_on(files, finished, tmp_path, monkeypatch,
 
 
 def test_a_signal_during_the_last_validation_is_not_lost(files, finished, tmp_path, monkeypatch, capsys):
-    evaluate, calls = spt_jax.commands.train.evaluate, []
+    evaluate, calls = training.evaluate, []
 
     def evaluate_and_signal(*arguments, **named):
         calls.append(1)
@@ -163,7 +164,7 @@ def test_a_signal_during_the_last_validation_is_not_lost(files, finished, tmp_pa
         return evaluate(*arguments, **named)
 
     workdir = tmp_path / "stopped"
-    monkeypatch.setattr(spt_jax.commands.train, "evaluate", evaluate_and_signal)
+    monkeypatch.setattr(training, "evaluate", evaluate_and_signal)
     assert train.main(words(files, workdir)) == 143
     assert "stopped by SIGTERM after step 40; the state is saved. Continue with --resume" in capsys.readouterr().err
     assert not (workdir / "results.json").exists()
