@@ -59,7 +59,10 @@ class Callback:
         """
 
     def ends(self) -> bool:
-        """Returns whether to end training. It is asked after each step, which is then validated as the last one."""
+        """Returns whether to end training with the current step, which is then validated as the last one.
+
+        It is asked once per step, when `trained` was called for the previous one, and after a validation.
+        """
         return False
 
 
@@ -263,7 +266,8 @@ def _optimizer(
         config = optimizer or OptimizerConfig()
         if learning_rate is not None and config.learning_rate not in (None, learning_rate):
             raise ConfigError(f"learning_rate is {learning_rate}, and that of optimizer is {config.learning_rate}")
-        return None, dataclasses.replace(config, learning_rate=learning_rate or config.learning_rate)
+        rate = config.learning_rate if learning_rate is None else learning_rate
+        return None, dataclasses.replace(config, learning_rate=rate)
     if learning_rate is not None:
         raise ConfigError("an Optax transformation includes its learning rate: leave learning_rate out")
     return optimizer, OptimizerConfig()

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spt_jax.api.requests import request_set
 from spt_jax.bases.base import FrozenBase, load_base
 from spt_jax.data.encoder import Encoder, encoder_for
 from spt_jax.data.records import RecordSource, gather_records, rows_of
@@ -27,7 +28,8 @@ class Prompt(SavedPrompt):
     """A soft prompt with its base and its template, ready for use.
 
     The inputs of its methods are texts, if the template has one field; or records, in any form that `spt_jax.fit`
-    takes. Records need no target, except in `evaluate`. Programs are compiled at the first call and for longer inputs.
+    takes. Records need no target, except in `evaluate`. Programs are compiled at the first call, and for longer or more
+    inputs.
 
     Attributes:
       base: the frozen base.
@@ -36,6 +38,11 @@ class Prompt(SavedPrompt):
 
     base: FrozenBase
     progress: bool = True
+
+    @staticmethod
+    def of(saved: SavedPrompt, base: FrozenBase, *, progress: bool = True) -> "Prompt":
+        """Returns a prompt that was loaded for a base, with that base."""
+        return Prompt(saved.method, saved.virtual, saved.template, saved.info, base, progress)
 
     def __repr__(self) -> str:
         template = self.template
@@ -73,8 +80,7 @@ class Prompt(SavedPrompt):
         if not records:
             return []
         with spoken(f"predicting {len(records):,} answers", shown=self.progress):
-            asked = [encoder.with_any_label(record) for record in records]
-            data = make_evaluation_set(self.base, encoder, asked, taken=self.virtual.prefix_length)
+            data = request_set(self.base, encoder, [encoder.with_any_label(record) for record in records])
             return [prediction["prediction"] for prediction in evaluate(self.base, data, self.virtual).predictions]
 
     def generate(
@@ -132,8 +138,7 @@ class Prompt(SavedPrompt):
         else:
             rows = [{**record, template.label_field or "": name} for record in records for name in names]
         with spoken(f"scoring {len(rows):,} examples", shown=self.progress):
-            data = make_evaluation_set(self.base, encoder, rows, taken=self.virtual.prefix_length)
-            scores = score(self.base, data, self.virtual).reshape(len(records), -1)
+            scores = score(self.base, request_set(self.base, encoder, rows), self.virtual).reshape(len(records), -1)
         scores = task_of(template).class_scores(scores)
         return [dict(zip(names, map(float, row), strict=True)) for row in scores]
 
@@ -238,8 +243,7 @@ def load_prompt(
     directory = prompt_directory(directory_or_hub_id, revision)
     if not isinstance(base, FrozenBase):
         base = _load_base(directory, base, progress)
-    saved = storage.load_prompt(directory, base, force=force)
-    return Prompt(saved.method, saved.virtual, saved.template, saved.info, base, progress)
+    return Prompt.of(storage.load_prompt(directory, base, force=force), base, progress=progress)
 
 
 def prompt_directory(directory_or_hub_id: str | Path, revision: str | None = None) -> Path:

@@ -11,10 +11,18 @@ from typing import Protocol, TypeAlias, runtime_checkable
 from spt_jax.data.sources import Record, read_records
 from spt_jax.errors import DataError
 
-# Rows are mappings from field names to values. A string or a path is a file or a hub data set, as in `read_records`.
-RecordSource: TypeAlias = str | os.PathLike[str] | Iterable[object]
-
 MAX_STREAMED = 1_000_000  # most records of a stream whose length nothing limits
+
+
+@runtime_checkable
+class ArrowTable(Protocol):
+    """A table of PyArrow."""
+
+    def to_pylist(self) -> Sequence[Mapping[object, object]]: ...
+
+
+# Rows are mappings from field names to values. A string or a path is a file or a hub data set, as in `read_records`.
+RecordSource: TypeAlias = str | os.PathLike[str] | Iterable[object] | ArrowTable
 
 
 @runtime_checkable
@@ -32,13 +40,6 @@ class _PolarsFrame(Protocol):
     """A data frame of Polars."""
 
     def to_dicts(self) -> Sequence[Mapping[object, object]]: ...
-
-
-@runtime_checkable
-class _ArrowTable(Protocol):
-    """A table of PyArrow."""
-
-    def to_pylist(self) -> Sequence[Mapping[object, object]]: ...
 
 
 def gather_records(source: RecordSource, name: str, *, limit: int | None = None) -> list[Record]:
@@ -89,7 +90,7 @@ def rows_of(source: object, name: str) -> Iterable[object]:
         return source.to_dict("records")
     if isinstance(source, _PolarsFrame):
         return source.to_dicts()
-    if isinstance(source, _ArrowTable):
+    if isinstance(source, ArrowTable):
         return source.to_pylist()
     if isinstance(source, Iterable) and not isinstance(source, bytes):
         return source
