@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import spt_jax
 import spt_jax.__main__
 import spt_jax.commands.train
 import train
@@ -52,6 +53,25 @@ def test_leaves_what_scripts_rely_on(finished: Path):
     assert (finished / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     first, last = np.mean([v for _, v in losses(finished)[:5]]), np.mean([v for _, v in losses(finished)[-5:]])
     assert last < first
+
+
+def test_it_is_the_prompt_of_fit_bit_for_bit(files: Path, finished: Path, tmp_path: Path):
+    template = spt_jax.Template(prompt="<soft>{text}\n", target="{label}", verbalizers={"good": "H", "bad": "L"})
+    train_, validation = (spt_jax.read_records(str(files / f"{split}.jsonl")) for split in ("train", "validation"))
+    base, method = spt_jax.load_base(files / "model"), spt_jax.PromptTuning(length=4)
+    options = {"validation": validation, "steps": 40, "batch_size": 8, "evaluate_every": 10}
+    result = spt_jax.fit(base, method, template, train_, **options)
+    saved, theirs = result.prompt.save(tmp_path / "prompt"), finished / "prompt"
+    assert (saved / "prompt.safetensors").read_bytes() == (theirs / "prompt.safetensors").read_bytes()
+    ours, info = (json.loads((folder / "prompt.json").read_text()) for folder in (saved, theirs))
+    del info["extra"]["command"]
+    assert ours == info == result.prompt.info
+    lines = (finished / "metrics.jsonl").read_text().splitlines()
+    assert list(result.history) == [json.loads(line) for line in lines]
+    results = json.loads((finished / "results.json").read_text())
+    names = ("steps", "best_step", "trainable_parameters")
+    assert [getattr(result, name) for name in names] == [results[name] for name in names]
+    assert result.validation == info["extra"]["validation"]
 
 
 @pytest.mark.parametrize("name", ["prefix_tuning", "deep_prompts", "llama_adapter"])

@@ -1,7 +1,6 @@
 """`fit` trains what the command line trains, on records in memory, with any objective, optimizer and callback."""
 
 import dataclasses
-import json
 import re
 import time
 from pathlib import Path
@@ -14,18 +13,18 @@ import optax
 import pytest
 
 import spt_jax
-import train
 from spt_jax.api.fit import _optimizer
+from spt_jax.data.encoder import encoder_for
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.runtime.waits import spoken
 from spt_jax.testing import tiny_base
 from spt_jax.training.config import given
-from tests.jobs import WORDS, words, write_task
+from tests.examples import loss_alone
+from tests.jobs import write_task
 
 TEMPLATE = spt_jax.Template(prompt="<soft>{text}\n", target="{label}", verbalizers={"good": "H", "bad": "L"})
 METHOD = spt_jax.PromptTuning(length=4)
 OPTIONS = {"steps": 12, "batch_size": 8, "evaluate_every": 4, "progress": False}
-FLAGS = ("--train.steps", "12", "--train.evaluate-every", "4", "--train.checkpoint-every", "4")
 
 
 class Recorder(spt_jax.Callback):
@@ -78,22 +77,6 @@ def same(one: spt_jax.FitResult, other: spt_jax.FitResult) -> bool:
     return np.asarray(one.prompt.virtual.tokens).tobytes() == np.asarray(other.prompt.virtual.tokens).tobytes()
 
 
-def test_it_is_the_prompt_of_the_command_line_bit_for_bit(task: Path, result, tmp_path: Path):
-    run = tmp_path / "run"
-    assert train.main(words(task, run, *FLAGS, "--data.test", "None", "--data.hard-prompt")) == 0
-    saved = result.prompt.save(tmp_path / "prompt")
-    assert (saved / "prompt.safetensors").read_bytes() == (run / "prompt" / "prompt.safetensors").read_bytes()
-    ours, theirs = (json.loads((f / "prompt.json").read_text()) for f in (saved, run / "prompt"))
-    del theirs["extra"]["command"]
-    assert ours == theirs
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert list(result.history) == lines
-    results = json.loads((run / "results.json").read_text())
-    assert (result.steps, result.best_step) == (results["steps"], results["best_step"])
-    assert result.trainable_parameters == results["trainable_parameters"] == 4 * 32
-    assert result.validation == theirs["extra"]["validation"]
-
-
 def test_a_stream_and_an_optax_transformation_give_the_same_prompt_silently(base, split, result, capsys):
     stream = datasets.Dataset.from_list(split["train"]).to_iterable_dataset()
     resolved = spt_jax.resolve_optimizer(spt_jax.OptimizerConfig(), base.config.family)
@@ -142,23 +125,21 @@ def test_callbacks_end_the_run_which_shows_its_progress(base, split, capsys):
 
 
 def test_an_objective_need_not_be_registered(base):
-    """The cross-entropy of the target, written out."""
+    """The cross-entropy of the target, written out, against that of each sequence alone."""
 
     class Own(spt_jax.Objective):
         def loss(self, scores, rows):
             return -jnp.sum(rows.target_weights * scores.log_probabilities[..., 0]), jnp.sum(rows.target_weights)
 
-    template = spt_jax.Template(prompt="<soft>{text}", target="{label}")
-    records = [{"text": text, "label": label} for label, texts in WORDS.items() for text in texts]
-    ending = Recorder(3)
-    results = [
-        spt_jax.fit(base, METHOD, template, records, objective=Own(), **OPTIONS),
-        spt_jax.fit(base, METHOD, template, records, callbacks=[ending], **OPTIONS),
-    ]
-    losses = [[line["loss"] for line in one.history] for one in results]
-    np.testing.assert_allclose(losses[0][:4], losses[1], rtol=1e-5)
-    assert results[0].validation is None
-    assert [(one.steps, one.best_step) for one in results] == [(12, 12), (4, 4)]  # the callback ended the second
+    template = spt_jax.Template(prompt="<soft>{text}", target="{label}", virtual_tokens=4)
+    records = [{"text": "nice", "label": "good"}, {"text": "so sad", "label": "bad"}]
+    options = {**OPTIONS, "steps": 2, "batch_size": 2}
+    result = spt_jax.fit(base, METHOD, template, records, objective=Own(), callbacks=[Recorder(1)], **options)
+    start = spt_jax.init_state(jax.random.key(0), base, METHOD, optax.sgd(1.0)).params
+    examples = encoder_for(base, template).encode_all(records)
+    expected, _ = loss_alone(base, METHOD.materialize(start, base.model).tokens, examples)
+    np.testing.assert_allclose(result.history[0]["loss"], expected, rtol=1e-5)
+    assert result.validation is None and result.best_step == 2
 
 
 def test_an_objective_takes_its_options_and_the_number_of_classes(base, split):
