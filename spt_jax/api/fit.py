@@ -127,6 +127,9 @@ def fit(
       overwrite: delete the run in `workdir` and start over.
       progress: whether to show a progress bar and messages, on stderr.
 
+    Returns:
+      The best prompt by validation, or one for each task, and the metrics of the run.
+
     Raises:
       ConfigError: arguments are invalid or incompatible; names such as train.steps or data.prompt in its message are
         those of the command line's options.

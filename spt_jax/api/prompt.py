@@ -97,6 +97,9 @@ class Prompt(SavedPrompt):
           sampling: how tokens are chosen and what ends an answer; default `SamplingConfig()`, which is greedy.
           max_new_tokens: the maximum number of tokens of an answer, in place of that of `sampling`.
 
+        Returns:
+          The text of each answer, without control tokens.
+
         Raises:
           ConfigError: the prompt classifies or has a head, or the template has several fields and the inputs are texts.
           DataError: a record lacks a field.
@@ -234,6 +237,9 @@ def load_prompt(
       revision: branch, tag or commit of the prompt on the hub.
       force: accept, with a warning, another base of the same width and vocabulary size.
       progress: whether to say on stderr what takes longer than a second.
+
+    Returns:
+      The prompt, with its arrays replicated over the mesh of the base.
 
     Raises:
       CheckpointError: there is no such prompt, it cannot be read, its base is not found, or `base` is another one; the
