@@ -16,10 +16,10 @@ from spt_jax.bases.base import FrozenBase, load_base
 from spt_jax.data.records import RecordSource, gather_records
 from spt_jax.data.templates import TEXT, Template
 from spt_jax.errors import ConfigError
-from spt_jax.evaluation.evaluate import EvaluationConfig
+from spt_jax.evaluation.evaluate import EvaluationConfig, EvaluationSet
 from spt_jax.experiment.config import BaseConfig, DataConfig, ExperimentConfig, TaskConfig, resolve
 from spt_jax.experiment.run import Experiment, Records, input_digests, load_experiment
-from spt_jax.experiment.training import claimed, prepare, tune
+from spt_jax.experiment.training import Prepared, claimed, prepare, tune
 from spt_jax.experiment.workdir import check_workdir, input_paths
 from spt_jax.prompts import Method
 from spt_jax.runtime import processes
@@ -175,62 +175,76 @@ def fit(
             evaluation=evaluation or EvaluationConfig(),
         )
     )
-    if template.virtual_tokens not in (0, config.method.token_count):
-        raise ConfigError(
-            f"template.virtual_tokens is {template.virtual_tokens}, but {config.method!r} has"
-            f" {config.method.token_count}; leave it out"
-        )
-    folder = None if workdir is None else Path(workdir).expanduser()
-    reads = input_paths(config)
+    folder, reads = None if workdir is None else Path(workdir).expanduser(), input_paths(config)
     if folder is not None and processes.leads():
         check_workdir(folder, resume=resume, overwrite=overwrite, reads=reads)
     with spoken(f"encoding {len(records['train']):,} records", shown=progress):
         experiment = load_experiment(config, base, records)
+        tuned = experiment.config.method
+        if template.virtual_tokens not in (0, tuned.token_count):
+            raise ConfigError(
+                f"template.virtual_tokens is {template.virtual_tokens}, but {tuned!r} has {tuned.token_count};"
+                " leave it out"
+            )
         prepared = prepare(experiment, transformation)
-        experiment = prepared.experiment
-        asked = None if validation is None else experiment.evaluation_set(records["validation"], experiment.template)
+        asked = None
+        if validation is not None:
+            asked = prepared.experiment.evaluation_set(records["validation"], experiment.template)
     note = experiment.window_note(prepared.examples)
     if note is not None and progress and processes.leads():
         print(note, file=sys.stderr)
-    events = _Callbacks(experiment, callbacks, progress)
-
-    def save_best(best: Best) -> None:
-        if folder is not None:
-            experiment.save(folder / "prompt", best.params, stored_with(best))
-
-    def open_log(step: int) -> MetricsLog:
-        if folder is None or not processes.leads():
-            return NoLog()
-        return MetricsLog(folder, LogConfig(), from_step=step, run_config=prepared.settings)
-
+    events = _Callbacks(prepared.experiment, callbacks, progress)
     with contextlib.ExitStack() as stack:
         if folder is not None:
             encoded = {"train": prepared.examples, **({} if asked is None else {"validation": asked.examples})}
-            digests = input_digests([(experiment, encoded)])
-            stack.enter_context(claimed(folder, prepared, digests, resume=resume, overwrite=overwrite, reads=reads))
-        try:
-            outcome = tune(
-                prepared,
-                asked,
-                workdir=folder,
-                log=open_log,
-                save_best=save_best,
-                resume=resume,
-                events=events,
-                progress=progress,
-            )
-        except Stopped as stopped:
-            if folder is None:  # nothing is saved, so the signal has its usual effect
-                signal.raise_signal(stopped.signal_number)
-            raise
-        history = events.history if folder is None else read_metrics(folder / "metrics.jsonl")
+            inputs = input_digests([(prepared.experiment, encoded)])
+            stack.enter_context(claimed(folder, prepared, inputs, resume=resume, overwrite=overwrite, reads=reads))
+        return _run(prepared, asked, folder, events, resume=resume, progress=progress)
+
+
+def _run(
+    prepared: Prepared,
+    validation: EvaluationSet | None,
+    workdir: Path | None,
+    events: "_Callbacks",
+    *,
+    resume: bool,
+    progress: bool,
+) -> FitResult:
+    """Trains, and returns the best prompt and the metrics."""
+    experiment = prepared.experiment
+
+    def save_best(best: Best) -> None:
+        if workdir is not None:
+            experiment.save(workdir / "prompt", best.params, stored_with(best))
+
+    def open_log(step: int) -> MetricsLog:
+        if workdir is None or not processes.leads():
+            return NoLog()
+        return MetricsLog(workdir, LogConfig(), from_step=step, run_config=prepared.settings)
+
+    try:
+        outcome = tune(
+            prepared,
+            validation,
+            workdir=workdir,
+            log=open_log,
+            save_best=save_best,
+            resume=resume,
+            events=events,
+            progress=progress,
+        )
+    except Stopped as stopped:
+        if workdir is None:  # nothing is saved, so the signal has its usual effect
+            signal.raise_signal(stopped.signal_number)
+        raise
     best = outcome.best
     return FitResult(
         prompts=prompts_of(experiment, best, progress),
         steps=outcome.steps,
         best_step=best.step,
         validation=best.metrics,
-        history=history,
+        history=events.history if workdir is None else read_metrics(workdir / "metrics.jsonl"),
         train_seconds=outcome.train_seconds,
         rates=outcome.rates,
         trainable_parameters=experiment.config.method.trainable_count(best.params),
