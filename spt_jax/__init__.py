@@ -1,12 +1,12 @@
 """Soft prompt tuning of frozen language models in JAX and Flax.
 
     base = spt_jax.load_base("starter")
-    method = spt_jax.PromptTuning(length=20, init=spt_jax.init.text("What is this request about?"))
-    config = spt_jax.resolve_optimizer(spt_jax.OptimizerConfig(learning_rate=0.1), base.config.family)
-    optimizer = spt_jax.make_optimizer(config, steps=1000)
-    state = spt_jax.init_state(jax.random.key(0), base, method, optimizer)
-    step = spt_jax.make_train_step(base, method, optimizer)
-    state, metrics = step(state, batch)
+    template = spt_jax.Template(prompt="<soft>{question}\\n", target="{answer}")
+    result = spt_jax.fit(base, spt_jax.PromptTuning(length=20), template, records, validation=others)
+    result.prompt.save("out/prompt")
+    answers = spt_jax.load_prompt("out/prompt").generate(["What is a soft prompt?"])
+
+`fit` is a layer over functions: `init_state`, `make_train_step` and others serve your own loops.
 
 Arrays are named by their dimensions: B rows, T tokens, P virtual tokens, D width, L layers, N query heads, K key/value
 heads, H head size, V vocabulary.

@@ -26,6 +26,7 @@ ORDER = (
     "experiment",
     "config",
     "studies",
+    "api",
     "reports",
     "interop",
     "serving",

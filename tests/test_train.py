@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import spt_jax
 import spt_jax.__main__
 import spt_jax.commands.train
 import train
+from spt_jax.experiment import training
 from spt_jax.experiment.workdir import MARKER, prepare_workdir
 from spt_jax.training import loop, single
 from tests.jobs import ROOT, arrays, losses, words, write_task
@@ -51,6 +53,25 @@ def test_leaves_what_scripts_rely_on(finished: Path):
     assert (finished / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     first, last = np.mean([v for _, v in losses(finished)[:5]]), np.mean([v for _, v in losses(finished)[-5:]])
     assert last < first
+
+
+def test_it_is_the_prompt_of_fit_bit_for_bit(files: Path, finished: Path, tmp_path: Path):
+    template = spt_jax.Template(prompt="<soft>{text}\n", target="{label}", verbalizers={"good": "H", "bad": "L"})
+    train_, validation = (spt_jax.read_records(str(files / f"{split}.jsonl")) for split in ("train", "validation"))
+    base, method = spt_jax.load_base(files / "model"), spt_jax.PromptTuning(length=4)
+    options = {"validation": validation, "steps": 40, "batch_size": 8, "evaluate_every": 10}
+    result = spt_jax.fit(base, method, template, train_, **options)
+    saved, theirs = result.prompt.save(tmp_path / "prompt"), finished / "prompt"
+    assert (saved / "prompt.safetensors").read_bytes() == (theirs / "prompt.safetensors").read_bytes()
+    ours, info = (json.loads((folder / "prompt.json").read_text()) for folder in (saved, theirs))
+    del info["extra"]["command"]
+    assert ours == info == result.prompt.info
+    lines = (finished / "metrics.jsonl").read_text().splitlines()
+    assert list(result.history) == [json.loads(line) for line in lines]
+    results = json.loads((finished / "results.json").read_text())
+    names = ("steps", "best_step", "trainable_parameters")
+    assert [getattr(result, name) for name in names] == [results[name] for name in names]
+    assert result.validation == info["extra"]["validation"]
 
 
 @pytest.mark.parametrize("name", ["prefix_tuning", "deep_prompts", "llama_adapter"])
@@ -154,7 +175,7 @@ def test_signal_saves_and_resume_goes_on(files, finished, tmp_path, monkeypatch,
 
 
 def test_a_signal_during_the_last_validation_is_not_lost(files, finished, tmp_path, monkeypatch, capsys):
-    evaluate, calls = spt_jax.commands.train.evaluate, []
+    evaluate, calls = training.evaluate, []
 
     def evaluate_and_signal(*arguments, **named):
         calls.append(1)
@@ -163,7 +184,7 @@ def test_a_signal_during_the_last_validation_is_not_lost(files, finished, tmp_pa
         return evaluate(*arguments, **named)
 
     workdir = tmp_path / "stopped"
-    monkeypatch.setattr(spt_jax.commands.train, "evaluate", evaluate_and_signal)
+    monkeypatch.setattr(training, "evaluate", evaluate_and_signal)
     assert train.main(words(files, workdir)) == 143
     assert "stopped by SIGTERM after step 40; the state is saved. Continue with --resume" in capsys.readouterr().err
     assert not (workdir / "results.json").exists()

@@ -54,6 +54,11 @@ class FrozenBase:
     fingerprint: Fingerprint
     attention_note: str = ""
 
+    def __repr__(self) -> str:
+        devices = f"{self.mesh.size} x {self.mesh.devices.flat[0].platform}"
+        sizes = f"{self.parameter_count:,} parameters, {self.dtype}, {devices}"
+        return f"FrozenBase({self.name!r}, {self.config.family}, {sizes})"
+
     @property
     def config(self) -> DecoderConfig:
         """Sizes and options of the architecture."""

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import tyro
 
+from spt_jax.api.prompt import Prompt
 from spt_jax.commands.saved import Saved
 from spt_jax.data.encoder import Encoder, encoder_for
 from spt_jax.data.requests import field_record, text_records
@@ -68,19 +69,13 @@ class Generate(Saved):
         template = read_prompt(self.prompt).template
         records = _records(template, self.texts, self.fields)
         base, saved = self.load()
-        encoder = encoder_for(base, template, taken=saved.virtual.prefix_length)
-        if template.verbalizers or template.reads:
-            asked = [encoder.with_any_label(record) for record in records]
-            result = evaluate(base, make_evaluation_set(base, encoder, asked), saved.virtual)
-            for prediction in result.predictions:
-                answer = prediction["prediction"]
-                print(answer if isinstance(answer, str) else " ".join(answer))
-            return
-        prompts = [
-            encoder.prompt_ids(record, room=min(self.max_new_tokens, encoder.max_length // 2)) for record in records
-        ]
-        for answer in generate(base, prompts, saved.virtual, _ended(sampling, encoder)):
-            print(answer.text)
+        prompt = Prompt.of(saved, base)
+        if task_of(template).generates:
+            answers = prompt.generate(records, sampling)
+        else:
+            answers = [answer if isinstance(answer, str) else " ".join(answer) for answer in prompt.predict(records)]
+        for answer in answers:
+            print(answer)
 
     def run_together(self, sampling: SamplingConfig) -> None:
         """Answers each text under its own prompt, in the same batches."""

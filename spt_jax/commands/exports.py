@@ -1,5 +1,8 @@
 """All names that the package exports."""
 
+from spt_jax.api.fit import Callback, fit
+from spt_jax.api.prompt import Prompt, load_prompt
+from spt_jax.api.result import FitResult
 from spt_jax.bases.base import FrozenBase, load_base
 from spt_jax.data.batches import Batch, Rows, evaluation_batches, pack, place_batch, plan_batches, training_batches
 from spt_jax.data.encoder import Encoder
@@ -30,7 +33,7 @@ from spt_jax.prompts import (
 )
 from spt_jax.prompts import initializers as init
 from spt_jax.prompts.stacking import stack_prompts
-from spt_jax.prompts.storage import SavedPrompt, load_prompt, save_prompt
+from spt_jax.prompts.storage import SavedPrompt, save_prompt
 from spt_jax.runtime import signals
 from spt_jax.runtime.sharding import MeshConfig, make_mesh
 from spt_jax.serving.bank import PromptBank
@@ -54,6 +57,7 @@ from spt_jax.training.step import TrainState, init_state, loss_and_gradient, mak
 __all__ = [
     "TASKS",
     "Batch",
+    "Callback",
     "CheckpointError",
     "ConfigError",
     "ContextPromptTuning",
@@ -64,6 +68,7 @@ __all__ = [
     "Encoder",
     "Engine",
     "Example",
+    "FitResult",
     "FrozenBase",
     "Halving",
     "LlamaAdapter",
@@ -77,6 +82,7 @@ __all__ = [
     "OptimizerConfig",
     "PTuning",
     "PrefixTuning",
+    "Prompt",
     "PromptBank",
     "PromptTuning",
     "Request",
@@ -99,6 +105,7 @@ __all__ = [
     "evaluate",
     "evaluate_ensemble",
     "evaluation_batches",
+    "fit",
     "fit_population",
     "generate",
     "init",

@@ -6,8 +6,6 @@ Exit codes: 0 done, 1 the run failed, 2 the command line or the config is invali
 saving.
 """
 
-import contextlib
-import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,15 +16,14 @@ import jax
 from spt_jax.bases.base import describe_base
 from spt_jax.data.batches import pack, place_batch
 from spt_jax.data.preview import describe
-from spt_jax.errors import ConfigError, TrainingError
 from spt_jax.evaluation import metrics
-from spt_jax.evaluation.evaluate import evaluate
 from spt_jax.evaluation.predictions import predictions_jsonl
 from spt_jax.experiment.command_line import Command, config_json, first_command, parse_train
 from spt_jax.experiment.config import resolve
 from spt_jax.experiment.run import Experiment, compare, evaluation_sets, input_digests, load_experiment
 from spt_jax.experiment.shipped import config_path
-from spt_jax.experiment.workdir import CONFIG_FILE, check_workdir, held, input_paths, open_workdir
+from spt_jax.experiment.training import Prepared, claimed, prepare, tune
+from spt_jax.experiment.workdir import check_workdir, input_paths
 from spt_jax.reports.plots import can_draw, missing_note, plot_curves
 from spt_jax.reports.report import comparison_table, reference_lines
 from spt_jax.runtime import measure, processes, signals
@@ -34,8 +31,7 @@ from spt_jax.runtime.files import write_json, write_text
 from spt_jax.training.logs import MetricsLog, NoLog, check_log, read_metrics
 from spt_jax.training.loop import Best
 from spt_jax.training.objectives import prepare_examples
-from spt_jax.training.optimizers import make_optimizer
-from spt_jax.training.single import Outcome, TrainingData, fit
+from spt_jax.training.single import Outcome
 from spt_jax.training.step import init_state, make_train_step
 
 PROGRAM = "spt-jax train"
@@ -73,17 +69,16 @@ def run(command: Command[Any], argv: Sequence[str], program: str) -> None:
         print(note)
     experiment = load_experiment(resolve(command.config))
     config, base = experiment.config, experiment.base
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    examples, plan = experiment.training_set()
+    prepared = prepare(experiment)
+    experiment, examples = prepared.experiment, prepared.examples
     print(describe_base(base))
     note = experiment.window_note(examples)
     if note is not None:
         print(note)
-    experiment, memory = experiment.fitted(plan)
     base = experiment.base
-    print(f"estimated memory of a step per device: {memory}; rematerialization: {base.model.module.remat}")
+    print(f"estimated memory of a step per device: {prepared.memory}; rematerialization: {base.model.module.remat}")
     if command.dry_run:
-        dry_run(experiment, examples, plan, optimizer)
+        dry_run(prepared)
         return
     asked = evaluation_sets(experiment)
     if "test" in asked and asked["test"].soft.prompts and (note := metrics.missing_note()):
@@ -94,65 +89,36 @@ def run(command: Command[Any], argv: Sequence[str], program: str) -> None:
     processes.check_agreement(
         "inputs", lambda: {**digests, "dtype": str(base.dtype), "attention": base.model.module.attention}
     )
-    # The default dtype depends on the device, and a run may be resumed on another one.
-    settings = config_json(dataclasses.replace(config, base=dataclasses.replace(config.base, dtype=str(base.dtype))))
-
-    def validate(params: Any) -> dict[str, Any]:
-        return evaluate(base, asked["validation"].soft, experiment.virtual(params), generated=False).metrics
 
     def save_best(best: Best) -> None:
         extra = {"step": best.step, "validation": best.metrics, "command": first_command(argv)}
         experiment.save(workdir / "prompt", best.params, extra)
 
     def open_log(step: int) -> MetricsLog:
-        return MetricsLog(workdir, config.log, from_step=step, run_config=settings) if processes.leads() else NoLog()
+        if not processes.leads():
+            return NoLog()
+        return MetricsLog(workdir, config.log, from_step=step, run_config=prepared.settings)
 
-    with contextlib.ExitStack() as stack:
-
-        def claim() -> None:
-            stack.enter_context(held(workdir))
-            open_workdir(workdir, settings, digests, **mode, reads=reads)
-
-        processes.from_first("workdir", claim)
-        if not (workdir / CONFIG_FILE).exists():
-            raise ConfigError(
-                f"{workdir} is not the same directory in all processes; --workdir must be a shared directory"
-            )
-        stack.enter_context(signals.advising("Continue with --resume"))
-        try:
-            outcome = fit(
-                base,
-                config.method,
-                optimizer,
-                experiment.objective(plan),
-                TrainingData(examples, plan, config.loss.class_weights or None),
-                config.train,
-                workdir=workdir,
-                log=open_log,
-                validate=validate if "validation" in asked else None,
-                save_best=save_best,
-                metadata={"config": settings},
-                resume=command.resumes,
-                resume_from=command.resume_from,
-                profile=command.profile if processes.leads() else 0,
-            )
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            remat = base.model.module.remat
-            raise TrainingError(
-                f"the device ran out of memory. Estimated: {memory}; rematerialization: {remat}. To reduce memory, use"
-                " more --train.microbatches, --base.remat full, a smaller --evaluation.batch-size, or"
-                " --mesh.fsdp over more devices"
-            ) from error
+    with claimed(workdir, prepared, digests, **mode, reads=reads), signals.advising("Continue with --resume"):
+        outcome = tune(
+            prepared,
+            asked["validation"].soft if "validation" in asked else None,
+            workdir=workdir,
+            log=open_log,
+            save_best=save_best,
+            resume=command.resumes,
+            resume_from=command.resume_from,
+            profile=command.profile if processes.leads() else 0,
+        )
         signals.reclaim()
         results = compare(base, asked, experiment.virtual(outcome.best.params))
         if processes.leads():
             finish(experiment, outcome, results, workdir, [*program.split(), *argv], compile_seconds())
 
 
-def dry_run(experiment: Experiment, examples: Any, plan: Any, optimizer: Any) -> None:
+def dry_run(prepared: Prepared) -> None:
     """Prints the training examples and the memory that a step needs."""
+    experiment, examples, plan, optimizer = prepared.experiment, prepared.examples, prepared.plan, prepared.optimizer
     base, config = experiment.base, experiment.config
     print(describe(examples, plan, config.train.batch_size, base.tokenizer, base.config.vocab_size))
     state = init_state(jax.random.key(config.train.seed), base, config.method, optimizer)

@@ -18,7 +18,7 @@ from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation.evaluate import Evaluation, EvaluationSet, evaluate, make_evaluation_set, selection_score
 from spt_jax.experiment.config import ExperimentConfig, make_template, resolve
 from spt_jax.models.stacks import Remat
-from spt_jax.prompts import PromptParams, VirtualPrompt
+from spt_jax.prompts import Method, PromptParams, VirtualPrompt
 from spt_jax.prompts.storage import save_prompt
 from spt_jax.runtime import measure, processes
 from spt_jax.runtime.sharding import make_mesh, row_shards
@@ -37,6 +37,16 @@ def _located(source: str | None) -> Iterator[None]:
         yield
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """A prompt to save: its method, the prompt as the model sees it, the template, and JSON to store with them."""
+
+    method: Method
+    virtual: VirtualPrompt
+    template: Template
+    extra: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,16 +127,28 @@ class Experiment:
         """Materializes the soft prompt from the method's parameters."""
         return self.config.method.materialize(params, self.base.model)
 
-    def save(self, folder: Path, params: PromptParams, extra: Mapping[str, Any]) -> None:
-        """Saves the soft prompt, or one per task, with `extra`, the number of trained parameters and the seed."""
-        virtual = self.virtual(params)
-        if not processes.leads():
-            return
+    def artifacts(self, params: PromptParams, extra: Mapping[str, Any]) -> dict[str, Artifact]:
+        """Returns the soft prompt under "", or one per task under its name.
+
+        Args:
+          params: the method's parameters.
+          extra: JSON to store with the prompts, in addition to the number of trained parameters and the seed.
+        """
         template = dataclasses.replace(self.template, task=None, tasks=())
         extra = {"trainable_parameters": self.config.method.trainable_count(params), **extra}
-        for name, (method, prompt) in self.config.method.artifacts(virtual, params).items():
+        found = {}
+        for name, (method, prompt) in self.config.method.artifacts(self.virtual(params), params).items():
             start = {"seed": self.config.train.seed} if method == self.config.method else {}
-            save_prompt(folder / name, self.base, method, prompt, template, extra={**start, **extra})
+            found[name] = Artifact(method, prompt, template, {**start, **extra})
+        return found
+
+    def save(self, folder: Path, params: PromptParams, extra: Mapping[str, Any]) -> None:
+        """Saves `artifacts`, each in the subdirectory of its name."""
+        artifacts = self.artifacts(params, extra)
+        if not processes.leads():
+            return
+        for name, own in artifacts.items():
+            save_prompt(folder / name, self.base, own.method, own.virtual, own.template, extra=own.extra)
 
     def fitted(self, plan: BatchPlan, together: int = 1) -> tuple["Experiment", StepMemory]:
         """Chooses the rematerialization.
@@ -173,19 +195,23 @@ class Experiment:
         return self.config.loss.objective(plan.choices)
 
 
-def load_experiment(config: ExperimentConfig[Any], base: FrozenBase | None = None) -> Experiment:
+def load_experiment(
+    config: ExperimentConfig[Any], base: FrozenBase | None = None, records: Mapping[str, Records] | None = None
+) -> Experiment:
     """Reads the data and the base of a resolved config. The data are read first, because errors in them show sooner.
 
     Args:
       config: the resolved config.
       base: the base, if it is already loaded with the config's base, mesh and maximum length.
+      records: the records of "train" and, if there are any, "validation" and "test", in place of those of the config's
+        sources, which are then only names in error messages.
 
     Raises:
       ConfigError, DataError, CheckpointError: the config, the data or the base is invalid.
     """
     data = config.data
     if config.base.path and config.method.needs_tokenizer:
-        tokenizer = read_tokenizer(config.base.path, config.base.revision)
+        tokenizer = base.tokenizer if base is not None else read_tokenizer(config.base.path, config.base.revision)
         config = resolve(dataclasses.replace(config, method=config.method.bind(tokenizer)))
     if not data.train or not data.prompt or not config.base.path:
         missing = [
@@ -199,18 +225,22 @@ def load_experiment(config: ExperimentConfig[Any], base: FrozenBase | None = Non
     for hard_prompt in data.hard_prompt:
         template.bare(hard_prompt)
 
-    def read(source: str | None, split: str) -> Records | None:
+    def read(name: str, source: str | None, split: str) -> Records | None:
         if source is None:
             return None
-        records = read_records(source, split=split, revision=data.revision, limit=data.limit)
-        check_fields(records, fields, source)
-        return records
+        if records is not None:
+            found = records[name]
+        else:
+            found = read_records(source, split=split, revision=data.revision, limit=data.limit)
+        check_fields(found, fields, source)
+        return found
 
-    train = read(data.train, data.train_split)
+    train = read("train", data.train, data.train_split)
     assert train is not None
     config = _with_names(config, train)
     template = make_template(config)
-    validation, test = read(data.validation, data.validation_split), read(data.test, data.test_split)
+    validation = read("validation", data.validation, data.validation_split)
+    test = read("test", data.test, data.test_split)
     base = base or load_base(
         config.base.path,
         revision=config.base.revision,

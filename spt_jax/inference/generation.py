@@ -17,6 +17,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import round_up
+from spt_jax.data.encoder import encoder_for
+from spt_jax.data.templates import Template
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.inference.answers import (
     Generated,
@@ -126,7 +128,7 @@ def cache_sharding(mesh: Mesh, layout: Layout) -> Any:
 
 def generate(
     base: FrozenBase,
-    prompts: Sequence[np.ndarray],
+    prompts: Sequence[np.ndarray] | Sequence[str],
     virtual: VirtualPrompt | None = None,
     sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
     *,
@@ -141,7 +143,8 @@ def generate(
 
     Args:
       base: the frozen base.
-      prompts: ids, which may include virtual ones (`vocab_size + i`), such as those from `Encoder.prompt_ids`.
+      prompts: texts; or ids, which may include virtual ones (`vocab_size + i`), such as those from
+        `Encoder.prompt_ids`. A text begins a sequence, after BOS if the tokenizer adds one.
       virtual: the soft prompt, or several from `stack_prompts`.
       sampling: one config for all prompts, or one for each; default `SamplingConfig()`, which is greedy.
       prompt_index: the index of each prompt's soft prompt, if `virtual` holds several.
@@ -154,8 +157,8 @@ def generate(
 
     Raises:
       ConfigError: a prompt needs more positions than the model has, the prompts do not share `lead` ids, there are
-        virtual ids without a soft prompt, the soft prompt has a task head, `batch_size` is below 1, or the number of
-        `sampling` configs is wrong.
+        virtual ids without a soft prompt, the soft prompt has a task head, `batch_size` is below 1, the number of
+        `sampling` configs is wrong, or there are texts for a soft prompt with virtual tokens.
       DataError: a prompt is empty, or has an id that neither the base nor the soft prompt has.
     """
     sampling = sampling or SamplingConfig()
@@ -166,7 +169,7 @@ def generate(
         raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
     if not len(prompts):
         return []
-    prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
+    prompts = _prompt_ids(base, prompts, virtual)
     if virtual is not None and virtual.head is not None:
         raise ConfigError("this soft prompt has a task head in place of the output matrix and cannot generate text")
     index = _checked_index(prompt_index, len(prompts), virtual)
@@ -191,6 +194,27 @@ def generate(
         answers = _generate_batch(base, rows, size, virtual, prefix, prompt_index is not None)
         results |= zip(batch, answers, strict=True)
     return [results[number] for number in range(len(prompts))]
+
+
+def _prompt_ids(
+    base: FrozenBase, prompts: Sequence[np.ndarray] | Sequence[str], virtual: VirtualPrompt | None
+) -> list[np.ndarray]:
+    """Returns the ids of prompts, some or all of which may be texts."""
+    if isinstance(prompts, str):
+        raise ConfigError(f"prompts is one text ({prompts!r:.60}); give a list of texts")
+    if not any(isinstance(prompt, str) for prompt in prompts):
+        return [np.asarray(prompt, np.int32) for prompt in prompts]
+    if virtual is not None and virtual.tokens is not None:
+        raise ConfigError(
+            "texts do not say where the virtual tokens go: use the prompt's own `generate`, or ids from"
+            " `Encoder.prompt_ids`"
+        )
+    template = Template(prompt="{text}", target="{target}")
+    encoder = encoder_for(base, template, taken=0 if virtual is None else virtual.prefix_length)
+    return [
+        encoder.prompt_ids({"text": prompt}) if isinstance(prompt, str) else np.asarray(prompt, np.int32)
+        for prompt in prompts
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from spt_jax.bases.base import FrozenBase
 from spt_jax.data.tokenization import check_ids, tokenization_of
 from spt_jax.errors import ConfigError
 from spt_jax.prompts.reading import read_npy
+from spt_jax.runtime.reprs import short_repr
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,8 @@ class Initializer:
     labels: tuple[str, ...] = ()
     path: str = ""
     rows: Annotated[Any, tyro.conf.Suppress] = None
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         if self.name == "text" and not self.text.strip():

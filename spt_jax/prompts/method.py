@@ -16,6 +16,7 @@ from spt_jax.models.layout import Layout
 from spt_jax.models.model import Model, TargetScores
 from spt_jax.prompts.initializers import Initializer
 from spt_jax.prompts.virtual import VirtualPrefix, VirtualPrompt, shape
+from spt_jax.runtime.reprs import short_repr
 
 DEFAULT_LENGTH = 20
 PromptParams = PyTree[Float[Array, "..."] | Float[np.ndarray, "..."]]
@@ -73,6 +74,12 @@ class Method:
     recipe: ClassVar[Mapping[str, Any]] = {}
 
     name: str
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.__repr__ = cls.__repr__  # as the class's own attribute, because `dataclass` would replace an inherited one
+
+    __repr__ = short_repr
 
     @property
     def token_count(self) -> int:

@@ -111,6 +111,23 @@ def save_prompt(
         float32 arrays of the shapes that the method declares, or `pinned` is not as it declares.
     """
     directory = Path(directory)
+    return write_directory(directory, prompt_files(directory, base, method, virtual, template, extra=extra))
+
+
+def prompt_files(
+    directory: Path,
+    base: FrozenBase,
+    method: Method,
+    virtual: VirtualPrompt,
+    template: Template,
+    *,
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, bytes]:
+    """Returns the content of the files that `save_prompt` writes, by name. Takes its arguments.
+
+    Raises:
+      CheckpointError: the arrays are not as the method declares, or `extra` is not JSON; the message names `directory`.
+    """
     if virtual.pinned is not method.pins:
         raise CheckpointError(
             f"{directory}: `pinned` of the prompt is {virtual.pinned}, that of its method {method.pins}"
@@ -141,7 +158,7 @@ def save_prompt(
         raise CheckpointError(f"{directory}: half of a surrogate pair is not a character ({error})") from error
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{directory}: `extra` must be JSON with finite numbers ({error})") from error
-    return write_directory(directory, {PARAMS_FILE: content, INFO_FILE: text})
+    return {PARAMS_FILE: content, INFO_FILE: text}
 
 
 def _version(package: str) -> str | None:

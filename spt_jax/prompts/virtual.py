@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from spt_jax.models import memory
 from spt_jax.models.attention import GatedPrefix
 from spt_jax.models.memory import Memory
+from spt_jax.runtime.reprs import short_repr
 
 
 @jax.tree_util.register_dataclass
@@ -58,6 +59,8 @@ class VirtualPrompt:
     gated: GatedPrefix | None = None
     head: Head | None = None
     pinned: bool | tuple[bool, ...] = dataclasses.field(default=False, metadata={"static": True})
+
+    __repr__ = short_repr
 
     @property
     def prefix_length(self) -> int:

@@ -319,6 +319,28 @@ class Checkpoints:
         self._cleaned = True
 
 
+class NoCheckpoints(Checkpoints):
+    """Checkpoints that are not written, for a run without a work directory."""
+
+    def __init__(self) -> None:
+        self.directory = Path()
+
+    def steps(self) -> list[int]:
+        return []
+
+    def save(self, state: TrainState, data_state: Any, metadata: Mapping[str, Any]) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def remove_cut_off_saves(self) -> None:
+        pass
+
+
 def _items(state: TrainState) -> dict[str, Any]:
     return {"prompt": state.params, "train": {"step": state.step, "optimizer_state": state.optimizer_state}}
 

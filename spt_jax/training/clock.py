@@ -57,8 +57,8 @@ class Speed:
         return Rates(examples, tokens, flops / peak_flops)
 
 
-def progress_bar(steps: int, first: int) -> tqdm:
-    """Returns a progress bar over the steps of a run, of which `first` are done."""
+def progress_bar(steps: int, first: int, *, shown: bool = True) -> tqdm:
+    """Returns a progress bar over the steps of a run, of which `first` are done; a hidden one if not `shown`."""
     seconds = 0.5 if sys.stderr.isatty() else 10.0  # fewer lines in log files
     return tqdm(
         total=steps,
@@ -67,14 +67,14 @@ def progress_bar(steps: int, first: int) -> tqdm:
         desc="training",
         dynamic_ncols=True,
         mininterval=seconds,
-        disable=not processes.leads(),
+        disable=not (shown and processes.leads()),
     )
 
 
 class Clock:
     """The clock and the progress bar of one start of a run."""
 
-    def __init__(self, steps: int, first: int, before: Speed, peak_flops: float):
+    def __init__(self, steps: int, first: int, before: Speed, peak_flops: float, *, shown: bool = True):
         """Starts the clock.
 
         Args:
@@ -82,6 +82,7 @@ class Clock:
           first: the steps that were done before.
           before: the time and work of the earlier starts.
           peak_flops: the peak operations per second of all devices together.
+          shown: whether to show the progress bar.
         """
         self.peak_flops = peak_flops
         self._before = before
@@ -89,7 +90,7 @@ class Clock:
         self._warm: float | None = None
         self._paused = 0.0
         self._started = time.perf_counter()
-        self._bar = progress_bar(steps, first)
+        self._bar = progress_bar(steps, first, shown=shown)
 
     @property
     def seconds(self) -> float:

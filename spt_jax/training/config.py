@@ -133,6 +133,48 @@ class LossConfig:
         return {name for name in self._own if getattr(self, name) is tyro.MISSING}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GivenLoss(LossConfig):
+    """The config of an objective that need not be registered; only in Python. `given` makes one.
+
+    Attributes:
+      instance: the objective.
+    """
+
+    instance: Objective
+
+    def __post_init__(self) -> None:
+        dataclasses.replace(LossConfig(), class_weights=self.class_weights)  # which checks the weights
+
+    def with_options(self, over: str | None) -> "LossConfig":
+        return self if over == self.over else super().with_options(over)
+
+    def objective(self, choices: int) -> Objective:
+        counted = {field.name for field in dataclasses.fields(self.instance)} & _COUNTED
+        return dataclasses.replace(self.instance, **dict.fromkeys(counted, choices))
+
+    @property
+    def _objective(self) -> type[Objective]:
+        return type(self.instance)
+
+
+def given(objective: Objective | None, class_weights: tuple[float, ...] = ()) -> LossConfig:
+    """Returns the config of an objective, registered or not; None is the default of the task.
+
+    Args:
+      objective: the objective. One that counts the choices of the data takes them from the data instead.
+      class_weights: a weight per class, as in `LossConfig`.
+
+    Raises:
+      ConfigError: the class weights are out of their range.
+    """
+    if objective is None:
+        return LossConfig(class_weights=class_weights)
+    if type(objective) in OBJECTIVES.values():
+        return LossConfig.of(objective, class_weights=class_weights)
+    return GivenLoss(over=type(objective).__name__, class_weights=class_weights, instance=objective)
+
+
 _SHARED = frozenset(field.name for field in dataclasses.fields(LossConfig))
 
 

@@ -19,7 +19,7 @@ from spt_jax.evaluation.evaluate import selection_score
 from spt_jax.prompts import PromptParams
 from spt_jax.runtime import measure, processes, signals
 from spt_jax.runtime.sharding import replicated
-from spt_jax.training.checkpoints import Checkpoints, DamagedError
+from spt_jax.training.checkpoints import Checkpoints, DamagedError, NoCheckpoints
 from spt_jax.training.clock import Clock, Rates, Speed
 from spt_jax.training.config import TrainConfig
 from spt_jax.training.cost import step_flops, step_shape
@@ -35,6 +35,7 @@ class Stopped(Exception):  # noqa: N818 (not an error: the stop was requested)
 
     def __init__(self, signal_number: int, step: int):
         super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}; the state is saved")
+        self.signal_number = signal_number
         self.exit_code = 128 + signal_number
 
 
@@ -105,6 +106,10 @@ class Events:
     def improved(self, member: int, best: Best) -> None:
         """Called with each new best prompt, and once more with the last one."""
 
+    def ends(self) -> bool:
+        """Returns whether the run ends with the step that is done, as if it were the last one."""
+        return False
+
     def failed(self, member: int, step: int, problem: str) -> str:
         """Called when a metric is not finite. Raises an error, or returns why the member ended."""
         raise NotImplementedError
@@ -120,7 +125,7 @@ class TrainingRun:
       batches: the training batches of each member.
       advance: takes a step of a group of members.
       config: the options of the loop, resolved.
-      workdir: the directory in which checkpoints are stored.
+      workdir: the directory in which checkpoints are stored; None for no checkpoints.
       log: opens the metrics log at the step from which the run starts or resumes.
       events: told what happens.
       validate: returns metrics on the validation set, given a member's number and parameters; if None, the last prompt
@@ -131,6 +136,7 @@ class TrainingRun:
       keep: see `rungs`.
       metadata: plain JSON that is stored in each checkpoint.
       profile: the number of steps to trace into `workdir/profile`.
+      progress: whether to show a progress bar.
     """
 
     base: FrozenBase
@@ -138,7 +144,7 @@ class TrainingRun:
     batches: Sequence[Batches]
     advance: Advance
     config: TrainConfig
-    workdir: Path
+    workdir: Path | None
     log: Callable[[int], MetricsLog]
     events: Events
     validate: Callable[[int, PromptParams], Mapping[str, Any]] | None
@@ -148,6 +154,7 @@ class TrainingRun:
     keep: float = 1.0
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     profile: int = 0
+    progress: bool = True
 
 
 def train(
@@ -171,7 +178,9 @@ def train(
     states = list(run.states)
     standings = [Standing(Best(to_host(state.params))) for state in states]
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(run.workdir / "checkpoints", keep=config.keep))
+        checkpoints = stack.enter_context(
+            NoCheckpoints() if run.workdir is None else Checkpoints(run.workdir / "checkpoints", keep=config.keep)
+        )
         asked_to_stop = stack.enter_context(graceful_stop())
         done, speed = 0, Speed()
         if resume:
@@ -182,9 +191,11 @@ def train(
                     stream.set_state(data_state)
         checkpoints.remove_cut_off_saves()
         log = stack.enter_context(contextlib.closing(run.log(done)))
-        clock = Clock(config.steps, done, speed, measure.peak_flops(base.dtype) * base.mesh.size)
+        peak_flops = measure.peak_flops(base.dtype) * base.mesh.size
+        clock = Clock(config.steps, done, speed, peak_flops, shown=run.progress)
         stack.callback(clock.close)
-        trace = stack.enter_context(contextlib.closing(measure.Profile(run.workdir / "profile", run.profile)))
+        profile = measure.Profile((run.workdir or Path()) / "profile", run.profile)
+        trace = stack.enter_context(contextlib.closing(profile))
         first = done
         pending: list[tuple[int, list[tuple[list[int], GroupMetrics]], np.ndarray]] = []  # the last dispatched step
 
@@ -236,7 +247,7 @@ def train(
             done += 1
             pending.append((done, dispatched, work))
             standings = [own if own.ended else dataclasses.replace(own, steps=done) for own in standings]
-            last, stop = done == config.steps, asked_to_stop(done)
+            last, stop = done == config.steps or events.ends(), asked_to_stop(done)
             if run.validate is not None and (done % config.evaluate_every == 0 or done in run.rungs or last):  # type: ignore[operator]
                 settle()
                 with clock.pause():
@@ -247,6 +258,7 @@ def train(
                         standings[number] = _validated(standings[number], params, done, metrics, config.patience)
                         if standings[number].best.step == done:
                             events.improved(number, standings[number].best)
+            last = last or events.ends()  # a validation may end the run
             if done in run.rungs:
                 standings = _halved(standings, run.keep, done)
             if done % config.checkpoint_every == 0 or last or stop is not None or not _active(standings):  # type: ignore[operator]
@@ -255,6 +267,8 @@ def train(
             if stop is not None:
                 checkpoints.wait()
                 raise Stopped(stop, done)
+            if last:
+                break
         if run.validate is None:
             standings = [
                 own if own.ended else dataclasses.replace(own, best=Best(to_host(state.params), done))

@@ -1,6 +1,7 @@
 """Trains a single prompt: a population of one, with an optimizer of its own, that fails if its metrics do."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from spt_jax.data.batches import Batch, BatchPlan, place_batch, training_batches
 from spt_jax.data.examples import Example
 from spt_jax.errors import TrainingError
 from spt_jax.prompts import Method, PromptParams
+from spt_jax.runtime.waits import spoken
 from spt_jax.training.clock import Rates
 from spt_jax.training.config import TrainConfig
 from spt_jax.training.logs import MetricsLog
@@ -49,17 +51,24 @@ class Outcome:
 class _Events(Events):
     """Logs the metrics of the only member, and raises an error if they are not finite."""
 
-    def __init__(self, save_best: Callable[[Best], None]):
+    def __init__(self, save_best: Callable[[Best], None], also: Events):
         self._save_best = save_best
+        self._also = also
 
     def trained(self, log: MetricsLog, step: int, values: Mapping[int, Mapping[str, float]]) -> None:
         log.write(step, values[0])
+        self._also.trained(log, step, values)
 
     def validated(self, log: MetricsLog, step: int, member: int, metrics: Mapping[str, Any]) -> None:
         log.write(step, {"validation": dict(metrics)})
+        self._also.validated(log, step, member, metrics)
 
     def improved(self, member: int, best: Best) -> None:
         self._save_best(best)
+        self._also.improved(member, best)
+
+    def ends(self) -> bool:
+        return self._also.ends()
 
     def failed(self, member: int, step: int, problem: str) -> str:
         raise TrainingError(f"step {step}: {problem}. The last checkpoint and the best prompt so far are kept")
@@ -73,7 +82,7 @@ def fit(
     data: TrainingData,
     config: TrainConfig,
     *,
-    workdir: Path,
+    workdir: Path | None,
     log: Callable[[int], MetricsLog],
     validate: Callable[[PromptParams], Mapping[str, Any]] | None,
     save_best: Callable[[Best], None],
@@ -81,8 +90,10 @@ def fit(
     resume: bool = False,
     resume_from: int | None = None,
     profile: int = 0,
+    events: Events | None = None,
+    progress: bool = True,
 ) -> Outcome:
-    """Trains until `config.steps`, an early stop or a signal.
+    """Trains until `config.steps`, an early stop, an end that `events` ask for, or a signal.
 
     Args:
       base: the frozen base.
@@ -91,7 +102,7 @@ def fit(
       objective: the loss.
       data: the training data.
       config: options of the loop, resolved.
-      workdir: the directory in which checkpoints are stored.
+      workdir: the directory in which checkpoints are stored; None for no checkpoints.
       log: opens the metrics log at the step from which the run starts or resumes.
       validate: returns metrics of a prompt on the validation set; if None, the last prompt counts as the best.
       save_best: called with each new best prompt.
@@ -99,6 +110,8 @@ def fit(
       resume: whether to resume from the newest intact checkpoint in workdir.
       resume_from: with `resume`, the step of the checkpoint to resume from instead.
       profile: the number of steps to trace into `workdir/profile`.
+      events: told what happens, after the log; its `failed` is not called, because a failure is raised.
+      progress: whether to show a progress bar.
 
     Raises:
       TrainingError: a loss, gradient or prompt is not finite; the last checkpoint and the best prompt are not lost.
@@ -111,11 +124,13 @@ def fit(
         examples, data.plan, batch_size=config.batch_size, seed=config.seed, class_weights=data.class_weights
     )
     step = make_train_step(base, method, optimizer, objective, config.microbatches)
+    calls = itertools.count()
 
     def advance(
         numbers: Sequence[int], states: Sequence[TrainState], batches: Sequence[Batch]
     ) -> tuple[Sequence[TrainState], GroupMetrics]:
-        new, metrics = step(states[0], place_batch(batches[0], base.mesh))
+        with spoken("compiling the training step", shown=progress and next(calls) == 0):
+            new, metrics = step(states[0], place_batch(batches[0], base.mesh))
         return [new], metrics
 
     run = TrainingRun(
@@ -126,11 +141,12 @@ def fit(
         config=config,
         workdir=workdir,
         log=log,
-        events=_Events(save_best),
+        events=_Events(save_best, events or Events()),
         validate=None if validate is None else lambda _, params: validate(params),
         prefix_length=method.prefix_length,
         metadata=metadata,
         profile=profile,
+        progress=progress,
     )
     (standing,), seconds, rates = train(run, resume=resume, resume_from=resume_from)
     return Outcome(standing.best, standing.steps, seconds, rates)

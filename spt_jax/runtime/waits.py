@@ -1,0 +1,49 @@
+"""Messages about waits, such as loading and compilation, on stderr."""
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+from tqdm import tqdm
+
+from spt_jax.runtime import processes
+
+PATIENCE = 1.0  # seconds before a wait that is usually short is mentioned
+
+
+@contextlib.contextmanager
+def spoken(what: str, *, after: float = PATIENCE, shown: bool = True) -> Iterator[None]:
+    """Context manager that says what a process is waiting for, and at the end how long it took.
+
+    Nothing is said if the wait ends within `after` seconds, and only the first process of a run says anything.
+
+    Args:
+      what: what is done, such as "loading starter".
+      after: the seconds before the first message.
+      shown: whether to say anything.
+    """
+    if not (shown and processes.leads()):
+        yield
+        return
+    started, said = time.perf_counter(), threading.Event()
+
+    def say() -> None:
+        said.set()
+        _write(f"{what} ...")
+
+    timer = threading.Timer(after, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    if said.is_set():
+        _write(f"{what}: {time.perf_counter() - started:.1f} s")
+
+
+def _write(line: str) -> None:
+    """Writes a line above the progress bars."""
+    tqdm.write(line, file=sys.stderr)
