@@ -70,13 +70,13 @@ def line_chart(
         share = (x - first) / (last - first), (y - low) / (high - low)
         return LEFT + share[0] * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - share[1] * (HEIGHT - TOP - BOTTOM)
 
-    parts = [_axes(at, (first, last), (low, high), x_name)]
+    parts, names = [_axes(at, (first, last), (low, high), x_name)], []
     lowest = -math.inf  # labels of close lines are moved apart
     for level in sorted(levels, key=lambda level: -level.value):
         _, y = at(first, level.value)
         lowest = max(y - 4, lowest + 12)
         parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="level-name" x="{WIDTH - RIGHT}" y="{lowest:.1f}">{escape(level.label)}</text>')
+        names.append(f'<text class="level-name" x="{WIDTH - RIGHT}" y="{lowest:.1f}">{escape(level.label)}</text>')
     if chosen is not None:
         x, _ = at(chosen, low)
         parts.append(f'<line class="chosen" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
@@ -87,7 +87,7 @@ def line_chart(
         if line.marked or len(places) == 1:
             parts += [f'<circle class="{escape(line.style)}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in places]
     head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
-    return Markup(head + "".join(parts) + "</svg>")
+    return Markup(head + "".join([*parts, *names]) + "</svg>")
 
 
 def _axes(

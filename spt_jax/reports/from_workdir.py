@@ -348,7 +348,7 @@ def _common(config: Mapping[str, Any], results: Mapping[str, Any], written: Sequ
         ("tokens per second", results.get("tokens_per_second") and f"{results['tokens_per_second']:,.0f}"),
         ("peak memory", results.get("peak_memory_bytes") and f"{results['peak_memory_bytes'] / 2**20:,.0f} MiB"),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
-        *((f"digest of {source}", ", ".join(own)) for source, own in inputs.items()),
+        ("data, with digests", "\n".join(f"{source} {', '.join(own)}" for source, own in inputs.items())),
     ]
     tokens = [[(str(word), number(cosine, ".2f")) for word, cosine in row] for row in results.get("nearest_tokens") or []]
     return {

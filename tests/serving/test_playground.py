@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
 
 BARE, WRITTEN = "tiny, no prompt", "tiny, with a hand-written prompt"
 TEXT = "Hello world"
+PATHS = {"/", "/v1/models", "/v1/completions", "/v1/classify", "/healthz"}
 MARKUP = '<img src=x onerror="window.broken = true">'
 
 
@@ -42,7 +43,7 @@ def page(browser: Browser, server) -> Iterator[Page]:
     expect(column(page, 2)).to_be_visible()
     yield page
     page.close()
-    assert {url.removeprefix(server.url) for url in asked} <= {"/", "/v1/models", "/v1/completions", "/v1/classify"}
+    assert {url.removeprefix(server.url) for url in asked} <= PATHS
     # The browser itself reports an answer with an error's status.
     assert [text for text in said if not text.startswith("Failed to load resource")] == []
 
