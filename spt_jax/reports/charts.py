@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 380, 230
+WIDTH, HEIGHT = 340, 210
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 10, 34
 POINTS = 300  # per line; longer ones are averaged
 Points = Sequence[tuple[float, float]]
@@ -76,7 +76,7 @@ def line_chart(
         _, y = at(first, level.value)
         lowest = max(y - 4, lowest + 12)
         parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        names.append(f'<text class="level-name" x="{WIDTH - RIGHT}" y="{lowest:.1f}">{escape(level.label)}</text>')
+        names.append(f'<text class="level-name" x="{LEFT + 4}" y="{lowest:.1f}">{escape(level.label)}</text>')
     if chosen is not None:
         x, _ = at(chosen, low)
         parts.append(f'<line class="chosen" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')

@@ -112,11 +112,12 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Records of one kind, of which the first are shown."""
+    """Records of one kind, of which the first are shown. The file `source` has all."""
 
     title: str
     count: int
     shown: Sequence[Example]
+    source: str = "predictions.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +160,7 @@ class Report:
 def number(value: Any, form: str = ".3f") -> str:
     """Returns a number as text; a dash if there is none."""
     if not isinstance(value, int | float) or isinstance(value, bool):
-        return "–"
+        return "-"
     return format(value, form)
 
 
@@ -260,14 +261,20 @@ def won_and_lost(
     ]
 
 
-def mistakes(predictions: Sequence[Prediction], name: str) -> Examples | None:
-    """Returns the records on which a prompt is wrong; None if there is no right answer."""
+def mistakes(predictions: Sequence[Prediction], name: str, source: str = "predictions.jsonl") -> Examples | None:
+    """Returns the records on which a prompt is wrong; None if there is no right answer.
+
+    Args:
+      predictions: the predictions.
+      name: the name of the prompt.
+      source: the file with all predictions.
+    """
     answered = [own for own in predictions if right_answer(own) is not None and "prediction" in own]
     if not answered:
         return None
     wrong = [own for own in answered if not is_right(own)]
     shown = [_example(own, [(name, shown_text(own["prediction"]))]) for own in wrong[:EXAMPLES]]
-    return Examples(f"Wrong answers of {name}", len(wrong), shown)
+    return Examples(f"Wrong answers of {name}", len(wrong), shown, source)
 
 
 def _example(prediction: Prediction, answers: Sequence[tuple[str, str]]) -> Example:

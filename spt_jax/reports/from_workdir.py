@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_jax.errors import ConfigError
-from spt_jax.evaluation.predictions import PREFERRED, Prediction, read_predictions
+from spt_jax.evaluation.predictions import Prediction, read_predictions
 from spt_jax.experiment.workdir import CONFIG_FILE
 from spt_jax.reports.charts import Level, Line, finite, line_chart, smoothed
 from spt_jax.reports.contents import (
@@ -32,7 +32,7 @@ from spt_jax.studies.trials import MEMBERS_FILE, PREDICTIONS_FILE, ROWS_FILE, tr
 from spt_jax.training.logs import read_metrics
 
 SHARES = ("accuracy", "exact_match")
-NAMES = {"soft_prompt": "soft prompt", "hard_prompt": "written prompt", "no_prompt": "no prompt"}
+OTHERS = {"hard_prompt": "the written prompt", "no_prompt": "the base without a prompt"}
 
 
 def read_report(workdir: Path) -> Report:
@@ -74,16 +74,13 @@ def _run(workdir: Path, config: Mapping[str, Any], results: Mapping[str, Any]) -
     against = results.get("soft_against_written")
     figures = [Figure(words(measure), number(soft.get(measure)), interval_text(soft.get(f"{measure}_interval")))]
     if other := scores.get("hard_prompt"):
-        interval = interval_text(other.get(f"{measure}_interval"))
-        figures.append(Figure("written prompt", number(other.get(measure)), interval))
-    if against and against["measure"] == measure:
-        figures.append(Figure("difference", number(against["ahead"], "+.3f"), interval_text(against["ahead_interval"])))
+        figures += _other_figures(other, measure, against if against and against["measure"] == measure else None)
     figures += [
         Figure("chosen step", number(results.get("best_step"), ",d"), f"of {number(results.get('steps'), ',d')}"),
         Figure("size", f"{number(results.get('prompt_bytes'), ',d')} B", _parameters(results)),
     ]
     bars = bars_of(
-        f"{words(measure)} on {soft.get('examples', '')} {split} records, 95 % interval".capitalize(),
+        f"{words(measure)} on {soft.get('examples', '')} {split} records, 95\u00a0% interval".capitalize(),
         [
             (PROMPTS.get(name, name), own[measure], own.get(f"{measure}_interval"), name == "soft_prompt")
             for name, own in scores.items()
@@ -94,10 +91,8 @@ def _run(workdir: Path, config: Mapping[str, Any], results: Mapping[str, Any]) -
     )
     predictions = _predictions(workdir / PREDICTIONS_FILE, "prompt")
     classes, ours = results.get("classes") or {}, predictions.get("soft_prompt", [])
-    other = next((name for name in ("hard_prompt", "no_prompt") if name in predictions), None)
-    examples = None
-    if other is not None:
-        examples = won_and_lost(ours, predictions[other], ("the soft prompt", f"the {NAMES[other]}".replace("the no", "no")))
+    other = next((name for name in OTHERS if name in predictions), None)
+    examples = other and won_and_lost(ours, predictions[other], ("the soft prompt", OTHERS[other]))
     lines = read_metrics(workdir / "metrics.jsonl")
     return Report(
         kind="training run",
@@ -117,7 +112,7 @@ def _comparison(workdir: Path, config: Mapping[str, Any], results: Mapping[str, 
     table: Sequence[Mapping[str, Any]] = results["table"]
     first, measure = table[0], table[0]["measure"]
     bars = bars_of(
-        f"{words(measure)} on {first['records']} test records, 95 % interval".capitalize(),
+        f"{words(measure)} on {first['records']} test records, 95\u00a0% interval".capitalize(),
         [(own["name"], own[measure], own.get(f"{measure}_interval"), own is first) for own in table],
         share=measure in SHARES,
     )
@@ -126,9 +121,16 @@ def _comparison(workdir: Path, config: Mapping[str, Any], results: Mapping[str, 
     others = written or [own for own in table[1:] if own["name"] == "no prompt"] or list(table[1:])
     best = max(others, key=lambda own: own[measure], default=None)
     ours = predictions.get(first["name"], [])
-    examples = best and won_and_lost(ours, predictions.get(best["name"], []), (first["name"], best["name"]))
+    names = "the soft prompt", "the written prompt" if written else best["name"] if best else ""
+    examples = best and won_and_lost(ours, predictions.get(best["name"], []), names)
+    figures = [Figure(words(measure), number(first[measure]), interval_text(first.get(f"{measure}_interval")))]
+    if written:
+        figures += _other_figures(best, measure, best)
     columns = (
-        ("ahead by", lambda own: f"{number(own.get('ahead'), '+.3f')} {interval_text(own.get('ahead_interval'))}"),
+        (
+            "first row ahead by",
+            lambda own: f"{number(own.get('ahead'), '+.3f')} {interval_text(own.get('ahead_interval'))}",
+        ),
         ("p (McNemar)", lambda own: p_value(own.get("p_mcnemar"))),
         ("p (bootstrap)", lambda own: p_value(own.get("p_bootstrap"))),
         ("trained parameters", lambda own: number(own.get("trainable_parameters"), ",")),
@@ -140,13 +142,13 @@ def _comparison(workdir: Path, config: Mapping[str, Any], results: Mapping[str, 
     return Report(
         kind="comparison",
         title=workdir.resolve().name,
-        summary=f"Everything is compared with {first['name']}.",
-        figures=[Figure(words(measure), number(first[measure]), interval_text(first.get(f"{measure}_interval")))],
+        summary=_against({**best, "measure": measure}) if written else "",
+        figures=[*figures, Figure("size", f"{number(first.get('bytes'), ',d')} B", _parameters(first))],
         bars=_present([bars]),
         tables=[
             Table(
                 "Differences and costs",
-                ["", *(name.replace("ahead by", "first is ahead by") for name, _ in columns)],
+                ["", *(name for name, _ in columns)],
                 [[cut(own["name"]), *(text(own) for _, text in columns)] for own in table],
             )
         ],
@@ -155,7 +157,7 @@ def _comparison(workdir: Path, config: Mapping[str, Any], results: Mapping[str, 
             [confusion_of(f"Classes, {first['name']}", (results.get("classes") or {}).get(first["name"]))]
         ),
         examples=examples or _present([mistakes(ours, first["name"])]),
-        **_common(config, results, []),
+        **_common(config, results, [best["name"].removeprefix("hand-written: ")] if written else []),
     )
 
 
@@ -166,9 +168,14 @@ def _sweep(workdir: Path, config: Mapping[str, Any], results: Mapping[str, Any])
 
     def bars(split: str) -> Bars | None:
         return bars_of(
-            f"{words(measure)} on {split}, mean over seeds, 95 % interval".capitalize(),
+            f"{words(measure)} on {split}, mean over seeds, 95\u00a0% interval".capitalize(),
             [
-                (_named(own["settings"]), own[split]["mean"], own[split]["interval"], own["settings"] == chosen["settings"])
+                (
+                    _named(own["settings"]),
+                    own[split]["mean"],
+                    own[split]["interval"],
+                    own["settings"] == chosen["settings"],
+                )
                 for own in scored
                 if own.get(split)
             ],
@@ -189,7 +196,7 @@ def _sweep(workdir: Path, config: Mapping[str, Any], results: Mapping[str, Any])
         figures.append(Figure(f"ensemble of {len(together['trials'])}", number(together["accuracy"]), note))
     folder = trial_folder(workdir, chosen["trial"])
     by_split = _predictions(folder / PREDICTIONS_FILE, "split")
-    split = "test" if "test" in by_split else "validation"
+    split, source = "test" if "test" in by_split else "validation", folder.relative_to(workdir) / PREDICTIONS_FILE
     name = f"trial {chosen['trial']}"
     own_row = next((row for row in rows if row["trial"] == chosen["trial"]), {})
     return Report(
@@ -201,9 +208,17 @@ def _sweep(workdir: Path, config: Mapping[str, Any], results: Mapping[str, Any])
         tables=_present([_trials(rows, scored, measure)]),
         charts=_present([_trial_chart(workdir, rows, chosen["trial"], own_row.get("best_step"))]),
         confusions=_present([confusion_of(f"Classes of {split} records, {name}", results.get("classes"))]),
-        examples=_present([mistakes(by_split.get(split, []), name)]),
+        examples=_present([mistakes(by_split.get(split, []), name, str(source))]),
         **_common(config, results, []),
     )
+
+
+def _other_figures(other: Mapping[str, Any], measure: str, against: Mapping[str, Any] | None) -> list[Figure]:
+    """Returns the score of the written prompt, and how far the soft prompt is ahead of it."""
+    figures = [Figure("written prompt", number(other.get(measure)), interval_text(other.get(f"{measure}_interval")))]
+    if against:
+        figures.append(Figure("difference", number(against["ahead"], "+.3f"), interval_text(against["ahead_interval"])))
+    return figures
 
 
 def measure_of(scores: Mapping[str, Any]) -> str:
@@ -216,9 +231,7 @@ def words(measure: str) -> str:
     return measure.replace("_", " ")
 
 
-def run_charts(
-    lines: Sequence[Mapping[str, Any]], references: Mapping[str, float], chosen: int | None
-) -> list[Chart]:
+def run_charts(lines: Sequence[Mapping[str, Any]], references: Mapping[str, float], chosen: int | None) -> list[Chart]:
     """Returns the curves of a run: the training loss, and the validation measure with other prompts' scores.
 
     Args:
@@ -280,9 +293,9 @@ def _trials(rows: Sequence[Mapping[str, Any]], scored: Sequence[Mapping[str, Any
     shown = [
         [
             str(row["trial"]),
-            *(cut(str(row.get(field, "–"))) for field in fields),
-            str(row.get("seed", "–")),
-            cut(str(row.get("status", "–"))),
+            *(cut(str(row.get(field, "-"))) for field in fields),
+            str(row.get("seed", "-")),
+            cut(str(row.get("status", "-"))),
             number(row.get("steps"), ",d"),
             number(row.get("best_step"), ",d"),
             *(number(row.get(f"{split}.{known}")) for split in splits),
@@ -290,7 +303,15 @@ def _trials(rows: Sequence[Mapping[str, Any]], scored: Sequence[Mapping[str, Any
         for row in rows[:ROWS]
     ]
     left_out = f"{len(rows) - ROWS} more are in trials.csv" if len(rows) > ROWS else ""
-    columns = ["trial", *fields, "seed", "status", "steps", "best step", *(f"{split} {words(known)}" for split in splits)]
+    columns = [
+        "trial",
+        *fields,
+        "seed",
+        "status",
+        "steps",
+        "best step",
+        *(f"{split} {words(known)}" for split in splits),
+    ]
     return Table("Trials", columns, shown, left_out)
 
 
@@ -315,10 +336,10 @@ def _against(against: Mapping[str, Any] | None) -> str:
         return ""
     tests = [("McNemar", against.get("p_mcnemar")), ("paired bootstrap", against.get("p_bootstrap"))]
     p = " and ".join(f"p = {p_value(value)} ({name})" for name, value in tests if value is not None)
-    side = "ahead of" if against["ahead"] >= 0 else "behind"
+    side, measure = "ahead of" if against["ahead"] >= 0 else "behind", words(against["measure"])
     return (
-        f"The soft prompt is {side} the best written prompt by {abs(against['ahead']):.3f} in {words(against['measure'])}"
-        f" (95 % interval of the difference {interval_text(against['ahead_interval'])}; {p})."
+        f"The soft prompt is {side} the best written prompt by {abs(against['ahead']):.3f} in {measure}"
+        f" (95\u00a0% interval of the difference {interval_text(against['ahead_interval'])}; {p})."
     )
 
 
@@ -333,7 +354,9 @@ def _common(config: Mapping[str, Any], results: Mapping[str, Any], written: Sequ
     versions = results.get("versions") or {}
     prompt = [("template", data.get("prompt") or ""), ("target", data.get("target") or "")]
     verbalizers = data.get("verbalizers") or {}
-    prompt += [("classes", ", ".join(f"{name} = {text!r}" for name, text in verbalizers.items()))] if verbalizers else []
+    prompt += (
+        [("classes", ", ".join(f"{name} = {text!r}" for name, text in verbalizers.items()))] if verbalizers else []
+    )
     prompt += [("best written prompt", text) for text in written]
     inputs = results.get("data") or (config.get("inputs") or {}).get("data") or {}
     environment = [
@@ -350,7 +373,9 @@ def _common(config: Mapping[str, Any], results: Mapping[str, Any], written: Sequ
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
         ("data, with digests", "\n".join(f"{source} {', '.join(own)}" for source, own in inputs.items())),
     ]
-    tokens = [[(str(word), number(cosine, ".2f")) for word, cosine in row] for row in results.get("nearest_tokens") or []]
+    tokens = [
+        [(str(word), number(cosine, ".2f")) for word, cosine in row] for row in results.get("nearest_tokens") or []
+    ]
     return {
         "tokens": tokens,
         "prompt": [(name, text) for name, text in prompt if text],

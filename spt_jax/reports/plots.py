@@ -1,6 +1,7 @@
 """Plots of runs, sweeps, comparisons and inspections."""
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def plot_sweep(
         pane.set(xlabel=field, ylabel=f"validation {measure}")
         if labels is None and min(all_places) > 0 and max(all_places) / min(all_places) > 30:
             pane.set_xscale("log")
-        elif labels is not None or len(set(written)) <= 12:
+        elif labels is not None or _are_apart(all_places):
             pane.set_xticks(*zip(*(labels or zip(all_places, written, strict=True)), strict=True))
     figure.suptitle(_plain(title))
     handles = dict(zip(*reversed(panes[0].get_legend_handles_labels()), strict=True))
@@ -223,6 +224,13 @@ def _places(written: Sequence[str]) -> tuple[list[float], list[tuple[int, str]] 
     except ValueError:
         order = list(dict.fromkeys(written))
         return [float(order.index(value)) for value in written], list(enumerate(order))
+
+
+def _are_apart(places: Sequence[float]) -> bool:
+    """Whether there are few positions, and the labels of any two have room side by side."""
+    ordered = sorted(set(places))
+    gaps = [after - before for before, after in itertools.pairwise(ordered)]
+    return len(ordered) <= 12 and all(gap >= 0.05 * (ordered[-1] - ordered[0]) for gap in gaps)
 
 
 def _plain(text: str) -> str:

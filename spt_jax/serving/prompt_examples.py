@@ -39,7 +39,10 @@ def read_examples(folder: Path) -> list[str | dict[str, str]]:
 
 
 def examples_for(examples: Sequence[str | Mapping[str, str]], fields: Sequence[str]) -> list[dict[str, str]]:
-    """Returns the examples as records of a template with these fields; others are left out. A text is its only field."""
+    """Returns the examples as records of a template with these fields, of which a text is the only one.
+
+    Examples with other fields are left out.
+    """
     records = [{fields[0]: own} if isinstance(own, str) and len(fields) == 1 else own for own in examples]
     return [dict(own) for own in records if not isinstance(own, str) and set(own) == set(fields)]
 

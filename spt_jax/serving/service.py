@@ -305,7 +305,9 @@ class Service:
         entry, held = self.bank.take(name)
         if entry.template.reads is not None:
             raise RefusedError(
-                400, f"{model!r} labels words of a field, which the server does not; use `spt-jax generate`", param="model"
+                400,
+                f"{model!r} labels words of a field, which the server does not; use `spt-jax generate`",
+                param="model",
             )
         if entry.classifies:
             raise RefusedError(400, f"{model!r} only classifies; use /v1/classify", param="model")
