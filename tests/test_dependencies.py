@@ -14,7 +14,7 @@ from spt_jax.runtime.extras import EXTRAS
 
 PACKAGE = Path(spt_jax.__file__).parent
 PROJECT = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
-UNIMPORTED = {"jinja2"}  # transformers imports it to render chat templates
+UNIMPORTED: set[str] = set()
 DISTRIBUTIONS = {"orbax": "orbax-checkpoint"}  # those whose name differs from the module's
 
 

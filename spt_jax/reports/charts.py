@@ -3,8 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-
-from markupsafe import Markup, escape
+from html import escape
 
 WIDTH, HEIGHT = 340, 210
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 10, 34
@@ -43,7 +42,7 @@ def line_chart(
     levels: Sequence[Level] = (),
     chosen: float | None = None,
     bounds: tuple[float, float] | None = None,
-) -> Markup | None:
+) -> str | None:
     """Returns a chart as an `svg` element.
 
     Args:
@@ -87,7 +86,7 @@ def line_chart(
         if line.marked or len(places) == 1:
             parts += [f'<circle class="{escape(line.style)}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in places]
     head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
-    return Markup(head + "".join([*parts, *names]) + "</svg>")
+    return head + "".join([*parts, *names]) + "</svg>"
 
 
 def _axes(

@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup
-
 from spt_jax.evaluation import metrics
 from spt_jax.evaluation.predictions import Prediction
 
@@ -29,10 +27,10 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A chart, its title and what its lines are, each with the class of its line."""
+    """A chart as markup, its title, and its lines, each with the class of the line and its name."""
 
     title: str
-    svg: Markup
+    svg: str
     keys: Sequence[tuple[str, str]] = ()
 
 

@@ -63,9 +63,9 @@ async def class_chat(
         return _whole(api.ChatCompletion(**shared, choices=choices, usage=usage))
     pieces: list[BaseModel] = []
     for index in range(body.n):
-        for delta, finished in ((api.Delta(role="assistant", content=label), None), (api.Delta(), "stop")):
-            choice = api.ChunkChoice(index=index, delta=delta, finish_reason=finished)
-            pieces.append(api.ChatChunk(**shared, choices=[choice]))
+        first = api.ChunkChoice(index=index, delta=api.Delta(role="assistant", content=label))
+        last = api.ChunkChoice(index=index, delta=api.Delta(), finish_reason="stop")
+        pieces += [api.ChatChunk(**shared, choices=[choice]) for choice in (first, last)]
     if _wants_usage(body):
         pieces.append(api.ChatChunk(**shared, choices=[], usage=usage))
     return _streamed(pieces)

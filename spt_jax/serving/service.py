@@ -107,7 +107,7 @@ class Service:
         self.worker, self.name, self.folder, self.admin_key = worker, name, folder, admin_key
         self.bank: PromptBank = worker.engine.bank
         self.classifier = Classifier(self.bank, worker.compilations)
-        self._examples: dict[str, list[dict[str, str]]] = {}
+        self._examples: dict[str, list[str | dict[str, str]]] = {}
         self.reading, self.scoring = Lane("reading"), Lane("scoring")
         self._placed: collections.Counter[str] = collections.Counter()
         self._bound = text_bound(self.bank.base.tokenizer)
