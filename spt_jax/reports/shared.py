@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spt_jax.evaluation.predictions import Prediction
+from spt_jax.evaluation.predictions import Prediction, read_predictions
 from spt_jax.reports.contents import Figure, interval_text, number, p_value
 
 SHARES = ("accuracy", "exact_match")  # measures between 0 and 1
