@@ -8,7 +8,8 @@ from html import escape
 WIDTH, HEIGHT = 340, 210
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 10, 34
 POINTS = 300  # per line; longer ones are averaged
-Points = Sequence[tuple[float, float]]
+Number = int | float
+Points = Sequence[tuple[Number, Number]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ def line_chart(
     label: str,
     x_name: str = "step",
     levels: Sequence[Level] = (),
-    chosen: float | None = None,
+    chosen: int | None = None,
     bounds: tuple[float, float] | None = None,
 ) -> str | None:
     """Returns a chart as an `svg` element.
@@ -57,7 +58,7 @@ def line_chart(
       The element; None if there is no finite point.
     """
     drawn = [dataclasses.replace(line, points=thinned(finite(line.points))) for line in lines]
-    xs = [x for line in drawn for x, _ in line.points] + ([] if chosen is None else [chosen])
+    xs = [x for line in drawn for x, _ in line.points] + ([] if chosen is None else [float(chosen)])
     ys = [y for line in drawn for _, y in line.points]
     if not ys:
         return None
@@ -77,7 +78,7 @@ def line_chart(
         parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         names.append(f'<text class="level-name" x="{LEFT + 4}" y="{lowest:.1f}">{escape(level.label)}</text>')
     if chosen is not None:
-        x, _ = at(chosen, low)
+        x, _ = at(float(chosen), low)
         parts.append(f'<line class="chosen" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     for line in drawn:
         places = [at(x, min(max(y, low), high)) for x, y in line.points]
@@ -124,9 +125,10 @@ def thinned(points: Points, limit: int = POINTS) -> list[tuple[float, float]]:
     return [(sum(x for x, _ in own) / len(own), sum(y for _, y in own) / len(own)) for own in parts]
 
 
-def smoothed(points: Points, window: int) -> list[tuple[float, float]]:
+def smoothed(points: Points, window: int) -> list[tuple[Number, float]]:
     """Returns the mean of each `window` consecutive values, at the last of them."""
-    found, total = [], 0.0
+    found: list[tuple[Number, float]] = []
+    total = 0.0
     for index, (x, y) in enumerate(points):
         total += y - (points[index - window][1] if index >= window else 0.0)
         if index >= window - 1:

@@ -80,7 +80,7 @@ def sweep_report(workdir: Path, config: Mapping[str, Any], results: Mapping[str,
 
 def _trial_chart(workdir: Path, rows: Sequence[Mapping[str, Any]], chosen: int, step: int | None) -> Chart | None:
     """Returns the validation of every trial, those that were stopped early included."""
-    found: dict[int, list[tuple[float, float]]] = {}
+    found: dict[int, list[tuple[int, float]]] = {}
     measure = "accuracy" if any("validation.accuracy" in row for row in rows) else "loss"
     for path in sorted((workdir / "populations").glob(f"*/{MEMBERS_FILE}")):
         numbers = json.loads(path.read_bytes())
