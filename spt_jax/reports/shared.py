@@ -35,7 +35,7 @@ def difference_sentence(against: Mapping[str, Any] | None) -> str:
     if not against:
         return ""
     tests = [("McNemar", against.get("p_mcnemar")), ("paired bootstrap", against.get("p_bootstrap"))]
-    p = " and ".join(f"p = {p_value(value)} ({name})" for name, value in tests if value is not None)
+    p = ", ".join(f"{name} p = {p_value(value)}" for name, value in tests if value is not None)
     side, measure = "ahead of" if against["ahead"] >= 0 else "behind", words(against["measure"])
     return (
         f"The soft prompt is {side} the best written prompt by {abs(against['ahead']):.3f} in {measure}"

@@ -62,7 +62,9 @@ def test_a_report_is_one_file_without_scripts_and_addresses(kind: str, tmp_path:
 def test_a_run_s_report_has_its_numbers(tmp_path: Path):
     report = read_report(write_run(tmp_path / "run"))
     assert [figure.value for figure in report.figures] == ["0.667", "0.500", "+0.167", "80", "12,345 B"]
-    assert "ahead of the best written prompt by 0.167" in report.summary and "p = 0.62 (McNemar)" in report.summary
+    assert (
+        "ahead of the best written prompt by 0.167" in report.summary and "McNemar p = 0.62, paired" in report.summary
+    )
     (bars,) = report.bars
     assert [(bar.name, bar.ends) for bar in bars.bars] == [
         ("soft prompt", (66.67, 20.0, 90.0)),
