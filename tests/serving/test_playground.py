@@ -173,7 +173,7 @@ def test_a_request_can_be_copied_as_curl(page: Page, server):
     choose(page, BARE, "verdict")
     write(page, "Text", 'it\'s "so" $HOME')
     finish(page)
-    page.evaluate("navigator.clipboard.writeText = () => Promise.reject(new Error())")
+    page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error()); }")
     bodies = []
     for number in (1, 2):
         column(page, number).get_by_role("button", name="Copy as curl").click()
