@@ -68,6 +68,8 @@ def test_every_way_of_asking_has_a_row(files: Path, compared: Path):
         assert f"| {row['accuracy']:.3f} [" in line and f"| {row['trainable_parameters']:,} |" in line
     assert "| 7 | - | 1.5 | 0.5 | 2.0 |" in text[-1]
     assert (compared / "compare.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    report = (compared / "report.html").read_text()
+    assert all(f"{row['accuracy']:.3f}" in report for row in rows(compared).values())
 
 
 def test_scores_follow_from_the_predictions(compared: Path):

@@ -22,7 +22,7 @@ from tests.jobs import arrays, words, write_task
 SHORT = ("--train.steps", "4", "--train.evaluate-every", "2", "--train.checkpoint-every", "1", "--train.keep", "1")
 EVERY = 1 if os.environ.get("SPT_JAX_ALL_CRASHES") else 24
 MEASURED = ("train_seconds", "compile_seconds", "examples_per_second", "tokens_per_second", "flops_utilization",
-            "peak_memory_bytes", "command")  # fmt: skip
+            "peak_memory_bytes", "command", "date")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def job(tmp_path_factory: pytest.TempPathFactory):
 
     patch.setattr(spt_jax.commands.train, "load_experiment", load_once)
     patch.setattr(single, "make_train_step", make_once)
-    patch.setattr(spt_jax.commands.train, "plot_curves", lambda path, lines, references: write_bytes(path, b"PNG"))
+    patch.setattr(spt_jax.commands.train, "plot_curves", lambda path, *_, **__: write_bytes(path, b"PNG"))
     yield lambda workdir, *more: train.main(words(files, workdir, *SHORT, *more))
     patch.undo()
 

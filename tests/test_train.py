@@ -50,6 +50,14 @@ def test_leaves_what_scripts_rely_on(finished: Path):
     assert results["tokens_per_second"] > results["examples_per_second"] > 0 < results["flops_utilization"] < 1
     assert results["prompt_bytes"] <= 4 * 4 * 32 + 8192
     assert results["test"]["hard_prompt"]["text"] in ("{text}\nIt was", "Is {text} good?\n")
+    counts = np.asarray(results["classes"]["soft_prompt"]["confusion"])
+    assert counts.sum() == 30 and np.trace(counts) / 30 == pytest.approx(results["test"]["soft_prompt"]["accuracy"])
+    scores = [results["test"][name]["accuracy"] for name in ("soft_prompt", "hard_prompt")]
+    assert results["soft_against_written"]["ahead"] == pytest.approx(scores[0] - scores[1])
+    assert len(results["nearest_tokens"]) == 4 and {len(row) for row in results["nearest_tokens"]} == {5}
+    assert results["data"] == json.loads((finished / "config.json").read_text())["inputs"]["data"]
+    report = (finished / "report.html").read_text()
+    assert f"{scores[0]:.3f}" in report and results["date"] in report
     assert (finished / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     first, last = np.mean([v for _, v in losses(finished)[:5]]), np.mean([v for _, v in losses(finished)[-5:]])
     assert last < first
@@ -118,12 +126,14 @@ def test_a_heads_options(files: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "loss.over=verbalizers is not compatible with a classification head" in capsys.readouterr().err
 
 
-def test_metrics_can_be_computed_again_from_the_predictions(finished: Path):
+def test_metrics_can_be_computed_again_from_the_predictions(files: Path, finished: Path):
     results = json.loads((finished / "results.json").read_text())["test"]
+    texts = [json.loads(line)["text"] for line in (files / "test.jsonl").read_text().splitlines()]
     lines = [json.loads(line) for line in (finished / "predictions.jsonl").read_text().splitlines()]
     for name, metrics in results.items():
         own = [line for line in lines if line["prompt"] == name]
         assert len(own) == metrics["examples"] == 30
+        assert [line["fields"]["text"] for line in own] == texts
         assert np.mean([line["label"] == line["prediction"] for line in own]) == pytest.approx(metrics["accuracy"])
 
 

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from spt_jax.bases.base import describe_base
 from spt_jax.errors import ConfigError
+from spt_jax.evaluation.classes import class_report
+from spt_jax.evaluation.inspection import NEAREST, nearest_words
 from spt_jax.evaluation.predictions import predictions_jsonl
 from spt_jax.experiment.command_line import Job, config_json, parse_job
 from spt_jax.experiment.config import AnyMethod, resolve
@@ -15,9 +17,11 @@ from spt_jax.experiment.run import load_experiment
 from spt_jax.experiment.shipped import config_path
 from spt_jax.experiment.workdir import CONFIG_FILE, check_workdir, held, input_paths, prepare_workdir
 from spt_jax.options import Pairs
+from spt_jax.reports.html import write_report
 from spt_jax.reports.plots import can_draw, missing_note, plot_comparison
 from spt_jax.runtime import measure
 from spt_jax.runtime.files import write_json, write_text
+from spt_jax.runtime.provenance import provenance
 from spt_jax.studies.comparison import PREDICTIONS_FILE, Entry, ask, baselines, make_table, markdown, read_outside
 
 PROGRAM = "spt-jax compare"
@@ -82,30 +86,41 @@ def main(argv: Sequence[str]) -> None:
         entries = [*(ask(experiment.base, baseline) for baseline in rows), *outside]
         table = make_table(entries, list(experiment.template.verbalizers))
         prepare_workdir(command.workdir, overwrite=command.overwrite, reads=reads)
-        write_results(command.workdir, entries, table, config_json(command), argv)
+        words = [] if rows[0].virtual is None else nearest_words(experiment.base, rows[0].virtual, NEAREST)
+        facts = {"nearest_tokens": words, "command": shlex.join([*PROGRAM.split(), *argv])}
+        classes = list(experiment.template.verbalizers)
+        write_results(command.workdir, entries, table, classes, config_json(command), facts)
     print(markdown(table))
-    print(f"{command.workdir}: compare.md, compare.json,{' compare.png,' if can_draw() else ''} predictions.jsonl")
+    plot = " compare.png," if can_draw() else ""
+    print(f"{command.workdir}: report.html, compare.md, compare.json,{plot} predictions.jsonl")
 
 
 def write_results(
     workdir: Path,
     entries: Sequence[Entry],
     table: Sequence[Mapping[str, Any]],
+    classes: Sequence[str],
     settings: Mapping[str, Any],
-    argv: Sequence[str],
+    facts: Mapping[str, Any],
 ) -> None:
-    """Writes compare.json, compare.md, compare.png, and predictions.jsonl, from which the table can be recomputed."""
+    """Writes compare.json, compare.md, compare.png, report.html, and predictions.jsonl.
+
+    The table can be recomputed from predictions.jsonl.
+    """
     write_json(workdir / CONFIG_FILE, settings)
     write_text(workdir / PREDICTIONS_FILE, predictions_jsonl({entry.name: entry.predictions for entry in entries}))
     write_json(
         workdir / "compare.json",
         {
             "table": table,
+            "classes": {entry.name: class_report(entry.predictions, classes) for entry in entries} if classes else {},
             "device": measure.device_name(),
             "versions": measure.versions(),
-            "command": shlex.join([*PROGRAM.split(), *argv]),
+            **facts,
+            **provenance(),
         },
     )
     write_text(workdir / "compare.md", markdown(table) + "\n")
     if can_draw():
-        plot_comparison(workdir / "compare.png", table)
+        plot_comparison(workdir / "compare.png", table, title=workdir.name)
+    write_report(workdir)

@@ -48,6 +48,7 @@ COMMANDS: dict[str, Entry] = {
     "sweep": Entry("train prompts with many settings, and report the best", "sweep", options="Sweep"),
     "find-rate": Entry("suggest a learning rate for a config", "find_rate", options="FindRate"),
     "compare": Entry("compare saved prompts with the alternatives to them", "compare", options="Compare"),
+    "report": Entry("write the report of a work directory again", "report", "MakeReport"),
     "serve": Entry("serve a base and a directory of prompts over HTTP", "serve", "Serve"),
     "import": Entry("convert a prompt of another library", "convert", "Import"),
     "export": Entry("convert a saved prompt to the format of another library", "convert", "Export"),

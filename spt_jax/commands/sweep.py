@@ -17,9 +17,11 @@ from spt_jax.experiment.config import AnyMethod, resolve
 from spt_jax.experiment.run import input_digests
 from spt_jax.experiment.shipped import config_path
 from spt_jax.experiment.workdir import check_workdir, held, input_paths, open_workdir
+from spt_jax.reports.html import write_report
 from spt_jax.reports.plots import can_draw, missing_note, plot_sweep
 from spt_jax.runtime import measure, signals
 from spt_jax.runtime.files import write_json
+from spt_jax.runtime.provenance import provenance
 from spt_jax.studies.plateau import Estimate, check_records, has_plateaued, shortest_of_the_best
 from spt_jax.studies.results import (
     LENGTH,
@@ -27,10 +29,12 @@ from spt_jax.studies.results import (
     ask_together,
     by_length,
     check_ensemble,
+    chosen_details,
     copy_prompt,
     finished,
     scored,
     trial_score,
+    validation_mean,
 )
 from spt_jax.studies.settings import flag_words, named, parse_field, settings
 from spt_jax.studies.trials import (
@@ -149,7 +153,8 @@ def main(argv: Sequence[str]) -> None:
     facts = {"command": first_command([*PROGRAM.split(), *argv])}
     with held(workdir), signals.advising("Continue with --resume"):
         settings = {**config_json(command.config), "sweep": options}
-        open_workdir(workdir, settings, input_digests(examples), **mode, reads=reads)
+        digests = input_digests(examples)
+        open_workdir(workdir, settings, digests, **mode, reads=reads)
         rows = read_rows(workdir, planned)
         for described in dict.fromkeys(describe_base(prepared.experiment.base) for prepared in all_prepared):
             print(described)
@@ -180,10 +185,13 @@ def main(argv: Sequence[str]) -> None:
                 "steps_of_all": sum(trial.config.train.steps for trial in planned.values()),
                 "device": measure.device_name(),
                 "versions": measure.versions(),
+                "data": digests["data"],
                 "command": words,
+                **provenance(),
             },
         )
-        plot = "sweep.png, " if can_draw() else ""
+        write_report(workdir)
+        plot = "report.html, sweep.png, " if can_draw() else "report.html, "
         print(f"{workdir}: trials.csv, trials.parquet, results.json, {plot}and each trial's prompt in trials/")
 
 
@@ -222,6 +230,8 @@ def finish(
 ) -> dict[str, Any]:
     """Chooses a setting, saves its best prompt as `prompt/`, draws `sweep.png`, and evaluates the ensemble.
 
+    The plot also shows the trials that were stopped early.
+
     Returns:
       The contents of `results.json`.
 
@@ -242,12 +252,20 @@ def finish(
     number = max(chosen.trials, key=lambda trial: trial_score(rows[trial]))
     copy_prompt(trial_folder(workdir, number) / "prompt", workdir / "prompt")
     print(f"chosen: {named(chosen.settings)}, {reason}; {workdir}/prompt is from trial {number}")
+    shown = {trial for score in scores for trial in score.trials}
+    others = [
+        (trial.settings, value)
+        for trial in ran
+        if trial.number not in shown and (value := validation_mean(workdir, trial.number, chosen.measure)) is not None
+    ]
     if can_draw():
         plot_sweep(
             workdir / "sweep.png",
             [(score.settings, score.validation, score.by_seed) for score in scores],
             chosen.settings,
             chosen.measure.replace("_", " "),
+            title=f"{workdir.name}: trial {number}, step {rows[number]['best_step']}",
+            others=others,
         )
     unfinished = {trial.number: rows[trial.number]["status"] for trial in ran if not finished(rows[trial.number])}
     if unfinished:
@@ -258,6 +276,7 @@ def finish(
             f"ensemble of the best {len(together['trials'])}: {together['split']} accuracy {together['accuracy']:.3f};"
             f" separately {together['mean_accuracy']:.3f} on average"
         )
+    experiment = prepare(next(trial for trial in ran if trial.number == number)).experiment
     return {
         "measure": chosen.measure,
         "settings": [score.as_json() for score in scores],
@@ -266,6 +285,7 @@ def finish(
         "not_to_their_end": unfinished,
         "trials": len(ran),
         "steps": sum(rows[trial.number]["steps"] for trial in ran),
+        **chosen_details(workdir, number, experiment),
     }
 
 

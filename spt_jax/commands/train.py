@@ -7,7 +7,7 @@ saving.
 """
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,23 @@ import jax
 from spt_jax.bases.base import describe_base
 from spt_jax.data.batches import pack, place_batch
 from spt_jax.data.preview import describe
+from spt_jax.data.task import Evaluation
 from spt_jax.evaluation import metrics
-from spt_jax.evaluation.predictions import predictions_jsonl
+from spt_jax.evaluation.classes import class_report
+from spt_jax.evaluation.inspection import NEAREST, nearest_words
+from spt_jax.evaluation.predictions import Prediction, compared, predictions_jsonl, with_fields
 from spt_jax.experiment.command_line import Command, config_json, first_command, parse_train
 from spt_jax.experiment.config import resolve
 from spt_jax.experiment.run import Experiment, compare, evaluation_sets, input_digests, load_experiment
 from spt_jax.experiment.shipped import config_path
 from spt_jax.experiment.training import Prepared, claimed, prepare, tune
 from spt_jax.experiment.workdir import check_workdir, input_paths
+from spt_jax.reports.html import write_report
 from spt_jax.reports.plots import can_draw, missing_note, plot_curves
 from spt_jax.reports.report import comparison_table, reference_lines
 from spt_jax.runtime import measure, processes, signals
 from spt_jax.runtime.files import write_json, write_text
+from spt_jax.runtime.provenance import provenance
 from spt_jax.training.logs import MetricsLog, NoLog, check_log, read_metrics
 from spt_jax.training.loop import Best
 from spt_jax.training.objectives import prepare_examples
@@ -111,9 +116,16 @@ def run(command: Command[Any], argv: Sequence[str], program: str) -> None:
             profile=command.profile if processes.leads() else 0,
         )
         signals.reclaim()
-        results = compare(base, asked, experiment.virtual(outcome.best.params))
+        virtual = experiment.virtual(outcome.best.params)
+        results, words = compare(base, asked, virtual), nearest_words(base, virtual, NEAREST)
         if processes.leads():
-            finish(experiment, outcome, results, workdir, [*program.split(), *argv], compile_seconds())
+            facts = {
+                "nearest_tokens": words,
+                "compile_seconds": round(compile_seconds(), 2),
+                "data": digests["data"],
+                "command": shlex.join([*program.split(), *argv]),
+            }
+            finish(experiment, outcome, results, workdir, facts)
 
 
 def dry_run(prepared: Prepared) -> None:
@@ -130,20 +142,29 @@ def dry_run(prepared: Prepared) -> None:
 
 
 def finish(
-    experiment: Experiment, outcome: Outcome, results: Any, workdir: Path, words: Sequence[str], compile_seconds: float
+    experiment: Experiment,
+    outcome: Outcome,
+    results: Mapping[str, Mapping[str, Evaluation | None]],
+    workdir: Path,
+    facts: Mapping[str, Any],
 ) -> None:
-    """Prints the comparison, and writes predictions.jsonl, curves.png and, last, results.json."""
+    """Prints the comparison, and writes predictions.jsonl, curves.png, results.json and, last, report.html."""
     scores = {split: {k: v and v.metrics for k, v in by.items()} for split, by in results.items()}
     prompt_bytes = sum(file.stat().st_size for file in (workdir / "prompt").rglob("prompt.*"))
     answered = {name: result.predictions for name, result in results.get("test", {}).items() if result is not None}
+    if answered:
+        fields = experiment.template.prompt_fields
+        answered = {name: with_fields(own, experiment.test or (), fields) for name, own in answered.items()}
     write_text(workdir / "predictions.jsonl", predictions_jsonl(answered))
     if can_draw():
         references = reference_lines(scores.get("validation", {}))
-        plot_curves(workdir / "curves.png", read_metrics(workdir / "metrics.jsonl"), references)
+        lines = read_metrics(workdir / "metrics.jsonl")
+        plot_curves(workdir / "curves.png", lines, references, title=workdir.name, chosen=outcome.best.step)
     write_json(
         workdir / "results.json",
         {
             **scores,
+            **details(answered, list(experiment.template.verbalizers)),
             "steps": outcome.steps,
             "best_step": outcome.best.step,
             "trainable_parameters": experiment.config.method.trainable_count(outcome.best.params),
@@ -152,16 +173,33 @@ def finish(
             "attention": experiment.base.model.module.attention,
             "prompt_bytes": prompt_bytes,
             "train_seconds": round(outcome.train_seconds, 2),
-            "compile_seconds": round(compile_seconds, 2),
             "examples_per_second": round(outcome.rates.examples, 2),
             "tokens_per_second": round(outcome.rates.tokens, 1),
             "flops_utilization": round(outcome.rates.utilization, 4),
             "peak_memory_bytes": measure.peak_memory_bytes(),
             "device": measure.device_name(),
             "versions": measure.versions(),
-            "command": shlex.join(words),
+            **facts,
+            **provenance(),
         },
     )
+    write_report(workdir)
     print(comparison_table(scores))
-    files = ["results.json", *(["curves.png"] if can_draw() else []), "metrics.jsonl"]
+    files = ["report.html", "results.json", *(["curves.png"] if can_draw() else []), "metrics.jsonl"]
     print(f"{workdir}/prompt: the soft prompt, {prompt_bytes:,} bytes. {workdir}: {', '.join(files)}")
+
+
+def details(answered: Mapping[str, Sequence[Prediction]], classes: Sequence[str]) -> dict[str, Any]:
+    """Returns the entries of `results.json` that are computed from the test predictions.
+
+    Returns:
+      "classes", for each prompt its `class_report`, and "soft_against_written", the soft prompt's `advantage` over the
+      best hand-written prompt; each only where there are classes, or a hand-written prompt.
+    """
+    found: dict[str, Any] = {}
+    reports = {name: class_report(predictions, classes) for name, predictions in answered.items()}
+    if any(report is not None for report in reports.values()):
+        found["classes"] = reports
+    if {"soft_prompt", "hard_prompt"} <= answered.keys():
+        found["soft_against_written"] = compared(answered["soft_prompt"], answered["hard_prompt"])
+    return found

@@ -4,16 +4,19 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.errors import ConfigError, SptError
 from spt_jax.evaluation.attribution import Received
 from spt_jax.evaluation.metrics import Difference
 from spt_jax.models import memory
+from spt_jax.models.model import Model
 from spt_jax.prompts.storage import SavedPrompt
 from spt_jax.prompts.virtual import VirtualPrompt
+from spt_jax.runtime.sharding import to_host
 
 
 def nearest_tokens(
@@ -27,6 +30,47 @@ def nearest_tokens(
     cosines = unit(rows) @ unit(table).T
     best = np.argsort(-cosines, axis=1)[:, :count]
     return [[(int(i), float(cosines[row, i])) for i in ids] for row, ids in enumerate(best)]
+
+
+NEAREST = 5  # vocabulary entries per virtual token in the results of runs
+VOCABULARY_PART = 8192  # tokens that are compared at once, which limits the memory needed
+
+
+@jax.jit
+def _cosines(model: Model, rows: Float[Array, "P D"], ids: Int[Array, " N"]) -> Float[Array, "P N"]:
+    def unit(x: Array) -> Array:
+        x = x.astype(jnp.float32)
+        return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+    return unit(rows) @ unit(model.embed(ids[None])[0]).T
+
+
+def nearest_words(base: FrozenBase, virtual: VirtualPrompt, count: int) -> list[list[tuple[str, float]]]:
+    """Returns for each virtual token the vocabulary entries with the highest cosines, and these cosines.
+
+    The vocabulary is compared in parts, on the devices. In a run of several processes, all of them must call this.
+
+    Args:
+      base: the frozen base.
+      virtual: the prompt.
+      count: how many entries to return for each row.
+
+    Returns:
+      An empty list if the prompt has no virtual tokens, or those of several tasks.
+    """
+    if virtual.tokens is None or virtual.tokens.ndim != 2:
+        return []
+    size = min(len(base.tokenizer), base.config.vocab_size)
+    parts = []
+    for first in range(0, size, VOCABULARY_PART):
+        ids = np.minimum(np.arange(first, first + VOCABULARY_PART), size - 1)
+        parts.append(to_host(_cosines(base.model, virtual.tokens, ids))[:, : size - first])
+    cosines = np.concatenate(parts, axis=1)
+    best = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
+    return [
+        [(base.tokenizer.convert_ids_to_tokens(int(i)), float(cosines[row, i])) for i in ids]
+        for row, ids in enumerate(best)
+    ]
 
 
 def _parts(virtual: VirtualPrompt) -> str:

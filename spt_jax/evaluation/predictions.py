@@ -15,6 +15,9 @@ Prediction = Mapping[str, Any]
 
 # Each measure of predictions, and the field that must be present to compute it.
 SHOWN_BY = {"accuracy": "label", "log_probability": "tokens", "exact_match": "reference"}
+# The measure by which systems are compared: the first of these that they have.
+PREFERRED = ("accuracy", "exact_match", "log_probability")
+Values = Float[np.ndarray, " N"]
 
 
 def predictions_jsonl(results: Mapping[str, Sequence[Prediction]], by: str = "prompt") -> str:
@@ -24,6 +27,31 @@ def predictions_jsonl(results: Mapping[str, Sequence[Prediction]], by: str = "pr
         for number, prediction in enumerate(predictions):
             lines.append(json.dumps({by: name, "record": number + 1, **prediction}, ensure_ascii=False))
     return "".join(line + "\n" for line in lines)
+
+
+def with_fields(
+    predictions: Sequence[Prediction], records: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Adds to each prediction, as "fields", the texts of its record.
+
+    Args:
+      predictions: one per record.
+      records: the records.
+      names: the fields to add. Values that are not text are written as JSON.
+    """
+    return [
+        {"fields": {name: _text(record[name]) for name in names if name in record}, **prediction}
+        for prediction, record in zip(predictions, records, strict=True)
+    ]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """Returns the value of a numpy array or number in Python's types; the text of anything else."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
 
 
 def read_predictions(path: Path, by: str = "prompt") -> dict[str, list[dict[str, Any]]]:
@@ -82,3 +110,30 @@ def _ratio_values(sums: Sequence[float | int], counts: Sequence[int]) -> Float[n
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
+
+
+def advantage(ours: Values, theirs: Values) -> dict[str, Any]:
+    """Compares two systems by their values on the same records, from `record_values`.
+
+    Returns:
+      "ahead", the difference of the means, with "ahead_interval" and "p_bootstrap" of the paired bootstrap; and, if all
+      values are 0 or 1, "p_mcnemar".
+    """
+    difference = metrics.paired_bootstrap(ours, theirs)
+    interval = difference.interval
+    found: dict[str, Any] = {"ahead": interval.value, "ahead_interval": [interval.low, interval.high]}
+    found["p_bootstrap"] = difference.p
+    if set(ours) | set(theirs) <= {0.0, 1.0}:
+        found["p_mcnemar"] = metrics.mcnemar(ours, theirs)
+    return found
+
+
+def compared(ours: Sequence[Prediction], theirs: Sequence[Prediction]) -> dict[str, Any] | None:
+    """Returns "measure" and the `advantage` of predictions over others of the same records.
+
+    The measure is accuracy, or else exact match, or else log-probability; without one in common, the result is None.
+    """
+    common = [name for name in PREFERRED if name in measures(ours) and name in measures(theirs)]
+    if not common:
+        return None
+    return {"measure": common[0], **advantage(*(record_values(own, common[0]) for own in (ours, theirs)))}

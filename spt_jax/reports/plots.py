@@ -1,6 +1,7 @@
 """Plots of runs, sweeps, comparisons and inspections."""
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,22 @@ def missing_note(name: str) -> str | None:
     return f"note: {name} will not be drawn without matplotlib; to have it: {install_line('matplotlib')}"
 
 
-def plot_curves(path: Path, lines: Sequence[Mapping[str, Any]], references: Mapping[str, float]) -> None:
+def plot_curves(
+    path: Path,
+    lines: Sequence[Mapping[str, Any]],
+    references: Mapping[str, float],
+    *,
+    title: str = "",
+    chosen: int | None = None,
+) -> None:
     """Draws `curves.png`: the training loss, and the validation metric with other prompts' scores as lines.
 
     Args:
       path: the PNG to write.
       lines: the contents of `metrics.jsonl`.
       references: values of the validation metric by name, such as the best hand-written prompt's.
+      title: the name of the run.
+      chosen: the step whose prompt was saved.
     """
     training = [line for line in lines if "loss" in line]
     validation = [line for line in lines if "validation" in line]
@@ -48,7 +58,6 @@ def plot_curves(path: Path, lines: Sequence[Mapping[str, Any]], references: Mapp
         smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
         left.plot(steps[window - 1 :], smooth, color=DARK, linewidth=1.6, label=f"mean of {window} steps")
     left.set(xlabel="step", ylabel="training loss", title="Training")
-    left.legend(frameon=False)
     if validation:
         metric = "accuracy" if "accuracy" in validation[0]["validation"] else "loss"
         values = [line["validation"][metric] for line in validation]
@@ -58,7 +67,12 @@ def plot_curves(path: Path, lines: Sequence[Mapping[str, Any]], references: Mapp
         right.set(xlabel="step", ylabel=f"validation {metric}", title="Validation")
         if metric == "accuracy":
             right.set_ylim(0, 1)
-        right.legend(frameon=False, fontsize="small")
+    if chosen is not None:
+        for pane in axes:
+            pane.axvline(chosen, color=ACCENT, linewidth=1, alpha=0.6, label=f"chosen: step {chosen}")
+    for pane in axes:
+        pane.legend(frameon=False, fontsize="small")
+    figure.suptitle(_plain(title))
     _save(figure, path)
 
 
@@ -67,6 +81,9 @@ def plot_sweep(
     settings: Sequence[tuple[Mapping[str, str], Estimate, Sequence[float]]],
     chosen: Mapping[str, str],
     measure: str,
+    *,
+    title: str = "",
+    others: Sequence[tuple[Mapping[str, str], float]] = (),
 ) -> None:
     """Draws `sweep.png`: validation scores against each field of the sweep.
 
@@ -75,12 +92,19 @@ def plot_sweep(
       settings: for each setting, the values by field, the mean over seeds, and each seed's score.
       chosen: the chosen setting.
       measure: the name of the score.
+      title: the name of the sweep.
+      others: settings and scores of trials that were stopped early.
     """
     fields = list(settings[0][0]) or ["seeds"]
     figure, panes = _panes(len(fields))
     for pane, field in zip(panes, fields, strict=True):
-        written = [_plain(own.get(field, "all")) for own, _, _ in settings]
-        places, labels = _places(written)
+        every = [*(own for own, _, _ in settings), *(own for own, _ in others)]
+        written = [_plain(own.get(field, "all")) for own in every]
+        all_places, labels = _places(written)
+        places, stopped = all_places[: len(settings)], all_places[len(settings) :]
+        if others:
+            scores = [value for _, value in others]
+            pane.plot(stopped, scores, "x", color=GREY, markersize=4, zorder=1, label="stopped early")
         for place, (_, _, by_seed) in zip(places, settings, strict=True):
             pane.plot([place] * len(by_seed), by_seed, ".", color=LIGHT, zorder=1, label="one seed")
         means = np.asarray([estimate.mean for _, estimate, _ in settings])
@@ -94,10 +118,11 @@ def plot_sweep(
         label = f"chosen: {means[taken]:.3f} with " + _plain(", ".join(chosen.values()))
         pane.plot(places[taken], means[taken], "o", color=ACCENT, markersize=7, zorder=3, label=label)
         pane.set(xlabel=field, ylabel=f"validation {measure}")
-        if labels is None and min(places) > 0 and max(places) / min(places) > 30:
+        if labels is None and min(all_places) > 0 and max(all_places) / min(all_places) > 30:
             pane.set_xscale("log")
-        elif labels is not None or len(set(written)) <= 12:
-            pane.set_xticks(*zip(*(labels or zip(places, written, strict=True)), strict=True))
+        elif labels is not None or _are_apart(all_places):
+            pane.set_xticks(*zip(*(labels or zip(all_places, written, strict=True)), strict=True))
+    figure.suptitle(_plain(title))
     handles = dict(zip(*reversed(panes[0].get_legend_handles_labels()), strict=True))
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=len(fields), frameon=False, fontsize="small"
@@ -105,12 +130,13 @@ def plot_sweep(
     _save(figure, path)
 
 
-def plot_comparison(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
+def plot_comparison(path: Path, table: Sequence[Mapping[str, Any]], *, title: str = "") -> None:
     """Draws `compare.png`: each row's measure with its interval, and the first row's as a line.
 
     Args:
       path: the PNG to write.
       table: rows of `comparison.make_table`.
+      title: the name of the comparison.
     """
     figure, (pane,) = _panes(1)
     figure.set_size_inches(8, 1.2 + 0.35 * len(table))
@@ -126,7 +152,7 @@ def plot_comparison(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
     short = [_plain(name if len(name) <= 60 else f"{name[:57]}...") for name in names]
     pane.set_yticks(places, short, fontsize="small")
     pane.invert_yaxis()
-    pane.set(xlabel=f"test {kind.replace('_', ' ')}, 95 % interval")
+    pane.set(xlabel=f"test {kind.replace('_', ' ')}, 95 % interval", title=_plain(title))
     _save(figure, path)
 
 
@@ -198,6 +224,13 @@ def _places(written: Sequence[str]) -> tuple[list[float], list[tuple[int, str]] 
     except ValueError:
         order = list(dict.fromkeys(written))
         return [float(order.index(value)) for value in written], list(enumerate(order))
+
+
+def _are_apart(places: Sequence[float]) -> bool:
+    """Whether there are few positions, and the labels of any two have room side by side."""
+    ordered = sorted(set(places))
+    gaps = [after - before for before, after in itertools.pairwise(ordered)]
+    return len(ordered) <= 12 and all(gap >= 0.05 * (ordered[-1] - ordered[0]) for gap in gaps)
 
 
 def _plain(text: str) -> str:

@@ -1,8 +1,9 @@
 """Classifies records in one pass: the log-probability of each verbalizer, or of each class of a head."""
 
+import contextlib
 import dataclasses
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from spt_jax.evaluation.evaluate import row_scores
 from spt_jax.inference.generation import BUCKET
 from spt_jax.runtime.sharding import to_host
 from spt_jax.serving.bank import DevicePrompt, Entry, PromptBank, overflow
+from spt_jax.serving.compilations import Compilations
 
 _row_scores = jax.jit(row_scores, static_argnames="choices")
 
@@ -40,9 +42,12 @@ class Asked:
 class Classifier:
     """Scores records under a bank's prompts, one call at a time. All methods are thread-safe."""
 
-    def __init__(self, bank: PromptBank):
+    def __init__(self, bank: PromptBank, compilations: Compilations | None = None):
+        """Creates a classifier for a bank; `compilations` counts its compilations."""
         self._bank = bank
         self._lock = threading.Lock()
+        self._compilations = compilations or Compilations()
+        self._compiled: set[Hashable] = set()
 
     def read(self, name: str, records: Sequence[Mapping[str, Any]]) -> Asked:
         """Tokenizes records.
@@ -87,8 +92,12 @@ class Classifier:
         stream = dataclasses.replace(stream, positions=stream.positions + held.start - len(held.lead))
         batch = dataclasses.replace(batch, rows=dataclasses.replace(batch.rows, stream=stream))
         rows = place_batch(batch, base.mesh).rows
-        with self._lock:
-            values = to_host(_row_scores(base.model, plan.choices, held.virtual, held.prefix, rows))
+        inputs = plan.choices, held.virtual, held.prefix, rows
+        leaves, structure = jax.tree.flatten(inputs)
+        key = plan.choices, structure, tuple(np.shape(leaf) for leaf in leaves)
+        with contextlib.nullcontext() if key in self._compiled else self._compilations.running(), self._lock:
+            values = to_host(_row_scores(base.model, *inputs))
+        self._compiled.add(key)
         order = np.argsort([int(number) for number in batch.rows.examples[:, 0] if number >= 0])
         scores = values[: len(examples), 0][order]
         if not np.isfinite(scores).all():

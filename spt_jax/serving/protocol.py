@@ -206,12 +206,19 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(BaseModel):
+    """A response of /v1/completions.
+
+    Attributes:
+      note: an addition to OpenAI's API: that the texts are classes.
+    """
+
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+    note: str | None = None
 
 
 class Alternative(BaseModel):
@@ -247,6 +254,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    note: str | None = None
 
 
 class Delta(BaseModel):
@@ -268,6 +276,7 @@ class ChatChunk(BaseModel):
     model: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
+    note: str | None = None
 
 
 class Classified(BaseModel):
@@ -294,9 +303,11 @@ class Model(BaseModel):
     """The base or a prompt, as listed by /v1/models.
 
     Attributes:
+      template: the template of its prompt, with virtual tokens as <soft>.
       fields: the fields that its template reads.
       classes: the classes that it distinguishes.
       bytes: size of the trained arrays.
+      examples: records to try, from examples.json of its directory.
       generates: whether it can generate text.
       classifies: whether it can classify texts.
     """
@@ -306,8 +317,10 @@ class Model(BaseModel):
     created: int
     owned_by: Literal["spt_jax"] = "spt_jax"
     kind: Literal["base", "prompt"]
+    template: str
     fields: list[str]
     classes: list[str]
+    examples: list[dict[str, str]]
     virtual_tokens: int
     bytes: int
     generates: bool
@@ -326,4 +339,11 @@ class Deleted(BaseModel):
 
 
 class Health(BaseModel):
+    """The state of the server.
+
+    Attributes:
+      compiling: how many programs are being compiled, which answers may wait for.
+    """
+
     status: Literal["ok"] = "ok"
+    compiling: int = 0

@@ -22,6 +22,7 @@ from spt_jax.errors import ConfigError, SptError
 from spt_jax.evaluation.evaluate import log_softmax
 from spt_jax.serving import protocol as api
 from spt_jax.serving.answers import Answer, Choice, chat_logprobs, completion_logprobs
+from spt_jax.serving.class_answers import class_chat, class_completion
 from spt_jax.serving.fairness import sender_of
 from spt_jax.serving.hosts import LOOPBACK, BrowserChecks
 from spt_jax.serving.limits import BodyLimits, error_body, timed_heads
@@ -56,7 +57,7 @@ def _service(request: Request) -> Service:
 
 @router.post("/v1/completions", response_model=api.Completion)
 async def completions(body: api.CompletionRequest, request: Request) -> Any:
-    """Continues texts under the prompt named by `model`, or under the bare base."""
+    """Continues texts under the prompt named by `model`, or under the bare base. A classifier answers their classes."""
     service, sender = _service(request), sender_of(request.scope)
     if body.max_tokens == 0 and not body.echo:
         raise RefusedError(422, "max_tokens is 0, which is only allowed with echo: true", param="max_tokens")
@@ -68,6 +69,8 @@ async def completions(body: api.CompletionRequest, request: Request) -> Any:
         return service.records(body.model, body.texts, body.fields)
 
     asked = await asyncio.to_thread(records)
+    if service.classifies(body.model):
+        return await class_completion(service, body, asked, sender)
     alternatives = body.logprobs or 0
     echoes = await service.echo(body.model, asked, body.logprobs, sender) if body.echo else []
     shared = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
@@ -132,7 +135,7 @@ def _joined(first: api.CompletionLogprobs, second: api.CompletionLogprobs) -> ap
 
 @router.post("/v1/chat/completions", response_model=api.ChatCompletion)
 async def chat_completions(body: api.ChatRequest, request: Request) -> Any:
-    """Answers a chat under the prompt named by `model`, or under the bare base."""
+    """Answers a chat under the prompt named by `model`, or under the bare base; a classifier answers its class."""
     service, sender = _service(request), sender_of(request.scope)
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise RefusedError(422, "give max_completion_tokens or max_tokens, not both", param="max_tokens")
@@ -145,6 +148,8 @@ async def chat_completions(body: api.ChatRequest, request: Request) -> Any:
         return [service.chat_record(body.model, body.messages)]
 
     asked = await asyncio.to_thread(records)
+    if service.classifies(body.model):
+        return await class_chat(service, body, asked, sender)
     requests = await service.read(sender, asked, lambda: service.ask(body, asked, limit, body.top_logprobs, sender))
     answer = await Answer.begin(service.worker, requests, service.metrics, each=body.n, grows=body.stream)
     shared = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
@@ -183,7 +188,7 @@ async def _json(whole: BaseModel, choice: Callable[[int], BaseModel], count: int
     """Returns a response with choices, serialized one by one in another thread, since they can be many megabytes."""
 
     def content() -> str:
-        outer = json.dumps(whole.model_dump(exclude={"choices"}))
+        outer = json.dumps(whole.model_dump(exclude={"choices"}, exclude_none=True))
         return f'{outer[:-1]}, "choices": [{", ".join(choice(i).model_dump_json() for i in range(count))}]}}'
 
     return Response(await asyncio.to_thread(content), media_type="application/json")
@@ -312,7 +317,7 @@ async def healthz(request: Request) -> Any:
     """Reports whether the engine is running."""
     if _service(request).worker.failure is not None:
         raise RefusedError(503, str(_service(request).worker.failure))
-    return api.Health()
+    return api.Health(compiling=_service(request).worker.compilations.count)
 
 
 @router.get("/readyz", response_model=api.Health)

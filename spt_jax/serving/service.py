@@ -28,6 +28,7 @@ from spt_jax.serving.classify import Classifier
 from spt_jax.serving.fairness import Lane, Sender, has_share
 from spt_jax.serving.lengths import size, text_bound, texts_of
 from spt_jax.serving.metrics import Metrics
+from spt_jax.serving.prompt_examples import examples_for, read_examples
 from spt_jax.serving.requests import Request
 from spt_jax.serving.scoring import score_tokens
 from spt_jax.serving.tokens import token_name
@@ -105,7 +106,8 @@ class Service:
     ):
         self.worker, self.name, self.folder, self.admin_key = worker, name, folder, admin_key
         self.bank: PromptBank = worker.engine.bank
-        self.classifier = Classifier(self.bank)
+        self.classifier = Classifier(self.bank, worker.compilations)
+        self._examples: dict[str, list[str | dict[str, str]]] = {}
         self.reading, self.scoring = Lane("reading"), Lane("scoring")
         self._placed: collections.Counter[str] = collections.Counter()
         self._bound = text_bound(self.bank.base.tokenizer)
@@ -125,7 +127,10 @@ class Service:
             raise RefusedError(422, f"{name!r} cannot name a prompt", param="name")
         try:
             self._check_files(name)
-            self.bank.load(name, self.folder.resolve() / name)
+            folder = self.folder.resolve() / name
+            examples = read_examples(folder)
+            self.bank.load(name, folder)
+            self._examples[name] = examples
         except RefusedError:
             raise
         except (SptError, OSError) as error:
@@ -164,6 +169,7 @@ class Service:
         """
         self.bank.remove(name)
         self.created.pop(name, None)
+        self._examples.pop(name, None)
 
     def warm(self, name: str) -> None:
         """Computes the arrays that a prompt's requests share, and compiles the programs for the shortest requests."""
@@ -201,6 +207,14 @@ class Service:
         except ConfigError as error:
             raise RefusedError(422, f"{model!r}: {error}", param="prompt" if fields is None else "fields") from error
         return [self._bounded(model, template, record) for record in records]
+
+    def classifies(self, model: str) -> bool:
+        """Returns whether a model is a prompt that classifies whole records.
+
+        Raises:
+          RefusedError: there is no such model.
+        """
+        return self.bank.entry(self.known(model)).classifies
 
     def chat_record(self, model: str, messages: Sequence[api.Message]) -> dict[str, Any]:
         """Returns the record for a template from a chat: the whole chat, or the text of its only user turn."""
@@ -289,8 +303,18 @@ class Service:
         """
         name = self.known(model)
         entry, held = self.bank.take(name)
-        if not held.generates or entry.template.verbalizers:
+        if entry.template.reads is not None:
+            raise RefusedError(
+                400,
+                f"{model!r} labels words of a field, which the server does not; use `spt-jax generate`",
+                param="model",
+            )
+        if entry.classifies:
             raise RefusedError(400, f"{model!r} only classifies; use /v1/classify", param="model")
+        if not held.generates:
+            raise RefusedError(
+                400, f"the server cannot generate text with {model!r}; use `spt-jax generate`", param="model"
+            )
         return name, entry, held
 
     def _room(self, held: DevicePrompt, ids: np.ndarray, max_tokens: int) -> int:
@@ -413,8 +437,10 @@ class Service:
             id=model,
             created=self.created.get(model, 0),
             kind="base" if name is None else "prompt",
+            template=template.prompt,
             fields=list(template.prompt_fields),
             classes=list(template.verbalizers),
+            examples=examples_for(self._examples.get(model, ()), template.prompt_fields),
             virtual_tokens=template.virtual_tokens or (0 if virtual is None else virtual.prefix_length),
             bytes=entry.bytes,
             generates=all(part is None for part in parts) and not template.verbalizers,

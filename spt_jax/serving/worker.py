@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from spt_jax.errors import ConfigError, SptError
 from spt_jax.inference.answers import Generated
+from spt_jax.serving.compilations import Compilations
 from spt_jax.serving.engine import Engine
 from spt_jax.serving.fairness import has_share
 from spt_jax.serving.requests import NOBODY, Request, Ticket
@@ -54,6 +55,7 @@ class Worker:
       failure: the reason, if the engine has stopped.
       queue: how many requests of all clients together may wait for a slot; see `fairness.has_share`.
       compiling: a thread for `prepare`, so that requests that wait for a compilation do not occupy other threads.
+      compilations: counts the programs that are being compiled.
     """
 
     def __init__(self, engine: Engine, *, queue: int = 256):
@@ -72,6 +74,7 @@ class Worker:
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.compiling = ThreadPoolExecutor(1, "compiling")
+        self.compilations = Compilations()
 
     def start(self) -> None:
         """Starts the thread."""
@@ -111,7 +114,8 @@ class Worker:
     def prepare(self, request: Request) -> None:
         """Compiles the programs that a request needs."""
         if not self.is_prepared(request):
-            self.engine.warm(request.held or self.engine.bank.held(request.prompt), len(request.ids))
+            with self.compilations.running():
+                self.engine.warm(request.held or self.engine.bank.held(request.prompt), len(request.ids))
 
     def submit(self, requests: Sequence[tuple[Request, Listener]]) -> list[Ticket]:
         """Submits either all of the requests or none. Listeners are called in the engine's thread and must not block.

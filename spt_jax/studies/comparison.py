@@ -18,7 +18,16 @@ from spt_jax.data.templates import Template
 from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation.evaluate import EvaluationSet, evaluate, make_evaluation_set, metrics, selection_score
-from spt_jax.evaluation.predictions import SHOWN_BY, Prediction, measures, read_predictions, record_values
+from spt_jax.evaluation.predictions import (
+    PREFERRED,
+    SHOWN_BY,
+    Prediction,
+    advantage,
+    measures,
+    read_predictions,
+    record_values,
+    with_fields,
+)
 from spt_jax.experiment.run import Experiment, Records
 from spt_jax.prompts import VirtualPrompt
 from spt_jax.prompts.storage import load_prompt
@@ -106,10 +115,11 @@ def baselines(
 
 def ask(base: FrozenBase, baseline: Baseline) -> Entry:
     """Evaluates a baseline on all test records."""
-    begun = time.perf_counter()
+    begun, template = time.perf_counter(), baseline.data.encoder.template
     result = evaluate(base, baseline.data, baseline.virtual)
     seconds = round(time.perf_counter() - begun, 2)
-    return Entry(baseline.name, result.predictions, dataclasses.replace(baseline.facts, test_seconds=seconds))
+    predictions = with_fields(result.predictions, baseline.data.records, template.prompt_fields)
+    return Entry(baseline.name, predictions, dataclasses.replace(baseline.facts, test_seconds=seconds))
 
 
 def bare_tokens(experiment: Experiment) -> float:
@@ -257,7 +267,7 @@ def make_table(entries: Sequence[Entry], classes: Sequence[str]) -> list[dict[st
       DataError: the entries were not evaluated on the same records.
     """
     first = entries[0].predictions
-    shared = [name for name in ("accuracy", "exact_match", "log_probability") if name in measures(first)]
+    shared = [name for name in PREFERRED if name in measures(first)]
     kind = shared[0]
     for entry in entries:
         if kind not in measures(entry.predictions) or _answers(entry.predictions, kind) != _answers(first, kind):
@@ -275,10 +285,7 @@ def make_table(entries: Sequence[Entry], classes: Sequence[str]) -> list[dict[st
             answered = [p for p in entry.predictions if "reference" in p]
             row["token_f1"] = metrics.token_f1([p["prediction"] for p in answered], [p["reference"] for p in answered])
         if entry is not entries[0]:
-            difference = metrics.paired_bootstrap(ours, theirs)
-            row |= {**_interval("ahead", difference.interval), "p_bootstrap": difference.p}
-            if set(ours) | set(theirs) <= {0.0, 1.0}:
-                row["p_mcnemar"] = metrics.mcnemar(ours, theirs)
+            row |= advantage(ours, theirs)
         table.append({**row, **dataclasses.asdict(entry.facts)})
     return table
 

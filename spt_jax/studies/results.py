@@ -11,9 +11,12 @@ import numpy as np
 from jaxtyping import Float
 
 from spt_jax.errors import ConfigError
+from spt_jax.evaluation.classes import class_report
 from spt_jax.evaluation.ensembles import evaluate_ensemble
 from spt_jax.evaluation.evaluate import selection_score
+from spt_jax.evaluation.inspection import NEAREST, nearest_words
 from spt_jax.evaluation.predictions import measures, read_predictions, record_values
+from spt_jax.experiment.run import Experiment
 from spt_jax.prompts.storage import INFO_FILE, load_prompt, write_directory
 from spt_jax.studies.plateau import Estimate, estimates
 from spt_jax.studies.settings import Settings
@@ -87,6 +90,30 @@ def scored(workdir: Path, rows: dict[int, Row], trials: Sequence[Trial]) -> list
         )
         for done, scores, estimate, test in zip(chosen, validation, estimates(validation), tests, strict=True)
     ]
+
+
+def validation_mean(workdir: Path, number: int, measure: str) -> float | None:
+    """Returns a trial's validation score by its best prompt; None if it was stopped before its first validation."""
+    path = trial_folder(workdir, number) / PREDICTIONS_FILE
+    if not path.exists():
+        return None
+    return float(record_values(read_predictions(path, by="split")["validation"], measure).mean())
+
+
+def chosen_details(workdir: Path, number: int, experiment: Experiment) -> dict[str, Any]:
+    """Returns the entries of `results.json` about the prompt of the chosen trial.
+
+    Returns:
+      "classes", its `class_report` on test records, or on validation records without test data, with "split"; without
+      classes, None. "nearest_tokens", the vocabulary entries nearest to each of its virtual tokens.
+    """
+    predictions = read_predictions(trial_folder(workdir, number) / PREDICTIONS_FILE, by="split")
+    split = "test" if "test" in predictions else "validation"
+    report = class_report(predictions[split], list(experiment.template.verbalizers))
+    words: list[list[tuple[str, float]]] = []
+    if (workdir / "prompt" / INFO_FILE).exists():  # a prompt for several tasks has a directory for each
+        words = nearest_words(experiment.base, load_prompt(workdir / "prompt", experiment.base).virtual, NEAREST)
+    return {"classes": report and {"split": split, **report}, "nearest_tokens": words}
 
 
 def check_ensemble(every: Sequence[Prepared]) -> None:

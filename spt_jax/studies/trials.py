@@ -11,11 +11,11 @@ from spt_jax.data.batches import BatchPlan
 from spt_jax.data.examples import Example
 from spt_jax.errors import CheckpointError
 from spt_jax.evaluation.evaluate import EvaluationSet, evaluate
-from spt_jax.evaluation.predictions import predictions_jsonl
+from spt_jax.evaluation.predictions import predictions_jsonl, with_fields
 from spt_jax.experiment.command_line import config_json
 from spt_jax.experiment.config import ExperimentConfig
 from spt_jax.experiment.run import Experiment, load_experiment
-from spt_jax.runtime.files import write_text
+from spt_jax.runtime.files import write_json, write_text
 from spt_jax.studies.settings import Settings, named
 from spt_jax.studies.table import flat, write_table
 from spt_jax.training.halving import Halving, fit_population
@@ -27,6 +27,7 @@ from spt_jax.training.population import Member, default_group_size
 Row = dict[str, Any]
 PREDICTIONS_FILE = "predictions.jsonl"
 ROWS_FILE = "trials.jsonl"
+MEMBERS_FILE = "members.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +147,8 @@ def train_population(
     ]
     folder = workdir / "populations" / f"{trials[0].number:03d}"
     folder.mkdir(parents=True, exist_ok=True)
+    # The logs number the trials from 0, in this order.
+    write_json(folder / MEMBERS_FILE, [trial.number for trial in trials])
     standings = fit_population(
         experiment.base,
         members,
@@ -184,7 +187,15 @@ def _ended(trial: Trial, prepared: Prepared, standing: Standing, folder: Path, f
         }
         write_text(
             folder / PREDICTIONS_FILE,
-            predictions_jsonl({split: result.predictions for split, result in results.items()}, by="split"),
+            predictions_jsonl(
+                {
+                    split: with_fields(
+                        result.predictions, prepared.asked[split].records, experiment.template.prompt_fields
+                    )
+                    for split, result in results.items()
+                },
+                by="split",
+            ),
         )
     fields = flat(config_json(experiment.config))
     return {

@@ -99,6 +99,13 @@ def test_the_results_follow_from_the_table(lengths: Path):
     own = [float(row["test.accuracy"]) for row in rows if int(row["trial"]) in ensemble["trials"]]
     assert len(own) == 3 and ensemble["mean_accuracy"] == pytest.approx(np.mean(own))
     assert (lengths / "sweep.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    counts = np.asarray(results["classes"]["confusion"])
+    assert np.trace(counts) / counts.sum() == pytest.approx(
+        float(rows[results["chosen"]["trial"] - 1]["test.accuracy"])
+    )
+    assert all(
+        f'<th scope="row" dir="auto">{number}</th>' in (lengths / "report.html").read_text() for number in range(1, 5)
+    )
 
 
 def test_a_stopped_sweep_goes_on_to_the_same_end(files, lengths, tmp_path, monkeypatch, capsys):

@@ -207,3 +207,28 @@ def test_what_is_shown_of_a_text_that_grows():
     assert shown("and then", ("the end",)) == "and then"
     assert shown("and then the e", ("the end", "x")) == "and then "
     assert shown("caf\ufffd\ufffd", ()) == "caf"
+
+
+@pytest.mark.parametrize("name", ["verdict", "head"])
+def test_a_classifier_answers_its_class_at_the_openai_endpoints(client, server, name):
+    """The likeliest class of each text, whatever the temperature, with a note that says so."""
+    found = server.post("/v1/classify", {"model": name, "input": list(TEXTS)}).json()["data"]
+    expected = [own["label"] for own in found]
+    whole = client.completions.create(model=name, prompt=list(TEXTS), temperature=2, n=2)
+    assert [choice.text for choice in whole.choices] == [label for label in expected for _ in range(2)]
+    encoder = server.service.bank.entry(name).encoder
+    assert whole.usage.prompt_tokens == sum(len(encoder.prompt_ids({"text": text})) for text in TEXTS)
+    assert whole.usage.completion_tokens == 0 and whole.choices[0].finish_reason == "stop"
+    assert f"{name!r} is a classifier" in whole.note and "/v1/classify" in whole.note
+    messages = [{"role": "user", "content": TEXTS[0]}]
+    chat = client.chat.completions.create(model=name, messages=messages)
+    assert chat.choices[0].message.content == expected[0] and chat.note == whole.note
+    usage = {"include_usage": True}
+    pieces = list(client.completions.create(model=name, prompt=TEXTS[0], stream=True, stream_options=usage))
+    assert "".join(piece.choices[0].text for piece in pieces if piece.choices) == expected[0]
+    assert pieces[-1].usage.prompt_tokens == chat.usage.prompt_tokens and pieces[0].note == whole.note
+    chunks = list(client.chat.completions.create(model=name, messages=messages, stream=True))
+    assert [chunk.choices[0].delta.content for chunk in chunks] == [expected[0], None]
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    plain = client.completions.create(model="front", prompt="a", max_tokens=1)
+    assert not hasattr(plain, "note") or plain.note is None

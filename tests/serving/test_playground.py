@@ -2,7 +2,7 @@
 
 import json
 import re
-import shutil
+import shlex
 import time
 from collections.abc import Iterator
 
@@ -13,11 +13,13 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+from tests.pages import CHROMIUM, faint_texts, focused, sideways
+
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
 
 BARE, WRITTEN = "tiny, no prompt", "tiny, with a hand-written prompt"
 TEXT = "Hello world"
+PATHS = {"/", "/v1/models", "/v1/completions", "/v1/classify", "/healthz"}
 MARKUP = '<img src=x onerror="window.broken = true">'
 
 
@@ -42,7 +44,7 @@ def page(browser: Browser, server) -> Iterator[Page]:
     expect(column(page, 2)).to_be_visible()
     yield page
     page.close()
-    assert {url.removeprefix(server.url) for url in asked} <= {"/", "/v1/models", "/v1/completions", "/v1/classify"}
+    assert {url.removeprefix(server.url) for url in asked} <= PATHS
     # The browser itself reports an answer with an error's status.
     assert [text for text in said if not text.startswith("Failed to load resource")] == []
 
@@ -102,6 +104,85 @@ def test_models_are_listed(page: Page, server):
     assert column(page, 1).locator("option").all_text_contents() == [BARE, WRITTEN, *names[1:]]
     chosen = [column(page, number).locator("option:checked").text_content() for number in (1, 2)]
     assert chosen == [BARE, names[1]]
+
+
+def test_it_is_readable_at_every_width_and_in_the_dark(page: Page):
+    """Before and after answers, and with the settings folded on a phone."""
+    choose(page, BARE, "verdict")
+    write(page, "Text", TEXT)
+    finish(page)
+    column(page, 1).get_by_text("Probabilities").click()
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        for width in (360, 1200):
+            page.set_viewport_size({"width": width, "height": 740})
+            expect(page.get_by_label("Temperature")).to_be_visible(visible=width > 480)
+            assert sideways(page) == 0
+            assert faint_texts(page) == []
+
+
+def test_the_keyboard_suffices(page: Page, server):
+    page.set_viewport_size({"width": 360, "height": 740})
+    choose(page, BARE, "verdict")
+    page.get_by_label("Text", exact=True).focus()
+    reached = focused(page, 10)
+    assert reached[3:5] == ["Settings", "Answer"] and reached[6] == reached[8] == "Copy as curl"
+    page.get_by_label("Text", exact=True).focus()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert page.get_by_label("Text", exact=True).input_value() == reached[0] != ""
+    page.get_by_text("Settings").focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("Temperature")).to_be_visible()
+
+
+def test_template_and_classes_are_shown_before_an_answer(page: Page, server):
+    choose(page, BARE, "verdict")
+    found = server.get("/v1/models/verdict").json()
+    assert measured(page, 2)["Template"] == found["template"] == "<soft>{text}\n"
+    assert measured(page, 2)["Classes"] == ", ".join(found["classes"])
+    assert "Template" not in measured(page, 1)
+
+
+def test_examples_of_prompts_fill_in_the_fields(page: Page):
+    shared = {"virtual_tokens": 3, "bytes": 3, "generates": True, "template": "", "classes": []}
+    base = {"id": "tiny", "kind": "base", "fields": ["text"], "examples": [], **shared}
+    pair = {"id": "pair", "kind": "prompt", "fields": ["question", "answer"], **shared}
+    pair["examples"] = [{"question": MARKUP, "answer": "yes"}]
+    fake(page, "/v1/models", {"data": [base, pair]})
+    page.reload()
+    page.get_by_role("button", name=MARKUP).click()
+    assert page.get_by_label("question").input_value() == MARKUP and page.get_by_label("answer").input_value() == "yes"
+
+
+def test_it_says_that_the_server_compiles(page: Page, server, monkeypatch):
+    choose(page, BARE, "front")
+    write(page, "Text", TEXT)
+    with server.service.worker.compilations.running(), monkeypatch.context() as patch:
+        step = server.service.worker.engine.step
+        patch.setattr(server.service.worker.engine, "step", lambda: time.sleep(0.05))
+        page.get_by_role("button", name="Answer").click()
+        for number in (1, 2):
+            expect(column(page, number).get_by_role("status")).to_have_text("compiling…")
+        patch.setattr(server.service.worker.engine, "step", step)
+    expect(page.get_by_role("button", name="Answer")).to_be_enabled()
+    assert note(page, 1).startswith("Ended")
+
+
+def test_a_request_can_be_copied_as_curl(page: Page, server):
+    choose(page, BARE, "verdict")
+    write(page, "Text", 'it\'s "so" $HOME')
+    finish(page)
+    page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error()); }")
+    bodies = []
+    for number in (1, 2):
+        column(page, number).get_by_role("button", name="Copy as curl").click()
+        expect(column(page, number).locator(".curl pre")).to_be_visible()
+        program, url, *options = shlex.split(column(page, number).locator(".curl pre").text_content() or "")
+        assert program == "curl" and options[:3] == ["-H", "content-type: application/json", "-d"]
+        bodies.append(server.post(url.removeprefix(server.url), json.loads(options[3])).json())
+    assert bodies[0]["choices"][0]["text"] == shown(page, 1)
+    assert bodies[1]["data"][0]["label"] == column(page, 2).locator(".label").first.text_content()
 
 
 def test_answers_are_the_api_s(page: Page, server):
