@@ -26,11 +26,11 @@ from spt_jax.experiment.command_line import Command, config_json, first_command,
 from spt_jax.experiment.config import resolve
 from spt_jax.experiment.run import Experiment, compare, evaluation_sets, input_digests, load_experiment
 from spt_jax.experiment.shipped import config_path
-from spt_jax.experiment.workdir import CONFIG_FILE, check_workdir, held, input_paths, open_workdir
+from spt_jax.experiment.workdir import CONFIG_FILE, check_workdir, held, in_workdir, input_paths, open_workdir
 from spt_jax.reports.plots import can_draw, missing_note, plot_curves
 from spt_jax.reports.report import comparison_table, reference_lines
-from spt_jax.runtime import measure, processes, signals
-from spt_jax.runtime.files import write_json, write_text
+from spt_jax.runtime import measure, processes, remote, signals
+from spt_jax.runtime.files import shown, write_json, write_text
 from spt_jax.training.logs import MetricsLog, NoLog, check_log, read_metrics
 from spt_jax.training.loop import Best
 from spt_jax.training.objectives import prepare_examples
@@ -53,8 +53,13 @@ def main(argv: Sequence[str], program: str = PROGRAM) -> None:
       Stopped: after SIGTERM or SIGINT, with the state saved.
     """
     command = parse_train(argv, program)
-    with processes.joined(command.processes):
-        run(command, argv, program)
+    if command.processes.several and remote.url_of(command.workdir):
+        raise ConfigError(
+            f"work directory {remote.url_of(command.workdir)} is remote, which works in a run of one process; several"
+            " processes need a directory that all of them see, such as a mounted bucket"
+        )
+    with processes.joined(command.processes), in_workdir(command) as placed:
+        run(placed, argv, program)
 
 
 def run(command: Command[Any], argv: Sequence[str], program: str) -> None:
@@ -198,4 +203,5 @@ def finish(
     )
     print(comparison_table(scores))
     files = ["results.json", *(["curves.png"] if can_draw() else []), "metrics.jsonl"]
-    print(f"{workdir}/prompt: the soft prompt, {prompt_bytes:,} bytes. {workdir}: {', '.join(files)}")
+    where = shown(workdir)
+    print(f"{where}/prompt: the soft prompt, {prompt_bytes:,} bytes. {where}: {', '.join(files)}")
