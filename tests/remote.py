@@ -64,7 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
-    def do_POST(self) -> None:  # noqa: N802 (a name of http.server)
+    def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.server.down or self.headers.get("Authorization") != "Bearer token":
             self._answer(503 if self.server.down else 401, {"error": "no"})
@@ -72,7 +72,9 @@ class _Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
             known = name in self.server.repositories
-            self.server.repositories.setdefault(name, {"private": asked.get("private", asked.get("visibility") == "private"), "files": {}})
+            self.server.repositories.setdefault(
+                name, {"private": asked.get("private", asked.get("visibility") == "private"), "files": {}}
+            )
             self._answer(409 if known else 200, {"url": f"{self.server.url}/{name}", "id": name})
         elif self.path == "/api/validate-yaml":
             self._answer(200, {"errors": [], "warnings": []})
@@ -93,10 +95,10 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._answer(404, {"error": self.path})
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         self._get()
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self._get()
 
     def _get(self) -> None:
@@ -112,10 +114,19 @@ class _Handler(BaseHTTPRequestHandler):
         elif found[2] not in (None, "main", self._commit(found[1])):
             self._answer(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
         elif "/tree/" in path:
-            self._answer(200, [{"type": "file", "path": name, "size": len(content), "oid": _etag(content)} for name, content in repository["files"].items()])
+            self._answer(
+                200,
+                [
+                    {"type": "file", "path": name, "size": len(content), "oid": _etag(content)}
+                    for name, content in repository["files"].items()
+                ],
+            )
         elif info:
             names = [{"rfilename": name} for name in repository["files"]]
-            self._answer(200, {"id": found[1], "sha": self._commit(found[1]), "private": repository["private"], "siblings": names})
+            self._answer(
+                200,
+                {"id": found[1], "sha": self._commit(found[1]), "private": repository["private"], "siblings": names},
+            )
         elif file and file[3] not in repository["files"]:
             self._answer(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
         elif file:
@@ -128,7 +139,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **(headers or {})}.items():
+        for name, value in {
+            "Content-Length": str(len(body)),
+            "Content-Type": "application/json",
+            **(headers or {}),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":

@@ -30,10 +30,26 @@ from spt_jax.prompts.storage import INFO_FILE, PARAMS_FILE, read_prompt, write_d
 from spt_jax.runtime import extras, mirror, remote
 from spt_jax.runtime.files import write_json, write_text
 from spt_jax.runtime.mirror import MARKER, leased, staged
-from tests.jobs import ROOT, arrays, losses, words, write_task
+from tests.jobs import ROOT, arrays, losses, write_task
 from tests.remote import s3_server
 
-SHORT = ("--train.steps", "8", "--train.evaluate-every", "4", "--train.checkpoint-every", "4")
+FLAGS = {
+    "--method.length": 4,
+    "--data.prompt": r"<soft>{text}\n",
+    "--data.target": "{label}",
+    "--train.steps": 8,
+    "--train.batch-size": 8,
+    "--train.evaluate-every": 4,
+    "--train.checkpoint-every": 4,
+}
+
+
+def words(files: str | Path, workdir: str | Path, *more: str) -> list[str]:
+    """A job with little to compile: without test data and hand-written prompts."""
+    line = [str(ROOT / "configs" / "local_files.py"), "--workdir", str(workdir), "--base.path", f"{files}/model"]
+    line += ["--data.train", f"{files}/train.jsonl", "--data.validation", f"{files}/validation.jsonl"]
+    line += [word for name, value in FLAGS.items() for word in (name, str(value))]
+    return [*line, "--data.verbalizers", "good=H", "bad=L", *more]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +70,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    assert train.main(words(files, workdir, *SHORT)) == 0
+    assert train.main(words(files, workdir)) == 0
     return workdir
 
 
@@ -63,17 +79,10 @@ def download(s3: fsspec.AbstractFileSystem, path: str, folder: Path) -> Path:
     return folder
 
 
-def on_s3(files: Path, name: str, *more: str) -> list[str]:
-    """The job with its work directory, its data and its base on S3."""
-    named = ["--base.path", "s3://bucket/task/model"]
-    for split in ("train", "validation", "test"):
-        named += [f"--data.{split}", f"s3://bucket/task/{split}.jsonl"]
-    return [*words(files, Path("out"), *SHORT), *named, "--workdir", f"s3://bucket/{name}", *more]
-
-
 def test_a_killed_run_is_resumed_from_s3_to_the_same_end(s3, files, finished, tmp_path, capsys):
     """SIGKILL before step 7, after the save at step 4; data and base are on S3 as well."""
     s3.put(f"{files}/", "bucket/task/", recursive=True)
+    job = words("s3://bucket/task", "s3://bucket/run")
     program = f"""
 import os, signal
 import train
@@ -85,7 +94,7 @@ def place_or_die(batch, mesh):
         os.kill(os.getpid(), signal.SIGKILL)
     return place(batch, mesh)
 single.place_batch = place_or_die
-train.main({on_s3(files, "run")!r})
+train.main({job!r})
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, cwd=ROOT, timeout=300)
@@ -94,9 +103,9 @@ train.main({on_s3(files, "run")!r})
     assert "bucket/run/checkpoints/4/_CHECKPOINT_METADATA" in left and "bucket/run/prompt/prompt.json" in left
     assert "bucket/run/results.json" not in left
 
-    assert train.main(on_s3(files, "run")) == 2
+    assert train.main(job) == 2
     assert "work directory s3://bucket/run already exists" in capsys.readouterr().err
-    assert train.main(on_s3(files, "run", "--resume")) == 0
+    assert train.main([*job, "--resume"]) == 0
     assert "s3://bucket/run/prompt: the soft prompt" in capsys.readouterr().out
     resumed = download(s3, "bucket/run", tmp_path / "resumed")
     assert losses(resumed) == losses(finished)
@@ -113,7 +122,7 @@ train.main({on_s3(files, "run")!r})
 
 def test_a_sweep_on_s3(s3, files, tmp_path, capsys):
     short = ("--train.steps", "4", "--train.evaluate-every", "2", "--train.checkpoint-every", "2")
-    job = [*words(files, Path("out")), *short, "--seeds", "0", "1", "--workdir", "s3://bucket/sweep"]
+    job = words(files, "s3://bucket/sweep", *short, "--seeds", "0", "1")
     assert main(["sweep", *job]) == 0
     assert "s3://bucket/sweep/prompt is from trial" in capsys.readouterr().out
     left = download(s3, "bucket/sweep", tmp_path / "sweep")
@@ -200,7 +209,7 @@ def test_a_saved_prompt_on_s3_is_replaced(s3, finished):
 def test_a_missing_package_is_named_before_anything_is_loaded(files, monkeypatch, capsys, path, message):
     monkeypatch.setattr(extras, "installed", lambda module: module not in ("s3fs", "gcsfs"))
     monkeypatch.setattr("spt_jax.commands.train.load_experiment", lambda config: pytest.fail("loaded"))
-    for words_ in (words(files, Path("out"), "--workdir", path), words(files, Path("out"), "--data.test", path)):
+    for words_ in (words(files, path), words(files, "out", "--data.test", path)):
         assert train.main(words_) == 2
         assert re.search(message, capsys.readouterr().err)
     assert not Path("s3:").exists() and not Path("out").exists()
@@ -208,7 +217,7 @@ def test_a_missing_package_is_named_before_anything_is_loaded(files, monkeypatch
 
 def test_several_processes_need_a_shared_directory(files, capsys):
     more = ("--processes.coordinator", "localhost:1", "--processes.count", "2", "--processes.index", "0")
-    assert train.main(words(files, Path("s3://bucket/shared"), *more)) == 2
+    assert train.main(words(files, "s3://bucket/shared", *more)) == 2
     assert "work directory s3://bucket/shared is remote, which works in a run of one process" in capsys.readouterr().err
 
 
@@ -312,11 +321,11 @@ def test_a_second_process_is_refused_while_the_first_has_the_lease(memory):
 def test_a_lost_lease_ends_the_run(memory, monkeypatch):
     monkeypatch.setattr(mirror, "LEASE_SECONDS", 0.03)
     with staged(Path("memory://run")) as workdir:
-        with pytest.raises(WriteError, match="another process has taken over the work directory memory://run"):
-            with leased(workdir):
-                memory.pipe_file(f"/run/{MARKER}", b'{"token": "other"}')
-                time.sleep(0.2)
-                write_text(workdir / "results.json", "{}")
+        lost = pytest.raises(WriteError, match="another process has taken over the work directory memory://run")
+        with lost, leased(workdir):
+            memory.pipe_file(f"/run/{MARKER}", b'{"token": "other"}')
+            time.sleep(0.2)
+            write_text(workdir / "results.json", "{}")
     assert set(stored(memory)) == {MARKER} and b"other" in stored(memory)[MARKER]
 
 
@@ -336,5 +345,5 @@ def test_copies_follow_the_remote_version(memory, monkeypatch, tmp_path):
         memory.pipe_file("/data/train.jsonl", f'{{"text": "{number}"}}\n'.encode())
         assert read_records(url) == [{"text": str(number)}] == read_records(str(Path(url)))
     memory.rm_file("/data/train.jsonl")
-    with pytest.raises(RemoteError, match="memory://data/train.jsonl: no such file"):
+    with pytest.raises(RemoteError, match=r"memory://data/train.jsonl: no such file"):
         read_records(url)

@@ -118,6 +118,12 @@ def _peft(saved: SavedPrompt, repository: str, base: str, flag: str) -> list[str
     first = virtual.tokens is None or (prompt.startswith("<soft") and prompt.count("<soft") == 1)
     if parts not in _PEFT_PARTS or virtual.pinned or recurrent or not first:
         return ["PEFT has no soft prompts of this kind."]
+    after = prompt.partition(">")[2] if virtual.tokens is not None else "<bos>"
+    bos = (
+        ""
+        if after.startswith("<bos>")
+        else (" In PEFT the virtual tokens come before BOS, so the export is refused if the base's tokenizer adds one.")
+    )
     return [
         _block("sh", f"spt-jax export --prompt {repository}{flag} --output peft --format peft"),
         _block(
@@ -125,5 +131,5 @@ def _peft(saved: SavedPrompt, repository: str, base: str, flag: str) -> list[str
             "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
             f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), "peft")',
         ),
-        "PEFT puts the virtual tokens first; the text after them must be written as in the template.",
+        "The text after the soft prompt must be written as in the template." + bos,
     ]

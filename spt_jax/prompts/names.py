@@ -4,6 +4,8 @@ import dataclasses
 import re
 from pathlib import Path
 
+from tqdm import tqdm
+
 from spt_jax.errors import CheckpointError, RemoteError
 from spt_jax.runtime.remote import local_copy, url_of
 
@@ -70,20 +72,37 @@ def prompt_directory(name: str | Path) -> Path:
     return local_copy(name) if found is None else _from_hub(found)
 
 
+class _NoBar(tqdm):
+    """No progress bar: a prompt is a few kilobytes."""
+
+    def __init__(self, *args: object, **kwargs: object):
+        super().__init__(*args, **{**kwargs, "disable": True})
+
+
 def _from_hub(name: HubName) -> Path:
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     inside = f"{name.folder}/" if name.folder else ""
     patterns = [f"{inside}{file}" for file in FILES] + [f"{inside}*/{file}" for file in FILES]
     try:
-        root = huggingface_hub.snapshot_download(name.repository, revision=name.revision, allow_patterns=patterns)
+        root = huggingface_hub.snapshot_download(
+            name.repository, revision=name.revision, allow_patterns=patterns, tqdm_class=_NoBar
+        )
     except errors.RevisionNotFoundError as error:
         raise RemoteError(f"{name.repository!r} has no revision {name.revision!r} on the hub") from error
     except errors.RepositoryNotFoundError as error:  # the hub does not tell a private repository from a missing one
         raise RemoteError(
             f"there is no directory {name.repository!r} here, and no such repository on the hub, or no permission to"
             " read it; `hf auth login` stores a token"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        if not constants.is_offline_mode():
+            raise RemoteError(
+                f"there is no directory {name.repository!r} here, and the hub cannot be reached"
+            ) from error
+        raise RemoteError(
+            f"there is no directory {name.repository!r} here, and HF_HUB_OFFLINE is set, so that the hub is not asked"
         ) from error
     except Exception as error:  # connection errors of many types
         raise RemoteError(
