@@ -3,8 +3,9 @@
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from spt_jax.errors import CheckpointError, RemoteError
 from spt_jax.runtime.remote import local_copy, url_of
@@ -75,7 +76,7 @@ def prompt_directory(name: str | Path) -> Path:
 class _NoBar(tqdm):
     """No progress bar: a prompt is a few kilobytes."""
 
-    def __init__(self, *args: object, **kwargs: object):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **{**kwargs, "disable": True})
 
 
@@ -97,13 +98,8 @@ def _from_hub(name: HubName) -> Path:
             " read it; `hf auth login` stores a token"
         ) from error
     except errors.LocalEntryNotFoundError as error:
-        if not constants.is_offline_mode():
-            raise RemoteError(
-                f"there is no directory {name.repository!r} here, and the hub cannot be reached"
-            ) from error
-        raise RemoteError(
-            f"there is no directory {name.repository!r} here, and HF_HUB_OFFLINE is set, so that the hub is not asked"
-        ) from error
+        why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else "the hub cannot be reached"
+        raise RemoteError(f"there is no directory {name.repository!r} here, and {why}") from error
     except Exception as error:  # connection errors of many types
         raise RemoteError(
             f"there is no directory {name.repository!r} here, and the hub cannot be reached"
