@@ -20,6 +20,7 @@ import pytest
 import spt_jax
 import train
 from spt_jax.__main__ import main
+from spt_jax.commands.program import COMMANDS
 from spt_jax.commands.serve import Serve
 from spt_jax.commands.serve import start as start_service
 from spt_jax.data.sources import read_records
@@ -214,6 +215,18 @@ def test_a_missing_package_is_named_before_anything_is_loaded(files, monkeypatch
         assert train.main(words_) == 2
         assert re.search(message, capsys.readouterr().err)
     assert not Path("s3:").exists() and not Path("out").exists()
+
+
+def test_the_compilation_cache_is_local(files, capsys):
+    assert train.main(words(files, "out", "--compilation-cache", "gs://bucket/cache")) == 2
+    assert "the compilation cache gs://bucket/cache is remote" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_page_exist():
+    page = (ROOT / "docs" / "remote.md").read_text()
+    assert (
+        set(re.findall(r"^spt-jax (\S+)", page, re.MULTILINE)) == {"train", "generate", "push", "pull"} < set(COMMANDS)
+    )
 
 
 def test_several_processes_need_a_shared_directory(files, capsys):
