@@ -26,8 +26,8 @@ class Push:
       public: whether a new repository is public.
     """
 
-    prompt: Annotated[Path, tyro.conf.Positional]
-    repository: Annotated[str, tyro.conf.Positional]
+    prompt: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
+    repository: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OWNER/NAME")]
     base: str | None = None
     public: bool = False
 
@@ -48,8 +48,8 @@ class Pull:
       directory: created, or replaced if it holds a prompt; a path or a URL.
     """
 
-    repository: Annotated[str, tyro.conf.Positional]
-    directory: Annotated[Path, tyro.conf.Positional]
+    repository: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OWNER/NAME")]
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIRECTORY")]
 
     def run(self) -> None:
         pull(self.repository, self.directory)
