@@ -354,7 +354,7 @@ def test_a_lost_lease_ends_the_run(memory, monkeypatch):
 def test_overwrite_refuses_a_remote_directory_that_the_command_reads(memory, reads):
     memory.pipe_file("/run/config.json", json.dumps(dict.fromkeys(CONFIG_KEYS)).encode())
     with staged(Path("memory://run")) as workdir:
-        with pytest.raises(ConfigError, match="overlap; give another --workdir"):
+        with pytest.raises(ConfigError, match=r"memory://run and memory://run.* overlap; give another --workdir"):
             check_workdir(workdir, overwrite=True, reads=[Path(reads)])
         check_workdir(workdir, overwrite=True, reads=[Path("memory://runs/data.jsonl")])
 

@@ -132,7 +132,7 @@ def _check_apart(path: Path, reads: Iterable[Path]) -> None:
             ours, theirs = PurePosixPath(shown(path)), PurePosixPath(url)
             if ours == theirs or ours in theirs.parents or theirs in ours.parents:
                 raise ConfigError(
-                    f"--overwrite: {ours} and {theirs}, which this command reads, overlap; give another --workdir"
+                    f"--overwrite: {shown(path)} and {url}, which this command reads, overlap; give another --workdir"
                 )
             continue
         if not source.exists():
