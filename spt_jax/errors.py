@@ -33,6 +33,10 @@ class WriteError(SptError, OSError):
     """A file cannot be written."""
 
 
+class RemoteError(SptError, OSError):
+    """A remote file or the Hugging Face hub cannot be reached, or has nothing of this name."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns a hint for a message: the known name closest to `name`, or a list of known names if none is close."""
     known = sorted(known)

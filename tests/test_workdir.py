@@ -32,13 +32,6 @@ def begin(path: Path) -> None:
         open_workdir(path, SETTINGS, INPUTS, resume=False, overwrite=False)
 
 
-def test_a_remote_work_directory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="work directory gs://bucket/run is remote"):
-        check_workdir(Path("gs://bucket/run"), overwrite=False)
-    assert not os.listdir(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("files", "ours"),
     [

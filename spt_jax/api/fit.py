@@ -23,6 +23,7 @@ from spt_jax.experiment.training import Prepared, claimed, prepare, tune
 from spt_jax.experiment.workdir import check_workdir, input_paths
 from spt_jax.prompts import Method
 from spt_jax.runtime import processes
+from spt_jax.runtime.mirror import staged
 from spt_jax.runtime.waits import spoken
 from spt_jax.training.config import LogConfig, TrainConfig, given
 from spt_jax.training.logs import MetricsLog, NoLog, read_metrics
@@ -120,8 +121,8 @@ def fit(
       packing: whether several examples share a row.
       evaluation: how the validation is run.
       callbacks: told about the progress, in this order.
-      workdir: a directory for checkpoints, metrics and the best prompt, from which the run can be resumed; by default,
-        nothing is written.
+      workdir: a directory or URL for checkpoints, metrics and the best prompt, from which the run can be resumed; by
+        default, nothing is written.
       checkpoint_every: steps between checkpoints; default `evaluate_every`.
       resume: resume the run in `workdir`. An Optax transformation and callbacks must be the same as before.
       overwrite: delete the run in `workdir` and start over.
@@ -175,26 +176,28 @@ def fit(
             evaluation=evaluation or EvaluationConfig(),
         )
     )
-    folder, reads = None if workdir is None else Path(workdir).expanduser(), input_paths(config)
-    if folder is not None and processes.leads():
-        check_workdir(folder, resume=resume, overwrite=overwrite, reads=reads)
-    with spoken(f"encoding {len(records['train']):,} records", shown=progress):
-        experiment = load_experiment(config, base, records)
-        tuned = experiment.config.method
-        if template.virtual_tokens not in (0, tuned.token_count):
-            raise ConfigError(
-                f"template.virtual_tokens is {template.virtual_tokens}, but {tuned!r} has {tuned.token_count};"
-                " leave it out"
-            )
-        prepared = prepare(experiment, transformation)
-        asked = None
-        if validation is not None:
-            asked = prepared.experiment.evaluation_set(records["validation"], experiment.template)
-    note = experiment.window_note(prepared.examples)
-    if note is not None and progress and processes.leads():
-        print(note, file=sys.stderr)
-    events = _Callbacks(prepared.experiment, callbacks, progress)
     with contextlib.ExitStack() as stack:
+        folder, reads = None, input_paths(config)
+        if workdir is not None:
+            folder = stack.enter_context(staged(Path(workdir).expanduser()))
+        if folder is not None and processes.leads():
+            check_workdir(folder, resume=resume, overwrite=overwrite, reads=reads)
+        with spoken(f"encoding {len(records['train']):,} records", shown=progress):
+            experiment = load_experiment(config, base, records)
+            tuned = experiment.config.method
+            if template.virtual_tokens not in (0, tuned.token_count):
+                raise ConfigError(
+                    f"template.virtual_tokens is {template.virtual_tokens}, but {tuned!r} has {tuned.token_count};"
+                    " leave it out"
+                )
+            prepared = prepare(experiment, transformation)
+            asked = None
+            if validation is not None:
+                asked = prepared.experiment.evaluation_set(records["validation"], experiment.template)
+        note = experiment.window_note(prepared.examples)
+        if note is not None and progress and processes.leads():
+            print(note, file=sys.stderr)
+        events = _Callbacks(prepared.experiment, callbacks, progress)
         if folder is not None:
             encoded = {"train": prepared.examples, **({} if asked is None else {"validation": asked.examples})}
             inputs = input_digests([(prepared.experiment, encoded)])

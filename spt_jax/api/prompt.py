@@ -1,7 +1,6 @@
 """A prompt with its base: it classifies, generates, scores, and is saved and loaded."""
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,9 @@ from spt_jax.errors import CheckpointError, ConfigError, DataError
 from spt_jax.evaluation.evaluate import EvaluationConfig, evaluate, make_evaluation_set, score
 from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.prompts import storage
-from spt_jax.prompts.storage import INFO_FILE, PARAMS_FILE, SavedPrompt, read_prompt, save_prompt
+from spt_jax.prompts.names import prompt_directory
+from spt_jax.prompts.storage import SavedPrompt, read_prompt, save_prompt
 from spt_jax.runtime.waits import spoken
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -221,20 +219,18 @@ class Prompt(SavedPrompt):
 
 
 def load_prompt(
-    directory_or_hub_id: str | Path,
+    name: str | Path,
     base: FrozenBase | str | Path | None = None,
     *,
-    revision: str | None = None,
     force: bool = False,
     progress: bool = True,
 ) -> Prompt:
     """Loads a saved prompt with its base.
 
     Args:
-      directory_or_hub_id: a directory written by `Prompt.save`, `save_prompt` or `spt-jax train`; or, if there is no
-        such directory, the id of a repository on the Hugging Face hub, as in "user/name".
+      name: a directory written by `Prompt.save`, `save_prompt` or `spt-jax train`, or its URL; or a repository of the
+        Hugging Face hub: "owner/name" if there is no such directory, or "hf://owner/name@revision/folder".
       base: the base of the prompt, or its path or hub id; default where it was when the prompt was trained.
-      revision: branch, tag or commit of the prompt on the hub.
       force: accept, with a warning, another base of the same width and vocabulary size.
       progress: whether to say on stderr what takes longer than a second.
 
@@ -244,36 +240,13 @@ def load_prompt(
     Raises:
       CheckpointError: there is no such prompt, it cannot be read, its base is not found, or `base` is another one; the
         message names all fields that differ.
-      ConfigError: the architecture of the base is not supported.
+      ConfigError: the architecture of the base is not supported, or a package for the scheme of a URL is missing.
+      RemoteError: the hub or the file system cannot be reached, or has no such directory.
     """
-    directory = prompt_directory(directory_or_hub_id, revision)
+    directory = prompt_directory(name)
     if not isinstance(base, FrozenBase):
         base = _load_base(directory, base, progress)
     return Prompt.of(storage.load_prompt(directory, base, force=force), base, progress=progress)
-
-
-def prompt_directory(directory_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """Returns the local directory of a prompt, after a download if it names a repository on the hub.
-
-    Raises:
-      CheckpointError: there is no such directory, and the hub does not have a prompt of this name.
-      ConfigError: there is a revision, but the directory is a local one.
-    """
-    directory, name = Path(directory_or_hub_id).expanduser(), str(directory_or_hub_id)
-    if revision is not None and directory.exists():
-        raise ConfigError(f"revision {revision!r} belongs to a prompt on the hub, and {directory} is a local directory")
-    if directory.exists() or isinstance(directory_or_hub_id, Path) or not _HUB_ID.fullmatch(name):
-        return directory
-    import huggingface_hub
-
-    try:
-        found = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=[INFO_FILE, PARAMS_FILE])
-    except Exception as error:
-        reason = str(error).partition("\n")[0][:300]
-        raise CheckpointError(
-            f"{name!r} is not a directory here, and the hub did not return it ({type(error).__name__}: {reason})"
-        ) from error
-    return Path(found)
 
 
 def _load_base(directory: Path, path: str | Path | None, progress: bool) -> FrozenBase:

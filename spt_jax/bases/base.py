@@ -30,9 +30,24 @@ from spt_jax.models.model import Params
 from spt_jax.models.quantized import KERNEL_ARRAYS
 from spt_jax.models.stacks import Remat
 from spt_jax.runtime import measure
+from spt_jax.runtime.remote import local_copy, url_of
 from spt_jax.runtime.sharding import check_divides, make_mesh, parameter_sharding
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+# What is downloaded of a base.
+FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "*.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+)
 STARTER = Path(__file__).parents[1] / "assets" / "starter"
 
 
@@ -122,7 +137,8 @@ def load_base(
     """Loads a decoder, its tokenizer and its identity; needs no torch.
 
     Args:
-      path_or_hub_id: a directory in Hugging Face format, a hub id, or "starter" for the model that ships here.
+      path_or_hub_id: a directory in Hugging Face format, a URL of one, a hub id, or "starter" for the model that
+        ships here.
       revision: branch, tag or commit on the hub.
       dtype: "float32", "bfloat16" or "float16"; default float32 on CPU, bfloat16 on accelerators that compute in it,
         and float16 on those that do not, such as a T4.
@@ -203,34 +219,35 @@ def _leaf_sharding(mesh: Mesh, shapes: Params, path: tuple[str, ...]) -> Any:
     return parameter_sharding(mesh, path, leaf.shape)
 
 
+def lasting_name(path_or_hub_id: str) -> str:
+    """Returns the name of a base for a file: an absolute path instead of a relative one, otherwise the same name."""
+    if path_or_hub_id == "starter" or url_of(path_or_hub_id):
+        return path_or_hub_id
+    path = Path(path_or_hub_id).expanduser()
+    return str(path.resolve()) if path.exists() else path_or_hub_id
+
+
 def local_directory(path_or_hub_id: str, revision: str | None) -> Path:
-    """The directory of a base's files: the given one, the hub's download for an id, or the starter's.
+    """The directory of a base's files: the given one, the starter's, or a download for a URL or hub id.
 
     Raises:
+      ConfigError: the package for the scheme of a URL is not installed; the message names the extra.
+      RemoteError: the file system of a URL cannot be reached, or has no such directory.
       CheckpointError: there is no such directory, it is a file, or the hub does not have it.
     """
     if path_or_hub_id == "starter":
         return STARTER
+    url = url_of(path_or_hub_id)
+    if url and not url.startswith("hf://"):
+        return model_directory(local_copy(url, FILES))
+    path_or_hub_id = url.removeprefix("hf://") if url else path_or_hub_id
     path = Path(path_or_hub_id).expanduser()
-    if path.exists() or path_or_hub_id.count("/") > 1 or path_or_hub_id.startswith((".", "/", "~")):
+    if not url and (path.exists() or path_or_hub_id.count("/") > 1 or path_or_hub_id.startswith((".", "/", "~"))):
         return model_directory(path)
     import huggingface_hub
 
-    patterns = [
-        "*.safetensors",
-        "*.safetensors.index.json",
-        "config.json",
-        "generation_config.json",
-        "tokenizer*",
-        "*.model",
-        "vocab.json",
-        "merges.txt",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template*",
-    ]
     try:
-        return Path(huggingface_hub.snapshot_download(path_or_hub_id, revision=revision, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(path_or_hub_id, revision=revision, allow_patterns=list(FILES)))
     except Exception as error:
         raise CheckpointError(
             f"{path_or_hub_id!r} is not a directory here, and the hub did not return it"

@@ -25,7 +25,7 @@ from spt_jax.prompts import VirtualPrompt
 from spt_jax.prompts.stacking import stack_prompts
 from spt_jax.prompts.storage import load_prompt, read_prompt
 from spt_jax.reports.report import comparison_table
-from spt_jax.runtime.files import write_json
+from spt_jax.runtime.files import shown, write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,7 +175,7 @@ class Evaluate(Saved):
         if self.others:
             prompts = [saved, *(load_prompt(path, base, force=self.force) for path in self.others)]
             for path, other in zip(self.others, prompts[1:], strict=True):
-                results[str(path)] = metrics(other.template, other.virtual)
+                results[shown(path)] = metrics(other.template, other.virtual)
             sets = [asked(prompt.template, prompt.virtual) for prompt in prompts]
             together = evaluate_ensemble(base, sets, [prompt.virtual for prompt in prompts], self.combine)
             results[f"{self.combine} of {len(prompts)} prompts"] = together.metrics

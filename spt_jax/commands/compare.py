@@ -15,13 +15,14 @@ from spt_jax.experiment.command_line import Job, config_json, parse_job
 from spt_jax.experiment.config import AnyMethod, resolve
 from spt_jax.experiment.run import load_experiment
 from spt_jax.experiment.shipped import config_path
-from spt_jax.experiment.workdir import CONFIG_FILE, check_workdir, held, input_paths, prepare_workdir
+from spt_jax.experiment.workdir import CONFIG_FILE, check_workdir, held, in_workdir, input_paths, prepare_workdir
 from spt_jax.options import Pairs
 from spt_jax.reports.html import write_report
 from spt_jax.reports.plots import can_draw, missing_note, plot_comparison
 from spt_jax.runtime import measure
-from spt_jax.runtime.files import write_json, write_text
+from spt_jax.runtime.files import shown, write_json, write_text
 from spt_jax.runtime.provenance import provenance
+from spt_jax.runtime.remote import local_copy
 from spt_jax.studies.comparison import PREDICTIONS_FILE, Entry, ask, baselines, make_table, markdown, read_outside
 
 PROGRAM = "spt-jax compare"
@@ -32,7 +33,7 @@ class Compare(Job[AnyMethod]):
     """Compares soft prompts with no prompt, hand-written prompts, solved examples in context, and a linear probe.
 
     Attributes:
-      prompts: directories of saved soft prompts; everything is compared with the first one.
+      prompts: saved soft prompts, as directories, URLs or hub ids; everything is compared with the first one.
       shots: numbers of solved training examples to put before a request; each number is one row of the comparison. Not
         used for chats of {messages}.
       shots_seed: seed for the choice of solved examples.
@@ -71,8 +72,14 @@ def main(argv: Sequence[str]) -> None:
     """
     command = parse_job(Compare, argv, PROGRAM)
     command.validate()
+    with in_workdir(command) as placed:
+        run(placed, argv)
+
+
+def run(command: Compare[Any], argv: Sequence[str]) -> None:
+    """Runs a parsed command, whose work directory is local."""
     measure.keep_compiled_programs(command.compilation_cache)
-    others = {name: Path(folder) for name, folder in command.others.items()}
+    others = {name: local_copy(folder) for name, folder in command.others.items()}
     reads = input_paths(command.config, config_path(argv[0]), *command.prompts, *others.values())
     check_workdir(command.workdir, overwrite=command.overwrite, reads=reads)
     if note := missing_note("compare.png"):
@@ -92,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
         write_results(command.workdir, entries, table, classes, config_json(command), facts)
     print(markdown(table))
     plot = " compare.png," if can_draw() else ""
-    print(f"{command.workdir}: report.html, compare.md, compare.json,{plot} predictions.jsonl")
+    print(f"{shown(command.workdir)}: report.html, compare.md, compare.json,{plot} predictions.jsonl")
 
 
 def write_results(

@@ -15,8 +15,9 @@ from spt_jax.evaluation.inspection import (
 from spt_jax.interop import export_embeddings, export_npy, export_peft, export_peft_tasks, import_npy, import_peft
 from spt_jax.interop.peft import default_template
 from spt_jax.options import Line, Pairs
+from spt_jax.prompts.names import prompt_directory
 from spt_jax.prompts.storage import load_prompt, read_prompt, save_prompt
-from spt_jax.runtime.files import write_text
+from spt_jax.runtime.files import shown, write_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class Import:
     """Converts a PEFT directory or a .npy file of token rows to a prompt directory.
 
     Attributes:
-      source: the PEFT directory or .npy file.
+      source: the PEFT directory or .npy file, a URL of one, or the hub id of a PEFT prompt.
       base: the base that the prompt was trained on: a directory, a hub id or "starter".
       output: the prompt directory to write.
       template_prompt: the template's prompt; default as in PEFT, for a field "text": virtual tokens, BOS, text.
@@ -46,11 +47,12 @@ class Import:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     def run(self) -> None:
+        source = prompt_directory(self.source)
         base = load_base(self.base, dtype=self.dtype)
-        if self.source.is_dir():
-            method, virtual = import_peft(self.source, base, task=self.task)
+        if source.is_dir():
+            method, virtual = import_peft(source, base, task=self.task)
         else:
-            method, virtual = import_npy(self.source, base)
+            method, virtual = import_npy(source, base)
         classes = getattr(method, "classes", None)
         if classes is not None and len(self.verbalizers) != classes:
             raise ConfigError(f"the head has {classes} classes; name all of them, in order, with --verbalizers")
@@ -62,7 +64,7 @@ class Import:
             head=getattr(method, "head", "language_model"),
             reads=self.reads,
         )
-        save_prompt(self.output, base, method, virtual, template, extra={"imported_from": str(self.source)})
+        save_prompt(self.output, base, method, virtual, template, extra={"imported_from": shown(self.source)})
         print(describe_prompt(read_prompt(self.output)))
 
 
@@ -71,7 +73,7 @@ class Export(Saved):
     """Converts a saved prompt to the format of another library.
 
     Attributes:
-      output: a directory for PEFT, otherwise a file.
+      output: a directory for PEFT, otherwise a file; or a URL.
       format: peft; npy, token rows as in google-research/prompt-tuning; vllm, the embeddings of a complete request, for
         `prompt_embeds` of vLLM's completions API.
       fields: for vllm, the request's record as name=value pairs.
@@ -99,4 +101,4 @@ class Export(Saved):
         else:
             check_fields([dict(self.fields)], saved.template.prompt_fields, "--fields")
             write_text(self.output, export_embeddings(saved, base, dict(self.fields)))
-        print(f"wrote {self.output}")
+        print(f"wrote {shown(self.output)}")

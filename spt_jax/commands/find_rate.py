@@ -3,17 +3,17 @@
 import dataclasses
 import shlex
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from spt_jax.bases.base import describe_base
 from spt_jax.experiment.command_line import Job, config_json, parse_job
 from spt_jax.experiment.config import AnyMethod, resolve
 from spt_jax.experiment.run import load_experiment
 from spt_jax.experiment.shipped import config_path
-from spt_jax.experiment.workdir import CONFIG_FILE, check_workdir, held, input_paths, prepare_workdir
+from spt_jax.experiment.workdir import CONFIG_FILE, check_workdir, held, in_workdir, input_paths, prepare_workdir
 from spt_jax.reports.plots import can_draw, missing_note, plot_range_test
 from spt_jax.runtime import measure
-from spt_jax.runtime.files import write_json
+from spt_jax.runtime.files import shown, write_json
 from spt_jax.training.clock import progress_bar
 from spt_jax.training.population import Member
 from spt_jax.training.rate_finder import range_test
@@ -45,6 +45,12 @@ def main(argv: Sequence[str]) -> None:
       SptError: the command line, the data or the base is invalid.
     """
     command = parse_job(FindRate, argv, PROGRAM)
+    with in_workdir(command) as placed:
+        run(placed, argv)
+
+
+def run(command: FindRate[Any], argv: Sequence[str]) -> None:
+    """Runs a parsed command, whose work directory is local."""
     measure.keep_compiled_programs(command.compilation_cache)
     workdir, reads = command.workdir, input_paths(command.config, config_path(argv[0]))
     check_workdir(workdir, overwrite=command.overwrite, reads=reads)
@@ -85,4 +91,4 @@ def main(argv: Sequence[str]) -> None:
     optimizer = experiment.config.optimizer
     now = f"{optimizer.name} has {optimizer.learning_rate} in this config"
     print(f"suggested: --optimizer.learning-rate {found.suggested:.2g}; {now}")
-    print(f"{workdir}: rates.json{', rates.png' if can_draw() else ''}")
+    print(f"{shown(workdir)}: rates.json{', rates.png' if can_draw() else ''}")

@@ -26,7 +26,8 @@ from spt_jax.evaluation.inspection import (
 from spt_jax.prompts.storage import SavedPrompt, load_prompt, read_prompt
 from spt_jax.prompts.transfer import ranked_sources
 from spt_jax.reports.plots import can_draw, missing_note, plot_inspection
-from spt_jax.runtime.files import write_json
+from spt_jax.runtime.files import shown, write_json
+from spt_jax.runtime.remote import url_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,17 +76,18 @@ class Inspect(Saved):
         if self.data is not None:
             report |= self.worth(base, saved)
         if self.others:
-            names = [str(path) for path in (self.prompt, *self.others)]
+            names = [shown(path) for path in (self.prompt, *self.others)]
             others = [load_prompt(path, base, force=self.force) for path in self.others]
             cosines = similarity_map([saved.virtual, *(other.virtual for other in others)])
             report["similarity"] = {"prompts": names, "cosines": cosines.tolist()}
             print(similarity_lines(names, cosines))
         if self.output is not None:
-            self.output.mkdir(parents=True, exist_ok=True)
+            if not url_of(self.output):
+                self.output.mkdir(parents=True, exist_ok=True)
             write_json(self.output / "inspect.json", report)
             if can_draw():
                 plot_inspection(self.output / "inspect.png", report)
-            print(f"{self.output}: inspect.json{', inspect.png' if can_draw() else ''}")
+            print(f"{shown(self.output)}: inspect.json{', inspect.png' if can_draw() else ''}")
 
     def worth(self, base: FrozenBase, saved: SavedPrompt) -> dict[str, Any]:
         """Returns the effect of ablating each position on the records, and the attention that it receives."""
@@ -117,7 +119,8 @@ class Similar:
 
     def run(self) -> None:
         target = read_prompt(self.prompt)
-        bank = {str(folder): read_prompt(folder) for folder in bank_of(self.bank).values()}
+        where = shown(self.bank)
+        bank = {f"{where}/{name}": read_prompt(folder) for name, folder in bank_of(self.bank).items()}
         for folder, saved in bank.items():
             differences = target.fingerprint.differences(saved.fingerprint)
             if differences:

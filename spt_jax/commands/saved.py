@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from spt_jax.bases.base import FrozenBase, load_base
-from spt_jax.errors import CheckpointError, did_you_mean
+from spt_jax.bases.base import FrozenBase, load_base, local_directory
+from spt_jax.errors import CheckpointError, RemoteError, did_you_mean
+from spt_jax.prompts.names import prompt_directory
 from spt_jax.prompts.storage import INFO_FILE, SavedPrompt, load_prompt, read_prompt
+from spt_jax.runtime.files import shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,8 +17,8 @@ class Saved:
     """A saved prompt and its base.
 
     Attributes:
-      prompt: the directory of the saved prompt.
-      base: where its base is now; default where it was when the prompt was trained.
+      prompt: the saved prompt: a directory, a URL (s3://, gs://), or a hub id (owner/name, hf://owner/name).
+      base: where its base is now, or its hub id; default where it was when the prompt was trained.
       dtype: precision of the base; default by device.
       quantize: int8 stores the base's matrices in one byte per weight.
       force: use the prompt with another base than its own, as long as the sizes match.
@@ -36,6 +38,8 @@ class Saved:
         """Returns the base of the first prompt, and all prompts."""
         info = read_prompt(folders[0]).info["base"]
         revision = None if self.base else info["revision"]
+        if self.base is None:
+            _check_base(info["id"], revision, folders[0])
         base = load_base(self.base or info["id"], revision=revision, dtype=self.dtype, quantize=self.quantize)
         return base, [load_prompt(folder, base, force=self.force) for folder in folders]
 
@@ -52,12 +56,28 @@ class Saved:
         return [known[name] for name in names]
 
 
-def bank_of(folder: Path) -> dict[str, Path]:
-    """Returns the prompt directories of a folder by name.
+def _check_base(name: str, revision: str | None, prompt: Path) -> None:
+    """Refuses a base that is not where it was when the prompt was saved.
 
     Raises:
+      CheckpointError: it is not there; the message says what to do.
+    """
+    try:
+        local_directory(name, revision)
+    except (CheckpointError, RemoteError) as error:
+        raise CheckpointError(
+            f"{shown(prompt)}: the base of this prompt is not at {name!r} ({error}); say with --base where it is"
+        ) from error
+
+
+def bank_of(folder: Path) -> dict[str, Path]:
+    """Returns the prompt directories of a folder by name, after a download if it is remote or on the hub.
+
+    Raises:
+      ConfigError, RemoteError: as in `prompt_directory`.
       CheckpointError: there are none.
     """
+    folder = prompt_directory(folder)
     found = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{INFO_FILE}"))}
     if not found:
         raise CheckpointError(f"{folder}: there are no saved prompts")

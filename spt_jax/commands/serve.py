@@ -3,13 +3,17 @@
 import dataclasses
 import os
 import re
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from spt_jax.bases.base import describe_base, load_base
 from spt_jax.errors import ConfigError
+from spt_jax.prompts.names import prompt_directory
 from spt_jax.runtime import measure
+from spt_jax.runtime.remote import RemoteFolder, check_path, url_of
 from spt_jax.runtime.sharding import MeshConfig, make_mesh
 from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.engine import Engine
@@ -28,7 +32,8 @@ class Serve:
 
     Attributes:
       base: a directory in Hugging Face format, a hub id, or starter.
-      prompts: a directory of prompt directories of this library or of PEFT; prompts are loaded from nowhere else.
+      prompts: a directory of prompt directories of this library or of PEFT, a URL (s3://, gs://) or the hub id of one;
+        a prompt that is added while serving is read from there again. Prompts are loaded from nowhere else.
       name: name of the bare base among the models; default the last part of `base`.
       revision: revision of the base on the hub.
       strict: do not start if a prompt cannot be read; by default, such a prompt is left out with a message.
@@ -78,17 +83,19 @@ class Serve:
             from spt_jax.serving.server import bound, make_app, server_of
         except ImportError as error:
             raise ConfigError(f"serving needs the extra: pip install 'spt_jax[serve]' ({error})") from error
-        if self.prompts is not None and not self.prompts.is_dir():
+        if self.prompts is not None and not url_of(self.prompts) and not prompt_directory(self.prompts).is_dir():
             raise ConfigError(f"--prompts {self.prompts} is not a directory")
+        for path in filter(None, (self.prompts, self.base)):
+            check_path(path)
         for name in ("slots", "context", "queue", "prompt_memory", "max_body", "body_seconds", "drain_seconds"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be more than 0")
         measure.keep_compiled_programs(self.compilation_cache)
-        with bound(self.host, self.port) as listening:
+        with bound(self.host, self.port) as listening, tempfile.TemporaryDirectory(prefix="spt_jax-") as copies:
             host, port, *_ = listening.getsockname()
             hosts = allowed_hosts(host, self.allowed_hosts)
-            service = start(self)
+            service = start(self, Path(copies))
             limits = {"max_body_bytes": self.max_body * 1024, "body_seconds": self.body_seconds}
             app = make_app(service, **limits, hosts=hosts)
             listening.listen()
@@ -97,10 +104,15 @@ class Serve:
             server.run(sockets=[listening])
 
 
-def start(command: Serve) -> "Service":
+def start(command: Serve, copies: Path | None = None) -> "Service":
     """Loads base and prompts, compiles the programs for the shortest requests, and starts the engine.
 
+    Args:
+      command: the options.
+      copies: an empty directory for the copy of a remote directory of prompts; default a new one.
+
     Raises:
+      RemoteError: a remote directory cannot be reached.
       ConfigError, CheckpointError: the base or the mesh is invalid.
       RefusedError: a prompt is invalid, and the command is strict.
     """
@@ -116,14 +128,27 @@ def start(command: Serve) -> "Service":
     engine.warm_decoding()
     engine.warm(engine.bank.held(None), 1)
     name = command.name or Path(command.base).name
-    service = Service(Worker(engine, queue=command.queue), name, command.prompts, os.environ.get(ADMIN_KEY) or None)
+    worker = Worker(engine, queue=command.queue)
+    folder, refresh = _folder(command.prompts, copies)
+    service = Service(worker, name, folder, os.environ.get(ADMIN_KEY) or None)
     _load_prompts(service, strict=command.strict)
+    service.refresh = refresh
     service.worker.start()
     print(
         f"{name} and {len(engine.bank.names)} prompts in {command.slots} slots, ready in"
         f" {time.perf_counter() - began:.1f} s"
     )
     return service
+
+
+def _folder(prompts: Path | None, copies: Path | None) -> tuple[Path | None, Callable[[], None]]:
+    """Returns the local directory of prompts, and a function that brings it up to date with a remote one."""
+    url = None if prompts is None else url_of(prompts)
+    if prompts is None or url is None or url.startswith("hf://"):
+        return None if prompts is None else prompt_directory(prompts), lambda: None
+    local = (copies or Path(tempfile.mkdtemp(prefix="spt_jax-"))) / "prompts"
+    copy = RemoteFolder(url, local)
+    return local, copy.refresh
 
 
 def _load_prompts(service: "Service", *, strict: bool) -> None:

@@ -16,11 +16,11 @@ from spt_jax.experiment.command_line import Job, config_json, first_command, par
 from spt_jax.experiment.config import AnyMethod, resolve
 from spt_jax.experiment.run import input_digests
 from spt_jax.experiment.shipped import config_path
-from spt_jax.experiment.workdir import check_workdir, held, input_paths, open_workdir
+from spt_jax.experiment.workdir import check_workdir, held, in_workdir, input_paths, open_workdir
 from spt_jax.reports.html import write_report
 from spt_jax.reports.plots import can_draw, missing_note, plot_sweep
 from spt_jax.runtime import measure, signals
-from spt_jax.runtime.files import write_json
+from spt_jax.runtime.files import shown, write_json
 from spt_jax.runtime.provenance import provenance
 from spt_jax.studies.plateau import Estimate, check_records, has_plateaued, shortest_of_the_best
 from spt_jax.studies.results import (
@@ -114,6 +114,12 @@ def main(argv: Sequence[str]) -> None:
     """
     command = parse_job(Sweep, argv, PROGRAM)
     command.validate()
+    with in_workdir(command) as placed:
+        run(placed, argv)
+
+
+def run(command: Sweep[Any], argv: Sequence[str]) -> None:
+    """Runs a parsed command, whose work directory is local."""
     measure.keep_compiled_programs(command.compilation_cache)
     workdir, words = command.workdir, shlex.join([*PROGRAM.split(), *argv])
     mode, config_file = {"resume": command.resume, "overwrite": command.overwrite}, config_path(argv[0])
@@ -192,7 +198,7 @@ def main(argv: Sequence[str]) -> None:
         )
         write_report(workdir)
         plot = "report.html, sweep.png, " if can_draw() else "report.html, "
-        print(f"{workdir}: trials.csv, trials.parquet, results.json, {plot}and each trial's prompt in trials/")
+        print(f"{shown(workdir)}: trials.csv, trials.parquet, results.json, {plot}and each trial's prompt in trials/")
 
 
 def plan_stages(command: Sweep[Any], argv: Sequence[str]) -> list[list[Trial]]:
@@ -251,12 +257,12 @@ def finish(
         reason = f"the shortest within one standard error of the best, {named(best.settings)}"
     number = max(chosen.trials, key=lambda trial: trial_score(rows[trial]))
     copy_prompt(trial_folder(workdir, number) / "prompt", workdir / "prompt")
-    print(f"chosen: {named(chosen.settings)}, {reason}; {workdir}/prompt is from trial {number}")
-    shown = {trial for score in scores for trial in score.trials}
+    print(f"chosen: {named(chosen.settings)}, {reason}; {shown(workdir)}/prompt is from trial {number}")
+    plotted = {trial for score in scores for trial in score.trials}
     others = [
         (trial.settings, value)
         for trial in ran
-        if trial.number not in shown and (value := validation_mean(workdir, trial.number, chosen.measure)) is not None
+        if trial.number not in plotted and (value := validation_mean(workdir, trial.number, chosen.measure)) is not None
     ]
     if can_draw():
         plot_sweep(

@@ -17,6 +17,7 @@ from spt_jax.bases.base import describe_base
 from spt_jax.data.batches import pack, place_batch
 from spt_jax.data.preview import describe
 from spt_jax.data.task import Evaluation
+from spt_jax.errors import ConfigError
 from spt_jax.evaluation import metrics
 from spt_jax.evaluation.classes import class_report
 from spt_jax.evaluation.inspection import NEAREST, nearest_words
@@ -26,12 +27,12 @@ from spt_jax.experiment.config import resolve
 from spt_jax.experiment.run import Experiment, compare, evaluation_sets, input_digests, load_experiment
 from spt_jax.experiment.shipped import config_path
 from spt_jax.experiment.training import Prepared, claimed, prepare, tune
-from spt_jax.experiment.workdir import check_workdir, input_paths
+from spt_jax.experiment.workdir import check_workdir, in_workdir, input_paths
 from spt_jax.reports.html import write_report
 from spt_jax.reports.plots import can_draw, missing_note, plot_curves
 from spt_jax.reports.report import comparison_table, reference_lines
-from spt_jax.runtime import measure, processes, signals
-from spt_jax.runtime.files import write_json, write_text
+from spt_jax.runtime import measure, processes, remote, signals
+from spt_jax.runtime.files import shown, write_json, write_text
 from spt_jax.runtime.provenance import provenance
 from spt_jax.training.logs import MetricsLog, NoLog, check_log, read_metrics
 from spt_jax.training.loop import Best
@@ -54,8 +55,13 @@ def main(argv: Sequence[str], program: str = PROGRAM) -> None:
       Stopped: after SIGTERM or SIGINT, with the state saved.
     """
     command = parse_train(argv, program)
-    with processes.joined(command.processes):
-        run(command, argv, program)
+    if command.processes.several and remote.url_of(command.workdir):
+        raise ConfigError(
+            f"work directory {remote.url_of(command.workdir)} is remote, which works in a run of one process; several"
+            " processes need a directory that all of them see, such as a mounted bucket"
+        )
+    with processes.joined(command.processes), in_workdir(command) as placed:
+        run(placed, argv, program)
 
 
 def run(command: Command[Any], argv: Sequence[str], program: str) -> None:
@@ -186,7 +192,8 @@ def finish(
     write_report(workdir)
     print(comparison_table(scores))
     files = ["report.html", "results.json", *(["curves.png"] if can_draw() else []), "metrics.jsonl"]
-    print(f"{workdir}/prompt: the soft prompt, {prompt_bytes:,} bytes. {workdir}: {', '.join(files)}")
+    where = shown(workdir)
+    print(f"{where}/prompt: the soft prompt, {prompt_bytes:,} bytes. {where}: {', '.join(files)}")
 
 
 def details(answered: Mapping[str, Sequence[Prediction]], classes: Sequence[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from spt_jax.errors import ConfigError, DataError, did_you_mean
 from spt_jax.runtime.extras import check_installed, load_extra
+from spt_jax.runtime.remote import check_path, local_copy, url_of
 
 Record = dict[str, Any]
 
@@ -36,27 +37,28 @@ _BATCH_ROWS = 1024
 def read_records(
     source: str, *, split: str = "train", revision: str | None = None, limit: int | None = None
 ) -> list[Record]:
-    """Reads a local file, whose suffix determines the format, or a data set from the Hugging Face hub.
+    """Reads a local or remote file, whose suffix determines the format, or a data set from the Hugging Face hub.
 
     CSV and TSV files have a header row, and their values are strings. In the other formats, values keep their stored
     types (class labels of hub data sets are integers). Blank lines in JSONL and CSV files are skipped, as are CSV
     columns without a name. A first line `sep=;`, as Excel writes it, sets the separator of a CSV file.
 
     Args:
-      source: a .jsonl, .json (a list of objects), .csv, .tsv or .parquet file, or a hub id such as "gsm8k" or
-        "glue:sst2", with the configuration after the colon.
+      source: a .jsonl, .json (a list of objects), .csv, .tsv or .parquet file, a URL of one, or a hub id such as
+        "gsm8k" or "glue:sst2", with the configuration after the colon.
       split: the split of a hub data set; ignored for files.
       revision: the branch, tag or commit of a hub data set.
       limit: the maximum number of records to read; None reads all.
 
     Raises:
       ConfigError: `limit` is below 1, a revision was given for a local file, or the source is on the hub and `datasets`
-        is not installed.
+        is not installed, or the package for the scheme of a URL.
+      RemoteError: the file system of a URL cannot be reached, or has no such file.
       DataError: the source does not exist, cannot be parsed (the message names the line) or has no records.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}; it must be at least 1, or None for all records")
-    path = Path(source).expanduser()
+    path = local_copy(source).expanduser()
     if path.is_dir():
         raise DataError(f"{path} is a directory; name one file in it ({did_you_mean('', _data_files(path))})")
     if _on_hub(source):
@@ -74,8 +76,10 @@ def check_source(source: str) -> None:
     """Checks that a source can be read with the installed packages.
 
     Raises:
-      ConfigError: it is a data set of the hub, and `datasets` is not installed; the message names the extra.
+      ConfigError: it is a data set of the hub, and `datasets` is not installed, or a URL, and the package for its
+        scheme is not; the message names the extra.
     """
+    check_path(source)
     if _on_hub(source):
         check_installed("datasets", f"the hub data set {source!r}")
 
@@ -100,7 +104,7 @@ def check_fields(records: Iterable[Mapping[str, Any]], fields: Sequence[str], so
 
 
 def _on_hub(source: str) -> bool:
-    return not Path(source).expanduser().exists() and not _looks_like_file(source)
+    return not url_of(source) and not Path(source).expanduser().exists() and not _looks_like_file(source)
 
 
 def _looks_like_file(source: str) -> bool:

@@ -17,7 +17,7 @@ from spt_jax.experiment.config import AnyMethod, ExperimentConfig
 from spt_jax.experiment.config_files import load_config_file
 from spt_jax.experiment.shipped import config_path, config_summary, shipped_configs
 from spt_jax.prompts import METHODS, Method
-from spt_jax.runtime.files import DISK_FULL, READ_ONLY, write_error
+from spt_jax.runtime.files import DISK_FULL, READ_ONLY, shown, write_error
 from spt_jax.runtime.measure import PROFILE_BEHIND
 from spt_jax.runtime.processes import ProcessesConfig
 from spt_jax.training.loop import Stopped
@@ -28,7 +28,7 @@ class Job(Generic[AnyMethod]):
     """Options of a command that starts from a config and writes to a work directory.
 
     Attributes:
-      workdir: directory for all output; default out/ and the config file's name.
+      workdir: directory or URL (s3://, gs://) for all output; default out/ and the config file's name.
       overwrite: delete the run in workdir and start over.
       compilation_cache: directory for compiled programs, which makes later runs start faster; default
         $JAX_COMPILATION_CACHE_DIR, or on an accelerator ~/.cache/spt_jax.
@@ -206,4 +206,8 @@ def first_command(argv: Sequence[str]) -> str:
 
 def config_json(config: Any) -> dict[str, Any]:
     """Returns a config as plain JSON values, for `config.json` and checkpoints."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return json.loads(json.dumps(dataclasses.asdict(config), default=_as_text))
+
+
+def _as_text(value: Any) -> str:
+    return shown(value) if isinstance(value, Path) else str(value)

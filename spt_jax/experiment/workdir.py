@@ -2,28 +2,31 @@
 
 A work directory has the file `.spt_jax`, which marks it as created by this library. The process that writes to the
 directory locks this file (flock), so that the lock is released however the process ends; the file has the process's id
-and host. Directories of version 0.1 have no such file and are recognized by the keys of their config.json.
+and host. Remote work directories are copied to this machine and have a lease instead (`spt_jax.runtime.mirror`).
+Directories of version 0.1 have no such file and are recognized by the keys of their config.json.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
-import re
 import shutil
 import socket
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import IO, Any
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, TypeVar
 
 from spt_jax.bases.fingerprint import Fingerprint
 from spt_jax.errors import ConfigError, differing_fields
+from spt_jax.experiment.command_line import Job
 from spt_jax.experiment.config import ExperimentConfig
-from spt_jax.runtime.files import write_json, writing
+from spt_jax.runtime import remote
+from spt_jax.runtime.files import shown, write_json, writing
+from spt_jax.runtime.mirror import MARKER, check_free, leased, staged
 
 CONFIG_FILE = "config.json"
-MARKER = ".spt_jax"
 # Everything that train, sweep, compare and find-rate write; nothing else is deleted. config.json comes first, because
 # a directory without it cannot be resumed.
 OUTPUTS = (
@@ -40,12 +43,31 @@ _MAY_DIFFER = ("mesh", "log", "inputs", "examples")
 _NOT_RECORDED = {"task": {"name": None}}
 
 Inputs = Mapping[str, Mapping[str, Any]]
+AnyJob = TypeVar("AnyJob", bound=Job[Any])
+
+
+@contextlib.contextmanager
+def in_workdir(job: AnyJob) -> Iterator[AnyJob]:
+    """Context manager with the job in the directory where it works: the local copy of a remote work directory.
+
+    Raises:
+      ConfigError: the package of the remote path's scheme is not installed.
+      RemoteError: the remote directory cannot be reached.
+    """
+    with staged(job.workdir) as workdir:
+        yield dataclasses.replace(job, workdir=workdir)
 
 
 def input_paths(config: ExperimentConfig[Any], *more: Path) -> list[Path]:
-    """Returns the paths that a command reads and must never delete: base, data and prompts of a config, and `more`."""
+    """Returns the paths that a command reads and must never delete: base, data and prompts of a config, and `more`.
+
+    Raises:
+      ConfigError: one is remote, and the package of its scheme is not installed.
+    """
     data, init = config.data, getattr(config.method, "init", None)
     named = [config.base.path, data.train, data.validation, data.test, getattr(init, "path", None)]
+    for path in (*filter(None, named), *more):
+        remote.check_path(path)
     return [*(Path(name).expanduser() for name in named if name), *more]
 
 
@@ -66,12 +88,10 @@ def check_workdir(path: Path, *, resume: bool | None = None, overwrite: bool, re
     if (path / MARKER).exists():
         with open(path / MARKER, "r+", encoding="utf-8") as file:  # locks on NFS need a file open for writing
             _lock(file, path)
+    check_free(path)
 
 
 def _check(path: Path, *, resume: bool | None, overwrite: bool, reads: Iterable[Path]) -> None:
-    if remote := re.match(r"[a-z][a-z0-9]+:/", str(path)):  # pathlib drops the second slash of a URL
-        url = f"{remote[0]}/{str(path)[remote.end() :]}"
-        raise ConfigError(f"work directory {url} is remote; use a local one, and copy it there afterwards")
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite are mutually exclusive")
     if path.exists() and not path.is_dir():
@@ -109,6 +129,13 @@ def _check_apart(path: Path, reads: Iterable[Path]) -> None:
     """Refuses to overwrite a directory that is, contains, or is inside something that the command reads."""
     here = path.resolve()
     for source in reads:
+        if url := remote.url_of(source):
+            ours, theirs = PurePosixPath(shown(path)), PurePosixPath(url)
+            if ours == theirs or ours in theirs.parents or theirs in ours.parents:
+                raise ConfigError(
+                    f"--overwrite: {shown(path)} and {url}, which this command reads, overlap; give another --workdir"
+                )
+            continue
         if not source.exists():
             continue  # a hub id, or an error that is reported on reading
         # Files of a directory may be links to other places.
@@ -164,7 +191,8 @@ def held(path: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
             file.flush()
-        yield
+        with leased(path):
+            yield
 
 
 def prepare_workdir(path: Path, *, resume: bool | None = None, overwrite: bool, reads: Iterable[Path] = ()) -> None:
@@ -185,7 +213,7 @@ def prepare_workdir(path: Path, *, resume: bool | None = None, overwrite: bool, 
                 (path / name).unlink(missing_ok=True)
         remaining = sorted(set(os.listdir(path)) - {MARKER})
     if remaining:
-        print(f"files in {path} that this library did not write are not deleted: {', '.join(remaining)}")
+        print(f"files in {shown(path)} that this library did not write are not deleted: {', '.join(remaining)}")
 
 
 def open_workdir(
@@ -218,7 +246,9 @@ def open_workdir(
         if "inputs" in saved:
             _check_inputs(path, inputs, saved["inputs"])
         else:
-            print(f"{path} was created by an older version without digests: data and base are not compared with it")
+            print(
+                f"{shown(path)} was created by an older version without digests: data and base are not compared with it"
+            )
     write_json(path / CONFIG_FILE, {**settings, "inputs": inputs})
 
 

@@ -18,6 +18,7 @@ from spt_jax.prompts import PromptTuning, VirtualPrompt
 from spt_jax.prompts.reading import check_finite, read_npy
 from spt_jax.prompts.storage import SavedPrompt
 from spt_jax.runtime.files import write_bytes
+from spt_jax.runtime.remote import local_copy
 
 
 def import_npy(path: str | Path, base: FrozenBase) -> tuple[PromptTuning, VirtualPrompt]:
@@ -26,7 +27,7 @@ def import_npy(path: str | Path, base: FrozenBase) -> tuple[PromptTuning, Virtua
     Raises:
       CheckpointError: it is another kind of file, its width is not the base's, or it has values that are not finite.
     """
-    rows = read_npy(Path(path))
+    rows = read_npy(local_copy(path))
     width, most = base.layout.width, base.config.max_positions
     if rows.ndim != 2 or rows.shape[1] != width or not 1 <= rows.shape[0] < most or rows.dtype.kind != "f":
         raise CheckpointError(

@@ -29,6 +29,7 @@ from spt_jax.errors import CheckpointError, ConfigError
 from spt_jax.models.layout import SELF, Group
 from spt_jax.models.memory import KeysValues
 from spt_jax.prompts import DeepPrompts, LlamaAdapter, Method, PrefixTuning, PromptTuning, VirtualPrompt
+from spt_jax.prompts.names import prompt_directory
 from spt_jax.prompts.reading import check_directory, check_tensors, read_json, read_tensors, tensor_headers
 from spt_jax.prompts.storage import INFO_FILE
 from spt_jax.prompts.virtual import Head, VirtualPrefix
@@ -85,7 +86,7 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
     prompt), and gated rows a `LlamaAdapter` prompt.
 
     Args:
-      directory: the PEFT directory.
+      directory: the PEFT directory, or the URL or hub id of one.
       base: the base that the prompt was trained on. PEFT does not record its fingerprint, so only sizes are checked.
       task: for a multitask prompt, the number of the task to read.
 
@@ -95,7 +96,7 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
       ConfigError: `task` is missing or does not exist, the prompt is not a multitask prompt, or PEFT's model of the
         base computes another function.
     """
-    directory = Path(directory)
+    directory = prompt_directory(directory)
     config = _read_config(directory)
     kind, where = config.get("peft_type"), directory / CONFIG_FILE
     if kind not in KNOWN_TYPES:

@@ -30,8 +30,9 @@ from spt_jax.interop.peft import (
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.memory import keys_values, states
 from spt_jax.prompts import VirtualPrompt
-from spt_jax.prompts.storage import SavedPrompt, write_directory
+from spt_jax.prompts.storage import SavedPrompt
 from spt_jax.prompts.virtual import Head
+from spt_jax.prompts.writing import write_directory
 
 
 def export_peft(directory: str | Path, saved: SavedPrompt, base: FrozenBase) -> Path:

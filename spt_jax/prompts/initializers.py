@@ -18,6 +18,7 @@ from spt_jax.bases.base import FrozenBase
 from spt_jax.data.tokenization import check_ids, tokenization_of
 from spt_jax.errors import ConfigError
 from spt_jax.prompts.reading import read_npy
+from spt_jax.runtime.remote import local_copy
 from spt_jax.runtime.reprs import short_repr
 
 
@@ -32,7 +33,7 @@ class Initializer:
       scale: for uniform, half the width of the interval around 0.
       text: for text, the text.
       labels: for labels, the class labels; default the verbalizers.
-      path: for file and prompt, the path.
+      path: for file and prompt, the path, a URL, or for prompt the hub id.
       rows: for array, the rows; only in Python.
     """
 
@@ -93,7 +94,7 @@ def array(rows: Any) -> Initializer:
 
 
 def prompt(directory: str | Path) -> Initializer:
-    """The virtual tokens of a saved prompt of the same frozen base and length."""
+    """The virtual tokens of a saved prompt (a directory, URL or hub id) of the same frozen base and length."""
     return Initializer(name="prompt", path=str(directory))
 
 
@@ -121,7 +122,7 @@ def initialize(init: Initializer, key: Key[Array, ""], base: FrozenBase, length:
         case "array":
             return _checked(np.asarray(init.rows), shape, "the array")
         case "file":
-            return _checked(read_npy(Path(init.path)), shape, init.path)
+            return _checked(read_npy(local_copy(init.path)), shape, init.path)
         case "prompt":
             from spt_jax.prompts.storage import load_prompt
 

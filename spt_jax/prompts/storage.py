@@ -8,9 +8,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 import reprlib
-import shutil
 import types
 import typing
 import warnings
@@ -23,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from spt_jax.bases.base import FrozenBase
+from spt_jax.bases.base import FrozenBase, lasting_name
 from spt_jax.bases.fingerprint import FINGERPRINT_VERSION, Fingerprint
 from spt_jax.data.templates import Template
 from spt_jax.errors import CheckpointError, ConfigError, did_you_mean
@@ -32,6 +30,7 @@ from spt_jax.models.decoder import decoder_layout
 from spt_jax.models.layout import SELF, Layout
 from spt_jax.prompts.initializers import Initializer
 from spt_jax.prompts.method import Method
+from spt_jax.prompts.names import prompt_directory
 from spt_jax.prompts.reading import (
     check_directory,
     check_finite,
@@ -41,7 +40,8 @@ from spt_jax.prompts.reading import (
     tensor_headers,
 )
 from spt_jax.prompts.virtual import VirtualPrompt
-from spt_jax.runtime.files import sync_directory
+from spt_jax.prompts.writing import write_directory
+from spt_jax.runtime.remote import url_of
 from spt_jax.runtime.sharding import replicated
 
 FORMAT = 1
@@ -96,7 +96,8 @@ def save_prompt(
     In a run of several processes, only one of them calls this.
 
     Args:
-      directory: created, or replaced if it holds a prompt; `.NAME.new` and `.NAME.old` next to it are used temporarily.
+      directory: a path or a URL; created, or replaced if it holds a prompt; `.NAME.new` and `.NAME.old` next to it are
+        used temporarily.
       base: the base that the prompt was trained on.
       method: the dataclass of the method. The rows of an array initializer are not stored.
       virtual: the result of `method.materialize` for the trained parameters, float32 and finite.
@@ -110,12 +111,12 @@ def save_prompt(
       CheckpointError: the files cannot be written, the directory holds something else, or the arrays are not finite
         float32 arrays of the shapes that the method declares, or `pinned` is not as it declares.
     """
-    directory = Path(directory)
+    directory = url_of(directory) or Path(directory)
     return write_directory(directory, prompt_files(directory, base, method, virtual, template, extra=extra))
 
 
 def prompt_files(
-    directory: Path,
+    directory: str | Path,
     base: FrozenBase,
     method: Method,
     virtual: VirtualPrompt,
@@ -143,7 +144,7 @@ def prompt_files(
         "method": _method_to_json(method),
         "template": dataclasses.asdict(template),
         "base": {
-            "id": base.name,
+            "id": lasting_name(base.name),
             "revision": base.revision,
             "dtype": str(np.dtype(base.dtype)),
             "fingerprint": dataclasses.asdict(base.fingerprint),
@@ -176,61 +177,17 @@ def _method_to_json(method: Any) -> dict[str, Any]:
     return fields
 
 
-def write_directory(directory: Path, files: Mapping[str, bytes]) -> Path:
-    """Atomically writes a directory of these files. An existing directory is replaced if it holds no other files.
-
-    Raises:
-      CheckpointError: it holds other files, or cannot be written; previous content is untouched.
-    """
-    try:
-        _write_directory(directory.resolve(), files)
-    except OSError as error:
-        raise CheckpointError(
-            f"{directory}: the prompt was not saved ({error.strerror or error}); previous content is untouched"
-        ) from error
-    return directory
-
-
-def _write_directory(directory: Path, files: Mapping[str, bytes]) -> None:
-    new, old = directory.with_name(f".{directory.name}.new"), directory.with_name(f".{directory.name}.old")
-    if directory.exists():
-        foreign = sorted(set(os.listdir(directory)) - set(files))
-        if foreign:
-            raise CheckpointError(f"{directory}: holds {foreign[0]!r}, so it is not a prompt directory to replace")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        new.mkdir()
-        for name, content in files.items():
-            with (new / name).open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        sync_directory(new)
-        if directory.exists():
-            # A directory of this name is left from an interrupted save, and older than the current prompt.
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(directory, old)
-        try:
-            os.rename(new, directory)
-        except BaseException:
-            if old.exists():
-                os.rename(old, directory)
-            raise
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    sync_directory(directory.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def read_prompt(directory: str | Path) -> SavedPrompt:
-    """Reads a prompt directory without its base, to inspect or convert it. All content is validated.
+    """Reads a prompt without its base, to inspect or convert it. All content is validated.
+
+    Args:
+      directory: a directory, a URL or a hub id, as in `prompt_directory`.
 
     Raises:
+      ConfigError, RemoteError: as in `prompt_directory`.
       CheckpointError: a file is missing, damaged, of an unknown format, or has invalid content.
     """
-    directory = Path(directory)
+    directory = prompt_directory(directory)
     return _with_arrays(directory, *_read_frame(directory))
 
 
@@ -272,15 +229,16 @@ def load_prompt(directory: str | Path, base: FrozenBase, *, force: bool = False)
     """Reads a prompt for use with a base, and replicates its arrays over the mesh of the base.
 
     Args:
-      directory: a directory written by `save_prompt`.
+      directory: a directory written by `save_prompt`, or the URL or hub id of one, as in `prompt_directory`.
       base: must have the fingerprint of the base that the prompt was trained on. Precision and path do not matter.
       force: accept, with a warning, another base of the same width and vocabulary size.
 
     Raises:
+      ConfigError, RemoteError: as in `prompt_directory`.
       CheckpointError: the directory cannot be read, or the base is another one; the message names all fields that
         differ.
     """
-    directory = Path(directory)
+    directory = prompt_directory(directory)
     info, method, template = _read_frame(directory)
     fingerprint = Fingerprint(**info["base"]["fingerprint"])
     differences = [difference[:500] for difference in base.fingerprint.differences(fingerprint)]
@@ -431,7 +389,7 @@ def named_leaves(virtual: VirtualPrompt) -> dict[str, Any]:
 
 
 def _check_tensors(
-    directory: Path,
+    directory: str | Path,
     found: Mapping[str, tuple[str, tuple[int, ...]]],
     method: Method,
     template: Template,

@@ -14,6 +14,8 @@ EXTRAS = {
     "sacrebleu": "metrics",
     "tensorboardX": "tensorboard",
     "wandb": "wandb",
+    "s3fs": "s3",
+    "gcsfs": "gs",
     "fastapi": "serve",
     "prometheus_client": "serve",
     "pydantic": "serve",

@@ -1,17 +1,58 @@
-"""Atomic writes of small files: none is ever half-written under its final name."""
+"""Atomic writes of small files: none is ever half-written under its final name.
+
+A path may also be a URL (`s3://`), where the put of an object is atomic.
+"""
 
 import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from spt_jax.errors import WriteError
+from spt_jax.runtime import remote
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+# Local copies of remote directories: the URL of each, and what uploads its changes.
+_MIRRORED: dict[Path, tuple[str, Callable[[], None]]] = {}
+
+
+@contextlib.contextmanager
+def mirrored(directory: Path, url: str, upload: Callable[[], None]) -> Iterator[None]:
+    """Has the changes of a directory uploaded, and its paths shown as those of a URL."""
+    _MIRRORED[directory] = url, upload
+    try:
+        yield
+    finally:
+        del _MIRRORED[directory]
+
+
+def is_mirrored(path: Path) -> bool:
+    """Returns whether a path is in a mirrored directory."""
+    return any(path.is_relative_to(directory) for directory in _MIRRORED)
+
+
+def changed(path: Path) -> None:
+    """Uploads the changes of the mirrored directory that contains a path. Called when a file or directory is complete.
+
+    Raises:
+      WriteError: they cannot be uploaded.
+    """
+    for directory, (_, upload) in list(_MIRRORED.items()):
+        if path.is_relative_to(directory):
+            upload()
+
+
+def shown(path: str | Path) -> str:
+    """Returns a path as the user knows it: that of a mirrored or remote file as its URL. A text may contain paths."""
+    text = remote.url_of(path) or str(path)
+    for directory, (url, _) in _MIRRORED.items():
+        text = text.replace(str(directory), url)
+    return text
 
 
 @contextlib.contextmanager
@@ -61,11 +102,15 @@ def sync_tree(directory: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a temporary file in the same directory, then renames it to `path`.
+    """Writes a temporary file in the same directory, then renames it to `path`. If `path` is a URL, puts one object.
 
     Raises:
+      ConfigError: the package of the URL's scheme is not installed.
       WriteError: the file cannot be written; a previous file is untouched.
     """
+    if url := remote.url_of(path):
+        remote.put_file(url, content)
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
         try:
@@ -79,6 +124,7 @@ def write_bytes(path: Path, content: bytes) -> None:
                 temporary.unlink(missing_ok=True)
             raise
         sync_directory(path.parent)
+    changed(path)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -15,6 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from spt_jax.errors import ConfigError
+from spt_jax.runtime.remote import url_of
+
 PROFILE_BEHIND = 3  # Steps to skip before a trace: they compile and warm up.
 _PACKAGES = ("spt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
 
@@ -77,7 +80,14 @@ def keep_compiled_programs(directory: Path | None = None) -> None:
         an accelerator, to ~/.cache/spt_jax. On a CPU there is no default: a program compiled for one CPU may fail on
         another that shares the home directory. If the directory cannot be written, a line on stderr reports it, and
         nothing is cached.
+
+    Raises:
+      ConfigError: the directory is a URL.
     """
+    if directory is not None and (url := url_of(directory)):
+        raise ConfigError(
+            f"the compilation cache {url} is remote; give a local directory, or set JAX_COMPILATION_CACHE_DIR"
+        )
     configured = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if directory is None and (configured is not None or jax.default_backend() == "cpu"):
         return

@@ -63,9 +63,10 @@ class FolderWatch:
         not find it, because it is absent for a moment while it is saved.
 
         Raises:
-          OSError: the directory of prompts cannot be listed; nothing changes.
+          OSError: the directory of prompts cannot be listed, or a remote one not reached; nothing changes.
         """
         with self._lock:
+            self._service.refresh()
             found = marks(self._folder)
             changed = [name for name, mark in found.items() if mark != self._seen.get(name)]
             problems = {name: self._load(name) for name in changed}

@@ -91,6 +91,7 @@ class Service:
       name: the name of the bare base among the models.
       folder: the directory of prompt directories; prompts are loaded from nowhere else.
       admin_key: the key for adding and removing prompts; None forbids both.
+      refresh: brings `folder` up to date before a prompt is loaded, if it is a copy of a remote directory.
       max_prompt_bytes: the size of the largest prompt directory that is loaded.
       reading: a thread that tokenizes long texts; senders take turns.
       scoring: a thread that scores classes and echoed tokens; senders take turns.
@@ -112,6 +113,7 @@ class Service:
         self._placed: collections.Counter[str] = collections.Counter()
         self._bound = text_bound(self.bank.base.tokenizer)
         self.metrics = Metrics(worker)
+        self.refresh: Callable[[], None] = lambda: None
         self.max_prompt_bytes = max_prompt_bytes
         self.created = {name: int(time.time())}
 
@@ -126,9 +128,9 @@ class Service:
         if not re.fullmatch(api.NAME, name) or name == self.name:
             raise RefusedError(422, f"{name!r} cannot name a prompt", param="name")
         try:
+            self.refresh()
             self._check_files(name)
-            folder = self.folder.resolve() / name
-            examples = read_examples(folder)
+            examples = read_examples(folder := self.folder.resolve() / name)
             self.bank.load(name, folder)
             self._examples[name] = examples
         except RefusedError:

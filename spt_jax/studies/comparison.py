@@ -30,7 +30,9 @@ from spt_jax.evaluation.predictions import (
 )
 from spt_jax.experiment.run import Experiment, Records
 from spt_jax.prompts import VirtualPrompt
+from spt_jax.prompts.names import prompt_directory
 from spt_jax.prompts.storage import load_prompt
+from spt_jax.runtime.files import shown
 from spt_jax.studies.probe import PENALTIES, features, fit_probe
 
 FACTS_FILE, PREDICTIONS_FILE = "facts.json", "predictions.jsonl"
@@ -155,17 +157,18 @@ def _set(experiment: Experiment, encoder: Encoder, records: Records | None, take
 
 
 def _soft(experiment: Experiment, path: Path, bare: float) -> Baseline:
-    saved = load_prompt(path, experiment.base)
+    directory = prompt_directory(path)
+    saved = load_prompt(directory, experiment.base)
     taken = saved.virtual.prefix_length
     data = _set(experiment, _encoder(experiment, saved.template, taken=taken), experiment.test, taken)
-    run = path.parent / "results.json"
+    run = directory.parent / "results.json"
     facts = Facts(
         trainable_parameters=(saved.info.get("extra") or {}).get("trainable_parameters"),
-        bytes=sum(file.stat().st_size for file in path.glob("prompt.*")),
+        bytes=sum(file.stat().st_size for file in directory.glob("prompt.*")),
         train_seconds=json.loads(run.read_text()).get("train_seconds") if run.exists() else None,
         extra_tokens=round(_mean_length(data.examples) + taken - bare, 3),
     )
-    return Baseline(f"soft prompt: {path}", data, saved.virtual, facts)
+    return Baseline(f"soft prompt: {shown(path)}", data, saved.virtual, facts)
 
 
 def _written(experiment: Experiment, name: str, bare: float, template: Template, shots: Records = ()) -> Baseline:
@@ -240,7 +243,7 @@ def read_outside(name: str, folder: Path) -> Entry:
     """
     for file in (FACTS_FILE, PREDICTIONS_FILE):
         if not (folder / file).is_file():
-            raise ConfigError(f"--others {name}: no file {folder / file}")
+            raise ConfigError(f"--others {name}: no file {shown(folder)}/{file}")
     known = [field.name for field in dataclasses.fields(Facts)]
     try:
         facts = dict(json.loads((folder / FACTS_FILE).read_text(encoding="utf-8")))

@@ -17,7 +17,8 @@ from spt_jax.evaluation.evaluate import selection_score
 from spt_jax.evaluation.inspection import NEAREST, nearest_words
 from spt_jax.evaluation.predictions import measures, read_predictions, record_values
 from spt_jax.experiment.run import Experiment
-from spt_jax.prompts.storage import INFO_FILE, load_prompt, write_directory
+from spt_jax.prompts.storage import INFO_FILE, load_prompt
+from spt_jax.prompts.writing import write_directory
 from spt_jax.studies.plateau import Estimate, estimates
 from spt_jax.studies.settings import Settings
 from spt_jax.studies.trials import PREDICTIONS_FILE, Preparation, Prepared, Row, Trial, trial_folder

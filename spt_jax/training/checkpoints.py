@@ -23,7 +23,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from jax.experimental import multihost_utils
 
 from spt_jax.errors import CheckpointError, ConfigError
-from spt_jax.runtime.files import DISK_FULL, sync_tree
+from spt_jax.runtime.files import DISK_FULL, changed, is_mirrored, shown, sync_tree
 from spt_jax.training.step import TrainState
 
 FORMAT = 1
@@ -148,6 +148,8 @@ class Checkpoints:
                 custom_metadata=record,
             )
         self._saving = step, response
+        if is_mirrored(self.directory):  # uploaded by `wait`, and not a whole interval later
+            self.wait()
 
     def wait(self) -> None:
         """Waits until the last save is complete.
@@ -165,6 +167,7 @@ class Checkpoints:
         self._saving = None
         self._steps.add(step)
         self._remove_old()
+        changed(self.directory)
 
     def restore(self, step: int | None, like: TrainState) -> tuple[TrainState, Any, dict[str, Any]]:
         """Reads a checkpoint; all arrays are restored bit for bit.
@@ -233,7 +236,10 @@ class Checkpoints:
     def _remove_after(self, step: int, problem: DamagedError | None) -> None:
         later = [other for other in self.steps() if other > step]
         if problem is not None and jax.process_index() == 0:
-            print(f"{problem}. Resuming from step {max(step, 0)}, the newest intact checkpoint", file=sys.stderr)
+            print(
+                f"{shown(str(problem))}. Resuming from step {max(step, 0)}, the newest intact checkpoint",
+                file=sys.stderr,
+            )
         if later and jax.process_count() > 1:
             multihost_utils.sync_global_devices("restored")  # other processes may still be reading them
         self._remove(later)

@@ -9,7 +9,7 @@ from typing import Any
 
 from spt_jax.errors import CheckpointError
 from spt_jax.runtime.extras import check_installed, load_extra
-from spt_jax.runtime.files import write_text, writing
+from spt_jax.runtime.files import changed, write_text, writing
 from spt_jax.training.config import LogConfig
 
 
@@ -83,6 +83,7 @@ class MetricsLog:
         """Flushes all lines to disk, so that they survive a power failure like the checkpoint saved after them."""
         with writing(self._path):
             os.fsync(self._file.fileno())
+        changed(self._path)
 
     def close(self) -> None:
         """Flushes and closes every destination."""

@@ -11,10 +11,11 @@ import pandas
 import pytest
 
 import spt_jax
-from spt_jax.api.prompt import Prompt, prompt_directory
+from spt_jax.api.prompt import Prompt
 from spt_jax.data.encoder import encoder_for
 from spt_jax.errors import CheckpointError, ConfigError, DataError
 from spt_jax.evaluation.evaluate import score
+from spt_jax.prompts.names import prompt_directory
 from spt_jax.testing import tiny_base, write_tiny_checkpoint
 from tests.examples import sequence_score
 
@@ -209,19 +210,18 @@ def test_a_hub_id_is_downloaded_only_if_there_is_no_such_directory(base, classif
     directory = classifier.save(tmp_path / "ann" / "topics")
     asked = []
 
-    def download(name, *, revision, allow_patterns):
-        asked.append((name, revision, set(allow_patterns)))
+    def download(name, *, revision, **_):
+        asked.append((name, revision))
         return str(directory)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    loaded = spt_jax.load_prompt("ann/topics", base, revision="v1")
-    np.testing.assert_array_equal(loaded.virtual.tokens, classifier.virtual.tokens)
-    assert asked == [("ann/topics", "v1", {"prompt.json", "prompt.safetensors"})]
+    for name in ("ann/topics", "hf://ann/topics@v1"):
+        loaded = spt_jax.load_prompt(name, base)
+        np.testing.assert_array_equal(loaded.virtual.tokens, classifier.virtual.tokens)
+    assert asked == [("ann/topics", None), ("ann/topics", "v1")]
     monkeypatch.chdir(tmp_path)
     spt_jax.load_prompt("ann/topics", base)
-    assert len(asked) == 1
-    with pytest.raises(ConfigError, match="revision 'v1' belongs to a prompt on the hub"):
-        spt_jax.load_prompt("ann/topics", base, revision="v1")
+    assert len(asked) == 2
     for name in ("topics", "./ann/topic", "a/b/c", Path("ann/other")):
         assert prompt_directory(name) == Path(name)
     with pytest.raises(CheckpointError, match="topics"):
