@@ -369,3 +369,21 @@ def test_copies_follow_the_remote_version(memory, monkeypatch, tmp_path):
     memory.rm_file("/data/train.jsonl")
     with pytest.raises(RemoteError, match=r"memory://data/train.jsonl: no such file"):
         read_records(url)
+
+
+def test_fit_in_a_remote_directory_is_fit_in_a_local_one(memory, files, tmp_path):
+    base, train = spt_jax.load_base(files / "model"), files / "train.jsonl"
+    template = spt_jax.Template(prompt="<soft>{text}\n", target="{label}")
+
+    def fitted(workdir, **more):
+        options = {"steps": 2, "batch_size": 8, "checkpoint_every": 1, "progress": False}
+        return spt_jax.fit(base, spt_jax.PromptTuning(length=2), template, train, workdir=workdir, **options, **more)
+
+    with pytest.raises(ConfigError, match="resume"):
+        fitted("memory://fit", resume=True)
+    result, local = fitted("memory://fit"), fitted(tmp_path / "fit")
+    saved, expected = spt_jax.load_prompt("memory://fit/prompt", base), local.prompt.virtual.tokens
+    for found in (result.prompt, saved, fitted("memory://fit", resume=True).prompt):
+        np.testing.assert_array_equal(found.virtual.tokens, expected)
+    with pytest.raises(ConfigError, match="memory://fit already exists"):
+        fitted("memory://fit")
