@@ -248,62 +248,67 @@ def check_model(model: Model, *, seed: int = 0, tolerance: float = 1e-4) -> None
     @jax.jit
     def run(
         model: Model, ids: Array, stream: Stream, prefix: Prefix | None = None, cache: Cache | None = None
-    ) -> tuple[Array, Memory]:
-        stream = dataclasses.replace(stream, ids=ids)
-        hidden, memory = model.run(model.embed(ids), stream, prefix, cache, return_memory=True)
-        assert hidden is not None and memory is not None
-        return model.logits(hidden), memory
+    ) -> Array:
+        hidden, _ = model.run(model.embed(ids), dataclasses.replace(stream, ids=ids), prefix, cache)
+        assert hidden is not None
+        return model.logits(hidden)
 
-    def logits(*runs: tuple[np.ndarray, np.ndarray, int, int], length: int = 0) -> np.ndarray:
-        """Returns the logits of one row of runs, each with its ids, positions, segment and parent."""
+    targets, at = jnp.asarray(ids[:1, 1:, None]), jnp.arange(23)[None]
+
+    # One program for all that is asked of a row of 24 tokens.
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=1, has_aux=True)
+    def total(
+        model: Model, x: Float[Array, "1 T D"], stream: Stream
+    ) -> tuple[Float[Array, ""], tuple[Float[Array, " M"], Float[Array, "T V"], Memory]]:
+        hidden, memory = model.run(x, stream, return_memory=True)
+        assert hidden is not None and memory is not None
+        found = model.scores(hidden, at, targets).log_probabilities[0, :, 0]
+        return found.sum(), (found, model.logits(hidden)[0], memory)
+
+    def laid_out(*runs: tuple[np.ndarray, np.ndarray, int, int], length: int = 24) -> Stream:
+        """Returns one row of runs, each with its ids, positions, segment and parent."""
         parts = [(own, at, np.full_like(own, segment), np.full_like(own, parent)) for own, at, segment, parent in runs]
         row = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
-        row = [jnp.asarray(np.pad(array, (0, max(0, length - len(array)))))[None] for array in row]
-        return np.asarray(run(model, row[0], Stream(*row[1:]))[0][0])
+        row = [jnp.asarray(np.pad(array, (0, length - len(array))))[None] for array in row]
+        return Stream(*row[1:], ids=row[0])
+
+    def alone(own: np.ndarray) -> Stream:
+        return laid_out((own, places, 1, 0))
+
+    def logits(*runs: tuple[np.ndarray, np.ndarray, int, int]) -> np.ndarray:
+        """Returns the logits of a row with padding behind the runs."""
+        row = laid_out(*runs, length=64)
+        return np.asarray(run(model, row.ids, row)[0])
 
     def check(rule: str, ours: np.ndarray, theirs: np.ndarray) -> None:
         off = np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max())
         assert off <= tolerance, f"{rule}: the largest difference is {off:.1e}, above {tolerance:.0e}"
 
-    whole, other = (logits((own, places, 1, 0)) for own in ids)
+    x, before = model.embed(jnp.asarray(ids[:1])), alone(first)
+    (_, (log_probabilities, whole, memory)), gradient = total(model, x, before)
+    whole = np.asarray(whole)
     assert whole.shape == (24, model.layout.vocab_size), f"logits have the shape {whole.shape}, not [T, V]"
-    length = 64
-    padded = logits((first[:9], places[:9], 1, 0), length=length)
+    other = np.asarray(total(model, model.embed(jnp.asarray(ids[1:])), alone(second))[0][1][1])
+    padded = logits((first[:9], places[:9], 1, 0))
     check("a token sees only earlier tokens, and padding changes nothing", padded[:9], whole[:9])
-    packed = logits((first, places, 1, 0), (second, places, 2, 0), length=length)
+    packed = logits((first, places, 1, 0), (second, places, 2, 0))
     check("packed sequences do not see each other", packed[:48], np.concatenate([whole, other]))
-    joined = logits((np.concatenate([first[:9], second[:6]]), places[:15], 1, 0), length=24)
-    shared = logits(
-        (first[:9], places[:9], 1, 0), (first[9:], places[9:], 2, 1), (second[:6], places[9:15], 3, 1), length=length
-    )
+    joined = logits((np.concatenate([first[:9], second[:6]]), places[:15], 1, 0))
+    shared = logits((first[:9], places[:9], 1, 0), (first[9:], places[9:], 2, 1), (second[:6], places[9:15], 3, 1))
     check("a continuation sees the context that it shares", shared[9:24], whole[9:])
     check("continuations of one context do not see each other", shared[24:30], joined[9:15])
 
-    both = logits((ids.reshape(48), np.arange(48, dtype=np.int32), 1, 0), length=length)[24:48]
-    one = np.ones((1, 24), np.int32)
-    before = Stream(jnp.asarray(places[None]), jnp.asarray(one), jnp.asarray(0 * one))
+    both = logits((ids.reshape(48), np.arange(48, dtype=np.int32), 1, 0))[24:48]
     after = dataclasses.replace(before, positions=before.positions + 24)
-    _, memory = run(model, jnp.asarray(ids[:1]), before)
     prefix = Prefix(jax.tree.map(lambda array: array[:, 0], memory), before.positions[0])
-    found = run(model, jnp.asarray(ids[1:]), after, prefix)[0]
+    found = run(model, jnp.asarray(ids[1:]), after, prefix)
     check("a prefix is the context that it was computed from", np.asarray(found[0]), both)
     cache = Cache(to_cache(memory), before.positions, before.segments)
-    found = run(model, jnp.asarray(ids[1:]), after, None, cache)[0]
+    found = run(model, jnp.asarray(ids[1:]), after, None, cache)
     check("a cache is the context that it was computed from", np.asarray(found[0]), both)
 
-    targets, at = jnp.asarray(ids[:1, 1:, None]), jnp.arange(23)[None]
-
-    @jax.jit
-    @functools.partial(jax.value_and_grad, argnums=1, has_aux=True)
-    def total(model: Model, x: Float[Array, "1 T D"]) -> tuple[Float[Array, ""], Float[Array, " M"]]:
-        hidden, _ = model.run(x, dataclasses.replace(before, ids=jnp.asarray(ids[:1])))
-        assert hidden is not None
-        found = model.scores(hidden, at, targets).log_probabilities[0, :, 0]
-        return found.sum(), found
-
-    x = model.embed(jnp.asarray(ids[:1]))
     expected = np.take_along_axis(np.asarray(jax.nn.log_softmax(whole[:-1])), first[1:, None], axis=1)[:, 0]
-    (_, log_probabilities), gradient = total(model, x)
     check("scores are log-probabilities of the logits", np.asarray(log_probabilities), expected)
 
     # One random direction per position, so that a position without a gradient shows. A step may cross a point where the
@@ -313,7 +318,8 @@ def check_model(model: Model, *, seed: int = 0, tolerance: float = 1e-4) -> None
     for size in (3e-3, 6e-4):
         steps = size * jnp.linalg.norm(x) / jnp.linalg.norm(noise) * jnp.eye(24)[:, None, :, None] * noise[None]
         slopes = np.asarray((gradient[None] * steps).sum(axis=(1, 2, 3)))
-        differences = np.asarray([(total(model, x + step)[0][0] - total(model, x - step)[0][0]) / 2 for step in steps])
+        ends = [[total(model, x + sign * step, before)[0][0] for sign in (1, -1)] for step in steps]
+        differences = np.asarray([(above - below) / 2 for above, below in ends])
         errors.append(np.abs(slopes - differences) / np.abs(differences).max())
         off = np.min(errors, axis=0).max()
         if off <= 0.02:

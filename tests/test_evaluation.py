@@ -41,14 +41,20 @@ def encoder(base, prompt="<soft>{text}\n", verbalizers=None, **options):
     return spt_jax.Encoder(template, base.tokenizer, base.config.vocab_size, 128)
 
 
+@jax.jit
+def _logits(model, virtual, ids, length):
+    """Of one sequence [T]; padding from `length` on is in no segment."""
+    places = jnp.arange(ids.shape[0])[None]
+    rows = Stream(places, (places < length).astype(jnp.int32), jnp.zeros_like(places))
+    hidden, _ = model.run(embed_stream(model, virtual, ids[None], rows), rows)
+    return model.logits(hidden[0])
+
+
 def log_probability(base, virtual, ids, start) -> float:
     """Of ids[start:] after ids[:start], by one plain forward pass of the whole sequence."""
-    ids = jnp.asarray(ids)[None]
-    own = jnp.ones_like(ids)
-    rows = Stream(jnp.arange(ids.shape[1])[None], own, jnp.zeros_like(own))
-    hidden, _ = base.model.run(embed_stream(base.model, virtual, ids, rows), rows)
-    table = np.asarray(jax.nn.log_softmax(base.model.logits(hidden[0])))
-    return float(sum(table[t - 1, int(ids[0, t])] for t in range(start, ids.shape[1])))
+    padded = jnp.asarray(np.pad(ids, (0, 64 - len(ids)), constant_values=PAD_ID))
+    table = np.asarray(jax.nn.log_softmax(_logits(base.model, virtual, padded, len(ids))))
+    return float(sum(table[t - 1, int(ids[t])] for t in range(start, len(ids))))
 
 
 @pytest.mark.parametrize("packing", [True, False])

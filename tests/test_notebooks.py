@@ -25,7 +25,7 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: ob
 
 
 def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    printed = run("quickstart", tmp_path, monkeypatch, STEPS=20)
+    printed = run("quickstart", tmp_path, monkeypatch, STEPS=4)
     before, after = (line for line in printed.splitlines() if line.startswith(("soft prompt", "accuracy after")))
     assert before.split()[3] == after.split()[-1], "a reloaded prompt scores as it did before it was saved"
     assert (tmp_path / "topic_prompt" / "prompt.safetensors").stat().st_size > 20 * 256 * 4

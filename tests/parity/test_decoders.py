@@ -85,16 +85,19 @@ def test_logits_in_every_layout(case, tmp_path):
 
 
 @pytest.mark.parametrize("family", REPRESENTATIVES)
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_as_transformers_itself_pads(family, side, tmp_path):
-    """The same padded row, mask and positions on both sides."""
+def test_padding_as_transformers_itself_pads(family, tmp_path):
+    """The same rows, padded on the left and on the right, masks and positions on both sides."""
     case = BY_NAME[family]
     base, model = load_both(tmp_path, case)
-    run = Run(0, 9 if side == "left" else 0, token_ids(case)[:31])
-    ids, stream = lay_out([run], 40)
+    example = token_ids(case)[:31]
+    runs = [Run(0, 9, example), Run(1, 0, example)]
+    ids, stream = lay_out(runs, 40)
     mask, positions = (torch.tensor(np.asarray(x), dtype=torch.int64) for x in (stream.segments, stream.positions))
-    theirs = torch_logits(model, ids[0], attention_mask=mask, position_ids=positions)
-    same(forward(base, ids, stream)[0][run.slice], theirs[run.slice[1]])
+    ours = forward(base, ids, stream)[0]
+    for run in runs:
+        row = slice(run.row, run.row + 1)
+        theirs = torch_logits(model, ids[run.row], attention_mask=mask[row], position_ids=positions[row])
+        same(ours[run.slice], theirs[run.slice[1]])
 
 
 @pytest.mark.parametrize("length", [20, 48, 70])
