@@ -35,7 +35,7 @@ def test_a_run_without_matplotlib_draws_nothing(files, tmp_path, without, capsys
     assert train.main(words(files, tmp_path / "run", *QUICK)) == 0
     first, *_, last = capsys.readouterr().out.splitlines()
     assert first == "note: curves.png will not be drawn without matplotlib; to have it: pip install 'spt_jax[plots]'"
-    assert last.endswith("run: results.json, metrics.jsonl")
+    assert last.endswith("run: report.html, results.json, metrics.jsonl")
     assert not (tmp_path / "run" / "curves.png").exists()
     assert main(["inspect", "--prompt", str(tmp_path / "run" / "prompt"), "--output", str(tmp_path / "seen")]) == 0
     assert "inspect.png will not be drawn" in capsys.readouterr().out

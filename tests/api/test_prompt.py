@@ -13,7 +13,7 @@ import pytest
 import spt_jax
 from spt_jax.api.prompt import Prompt
 from spt_jax.data.encoder import encoder_for
-from spt_jax.errors import CheckpointError, ConfigError, DataError
+from spt_jax.errors import CheckpointError, ConfigError, DataError, RemoteError
 from spt_jax.evaluation.evaluate import score
 from spt_jax.prompts.names import prompt_directory
 from spt_jax.testing import tiny_base, write_tiny_checkpoint
@@ -233,5 +233,5 @@ def test_what_the_hub_does_not_have_is_named(base, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(CheckpointError, match=r"'ann/topics' is not a directory here, and the hub did not return it"):
+    with pytest.raises(RemoteError, match=r"no directory 'ann/topics' here, and the hub cannot be reached.*no network"):
         spt_jax.load_prompt("ann/topics", base)
