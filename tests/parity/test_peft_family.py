@@ -267,3 +267,25 @@ def test_context_prompt_tuning_is_pefts(decay, tmp_path):
     scale = (base.config.width / 2048) ** 0.5
     np.testing.assert_allclose(norms[[1, 4]].max(), 2.0 * scale, rtol=1e-4)
     np.testing.assert_allclose(norms[[2, 3]].max(), 3.0 * scale, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "error", "message"),
+    [
+        *(
+            (family, ValueError, "conv state for non linear attention layer")
+            for family in ("qwen3_5_text", "qwen3_next", "granitemoehybrid", "falcon_h1")
+        ),
+        ("deepseek_v3", RuntimeError, "Sizes of tensors must match"),
+    ],
+)
+def test_bases_whose_prefixes_raise_in_peft(family, error, message, tmp_path):
+    """PEFT makes keys and values for every layer, which recurrent layers and latent attention do not take."""
+    base, model = load_both(tmp_path, family, lambda: peft.PrefixTuningConfig(**COMMON))
+    with pytest.raises(error, match=message):
+        model(**padded(examples_for_peft("target", 2), "right"))
+    method = PrefixTuning(length=P)
+    params = method.init_params(jax.random.key(0), base)
+    batch = pack(real_examples(method, 2), plan_batches(real_examples(method, 2), lead=2, batch_size=2, packing=False))
+    _, slope, _ = ours_of(method, base.model, params, batch)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(slope))
