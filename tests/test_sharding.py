@@ -24,6 +24,7 @@ from tests.layouts import Run, lay_out
 MESHES = {
     "llama": [{"data": 4}, {"fsdp": 4}, {"tensor": 4}, {"data": 2, "tensor": 2}, {"sequence": 4}],
     "gpt2": [{"fsdp": 2, "tensor": 2, "sequence": 2}],
+    "deepseek_v3": [{"fsdp": 2, "sequence": 4}],
 }
 
 
