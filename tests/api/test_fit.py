@@ -1,6 +1,7 @@
 """`fit` trains what the command line trains, on records in memory, with any objective, optimizer and callback."""
 
 import dataclasses
+import functools
 import re
 import time
 from pathlib import Path
@@ -258,3 +259,17 @@ def test_reprs_are_short(base, result):
             return "mine"
 
     assert repr(Named()) == "mine"
+
+
+def test_the_example_of_the_package_runs(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(spt_jax, "load_base", lambda name: base)
+    monkeypatch.setattr(spt_jax, "load_prompt", functools.partial(spt_jax.load_prompt, base=base))
+    monkeypatch.setattr(spt_jax, "fit", functools.partial(spt_jax.fit, steps=2, batch_size=2, evaluate_every=1))
+    records = [{"question": "Who is Tim?", "answer": "a boy"}, {"question": "What is a dog?", "answer": "an animal"}]
+    names = {"spt_jax": spt_jax, "records": records, "others": records[:1]}
+    assert spt_jax.__doc__ is not None
+    exec("\n".join(line[4:] for line in spt_jax.__doc__.splitlines() if line.startswith("    ")), names)
+    assert names["result"].prompt.virtual.tokens.shape == (20, base.config.width)
+    (answer,) = names["answers"]
+    assert isinstance(answer, str)

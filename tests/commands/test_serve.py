@@ -50,7 +50,7 @@ def test_it_serves_and_drains(folder):
     """After SIGTERM, what is under way comes to its end."""
     process, url = start("--base", str(STARTER), "--prompts", str(folder), "--slots", "2", "--name", "starter")
     try:
-        assert httpx.get(f"{url}/readyz").json() == {"status": "ok"}
+        assert httpx.get(f"{url}/readyz").json() == {"status": "ok", "compiling": 0}
         assert [own["id"] for own in httpx.get(f"{url}/v1/models").json()["data"]] == ["starter", "story"]
         body = {"model": "story", "prompt": "Once", "max_tokens": 240, "temperature": 0, "stream": True}
         parts = []

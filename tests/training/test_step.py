@@ -12,7 +12,6 @@ import optax
 import pytest
 from flax import traverse_util
 
-import spt_jax
 from spt_jax.bases.checkpoint import parameter_shapes
 from spt_jax.bases.config import decoder_config
 from spt_jax.data.batches import Batch, multiples, pack, place_batch, plan_batches
@@ -176,14 +175,6 @@ def test_a_wrong_number_of_microbatches_is_refused():
     batch = pack(examples, plan_batches(examples, lead=HEAD_LENGTH, batch_size=9, packing=False))
     with pytest.raises(ConfigError, match="9 rows cannot be split into 2 microbatches"):
         loss_and_gradient(METHOD, CrossEntropy(), base.model, params, jax.tree.map(jnp.asarray, batch), 2)
-
-
-def test_the_example_of_the_package_runs():
-    lines = [line[4:] for line in spt_jax.__doc__.splitlines() if line.startswith("    ")]
-    names = {"spt_jax": spt_jax, "jax": jax}
-    exec("\n".join(lines[:-1]), names)  # the last line needs a batch
-    assert lines[-1] == "state, metrics = step(state, batch)"
-    assert names["state"].params["tokens"].shape == (20, names["base"].config.width)
 
 
 def test_a_step_is_the_optimizer_applied_to_the_gradient():
