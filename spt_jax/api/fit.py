@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import optax
 
 from spt_jax.api.prompt import Prompt
@@ -23,7 +24,7 @@ from spt_jax.experiment.training import Prepared, claimed, prepare, tune
 from spt_jax.experiment.workdir import check_workdir, input_paths
 from spt_jax.prompts import Method
 from spt_jax.runtime import processes
-from spt_jax.runtime.mirror import staged
+from spt_jax.runtime.mirror import check_shared, staged
 from spt_jax.runtime.waits import spoken
 from spt_jax.training.config import LogConfig, TrainConfig, given
 from spt_jax.training.logs import MetricsLog, NoLog, read_metrics
@@ -179,7 +180,9 @@ def fit(
     with contextlib.ExitStack() as stack:
         folder, reads = None, input_paths(config)
         if workdir is not None:
-            folder = stack.enter_context(staged(Path(workdir).expanduser()))
+            folder = Path(workdir).expanduser()
+            check_shared(folder, jax.process_count() > 1)
+            folder = stack.enter_context(staged(folder))
         if folder is not None and processes.leads():
             check_workdir(folder, resume=resume, overwrite=overwrite, reads=reads)
         with spoken(f"encoding {len(records['train']):,} records", shown=progress):

@@ -17,7 +17,6 @@ from spt_jax.bases.base import describe_base
 from spt_jax.data.batches import pack, place_batch
 from spt_jax.data.preview import describe
 from spt_jax.data.task import Evaluation
-from spt_jax.errors import ConfigError
 from spt_jax.evaluation import metrics
 from spt_jax.evaluation.classes import class_report
 from spt_jax.evaluation.inspection import NEAREST, nearest_words
@@ -31,8 +30,9 @@ from spt_jax.experiment.workdir import check_workdir, in_workdir, input_paths
 from spt_jax.reports.html import write_report
 from spt_jax.reports.plots import can_draw, missing_note, plot_curves
 from spt_jax.reports.report import comparison_table, reference_lines
-from spt_jax.runtime import measure, processes, remote, signals
+from spt_jax.runtime import measure, processes, signals
 from spt_jax.runtime.files import shown, write_json, write_text
+from spt_jax.runtime.mirror import check_shared
 from spt_jax.runtime.provenance import provenance
 from spt_jax.training.logs import MetricsLog, NoLog, check_log, read_metrics
 from spt_jax.training.loop import Best
@@ -55,11 +55,7 @@ def main(argv: Sequence[str], program: str = PROGRAM) -> None:
       Stopped: after SIGTERM or SIGINT, with the state saved.
     """
     command = parse_train(argv, program)
-    if command.processes.several and remote.url_of(command.workdir):
-        raise ConfigError(
-            f"work directory {remote.url_of(command.workdir)} is remote, which works in a run of one process; several"
-            " processes need a directory that all of them see, such as a mounted bucket"
-        )
+    check_shared(command.workdir, command.processes.several)
     with processes.joined(command.processes), in_workdir(command) as placed:
         run(placed, argv, program)
 

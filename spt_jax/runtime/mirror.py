@@ -37,6 +37,19 @@ _CHECKPOINT = re.compile(r"((?:.*/)?checkpoints/\d+)/.*", re.DOTALL)
 _MIRRORS: dict[Path, "Mirror"] = {}
 
 
+def check_shared(workdir: Path, several: bool) -> None:
+    """Checks that the processes of a run can share its work directory.
+
+    Raises:
+      ConfigError: it is remote, and there are several.
+    """
+    if several and (url := remote.url_of(workdir)):
+        raise ConfigError(
+            f"work directory {url} is remote, which works in a run of one process; several processes need a directory"
+            " that all of them see, such as a mounted bucket"
+        )
+
+
 @contextlib.contextmanager
 def staged(workdir: Path) -> Iterator[Path]:
     """Context manager with the directory to work in: a local work directory itself, or the copy of a remote one.
@@ -190,7 +203,7 @@ class Mirror:
         with remote.reaching(self._url, WriteError):
             try:
                 self._fs.pipe_file(self._marker, self._content(), mode="create")
-            except (FileExistsError, NotImplementedError):
+            except (FileExistsError, NotImplementedError):  # an expired lease, or a file system without this mode
                 self._fs.pipe_file(self._marker, self._content())
         self.check_free()  # two processes may have taken over the same expired lease
         ended = threading.Event()
