@@ -9,6 +9,9 @@ from safetensors.numpy import load_file
 from spt_jax.testing import write_tiny_checkpoint
 
 ROOT = Path(__file__).parents[1]
+# Fields of results.json that differ between two runs of one job.
+MEASURED = ("train_seconds", "compile_seconds", "examples_per_second", "tokens_per_second", "flops_utilization",
+            "peak_memory_bytes", "command", "date")  # fmt: skip
 WORDS = {"good": ("good", "nice", "fine", "great"), "bad": ("bad", "poor", "awful", "sad")}
 
 

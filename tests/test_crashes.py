@@ -17,12 +17,10 @@ import train
 from spt_jax.runtime.files import write_bytes
 from spt_jax.training import single
 from tests.crashes import Recorder
-from tests.jobs import arrays, words, write_task
+from tests.jobs import MEASURED, arrays, words, write_task
 
 SHORT = ("--train.steps", "4", "--train.evaluate-every", "2", "--train.checkpoint-every", "1", "--train.keep", "1")
 EVERY = 1 if os.environ.get("SPT_JAX_ALL_CRASHES") else 24
-MEASURED = ("train_seconds", "compile_seconds", "examples_per_second", "tokens_per_second", "flops_utilization",
-            "peak_memory_bytes", "command", "date")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
