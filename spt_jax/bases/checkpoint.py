@@ -317,7 +317,7 @@ def _digest(tensor: np.ndarray, at: Stored) -> str:
     return digest.hexdigest()
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=128)
 def parameter_shapes(config: DecoderConfig) -> Params:
     """Returns the parameter tree of `Decoder(config)` as `jax.ShapeDtypeStruct`s, without computing anything."""
 
