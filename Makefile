@@ -4,8 +4,10 @@ VENV ?= .venv
 # Exact versions for every Python and system; empty for the newest versions that pyproject.toml permits.
 LOCK ?= requirements.txt
 BIN := $(VENV)/bin
-# The build constraint pins setuptools, which builds this package and dependencies that have no wheel.
-PIP := $(BIN)/pip install -q $(if $(LOCK),-c $(LOCK) --build-constraint $(LOCK),--upgrade --upgrade-strategy eager)
+# uv reads no settings of pip. The build constraints pin setuptools, which builds this package and dependencies that have
+# no wheel.
+INSTALL := UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(BIN)/uv pip install -q --python $(BIN)/python
+LOCKED := $(INSTALL) $(if $(LOCK),-c $(LOCK) --build-constraints $(LOCK),--upgrade)
 # The last version with whose models PEFT 0.21.2 can use a prefix.
 OLDER := transformers==5.23.0
 
@@ -16,25 +18,25 @@ COMPILE := $(BIN)/uv pip compile -q pyproject.toml --extra test --extra parity -
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q $(if $(LOCK),-c $(LOCK)) --upgrade pip
+	$(BIN)/pip install -q $(if $(LOCK),-c $(LOCK)) --upgrade pip uv
 
 $(VENV)/.base: pyproject.toml $(LOCK) | $(BIN)/python
-	$(BIN)/pip install -q $(if $(LOCK),-c $(LOCK)) --upgrade pip
-	$(PIP) -e '.[metrics,plots,datasets]'
+	$(BIN)/pip install -q $(if $(LOCK),-c $(LOCK)) --upgrade pip uv
+	$(LOCKED) -e '.[metrics,plots,datasets]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(PIP) -e '.[test]'
+	$(LOCKED) -e '.[test]'
 	touch $@
 
 $(VENV)/.parity: $(VENV)/.test
-	$(PIP) -e '.[test,parity]'
+	$(LOCKED) -e '.[test,parity]'
 	rm -rf $(VENV)/older
-	$(BIN)/pip install -q --no-deps --target $(VENV)/older $(OLDER)
+	$(INSTALL) --no-deps --target $(VENV)/older $(OLDER)
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test
-	$(PIP) -e '.[test,lint]'
+	$(LOCKED) -e '.[test,lint]'
 	touch $@
 
 quickstart: $(VENV)/.base
@@ -61,13 +63,12 @@ lint: $(VENV)/.lint
 
 # The wheel and the source archive in dist/, with their metadata checked.
 package: | $(BIN)/python
-	$(PIP) build twine
+	$(LOCKED) build twine
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 
 lock: | $(BIN)/python
-	$(PIP) uv
 	$(COMPILE) requirements.in --upgrade --custom-compile-command 'make lock' -o requirements.txt
 
 # The tests on the newest versions of everything, after a list of what differs from the lock file.
@@ -80,7 +81,6 @@ newest:
 # The tests on the lowest versions that pyproject.toml permits.
 lowest: | $(BIN)/python
 	rm -rf .venv-lowest && mkdir .venv-lowest
-	$(PIP) uv
 	$(COMPILE) --resolution lowest-direct -o .venv-lowest/requirements.txt
 	$(MAKE) VENV=.venv-lowest LOCK=.venv-lowest/requirements.txt test
 
