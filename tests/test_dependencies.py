@@ -14,7 +14,7 @@ from spt_jax.runtime.extras import EXTRAS
 
 PACKAGE = Path(spt_jax.__file__).parent
 PROJECT = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
-DISTRIBUTIONS = {"orbax": "orbax-checkpoint"}  # those whose name differs from the module's
+DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "yaml": "pyyaml"}  # those whose name differs from the module's
 
 
 def names(requirements: list[str]) -> set[str]:

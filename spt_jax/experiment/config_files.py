@@ -1,4 +1,4 @@
-"""Config files: Python files with a function `get_config`."""
+"""Config files: Python files with a function `get_config`, or YAML or JSON files with the fields of the config."""
 
 import dataclasses
 import difflib
@@ -9,19 +9,21 @@ from typing import Any
 
 from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.experiment.config import ExperimentConfig
+from spt_jax.experiment.mappings import SUFFIXES, read_mapping_config
 from spt_jax.experiment.shipped import shipped_configs
 from spt_jax.prompts import METHODS, Method
 
 
 def load_config_file(path: Path) -> ExperimentConfig[Any]:
-    """Returns the result of a config file's `get_config()`.
+    """Returns the result of a config file's `get_config()`, or the config that a YAML or JSON file holds.
 
     Raises:
       ConfigError: there is no such file (the message suggests a similar name), it has no `get_config`, it imports what
-        does not exist, or it sets an unknown field.
+        does not exist, it sets an unknown field, or as in `read_mapping_config`.
     """
     if not path.is_file():
-        siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        kinds = {".py", *SUFFIXES}
+        siblings = [str(p) for p in path.parent.iterdir() if p.suffix in kinds] if path.parent.is_dir() else []
         near = difflib.get_close_matches(str(path), siblings, n=1)
         hint = (
             f"did you mean {near[0]}?"
@@ -31,9 +33,11 @@ def load_config_file(path: Path) -> ExperimentConfig[Any]:
         if path.stem in shipped_configs():
             hint += f"; the config that ships with the package is named {path.stem}, without a folder and .py"
         raise ConfigError(f"no config file {path}; {hint}")
+    if path.suffix in SUFFIXES:
+        return read_mapping_config(path)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"{path} is not a Python file")
+        raise ConfigError(f"{path} is not a Python, YAML or JSON file")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

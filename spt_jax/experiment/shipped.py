@@ -23,7 +23,7 @@ def config_path(name: str) -> Path:
     """Returns a config's file.
 
     Args:
-      name: a file ending in .py, or the name of a config that ships with the package.
+      name: a file ending in .py, .yaml, .yml or .json, or the name of a config that ships with the package.
 
     Raises:
       ConfigError: no config of this name ships with the package.
@@ -33,7 +33,7 @@ def config_path(name: str) -> Path:
     shipped = shipped_configs()
     if name not in shipped:
         raise ConfigError(
-            f"no config named {name!r} ships with the package, and the name of a file ends in .py;"
+            f"no config named {name!r} ships with the package, and the name of a file ends in .py, .yaml or .json;"
             f" {did_you_mean(name, shipped)}"
         )
     return shipped[name]
