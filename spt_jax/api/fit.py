@@ -22,6 +22,7 @@ from spt_jax.experiment.config import BaseConfig, DataConfig, ExperimentConfig, 
 from spt_jax.experiment.run import Experiment, Records, input_digests, load_experiment
 from spt_jax.experiment.training import Prepared, claimed, prepare, tune
 from spt_jax.experiment.workdir import check_workdir, input_paths
+from spt_jax.interop import peft_note
 from spt_jax.prompts import Method
 from spt_jax.runtime import processes
 from spt_jax.runtime.mirror import check_shared, staged
@@ -197,9 +198,9 @@ def fit(
             asked = None
             if validation is not None:
                 asked = prepared.experiment.evaluation_set(records["validation"], experiment.template)
-        note = experiment.window_note(prepared.examples)
-        if note is not None and progress and processes.leads():
-            print(note, file=sys.stderr)
+        if progress and processes.leads():
+            notes = experiment.window_note(prepared.examples), peft_note(experiment.base, tuned, experiment.template)
+            print("\n".join(note for note in notes if note is not None), file=sys.stderr)
         events = _Callbacks(prepared.experiment, callbacks, progress)
         if folder is not None:
             encoded = {"train": prepared.examples, **({} if asked is None else {"validation": asked.examples})}

@@ -27,6 +27,7 @@ from spt_jax.experiment.run import Experiment, compare, evaluation_sets, input_d
 from spt_jax.experiment.shipped import config_path
 from spt_jax.experiment.training import Prepared, claimed, prepare, tune
 from spt_jax.experiment.workdir import check_workdir, in_workdir, input_paths
+from spt_jax.interop import peft_note
 from spt_jax.reports.html import write_report
 from spt_jax.reports.plots import can_draw, missing_note, plot_curves
 from spt_jax.reports.report import comparison_table, reference_lines
@@ -82,6 +83,7 @@ def run(command: Command[Any], argv: Sequence[str], program: str) -> None:
     note = experiment.window_note(examples)
     if note is not None:
         print(note)
+    print(peft_note(base, config.method, experiment.template))
     base = experiment.base
     print(f"estimated memory of a step per device: {prepared.memory}; rematerialization: {base.model.module.remat}")
     if command.dry_run:

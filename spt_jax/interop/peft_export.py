@@ -1,5 +1,6 @@
 """Writes directories of Hugging Face PEFT, in the format that `peft.py` reads."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +13,8 @@ import safetensors.numpy
 from spt_jax.bases.base import FrozenBase
 from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.data.encoder import encoder_for
-from spt_jax.data.templates import MESSAGES, Field, parse
-from spt_jax.errors import ConfigError
+from spt_jax.data.templates import MESSAGES, Field, Template, parse
+from spt_jax.errors import ConfigError, SptError
 from spt_jax.interop.peft import (
     ADAPTER_PLACE,
     ADAPTER_TYPE,
@@ -29,9 +30,9 @@ from spt_jax.interop.peft import (
 )
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.memory import keys_values, states
-from spt_jax.prompts import VirtualPrompt
+from spt_jax.prompts import Method, VirtualPrompt
 from spt_jax.prompts.storage import SavedPrompt
-from spt_jax.prompts.virtual import Head
+from spt_jax.prompts.virtual import Head, shape
 from spt_jax.prompts.writing import write_directory
 
 
@@ -43,13 +44,8 @@ def export_peft(directory: str | Path, saved: SavedPrompt, base: FrozenBase) -> 
         prompt has only one part.
       CheckpointError: the directory has other files, or cannot be written.
     """
-    virtual, sizes = saved.virtual, base.config
-    if virtual.pinned:
-        raise ConfigError("this prompt was trained with method.pin_prefix, and PEFT has no such option")
-    if virtual.prefix is not None and states(virtual.prefix.memory):
-        raise ConfigError(f"this {saved.method.name} prompt has states of recurrent layers, which PEFT does not have")
-    _check_tokens(saved, base)
-    parts = [name for name in ("tokens", "shift", "prefix", "gated", "head") if getattr(virtual, name) is not None]
+    check_exportable(base, saved.method, saved.template, saved.virtual)
+    virtual, sizes, parts = saved.virtual, base.config, _parts(saved.virtual)
     prompt_learning = _common(saved, base)
     if parts == ["tokens"]:
         assert virtual.tokens is not None
@@ -69,12 +65,65 @@ def export_peft(directory: str | Path, saved: SavedPrompt, base: FrozenBase) -> 
             task_type = _task_type(saved.template.head)
             tensors |= _head_tensors(virtual.head, HEADS[task_type], sizes)
             config |= {"task_type": task_type}
-    elif parts == ["gated"]:
+    else:
         common = {k: v for k, v in prompt_learning.items() if not k.startswith("num_")}
         config, tensors = _adapter_files(virtual, sizes, common)
-    else:
-        raise ConfigError(f"PEFT has no prompts with this combination of parts: {', '.join(parts)}")
     return _write(directory, config, tensors)
+
+
+def check_exportable(base: FrozenBase, method: Method, template: Template, virtual: VirtualPrompt) -> None:
+    """Checks that PEFT has prompts like this one.
+
+    Args:
+      base: the frozen base.
+      method: the method that trains or trained the prompt.
+      template: its template.
+      virtual: the prompt, or its shapes (`Method.spec`) before it is trained.
+
+    Raises:
+      ConfigError: PEFT has none.
+    """
+    if virtual.pinned:
+        raise ConfigError("this prompt was trained with method.pin_prefix, and PEFT has no such option")
+    if virtual.prefix is not None and states(virtual.prefix.memory):
+        raise ConfigError(f"this {method.name} prompt has states of recurrent layers, which PEFT does not have")
+    _check_tokens(base, template, virtual)
+    parts = _parts(virtual)
+    if parts not in (["tokens"], ["prefix"], ["prefix", "head"], ["gated"]):
+        raise ConfigError(f"PEFT has no prompts with this combination of parts: {', '.join(parts)}")
+    if virtual.prefix is not None:
+        plain_group(base)
+    if virtual.head is not None:
+        _check_head(method, virtual.head, HEADS[_task_type(template.head)])
+    if virtual.gated is not None:
+        if virtual.gated.rows is None:
+            raise ConfigError("this gated prompt no longer has the rows that it was computed from, which PEFT saves")
+        if base.config.family not in ("llama", "mistral"):
+            raise ConfigError(
+                f"for the family {base.config.family}, PEFT's adaption prompts differ from this library's"
+            )
+
+
+def peft_note(base: FrozenBase, method: Method, template: Template) -> str:
+    """Returns the line that training prints: whether its prompt can be exported to PEFT or, if not, why.
+
+    Args:
+      base: the frozen base.
+      method: the method, with all its options.
+      template: the template.
+    """
+    virtual = method.spec(base.layout)
+    if virtual.tokens is not None and len(virtual.tokens.shape) > 2:  # of several tasks, each of which has a prompt
+        virtual = dataclasses.replace(virtual, tokens=shape(*virtual.tokens.shape[-2:]))
+    try:
+        check_exportable(base, method, dataclasses.replace(template, task=None, tasks=()), virtual)
+    except SptError as error:
+        return f"note: this prompt cannot be exported to PEFT: {error}"
+    return "this prompt can be exported to PEFT"
+
+
+def _parts(virtual: VirtualPrompt) -> list[str]:
+    return [name for name in ("tokens", "shift", "prefix", "gated", "head") if getattr(virtual, name) is not None]
 
 
 def export_peft_tasks(directory: str | Path, prompts: Sequence[SavedPrompt], base: FrozenBase) -> Path:
@@ -93,7 +142,7 @@ def export_peft_tasks(directory: str | Path, prompts: Sequence[SavedPrompt], bas
             raise ConfigError(
                 f"a {saved.method.name} prompt does not consist only of token rows, as a PEFT multitask prompt requires"
             )
-        _check_tokens(saved, base)
+        _check_tokens(base, saved.template, saved.virtual)
         rows.append(np.asarray(saved.virtual.tokens))
     if len({array.shape for array in rows}) > 1:
         lengths = [len(array) for array in rows]
@@ -140,14 +189,17 @@ def _task_type(task: str) -> str:
     return types[task]
 
 
-def _head_tensors(head: Head, kind: PeftHead, sizes: DecoderConfig) -> dict[str, np.ndarray]:
-    name, bias = kind.name(sizes.family), np.asarray(head.bias)
-    weight = {f"{name}.weight": np.asarray(head.kernel).T}
-    if kind.has_bias:
-        return {**weight, f"{name}.bias": bias}
-    if np.any(bias):
+def _check_head(method: Method, head: Head, kind: PeftHead) -> None:
+    trained = isinstance(head.bias, jax.ShapeDtypeStruct)
+    has_bias = getattr(method, "head_bias", True) if trained else np.any(np.asarray(head.bias))
+    if has_bias and not kind.has_bias:
         raise ConfigError("transformers' classifiers have heads without a bias; train with --method.no-head-bias")
-    return weight
+
+
+def _head_tensors(head: Head, kind: PeftHead, sizes: DecoderConfig) -> dict[str, np.ndarray]:
+    name = kind.name(sizes.family)
+    weight = {f"{name}.weight": np.asarray(head.kernel).T}
+    return {**weight, f"{name}.bias": np.asarray(head.bias)} if kind.has_bias else weight
 
 
 def _write(directory: str | Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Path:
@@ -160,10 +212,7 @@ def _adapter_files(
     virtual: VirtualPrompt, sizes: DecoderConfig, common: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     gated = virtual.gated
-    if gated is None or gated.rows is None:
-        raise ConfigError("this gated prompt no longer has the rows that it was computed from, which PEFT saves")
-    if sizes.family not in ("llama", "mistral"):
-        raise ConfigError(f"for the family {sizes.family}, PEFT's adaption prompts differ from this library's")
+    assert gated is not None and gated.rows is not None
     layers, length, _ = gated.rows.shape
     tensors = {}
     for i, place in enumerate(range(sizes.layers - layers, sizes.layers)):
@@ -173,26 +222,26 @@ def _adapter_files(
     return {**config, **common}, tensors
 
 
-def _check_tokens(saved: SavedPrompt, base: FrozenBase) -> None:
+def _check_tokens(base: FrozenBase, template: Template, virtual: VirtualPrompt) -> None:
     """Refuses a template whose ids differ from PEFT's: all virtual tokens, then `tokenizer(text)`.
 
     For a chat, only the order is compared, because the ids of the turns come from the chat template on both sides.
     """
-    if saved.virtual.tokens is not None:
+    if virtual.tokens is not None:
         check_tokens_agree(base)
-    template, tokenizer, vocab_size = saved.template, base.tokenizer, base.config.vocab_size
+    tokenizer, vocab_size = base.tokenizer, base.config.vocab_size
     chat = template.chat or template.is_conversation
     record: dict[str, Any] = dict.fromkeys(template.prompt_fields, "a")
     if template.is_conversation:
         record[MESSAGES] = [{"role": "user", "content": "a"}]
     encoder = encoder_for(base, template)
     ids = encoder.prompt_ids(record).tolist()
-    virtual = list(range(vocab_size, vocab_size + template.virtual_tokens))
-    front, ours = ids[: len(virtual)], ids[len(virtual) :]
+    own = list(range(vocab_size, vocab_size + template.virtual_tokens))
+    front, ours = ids[: len(own)], ids[len(own) :]
     text = "".join("a" if isinstance(piece, Field) else getattr(piece, "text", "") for piece in parse(template.prompt))
     theirs = [tokenizer(words)["input_ids"] for words in (text, text.removeprefix(" "))]
     cause = f"the template {template.prompt!r} cannot be exported: PEFT puts"
-    if front != virtual or any(id_ in ours for id_ in virtual):
+    if front != own or any(id_ in ours for id_ in own):
         where = " inside the chat template" if chat else ""
         raise ConfigError(
             f"{cause} all virtual tokens before everything, but here they are elsewhere{where}; train with a prompt"
@@ -202,7 +251,7 @@ def _check_tokens(saved: SavedPrompt, base: FrozenBase) -> None:
         raise ConfigError(
             f"{cause} the virtual tokens before the tokens of the whole text, {_tokens(tokenizer, theirs[0])}, but this"
             f" template has {_tokens(tokenizer, ours)} there; train with a prompt that begins with"
-            f" {template_front(tokenizer) if virtual else '{text}'!r}"
+            f" {template_front(tokenizer) if own else '{text}'!r}"
         )
 
 

@@ -123,6 +123,7 @@ def test_callbacks_end_the_run_which_shows_its_progress(base, split, capsys):
     assert ended.steps == 6 and ending.validations == [4, 6]  # the step after the fifth was dispatched before
     shown = capsys.readouterr()
     assert "training:  50%" in shown.err and not shown.out
+    assert "note: this prompt cannot be exported to PEFT: the template" in shown.err
 
 
 def test_an_objective_need_not_be_registered(base):

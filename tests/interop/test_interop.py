@@ -18,11 +18,19 @@ from spt_jax.__main__ import main
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.templates import Template
 from spt_jax.errors import CheckpointError, ConfigError, SptError
-from spt_jax.interop import export_embeddings, export_npy, export_peft, export_peft_tasks, import_npy, import_peft
+from spt_jax.interop import (
+    export_embeddings,
+    export_npy,
+    export_peft,
+    export_peft_tasks,
+    import_npy,
+    import_peft,
+    peft_note,
+)
 from spt_jax.interop.arrays import torch_file
 from spt_jax.interop.peft import default_template
 from spt_jax.models.memory import KeysValues
-from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning, VirtualPrompt, initializers
+from spt_jax.prompts import METHODS, DeepPrompts, LlamaAdapter, PrefixTuning, PromptTuning, VirtualPrompt, initializers
 from spt_jax.prompts.initializers import initialize
 from spt_jax.prompts.storage import load_prompt, save_prompt
 from spt_jax.prompts.virtual import VirtualPrefix
@@ -95,6 +103,7 @@ def saved_prompt(folder, base, name, prompt="<soft><bos>{text}\n"):
 def test_what_goes_out_to_peft_comes_back(tmp_path, base, name):
     saved = saved_prompt(tmp_path / "ours", base, name)
     export_peft(tmp_path / "peft", saved, base)
+    assert peft_note(base, saved.method, saved.template) == "this prompt can be exported to PEFT"
     method, virtual = import_peft(tmp_path / "peft", base)
     assert method.name == name
     assert jax.tree.structure(virtual) == jax.tree.structure(saved.virtual)
@@ -104,9 +113,33 @@ def test_what_goes_out_to_peft_comes_back(tmp_path, base, name):
 @pytest.mark.parametrize("prompt", ["{text}<soft>", "<bos><soft>{text}", "<soft>{text}", "<soft:2>{text}<soft:2>"])
 def test_an_order_that_peft_does_not_have_is_refused(tmp_path, base, prompt):
     saved = saved_prompt(tmp_path / "ours", base, "prompt_tuning", prompt)
-    with pytest.raises(ConfigError, match="train with a prompt that begins with '<soft><bos>'"):
+    with pytest.raises(ConfigError, match="train with a prompt that begins with '<soft><bos>'") as error:
         export_peft(tmp_path / "peft", saved, base)
     assert not (tmp_path / "peft").exists()
+    note = peft_note(base, saved.method, saved.template)
+    assert note == f"note: this prompt cannot be exported to PEFT: {error.value}"
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"state_tuning"}))  # which needs recurrent layers
+def test_what_is_said_before_training_is_what_export_does(tmp_path, base, name):
+    classes = {"a": "A", "b": "B"}
+    method = METHODS[name](**{"tasks": ("x", "y")} if name == "multitask_prompt_tuning" else {})
+    if name == "deep_prompts":
+        method = DeepPrompts(classes=2)
+    prompt = "<soft><bos>{text}\n" if method.token_count else "{text}\n"
+    head = getattr(method, "head", "language_model")
+    count = method.token_count
+    template = Template(prompt=prompt, target="{label}", virtual_tokens=count, verbalizers=classes, head=head)
+    note = peft_note(base, method, template)
+    exported = {"prompt_tuning", "prefix_tuning", "p_tuning", "residual_prompt_tuning", "low_rank_prompt_tuning", "cpt"}
+    exported |= {"llama_adapter", "multitask_prompt_tuning"}
+    assert (note == "this prompt can be exported to PEFT") == (name in exported), note
+    if name in ("decomposed_prompt_tuning", "deep_prompts"):
+        params = jax.tree.map(lambda leaf: leaf + 0.1, method.init_params(jax.random.key(0), base))
+        saved = save_prompt(tmp_path / "ours", base, method, method.materialize(params, base.model), template)
+        with pytest.raises(ConfigError) as error:
+            export_peft(tmp_path / "peft", load_prompt(saved, base), base)
+        assert note.endswith(str(error.value))
 
 
 WORDS = ("Who wrote Hamlet?", "two  spaces", "H", "\nline")
