@@ -52,7 +52,8 @@ def command_words(name: str) -> list[str]:
         configs = shipped_configs()
         job = kind(config=load_config_file(configs["quickstart"]), workdir=Path("out"))
         return list(dict.fromkeys([*configs, *option_flags(job), *_method_flags(), "--help"]))
-    return [*(option_flags(entry.load()) if entry.starts_jax else []), "--help"]
+    options = entry.load()
+    return [*(option_flags(options) if isinstance(options, type) else []), "--help"]
 
 
 @functools.cache

@@ -54,6 +54,7 @@ COMMANDS: dict[str, Entry] = {
     "export": Entry("convert a saved prompt to the format of another library", "convert", "Export"),
     "push": Entry("upload a saved prompt to the Hugging Face hub", "hub", "Push"),
     "pull": Entry("download a prompt from the Hugging Face hub", "hub", "Pull"),
+    "lm-eval": Entry("run lm-evaluation-harness with the model spt_jax", "lm_eval"),
     "configs": Entry("list the configs that ship with the package", "configs", starts_jax=False),
     "env": Entry("show versions, devices, and what an accelerator needs", "env", starts_jax=False),
     "completion": Entry("print a completion script for bash, zsh or fish", "completion"),

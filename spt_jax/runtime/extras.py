@@ -21,6 +21,7 @@ EXTRAS = {
     "pydantic": "serve",
     "starlette": "serve",
     "uvicorn": "serve",
+    "lm_eval": "lm-eval",
 }
 
 
