@@ -2,9 +2,11 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from spt_jax.commands.compare import Compare
 from spt_jax.commands.find_rate import FindRate
@@ -14,6 +16,7 @@ from spt_jax.prompts import METHODS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def test_the_python_example_is_short_and_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
@@ -78,3 +81,23 @@ def test_launch_lines_parse(line: str):
     path, *words = shlex.split(line)
     command = parse_train([str(ROOT / path), *words])
     assert command.processes.several
+
+
+def test_launch_files_of_other_platforms():
+    """The task of SkyPilot has the fields that it needs; both train with flags that exist, and resume."""
+    task = yaml.safe_load((ROOT / "deploy" / "skypilot.yaml").read_text())
+    assert set(task) == {"name", "resources", "workdir", "envs", "secrets", "setup", "run"}
+    job = (ROOT / "deploy" / "huggingface_job.sh").read_text()
+    launch = shlex.split(re.search(r"^hf jobs run.*", job, re.MULTILINE | re.DOTALL)[0])
+    image = launch.index("python:3.12")
+    flags = [word for word in launch[:image] if word.startswith("--")]
+    assert set(flags) == {"--flavor", "--timeout", "--attempts", "--secrets", "--env", "--volume"}
+    assert launch[image + 1 : image + 3] == ["bash", "-c"] and len(launch) == image + 4
+    sets = {word.partition("=")[0] for word, flag in zip(launch[1:], launch, strict=False) if flag == "--env"}
+    extras = PROJECT["optional-dependencies"]
+    for script, given in ((task["setup"] + task["run"], set(task["envs"])), (launch[-1], sets)):
+        assert all(extra in extras for extra in re.search(r"\[([\w,]+)\]", script)[1].split(","))
+        line = re.search(r"spt-jax train (.*)", script, re.DOTALL)[1].replace("\\\n", " ")
+        assert set(re.findall(r"\$(\w+)", line)) == given | {"RESUME"}
+        command = parse_train(shlex.split(line.replace("$RESUME", "--resume")))
+        assert command.resume and command.config.data.prompt == "<soft>{text}\n"
