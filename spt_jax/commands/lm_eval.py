@@ -3,6 +3,7 @@
 spt-jax lm-eval run --model spt_jax --model_args prompt=out/trec/prompt --tasks hellaswag --batch_size 16
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -23,6 +24,8 @@ def main(argv: Sequence[str]) -> None:
     """
     register()
     harness = load_extra("lm_eval.__main__", FEATURE)
+    # The harness forks processes to bootstrap some metrics, and a fork of a process that runs JAX may hang.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     before = sys.argv
     sys.argv = [f"{PROGRAM} lm-eval", *argv]
     try:

@@ -172,6 +172,7 @@ def test_the_harness_makes_the_model_from_its_arguments(tmp_path, monkeypatch):
         alone = PromptModel(own, template, virtual).loglikelihood([Request(("so", " sad"))])[0]
         assert seen_score == pytest.approx(alone) and model.cache_hook == "none" and model.batch_size == 3
 
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")  # which the command sets
     models = stand_in(monkeypatch, **{"lm_eval.__main__": {"cli_evaluate": run}})
     assert main(["lm-eval", "run", "--tasks", "x"]) == 0
     assert seen == ["spt-jax lm-eval", "run", "--tasks", "x"]
