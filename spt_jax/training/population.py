@@ -159,7 +159,8 @@ def population_step(
     Args:
       method: the result of `common_method`.
       objective: the loss.
-      optimizer, steps: the optimizer and the length of the run, which all members share.
+      optimizer: the optimizer, which all members share.
+      steps: the length of the run in steps, which determines the schedule.
       model: the base.
       states: the members' states.
       rates: the members' peak learning rates.
