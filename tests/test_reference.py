@@ -1,12 +1,13 @@
 """docs/api has every public name, and every public function documents its arguments, its result and its errors."""
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import re
 import textwrap
 from collections.abc import Iterator
-from types import ModuleType
+from types import FunctionType, ModuleType
 
 import pytest
 
@@ -58,23 +59,25 @@ def defined(module: ModuleType) -> list[object]:
     return [value for value in own if getattr(value, "__module__", None) == module.__name__]
 
 
-def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
-    """The public functions, and the methods that public classes define first, with their full names."""
+def public_code() -> list[type | FunctionType]:
+    """The public functions and classes, without types such as `PromptParams`."""
     values = [lookup(name) for name in exported().values()]
     values = [part for value in values for part in (defined(value) if inspect.ismodule(value) else [value])]
-    seen = set()
-    for value in values:
-        is_code = inspect.isclass(value) or inspect.isfunction(value)
-        if not is_code or value in seen or not value.__module__.startswith("spt_jax."):  # a type such as PromptParams
-            continue
-        seen.add(value)
+    code = [value for value in values if inspect.isclass(value) or inspect.isfunction(value)]
+    return [value for value in dict.fromkeys(code) if value.__module__.startswith("spt_jax.")]
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
+    """The public functions, and the methods that public classes define first, with their full names."""
+    for value in public_code():
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(value))).body
         if isinstance(tree, ast.FunctionDef):
             yield f"{value.__module__}.{tree.name}", tree
             continue
         inherited = {name for base in value.__mro__[1:] for name in vars(base)}
         for node in tree.body:
-            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and node.name not in inherited:
+            public = not getattr(node, "name", "_").startswith("_") and node.name not in inherited
+            if isinstance(node, ast.FunctionDef) and (public or node.name == "__init__"):
                 yield f"{value.__module__}.{tree.name}.{node.name}", node
 
 
@@ -89,7 +92,10 @@ def own_nodes(function: ast.FunctionDef) -> Iterator[ast.AST]:
 
 
 def undocumented(function: ast.FunctionDef) -> Iterator[str]:
-    """What the docstring of a function leaves out. The summary of a property says what it is."""
+    """What the docstring of a function leaves out.
+
+    The summary of a property, and a method's summary that starts with "Returns", say what the result is.
+    """
     text = inspect.cleandoc(ast.get_docstring(function) or "")
     if not text:
         yield "docstring"
@@ -100,10 +106,15 @@ def undocumented(function: ast.FunctionDef) -> Iterator[str]:
     given = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
     given += [argument for argument in (function.args.vararg, function.args.kwarg) if argument]
     for argument in given:
-        if argument.arg not in ("self", "cls") and f"  {argument.arg}:" not in bodies.get("Args", ""):
+        if argument.arg not in ("self", "cls") and not re.search(
+            rf"^ +\**{argument.arg}:", bodies.get("Args", ""), re.MULTILINE
+        ):
             yield argument.arg
+    static = any(ast.unparse(decorator) == "staticmethod" for decorator in function.decorator_list)
+    is_method = static or any(argument.arg in ("self", "cls") for argument in given[:1])
     returned = "None" if function.returns is None else ast.unparse(function.returns)
-    if returned not in ("None", "NoReturn") and not {"Returns", "Yields"} & {*bodies}:
+    says = {"Returns", "Yields"} & {*bodies} or (is_method and text.startswith("Returns "))
+    if returned not in ("None", "NoReturn") and not says:
         yield "Returns"
     errors = [node.exc for node in own_nodes(function) if isinstance(node, ast.Raise) and node.exc is not None]
     if "Raises" not in bodies and any("NotImplementedError" not in ast.unparse(error) for error in errors):
@@ -113,3 +124,10 @@ def undocumented(function: ast.FunctionDef) -> Iterator[str]:
 @pytest.mark.parametrize("function", [pytest.param(function, id=name) for name, function in functions()])
 def test_every_public_function_is_documented(function: ast.FunctionDef):
     assert list(undocumented(function)) == []
+
+
+@pytest.mark.parametrize("value", [value for value in public_code() if dataclasses.is_dataclass(value)])
+def test_every_field_is_documented(value: type):
+    attributes = "".join((base.__doc__ or "").partition("Attributes:")[2] for base in value.__mro__)
+    fields = [field.name for field in dataclasses.fields(value) if not field.name.startswith("_")]
+    assert [name for name in fields if not re.search(rf"^ +{name}:", attributes, re.MULTILINE)] == []

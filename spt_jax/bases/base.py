@@ -102,6 +102,7 @@ class FrozenBase:
 
     @property
     def parameter_count(self) -> int:
+        """The number of frozen parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
 
@@ -152,6 +153,9 @@ def load_base(
         matrix and all sums stay in `dtype`.
 
     On an accelerator, XLA's persistent compilation cache is turned on, unless its directory is already set.
+
+    Returns:
+      The base, with its weights on the devices of the mesh.
 
     Raises:
       ConfigError: unsupported architecture, option, dtype or mesh.

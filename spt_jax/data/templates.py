@@ -216,17 +216,22 @@ class Template:
 
     @property
     def label_field(self) -> str | None:
+        """The only field of the target; None if it has none or several."""
         names = [piece.name for piece in parse(self.target) if isinstance(piece, Field)]
         return names[0] if len(names) == 1 else None
 
     @property
     def is_conversation(self) -> bool:
+        """Whether the prompt inserts whole conversations, {messages}."""
         return Field(MESSAGES) in parse(self.prompt)
 
     def bare(self, prompt: str | None = None) -> "Template":
         """Returns the template without virtual tokens and head, with `prompt` in place of its own prompt if given.
 
         Without its head, the task is text or classification by verbalizers.
+
+        Args:
+          prompt: the text in place of the template's prompt; default the prompt without `<soft>`.
         """
         prompt = without_virtual(self.prompt if prompt is None else prompt)
         truncate = self.truncate if Field(self.truncate or "") in parse(prompt) else None

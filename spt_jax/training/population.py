@@ -193,6 +193,17 @@ def make_population_step(
 ) -> Callable[..., tuple[list[TrainState], Metrics]]:
     """Returns a compiled `population_step` bound to a frozen base. It donates the states that it is called with.
 
+    Args:
+      base: the frozen base.
+      method: the result of `common_method`.
+      optimizer: the optimizer, which all members share.
+      steps: the length of the run in steps.
+      objective: the loss.
+      microbatches: the number of parts that each batch is split into.
+
+    Returns:
+      A function of the members' states, rates and batches, as in `population_step`.
+
     Raises:
       ConfigError: the number of microbatches is below 1.
     """
