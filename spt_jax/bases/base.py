@@ -56,8 +56,12 @@ class FrozenBase:
     """What `load_base` returns. Only `model` holds arrays; pass it to compiled functions as an argument.
 
     Attributes:
+      name: the path or hub id that it was loaded from, or "starter".
+      revision: the branch, tag or commit on the hub; None for the default or a local directory.
       model: architecture and weights.
+      tokenizer: the fast tokenizer of transformers.
       end_ids: every id that the model's files declare to end an answer.
+      fingerprint: what identifies the base in saved prompts.
       attention_note: why `load_base` chose the attention kernel; empty if the caller chose it.
     """
 

@@ -19,7 +19,12 @@ Scores = Sequence[Float[np.ndarray, "..."]]
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Metrics as plain JSON values, and the prediction for each record, in order."""
+    """The result of an evaluation.
+
+    Attributes:
+      metrics: the metrics by name, as plain JSON values.
+      predictions: for each record, in order, its prediction as plain JSON values.
+    """
 
     metrics: dict[str, Any]
     predictions: list[dict[str, Any]]

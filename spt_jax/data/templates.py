@@ -146,8 +146,9 @@ class Template:
     """How records become prompts and targets.
 
     Attributes:
-      prompt, target: the two template strings. A prompt with `{messages}` takes a chat from the record's `messages`,
-        and the assistant turns are the targets; `target` is then empty.
+      prompt: the text before the answer, with fields and `<soft>`. A prompt with `{messages}` takes a chat from the
+        record's `messages`, and the assistant turns are the targets.
+      target: the text of the answer, with fields; empty with `{messages}`.
       virtual_tokens: the number of virtual tokens.
       verbalizers: maps each class to its text, for classification; the target's only field is then the label.
       truncate: the field that is shortened if an example is too long; if None, such examples are refused.

@@ -33,7 +33,8 @@ class Member:
 
     Attributes:
       method: the method. Within a population, methods may differ only in `init`, and for prompt tuning in length.
-      examples, plan: the data, and the shapes of batches.
+      examples: the data.
+      plan: the shapes of batches.
       seed: the random seed of initialization and data order.
       learning_rate: the peak learning rate of the schedule.
       class_weights: a weight per class; None weights all classes equally.

@@ -26,7 +26,13 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The indices from `start` up to `stop` along one axis of an array."""
+    """The indices from `start` up to `stop` along one axis of an array.
+
+    Attributes:
+      axis: the axis.
+      start: the first index.
+      stop: the index after the last.
+    """
 
     axis: int
     start: int
