@@ -40,7 +40,7 @@ $(VENV)/.lint: $(VENV)/.test
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.base
-	$(PIP) -e '.[docs]'
+	$(LOCKED) -e '.[docs]'
 	touch $@
 
 quickstart: $(VENV)/.base
