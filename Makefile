@@ -11,10 +11,10 @@ LOCKED := $(INSTALL) $(if $(LOCK),-c $(LOCK) --build-constraints $(LOCK),--upgra
 # The last version with whose models PEFT 0.21.2 can use a prefix.
 OLDER := transformers==5.23.0
 
-COMPILE := $(BIN)/uv pip compile -q pyproject.toml --extra test --extra parity --extra lint \
+COMPILE := $(BIN)/uv pip compile -q pyproject.toml --extra test --extra parity --extra lint --extra docs \
 	--universal --python-version 3.11 --no-annotate --no-emit-index-url --no-emit-find-links
 
-.PHONY: quickstart test parity bench accelerator lint package lock newest lowest clean
+.PHONY: quickstart test parity bench accelerator lint docs package lock newest lowest clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,10 @@ $(VENV)/.lint: $(VENV)/.test
 	$(LOCKED) -e '.[test,lint]'
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.base
+	$(LOCKED) -e '.[docs]'
+	touch $@
+
 quickstart: $(VENV)/.base
 	$(BIN)/python train.py configs/quickstart.py --workdir out/quickstart --overwrite
 
@@ -60,6 +64,10 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# The site in out/site. The reference is read from the source, and nothing is imported.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # The wheel and the source archive in dist/, with their metadata checked.
 package: | $(BIN)/python

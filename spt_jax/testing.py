@@ -56,6 +56,9 @@ def tiny_config(family: str = "llama", **overrides: Any) -> Any:
       **overrides: fields of the family's transformers config, such as `rope_parameters` or `tie_word_embeddings`; if
         the language model has a config of its own in it, they are fields of that one.
 
+    Returns:
+      The config object of transformers.
+
     Raises:
       ConfigError: for an unknown family.
     """
@@ -80,6 +83,9 @@ def tiny_tokenizer(kind: TokenizerKind = "byte", *, add_bos: bool = True) -> Tok
         "sentencepiece" prepends a space to the text and falls back to bytes, as Llama 2 does (384 entries;
         `<unk>` 0, `<s>` 1, `</s>` 2, and no padding token).
       add_bos: whether `add_special_tokens=True` prepends the BOS token.
+
+    Returns:
+      The tokenizer.
     """
     import transformers
 
@@ -149,7 +155,16 @@ def _merged(alphabet: Sequence[str], words: Sequence[str], size: int) -> tuple[d
 
 
 def random_params(config: DecoderConfig, seed: int = 0, dtype: Any = np.float32) -> Params:
-    """Returns random host arrays for `Decoder(config)`: normal, deviation 0.2, mean 1 for norm scales, else 0."""
+    """Returns random host arrays for `Decoder(config)`: normal, deviation 0.2, mean 1 for norm scales, else 0.
+
+    Args:
+      config: the decoder's config.
+      seed: the seed of the arrays.
+      dtype: their dtype.
+
+    Returns:
+      The arrays, by path.
+    """
     generator = np.random.default_rng(seed)
     leaves = {}
     for path, leaf in sorted(traverse_util.flatten_dict(parameter_shapes(config)).items()):
@@ -219,6 +234,24 @@ def tiny_base(
     """Returns a tiny frozen base, written to a temporary directory and read back with `load_base`.
 
     The arguments are those of `write_tiny_checkpoint` and `load_base`. The base is named "tiny-" plus its family.
+
+    Args:
+      family: as for `tiny_config`.
+      seed: as for `write_tiny_checkpoint`.
+      dtype: as for `load_base`.
+      mesh: as for `load_base`.
+      max_length: as for `load_base`.
+      remat: as for `load_base`.
+      tokenizer: as for `tiny_tokenizer`.
+      add_bos: as for `tiny_tokenizer`.
+      quantize: as for `load_base`.
+      **overrides: as for `tiny_config`.
+
+    Returns:
+      The base.
+
+    Raises:
+      ConfigError: as in `write_tiny_checkpoint` and `load_base`.
     """
     with tempfile.TemporaryDirectory() as directory:
         write_tiny_checkpoint(directory, family, seed=seed, tokenizer=tokenizer, add_bos=add_bos, **overrides)

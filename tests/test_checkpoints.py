@@ -16,7 +16,8 @@ import numpy as np
 import optax
 import pytest
 
-from spt_jax.data.batches import plan_batches, training_batches
+from spt_jax.data.batches import plan_batches
+from spt_jax.data.streams import training_batches
 from spt_jax.errors import CheckpointError, ConfigError
 from spt_jax.runtime.sharding import MeshConfig, make_mesh, replicated
 from spt_jax.training.checkpoints import Checkpoints, DamagedError

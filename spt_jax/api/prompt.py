@@ -39,7 +39,13 @@ class Prompt(SavedPrompt):
 
     @staticmethod
     def of(saved: SavedPrompt, base: FrozenBase, *, progress: bool = True) -> "Prompt":
-        """Returns a prompt that was loaded for a base, with that base."""
+        """Returns a prompt that was loaded for a base, with that base.
+
+        Args:
+          saved: the loaded prompt.
+          base: the base that it was loaded for.
+          progress: as in the attributes.
+        """
         return Prompt(saved.method, saved.virtual, saved.template, saved.info, base, progress)
 
     def __repr__(self) -> str:

@@ -56,8 +56,12 @@ class FrozenBase:
     """What `load_base` returns. Only `model` holds arrays; pass it to compiled functions as an argument.
 
     Attributes:
+      name: the path or hub id that it was loaded from, or "starter".
+      revision: the branch, tag or commit on the hub; None for the default or a local directory.
       model: architecture and weights.
+      tokenizer: the fast tokenizer of transformers.
       end_ids: every id that the model's files declare to end an answer.
+      fingerprint: what identifies the base in saved prompts.
       attention_note: why `load_base` chose the attention kernel; empty if the caller chose it.
     """
 
@@ -102,6 +106,7 @@ class FrozenBase:
 
     @property
     def parameter_count(self) -> int:
+        """The number of frozen parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
 
@@ -152,6 +157,9 @@ def load_base(
         matrix and all sums stay in `dtype`.
 
     On an accelerator, XLA's persistent compilation cache is turned on, unless its directory is already set.
+
+    Returns:
+      The base, with its weights on the devices of the mesh.
 
     Raises:
       ConfigError: unsupported architecture, option, dtype or mesh.

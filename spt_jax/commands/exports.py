@@ -4,10 +4,11 @@ from spt_jax.api.fit import Callback, fit
 from spt_jax.api.prompt import Prompt, load_prompt
 from spt_jax.api.result import FitResult
 from spt_jax.bases.base import FrozenBase, load_base
-from spt_jax.data.batches import Batch, Rows, evaluation_batches, pack, place_batch, plan_batches, training_batches
+from spt_jax.data.batches import Batch, Rows, pack, place_batch, plan_batches
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.examples import Example
 from spt_jax.data.sources import read_records
+from spt_jax.data.streams import evaluation_batches, training_batches
 from spt_jax.data.templates import Template
 from spt_jax.errors import CheckpointError, ConfigError, DataError, SptError, TrainingError
 from spt_jax.evaluation.ensembles import evaluate_ensemble, score_together

@@ -7,10 +7,9 @@ once per bucket.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -162,6 +161,9 @@ def plan_batches(
       length_multiple: the number of devices along a row; tokens and outputs are a multiple of it.
       max_length: the number of the model's positions; rows need not be longer.
 
+    Returns:
+      The shapes.
+
     Raises:
       DataError: an example has nothing to predict, or no token before its first target.
     """
@@ -258,6 +260,9 @@ def pack(examples: Sequence[Example], plan: BatchPlan, class_weights: Sequence[f
       plan: the shapes.
       class_weights: a weight per class. It multiplies all weights of an example of that class; for a task head, the
         weight of each position of that class.
+
+    Returns:
+      The batch, on the host.
 
     Raises:
       DataError: an example does not fit in a row of the plan, or has nothing to predict.
@@ -380,6 +385,9 @@ def place_batch(batch: Batch, mesh: Mesh, *, stacked: bool = False) -> Batch:
       batch: the batch; if `stacked`, several batches with an additional leading axis.
       mesh: the mesh.
       stacked: see `batch`.
+
+    Returns:
+      The batch on the devices of the mesh.
     """
     of_rows = NamedSharding(mesh, PartitionSpec(None, ROWS)) if stacked else row_sharding(mesh)
 
@@ -389,49 +397,6 @@ def place_batch(batch: Batch, mesh: Mesh, *, stacked: bool = False) -> Batch:
     rows = jax.tree.map(lambda array: put(array, of_rows), batch.rows)
     lead = jax.tree.map(lambda array: put(array, replicated(mesh)), (batch.lead_ids, batch.lead_length))
     return Batch(lead[0], rows, lead[1])
-
-
-def training_batches(
-    examples: Sequence[Example],
-    plan: BatchPlan,
-    *,
-    batch_size: int,
-    seed: int,
-    class_weights: Sequence[float] | None = None,
-) -> "grain.DatasetIterator[Batch]":
-    """Returns an endless stream of packed batches, reshuffled each epoch.
-
-    `get_state()` returns plain JSON, and `set_state` resumes exactly there. Each process packs the same batch and takes
-    its own rows when the batch is placed, so the result does not depend on the number of processes.
-    """
-    dataset = grain.MapDataset.source(_Source(examples)).seed(seed).shuffle().repeat()
-    # With a batch size of 1, `batch` would make the endless dataset longer than the maximum length in grain.
-    chunks = dataset.map(lambda example: [example]) if batch_size == 1 else dataset.batch(batch_size, batch_fn=list)
-    dataset = chunks.map(lambda chunk: pack(chunk, plan, class_weights))
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """Random access for grain. Its short repr keeps grain from printing the whole list in messages."""
-
-    examples: Sequence[Example]
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
-
-    def __repr__(self) -> str:
-        return f"{len(self.examples)} examples"
-
-
-def evaluation_batches(examples: Sequence[Example], plan: BatchPlan, batch_size: int) -> Iterator[Batch]:
-    """Yields packed batches with each example once, sorted by length so that rows are well filled."""
-    ordered = sorted(examples, key=lambda example: (example.length, example.index))
-    for start in range(0, len(ordered), batch_size):
-        yield pack(ordered[start : start + batch_size], plan)
 
 
 def multiples(mesh: Mesh, microbatches: int = 1) -> dict[str, Any]:

@@ -12,14 +12,12 @@ from spt_jax.data.chats import ChatTemplate, Turn, turns_of
 from spt_jax.data.examples import Example
 from spt_jax.data.pieces import PieceEncoder
 from spt_jax.data.reading import Spans
+from spt_jax.data.shots import SEPARATOR, solved
 from spt_jax.data.task import task_of
 from spt_jax.data.templates import MESSAGES, Bos, Control, Cut, Field, Piece, Plain, Read, Template, Text, parse
 from spt_jax.data.tokenization import check_ids
 from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError, DataError, did_you_mean
-
-# Follows each solved example of a few-shot prompt, and so also ends a generated answer.
-SEPARATOR = "\n\n"
 
 
 class Encoder:
@@ -40,6 +38,18 @@ class Encoder:
         max_length: int,
         shots: Sequence[Mapping[str, Any]] = (),
     ):
+        """Prepares the template.
+
+        Args:
+          template: as in the attributes; so are `max_length` and `shots`.
+          tokenizer: that of the base.
+          vocab_size: the number V of the base's embeddings; virtual token i has the id V + i.
+          max_length: see `template`.
+          shots: see `template`.
+
+        Raises:
+          ConfigError: the template is not compatible with the tokenizer or the shots.
+        """
         self.template = template
         self._task = task_of(template)
         self.max_length = max_length
@@ -75,7 +85,7 @@ class Encoder:
             raise ConfigError(f"two verbalizers have the same token ids: {dict(template.verbalizers)}")
 
     def encode(self, record: Mapping[str, Any], index: int) -> Example:
-        """Encodes one record.
+        """Returns the example of one record.
 
         Args:
           record: the record.
@@ -107,7 +117,14 @@ class Encoder:
         return example
 
     def encode_all(self, records: Sequence[Mapping[str, Any]]) -> list[Example]:
-        """Encodes all records, numbered from 0, each with the index of its task's prompt."""
+        """Returns the examples of all records, numbered from 0, each with the index of its task's prompt.
+
+        Args:
+          records: the records.
+
+        Raises:
+          DataError: as in `encode`.
+        """
         examples = [self.encode(record, index) for index, record in enumerate(records)]
         if self.template.task is None:
             return examples
@@ -115,7 +132,11 @@ class Encoder:
         return [dataclasses.replace(e, prompt=prompt) for e, prompt in zip(examples, prompts, strict=True)]
 
     def leads(self, examples: Sequence[Example]) -> int | list[int]:
-        """Returns `head_length` of all examples; with tasks, that of the examples of each task."""
+        """Returns `head_length` of all examples; with tasks, that of the examples of each task.
+
+        Args:
+          examples: encoded records.
+        """
         if self.template.task is None:
             return self.head_length(examples)
         by_task: list[list[Example]] = [[] for _ in self.template.tasks]
@@ -152,18 +173,30 @@ class Encoder:
         return np.asarray(ids, np.int32)
 
     def up_to_answer(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Returns the record; if it is a chat, without the turns after the last assistant turn."""
+        """Returns the record; if it is a chat, without the turns after the last assistant turn.
+
+        Args:
+          record: the record.
+        """
         if not self.template.is_conversation:
             return record
         answers = [number for number, turn in enumerate(turns_of(record, 0), 1) if turn.is_answer]
         return {**record, MESSAGES: record[MESSAGES][: max(answers, default=0)]}
 
     def answers(self, record: Mapping[str, Any]) -> int:
-        """Returns the number of answers of a record: the assistant turns of a chat, otherwise 1."""
+        """Returns the number of answers of a record: the assistant turns of a chat, otherwise 1.
+
+        Args:
+          record: the record.
+        """
         return sum(turn.is_answer for turn in turns_of(record, 0)) if self.template.is_conversation else 1
 
     def reference(self, record: Mapping[str, Any]) -> str:
-        """Returns the text that should follow `prompt_ids`, without control tokens."""
+        """Returns the text that should follow `prompt_ids`, without control tokens.
+
+        Args:
+          record: a record with its target.
+        """
         if self.template.is_conversation:
             segments = self._chat.conversation(turns_of(record, 0), self._eos)
             pieces = [segment.pieces for segment in segments if segment.predicted][-1]
@@ -189,6 +222,9 @@ class Encoder:
         """Returns how many leading ids all examples share, independently of their fields.
 
         An id whose output predicts an example's first target is not counted: it stays in the rows.
+
+        Args:
+          examples: encoded records.
         """
         constant = []
         for piece in self._prompt:
@@ -233,6 +269,10 @@ class Encoder:
     def encode_prompt(self, record: Mapping[str, Any], index: int) -> list[int]:
         """Returns the ids of the prompt of a record that also has the fields of the target.
 
+        Args:
+          record: the record.
+          index: its number from 0, for messages.
+
         Raises:
           DataError: a field is missing.
         """
@@ -241,6 +281,10 @@ class Encoder:
     def encode_target(self, record: Mapping[str, Any], index: int) -> list[int]:
         """Returns the ids of the target, including those that end it.
 
+        Args:
+          record: the record.
+          index: its number from 0, for messages.
+
         Raises:
           DataError: a field is missing.
         """
@@ -248,6 +292,10 @@ class Encoder:
 
     def encode_read(self, record: Mapping[str, Any], index: int) -> tuple[list[int], Spans]:
         """Returns the ids of the prompt, and for each the characters that it covers of the field `reads`, or (0, 0).
+
+        Args:
+          record: the record.
+          index: its number from 0, for messages.
 
         Raises:
           DataError: a field is missing.
@@ -260,13 +308,23 @@ class Encoder:
         return {name: self._task.field(self.template, record, name, index) for name in names}
 
     def read_text(self, record: Mapping[str, Any], first: int, last: int) -> str:
-        """Returns the text of the field that a head reads from its token number `first` to `last`, inclusive."""
+        """Returns the text of the field that a head reads from its token number `first` to `last`, inclusive.
+
+        Args:
+          record: the record.
+          first: the first token.
+          last: the last token.
+        """
         text = self._task.field(self.template, record, self.template.reads or "", 0)
         spans = [span for span in self.encode_read(record, 0)[1] if any(span)]
         return text[spans[first][0] : spans[last][1]].strip()
 
     def prompt_ids_around(self, ids: Sequence[int]) -> tuple[np.ndarray, int]:
-        """Returns the prompt with real token ids in place of its only field, and the position where these begin."""
+        """Returns the prompt with real token ids in place of its only field, and the position where these begin.
+
+        Args:
+          ids: token ids in [0, V).
+        """
         at = next(i for i, piece in enumerate(self._prompt) if isinstance(piece, Field))
         front, rest = [*self._prompt[:at], *ids], self._prompt[at + 1 :]
         whole = self._ids([*front, *rest], {}, opens=True)
@@ -274,6 +332,9 @@ class Encoder:
 
     def with_any_label(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Returns a record to predict, with an arbitrary label in place of the unknown one.
+
+        Args:
+          record: a record without its target.
 
         Raises:
           DataError: the field that the head reads is empty.
@@ -302,24 +363,12 @@ class Encoder:
     def _ids(self, pieces: Sequence[Piece | int], fields: Mapping[Any, str], *, opens: bool) -> list[int]:
         return self._pieces.aligned(pieces, fields, opens=opens)[0]
 
-    def _solved(self, record: Mapping[str, Any], side: str) -> list[Piece]:
-        """Fills a record's fields into the prompt or the target; a class is filled in as its verbalizer."""
-        known = dict(record)
-        if self.template.verbalizers:
-            name = self.template.label_field or ""
-            label = field_text(record, name, 0)
-            if label not in self.template.verbalizers:
-                hint = did_you_mean(label, self.template.verbalizers)
-                raise DataError(f"a solved example's label {label!r} has no verbalizer; {hint}")
-            known[name] = self.template.verbalizers[label]
-        return [Plain(field_text(known, p.name, 0)) if isinstance(p, Field) else p for p in parse(side)]
-
     def _with_shots(self, prompt: Sequence[Piece]) -> list[Piece | int]:
         """Returns the prompt after the solved examples, whose targets are encoded separately."""
         pieces: list[Piece | int] = []
         for record in self.shots:
-            question = [piece for piece in self._solved(record, self.template.prompt) if piece != Bos()]
-            answer = self._ids(self._solved(record, self.template.target), {}, opens=False)
+            question = [piece for piece in solved(self.template, record, self.template.prompt) if piece != Bos()]
+            answer = self._ids(solved(self.template, record, self.template.target), {}, opens=False)
             pieces += [*question, *answer, Text(SEPARATOR)]
         front = 1 if prompt[:1] == [Bos()] else 0
         return [*prompt[:front], *pieces, *prompt[front:]]
@@ -331,8 +380,8 @@ class Encoder:
             return []
         turns = [Turn("system", [Text(template.system)])] if template.system is not None else []
         for record in self.shots:
-            turns.append(Turn("user", self._solved(record, template.prompt)))
-            turns.append(Turn("assistant", self._solved(record, template.target)))
+            turns.append(Turn("user", solved(template, record, template.prompt)))
+            turns.append(Turn("assistant", solved(template, record, template.target)))
         content: list[Piece] = []
         for piece in parse(template.prompt):
             if fields is None or not isinstance(piece, Field):

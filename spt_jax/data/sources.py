@@ -50,6 +50,9 @@ def read_records(
       revision: the branch, tag or commit of a hub data set.
       limit: the maximum number of records to read; None reads all.
 
+    Returns:
+      The records, as mappings from field names to values.
+
     Raises:
       ConfigError: `limit` is below 1, a revision was given for a local file, or the source is on the hub and `datasets`
         is not installed, or the package for the scheme of a URL.

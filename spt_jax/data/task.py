@@ -19,7 +19,12 @@ Scores = Sequence[Float[np.ndarray, "..."]]
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Metrics as plain JSON values, and the prediction for each record, in order."""
+    """The result of an evaluation.
+
+    Attributes:
+      metrics: the metrics by name, as plain JSON values.
+      predictions: for each record, in order, its prediction as plain JSON values.
+    """
 
     metrics: dict[str, Any]
     predictions: list[dict[str, Any]]
@@ -101,12 +106,19 @@ class Task:
     generates: ClassVar[bool] = False
 
     def with_classes(self, classes: Mapping[str, str]) -> "Task":
-        """Returns the task for a template with these verbalizers."""
+        """Returns the task for a template with these verbalizers.
+
+        Args:
+          classes: the text that stands for each class.
+        """
         del classes
         return self
 
     def check(self, template: Template) -> None:
         """Checks a template; here, the field that a head reads.
+
+        Args:
+          template: the template.
 
         Raises:
           ConfigError: the template lacks what the task needs.
@@ -130,6 +142,10 @@ class Task:
     def classes(self, template: Template, records: Sequence[Record]) -> Mapping[str, str]:
         """Returns the verbalizers, taken from the training records if the template has none and the task needs some.
 
+        Args:
+          template: the template.
+          records: the training records.
+
         Raises:
           DataError: a record has no class.
         """
@@ -138,6 +154,12 @@ class Task:
 
     def field(self, template: Template, record: Record, name: str, index: int) -> str:
         """Returns the text of a field.
+
+        Args:
+          template: the template.
+          record: the record.
+          name: the field.
+          index: the record's number from 0, for messages.
 
         Raises:
           DataError: the field is missing or is not text.
@@ -148,13 +170,26 @@ class Task:
     def encode(self, encoder: RecordEncoder, record: Record, index: int) -> Example:
         """Encodes a record.
 
+        Args:
+          encoder: that of the template.
+          record: the record.
+          index: its number from 0, for messages.
+
+        Returns:
+          What is predicted, and from which ids.
+
         Raises:
           DataError: a field is missing, or what is to be predicted is not valid.
         """
         raise NotImplementedError
 
     def reference(self, template: Template, record: Record) -> str:
-        """Returns the text of the correct answer."""
+        """Returns the text of the correct answer.
+
+        Args:
+          template: the template.
+          record: a record with its target.
+        """
         pieces = parse(template.target)
         texts = (field_text(record, p.name, 0) if isinstance(p, Field) else getattr(p, "text", "") for p in pieces)
         return "".join(texts).strip()
@@ -162,13 +197,21 @@ class Task:
     def with_any_label(self, template: Template, record: Record) -> dict[str, Any]:
         """Returns a record to predict, with an arbitrary label in place of the unknown one.
 
+        Args:
+          template: the template.
+          record: a record without its target.
+
         Raises:
           DataError: there is nothing to predict.
         """
         return {**record, template.label_field or "": next(iter(template.verbalizers))}
 
     def class_scores(self, scores: Float[np.ndarray, "N C"]) -> Float[np.ndarray, "N C"]:
-        """Returns the scores of classes as they are served: the log-probability of each verbalizer or class."""
+        """Returns the scores of classes as they are served: the log-probability of each verbalizer or class.
+
+        Args:
+          scores: the log-probabilities of C classes for N records.
+        """
         return scores
 
     def evaluate(self, scores: Scores, data: EncodedRecords) -> Evaluation:
@@ -178,6 +221,9 @@ class Task:
           scores: for each example, the log-probability of each choice, of its only target, or of each class [C]; if the
             head reads a field, its logits [R, C] at the R positions.
           data: the records and how they were encoded.
+
+        Returns:
+          The metrics, and a prediction for each record.
         """
         raise NotImplementedError
 
@@ -186,12 +232,23 @@ TASKS: dict[str, Task] = {}
 
 
 def register(*tasks: Task) -> None:
-    """Adds tasks by name, so that templates and configs can name them, and methods can have their heads."""
+    """Adds tasks by name, so that templates and configs can name them, and methods can have their heads.
+
+    Args:
+      *tasks: the tasks. One of a name that exists replaces it.
+    """
     for task in tasks:
         TASKS[task.name] = task
         TEMPLATE_TASKS[task.name] = task
 
 
 def task_of(template: Template) -> Task:
-    """Returns the task of a template."""
+    """Returns the task of a template.
+
+    Args:
+      template: the template.
+
+    Returns:
+      The task that its head names, with its classes.
+    """
     return TASKS[template.head].with_classes(template.verbalizers)

@@ -146,8 +146,9 @@ class Template:
     """How records become prompts and targets.
 
     Attributes:
-      prompt, target: the two template strings. A prompt with `{messages}` takes a chat from the record's `messages`,
-        and the assistant turns are the targets; `target` is then empty.
+      prompt: the text before the answer, with fields and `<soft>`. A prompt with `{messages}` takes a chat from the
+        record's `messages`, and the assistant turns are the targets.
+      target: the text of the answer, with fields; empty with `{messages}`.
       virtual_tokens: the number of virtual tokens.
       verbalizers: maps each class to its text, for classification; the target's only field is then the label.
       truncate: the field that is shortened if an example is too long; if None, such examples are refused.
@@ -216,17 +217,22 @@ class Template:
 
     @property
     def label_field(self) -> str | None:
+        """The only field of the target; None if it has none or several."""
         names = [piece.name for piece in parse(self.target) if isinstance(piece, Field)]
         return names[0] if len(names) == 1 else None
 
     @property
     def is_conversation(self) -> bool:
+        """Whether the prompt inserts whole conversations, {messages}."""
         return Field(MESSAGES) in parse(self.prompt)
 
     def bare(self, prompt: str | None = None) -> "Template":
         """Returns the template without virtual tokens and head, with `prompt` in place of its own prompt if given.
 
         Without its head, the task is text or classification by verbalizers.
+
+        Args:
+          prompt: the text in place of the template's prompt; default the prompt without `<soft>`.
         """
         prompt = without_virtual(self.prompt if prompt is None else prompt)
         truncate = self.truncate if Field(self.truncate or "") in parse(prompt) else None

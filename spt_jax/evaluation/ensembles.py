@@ -75,6 +75,9 @@ def evaluate_ensemble(
       combine: "mean" predicts the class with the highest mean log-probability, normalized over the classes. "vote"
         predicts the class that most prompts choose; ties are decided by the higher mean.
 
+    Returns:
+      The metrics of the ensemble, and its prediction for each record.
+
     Raises:
       ConfigError: the task has no classes, or the sets have different numbers of records or different classes.
     """

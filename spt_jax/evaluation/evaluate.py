@@ -14,9 +14,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.data.batches import Batch, BatchPlan, Rows, evaluation_batches, multiples, place_batch, plan_batches
-from spt_jax.data.encoder import SEPARATOR, Encoder
+from spt_jax.data.batches import Batch, BatchPlan, Rows, multiples, place_batch, plan_batches
+from spt_jax.data.encoder import Encoder
 from spt_jax.data.examples import Example
+from spt_jax.data.shots import SEPARATOR
+from spt_jax.data.streams import evaluation_batches
 from spt_jax.data.task import Evaluation, task_of
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation import metrics
@@ -93,6 +95,9 @@ def make_evaluation_set(
       config: how the evaluation is run.
       packing: whether examples share rows.
       taken: the number of positions that the soft prompt's keys and values take before each record.
+
+    Returns:
+      The encoded records in batches of equal shapes.
 
     Raises:
       DataError: a record lacks a field, has an unknown label or is too long.
@@ -210,6 +215,12 @@ def evaluate(
       data: the set.
       virtual: the soft prompt; None for none.
       generated: whether to generate answers.
+
+    Returns:
+      The metrics, and a prediction for each record.
+
+    Raises:
+      ConfigError: the task has a head, and there is no soft prompt.
     """
     task = task_of(data.encoder.template)
     if task.reads_field:

@@ -117,7 +117,20 @@ class TaskConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExperimentConfig(Generic[AnyMethod]):
-    """Everything that defines a run, apart from where it is written."""
+    """Everything that defines a run, apart from where it is written.
+
+    Attributes:
+      base: the frozen base.
+      data: the data sets and the template.
+      method: the method and its options.
+      task: what is predicted.
+      optimizer: the optimizer and its schedule.
+      loss: the objective and its options.
+      train: the length of the run, its batches and checkpoints.
+      evaluation: how validation and test are run.
+      mesh: the number of devices along each axis.
+      log: where metrics go besides the work directory.
+    """
 
     base: BaseConfig
     data: DataConfig

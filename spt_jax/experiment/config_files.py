@@ -61,6 +61,9 @@ def variant(path: Path, method: Method) -> Callable[[], ExperimentConfig[Any]]:
     Args:
       path: the other config file.
       method: the method.
+
+    Returns:
+      A function without arguments.
     """
     return lambda: dataclasses.replace(load_config_file(path), method=method)
 

@@ -220,7 +220,17 @@ def output_states(
 def output_logits(
     model: Model, virtual: VirtualPrompt | None, prefix: Prefix | None, rows: Rows
 ) -> Float[Array, "B Q V"]:
-    """Returns the float32 logits at the output positions: of the next token, or of the C classes of the task head."""
+    """Returns the float32 logits at the output positions: of the next token, or of the C classes of the task head.
+
+    Args:
+      model: that of the base.
+      virtual: the soft prompt; None for none.
+      prefix: the result of `encode_prefix`.
+      rows: the rows, without the leading ids that the prefix stands for.
+
+    Returns:
+      The logits at the Q output positions of each row.
+    """
     states = output_states(model, virtual, prefix, rows)
     if virtual is None or virtual.head is None:
         return model.logits(states)

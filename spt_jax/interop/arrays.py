@@ -24,6 +24,13 @@ from spt_jax.runtime.remote import local_copy
 def import_npy(path: str | Path, base: FrozenBase) -> tuple[PromptTuning, VirtualPrompt]:
     """Reads a `.npy` file with a float array of shape [P, D].
 
+    Args:
+      path: the file, or its URL.
+      base: the base that the rows were trained on.
+
+    Returns:
+      The method and the prompt, as `save_prompt` takes them.
+
     Raises:
       CheckpointError: it is another kind of file, its width is not the base's, or it has values that are not finite.
     """
@@ -41,6 +48,13 @@ def import_npy(path: str | Path, base: FrozenBase) -> tuple[PromptTuning, Virtua
 
 def export_npy(path: str | Path, saved: SavedPrompt) -> Path:
     """Writes the token rows [P, D] in the format of google-research/prompt-tuning.
+
+    Args:
+      path: the file to write, or its URL.
+      saved: the prompt.
+
+    Returns:
+      The path.
 
     Raises:
       ConfigError: the prompt has no token rows, or other parts.

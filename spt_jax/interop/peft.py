@@ -90,6 +90,9 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
       base: the base that the prompt was trained on. PEFT does not record its fingerprint, so only sizes are checked.
       task: for a multitask prompt, the number of the task to read.
 
+    Returns:
+      The method and the prompt, as `save_prompt` takes them.
+
     Raises:
       CheckpointError: a file is missing or damaged, `peft_type` is not one of those above, or tensors are missing,
         unknown, of the wrong shape or not finite.

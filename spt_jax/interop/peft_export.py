@@ -39,6 +39,14 @@ from spt_jax.prompts.writing import write_directory
 def export_peft(directory: str | Path, saved: SavedPrompt, base: FrozenBase) -> Path:
     """Writes a directory that `peft.PeftModel.from_pretrained` loads.
 
+    Args:
+      directory: what to write, or its URL; replaced if it holds a prompt of PEFT.
+      saved: the prompt.
+      base: the base that it was trained on.
+
+    Returns:
+      The directory.
+
     Raises:
       ConfigError: PEFT has no such prompt. In PEFT, virtual tokens come before all other tokens, BOS included, and a
         prompt has only one part.
@@ -131,6 +139,14 @@ def export_peft_tasks(directory: str | Path, prompts: Sequence[SavedPrompt], bas
 
     PEFT multiplies shared rows with a matrix of rank r per task. Here, the shared rows are ones, and the matrix is the
     task's rows (r = P).
+
+    Args:
+      directory: as in `export_peft`.
+      prompts: the prompts.
+      base: the base that they were trained on.
+
+    Returns:
+      The directory.
 
     Raises:
       ConfigError: a prompt does not consist only of token rows, lengths differ, or the template's order is not PEFT's.

@@ -61,7 +61,11 @@ class Model(Protocol):
         ...
 
     def embed(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
-        """Returns the input embeddings of real ids, which must be in [0, V)."""
+        """Returns the input embeddings of real ids, which must be in [0, V).
+
+        Args:
+          ids: the ids.
+        """
         ...
 
     def run(
@@ -95,7 +99,13 @@ class Model(Protocol):
     def attention_weights(
         self, x: Float[Array, "B T D"], stream: Stream, prefix: Prefix | None
     ) -> Float[Array, "L B T S"]:
-        """Returns each layer's attention weights, averaged over heads, float32, over S keys: prefix, then row."""
+        """Returns each layer's attention weights, averaged over heads, float32, over S keys: prefix, then row.
+
+        Args:
+          x: embeddings of the rows' tokens, as for `run`.
+          stream: their positions, segments and ids.
+          prefix: memory that all rows share.
+        """
         ...
 
     def embedding_table(self) -> Float[np.ndarray, "V D"]:
@@ -103,7 +113,11 @@ class Model(Protocol):
         ...
 
     def gated_memory(self, rows: Float[Array, "G P D"]) -> Memory:
-        """Returns the keys and values that the last G layers compute from rows without a position, float32."""
+        """Returns the keys and values that the last G layers compute from rows without a position, float32.
+
+        Args:
+          rows: P rows for each of the last G layers.
+        """
         ...
 
     @property
@@ -117,9 +131,19 @@ class Model(Protocol):
         ...
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Returns next-token logits, float32."""
+        """Returns next-token logits, float32.
+
+        Args:
+          hidden: normalized hidden states, as from `run`.
+        """
         ...
 
     def scores(self, states: Float[Array, "B Q D"], at: Int[Array, "B M"], ids: Int[Array, "B M K"]) -> TargetScores:
-        """Returns the scores of K ids per target, each at an index into Q; for a large V, without all logits."""
+        """Returns the scores of K ids per target, each at an index into Q; for a large V, without all logits.
+
+        Args:
+          states: normalized hidden states at Q positions.
+          at: for each of M targets, the index of its state.
+          ids: for each target, the K ids to score.
+        """
         ...

@@ -59,47 +59,112 @@ class Initializer:
 
 
 def vocabulary(top_k: int = 5000) -> Initializer:
-    """Embeddings of distinct tokens, sampled from the `top_k` most common without special tokens."""
+    """Embeddings of distinct tokens, sampled from the `top_k` most common without special tokens.
+
+    Args:
+      top_k: the number of most common tokens to sample from.
+
+    Returns:
+      The initializer.
+    """
     return Initializer(name="vocabulary", top_k=top_k)
 
 
 def normal() -> Initializer:
-    """Normal, with the mean and standard deviation of each column of the embedding table."""
+    """Normal, with the mean and standard deviation of each column of the embedding table.
+
+    Returns:
+      The initializer.
+    """
     return Initializer(name="normal")
 
 
 def uniform(scale: float = 0.5) -> Initializer:
-    """Uniform in [-scale, scale] (Lester et al. use 0.5)."""
+    """Uniform in [-scale, scale] (Lester et al. use 0.5).
+
+    Args:
+      scale: half the width of the interval.
+
+    Returns:
+      The initializer.
+    """
     return Initializer(name="uniform", scale=scale)
 
 
 def text(string: str) -> Initializer:
-    """Embeddings of the tokens of a text without special tokens, tiled or trimmed to P."""
+    """Embeddings of the tokens of a text without special tokens, tiled or trimmed to P.
+
+    Args:
+      string: the text.
+
+    Returns:
+      The initializer.
+
+    Raises:
+      ConfigError: the text is empty.
+    """
     return Initializer(name="text", text=string)
 
 
 def labels(strings: Sequence[str]) -> Initializer:
-    """The mean embedding of the tokens of each class label; further rows as by `vocabulary`."""
+    """The mean embedding of the tokens of each class label; further rows as by `vocabulary`.
+
+    Args:
+      strings: the class labels.
+
+    Returns:
+      The initializer.
+    """
     return Initializer(name="labels", labels=tuple(strings))
 
 
 def file(path: str | Path) -> Initializer:
-    """A .npy file of shape [P, D], as written by google-research/prompt-tuning."""
+    """A .npy file of shape [P, D], as written by google-research/prompt-tuning.
+
+    Args:
+      path: the file, or its URL.
+
+    Returns:
+      The initializer.
+    """
     return Initializer(name="file", path=str(path))
 
 
 def array(rows: Any) -> Initializer:
-    """An array [P, D]."""
+    """An array [P, D].
+
+    Args:
+      rows: the rows, of any float dtype.
+
+    Returns:
+      The initializer.
+    """
     return Initializer(name="array", rows=rows)
 
 
 def prompt(directory: str | Path) -> Initializer:
-    """The virtual tokens of a saved prompt (a directory, URL or hub id) of the same frozen base and length."""
+    """The virtual tokens of a saved prompt (a directory, URL or hub id) of the same frozen base and length.
+
+    Args:
+      directory: where the prompt is.
+
+    Returns:
+      The initializer.
+    """
     return Initializer(name="prompt", path=str(directory))
 
 
 def initialize(init: Initializer, key: Key[Array, ""], base: FrozenBase, length: int) -> Float[Array, "P D"]:
     """Returns P = `length` rows, float32.
+
+    Args:
+      init: the initializer.
+      key: a typed PRNG key.
+      base: the frozen base.
+      length: the number of rows.
+
+    Returns:
+      The rows, on the devices of the base.
 
     Raises:
       ConfigError: the initializer cannot provide `length` rows of this width.

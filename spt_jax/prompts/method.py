@@ -102,7 +102,11 @@ class Method:
         return False
 
     def bind(self, tokenizer: Tokenizer) -> "Method":
-        """Returns the method with those options filled in that depend on the tokenizer of the base."""
+        """Returns the method with those options filled in that depend on the tokenizer of the base.
+
+        Args:
+          tokenizer: that of the base.
+        """
         del tokenizer
         return self
 
@@ -113,31 +117,60 @@ class Method:
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Any]:
         """Returns initial parameters, float32.
 
+        Args:
+          key: a typed PRNG key.
+          base: the frozen base.
+
         Raises:
           ConfigError: the options are not compatible with the base.
         """
         raise NotImplementedError
 
     def materialize(self, params: Mapping[str, Any], model: Model) -> VirtualPrompt:
-        """Returns the soft prompt for these parameters. Differentiable."""
+        """Returns the soft prompt for these parameters. Differentiable.
+
+        Args:
+          params: the parameters, as from `init_params`.
+          model: that of the base.
+        """
         raise NotImplementedError
 
     def artifacts(self, virtual: VirtualPrompt, params: Mapping[str, Any]) -> dict[str, tuple["Method", VirtualPrompt]]:
-        """Returns the prompts to save for a result of `materialize`, by subdirectory; "" for a single prompt."""
+        """Returns the prompts to save for a result of `materialize`, by subdirectory; "" for a single prompt.
+
+        Args:
+          virtual: the result of `materialize`.
+          params: the parameters that it was computed from.
+        """
         del params
         return {"": (self, virtual)}
 
     def trainable(self, params: PromptParams) -> PyTree[bool]:
-        """Returns a tree of booleans: whether each leaf is trained."""
+        """Returns a tree of booleans: whether each leaf is trained.
+
+        Args:
+          params: the parameters.
+        """
         return jax.tree.map(lambda _: True, params)
 
     def trainable_count(self, params: PromptParams) -> int:
-        """Returns the number of trained parameters."""
+        """Returns the number of trained parameters.
+
+        Args:
+          params: the parameters.
+        """
         sizes = jax.tree.map(lambda leaf, trained: leaf.size if trained else 0, params, self.trainable(params))
         return sum(jax.tree.leaves(sizes))
 
     def project(self, params: PromptParams) -> PromptParams:
-        """Projects the parameters after every update, for methods that constrain them."""
+        """Projects the parameters after every update, for methods that constrain them.
+
+        Args:
+          params: the updated parameters.
+
+        Returns:
+          The parameters to continue with, of the same shapes and dtypes.
+        """
         return params
 
     def spec(self, layout: Layout) -> VirtualPrompt:
@@ -155,6 +188,9 @@ class Method:
 
     def check_base(self, base: FrozenBase) -> None:
         """Checks the options against a base, before training.
+
+        Args:
+          base: the frozen base.
 
         Raises:
           ConfigError: `pin_prefix` is set, and no layer of the base has a sliding window.

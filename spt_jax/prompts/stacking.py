@@ -19,6 +19,9 @@ def stack_prompts(prompts: Sequence[VirtualPrompt]) -> VirtualPrompt:
     Args:
       prompts: prompts of one frozen base.
 
+    Returns:
+      The prompts as one, for `prompt_index`.
+
     Raises:
       ConfigError: there are no prompts; only some have a head, or their heads have different numbers of classes; gated
         prefixes differ in length; or the prompts are for bases of different sizes.

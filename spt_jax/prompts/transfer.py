@@ -14,6 +14,12 @@ from spt_jax.prompts.virtual import VirtualPrompt
 def token_rows(virtual: VirtualPrompt) -> Float[Array, "P D"]:
     """Returns the token rows of a prompt.
 
+    Args:
+      virtual: the prompt.
+
+    Returns:
+      The rows.
+
     Raises:
       ConfigError: it has none, or has other parts too.
     """
@@ -28,13 +34,34 @@ def similarity(one: VirtualPrompt, other: VirtualPrompt) -> float:
 
     This is the first measure of SPoT (Vu et al. 2022, arXiv 2110.07904): compare a prompt that was trained briefly on
     the new task with source prompts, and start from the most similar one.
+
+    Args:
+      one: a prompt of token rows.
+      other: another one, of any length.
+
+    Returns:
+      The cosine, in [-1, 1].
+
+    Raises:
+      ConfigError: as in `token_rows`.
     """
     a, b = (np.asarray(token_rows(prompt), np.float64).mean(0) for prompt in (one, other))
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
 def ranked_sources(target: VirtualPrompt, bank: Mapping[str, VirtualPrompt]) -> list[tuple[str, float]]:
-    """Returns the prompts of a bank with their similarity to the target, highest first."""
+    """Returns the prompts of a bank with their similarity to the target, highest first.
+
+    Args:
+      target: a prompt of the new task.
+      bank: prompts of the same base, by name.
+
+    Returns:
+      The names and similarities.
+
+    Raises:
+      ConfigError: as in `token_rows`.
+    """
     similarities = [(name, similarity(target, prompt)) for name, prompt in bank.items()]
     return sorted(similarities, key=lambda pair: -pair[1])
 
@@ -49,6 +76,12 @@ def _common_pin(prompts: Sequence[VirtualPrompt]) -> bool:
 def average(prompts: Sequence[VirtualPrompt]) -> VirtualPrompt:
     """Returns the mean token rows of prompts of equal length.
 
+    Args:
+      prompts: prompts of token rows of one base.
+
+    Returns:
+      A prompt of the same shape.
+
     Raises:
       ConfigError: there are no prompts, or their shapes or `pinned` differ.
     """
@@ -61,6 +94,12 @@ def average(prompts: Sequence[VirtualPrompt]) -> VirtualPrompt:
 
 def concatenate(prompts: Sequence[VirtualPrompt]) -> VirtualPrompt:
     """Concatenates the token rows of prompts.
+
+    Args:
+      prompts: prompts of token rows of one base.
+
+    Returns:
+      A prompt whose length is the sum of theirs.
 
     Raises:
       ConfigError: there are no prompts, or their widths or `pinned` differ.

@@ -81,6 +81,9 @@ class MeshConfig:
     def shape(self, devices: int) -> tuple[int, ...]:
         """Returns the number of devices along each axis, given the number of available devices.
 
+        Args:
+          devices: the number of available devices.
+
         Raises:
           ConfigError: there are too few devices, or the given axes do not divide them.
         """
@@ -103,6 +106,9 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
     Args:
       config: number of devices along each axis; default 1 for all.
       devices: to choose from; default all.
+
+    Returns:
+      The mesh, with the axes of `MeshConfig`.
 
     Raises:
       ConfigError: there are too few devices, or the given axes do not divide them.

@@ -31,7 +31,11 @@ _seen: list[int] = []  # signals since that `held` was entered
 
 
 def is_program() -> bool:
-    """Returns whether this process is `spt-jax`, `python -m spt_jax` or the train.py next to this package."""
+    """Returns whether this process is `spt-jax`, `python -m spt_jax` or the train.py next to this package.
+
+    Returns:
+      Whether it is.
+    """
     if sys.argv[:1] == ["-m"]:  # Python is still locating the module.
         arguments = sys.orig_argv
         return "-mspt_jax" in arguments or ("-m", "spt_jax") in itertools.pairwise(arguments)
@@ -77,7 +81,14 @@ def _ignore() -> None:
 
 @contextlib.contextmanager
 def advising(how: str) -> Iterator[None]:
-    """Adds advice on how to continue to the line that is printed if a signal ends the process inside."""
+    """Adds advice on how to continue to the line that is printed if a signal ends the process inside.
+
+    Args:
+      how: the advice.
+
+    Yields:
+      Nothing.
+    """
     _advice.append(how)
     try:
         yield
@@ -87,7 +98,14 @@ def advising(how: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def telling(others: Callable[[int], Any]) -> Iterator[None]:
-    """Calls `others` with the signal number if a signal is about to end the process inside."""
+    """Calls `others` with the signal number if a signal is about to end the process inside.
+
+    Args:
+      others: the function.
+
+    Yields:
+      Nothing.
+    """
     _before_end.append(others)
     try:
         yield

@@ -117,6 +117,7 @@ class PromptBank:
 
     @property
     def names(self) -> list[str]:
+        """Returns the names of the prompts, sorted, without the bare base."""
         with self._lock:
             return sorted(name for name in self._entries if name is not None)
 
@@ -127,6 +128,10 @@ class PromptBank:
 
     def load(self, name: str, folder: Path) -> None:
         """Loads a prompt directory of this library or of PEFT; in a PEFT prompt, the text follows the virtual tokens.
+
+        Args:
+          name: the name to serve it under.
+          folder: the directory.
 
         Raises:
           CheckpointError: the directory is damaged or for another base, a head's classes have no names, or the
@@ -145,6 +150,10 @@ class PromptBank:
 
     def add(self, name: str, saved: SavedPrompt) -> None:
         """Adds a prompt, or replaces the one with this name. Nothing is computed yet.
+
+        Args:
+          name: the name to serve it under.
+          saved: the prompt.
 
         Raises:
           CheckpointError: it is for another base, or its template is not valid text or too long for the base.
@@ -190,6 +199,9 @@ class PromptBank:
     def remove(self, name: str) -> None:
         """Removes a prompt. Running requests are not affected.
 
+        Args:
+          name: the prompt's name.
+
         Raises:
           UnknownPromptError: there is no prompt with this name.
         """
@@ -201,6 +213,10 @@ class PromptBank:
     def request_ids(self, name: str | None, record: Mapping[str, Any]) -> np.ndarray:
         """Returns the ids of a record under the prompt's template; the bare base reads {text}, or {messages} as a chat.
 
+        Args:
+          name: the prompt's name; None for the bare base.
+          record: the values of the template's fields.
+
         Raises:
           ConfigError: there is no prompt with this name, or the record is a chat and the base has no chat template.
           DataError: the record lacks a field.
@@ -209,6 +225,10 @@ class PromptBank:
 
     def encoder(self, name: str | None, record: Mapping[str, Any]) -> Encoder:
         """Returns the prompt's encoder, or for the bare base its encoder for texts or for chats.
+
+        Args:
+          name: the prompt's name; None for the bare base.
+          record: the values of the template's fields.
 
         Raises:
           ConfigError: as in `request_ids`.
@@ -232,6 +252,9 @@ class PromptBank:
 
     def take(self, name: str | None) -> tuple[Entry, DevicePrompt]:
         """Returns a prompt and its shared arrays, which match even if the prompt is replaced meanwhile.
+
+        Args:
+          name: the prompt's name; None for the bare base.
 
         Raises:
           UnknownPromptError: there is no prompt with this name.
@@ -264,6 +287,9 @@ class PromptBank:
 
     def entry(self, name: str | None) -> Entry:
         """Returns the prompt with this name; None is the bare base.
+
+        Args:
+          name: the prompt's name.
 
         Raises:
           UnknownPromptError: there is no prompt with this name.

@@ -107,6 +107,12 @@ class Engine:
     def submit(self, request: Request) -> Ticket:
         """Queues a request; `step` answers it.
 
+        Args:
+          request: the prompt's name, the ids and how to sample.
+
+        Returns:
+          A ticket, which receives the answer's tokens.
+
         Raises:
           ConfigError: there is no such prompt, the prompt cannot generate text (it has shifts, gates or a head), the
             request has more tokens than the base or a slot has positions, or it wants too many alternatives.
@@ -136,7 +142,11 @@ class Engine:
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
-        """Cancels a request; its slot becomes free at once."""
+        """Cancels a request; its slot becomes free at once.
+
+        Args:
+          ticket: the result of `submit`.
+        """
         self._waiting.remove(ticket.sender, ticket)
         if ticket in self._busy:
             self._busy[self._busy.index(ticket)] = None
@@ -148,7 +158,11 @@ class Engine:
         return not self._waiting and not any(self._busy)
 
     def step(self) -> list[Ticket]:
-        """Alternates between admitting waiting requests and decoding a few tokens for all; returns ended tickets."""
+        """Alternates between admitting waiting requests and decoding a few tokens for all; returns ended tickets.
+
+        Returns:
+          The tickets of the requests that ended.
+        """
         base = self.bank.base
         groups = [] if self._let_in else self._groups()
         self._let_in = bool(groups)
@@ -174,6 +188,12 @@ class Engine:
     def generate(self, requests: Sequence[Request]) -> list[Generated]:
         """Answers requests and returns the results in order; other submitted requests run along with them.
 
+        Args:
+          requests: what to answer.
+
+        Returns:
+          The answers, in the order of the requests.
+
         Raises:
           ConfigError, DataError: as in `submit`, in which case no request is answered.
           ConfigError: values of a request overflow the base's dtype.
@@ -196,12 +216,25 @@ class Engine:
         return [result for result in results if result is not None]
 
     def is_warm(self, held: DevicePrompt, length: int) -> bool:
-        """Whether the programs that `warm` compiles exist already."""
+        """Whether the programs that `warm` compiles exist already.
+
+        Args:
+          held: the prompt's arrays, from `PromptBank.held`.
+          length: the number of ids.
+
+        Returns:
+          Whether both exist.
+        """
         key = self._key(held, max(length, len(held.lead) + 1))
         return all((size, key) in self._compiled for size in self._sizes(key))
 
     def warm(self, held: DevicePrompt, length: int) -> None:
-        """Compiles the programs for a request of `length` ids under this prompt, unless they exist. Thread-safe."""
+        """Compiles the programs for a request of `length` ids under this prompt, unless they exist. Thread-safe.
+
+        Args:
+          held: the prompt's arrays, from `PromptBank.held`.
+          length: the number of ids.
+        """
         if self.is_warm(held, length):
             return
         base, request = self.bank.base, Request(np.zeros(max(length, len(held.lead) + 1), np.int32))

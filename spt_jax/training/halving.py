@@ -9,7 +9,8 @@ import numpy as np
 from tqdm import tqdm
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.data.batches import Batch, place_batch, training_batches
+from spt_jax.data.batches import Batch, place_batch
+from spt_jax.data.streams import training_batches
 from spt_jax.errors import ConfigError
 from spt_jax.prompts import PromptParams
 from spt_jax.training.config import TrainConfig
@@ -49,7 +50,11 @@ class Halving:
             raise ConfigError(f"halving.keep is {self.keep}; it must be between 0 and 1")
 
     def steps(self, run: int) -> list[int]:
-        """Returns the rungs as steps of a run of `run` steps."""
+        """Returns the rungs as steps of a run of `run` steps.
+
+        Args:
+          run: the length of the run in steps.
+        """
         return sorted({max(1, round(rung * run)) for rung in self.rungs})
 
 

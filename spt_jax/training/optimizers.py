@@ -85,6 +85,14 @@ def resolve_optimizer(config: OptimizerConfig, family: str, recipe: Mapping[str,
     The family's rate and schedule apply only to the family's optimizer; other optimizers have general defaults. The
     method's `recipe` takes precedence over the family's defaults. Options that the optimizer does not have stay None.
 
+    Args:
+      config: what was set; None in a field is its default.
+      family: the family of the base.
+      recipe: the method's, such as `PrefixTuning.recipe`.
+
+    Returns:
+      The config with all options that its optimizer has.
+
     Raises:
       ConfigError: the family's optimizer does not have an option that the config sets.
     """
@@ -153,6 +161,9 @@ def make_optimizer(
       config: a resolved config.
       steps: the length of the run, in updates.
       rate: see `make_schedule`.
+
+    Returns:
+      The gradient transformation.
 
     Raises:
       ConfigError: see `make_schedule`.

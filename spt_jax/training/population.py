@@ -33,7 +33,8 @@ class Member:
 
     Attributes:
       method: the method. Within a population, methods may differ only in `init`, and for prompt tuning in length.
-      examples, plan: the data, and the shapes of batches.
+      examples: the data.
+      plan: the shapes of batches.
       seed: the random seed of initialization and data order.
       learning_rate: the peak learning rate of the schedule.
       class_weights: a weight per class; None weights all classes equally.
@@ -159,7 +160,8 @@ def population_step(
     Args:
       method: the result of `common_method`.
       objective: the loss.
-      optimizer, steps: the optimizer and the length of the run, which all members share.
+      optimizer: the optimizer, which all members share.
+      steps: the length of the run in steps, which determines the schedule.
       model: the base.
       states: the members' states.
       rates: the members' peak learning rates.
@@ -191,6 +193,17 @@ def make_population_step(
     microbatches: int = 1,
 ) -> Callable[..., tuple[list[TrainState], Metrics]]:
     """Returns a compiled `population_step` bound to a frozen base. It donates the states that it is called with.
+
+    Args:
+      base: the frozen base.
+      method: the result of `common_method`.
+      optimizer: the optimizer, which all members share.
+      steps: the length of the run in steps.
+      objective: the loss.
+      microbatches: the number of parts that each batch is split into.
+
+    Returns:
+      A function of the members' states, rates and batches, as in `population_step`.
 
     Raises:
       ConfigError: the number of microbatches is below 1.

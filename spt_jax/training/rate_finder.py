@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.data.batches import place_batch, training_batches
+from spt_jax.data.batches import place_batch
+from spt_jax.data.streams import training_batches
 from spt_jax.errors import ConfigError, TrainingError
 from spt_jax.training.objectives import Objective, prepare_examples
 from spt_jax.training.optimizers import OptimizerConfig

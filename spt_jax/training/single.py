@@ -10,8 +10,9 @@ import jax
 import optax
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.data.batches import Batch, BatchPlan, place_batch, training_batches
+from spt_jax.data.batches import Batch, BatchPlan, place_batch
 from spt_jax.data.examples import Example
+from spt_jax.data.streams import training_batches
 from spt_jax.errors import TrainingError
 from spt_jax.prompts import Method, PromptParams
 from spt_jax.runtime.waits import spoken

@@ -59,6 +59,15 @@ def init_state(
 ) -> TrainState:
     """Initializes parameters and optimizer state, replicated over the base's mesh.
 
+    Args:
+      key: a typed PRNG key.
+      base: the frozen base.
+      method: the method.
+      optimizer: a gradient transformation of optax, as from `make_optimizer`.
+
+    Returns:
+      The state before the first step.
+
     Raises:
       ConfigError: the options of the method are not compatible with the base.
     """
@@ -94,6 +103,17 @@ def loss_and_gradient(
     In a float16 base, small cotangents would underflow. The loss is therefore scaled by `LOSS_SCALE` (Micikevicius et
     al. 2018, arXiv 1710.03740). If the gradient overflows, it is recomputed with smaller scales, so no update is
     skipped, and a step depends only on its state and batch.
+
+    Args:
+      method: the method.
+      objective: the loss.
+      model: that of the base.
+      params: the prompt's parameters.
+      batch: a batch on the base's mesh, as from `place_batch`.
+      microbatches: the number of parts.
+
+    Returns:
+      The loss, float32; the gradient, with the structure of `params`; and the weight, float32.
 
     Raises:
       ConfigError: the rows cannot be split into `microbatches` parts, or the method's auxiliary objective needs leading
@@ -205,7 +225,23 @@ def train_step(
     batch: Batch,
     microbatches: int = 1,
 ) -> tuple[TrainState, Metrics]:
-    """Takes one optimizer step. `make_train_step` compiles this pure function."""
+    """Takes one optimizer step. `make_train_step` compiles this pure function.
+
+    Args:
+      method: the method.
+      objective: the loss.
+      optimizer: the gradient transformation that the state was made with.
+      model: that of the base.
+      state: the state before the step.
+      batch: a batch on the base's mesh, as from `place_batch`.
+      microbatches: as in `loss_and_gradient`.
+
+    Returns:
+      The state after the step, and its metrics, such as "loss".
+
+    Raises:
+      ConfigError: as in `loss_and_gradient`.
+    """
     loss, gradient, weight = loss_and_gradient(method, objective, model, state.params, batch, microbatches)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
     trainable = method.trainable(state.params)
@@ -233,6 +269,16 @@ def make_train_step(
 
     The weights are an argument of the compiled program. Wrapping the result in another `jax.jit` would make them
     literals; jit `train_step` instead in that case.
+
+    Args:
+      base: the frozen base.
+      method: the method.
+      optimizer: a gradient transformation of optax, as from `make_optimizer`.
+      objective: the loss.
+      microbatches: as in `loss_and_gradient`.
+
+    Returns:
+      A function of a state and a batch, which returns the next state and the metrics.
 
     Raises:
       ConfigError: the number of microbatches is below 1.

@@ -98,12 +98,12 @@ def test_prompts_that_cannot_be_read_are_left_out(folder, tmp_path, capsys):
     ]
 
 
-def test_readme_s_client(folder, capsys):
+def test_the_client_on_the_page(folder, capsys):
     """As it stands there, against a server."""
-    (block,) = re.findall(r"```\n(import openai\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (block,) = re.findall(r"```\n(import openai\n.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL)
     process, url = start("--base", str(STARTER), "--prompts", str(folder), "--slots", "1", "--name", "starter")
     try:
-        exec(compile(block.replace("http://127.0.0.1:8000", url), "README.md", "exec"), {})
+        exec(compile(block.replace("http://127.0.0.1:8000", url), "serving.md", "exec"), {})
     finally:
         process.terminate()
         process.communicate()

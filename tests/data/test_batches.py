@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 
 from spt_jax.data.batches import (
-    evaluation_batches,
     multiples,
     pack,
     place_batch,
     plan_batches,
     slots,
-    training_batches,
 )
 from spt_jax.data.examples import Example
+from spt_jax.data.streams import evaluation_batches, training_batches
 from spt_jax.errors import DataError
 from spt_jax.models.attention import visible
 from spt_jax.runtime.sharding import MeshConfig, make_mesh

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from spt_jax.data.batches import training_batches
+from spt_jax.data.streams import training_batches
 from spt_jax.errors import CheckpointError
 from spt_jax.runtime import measure
 from spt_jax.training import single

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from spt_jax.data.batches import place_batch, plan_batches, training_batches
+from spt_jax.data.batches import place_batch, plan_batches
 from spt_jax.data.examples import Example
+from spt_jax.data.streams import training_batches
 from spt_jax.errors import ConfigError
 from spt_jax.prompts import PrefixTuning, PromptTuning, initializers
 from spt_jax.runtime.sharding import MeshConfig, make_mesh

@@ -108,6 +108,12 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in _REGISTER
 def family_of(model_type: str) -> Family:
     """The family of a `model_type` in `config.json`.
 
+    Args:
+      model_type: the type.
+
+    Returns:
+      The family.
+
     Raises:
       ConfigError: there is none.
     """

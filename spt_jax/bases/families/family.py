@@ -26,14 +26,24 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The indices from `start` up to `stop` along one axis of an array."""
+    """The indices from `start` up to `stop` along one axis of an array.
+
+    Attributes:
+      axis: the axis.
+      start: the first index.
+      stop: the index after the last.
+    """
 
     axis: int
     start: int
     stop: int
 
     def of(self, array: np.ndarray) -> np.ndarray:
-        """Returns a view of this part."""
+        """Returns a view of this part.
+
+        Args:
+          array: the array.
+        """
         return array[(slice(None),) * (self.axis % array.ndim) + (slice(self.start, self.stop),)]
 
 
@@ -68,12 +78,20 @@ class Origin:
     experts: int = 0
 
     def taken(self, tensor: np.ndarray) -> np.ndarray:
-        """Returns a view of the part of a stored tensor that the parameter takes."""
+        """Returns a view of the part of a stored tensor that the parameter takes.
+
+        Args:
+          tensor: the stored tensor.
+        """
         viewed = tensor if self.view is None else tensor.reshape(self.view)
         return viewed if self.take is None else self.take.of(viewed)
 
     def filled(self, leaf: np.ndarray) -> np.ndarray:
-        """Returns a view of the part of a parameter that the tensor fills, with its axes in their stored order."""
+        """Returns a view of the part of a parameter that the tensor fills, with its axes in their stored order.
+
+        Args:
+          leaf: the parameter.
+        """
         part = leaf if self.into is None else self.into.of(leaf)
         return part.swapaxes(-1, -2) if self.transpose else part
 
@@ -99,6 +117,9 @@ class Family(Protocol):
           hf: the config, of this model type.
           max_length: the longest sequence of the run; only `dynamic` RoPE depends on it.
 
+        Returns:
+          The config of the decoder.
+
         Raises:
           ConfigError: for an option that the decoder does not have.
         """
@@ -108,11 +129,18 @@ class Family(Protocol):
         """Returns where each parameter of `Decoder(config)` is stored, by its path, such as "layers/mlp/up/kernel".
 
         `by_stack` gives the paths of layers that are not all of one kind.
+
+        Args:
+          config: the result of `config`.
         """
         ...
 
     def tiny(self) -> Mapping[str, Any]:
-        """Fields of the transformers config of a model with about 30,000 parameters that uses every feature."""
+        """Fields of the transformers config of a model with about 30,000 parameters that uses every feature.
+
+        Returns:
+          The fields, by name.
+        """
         ...
 
 

@@ -15,7 +15,12 @@ from spt_jax.runtime.host_arrays import aligned_empty, put_on_devices
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int8(KernelArray):
-    """int8 values times a float32 scale per output channel."""
+    """int8 values times a float32 scale per output channel.
+
+    Attributes:
+      values: the integers.
+      scale: the scale of each of the F output channels.
+    """
 
     values: Num[Array, "*L D F"]
     scale: Float[Array, "*L F"]

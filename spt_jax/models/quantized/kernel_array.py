@@ -23,7 +23,11 @@ class KernelArray:
         raise NotImplementedError
 
     def matmul(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
-        """Returns x @ kernel for the kernel of one layer, in the dtype of x."""
+        """Returns x @ kernel for the kernel of one layer, in the dtype of x.
+
+        Args:
+          x: the input of the linear map.
+        """
         raise NotImplementedError
 
     def dense(self) -> Float[Array, "*L D F"]:

@@ -36,6 +36,10 @@ class Objective:
         It runs once, on the host, before training. The arrays of all examples must have the same structure and shapes;
         they reach the loss as `Rows.extra`, stacked to [B, E, ...].
 
+        Args:
+          base: the frozen base.
+          examples: all examples of the run.
+
         Raises:
           ConfigError: the objective is not compatible with the base or the examples.
         """
@@ -43,7 +47,11 @@ class Objective:
         return None
 
     def scored_ids(self, rows: Rows) -> Int[Array, "B M K"]:
-        """Returns the K ids to score at each target; by default only the target itself."""
+        """Returns the K ids to score at each target; by default only the target itself.
+
+        Args:
+          rows: the rows of a batch.
+        """
         return rows.target_ids[:, :, None]
 
     def loss(self, scores: TargetScores, rows: Rows) -> Loss:
@@ -58,6 +66,14 @@ class Objective:
 
 def prepare_examples(objective: Objective, base: FrozenBase, examples: Sequence[Example]) -> Sequence[Example]:
     """Returns the examples with the result of `Objective.prepare`.
+
+    Args:
+      objective: the loss.
+      base: the frozen base.
+      examples: all examples of the run.
+
+    Returns:
+      The examples with `extra`, or as they are if the objective needs nothing.
 
     Raises:
       ConfigError: the objective refuses the base or the examples, or does not return one result per example.
