@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.data.batches import Batch, evaluation_batches, multiples, place_batch, plan_batches
+from spt_jax.data.batches import Batch, multiples, place_batch, plan_batches
 from spt_jax.data.examples import Example
+from spt_jax.data.streams import evaluation_batches
 from spt_jax.errors import ConfigError
 from spt_jax.inference.forward import encode_prefix, output_states
 from spt_jax.models.model import Model
