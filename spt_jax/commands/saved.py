@@ -9,7 +9,7 @@ from spt_jax.bases.base import FrozenBase, load_base, local_directory
 from spt_jax.errors import CheckpointError, RemoteError, did_you_mean
 from spt_jax.prompts.names import prompt_directory
 from spt_jax.prompts.storage import INFO_FILE, SavedPrompt, load_prompt, read_prompt
-from spt_jax.runtime.files import shown
+from spt_jax.runtime.files import nearest_path, shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,5 +80,5 @@ def bank_of(folder: Path) -> dict[str, Path]:
     folder = prompt_directory(folder)
     found = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{INFO_FILE}"))}
     if not found:
-        raise CheckpointError(f"{folder}: there are no saved prompts")
+        raise CheckpointError(f"{folder}: there are no saved prompts{nearest_path(folder)}")
     return found

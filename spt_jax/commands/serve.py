@@ -13,6 +13,7 @@ from spt_jax.bases.base import describe_base, load_base
 from spt_jax.errors import ConfigError
 from spt_jax.prompts.names import prompt_directory
 from spt_jax.runtime import measure
+from spt_jax.runtime.files import nearest_path
 from spt_jax.runtime.remote import RemoteFolder, check_path, url_of
 from spt_jax.runtime.sharding import MeshConfig, make_mesh
 from spt_jax.serving.bank import PromptBank
@@ -84,7 +85,7 @@ class Serve:
         except ImportError as error:
             raise ConfigError(f"serving needs the extra: pip install 'spt_jax[serve]' ({error})") from error
         if self.prompts is not None and not url_of(self.prompts) and not prompt_directory(self.prompts).is_dir():
-            raise ConfigError(f"--prompts {self.prompts} is not a directory")
+            raise ConfigError(f"--prompts {self.prompts} is not a directory{nearest_path(self.prompts)}")
         for path in filter(None, (self.prompts, self.base)):
             check_path(path)
         for name in ("slots", "context", "queue", "prompt_memory", "max_body", "body_seconds", "drain_seconds"):

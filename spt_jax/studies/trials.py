@@ -168,6 +168,16 @@ def train_population(
     ]
 
 
+def trial_numbers(trials: Sequence[Trial]) -> str:
+    """Returns a short name of trials that are trained together, such as "trials 1 to 8"."""
+    first, last = trials[0].number, trials[-1].number
+    if first == last:
+        return f"trial {first}"
+    if last - first + 1 == len(trials):
+        return f"trials {first} to {last}"
+    return f"{len(trials)} trials from {first} to {last}"
+
+
 def trial_folder(workdir: Path, number: int) -> Path:
     """Returns the directory of a trial's prompt and predictions."""
     return workdir / "trials" / f"{number:03d}"
