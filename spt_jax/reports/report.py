@@ -47,7 +47,7 @@ def compact_table(table: Sequence[Mapping[str, Any]]) -> str:
             _cell(row, kind, "\n"),
             _cell(row, "ahead", "\n"),
             next((f"{row[p]:.1g}" for p in ("p_mcnemar", "p_bootstrap") if p in row), "-"),
-            *(_count(row[name], form) for name, form in (("trainable_parameters", ","), ("bytes", ","))),
+            *(_count(row[name], ",") for name in ("trainable_parameters", "bytes")),
             _count(row["extra_tokens"], ",.1f"),
         ]
         for row in table
@@ -55,7 +55,7 @@ def compact_table(table: Sequence[Mapping[str, Any]]) -> str:
     return text_table(header, rows)
 
 
-def _count(value: float | None, form: str) -> str:
+def _count(value: float | int | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
