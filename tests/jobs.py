@@ -18,7 +18,7 @@ def unmeasured(value: object) -> object:
     """A value of JSON without the fields that differ between two runs of one job, at any depth."""
     if isinstance(value, dict):
         return {name: unmeasured(field) for name, field in value.items() if name not in MEASURED}
-    return [unmeasured(element) for element in value] if isinstance(value, list) else value
+    return [unmeasured(element) for element in value] if isinstance(value, list | tuple) else value
 
 
 def history(workdir: Path) -> object:

@@ -17,6 +17,7 @@ from spt_jax.experiment.run import load_experiment
 from spt_jax.experiment.shipped import config_path
 from spt_jax.experiment.workdir import CONFIG_FILE, check_workdir, held, in_workdir, input_paths, prepare_workdir
 from spt_jax.options import Pairs
+from spt_jax.prompts.storage import read_prompt
 from spt_jax.reports.html import write_report
 from spt_jax.reports.plots import can_draw, missing_note, plot_comparison
 from spt_jax.reports.report import compact_table
@@ -83,6 +84,8 @@ def run(command: Compare[Any], argv: Sequence[str]) -> None:
     others = {name: local_copy(folder) for name, folder in command.others.items()}
     reads = input_paths(command.config, config_path(argv[0]), *command.prompts, *others.values())
     check_workdir(command.workdir, overwrite=command.overwrite, reads=reads)
+    for path in command.prompts:
+        read_prompt(path)  # before anything is loaded, for names that do not exist
     if note := missing_note("compare.png"):
         print(note)
     experiment = load_experiment(resolve(command.config))

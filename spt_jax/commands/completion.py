@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from spt_jax.commands import options
 from spt_jax.commands.program import COMMANDS
 from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.experiment.config import ExperimentConfig
@@ -47,12 +48,12 @@ def command_words(name: str) -> list[str]:
     entry = COMMANDS[name]
     if name == "completion":
         return list(SHELLS)
-    if entry.options is not None:
-        kind = getattr(importlib.import_module(entry.load().__module__), entry.options)
+    if entry.job is not None:
+        kind = getattr(importlib.import_module(entry.load().__module__), entry.job)
         configs = shipped_configs()
         job = kind(config=load_config_file(configs["quickstart"]), workdir=Path("out"))
         return list(dict.fromkeys([*configs, *option_flags(job), *_method_flags(), "--help"]))
-    return [*(option_flags(entry.load()) if entry.starts_jax else []), "--help"]
+    return [*([] if entry.options is None else option_flags(getattr(options, entry.options))), "--help"]
 
 
 @functools.cache

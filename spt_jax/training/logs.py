@@ -16,6 +16,7 @@ from jaxtyping import Float
 from spt_jax.errors import CheckpointError
 from spt_jax.runtime.extras import check_installed, load_extra
 from spt_jax.runtime.files import changed, write_text, writing
+from spt_jax.runtime.waits import spoken
 from spt_jax.training.config import LogConfig
 
 _WANDB_ID = "wandb-id"
@@ -130,7 +131,7 @@ def publish(
     *,
     run_config: Mapping[str, Any],
     results: Mapping[str, Any],
-    prompt: Path,
+    prompt: Path | None,
 ) -> None:
     """Adds the results and the prompt of a finished run to its run on Weights & Biases, if it is logged there.
 
@@ -139,15 +140,21 @@ def publish(
       config: where metrics are logged.
       run_config: the config as plain JSON.
       results: metrics for the summary; nested mappings are flattened to names with slashes.
-      prompt: the directory of the saved prompt, which becomes an artifact of type "prompt".
+      prompt: the directory of the saved prompt, which becomes an artifact of type "prompt"; None if there is none.
     """
     if not config.wandb:
         return
-    wandb, run = load_extra("wandb", "log.wandb"), _wandb(config.wandb, workdir, run_config)
+    wandb = load_extra("wandb", "log.wandb")
+    with spoken("sending the results to Weights & Biases"):
+        _publish(wandb, _wandb(config.wandb, workdir, run_config), workdir, results, prompt)
+
+
+def _publish(wandb: Any, run: Any, workdir: Path, results: Mapping[str, Any], prompt: Path | None) -> None:
     run.summary.update({name: value for name, value in _flat(results) if isinstance(value, (int, float, str))})
-    artifact = wandb.Artifact(f"prompt-{_run_id(workdir / _WANDB_ID)}", type="prompt")
-    artifact.add_dir(str(prompt))
-    run.log_artifact(artifact)
+    if prompt is not None:
+        artifact = wandb.Artifact(f"prompt-{_run_id(workdir / _WANDB_ID)}", type="prompt")
+        artifact.add_dir(str(prompt))
+        run.log_artifact(artifact)
     run.finish()
 
 
