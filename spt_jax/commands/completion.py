@@ -20,11 +20,6 @@ from spt_jax.prompts import METHODS
 from spt_jax.runtime.signals import PROGRAM
 
 SHELLS = ("bash", "zsh", "fish")
-HELP = """usage: spt-jax completion {bash,zsh,fish}
-
-Prints a completion script. Save it to a file, and add `source FILE` to
-~/.bashrc, or to ~/.zshrc after compinit. For fish, save it as
-~/.config/fish/completions/spt-jax.fish. Print it again after an update."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -33,9 +28,6 @@ def main(argv: Sequence[str]) -> None:
     Raises:
       ConfigError: the shell is missing or unknown.
     """
-    if argv and argv[0] in ("-h", "--help"):
-        print(HELP)
-        return
     if len(argv) != 1 or argv[0] not in SHELLS:
         hint = did_you_mean(argv[0], SHELLS) if argv else f"known: {', '.join(SHELLS)}"
         raise ConfigError(f"spt-jax completion takes the name of a shell; {hint}")

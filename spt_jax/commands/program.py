@@ -28,6 +28,7 @@ class Entry:
       starts_jax: whether its module imports JAX. If not, the attribute is a function without arguments.
       options: the dataclass in `spt_jax.commands.options` that the words are read into.
       job: for a command that starts from a config, the `Job` in its module with its options.
+      help: the text of --help, if it does not follow from the options.
     """
 
     summary: str
@@ -36,11 +37,18 @@ class Entry:
     starts_jax: bool = True
     options: str | None = None
     job: str | None = None
+    help: str | None = None
 
     def load(self) -> Any:
         """Imports the function."""
         return getattr(importlib.import_module(f"spt_jax.commands.{self.module}"), self.attribute)
 
+
+COMPLETION_HELP = """usage: spt-jax completion {bash,zsh,fish}
+
+Prints a completion script. Save it to a file, and add `source FILE` to
+~/.bashrc, or to ~/.zshrc after compinit. For fish, save it as
+~/.config/fish/completions/spt-jax.fish. Print it again after an update."""
 
 COMMANDS: dict[str, Entry] = {
     "train": Entry("train a soft prompt, and compare it with hand-written prompts", "train", job="Command"),
@@ -65,7 +73,7 @@ COMMANDS: dict[str, Entry] = {
     "pull": Entry("download a prompt from the Hugging Face hub", "hub", "pull_prompt", options="Pull"),
     "configs": Entry("list the configs that ship with the package", "configs", starts_jax=False),
     "env": Entry("show versions, devices, and what an accelerator needs", "env", starts_jax=False),
-    "completion": Entry("print a completion script for bash, zsh or fish", "completion"),
+    "completion": Entry("print a completion script for bash, zsh or fish", "completion", help=COMPLETION_HELP),
 }
 
 
@@ -125,8 +133,9 @@ def run_command(name: str, words: Sequence[str], program: str | None = None) -> 
     if not entry.starts_jax:
         return _run_without_options(entry.load(), name, words)
     typed = program or f"{PROGRAM} {name}"
-    if entry.job and words and words[0] in ("-h", "--help"):
-        print(job_usage(entry.summary, typed))
+    if words and words[0] in ("-h", "--help") and (entry.job or entry.help):
+        summary = f"{entry.summary[0].upper()}{entry.summary[1:]}."
+        print(entry.help or job_usage(summary, typed))
         return 0
     try:
         arguments = (*_arguments(entry, f"{PROGRAM} {name}", words), *([] if program is None else [program]))
