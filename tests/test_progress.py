@@ -31,7 +31,14 @@ def test_a_log_file_gets_a_line_in_ten_seconds(capsys, monkeypatch):
                 clock[0] += 1.0
                 steps.advance(note=f"loss {number}")
         trials.advance(2)
-    lines = capsys.readouterr().err.splitlines()
+    assert trials.remaining == 15.0  # a third of the time that the first two trials took
+    compiled = Progress("training", 4)
+    for seconds in (50.0, 2.0):
+        clock[0] += seconds
+        compiled.advance()
+    compiled.close()
+    assert compiled.remaining == 4.0  # the first step includes compilation
+    lines = capsys.readouterr().err.splitlines()[:4]
     assert lines == [
         "sweep: trials 1 to 2, 1 of 3, after 0 s",
         "sweep: trials 1 to 2, 1 of 3, after 10 s; training: step 20 of 40, loss 9, 20 s left",

@@ -57,6 +57,7 @@ class Progress:
         self._what, self._total, self._first, self._unit = what, total, done, unit
         self._note = self._name = ""
         self._started = time.monotonic()
+        self._warm: tuple[float, int] | None = None  # when the first parts were done, and how many
         self.shown = shown and processes.leads()
         self._closed = threading.Event()
         self._bar: rich.progress.TaskID | None = None
@@ -81,14 +82,20 @@ class Progress:
           note: what is known after them, such as a loss.
         """
         self.done += parts
+        self._warm = self._warm or (time.monotonic(), self.done)
         self._note = note
         self._update()
 
     @property
     def remaining(self) -> float | None:
-        """The estimated seconds until the end; None before the first part is done."""
-        now = self.done - self._first
-        return (time.monotonic() - self._started) / now * (self._total - self.done) if now > 0 else None
+        """The estimated seconds until the end; None before the first part is done.
+
+        The first parts, which may include compilation, count only as long as there are no others.
+        """
+        if self._warm is None:
+            return None
+        since, done = self._warm if self.done > self._warm[1] else (self._started, self._first)
+        return (time.monotonic() - since) / (self.done - done) * (self._total - self.done)
 
     def line(self) -> str:
         """Returns the progress as a line."""
