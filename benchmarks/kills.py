@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.jobs import MEASURED, ROOT, words, write_task
+from tests.jobs import ROOT, history, unmeasured, words, write_task
 
 QUICK = ("--train.steps", "12", "--train.evaluate-every", "4", "--train.checkpoint-every", "2")
 JOBS = {
@@ -26,15 +26,15 @@ JOBS = {
     "sweep": [sys.executable, "-m", "spt_jax", "sweep"],
 }
 OPTIONS = {"run": QUICK, "sweep": (*QUICK, "--lengths", "2", "3", "--seeds", "0", "1", "--resolution", "0.2")}
-PROGRESS = ("loading JAX", "compiling", "training:")  # What a job prints to stderr if nothing stops it.
+PROGRESS = (
+    "loading JAX",
+    "compiling",
+    "training:",
+    "comparing:",
+    "sweep:",
+    ": validation ",
+)  # What a job prints to stderr if nothing stops it.
 ENDS = ("*.json", "metrics.jsonl", "predictions.jsonl", "trials.jsonl", "trials.csv", "*.safetensors")
-
-
-def unmeasured(value: object) -> object:
-    """A value of JSON without the fields that differ between two runs of one job, at any depth."""
-    if isinstance(value, dict):
-        return {name: unmeasured(field) for name, field in value.items() if name not in MEASURED}
-    return [unmeasured(element) for element in value] if isinstance(value, list) else value
 
 
 def end(workdir: Path) -> dict[str, object]:
@@ -45,7 +45,10 @@ def end(workdir: Path) -> dict[str, object]:
             if "checkpoints" in path.parts:
                 continue
             name, content = str(path.relative_to(workdir)), path.read_bytes()
-            found[name] = unmeasured(json.loads(content)) if path.suffix == ".json" else content
+            if path.name == "metrics.jsonl":
+                found[name] = history(path.parent)
+            else:
+                found[name] = unmeasured(json.loads(content)) if path.suffix == ".json" else content
     found["names"] = sorted(
         str(path.relative_to(workdir)) for path in workdir.rglob("*") if "checkpoints" not in path.parts
     )

@@ -37,12 +37,17 @@ class RemoteError(SptError, OSError):
     """A remote file or the Hugging Face hub cannot be reached, or has nothing of this name."""
 
 
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """Returns the known name closest to `name`, or None if none is close."""
+    return next(iter(difflib.get_close_matches(name, sorted(known), n=1)), None)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns a hint for a message: the known name closest to `name`, or a list of known names if none is close."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    if near:
-        return f"did you mean {near[0]!r}?"
+    near = closest(name, known)
+    if near is not None:
+        return f"did you mean {near!r}?"
     more = f" and {len(known) - 20} more" if len(known) > 20 else ""
     return f"known: {', '.join(known[:20]) or 'none'}{more}"
 

@@ -9,9 +9,23 @@ from safetensors.numpy import load_file
 from spt_jax.testing import write_tiny_checkpoint
 
 ROOT = Path(__file__).parents[1]
-# Fields of results.json that differ between two runs of one job.
+# Fields of results.json and metrics.jsonl that differ between two runs of one job.
 MEASURED = ("train_seconds", "compile_seconds", "examples_per_second", "tokens_per_second", "flops_utilization",
             "peak_memory_bytes", "command", "date")  # fmt: skip
+
+
+def unmeasured(value: object) -> object:
+    """A value of JSON without the fields that differ between two runs of one job, at any depth."""
+    if isinstance(value, dict):
+        return {name: unmeasured(field) for name, field in value.items() if name not in MEASURED}
+    return [unmeasured(element) for element in value] if isinstance(value, list | tuple) else value
+
+
+def history(workdir: Path) -> object:
+    """The lines of metrics.jsonl, without what is measured."""
+    return unmeasured([json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()])
+
+
 WORDS = {"good": ("good", "nice", "fine", "great"), "bad": ("bad", "poor", "awful", "sad")}
 
 

@@ -17,7 +17,7 @@ import train
 from spt_jax.runtime.files import write_bytes
 from spt_jax.training import single
 from tests.crashes import Recorder
-from tests.jobs import MEASURED, arrays, words, write_task
+from tests.jobs import arrays, history, unmeasured, words, write_task
 
 SHORT = ("--train.steps", "4", "--train.evaluate-every", "2", "--train.checkpoint-every", "1", "--train.keep", "1")
 EVERY = 1 if os.environ.get("SPT_JAX_ALL_CRASHES") else 24
@@ -52,10 +52,10 @@ def end(workdir: Path) -> dict[str, object]:
     """All that a run has come to, but for how long it took."""
     results = json.loads((workdir / "results.json").read_text())
     return {
-        "metrics": (workdir / "metrics.jsonl").read_bytes(),
+        "metrics": history(workdir),
         "predictions": (workdir / "predictions.jsonl").read_bytes(),
         "prompt": arrays(workdir).tobytes(),
-        "results": {name: value for name, value in results.items() if name not in MEASURED},
+        "results": unmeasured(results),
         "files": sorted(os.listdir(workdir)),
         "checkpoints": sorted(os.listdir(workdir / "checkpoints")),
     }

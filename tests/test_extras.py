@@ -1,7 +1,10 @@
 """Without an optional package, what needs it says so in a line that names the extra, before anything long."""
 
+import dataclasses
+import importlib.machinery
 import json
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -24,15 +27,63 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@dataclasses.dataclass
+class WandbRun:
+    """What a run of Weights & Biases is told."""
+
+    options: dict
+    lines: list = dataclasses.field(default_factory=list)
+    summary: dict = dataclasses.field(default_factory=dict)
+    artifacts: list = dataclasses.field(default_factory=list)
+    finished: bool = False
+
+    def log(self, values, step):
+        self.lines.append((step, values))
+
+    def log_artifact(self, artifact):
+        self.artifacts.append(artifact)
+
+    def finish(self):
+        self.finished = True
+
+
+class Artifact:
+    def __init__(self, name, type):
+        self.name, self.type, self.folders = name, type, []
+
+    def add_dir(self, folder):
+        assert (Path(folder) / "prompt.json").exists()
+        self.folders.append(folder)
+
+
+class Wandb(types.ModuleType):
+    """Stands for the package wandb."""
+
+    Artifact = Artifact
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+        self.runs = []
+
+    def init(self, **options):
+        self.runs.append(WandbRun(options))
+        return self.runs[-1]
+
+
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch):
     """Makes modules look as if they were not installed."""
     return lambda *modules: [monkeypatch.setitem(sys.modules, module, None) for module in modules]
 
 
-def test_a_run_without_matplotlib_draws_nothing(files, tmp_path, without, capsys):
+def test_a_run_without_matplotlib_draws_nothing_and_reports_to_wandb(files, tmp_path, without, capsys, monkeypatch):
+    """Two starts of one W&B run: the training, and its results with the prompt."""
     without("matplotlib")
-    assert train.main(words(files, tmp_path / "run", *QUICK)) == 0
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert train.main(words(files, tmp_path / "run", *QUICK, "--log.wandb", "project")) == 0
+    check_wandb(tmp_path / "run", *wandb.runs)
     first, *_, last = capsys.readouterr().out.splitlines()
     assert first == "note: curves.png will not be drawn without matplotlib; to have it: pip install 'spt_jax[plots]'"
     assert last.endswith("run: report.html, results.json, metrics.jsonl")
@@ -40,6 +91,23 @@ def test_a_run_without_matplotlib_draws_nothing(files, tmp_path, without, capsys
     assert main(["inspect", "--prompt", str(tmp_path / "run" / "prompt"), "--output", str(tmp_path / "seen")]) == 0
     assert "inspect.png will not be drawn" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "seen").iterdir()] == ["inspect.json"]
+
+
+def check_wandb(workdir: Path, training: WandbRun, ending: WandbRun) -> None:
+    config = json.loads((workdir / "config.json").read_text())
+    for run in (training, ending):
+        assert run.options["id"] == (workdir / "wandb-id").read_text() and run.options["resume"] == "allow"
+        assert run.options["project"] == "project" and run.finished
+        assert {**run.options["config"], "inputs": config["inputs"]} == config
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line.get("loss")) for line in lines] == [(at, own.get("loss")) for at, own in training.lines]
+    assert [own.get("learning_rate") for _, own in training.lines] == [line.get("learning_rate") for line in lines]
+    assert [line.get("learning_rate") for line in lines] == [0.1, 0.05, None]
+    assert [line.get("tokens_per_second", 0) > 0 for line in lines] == [False, True, False]
+    results = json.loads((workdir / "results.json").read_text())
+    assert ending.summary["test/soft_prompt/accuracy"] == results["test"]["soft_prompt"]["accuracy"]
+    (artifact,) = ending.artifacts
+    assert artifact.type == "prompt" and artifact.folders == [str(workdir / "prompt")]
 
 
 def test_a_run_without_the_metrics_leaves_them_out(files, tmp_path, without, capsys):

@@ -21,7 +21,7 @@ import train
 from spt_jax.experiment import training
 from spt_jax.experiment.workdir import MARKER, prepare_workdir
 from spt_jax.training import loop, single
-from tests.jobs import ROOT, arrays, losses, words, write_task
+from tests.jobs import ROOT, arrays, history, losses, unmeasured, words, write_task
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,7 @@ def test_it_is_the_prompt_of_fit_bit_for_bit(files: Path, finished: Path, tmp_pa
     ours, info = (json.loads((folder / "prompt.json").read_text()) for folder in (saved, theirs))
     del info["extra"]["command"]
     assert ours == info == result.prompt.info
-    lines = (finished / "metrics.jsonl").read_text().splitlines()
-    assert list(result.history) == [json.loads(line) for line in lines]
+    assert unmeasured(list(result.history)) == history(finished)
     results = json.loads((finished / "results.json").read_text())
     names = ("steps", "best_step", "trainable_parameters")
     assert [getattr(result, name) for name in names] == [results[name] for name in names]

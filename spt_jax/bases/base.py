@@ -30,6 +30,7 @@ from spt_jax.models.model import Params
 from spt_jax.models.quantized import KERNEL_ARRAYS
 from spt_jax.models.stacks import Remat
 from spt_jax.runtime import measure
+from spt_jax.runtime.files import nearest_path
 from spt_jax.runtime.remote import local_copy, url_of
 from spt_jax.runtime.sharding import check_divides, make_mesh, parameter_sharding
 
@@ -259,7 +260,7 @@ def local_directory(path_or_hub_id: str, revision: str | None) -> Path:
     except Exception as error:
         raise CheckpointError(
             f"{path_or_hub_id!r} is not a directory here, and the hub did not return it"
-            f" ({type(error).__name__}: {error})"
+            f" ({type(error).__name__}: {error}){nearest_path(path)}"
         ) from error
 
 

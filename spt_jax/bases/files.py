@@ -9,6 +9,7 @@ from typing import Any
 import safetensors
 
 from spt_jax.errors import CheckpointError
+from spt_jax.runtime.files import nearest_path
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -48,7 +49,7 @@ def model_directory(path: Path) -> Path:
     if path.is_file():
         raise CheckpointError(f"{path} is a file; set base.path to the model's directory, {path.parent}")
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory")
+        raise CheckpointError(f"{path}: no such directory{nearest_path(path)}")
     return path
 
 

@@ -17,13 +17,15 @@ from spt_jax.experiment.run import load_experiment
 from spt_jax.experiment.shipped import config_path
 from spt_jax.experiment.workdir import CONFIG_FILE, check_workdir, held, in_workdir, input_paths, prepare_workdir
 from spt_jax.options import Pairs
+from spt_jax.prompts.storage import read_prompt
 from spt_jax.reports.html import write_report
 from spt_jax.reports.plots import can_draw, missing_note, plot_comparison
+from spt_jax.reports.report import compact_table
 from spt_jax.runtime import measure
 from spt_jax.runtime.files import shown, write_json, write_text
 from spt_jax.runtime.provenance import provenance
 from spt_jax.runtime.remote import local_copy
-from spt_jax.studies.comparison import PREDICTIONS_FILE, Entry, ask, baselines, make_table, markdown, read_outside
+from spt_jax.studies.comparison import PREDICTIONS_FILE, Entry, ask_all, baselines, make_table, markdown, read_outside
 
 PROGRAM = "spt-jax compare"
 
@@ -82,6 +84,8 @@ def run(command: Compare[Any], argv: Sequence[str]) -> None:
     others = {name: local_copy(folder) for name, folder in command.others.items()}
     reads = input_paths(command.config, config_path(argv[0]), *command.prompts, *others.values())
     check_workdir(command.workdir, overwrite=command.overwrite, reads=reads)
+    for path in command.prompts:
+        read_prompt(path)  # before anything is loaded, for names that do not exist
     if note := missing_note("compare.png"):
         print(note)
     experiment = load_experiment(resolve(command.config))
@@ -90,14 +94,14 @@ def run(command: Compare[Any], argv: Sequence[str]) -> None:
     options = {"shots": command.shots, "shots_seed": command.shots_seed, "probe": command.probe}
     rows = baselines(experiment, command.prompts, **options)
     with held(command.workdir):
-        entries = [*(ask(experiment.base, baseline) for baseline in rows), *outside]
+        entries = [*ask_all(experiment.base, rows), *outside]
         table = make_table(entries, list(experiment.template.verbalizers))
         prepare_workdir(command.workdir, overwrite=command.overwrite, reads=reads)
         words = [] if rows[0].virtual is None else nearest_words(experiment.base, rows[0].virtual, NEAREST)
         facts = {"nearest_tokens": words, "command": shlex.join([*PROGRAM.split(), *argv])}
         classes = list(experiment.template.verbalizers)
         write_results(command.workdir, entries, table, classes, config_json(command), facts)
-    print(markdown(table))
+    print(compact_table(table))
     plot = " compare.png," if can_draw() else ""
     print(f"{shown(command.workdir)}: report.html, compare.md, compare.json,{plot} predictions.jsonl")
 

@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from spt_jax.commands import options
 from spt_jax.commands.program import COMMANDS
 from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.experiment.config import ExperimentConfig
@@ -19,11 +20,6 @@ from spt_jax.prompts import METHODS
 from spt_jax.runtime.signals import PROGRAM
 
 SHELLS = ("bash", "zsh", "fish")
-HELP = """usage: spt-jax completion {bash,zsh,fish}
-
-Prints a completion script. Save it to a file, and add `source FILE` to
-~/.bashrc, or to ~/.zshrc after compinit. For fish, save it as
-~/.config/fish/completions/spt-jax.fish. Print it again after an update."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -32,9 +28,6 @@ def main(argv: Sequence[str]) -> None:
     Raises:
       ConfigError: the shell is missing or unknown.
     """
-    if argv and argv[0] in ("-h", "--help"):
-        print(HELP)
-        return
     if len(argv) != 1 or argv[0] not in SHELLS:
         hint = did_you_mean(argv[0], SHELLS) if argv else f"known: {', '.join(SHELLS)}"
         raise ConfigError(f"spt-jax completion takes the name of a shell; {hint}")
@@ -47,13 +40,12 @@ def command_words(name: str) -> list[str]:
     entry = COMMANDS[name]
     if name == "completion":
         return list(SHELLS)
-    if entry.options is not None:
-        kind = getattr(importlib.import_module(entry.load().__module__), entry.options)
+    if entry.job is not None:
+        kind = getattr(importlib.import_module(entry.load().__module__), entry.job)
         configs = shipped_configs()
         job = kind(config=load_config_file(configs["quickstart"]), workdir=Path("out"))
         return list(dict.fromkeys([*configs, *option_flags(job), *_method_flags(), "--help"]))
-    options = entry.load()
-    return [*(option_flags(options) if isinstance(options, type) else []), "--help"]
+    return [*([] if entry.options is None else option_flags(getattr(options, entry.options))), "--help"]
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from spt_jax.experiment.workdir import CONFIG_FILE, check_workdir, held, in_work
 from spt_jax.reports.plots import can_draw, missing_note, plot_range_test
 from spt_jax.runtime import measure
 from spt_jax.runtime.files import shown, write_json
-from spt_jax.training.clock import progress_bar
+from spt_jax.runtime.progress import Progress
 from spt_jax.training.population import Member
 from spt_jax.training.rate_finder import range_test
 
@@ -61,7 +61,7 @@ def run(command: FindRate[Any], argv: Sequence[str]) -> None:
     experiment, _ = experiment.fitted(plan)
     config, base = experiment.config, experiment.base
     print(describe_base(base))
-    with held(workdir), progress_bar(command.rates, 0) as bar:
+    with held(workdir), Progress("training", command.rates, unit="step") as progress:
         found = range_test(
             base,
             Member(config.method, examples, plan, config.train.seed, 0.0, config.loss.class_weights or None),
@@ -72,7 +72,7 @@ def run(command: FindRate[Any], argv: Sequence[str]) -> None:
             low=command.low,
             high=command.high,
             steps=command.rates,
-            progress=lambda step: bar.update(1),
+            progress=lambda step: progress.advance(),
         )
         prepare_workdir(workdir, overwrite=command.overwrite, reads=reads)
         write_json(workdir / CONFIG_FILE, config_json(command))

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import spt_jax
-from spt_jax.errors import did_you_mean
+from spt_jax.errors import ConfigError, did_you_mean
+from spt_jax.experiment.usage import job_usage
 from spt_jax.runtime.signals import PROGRAM
 
 
@@ -23,9 +24,11 @@ class Entry:
     Attributes:
       summary: what it does, in one line.
       module: its module in `spt_jax.commands`.
-      attribute: a function of the words after the command, or a dataclass of options with a method `run`.
+      attribute: a function of the words after the command or, if it has `options`, of those.
       starts_jax: whether its module imports JAX. If not, the attribute is a function without arguments.
-      options: for a command that starts from a config, the `Job` with its options.
+      options: the dataclass in `spt_jax.commands.options` that the words are read into.
+      job: for a command that starts from a config, the `Job` in its module with its options.
+      help: the text of --help, if it does not follow from the options.
     """
 
     summary: str
@@ -33,31 +36,45 @@ class Entry:
     attribute: str = "main"
     starts_jax: bool = True
     options: str | None = None
+    job: str | None = None
+    help: str | None = None
 
     def load(self) -> Any:
-        """Imports the function or the dataclass."""
+        """Imports the function."""
         return getattr(importlib.import_module(f"spt_jax.commands.{self.module}"), self.attribute)
 
 
+COMPLETION_HELP = """usage: spt-jax completion {bash,zsh,fish}
+
+Prints a completion script. Save it to a file, and add `source FILE` to
+~/.bashrc, or to ~/.zshrc after compinit. For fish, save it as
+~/.config/fish/completions/spt-jax.fish. Print it again after an update."""
+
 COMMANDS: dict[str, Entry] = {
-    "train": Entry("train a soft prompt, and compare it with hand-written prompts", "train", options="Command"),
-    "generate": Entry("answer texts with a saved prompt", "ask", "Generate"),
-    "evaluate": Entry("score a saved prompt on a data set", "ask", "Evaluate"),
-    "inspect": Entry("describe a saved prompt and the effect of each of its rows", "inspect", "Inspect"),
-    "similar": Entry("rank saved prompts as initial values for a new task", "inspect", "Similar"),
-    "sweep": Entry("train prompts with many settings, and report the best", "sweep", options="Sweep"),
-    "find-rate": Entry("suggest a learning rate for a config", "find_rate", options="FindRate"),
-    "compare": Entry("compare saved prompts with the alternatives to them", "compare", options="Compare"),
-    "report": Entry("write the report of a work directory again", "report", "MakeReport"),
-    "serve": Entry("serve a base and a directory of prompts over HTTP", "serve", "Serve"),
-    "import": Entry("convert a prompt of another library", "convert", "Import"),
-    "export": Entry("convert a saved prompt to the format of another library", "convert", "Export"),
-    "push": Entry("upload a saved prompt to the Hugging Face hub", "hub", "Push"),
-    "pull": Entry("download a prompt from the Hugging Face hub", "hub", "Pull"),
+    "train": Entry("train a soft prompt, and compare it with hand-written prompts", "train", job="Command"),
+    "generate": Entry("answer texts with a saved prompt", "ask", "generate_answers", options="Generate"),
+    "evaluate": Entry("score a saved prompt on a data set", "ask", "evaluate_prompt", options="Evaluate"),
+    "inspect": Entry(
+        "describe a saved prompt and the effect of each of its rows", "inspect", "inspect_prompt", options="Inspect"
+    ),
+    "similar": Entry(
+        "rank saved prompts as initial values for a new task", "inspect", "similar_prompts", options="Similar"
+    ),
+    "sweep": Entry("train prompts with many settings, and report the best", "sweep", job="Sweep"),
+    "find-rate": Entry("suggest a learning rate for a config", "find_rate", job="FindRate"),
+    "compare": Entry("compare saved prompts with the alternatives to them", "compare", job="Compare"),
+    "report": Entry("write the report of a work directory again", "report", "make_report", options="MakeReport"),
+    "serve": Entry("serve a base and a directory of prompts over HTTP", "serve", "serve", options="Serve"),
+    "import": Entry("convert a prompt of another library", "convert", "import_prompt", options="Import"),
+    "export": Entry(
+        "convert a saved prompt to the format of another library", "convert", "export_prompt", options="Export"
+    ),
+    "push": Entry("upload a saved prompt to the Hugging Face hub", "hub", "push_prompt", options="Push"),
+    "pull": Entry("download a prompt from the Hugging Face hub", "hub", "pull_prompt", options="Pull"),
     "lm-eval": Entry("run lm-evaluation-harness with the model spt_jax", "lm_eval"),
     "configs": Entry("list the configs that ship with the package", "configs", starts_jax=False),
     "env": Entry("show versions, devices, and what an accelerator needs", "env", starts_jax=False),
-    "completion": Entry("print a completion script for bash, zsh or fish", "completion"),
+    "completion": Entry("print a completion script for bash, zsh or fish", "completion", help=COMPLETION_HELP),
 }
 
 
@@ -116,12 +133,22 @@ def run_command(name: str, words: Sequence[str], program: str | None = None) -> 
     entry = COMMANDS[name]
     if not entry.starts_jax:
         return _run_without_options(entry.load(), name, words)
+    typed = program or f"{PROGRAM} {name}"
+    if words and words[0] in ("-h", "--help") and (entry.job or entry.help):
+        summary = f"{entry.summary[0].upper()}{entry.summary[1:]}."
+        print(entry.help or job_usage(summary, typed))
+        return 0
+    try:
+        arguments = (*_arguments(entry, f"{PROGRAM} {name}", words), *([] if program is None else [program]))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     if "jax" not in sys.modules:
-        print(f"{program or f'{PROGRAM} {name}'}: loading JAX", file=sys.stderr, flush=True)
+        print(f"{typed}: loading JAX", file=sys.stderr, flush=True)
     importlib.import_module("spt_jax.commands.exports")  # which fills the registries of tasks, methods and objectives
     from spt_jax.experiment.command_line import exit_code
 
-    return exit_code(_bound(entry.load(), f"{PROGRAM} {name}", words, program))
+    return exit_code(lambda: entry.load()(*arguments))
 
 
 def _run_without_options(function: Callable[[], None], name: str, words: Sequence[str]) -> int:
@@ -136,12 +163,15 @@ def _run_without_options(function: Callable[[], None], name: str, words: Sequenc
     return 0
 
 
-def _bound(target: Any, prog: str, words: Sequence[str], program: str | None) -> Callable[[], None]:
-    """Returns the command with its words as a function without arguments."""
-    if isinstance(target, type):
-        import tyro
+def _arguments(entry: Entry, prog: str, words: Sequence[str]) -> tuple[Any]:
+    """Returns what the command's function is called with: its words, or the options that they are read into.
 
-        return lambda: tyro.cli(target, args=list(words), prog=prog).run()
-    if program is not None:
-        return lambda: target(words, program)
-    return lambda: target(words)
+    Raises:
+      ConfigError: an option has an invalid value.
+    """
+    if entry.options is None:
+        return (words,)
+    import tyro
+
+    options = importlib.import_module("spt_jax.commands.options")
+    return (tyro.cli(getattr(options, entry.options), args=list(words), prog=prog),)

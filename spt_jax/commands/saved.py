@@ -1,59 +1,42 @@
-"""Options and helpers of the commands that read a saved prompt."""
+"""Helpers of the commands that read a saved prompt."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from spt_jax.bases.base import FrozenBase, load_base, local_directory
+from spt_jax.commands.options import Saved
 from spt_jax.errors import CheckpointError, RemoteError, did_you_mean
 from spt_jax.prompts.names import prompt_directory
 from spt_jax.prompts.storage import INFO_FILE, SavedPrompt, load_prompt, read_prompt
-from spt_jax.runtime.files import shown
+from spt_jax.runtime.files import nearest_path, shown
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Saved:
-    """A saved prompt and its base.
+def load(options: Saved) -> tuple[FrozenBase, SavedPrompt]:
+    base, (saved,) = load_all(options, [options.prompt])
+    return base, saved
 
-    Attributes:
-      prompt: the saved prompt: a directory, a URL (s3://, gs://), or a hub id (owner/name, hf://owner/name).
-      base: where its base is now, or its hub id; default where it was when the prompt was trained.
-      dtype: precision of the base; default by device.
-      quantize: int8 stores the base's matrices in one byte per weight.
-      force: use the prompt with another base than its own, as long as the sizes match.
+
+def load_all(options: Saved, folders: Sequence[Path]) -> tuple[FrozenBase, list[SavedPrompt]]:
+    """Returns the base of the first prompt, and all prompts."""
+    info = read_prompt(folders[0]).info["base"]
+    revision = None if options.base else info["revision"]
+    if options.base is None:
+        _check_base(info["id"], revision, folders[0])
+    base = load_base(options.base or info["id"], revision=revision, dtype=options.dtype, quantize=options.quantize)
+    return base, [load_prompt(folder, base, force=options.force) for folder in folders]
+
+
+def named(options: Saved, names: Sequence[str]) -> list[Path]:
+    """Returns the directories of the prompts with these names in the folder `prompt`.
+
+    Raises:
+      CheckpointError: the folder has no prompts, or none with one of the names.
     """
-
-    prompt: Path
-    base: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    quantize: str | None = None
-    force: bool = False
-
-    def load(self) -> tuple[FrozenBase, SavedPrompt]:
-        base, (saved,) = self.load_all([self.prompt])
-        return base, saved
-
-    def load_all(self, folders: Sequence[Path]) -> tuple[FrozenBase, list[SavedPrompt]]:
-        """Returns the base of the first prompt, and all prompts."""
-        info = read_prompt(folders[0]).info["base"]
-        revision = None if self.base else info["revision"]
-        if self.base is None:
-            _check_base(info["id"], revision, folders[0])
-        base = load_base(self.base or info["id"], revision=revision, dtype=self.dtype, quantize=self.quantize)
-        return base, [load_prompt(folder, base, force=self.force) for folder in folders]
-
-    def named(self, names: Sequence[str]) -> list[Path]:
-        """Returns the directories of the prompts with these names in the folder `prompt`.
-
-        Raises:
-          CheckpointError: the folder has no prompts, or none with one of the names.
-        """
-        known = bank_of(self.prompt)
-        for name in names:
-            if name not in known:
-                raise CheckpointError(f"{self.prompt}: there is no prompt {name!r}; {did_you_mean(name, known)}")
-        return [known[name] for name in names]
+    known = bank_of(options.prompt)
+    for name in names:
+        if name not in known:
+            raise CheckpointError(f"{options.prompt}: there is no prompt {name!r}; {did_you_mean(name, known)}")
+    return [known[name] for name in names]
 
 
 def _check_base(name: str, revision: str | None, prompt: Path) -> None:
@@ -80,5 +63,5 @@ def bank_of(folder: Path) -> dict[str, Path]:
     folder = prompt_directory(folder)
     found = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{INFO_FILE}"))}
     if not found:
-        raise CheckpointError(f"{folder}: there are no saved prompts")
+        raise CheckpointError(f"{folder}: there are no saved prompts{nearest_path(folder)}")
     return found

@@ -4,6 +4,7 @@ Trials of one setting differ only in the seed. Prompt lengths are tried in ascen
 improving, by the rules of `plateau`.
 """
 
+import contextlib
 import dataclasses
 import shlex
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from spt_jax.reports.html import write_report
 from spt_jax.reports.plots import can_draw, missing_note, plot_sweep
 from spt_jax.runtime import measure, signals
 from spt_jax.runtime.files import shown, write_json
+from spt_jax.runtime.progress import Progress
 from spt_jax.runtime.provenance import provenance
 from spt_jax.studies.plateau import Estimate, check_records, has_plateaued, shortest_of_the_best
 from spt_jax.studies.results import (
@@ -45,6 +47,7 @@ from spt_jax.studies.trials import (
     read_rows,
     train_population,
     trial_folder,
+    trial_numbers,
     write_rows,
 )
 from spt_jax.training.halving import Halving
@@ -157,7 +160,9 @@ def run(command: Sweep[Any], argv: Sequence[str]) -> None:
     ]
     reads = [path for trial in planned.values() for path in input_paths(trial.config, config_file)]
     facts = {"command": first_command([*PROGRAM.split(), *argv])}
-    with held(workdir), signals.advising("Continue with --resume"):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(held(workdir))
+        stack.enter_context(signals.advising("Continue with --resume"))
         settings = {**config_json(command.config), "sweep": options}
         digests = input_digests(examples)
         open_workdir(workdir, settings, digests, **mode, reads=reads)
@@ -168,12 +173,16 @@ def run(command: Sweep[Any], argv: Sequence[str]) -> None:
         halving = Halving() if command.halving else None
         ran: list[Trial] = []
         scores: list[Score] = []
+        progress = stack.enter_context(Progress("sweep", len(planned), len(rows)))
         for stage in stages:
             for population in populations(stage, prepare):
-                if any(trial.number not in rows for trial in population):
+                left = sum(trial.number not in rows for trial in population)
+                if left:
+                    progress.begin(trial_numbers(population))
                     for row in train_population(population, prepare, workdir, halving=halving, facts=facts):
                         rows[row["trial"]] = row
                     write_rows(workdir, planned, rows)
+                    progress.advance(left)
             ran += stage
             scores = scored(workdir, rows, ran)
             for score in scores:
@@ -183,6 +192,7 @@ def run(command: Sweep[Any], argv: Sequence[str]) -> None:
             tried = [score.validation for score in by_length(scores)] if command.lengths else []
             if command.patience and tried and has_plateaued(tried, command.patience):
                 break
+        progress.close()
         results = finish(command, prepare, ran, rows, scores)
         write_json(
             workdir / "results.json",

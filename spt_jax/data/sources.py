@@ -13,6 +13,7 @@ from typing import Any
 
 from spt_jax.errors import ConfigError, DataError, did_you_mean
 from spt_jax.runtime.extras import check_installed, load_extra
+from spt_jax.runtime.files import nearest_path
 from spt_jax.runtime.remote import check_path, local_copy, url_of
 
 Record = dict[str, Any]
@@ -121,7 +122,8 @@ def _data_files(folder: Path) -> list[str]:
 def _file_records(path: Path) -> Iterator[Record]:
     if not path.exists():
         here = path.parent.is_dir()
-        hint = did_you_mean(path.name, _data_files(path.parent)) if here else f"there is no folder {path.parent}"
+        absent = f"there is no folder {path.parent}{nearest_path(path)}"
+        hint = did_you_mean(path.name, _data_files(path.parent)) if here else absent
         raise DataError(f"{path}: no such file; {hint}")
     if path.suffix.lower() not in READERS:
         raise DataError(f"{path}: unknown file suffix {path.suffix!r}; supported are {', '.join(READERS)}")

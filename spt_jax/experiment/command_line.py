@@ -5,7 +5,7 @@ import inspect
 import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
@@ -15,7 +15,8 @@ import tyro
 from spt_jax.errors import ConfigError, SptError, did_you_mean
 from spt_jax.experiment.config import AnyMethod, ExperimentConfig
 from spt_jax.experiment.config_files import load_config_file
-from spt_jax.experiment.shipped import config_path, config_summary, shipped_configs
+from spt_jax.experiment.shipped import config_path
+from spt_jax.experiment.usage import job_usage
 from spt_jax.prompts import METHODS, Method
 from spt_jax.runtime.files import DISK_FULL, READ_ONLY, shown, write_error
 from spt_jax.runtime.measure import PROFILE_BEHIND
@@ -116,7 +117,7 @@ def parse_job(kind: type[AnyJob], argv: Sequence[str], program: str) -> AnyJob:
     """
     if not argv or argv[0].startswith("-"):
         if {"-h", "--help"} & set(argv):
-            print(job_usage(kind, program))
+            print(job_usage(_summary(kind), program))
             sys.exit(0)
         raise ConfigError(
             f"the first argument must be a config, the name of a shipped one or a file: {program} quickstart"
@@ -143,40 +144,14 @@ def parse_job(kind: type[AnyJob], argv: Sequence[str], program: str) -> AnyJob:
     )
 
 
-def job_usage(kind: type[Job[Any]], program: str) -> str:
-    """Returns the help of a job without a config: the shipped configs, the methods, and how to show the options."""
-    configs = {name: config_summary(path) for name, path in shipped_configs().items()}
-    return "\n".join(
-        [
-            f"usage: {program} CONFIG [--field value ...]",
-            "",
-            (inspect.getdoc(kind) or "").partition("\n")[0],
-            "",
-            "CONFIG is a file, or the name of a config that ships with the package:",
-            *_columns(configs),
-            "",
-            "--method.name is one of:",
-            *_columns(method_summaries()),
-            "",
-            f"{program} CONFIG --help lists all fields",
-        ]
-    )
-
-
-def method_summaries() -> dict[str, str]:
-    """Returns the first line of each method's docstring by the method's name."""
-    return {name: (inspect.getdoc(method) or "").partition("\n")[0] for name, method in METHODS.items()}
-
-
-def _columns(lines: Mapping[str, str]) -> list[str]:
-    width = max(map(len, lines))
-    return [f"  {name:<{width}}  {line}" for name, line in lines.items()]
+def _summary(kind: type) -> str:
+    return (inspect.getdoc(kind) or "").partition("\n")[0]
 
 
 def _describe_names(method: type[Method]) -> None:
     """Makes the help of --method.name list all methods; tyro reads it from the metadata of the field."""
     (field,) = (field for field in dataclasses.fields(method) if field.name == "name")
-    text = "\n".join(["the method, one of:", *(f"{name}: {line}" for name, line in method_summaries().items())])
+    text = "\n".join(["the method, one of:", *(f"{name}: {_summary(kind)}" for name, kind in METHODS.items())])
     field.metadata = MappingProxyType({**field.metadata, "help": text})
 
 

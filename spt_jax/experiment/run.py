@@ -21,6 +21,7 @@ from spt_jax.models.stacks import Remat
 from spt_jax.prompts import Method, PromptParams, VirtualPrompt
 from spt_jax.prompts.storage import save_prompt
 from spt_jax.runtime import measure, processes
+from spt_jax.runtime.progress import Progress
 from spt_jax.runtime.sharding import make_mesh, row_shards
 from spt_jax.training.cost import StepMemory, choose_remat, plan_shape, step_memory
 from spt_jax.training.objectives import Objective
@@ -340,20 +341,27 @@ def compare(
     """
 
     def ask(data: EvaluationSet, virtual: VirtualPrompt | None, split: str, **more: str) -> Evaluation:
+        name = "soft prompt" if virtual is not None else "hand-written prompt" if more else "no prompt"
+        progress.begin(f"{name} on {split} data")
         result = evaluate(base, data, virtual, generated=split == "test")
+        progress.advance()
         return dataclasses.replace(result, metrics={**result.metrics, **more})
 
+    # All hand-written prompts are evaluated on the first split, and then only the chosen one.
+    written = [len(own.hard) if number == 0 else min(len(own.hard), 1) for number, own in enumerate(sets.values())]
+    parts = sum(written) + sum(1 + (own.bare is not None) for own in sets.values())
     chosen: str | None = None
     results: dict[str, dict[str, Evaluation | None]] = {}
-    for split, encoded in sets.items():
-        hard = {
-            text: ask(data, None, split, text=text) for text, data in encoded.hard.items() if chosen in (None, text)
-        }
-        if chosen is None and hard:
-            chosen = max(hard, key=lambda text: selection_score(hard[text].metrics))
-        results[split] = {
-            "soft_prompt": ask(encoded.soft, virtual, split),
-            "hard_prompt": None if chosen is None else hard[chosen],
-            "no_prompt": None if encoded.bare is None else ask(encoded.bare, None, split),
-        }
+    with Progress("comparing", parts) as progress:
+        for split, encoded in sets.items():
+            hard = {
+                text: ask(data, None, split, text=text) for text, data in encoded.hard.items() if chosen in (None, text)
+            }
+            if chosen is None and hard:
+                chosen = max(hard, key=lambda text: selection_score(hard[text].metrics))
+            results[split] = {
+                "soft_prompt": ask(encoded.soft, virtual, split),
+                "hard_prompt": None if chosen is None else hard[chosen],
+                "no_prompt": None if encoded.bare is None else ask(encoded.bare, None, split),
+            }
     return results

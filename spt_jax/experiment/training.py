@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
+from jaxtyping import Float
 
 from spt_jax.data.batches import BatchPlan
 from spt_jax.data.examples import Example
@@ -21,7 +23,7 @@ from spt_jax.runtime import processes
 from spt_jax.training.cost import StepMemory
 from spt_jax.training.logs import MetricsLog
 from spt_jax.training.loop import Best, Events
-from spt_jax.training.optimizers import make_optimizer
+from spt_jax.training.optimizers import learning_rates, make_optimizer
 from spt_jax.training.single import Outcome, TrainingData, fit
 
 
@@ -35,6 +37,7 @@ class Prepared:
       examples: the encoded training records.
       plan: the shapes of batches.
       memory: the estimated memory of a step on each device.
+      learning_rates: the learning rate of each step; None if the optimizer is not that of the config.
     """
 
     experiment: Experiment
@@ -42,6 +45,7 @@ class Prepared:
     examples: Sequence[Example]
     plan: BatchPlan
     memory: StepMemory
+    learning_rates: Float[np.ndarray, " steps"] | None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -61,10 +65,11 @@ def prepare(experiment: Experiment, optimizer: optax.GradientTransformation | No
       ConfigError, DataError: as in `Experiment.training_set`, or the optimizer's schedule is longer than the run.
     """
     config = experiment.config
+    rates = None if optimizer else learning_rates(config.optimizer, config.train.steps)
     optimizer = optimizer or make_optimizer(config.optimizer, config.train.steps)
     examples, plan = experiment.training_set()
     experiment, memory = experiment.fitted(plan)
-    return Prepared(experiment, optimizer, examples, plan, memory)
+    return Prepared(experiment, optimizer, examples, plan, memory, rates)
 
 
 @contextlib.contextmanager
@@ -145,6 +150,7 @@ def tune(
             profile=profile,
             events=events,
             progress=progress,
+            learning_rates=prepared.learning_rates,
         )
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

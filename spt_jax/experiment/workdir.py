@@ -23,7 +23,7 @@ from spt_jax.errors import ConfigError, differing_fields
 from spt_jax.experiment.command_line import Job
 from spt_jax.experiment.config import ExperimentConfig
 from spt_jax.runtime import remote
-from spt_jax.runtime.files import shown, write_json, writing
+from spt_jax.runtime.files import nearest_path, shown, write_json, writing
 from spt_jax.runtime.mirror import MARKER, check_free, leased, staged
 
 CONFIG_FILE = "config.json"
@@ -102,7 +102,7 @@ def _check(path: Path, *, resume: bool | None, overwrite: bool, reads: Iterable[
         options = "--overwrite to start over" if resume is None else "--resume to continue or --overwrite to start over"
         raise ConfigError(f"work directory {path} already exists. Use {options}")
     if resume and not (path / CONFIG_FILE).exists():
-        raise ConfigError(f"work directory {path} has no run to resume")
+        raise ConfigError(f"work directory {path} has no run to resume{nearest_path(path)}")
     if overwrite and exists:
         if not _is_ours(path):
             raise ConfigError(

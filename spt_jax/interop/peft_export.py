@@ -119,6 +119,9 @@ def peft_note(base: FrozenBase, method: Method, template: Template) -> str:
       base: the frozen base.
       method: the method, with all its options.
       template: the template.
+
+    Returns:
+      The line, without a newline.
     """
     virtual = method.spec(base.layout)
     if virtual.tokens is not None and len(virtual.tokens.shape) > 2:  # of several tasks, each of which has a prompt

@@ -5,9 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from spt_jax.errors import CheckpointError, RemoteError
+from spt_jax.runtime.files import nearest_path
 from spt_jax.runtime.remote import local_copy, url_of
 
 # What is downloaded of a repository: prompts of this library and of PEFT.
@@ -73,22 +72,23 @@ def prompt_directory(name: str | Path) -> Path:
     return local_copy(name) if found is None else _from_hub(found)
 
 
-class _NoBar(tqdm):
-    """No progress bar: a prompt is a few kilobytes."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **{**kwargs, "disable": True})
-
-
 def _from_hub(name: HubName) -> Path:
     import huggingface_hub
     from huggingface_hub import constants, errors
+    from huggingface_hub.utils import tqdm
+
+    class NoBar(tqdm):
+        """No progress bar: a prompt is a few kilobytes."""
+
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **{**kwargs, "disable": True})
 
     inside = f"{name.folder}/" if name.folder else ""
+    near = nearest_path(name.repository)
     patterns = [f"{inside}{file}" for file in FILES] + [f"{inside}*/{file}" for file in FILES]
     try:
         root = huggingface_hub.snapshot_download(
-            name.repository, revision=name.revision, allow_patterns=patterns, tqdm_class=_NoBar
+            name.repository, revision=name.revision, allow_patterns=patterns, tqdm_class=NoBar
         )
     except errors.RevisionNotFoundError as error:
         raise RemoteError(f"{name.repository!r} has no revision {name.revision!r} on the hub") from error
@@ -96,14 +96,15 @@ def _from_hub(name: HubName) -> Path:
         raise RemoteError(
             f"there is no directory {name.repository!r} here, and no such repository on the hub, or no permission to"
             " read it; `hf auth login` stores a token"
+            f"{near}"
         ) from error
     except errors.LocalEntryNotFoundError as error:
         why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else "the hub cannot be reached"
-        raise RemoteError(f"there is no directory {name.repository!r} here, and {why}") from error
+        raise RemoteError(f"there is no directory {name.repository!r} here, and {why}{near}") from error
     except Exception as error:  # connection errors of many types
         raise RemoteError(
             f"there is no directory {name.repository!r} here, and the hub cannot be reached"
-            f" ({type(error).__name__}: {str(error).partition(chr(10))[0][:300]})"
+            f" ({type(error).__name__}: {str(error).partition(chr(10))[0][:300]}){near}"
         ) from error
     directory = Path(root) / name.folder
     if not any(next(directory.glob(pattern), None) for file in FILES for pattern in (file, f"*/{file}")):

@@ -12,6 +12,7 @@ import safetensors
 from jaxtyping import Float
 
 from spt_jax.errors import CheckpointError
+from spt_jax.runtime.files import nearest_path
 
 MAX_JSON_BYTES = 8 << 20
 MAX_JSON_DEPTH = 32
@@ -45,7 +46,9 @@ def check_file(path: Path, max_bytes: int | None = None) -> None:
     """
     try:
         if not path.is_file():
-            raise CheckpointError(f"{path}: {'not a regular file' if path.exists() else 'missing'}")
+            raise CheckpointError(
+                f"{path}: {'not a regular file' if path.exists() else f'missing{nearest_path(path)}'}"
+            )
         size = path.stat().st_size
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error

@@ -41,6 +41,7 @@ from spt_jax.prompts.reading import (
 )
 from spt_jax.prompts.virtual import VirtualPrompt
 from spt_jax.prompts.writing import write_directory
+from spt_jax.runtime.files import nearest_path
 from spt_jax.runtime.remote import url_of
 from spt_jax.runtime.sharding import replicated
 
@@ -306,6 +307,8 @@ def _saved_layout(fingerprint: Fingerprint, where: str) -> Layout:
 
 def _instead(directory: Path) -> str:
     """Returns the end of the message for a missing `prompt.json`: a hint based on what the directory holds."""
+    if not directory.exists():
+        return nearest_path(directory)
     interrupted = directory.resolve().with_name(f".{directory.name}.old")
     if interrupted.exists():
         return f"; a save was interrupted, the previous prompt is {interrupted}"

@@ -10,6 +10,7 @@ from spt_jax.reports.comparison_report import comparison_report
 from spt_jax.reports.contents import Report
 from spt_jax.reports.run_report import run_report
 from spt_jax.reports.sweep_report import sweep_report
+from spt_jax.runtime.files import nearest_path
 
 
 def read_report(workdir: Path) -> Report:
@@ -37,6 +38,7 @@ def _json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ConfigError(
             f"there is no {path}, so {path.parent} is not the work directory of a finished run, sweep or comparison"
+            f"{nearest_path(path.parent)}"
         ) from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error})") from error

@@ -1,7 +1,9 @@
 """Results as text."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from spt_jax.reports.tables import text_table
 
 Metrics = Mapping[str, Mapping[str, Any] | None]
 ROWS = {"soft_prompt": "soft prompt", "hard_prompt": "best hand-written prompt", "no_prompt": "no prompt"}
@@ -19,22 +21,49 @@ def comparison_table(metrics: Mapping[str, Metrics]) -> str:
         known = ("perplexity", "exact_match", "token_f1", "bleu", "rougeL")
     first = next(iter(results.values()))
     columns = [column for column in known if column in first]
-    lines = [f"{split:26}" + "".join(f"{column:>22}" for column in columns)]
+    rows = []
     for name, result in results.items():
         tasks = {f"  {task}": figures for task, figures in result.get("tasks", {}).items()}
         for label, figures in {ROWS.get(name, name): result, **tasks}.items():
-            lines.append(f"{label:26}" + "".join(f"{_cell(figures, column):>22}" for column in columns))
+            rows.append([label, *(_cell(figures, column) for column in columns)])
+    lines = [text_table([split, *columns], rows)]
     hard = results.get("hard_prompt")
     if hard is not None:
         lines.append(f"the best hand-written prompt on validation was {hard['text']!r}")
     return "\n".join(lines)
 
 
-def _cell(result: Mapping[str, Any], column: str) -> str:
+def compact_table(table: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the main columns of the table of `spt-jax compare`; `compare.md` has all.
+
+    Args:
+      table: the rows, as in `compare.json`.
+    """
+    kind = table[0]["measure"]
+    header = ["", kind.replace("_", " "), "first is\nahead by", "p", "trained", "bytes", "extra\ntokens"]
+    rows = [
+        [
+            row["name"].replace("\n", "\\n"),
+            _cell(row, kind, "\n"),
+            _cell(row, "ahead", "\n"),
+            next((f"{row[p]:.1g}" for p in ("p_mcnemar", "p_bootstrap") if p in row), "-"),
+            *(_count(row[name], ",") for name in ("trainable_parameters", "bytes")),
+            _count(row["extra_tokens"], ",.1f"),
+        ]
+        for row in table
+    ]
+    return text_table(header, rows)
+
+
+def _count(value: float | int | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _cell(result: Mapping[str, Any], column: str, between: str = " ") -> str:
     if column not in result:
         return "-"
     interval = result.get(f"{column}_interval")
-    return f"{result[column]:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+    return f"{result[column]:.3f}" + (f"{between}[{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
 
 def reference_lines(metrics: Metrics) -> dict[str, float]:

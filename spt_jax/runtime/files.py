@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from spt_jax.errors import WriteError
+from spt_jax.errors import WriteError, closest
 from spt_jax.runtime import remote
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -53,6 +53,25 @@ def shown(path: str | Path) -> str:
     for directory, (url, _) in _MIRRORED.items():
         text = text.replace(str(directory), url)
     return text
+
+
+def nearest_path(path: str | Path) -> str:
+    """Returns a hint for a message about a local path that does not exist: "; did you mean 'out/trec'?", or "".
+
+    The hint replaces the first part of the path that does not exist by the closest name in the same directory.
+    """
+    path = Path(path).expanduser()
+    with contextlib.suppress(OSError, ValueError):  # such as a name that is too long
+        for missing in (path, *path.parents):
+            if missing.exists():
+                break
+            if missing.parent.is_dir():
+                near = closest(missing.name, os.listdir(missing.parent))
+                if near is None:
+                    break
+                found = missing.with_name(near) / path.relative_to(missing)
+                return f"; did you mean {str(found if found.exists() else missing.with_name(near))!r}?"
+    return ""
 
 
 @contextlib.contextmanager

@@ -173,9 +173,7 @@ def _end(number: int) -> NoReturn:
     for tell in _before_end:
         with contextlib.suppress(Exception):
             tell(number)
-    bar = getattr(sys.modules.get("tqdm"), "tqdm", None)
-    line = "\n" if len(getattr(bar, "_instances", ())) else ""
-    line += ". ".join([f"stopped by {signal.Signals(number).name}", *_advice[-1:]])
+    line = ". ".join([f"stopped by {signal.Signals(number).name}", *_advice[-1:]])
     with contextlib.suppress(OSError):
         os.write(2, f"{line}\n".encode())
     os._exit(128 + number)

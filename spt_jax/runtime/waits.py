@@ -1,14 +1,12 @@
 """Messages about waits, such as loading and compilation, on stderr."""
 
 import contextlib
-import sys
 import threading
 import time
 from collections.abc import Iterator
 
-from tqdm import tqdm
-
 from spt_jax.runtime import processes
+from spt_jax.runtime.progress import say
 
 PATIENCE = 1.0  # seconds before a wait that is usually short is mentioned
 
@@ -29,11 +27,11 @@ def spoken(what: str, *, after: float = PATIENCE, shown: bool = True) -> Iterato
         return
     started, said = time.perf_counter(), threading.Event()
 
-    def say() -> None:
+    def begin() -> None:
         said.set()
-        _write(f"{what} ...")
+        say(f"{what} ...")
 
-    timer = threading.Timer(after, say)
+    timer = threading.Timer(after, begin)
     timer.daemon = True
     timer.start()
     try:
@@ -41,9 +39,4 @@ def spoken(what: str, *, after: float = PATIENCE, shown: bool = True) -> Iterato
     finally:
         timer.cancel()
     if said.is_set():
-        _write(f"{what}: {time.perf_counter() - started:.1f} s")
-
-
-def _write(line: str) -> None:
-    """Writes a line above the progress bars."""
-    tqdm.write(line, file=sys.stderr)
+        say(f"{what}: {time.perf_counter() - started:.1f} s")

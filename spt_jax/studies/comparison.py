@@ -32,7 +32,9 @@ from spt_jax.experiment.run import Experiment, Records
 from spt_jax.prompts import VirtualPrompt
 from spt_jax.prompts.names import prompt_directory
 from spt_jax.prompts.storage import load_prompt
-from spt_jax.runtime.files import shown
+from spt_jax.runtime.files import nearest_path, shown
+from spt_jax.runtime.progress import Progress
+from spt_jax.runtime.waits import spoken
 from spt_jax.studies.probe import PENALTIES, features, fit_probe
 
 FACTS_FILE, PREDICTIONS_FILE = "facts.json", "predictions.jsonl"
@@ -105,14 +107,27 @@ def baselines(
     found.append(_written(experiment, "no prompt", bare, template.bare()))
     texts = experiment.config.data.hard_prompt
     found += [_written(experiment, f"hand-written: {text}", bare, template.bare(text)) for text in texts]
-    asked_by = template.bare(best_text(experiment))
+    with spoken("choosing a hand-written prompt by validation"):
+        asked_by = template.bare(best_text(experiment))
     for count in () if template.is_conversation else shots:
         solved = draw_shots(experiment.train, template, count, shots_seed)
         name = f"{count} solved example{'s' if count > 1 else ''}"
         found.append(_written(experiment, name, bare, asked_by, solved))
     if probe and template.verbalizers:
-        found.append(_probe(experiment))
+        with spoken("training the linear probe"):
+            found.append(_probe(experiment))
     return found
+
+
+def ask_all(base: FrozenBase, rows: Sequence[Baseline]) -> list[Entry]:
+    """Evaluates baselines on all test records, and shows the progress."""
+    entries = []
+    with Progress("comparing", len(rows)) as progress:
+        for row in rows:
+            progress.begin(row.name)
+            entries.append(ask(base, row))
+            progress.advance()
+    return entries
 
 
 def ask(base: FrozenBase, baseline: Baseline) -> Entry:
@@ -243,7 +258,7 @@ def read_outside(name: str, folder: Path) -> Entry:
     """
     for file in (FACTS_FILE, PREDICTIONS_FILE):
         if not (folder / file).is_file():
-            raise ConfigError(f"--others {name}: no file {shown(folder)}/{file}")
+            raise ConfigError(f"--others {name}: no file {shown(folder)}/{file}{nearest_path(folder)}")
     known = [field.name for field in dataclasses.fields(Facts)]
     try:
         facts = dict(json.loads((folder / FACTS_FILE).read_text(encoding="utf-8")))

@@ -19,7 +19,7 @@ from spt_jax.runtime.files import write_json, write_text
 from spt_jax.studies.settings import Settings, named
 from spt_jax.studies.table import flat, write_table
 from spt_jax.training.halving import Halving, fit_population
-from spt_jax.training.logs import MetricsLog
+from spt_jax.training.logs import MetricsLog, publish
 from spt_jax.training.loop import Standing
 from spt_jax.training.optimizers import resolve_optimizer
 from spt_jax.training.population import Member, default_group_size
@@ -162,10 +162,30 @@ def train_population(
         resume=True,
         names=[f"trial {trial.number} ({named(trial.settings)})" for trial in trials],
     )
-    return [
+    rows = [
         _ended(trial, prepared, standing, trial_folder(workdir, trial.number), facts or {})
         for trial, prepared, standing in zip(trials, all_prepared, standings, strict=True)
     ]
+    scores = {trial.number: standing.best.score for trial, standing in zip(trials, standings, strict=True)}
+    best = trial_folder(workdir, max(scores, key=lambda number: scores[number])) / "prompt"
+    publish(
+        folder,
+        config.log,
+        run_config=config_json(config),
+        results={f"trial {row['trial']}": row for row in rows},
+        prompt=best if best.exists() else None,
+    )
+    return rows
+
+
+def trial_numbers(trials: Sequence[Trial]) -> str:
+    """Returns a short name of trials that are trained together, such as "trials 1 to 8"."""
+    first, last = trials[0].number, trials[-1].number
+    if first == last:
+        return f"trial {first}"
+    if last - first + 1 == len(trials):
+        return f"trials {first} to {last}"
+    return f"{len(trials)} trials from {first} to {last}"
 
 
 def trial_folder(workdir: Path, number: int) -> Path:

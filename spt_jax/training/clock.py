@@ -2,15 +2,14 @@
 
 import contextlib
 import dataclasses
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from tqdm import tqdm
 
-from spt_jax.runtime import processes
+from spt_jax.runtime.progress import Progress, say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,22 +56,8 @@ class Speed:
         return Rates(examples, tokens, flops / peak_flops)
 
 
-def progress_bar(steps: int, first: int, *, shown: bool = True) -> tqdm:
-    """Returns a progress bar over the steps of a run, of which `first` are done; a hidden one if not `shown`."""
-    seconds = 0.5 if sys.stderr.isatty() else 10.0  # fewer lines in log files
-    return tqdm(
-        total=steps,
-        initial=first,
-        unit="step",
-        desc="training",
-        dynamic_ncols=True,
-        mininterval=seconds,
-        disable=not (shown and processes.leads()),
-    )
-
-
 class Clock:
-    """The clock and the progress bar of one start of a run."""
+    """The clock and the progress of one start of a run."""
 
     def __init__(self, steps: int, first: int, before: Speed, peak_flops: float, *, shown: bool = True):
         """Starts the clock.
@@ -82,15 +67,16 @@ class Clock:
           first: the steps that were done before.
           before: the time and work of the earlier starts.
           peak_flops: the peak operations per second of all devices together.
-          shown: whether to show the progress bar.
+          shown: whether to show the progress.
         """
         self.peak_flops = peak_flops
         self._before = before
         self._work = np.zeros(3)
         self._warm: float | None = None
-        self._paused = 0.0
+        self._counted = self._paused = 0.0
         self._started = time.perf_counter()
-        self._bar = progress_bar(steps, first, shown=shown)
+        self.tokens_per_second: float | None = None  # of the last step; None for the first one of a start
+        self.progress = Progress("training", steps, first, unit="step", shown=shown)
 
     @property
     def seconds(self) -> float:
@@ -114,10 +100,13 @@ class Clock:
 
     def count(self, work: Float[np.ndarray, "3"]) -> None:
         """Counts the examples, tokens and operations of a step that is done. The first step includes compilation."""
+        seconds, before = self.seconds, self._counted
         if self._warm is None:
-            self._warm = self.seconds
+            self._warm = seconds
         else:
             self._work += work
+            self.tokens_per_second = round(float(work[1]) / max(seconds - before, 1e-9), 1)
+        self._counted = seconds
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -127,19 +116,42 @@ class Clock:
         self._paused += time.perf_counter() - started
 
     def show(self, losses: Sequence[float]) -> None:
-        """Moves the progress bar by a step and shows the lowest of the members' losses, and the rates."""
-        self._bar.update(1)
+        """Moves the progress by a step and shows the lowest of the members' losses, and the rates."""
+        loss = [f"loss {min(losses):.3f}"] if losses else []
+        self.progress.advance(note=", ".join([*loss, *self._rates()]))
+
+    def say_validated(self, step: int, metrics: Sequence[Mapping[str, Any]], best: Mapping[str, Any], at: int) -> None:
+        """Says the result of a validation in a line.
+
+        Args:
+          step: the number of steps done.
+          metrics: the metrics of each member that was validated.
+          best: the best metrics so far of any member.
+          at: the step that they are from.
+        """
+        if self.progress.shown:
+            say("; ".join([validation_line(step, metrics, best, at), *self._rates()[:1]]))
+
+    def _rates(self) -> list[str]:
         rates = self.speed.rates(self.peak_flops)
-        self._bar.set_postfix(
-            {
-                **({"loss": f"{min(losses):.3f}"} if losses else {}),
-                "examples/s": f"{rates.examples:.0f}",
-                "tokens/s": f"{rates.tokens:,.0f}",
-                "of peak": f"{rates.utilization:.0%}",
-            },
-            refresh=False,
-        )
+        return [f"{rates.tokens:,.0f} tokens/s", f"{rates.utilization:.0%} of peak"] if rates.tokens else []
 
     def close(self) -> None:
-        """Closes the progress bar."""
-        self._bar.close()
+        """Ends the progress."""
+        self.progress.close()
+
+
+def validation_line(step: int, metrics: Sequence[Mapping[str, Any]], best: Mapping[str, Any], at: int) -> str:
+    """Returns a line on a validation, such as "step 40: validation accuracy 0.750, loss 0.512 (best 0.800 at step 20)".
+
+    Of several members, it shows the lowest and the highest accuracy, or loss if there is none. The arguments are those
+    of `Clock.say_validated`.
+    """
+    name = "accuracy" if "accuracy" in best else "loss"
+    values = sorted(own[name] for own in metrics)
+    if len(metrics) == 1:
+        loss = f", loss {metrics[0]['loss']:.3f}" if name != "loss" else ""
+        result = f"validation {name} {values[0]:.3f}{loss}"
+    else:
+        result = f"validation {name} of {len(metrics)} trials {values[0]:.3f} to {values[-1]:.3f}"
+    return f"step {step}: {result} (best {best[name]:.3f} at step {at})"

@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import Batch, place_batch
 from spt_jax.data.streams import training_batches
 from spt_jax.errors import ConfigError
 from spt_jax.prompts import PromptParams
+from spt_jax.runtime.progress import say
 from spt_jax.training.config import TrainConfig
-from spt_jax.training.logs import MetricsLog, NoLog
+from spt_jax.training.logs import MetricsLog, NoLog, shortest
 from spt_jax.training.loop import Events, GroupMetrics, Standing, TrainingRun, train
 from spt_jax.training.objectives import Objective, prepare_examples
-from spt_jax.training.optimizers import OptimizerConfig
+from spt_jax.training.optimizers import OptimizerConfig, learning_rates
 from spt_jax.training.population import (
     Member,
     aligned_plans,
@@ -61,19 +61,32 @@ class Halving:
 class _Events(Events):
     """Logs the losses and validation metrics of all members, and drops a member whose metrics are not finite."""
 
-    def __init__(self, names: Sequence[str] | None):
+    def __init__(self, names: Sequence[str] | None, rates: Sequence[Sequence[float]]):
         self._names = names
+        self._rates = rates
 
     def trained(self, log: MetricsLog, step: int, values: Mapping[int, Mapping[str, float]]) -> None:
-        log.write(step, {"loss": {str(number): own["loss"] for number, own in values.items()}})
+        measured = [own["tokens_per_second"] for own in values.values() if "tokens_per_second" in own]
+        log.write(
+            step,
+            {
+                "loss": {str(number): own["loss"] for number, own in values.items()},
+                "learning_rate": {str(number): self._rates[number][step - 1] for number in values},
+                **({"tokens_per_second": measured[0]} if measured else {}),
+            },
+        )
 
     def validated(self, log: MetricsLog, step: int, member: int, metrics: Mapping[str, Any]) -> None:
         log.write(step, {"validation": {str(member): dict(metrics)}})
 
     def failed(self, member: int, step: int, problem: str) -> str:
         ended = f"dropped at step {step}: {problem}"
-        tqdm.write(f"{self._names[member] if self._names else f'member {member}'} is {ended}")
+        say(f"{self._names[member] if self._names else f'member {member}'} is {ended}")
         return ended
+
+
+def _rates(member: Member, optimizer: OptimizerConfig, steps: int) -> list[float]:
+    return shortest(learning_rates(optimizer, steps, member.learning_rate))
 
 
 def fit_population(
@@ -149,7 +162,7 @@ def fit_population(
         config=config,
         workdir=Path(workdir),
         log=log or (lambda _: NoLog()),
-        events=_Events(names),
+        events=_Events(names, [_rates(member, optimizer, config.steps) for member in members]),
         validate=lambda number, params: validate(number, own_params(params, members[number].method)),
         prefix_length=method.prefix_length,
         group_size=size,

@@ -1,4 +1,7 @@
-"""Logs the metrics of a run to `metrics.jsonl` and, on request, to TensorBoard and Weights & Biases."""
+"""Logs the metrics of a run to `metrics.jsonl` and, on request, to TensorBoard and Weights & Biases.
+
+`wandb-id` in the work directory holds the id of its run on Weights & Biases, so that a resumed run continues it.
+"""
 
 import json
 import os
@@ -7,10 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+
 from spt_jax.errors import CheckpointError
 from spt_jax.runtime.extras import check_installed, load_extra
 from spt_jax.runtime.files import changed, write_text, writing
+from spt_jax.runtime.waits import spoken
 from spt_jax.training.config import LogConfig
+
+_WANDB_ID = "wandb-id"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -46,8 +55,13 @@ def check_log(config: LogConfig) -> None:
         check_installed("wandb", "log.wandb")
 
 
+def shortest(values: Float[np.ndarray, " N"]) -> list[float]:
+    """Returns float32 numbers as those with the fewest digits that are rounded to them, such as 0.1."""
+    return [float(str(value)) for value in np.asarray(values, np.float32)]
+
+
 class MetricsLog:
-    """Appends one line per event.
+    """Appends one line per event: the metrics of a step, with its learning rate and tokens per second, or a validation.
 
     When it is opened to resume from a step, it deletes the lines that the killed run wrote after that step.
     """
@@ -111,6 +125,39 @@ class NoLog(MetricsLog):
         pass
 
 
+def publish(
+    workdir: Path,
+    config: LogConfig,
+    *,
+    run_config: Mapping[str, Any],
+    results: Mapping[str, Any],
+    prompt: Path | None,
+) -> None:
+    """Adds the results and the prompt of a finished run to its run on Weights & Biases, if it is logged there.
+
+    Args:
+      workdir: the work directory of the run.
+      config: where metrics are logged.
+      run_config: the config as plain JSON.
+      results: metrics for the summary; nested mappings are flattened to names with slashes.
+      prompt: the directory of the saved prompt, which becomes an artifact of type "prompt"; None if there is none.
+    """
+    if not config.wandb:
+        return
+    wandb = load_extra("wandb", "log.wandb")
+    with spoken("sending the results to Weights & Biases"):
+        _publish(wandb, _wandb(config.wandb, workdir, run_config), workdir, results, prompt)
+
+
+def _publish(wandb: Any, run: Any, workdir: Path, results: Mapping[str, Any], prompt: Path | None) -> None:
+    run.summary.update({name: value for name, value in _flat(results) if isinstance(value, (int, float, str))})
+    if prompt is not None:
+        artifact = wandb.Artifact(f"prompt-{_run_id(workdir / _WANDB_ID)}", type="prompt")
+        artifact.add_dir(str(prompt))
+        run.log_artifact(artifact)
+    run.finish()
+
+
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     found = []
     for name, value in values.items():
@@ -130,7 +177,7 @@ def _wandb(project: str, workdir: Path, run_config: Mapping[str, Any]) -> Any:
         dir=str(workdir),
         config=dict(run_config),
         name=workdir.name,
-        id=_run_id(workdir / "wandb-id"),
+        id=_run_id(workdir / _WANDB_ID),
         resume="allow",
     )
 

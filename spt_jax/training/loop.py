@@ -98,7 +98,10 @@ class Events:
     """What happens outside the loop when a member makes progress. The methods of this class do nothing."""
 
     def trained(self, log: MetricsLog, step: int, values: Mapping[int, Mapping[str, float]]) -> None:
-        """Called with the metrics of a step of each member."""
+        """Called with the metrics of a step of each member.
+
+        With them are `tokens_per_second`, which is measured over all members; not in the first step of each start.
+        """
 
     def validated(self, log: MetricsLog, step: int, member: int, metrics: Mapping[str, Any]) -> None:
         """Called with validation metrics."""
@@ -136,7 +139,7 @@ class TrainingRun:
       keep: see `rungs`.
       metadata: plain JSON that is stored in each checkpoint.
       profile: the number of steps to trace into `workdir/profile`.
-      progress: whether to show a progress bar.
+      progress: whether to show progress and validations on stderr.
     """
 
     base: FrozenBase
@@ -218,6 +221,10 @@ def train(
                         ended = events.failed(number, step, problem)
                         standings[number] = dataclasses.replace(standings[number], ended=ended)
             clock.count(work)
+            if clock.tokens_per_second is not None:
+                values = {
+                    number: {**own, "tokens_per_second": clock.tokens_per_second} for number, own in values.items()
+                }
             events.trained(log, step, values)
             clock.show([own["loss"] for own in values.values()])
 
@@ -251,13 +258,16 @@ def train(
             if run.validate is not None and (done % config.evaluate_every == 0 or done in run.rungs or last):  # type: ignore[operator]
                 settle()
                 with clock.pause():
+                    validated = []
                     for number in _active(standings):
                         params = to_host(states[number].params)
                         metrics = run.validate(number, params)
+                        validated.append(metrics)
                         events.validated(log, done, number, metrics)
                         standings[number] = _validated(standings[number], params, done, metrics, config.patience)
                         if standings[number].best.step == done:
                             events.improved(number, standings[number].best)
+                _say_validated(clock, done, validated, standings)
             last = last or events.ends()  # a validation may end the run
             if done in run.rungs:
                 standings = _halved(standings, run.keep, done)
@@ -337,6 +347,14 @@ def _validated(
         ended = f"out of patience at step {step}" if 0 < patience <= best.since else None
         return dataclasses.replace(standing, score=score, best=best, ended=ended)
     return dataclasses.replace(standing, score=score, best=Best(params, step, dict(metrics)))
+
+
+def _say_validated(
+    clock: Clock, step: int, metrics: Sequence[Mapping[str, Any]], standings: Sequence[Standing]
+) -> None:
+    best = max((standing.best for standing in standings), key=lambda best: best.score)
+    if metrics and best.metrics is not None:
+        clock.say_validated(step, metrics, best.metrics, best.step)
 
 
 def _halved(standings: Sequence[Standing], keep: float, step: int) -> list[Standing]:

@@ -3,9 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
@@ -126,25 +128,37 @@ def make_schedule(config: OptimizerConfig, steps: int, rate: float | Float[Array
       ConfigError: the config is not resolved, or the warm-up is longer than the run.
     """
     _check_resolved(config)
-    rate, warmup = config.learning_rate or 0.0 if rate is None else rate, config.warmup_steps or 0
+    peak, warmup = config.learning_rate or 0.0 if rate is None else rate, config.warmup_steps or 0
     if steps < 1 or warmup > steps:
         raise ConfigError(f"optimizer.warmup_steps is {warmup}, which does not fit in a run of {steps} steps")
 
     def schedule(count: Any) -> Float[Array, ""]:
-        step = jnp.asarray(count, jnp.float32)
-        ramp = jnp.minimum(step / warmup, 1.0) if warmup else 1.0
-        progress = jnp.clip((step - warmup) / max(steps - warmup, 1), 0.0, 1.0)
-        if config.schedule == "linear":
-            decay = 1.0 - progress
-        elif config.schedule == "cosine":
-            decay = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-        elif config.schedule == "inverse_sqrt":
-            decay = jnp.sqrt(max(warmup, 1) / jnp.maximum(step, max(warmup, 1)))
-        else:
-            decay = 1.0
-        return jnp.asarray(rate * ramp * decay, jnp.float32)
+        return jnp.asarray(_rate(jnp, config, steps, peak, jnp.asarray(count, jnp.float32)), jnp.float32)
 
     return schedule
+
+
+def learning_rates(config: OptimizerConfig, steps: int, rate: float | None = None) -> Float[np.ndarray, " steps"]:
+    """Returns the learning rate of each update of a run, computed on the host. Its arguments: see `make_schedule`."""
+    peak = config.learning_rate or 0.0 if rate is None else rate
+    rates = _rate(np, config, steps, peak, np.arange(steps, dtype=np.float32))
+    return np.broadcast_to(np.asarray(rates, np.float32), (steps,))
+
+
+def _rate(xp: ModuleType, config: OptimizerConfig, steps: int, peak: Any, step: Any) -> Any:
+    """Returns the rates at float32 steps, computed with NumPy or jax.numpy (`xp`)."""
+    warmup = config.warmup_steps or 0
+    ramp = xp.minimum(step / warmup, 1.0) if warmup else 1.0
+    progress = xp.clip((step - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+    if config.schedule == "linear":
+        decay = 1.0 - progress
+    elif config.schedule == "cosine":
+        decay = 0.5 * (1.0 + xp.cos(xp.pi * progress))
+    elif config.schedule == "inverse_sqrt":
+        decay = xp.sqrt(max(warmup, 1) / xp.maximum(step, max(warmup, 1)))
+    else:
+        decay = 1.0
+    return peak * ramp * decay
 
 
 def make_optimizer(

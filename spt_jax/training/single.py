@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
+from jaxtyping import Float
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import Batch, BatchPlan, place_batch
@@ -18,7 +20,7 @@ from spt_jax.prompts import Method, PromptParams
 from spt_jax.runtime.waits import spoken
 from spt_jax.training.clock import Rates
 from spt_jax.training.config import TrainConfig
-from spt_jax.training.logs import MetricsLog
+from spt_jax.training.logs import MetricsLog, shortest
 from spt_jax.training.loop import Best, Events, GroupMetrics, TrainingRun, train
 from spt_jax.training.objectives import Objective, prepare_examples
 from spt_jax.training.step import TrainState, init_state, make_train_step
@@ -52,13 +54,15 @@ class Outcome:
 class _Events(Events):
     """Logs the metrics of the only member, and raises an error if they are not finite."""
 
-    def __init__(self, save_best: Callable[[Best], None], also: Events):
+    def __init__(self, save_best: Callable[[Best], None], also: Events, rates: Sequence[float] | None):
         self._save_best = save_best
         self._also = also
+        self._rates = rates
 
     def trained(self, log: MetricsLog, step: int, values: Mapping[int, Mapping[str, float]]) -> None:
-        log.write(step, values[0])
-        self._also.trained(log, step, values)
+        own = values[0] if self._rates is None else {**values[0], "learning_rate": self._rates[step - 1]}
+        log.write(step, own)
+        self._also.trained(log, step, {0: own})
 
     def validated(self, log: MetricsLog, step: int, member: int, metrics: Mapping[str, Any]) -> None:
         log.write(step, {"validation": dict(metrics)})
@@ -93,6 +97,7 @@ def fit(
     profile: int = 0,
     events: Events | None = None,
     progress: bool = True,
+    learning_rates: Float[np.ndarray, " steps"] | None = None,
 ) -> Outcome:
     """Trains until `config.steps`, an early stop, an end that `events` ask for, or a signal.
 
@@ -112,7 +117,8 @@ def fit(
       resume_from: with `resume`, the step of the checkpoint to resume from instead.
       profile: the number of steps to trace into `workdir/profile`.
       events: told what happens, after the log; its `failed` is not called, because a failure is raised.
-      progress: whether to show a progress bar.
+      progress: whether to show progress and validations on stderr.
+      learning_rates: the learning rate of each step, for the log; None if they are unknown.
 
     Raises:
       TrainingError: a loss, gradient or prompt is not finite; the last checkpoint and the best prompt are not lost.
@@ -142,7 +148,7 @@ def fit(
         config=config,
         workdir=workdir,
         log=log,
-        events=_Events(save_best, events or Events()),
+        events=_Events(save_best, events or Events(), None if learning_rates is None else shortest(learning_rates)),
         validate=None if validate is None else lambda _, params: validate(params),
         prefix_length=method.prefix_length,
         metadata=metadata,

@@ -207,8 +207,8 @@ def test_a_broken_trial_is_named_and_the_others_stand(files, lengths, tmp_path, 
     assert sweep(files, tmp_path / "run", *over, "--method.length", "4") == 0
     sound, broken = table(tmp_path / "run")
     assert broken["status"].startswith("dropped at step") and broken["test.accuracy"] == ""
-    said = capsys.readouterr().out
-    assert said.count("trial 2 (optimizer.learning_rate 1e30) is dropped at step") == 1
+    said, told = capsys.readouterr()
+    assert told.count("trial 2 (optimizer.learning_rate 1e30) is dropped at step") == 1
     assert "not finished: trial 2, dropped at step" in said
     assert sound["test.loss"] == table(lengths)[3]["test.loss"]  # the default rate is 0.1
     results = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -15,6 +15,7 @@ from spt_jax.errors import ConfigError
 from spt_jax.training.optimizers import (
     OPTIMIZER_DEFAULTS,
     OptimizerConfig,
+    learning_rates,
     make_optimizer,
     make_schedule,
     resolve_optimizer,
@@ -46,6 +47,9 @@ def test_schedules_follow_their_closed_forms(name, warmup):
         }[name]
         expected = 0.5 * (step / warmup if step < warmup else decay if step else 1.0)
         assert actual[step] == pytest.approx(expected, abs=1e-7), step
+    config = resolved(learning_rate=0.5, schedule=name, warmup_steps=warmup)
+    np.testing.assert_allclose(learning_rates(config, STEPS), actual[:STEPS], atol=1e-7)
+    np.testing.assert_allclose(learning_rates(config, STEPS, 0.25), np.asarray(actual[:STEPS]) / 2, atol=1e-7)
     assert (actual[0] > 0) == (warmup == 0)
     assert max(actual) == pytest.approx(0.5)
     if name in ("linear", "cosine"):

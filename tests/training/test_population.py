@@ -198,7 +198,7 @@ def test_a_member_that_is_not_finite_is_dropped_and_named(tmp_path, capsys):
     members = [MEMBERS[0], dataclasses.replace(MEMBERS[1], learning_rate=1e38), MEMBERS[3]]
     log, standings = population(base, members, tmp_path, group_size=3)
     assert standings[1].ended.startswith("dropped at step") and "step 1: prompt_norm is inf" in standings[1].ended
-    assert "member 1 is dropped at step" in capsys.readouterr().out
+    assert "member 1 is dropped at step" in capsys.readouterr().err
     for number in (0, 2):
         assert standings[number].ended == "finished"
         losses, _ = alone(base, members[number])

@@ -1,0 +1,266 @@
+"""The options of the commands that start from a saved prompt, a base or a work directory.
+
+They are apart from the commands, because reading them must not wait seconds for JAX.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from spt_jax.options import Line, Lines, Pairs
+from spt_jax.runtime.mesh_config import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A saved prompt and its base.
+
+    Attributes:
+      prompt: the saved prompt: a directory, a URL (s3://, gs://), or a hub id (owner/name, hf://owner/name).
+      base: where its base is now, or its hub id; default where it was when the prompt was trained.
+      dtype: precision of the base; default by device.
+      quantize: int8 stores the base's matrices in one byte per weight.
+      force: use the prompt with another base than its own, as long as the sizes match.
+    """
+
+    prompt: Path
+    base: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    quantize: str | None = None
+    force: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(Saved):
+    """Answers texts with a soft prompt. A classifier prints the class, a tagging head a tag per word.
+
+    Attributes:
+      texts: one record each, for a template with one field.
+      names: if `prompt` is a folder of prompts, the name of the prompt for each text; all run in the same batches.
+      fields: a record as name=value pairs, for a template with several fields.
+      max_new_tokens: most tokens of an answer.
+      temperature: sampling temperature; 0 always takes the likeliest token.
+      top_k: sample only from this number of likeliest tokens; 0 for all.
+      top_p: sample only from the likeliest tokens with this total probability.
+      stop: strings that end an answer.
+      seed: seed for sampling.
+    """
+
+    texts: tyro.conf.Positional[tuple[str, ...]] = ()
+    names: tuple[str, ...] = ()
+    fields: Pairs = dataclasses.field(default_factory=dict)
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: Lines = ()
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate(Saved):
+    """Scores a soft prompt, hand-written prompts and no prompt on a data set.
+
+    Attributes:
+      data: a .jsonl, .json, .csv, .tsv or .parquet file, or a hub data set id.
+      split: split of a hub data set.
+      hard_prompt: hand-written prompts to compare with.
+      by: if `prompt` is a folder of prompts, the field with the prompt's name for each record; all run in the same
+        batches.
+      others: further prompts for the same task; each one is scored separately, and all together as an ensemble.
+      combine: how the ensemble decides: by mean log-probability or by vote.
+      batch_size: examples per batch.
+      max_new_tokens: most tokens of a generated answer.
+      output: a JSON file for all metrics.
+    """
+
+    data: str
+    split: str = "test"
+    hard_prompt: Lines = ()
+    by: str | None = None
+    others: tuple[Path, ...] = ()
+    combine: Literal["mean", "vote"] = "mean"
+    batch_size: int = 64
+    max_new_tokens: int = 64
+    output: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspect(Saved):
+    """Describes a saved prompt: its rows compared with the vocabulary and their initial values, and each row's effect.
+
+    Attributes:
+      nearest: how many of the nearest tokens to show per row.
+      offline: show only the contents of the files, without loading the base.
+      data: a file or hub data set on which to ablate each position and to measure the attention it receives.
+      split: split of a hub data set.
+      limit: most records to read.
+      others: further prompts, for a matrix of similarities.
+      output: a directory for inspect.json and inspect.png.
+    """
+
+    nearest: int = 5
+    offline: bool = False
+    data: str | None = None
+    split: str = "validation"
+    limit: int = 500
+    others: tuple[Path, ...] = ()
+    output: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Similar:
+    """Ranks the saved prompts of a folder as initial values for a new task, by similarity to the task's prompt (SPoT).
+
+    Attributes:
+      prompt: the new task's prompt, trained for a few steps.
+      bank: a folder of prompt directories for the same base.
+    """
+
+    prompt: Path
+    bank: Path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MakeReport:
+    """Writes report.html of a finished run, sweep or comparison again, from the files of its work directory.
+
+    Attributes:
+      workdir: the work directory.
+    """
+
+    workdir: tyro.conf.Positional[Path]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Serves a base and any number of saved prompts, with OpenAI's endpoints and a web page at /.
+
+    If the environment variable SPT_JAX_ADMIN_KEY is set, it is the key for adding and removing prompts while serving.
+
+    Attributes:
+      base: a directory in Hugging Face format, a hub id, or starter.
+      prompts: a directory of prompt directories of this library or of PEFT, a URL (s3://, gs://) or the hub id of one;
+        a prompt that is added while serving is read from there again. Prompts are loaded from nowhere else.
+      name: name of the bare base among the models; default the last part of `base`.
+      revision: revision of the base on the hub.
+      strict: do not start if a prompt cannot be read; by default, such a prompt is left out with a message.
+      host: address to listen on.
+      port: port to listen on; 0 takes a free port.
+      allowed_hosts: host names, without ports, under which web pages may use the server, such as a proxy's. On a
+        loopback address, they are allowed in addition to localhost and the address; on other addresses, any name is
+        allowed unless names are given.
+      slots: number of requests that run at once.
+      context: positions per slot, for prompt and answer together; default all positions of the base.
+      queue: number of answers that may wait; further requests get 429. A client with less than an equal share may
+        exceed this.
+      dtype: precision of the base; default by device.
+      quantize: int8 stores the base's matrices in one byte per weight.
+      mesh: device mesh.
+      prompt_memory: MiB of prompts on the device; if exceeded, the least recently used are removed from it. Default no
+        limit.
+      max_body: most KiB of a request's body.
+      body_seconds: time limit for a request's body, and for its head.
+      drain_seconds: time limit for running requests after SIGTERM.
+      compilation_cache: a directory for compiled programs, which makes later starts faster.
+    """
+
+    base: str
+    prompts: Path | None = None
+    name: str | None = None
+    revision: str | None = None
+    strict: bool = False
+    host: str = "127.0.0.1"
+    port: int = 8000
+    allowed_hosts: tuple[str, ...] = ()
+    slots: int = 16
+    context: int | None = None
+    queue: int = 256
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    quantize: str | None = None
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    prompt_memory: int | None = None
+    max_body: int = 1024
+    body_seconds: float = 30.0
+    drain_seconds: int = 60
+    compilation_cache: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Import:
+    """Converts a PEFT directory or a .npy file of token rows to a prompt directory.
+
+    Attributes:
+      source: the PEFT directory or .npy file, a URL of one, or the hub id of a PEFT prompt.
+      base: the base that the prompt was trained on: a directory, a hub id or "starter".
+      output: the prompt directory to write.
+      template_prompt: the template's prompt; default as in PEFT, for a field "text": virtual tokens, BOS, text.
+      template_target: the text that the model is to generate.
+      verbalizers: for a classifier, the text that stands for each class; for a head, all its classes in order.
+      reads: for a tagging or span head, the field that it reads.
+      task: for a PEFT multitask prompt, the number of the task to import.
+      dtype: precision of the base; default by device.
+    """
+
+    source: Path
+    base: str
+    output: Path
+    template_prompt: Line | None = None
+    template_target: Line = "{target}"
+    verbalizers: Pairs = dataclasses.field(default_factory=dict)
+    reads: str | None = None
+    task: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export(Saved):
+    """Converts a saved prompt to the format of another library.
+
+    Attributes:
+      output: a directory for PEFT, otherwise a file; or a URL.
+      format: peft; npy, token rows as in google-research/prompt-tuning; vllm, the embeddings of a complete request, for
+        `prompt_embeds` of vLLM's completions API.
+      fields: for vllm, the request's record as name=value pairs.
+      others: for peft, further prompts, which become the tasks 1, 2, ... of a multitask prompt; `prompt` is task 0.
+    """
+
+    output: Path
+    format: Literal["peft", "npy", "vllm"] = "peft"
+    fields: Pairs = dataclasses.field(default_factory=dict)
+    others: tuple[Path, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Push:
+    """Uploads a saved prompt to the Hugging Face hub, with a model card. A new repository is private.
+
+    The token is that of `hf auth login`, or in the environment variable HF_TOKEN. prompt.json is uploaded with all that
+    it holds, such as the training command.
+
+    Attributes:
+      prompt: the directory of the saved prompt.
+      repository: its id on the hub, owner/name.
+      base: the hub id of the prompt's base, if the prompt was trained with a local directory.
+      public: whether a new repository is public.
+    """
+
+    prompt: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
+    repository: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OWNER/NAME")]
+    base: str | None = None
+    public: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pull:
+    """Downloads a prompt from the Hugging Face hub into a directory.
+
+    Attributes:
+      repository: its id on the hub, owner/name, or hf://owner/name@revision.
+      directory: created, or replaced if it holds a prompt; a path or a URL.
+    """
+
+    repository: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OWNER/NAME")]
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIRECTORY")]
