@@ -16,12 +16,11 @@ COMPILE := $(BIN)/uv pip compile -q pyproject.toml --extra test --extra parity -
 
 .PHONY: quickstart test parity bench accelerator lint docs package lock newest lowest clean
 
-$(BIN)/python:
+$(BIN)/uv:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(if $(LOCK),-c $(LOCK)) --upgrade pip uv
 
-$(VENV)/.base: pyproject.toml $(LOCK) | $(BIN)/python
-	$(BIN)/pip install -q $(if $(LOCK),-c $(LOCK)) --upgrade pip uv
+$(VENV)/.base: pyproject.toml $(LOCK) | $(BIN)/uv
 	$(LOCKED) -e '.[metrics,plots,datasets]'
 	touch $@
 
@@ -70,13 +69,13 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # The wheel and the source archive in dist/, with their metadata checked.
-package: | $(BIN)/python
+package: | $(BIN)/uv
 	$(LOCKED) build twine
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 
-lock: | $(BIN)/python
+lock: | $(BIN)/uv
 	$(COMPILE) requirements.in --upgrade --custom-compile-command 'make lock' -o requirements.txt
 
 # The tests on the newest versions of everything, after a list of what differs from the lock file.
@@ -87,7 +86,7 @@ newest:
 	$(MAKE) VENV=.venv-newest LOCK= test parity
 
 # The tests on the lowest versions that pyproject.toml permits.
-lowest: | $(BIN)/python
+lowest: | $(BIN)/uv
 	rm -rf .venv-lowest && mkdir .venv-lowest
 	$(COMPILE) --resolution lowest-direct -o .venv-lowest/requirements.txt
 	$(MAKE) VENV=.venv-lowest LOCK=.venv-lowest/requirements.txt test

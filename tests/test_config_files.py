@@ -95,6 +95,12 @@ BAD = [
     ("? [a]\n: b", "a field's name must be text"),
     ("[" * 2000 + "]" * 2000, "not a config: RecursionError"),
     ("a" * (MAX_BYTES + 1), "a config has at most"),
+    ("train: {seed: 010}", "train.seed is 010; it must be an integer"),
+    ("train: {steps: 1:30}", "train.steps is 1:30; it must be an integer"),
+    ("train: {steps: !!int}", "not valid YAML"),
+    ("data: {chat: !!bool maybe}", "not valid YAML"),
+    ("optimizer: {learning_rate: 1__0e-3}", "optimizer.learning_rate is 1__0e-3; it must be a number"),
+    ("base: {path: \x08}", "not valid YAML"),
 ]
 
 
@@ -112,6 +118,7 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path, text, message):
         ('{"train": {"steps": 1, "steps": 2}}', "the field 'steps' is given twice"),
         ('{\n"train": }', "line 2: not valid JSON"),
         ('{"data": {"verbalizers": {"a": 1}}}', "data.verbalizers.a is 1; it must be text"),
+        ('{"train": {"steps": ' + "1" * 5000 + "}}", "not a config: "),
     ],
 )
 def test_json_is_as_strict(tmp_path, text, message):

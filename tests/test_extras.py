@@ -14,6 +14,8 @@ from spt_jax.commands.program import main
 from spt_jax.data.sources import read_records
 from spt_jax.errors import ConfigError
 from spt_jax.evaluation import metrics
+from spt_jax.training.config import LogConfig
+from spt_jax.training.logs import publish
 from tests.jobs import words, write_task
 
 QUICK = ("--train.steps", "2", "--train.evaluate-every", "2", "--data.limit", "8", "--data.hard-prompt")
@@ -91,6 +93,14 @@ def test_a_run_without_matplotlib_draws_nothing_and_reports_to_wandb(files, tmp_
     assert main(["inspect", "--prompt", str(tmp_path / "run" / "prompt"), "--output", str(tmp_path / "seen")]) == 0
     assert "inspect.png will not be drawn" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "seen").iterdir()] == ["inspect.json"]
+
+
+def test_a_failure_of_wandb_after_the_run_is_said(tmp_path, monkeypatch, capsys):
+    wandb = Wandb()
+    wandb.init = lambda **_: 1 / 0
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    publish(tmp_path, LogConfig(wandb="project"), run_config={}, results={}, prompt=None)
+    assert "results were not sent to Weights & Biases: ZeroDivisionError" in capsys.readouterr().err
 
 
 def check_wandb(workdir: Path, training: WandbRun, ending: WandbRun) -> None:

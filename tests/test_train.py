@@ -19,6 +19,7 @@ import spt_jax.__main__
 import spt_jax.commands.train
 import train
 from spt_jax.experiment import training
+from spt_jax.experiment.command_line import parse_train
 from spt_jax.experiment.workdir import MARKER, prepare_workdir
 from spt_jax.training import loop, single
 from tests.jobs import ROOT, arrays, history, losses, unmeasured, words, write_task
@@ -56,6 +57,8 @@ def test_leaves_what_scripts_rely_on(finished: Path):
     assert results["soft_against_written"]["ahead"] == pytest.approx(scores[0] - scores[1])
     assert len(results["nearest_tokens"]) == 4 and {len(row) for row in results["nearest_tokens"]} == {5}
     assert results["data"] == json.loads((finished / "config.json").read_text())["inputs"]["data"]
+    again = parse_train([str(finished / "config.json"), "--train.seed", "1"]).config
+    assert again.train.seed == 1 and again.data.prompt == "<soft>{text}\n" and again.method.length == 4
     report = (finished / "report.html").read_text()
     assert f"{scores[0]:.3f}" in report and results["date"] in report
     assert (finished / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

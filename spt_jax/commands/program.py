@@ -134,7 +134,7 @@ def run_command(name: str, words: Sequence[str], program: str | None = None) -> 
     if not entry.starts_jax:
         return _run_without_options(entry.load(), name, words)
     typed = program or f"{PROGRAM} {name}"
-    if words and words[0] in ("-h", "--help") and (entry.job or entry.help):
+    if {"-h", "--help"} & set(words) and (entry.help or (entry.job and words[0].startswith("-"))):
         summary = f"{entry.summary[0].upper()}{entry.summary[1:]}."
         print(entry.help or job_usage(summary, typed))
         return 0

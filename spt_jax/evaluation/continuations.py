@@ -13,8 +13,9 @@ from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import Batch, multiples, place_batch, plan_batches
 from spt_jax.data.examples import Example
 from spt_jax.data.streams import evaluation_batches
-from spt_jax.errors import ConfigError
+from spt_jax.errors import ConfigError, DataError
 from spt_jax.inference.forward import encode_prefix, output_states
+from spt_jax.inference.generation import check_ids
 from spt_jax.models.model import Model
 from spt_jax.prompts.virtual import VirtualPrompt
 from spt_jax.runtime.sharding import to_host
@@ -56,8 +57,10 @@ def score_continuations(
       The scores, in the order of the pairs.
 
     Raises:
-      ConfigError: the soft prompt has a task head, or `batch_size` is below 1.
-      DataError: a context or a continuation is empty.
+      ConfigError: the soft prompt has a task head, there are virtual ids without a soft prompt, or `batch_size` is
+        below 1.
+      DataError: a context or a continuation is empty, the two have more tokens than the base has positions, or an id
+        does not exist.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
@@ -66,6 +69,16 @@ def score_continuations(
     if not pairs:
         return []
     examples = [_example(*pair, number) for number, pair in enumerate(pairs)]
+    prefix = 0 if virtual is None else virtual.prefix_length
+    rows = None if virtual is None else 0 if virtual.tokens is None else len(virtual.tokens)
+    for example in examples:
+        name, most = f"continuation {example.index} with its context", base.config.max_positions
+        check_ids(base, example.ids, rows, name)
+        if prefix + len(example.ids) - 1 > most:  # the last token is predicted, and not read
+            raise DataError(
+                f"{name} has {len(example.ids)} tokens, and the soft prompt's prefix {prefix}; {base.name} has {most}"
+                " positions"
+            )
     plan = plan_batches(
         examples,
         lead=_shared_lead(examples),

@@ -1,7 +1,6 @@
 """Reads a config file and a command line into an experiment."""
 
 import dataclasses
-import inspect
 import json
 import shlex
 import sys
@@ -16,7 +15,7 @@ from spt_jax.errors import ConfigError, SptError, did_you_mean
 from spt_jax.experiment.config import AnyMethod, ExperimentConfig
 from spt_jax.experiment.config_files import load_config_file
 from spt_jax.experiment.shipped import config_path
-from spt_jax.experiment.usage import job_usage
+from spt_jax.experiment.usage import method_summaries
 from spt_jax.prompts import METHODS, Method
 from spt_jax.runtime.files import DISK_FULL, READ_ONLY, shown, write_error
 from spt_jax.runtime.measure import PROFILE_BEHIND
@@ -116,9 +115,6 @@ def parse_job(kind: type[AnyJob], argv: Sequence[str], program: str) -> AnyJob:
       ConfigError: there is no config, or the method or the objective is unknown.
     """
     if not argv or argv[0].startswith("-"):
-        if {"-h", "--help"} & set(argv):
-            print(job_usage(_summary(kind), program))
-            sys.exit(0)
         raise ConfigError(
             f"the first argument must be a config, the name of a shipped one or a file: {program} quickstart"
             " [--field value ...]; `spt-jax configs` lists the names"
@@ -144,14 +140,10 @@ def parse_job(kind: type[AnyJob], argv: Sequence[str], program: str) -> AnyJob:
     )
 
 
-def _summary(kind: type) -> str:
-    return (inspect.getdoc(kind) or "").partition("\n")[0]
-
-
 def _describe_names(method: type[Method]) -> None:
     """Makes the help of --method.name list all methods; tyro reads it from the metadata of the field."""
     (field,) = (field for field in dataclasses.fields(method) if field.name == "name")
-    text = "\n".join(["the method, one of:", *(f"{name}: {_summary(kind)}" for name, kind in METHODS.items())])
+    text = "\n".join(["the method, one of:", *(f"{name}: {line}" for name, line in method_summaries().items())])
     field.metadata = MappingProxyType({**field.metadata, "help": text})
 
 

@@ -20,8 +20,12 @@ from spt_jax.training.config import LossConfig
 
 SUFFIXES = (".yaml", ".yml", ".json")
 MAX_BYTES = 2**20
+INPUTS = "inputs"  # a field of config.json in a work directory that is not a setting
 
-_NUMBER = re.compile(r"[-+]?(\d[\d_]*)?\.?\d+([eE][-+]?\d+)?|[-+]?\d+\.([eE][-+]?\d+)?")
+_NUMBER = re.compile(r"[-+]?(\d+(_\d+)*)?\.?\d+([eE][-+]?\d+)?|[-+]?\d+\.([eE][-+]?\d+)?")
+# YAML 1.1 also reads 010 as 8 and 1:30 as 90.
+_INTEGER = re.compile(r"[-+]?(0|[1-9]\d*(_\d+)*)")
+_FLOAT = re.compile(r"[^:]*")
 _YAML = "tag:yaml.org,2002:"
 _KINDS = ("map", "seq", "str", "null", "bool", "int", "float", "timestamp", "value", "merge")
 _NAMES: dict[Any, str] = {str: "text", int: "an integer", float: "a number", bool: "true or false", Path: "a path"}
@@ -84,6 +88,10 @@ def _json_node(path: Path, text: str) -> Node:
         return node(json.loads(text, object_pairs_hook=mapping))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
+    except ValueError as error:  # such as an integer of thousands of digits
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: not a config: {str(error)[:200]}") from error
 
 
 def _yaml_node(path: Path, text: str) -> Node:
@@ -106,12 +114,14 @@ def _yaml_node(path: Path, text: str) -> Node:
         if isinstance(found, yaml.SequenceNode):
             return Node([node(own) for own in found.value], line)
         plain = found.value if isinstance(found, yaml.ScalarNode) and found.style is None else None
-        if kind in ("null", "bool", "int", "float") and plain is not None:
+        written = {"null": None, "bool": None, "int": _INTEGER, "float": _FLOAT}
+        if kind in written and plain is not None and (written[kind] is None or written[kind].fullmatch(plain)):
             return Node(loader.construct_object(found), line, plain)
         return Node(found.value, line, plain)
 
-    loader = yaml.SafeLoader(text)
+    loader = None
     try:
+        loader = yaml.SafeLoader(text)
         for event in yaml.parse(text, yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
                 raise ConfigError(f"{place(event.start_mark)}: aliases (*{event.anchor}) are not supported")
@@ -120,12 +130,13 @@ def _yaml_node(path: Path, text: str) -> Node:
     except yaml.MarkedYAMLError as error:
         where = place(error.problem_mark or error.context_mark)
         raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, OverflowError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 class _Reader:
@@ -136,7 +147,10 @@ class _Reader:
 
     def experiment(self, root: Node) -> ExperimentConfig[Any]:
         """Returns the config; the fields of its method and loss depend on names in the file."""
-        sections = self._fields(root, "", [field.name for field in dataclasses.fields(ExperimentConfig)])
+        known = [field.name for field in dataclasses.fields(ExperimentConfig)]
+        if isinstance(root.value, Mapping):  # config.json of a work directory also has digests of the inputs
+            root = dataclasses.replace(root, value={k: own for k, own in root.value.items() if k != INPUTS})
+        sections = self._fields(root, "", known)
         hints = typing.get_type_hints(ExperimentConfig, include_extras=True)
         chosen = sections.get("method", Node({}))
         name = self._word(chosen, "method", "name") or "prompt_tuning"

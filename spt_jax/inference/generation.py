@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Int
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import round_up
@@ -367,13 +368,8 @@ def check_prompt(
     """
     if not len(prompt):
         raise DataError(f"prompt {number} is empty, so nothing predicts the first new token; begin it with BOS or text")
-    vocab_size, highest, length = base.config.vocab_size, int(prompt.max()), len(prompt)
-    if rows is None and highest >= vocab_size:
-        raise ConfigError(f"prompt {number} has virtual token {highest - vocab_size}, but no soft prompt was given")
-    count = rows or 0
-    if int(prompt.min()) < 0 or highest >= vocab_size + count:
-        wrong = int(prompt.min()) if int(prompt.min()) < 0 else highest
-        raise DataError(f"prompt {number} has id {wrong}; the base has {vocab_size} tokens, the soft prompt {count}")
+    check_ids(base, prompt, rows, f"prompt {number}")
+    length = len(prompt)
     total = prefix + length + sampling.max_new_tokens
     if total > base.config.max_positions:
         before = f"{prefix} positions of the soft prompt, " if prefix else ""
@@ -381,6 +377,28 @@ def check_prompt(
             f"prompt {number}: {before}{length} tokens and max_new_tokens={sampling.max_new_tokens} make {total}, but"
             f" {base.name} has {base.config.max_positions} positions"
         )
+
+
+def check_ids(base: FrozenBase, ids: Int[np.ndarray, " T"], rows: int | None, name: str) -> None:
+    """Checks that a base and a soft prompt have all ids.
+
+    Args:
+      base: the frozen base.
+      ids: at least one id.
+      rows: the number of virtual tokens of the soft prompt; None without a soft prompt.
+      name: what the ids are, for error messages.
+
+    Raises:
+      ConfigError: there is a virtual id without a soft prompt.
+      DataError: an id is negative, or above the last virtual one.
+    """
+    vocab_size, lowest, highest = base.config.vocab_size, int(ids.min()), int(ids.max())
+    if rows is None and highest >= vocab_size:
+        raise ConfigError(f"{name} has virtual token {highest - vocab_size}, but no soft prompt was given")
+    count = rows or 0
+    if lowest < 0 or highest >= vocab_size + count:
+        wrong = lowest if lowest < 0 else highest
+        raise DataError(f"{name} has id {wrong}; the base has {vocab_size} tokens, the soft prompt {count}")
 
 
 def _shared_lead(prompts: list[np.ndarray], lead: int | None) -> int:

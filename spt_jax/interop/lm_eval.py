@@ -6,6 +6,7 @@ template in PEFT's order (virtual tokens, then the text) this is what the harnes
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
@@ -362,6 +363,10 @@ def register() -> type:
 
         def __init__(self, **arguments: Value):
             models.LM.__init__(self)
+            known = inspect.signature(load_model).parameters
+            for name in arguments:
+                if name not in known:
+                    raise ConfigError(f"the model spt_jax has no argument {name!r}; {did_you_mean(name, known)}")
             self.__dict__.update(load_model(**arguments).__dict__)  # type: ignore[arg-type]
 
     registry.register_model(NAME)(SoftPromptLM)

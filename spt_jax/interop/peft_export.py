@@ -209,8 +209,8 @@ def _task_type(task: str) -> str:
 
 
 def _check_head(method: Method, head: Head, kind: PeftHead) -> None:
-    trained = isinstance(head.bias, jax.ShapeDtypeStruct)
-    has_bias = getattr(method, "head_bias", True) if trained else np.any(np.asarray(head.bias))
+    only_shapes = isinstance(head.bias, jax.ShapeDtypeStruct)
+    has_bias = getattr(method, "head_bias", True) if only_shapes else np.any(np.asarray(head.bias))
     if has_bias and not kind.has_bias:
         raise ConfigError("transformers' classifiers have heads without a bias; train with --method.no-head-bias")
 

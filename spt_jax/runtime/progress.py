@@ -1,4 +1,4 @@
-"""The progress of long tasks on stderr: bars on a terminal; elsewhere, such as in log files, a line in ten seconds.
+"""The progress of long tasks on stderr: bars on a terminal; elsewhere, as in log files, a line every ten seconds.
 
 Output to a terminal is drawn by rich, which is imported only there. Messages about what is going on are written with
 `say`, so that they appear above the bars.
@@ -127,7 +127,8 @@ class Progress:
     def _update(self) -> None:
         if self._bar is not None:
             what = f"{self._what}: {self._name}" if self._name else self._what
-            _display.update(self._bar, what, self.done, self._note)
+            left = "" if self.remaining is None else f"{duration(self.remaining)} left"
+            _display.update(self._bar, what, self.done, self._note, left)
         elif self.shown:
             _lines.say()
 
@@ -167,11 +168,11 @@ class _Display:
         if self.bars is None:
             self.bars = self._open.enter_context(_new_bars())
             self._open.enter_context(signals.telling(lambda _: os.write(2, b"\n")))
-        return self.bars.add_task(what, total=total, completed=done, note="")
+        return self.bars.add_task(what, total=total, completed=done, note="", left="")
 
-    def update(self, bar: "rich.progress.TaskID", what: str, done: int, note: str) -> None:
+    def update(self, bar: "rich.progress.TaskID", what: str, done: int, note: str, left: str) -> None:
         assert self.bars is not None
-        self.bars.update(bar, description=what, completed=done, note=note)
+        self.bars.update(bar, description=what, completed=done, note=note, left=left)
 
     def remove(self, bar: "rich.progress.TaskID") -> None:
         assert self.bars is not None
@@ -197,8 +198,7 @@ def _new_bars() -> "rich.progress.Progress":
         rich.progress.MofNCompleteColumn(),
         rich.progress.TextColumn("{task.fields[note]}", markup=False),
         rich.progress.TimeElapsedColumn(),
-        rich.progress.TextColumn("left"),
-        rich.progress.TimeRemainingColumn(),
+        rich.progress.TextColumn("{task.fields[left]}", markup=False),
         console=Visible(stderr=True),
         transient=True,
         refresh_per_second=_FRAMES_PER_SECOND,

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from spt_jax.errors import CheckpointError
 from spt_jax.runtime.extras import check_installed, load_extra
 from spt_jax.runtime.files import changed, write_text, writing
+from spt_jax.runtime.progress import say
 from spt_jax.runtime.waits import spoken
 from spt_jax.training.config import LogConfig
 
@@ -141,12 +142,17 @@ def publish(
       run_config: the config as plain JSON.
       results: metrics for the summary; nested mappings are flattened to names with slashes.
       prompt: the directory of the saved prompt, which becomes an artifact of type "prompt"; None if there is none.
+
+    A failure of Weights & Biases is said, and not raised: the run is finished and saved.
     """
     if not config.wandb:
         return
     wandb = load_extra("wandb", "log.wandb")
     with spoken("sending the results to Weights & Biases"):
-        _publish(wandb, _wandb(config.wandb, workdir, run_config), workdir, results, prompt)
+        try:
+            _publish(wandb, _wandb(config.wandb, workdir, run_config), workdir, results, prompt)
+        except Exception as error:  # of any kind, as of the network; the run itself is finished and saved
+            say(f"the results were not sent to Weights & Biases: {type(error).__name__}: {error}")
 
 
 def _publish(wandb: Any, run: Any, workdir: Path, results: Mapping[str, Any], prompt: Path | None) -> None:

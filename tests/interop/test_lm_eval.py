@@ -12,7 +12,8 @@ import pytest
 
 import spt_jax
 from spt_jax.commands.program import main
-from spt_jax.errors import ConfigError, DataError
+from spt_jax.errors import ConfigError, DataError, SptError
+from spt_jax.evaluation.continuations import score_continuations
 from spt_jax.inference.generation import SamplingConfig
 from spt_jax.interop.lm_eval import PromptModel, load_model, register, windows
 from spt_jax.prompts import VirtualPrompt
@@ -128,6 +129,25 @@ def test_what_is_refused(base):
             load_model(**given)
 
 
+@pytest.mark.parametrize(
+    ("length", "last", "message"),
+    [
+        (64, 1, None),
+        (65, 1, "has 66 tokens, and the soft prompt's prefix 0; .* has 64 positions"),
+        (3, 10_000, "has virtual token"),
+        (3, -1, "has id -1"),
+    ],
+)
+def test_continuations_that_a_base_cannot_score(length, last, message):
+    base = tiny_base("gpt2", max_position_embeddings=64)
+    pairs = [([2] * length, [last])]
+    if message is None:
+        assert score_continuations(base, pairs)[0].log_probability < 0
+    else:
+        with pytest.raises(SptError, match=message):
+            score_continuations(base, pairs)
+
+
 def stand_in(monkeypatch: pytest.MonkeyPatch, **more: dict) -> dict:
     """Puts a harness of a few lines in the place of lm_eval, and returns its registry."""
     models: dict = {}
@@ -171,6 +191,8 @@ def test_the_harness_makes_the_model_from_its_arguments(tmp_path, monkeypatch):
         (seen_score,) = model.loglikelihood([Request(("so", " sad"))])
         alone = PromptModel(own, template, virtual).loglikelihood([Request(("so", " sad"))])[0]
         assert seen_score == pytest.approx(alone) and model.cache_hook == "none" and model.batch_size == 3
+        with pytest.raises(ConfigError, match=r"no argument 'promt'; did you mean 'prompt'\?"):
+            models["spt_jax"](promt="out")
 
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")  # which the command sets
     models = stand_in(monkeypatch, **{"lm_eval.__main__": {"cli_evaluate": run}})
