@@ -119,9 +119,11 @@ def _yaml_node(path: Path, text: str) -> Node:
             return Node(loader.construct_object(found), line, plain)
         return Node(found.value, line, plain)
 
-    loader = None
     try:
         loader = yaml.SafeLoader(text)
+    except yaml.YAMLError as error:  # a control character
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    try:
         for event in yaml.parse(text, yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
                 raise ConfigError(f"{place(event.start_mark)}: aliases (*{event.anchor}) are not supported")
@@ -135,8 +137,7 @@ def _yaml_node(path: Path, text: str) -> Node:
             raise
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     finally:
-        if loader is not None:
-            loader.dispose()
+        loader.dispose()
 
 
 class _Reader:
