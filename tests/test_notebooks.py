@@ -7,7 +7,7 @@ import pytest
 from nbclient import NotebookClient
 
 from spt_jax.testing import write_tiny_checkpoint
-from tests.notebook_files import write_prompts, write_quotes, write_tweets
+from tests.notebook_files import write_messages, write_prompts, write_quotes, write_tweets
 from tests.quick import QUICK_FLAGS
 
 COLAB = Path(__file__).parents[1] / "colab"
@@ -54,3 +54,19 @@ def test_quotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     printed = run("quotes", tmp_path, monkeypatch, BASE=base, DATA=tmp_path, STEPS=12)
     assert {line.split(":")[0] for line in printed.splitlines() if "loss" in line} == {"prompts.csv", "quotes.jsonl"}
     assert "the same texts after reloading: True" in printed
+
+
+def test_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_messages(tmp_path / "mine.csv")
+    printed = run("own_data", tmp_path, monkeypatch, DATA="mine.csv", STEPS=2)
+    assert "24 records, classes: bank, calendar, movie, music, recipe, weather" in printed
+    for problem in (
+        "a column that is missing: train: record 4 has no field 'message'",
+        "a class without a verbalizer: train: record 4: label 'musik' has no verbalizer; did you mean 'music'?",
+        "an empty cell: train: field 'message' of record 4 is null",
+        "a list: train: record 4: the field 'message' is a list",
+        "record 1 has no field 'mesage'; did you mean 'message'?",
+    ):
+        assert problem in printed
+    assert "the same answers after loading: True" in printed
+    assert (tmp_path / "messages_prompt" / "prompt.safetensors").stat().st_size > 20 * 256 * 4
