@@ -70,3 +70,39 @@ def test_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert problem in printed
     assert "the same answers after loading: True" in printed
     assert (tmp_path / "messages_prompt" / "prompt.safetensors").stat().st_size > 20 * 256 * 4
+
+
+def test_serve_and_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_tiny_checkpoint(tmp_path / "model")
+    printed = run("serve_and_export", tmp_path, monkeypatch, BASE=base, STEPS=3)
+    assert "models: ['model', 'capitals', 'routing']" in printed
+    assert "as without the server: True" in printed
+    assert "an unknown prompt: 404" in printed
+    assert "capitals: ['adapter_config.json', 'adapter_model.safetensors']" in printed
+    assert "routing is refused: " in printed
+    assert "the same rows: True" in printed
+    assert "(10, 32) True" in printed
+    assert "prefix is refused: " in printed
+
+
+def test_cartridge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = run("cartridge", tmp_path, monkeypatch, STEPS=8)
+    assert "\nthe same: True" in printed
+    lines = [line for line in printed.splitlines() if line.startswith("16 positions")]
+    before, after = (float(line.split()[-2]) for line in lines)
+    assert after < before
+    assert "the same loss after loading: True" in printed
+
+
+def test_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_tiny_checkpoint(tmp_path / "model", "qwen3", max_position_embeddings=512)
+    printed = run("accelerator", tmp_path, monkeypatch, BASE=base, STEPS=3, RECORDS=20, BATCH=4)
+    assert "base in float32" in printed
+    sizes = {
+        words[0]: int(words[1].replace(",", ""))
+        for words in map(str.split, printed.splitlines())
+        if words[2:3] == ["MiB"]
+    }
+    assert set(sizes) == {"none", "dots", "full"}
+    assert sizes["none"] >= sizes["dots"] >= sizes["full"] > 0
+    assert "the same answers after loading: True" in printed
