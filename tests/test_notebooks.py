@@ -1,9 +1,11 @@
 """The notebooks run from top to bottom on CPU, with small files and a tiny base where they need data from elsewhere."""
 
+import importlib.metadata
 from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.terminal.interactiveshell import TerminalInteractiveShell
 from nbclient import NotebookClient
 
 from spt_jax.testing import write_tiny_checkpoint
@@ -72,6 +74,7 @@ def test_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "messages_prompt" / "prompt.safetensors").stat().st_size > 20 * 256 * 4
 
 
+
 def test_serve_and_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = write_tiny_checkpoint(tmp_path / "model")
     printed = run("serve_and_export", tmp_path, monkeypatch, BASE=base, STEPS=3)
@@ -83,6 +86,14 @@ def test_serve_and_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "the same rows: True" in printed
     assert "(10, 32) True" in printed
     assert "prefix is refused: " in printed
+
+
+def test_own_objective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_tiny_checkpoint(tmp_path / "model")
+    printed = run("own_objective", tmp_path, monkeypatch, BASE=base, STEPS=4, RECORDS=10)
+    assert ", the same: True" in printed
+    assert "the last vectors" in printed
+    assert "their average" in printed
 
 
 def test_cartridge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,3 +117,28 @@ def test_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(sizes) == {"none", "dots", "full"}
     assert sizes["none"] >= sizes["dots"] >= sizes["full"] > 0
     assert "the same answers after loading: True" in printed
+
+
+NOTEBOOKS = sorted(COLAB.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_install_cell_keeps_the_runtime_s_jax(path: Path) -> None:
+    """The cell runs with a shell in place of IPython's, in which the package is missing."""
+    shell = TerminalInteractiveShell()
+    commands: list[str] = []
+    shell.register_magic_function(commands.append, magic_name="pip")
+    source = nbformat.read(path, as_version=4).cells[1].source
+    shell.run_cell(source.replace('find_spec("spt_jax")', 'find_spec("spt_jax_missing")')).raise_error()
+    (command,) = commands
+    package, *kept = command.split()[2:]
+    assert package in ("spt_jax", "spt_jax[serve]")
+    assert set(kept) == {f"{name}=={importlib.metadata.version(name)}" for name in ("jax", "jaxlib")}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_outputs_have_no_errors(path: Path) -> None:
+    cells = nbformat.read(path, as_version=4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert not outputs or all(cell.execution_count for cell in cells if cell.cell_type == "code")
