@@ -143,7 +143,8 @@ def test_the_install_cell_keeps_the_runtime_s_jax(path: Path) -> None:
     """The cell runs with a shell in place of IPython's, in which the package is missing."""
     shell = TerminalInteractiveShell()
     commands: list[str] = []
-    shell.register_magic_function(commands.append, magic_name="pip")
+    assert shell.magics_manager is not None
+    shell.magics_manager.register_function(commands.append, magic_name="pip")
     source = nbformat.read(path, as_version=4).cells[1].source
     shell.run_cell(source.replace('find_spec("spt_jax")', 'find_spec("spt_jax_missing")')).raise_error()
     (command,) = commands
