@@ -32,3 +32,12 @@ def write_prompts(path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(["act", "prompt"])
         writer.writerows([name, f"I want you to act as a {name}."] for name in ("good answer", "spam label") * 6)
+
+
+def write_messages(path: Path) -> None:
+    """Writes four messages of each of six topics."""
+    topics = ("bank", "calendar", "movie", "music", "recipe", "weather")
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["message", "topic"])
+        writer.writerows([f"a question about {topic}, number {i}", topic] for i in range(4) for topic in topics)

@@ -1,13 +1,15 @@
 """The notebooks run from top to bottom on CPU, with small files and a tiny base where they need data from elsewhere."""
 
+import importlib.metadata
 from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.terminal.interactiveshell import TerminalInteractiveShell
 from nbclient import NotebookClient
 
 from spt_jax.testing import write_tiny_checkpoint
-from tests.notebook_files import write_prompts, write_quotes, write_tweets
+from tests.notebook_files import write_messages, write_prompts, write_quotes, write_tweets
 from tests.quick import QUICK_FLAGS
 
 COLAB = Path(__file__).parents[1] / "colab"
@@ -54,3 +56,89 @@ def test_quotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     printed = run("quotes", tmp_path, monkeypatch, BASE=base, DATA=tmp_path, STEPS=12)
     assert {line.split(":")[0] for line in printed.splitlines() if "loss" in line} == {"prompts.csv", "quotes.jsonl"}
     assert "the same texts after reloading: True" in printed
+
+
+def test_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_messages(tmp_path / "mine.csv")
+    printed = run("own_data", tmp_path, monkeypatch, DATA="mine.csv", STEPS=2)
+    assert "24 records, classes: bank, calendar, movie, music, recipe, weather" in printed
+    for problem in (
+        "a column that is missing: train: record 4 has no field 'message'",
+        "a class without a verbalizer: train: record 4: label 'musik' has no verbalizer; did you mean 'music'?",
+        "an empty cell: train: field 'message' of record 4 is null",
+        "a list: train: record 4: the field 'message' is a list",
+        "record 1 has no field 'mesage'; did you mean 'message'?",
+    ):
+        assert problem in printed
+    assert "the same answers after loading: True" in printed
+    assert (tmp_path / "messages_prompt" / "prompt.safetensors").stat().st_size > 20 * 256 * 4
+
+
+def test_serve_and_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_tiny_checkpoint(tmp_path / "model")
+    printed = run("serve_and_export", tmp_path, monkeypatch, BASE=base, STEPS=3)
+    assert "models: ['model', 'capitals', 'routing']" in printed
+    assert "as without the server: True" in printed
+    assert "an unknown prompt: 404" in printed
+    assert "capitals: ['adapter_config.json', 'adapter_model.safetensors']" in printed
+    assert "routing is refused: " in printed
+    assert "the same rows: True" in printed
+    assert "(10, 32) True" in printed
+    assert "prefix is refused: " in printed
+
+
+def test_own_objective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_tiny_checkpoint(tmp_path / "model")
+    printed = run("own_objective", tmp_path, monkeypatch, BASE=base, STEPS=4, RECORDS=10)
+    assert ", the same: True" in printed
+    assert "the last vectors" in printed
+    assert "their average" in printed
+
+
+def test_cartridge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = run("cartridge", tmp_path, monkeypatch, STEPS=8)
+    assert "\nthe same: True" in printed
+    lines = [line for line in printed.splitlines() if line.startswith("16 positions")]
+    before, after = (float(line.split()[-2]) for line in lines)
+    assert after < before
+    assert "the same loss after loading: True" in printed
+
+
+def test_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_tiny_checkpoint(tmp_path / "model", "qwen3", max_position_embeddings=512)
+    printed = run("accelerator", tmp_path, monkeypatch, BASE=base, STEPS=3, RECORDS=20, BATCH=4)
+    assert "base in float32" in printed
+    sizes = {
+        words[0]: int(words[1].replace(",", ""))
+        for words in map(str.split, printed.splitlines())
+        if words[2:3] == ["MiB"]
+    }
+    assert set(sizes) == {"none", "dots", "full"}
+    assert sizes["none"] >= sizes["dots"] >= sizes["full"] > 0
+    assert "the same answers after loading: True" in printed
+
+
+NOTEBOOKS = sorted(COLAB.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_install_cell_keeps_the_runtime_s_jax(path: Path) -> None:
+    """The cell runs with a shell in place of IPython's, in which the package is missing."""
+    shell = TerminalInteractiveShell()
+    commands: list[str] = []
+    assert shell.magics_manager is not None
+    shell.magics_manager.register_function(commands.append, magic_name="pip")
+    source = nbformat.read(path, as_version=4).cells[1].source
+    shell.run_cell(source.replace('find_spec("spt_jax")', 'find_spec("spt_jax_missing")')).raise_error()
+    (command,) = commands
+    package, *kept = command.split()[2:]
+    assert package in ("spt_jax", "spt_jax[serve]")
+    assert set(kept) == {f"{name}=={importlib.metadata.version(name)}" for name in ("jax", "jaxlib")}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_outputs_have_no_errors(path: Path) -> None:
+    cells = nbformat.read(path, as_version=4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert not outputs or all(cell.execution_count for cell in cells if cell.cell_type == "code")
