@@ -307,11 +307,11 @@ def _saved_layout(fingerprint: Fingerprint, where: str) -> Layout:
 
 def _instead(directory: Path) -> str:
     """Returns the end of the message for a missing `prompt.json`: a hint based on what the directory holds."""
-    if not directory.exists():
-        return nearest_path(directory)
     interrupted = directory.resolve().with_name(f".{directory.name}.old")
     if interrupted.exists():
         return f"; a save was interrupted, the previous prompt is {interrupted}"
+    if not directory.exists():
+        return nearest_path(directory)
     if (directory / "adapter_config.json").exists():
         return "; it is a PEFT adapter: convert it with `spt-jax import --source`"
     inner = sorted(path.parent.name for path in directory.glob(f"*/{INFO_FILE}"))
