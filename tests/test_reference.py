@@ -114,7 +114,7 @@ def undocumented(function: ast.FunctionDef) -> Iterator[str]:
     is_method = static or any(argument.arg in ("self", "cls") for argument in given[:1])
     returned = "None" if function.returns is None else ast.unparse(function.returns)
     says = {"Returns", "Yields"} & {*bodies} or (is_method and text.startswith("Returns "))
-    if returned not in ("None", "NoReturn") and not says:
+    if returned not in ("None", "NoReturn", "Iterator[None]") and not says:
         yield "Returns"
     errors = [node.exc for node in own_nodes(function) if isinstance(node, ast.Raise) and node.exc is not None]
     if "Raises" not in bodies and any("NotImplementedError" not in ast.unparse(error) for error in errors):

@@ -1,4 +1,4 @@
-"""Packs examples into rows of static shape, places batches on devices, and streams training batches resumably.
+"""Packs examples into rows of static shape, and places batches on devices.
 
 A batch always has `batch_size` examples, packed or not, so packing never changes what a step learns from. A row holds
 several examples, which cannot attend to each other. The number of rows is one of a few buckets, so a step is traced
@@ -218,6 +218,13 @@ def _leads(examples: Sequence[Example], lead: int | Sequence[int]) -> tuple[np.n
     for prompt, length in enumerate(lengths):
         ids[prompt, :length] = firsts[prompt][:length] if length else 0
     return ids, np.asarray(lengths, np.int32)
+
+
+def shared_length(sequences: Sequence[Int[np.ndarray, " _"]], most: int) -> int:
+    """Returns how many leading ids all sequences share, of the first `most`, which every sequence has."""
+    first = sequences[0][: max(most, 0)]
+    differs = np.any([ids[: len(first)] != first for ids in sequences], axis=0)
+    return int(np.argmax(differs)) if differs.any() else len(first)
 
 
 def round_up(number: int, multiple: int) -> int:

@@ -1,7 +1,6 @@
 """Log-probabilities of given continuations, and whether greedy decoding would choose them."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.data.batches import Batch, multiples, place_batch, plan_batches
+from spt_jax.data.batches import Batch, multiples, place_batch, plan_batches, shared_length
 from spt_jax.data.examples import Example
 from spt_jax.data.streams import evaluation_batches
 from spt_jax.errors import ConfigError, DataError
@@ -81,7 +80,8 @@ def score_continuations(
             )
     plan = plan_batches(
         examples,
-        lead=_shared_lead(examples),
+        # The last id of a context, which predicts, stays in the rows.
+        lead=shared_length([example.ids for example in examples], min(e.first_target for e in examples) - 1),
         batch_size=batch_size,
         max_length=base.config.max_positions,
         **multiples(base.mesh),
@@ -106,14 +106,6 @@ def _example(
 ) -> Example:
     ids = np.concatenate([np.asarray(context, np.int32), np.asarray(continuation, np.int32)])
     return Example(ids, np.arange(len(ids)) >= len(context), (), 0, number)
-
-
-def _shared_lead(examples: Sequence[Example]) -> int:
-    """Returns how many leading ids all contexts share; the last id of a context, which predicts, is not counted."""
-    lead = max(min(example.first_target for example in examples) - 1, 0)
-    first = examples[0].ids[:lead]
-    differs = functools.reduce(np.logical_or, (example.ids[:lead] != first for example in examples))
-    return int(np.argmax(differs)) if differs.any() else lead
 
 
 @jax.jit

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Int
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.data.batches import round_up
+from spt_jax.data.batches import round_up, shared_length
 from spt_jax.data.encoder import encoder_for
 from spt_jax.data.templates import Template
 from spt_jax.errors import ConfigError, DataError
@@ -405,10 +405,7 @@ def _shared_lead(prompts: list[np.ndarray], lead: int | None) -> int:
     """Returns how many leading ids to encode once: `lead`, or all that are shared except a prompt's last id."""
     if lead is None and len(prompts) == 1:
         return 0  # nothing is shared, and one pass is enough
-    most = min(map(len, prompts)) - 1
-    first = prompts[0][:most]
-    differs = np.any([prompt[:most] != first for prompt in prompts], axis=0)
-    shared = int(np.argmax(differs)) if differs.any() else most
+    shared = shared_length(prompts, min(map(len, prompts)) - 1)
     if lead is None:
         return shared
     if not 0 <= lead <= shared:

@@ -31,10 +31,10 @@ _seen: list[int] = []  # signals since that `held` was entered
 
 
 def is_program() -> bool:
-    """Returns whether this process is `spt-jax`, `python -m spt_jax` or the train.py next to this package.
+    """Says what this process is.
 
     Returns:
-      Whether it is.
+      Whether it is `spt-jax`, `python -m spt_jax` or the train.py next to this package.
     """
     if sys.argv[:1] == ["-m"]:  # Python is still locating the module.
         arguments = sys.orig_argv
@@ -85,9 +85,6 @@ def advising(how: str) -> Iterator[None]:
 
     Args:
       how: the advice.
-
-    Yields:
-      Nothing.
     """
     _advice.append(how)
     try:
@@ -101,10 +98,7 @@ def telling(others: Callable[[int], Any]) -> Iterator[None]:
     """Calls `others` with the signal number if a signal is about to end the process inside.
 
     Args:
-      others: the function.
-
-    Yields:
-      Nothing.
+      others: what to call, with the signal's number.
     """
     _before_end.append(others)
     try:
