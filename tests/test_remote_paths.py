@@ -216,13 +216,14 @@ def test_a_saved_prompt_on_s3_is_replaced(s3, finished):
         ("file:///tmp/run", "give the path itself"),
     ],
 )
-def test_a_missing_package_is_named_before_anything_is_loaded(files, monkeypatch, capsys, path, message):
+def test_a_missing_package_is_named_before_anything_is_loaded(files, monkeypatch, capsys, tmp_path, path, message):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(extras, "installed", lambda module: module not in ("s3fs", "gcsfs"))
     monkeypatch.setattr("spt_jax.commands.train.load_experiment", lambda config: pytest.fail("loaded"))
     for words_ in (words(files, path), words(files, "out", "--data.test", path)):
         assert train.main(words_) == 2
         assert re.search(message, capsys.readouterr().err)
-    assert not Path("s3:").exists() and not Path("out").exists()
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_compilation_cache_is_local(files, capsys):
