@@ -59,8 +59,9 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positi
 _SEQUENTIAL = {"alibi": True, "new_decoder_architecture": False, "multi_query": False, "parallel_attn": False}
 
 _TWICE = ["sliding_attention", "sliding_attention", "full_attention"] * 2
-# Scores without a cap grow with the width, as these norms scale by about 2: those of a wider model saturate the softmax,
-# and the rounding errors of float32 on either side reach 1e-4 on some processors. A larger divisor does the same.
+# Scores without a cap grow with the width, as these norms scale by about 2: those of a wider model saturate the
+# softmax, and the rounding errors of float32 on either side reach 1e-4 on some processors. A larger divisor of
+# the scores helps as well.
 NARROW = {"hidden_size": 16, "num_hidden_layers": 2}
 # As Gemma 4 E2B: each layer has embeddings of its own, and the last two read the keys and values of layers 2 and 3.
 # With a smaller epsilon, norms of the few numbers of an embedding amplify the rounding errors of both sides.
