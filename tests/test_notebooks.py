@@ -1,6 +1,7 @@
 """The notebooks run from top to bottom on CPU, with small files and a tiny base where they need data from elsewhere."""
 
 import importlib.metadata
+import json
 from pathlib import Path
 
 import nbformat
@@ -72,6 +73,22 @@ def test_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert problem in printed
     assert "the same answers after loading: True" in printed
     assert (tmp_path / "messages_prompt" / "prompt.safetensors").stat().st_size > 20 * 256 * 4
+
+
+def test_choosing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_tiny_checkpoint(tmp_path / "model", max_position_embeddings=512)
+    settings = {"BASE": base, "STEPS": 2, "LENGTHS": "2 4", "RECORDS": 25}
+    printed = run("choosing", tmp_path, monkeypatch, **settings)
+    rows = [line.split() for line in printed.splitlines()]
+    trials = {(row[0], row[1]): float(row[2]) for row in rows if len(row) == 3 and row[0] in ("2", "4")}
+    assert set(trials) == {("2", "0"), ("2", "1"), ("4", "0"), ("4", "1")}
+    results = json.loads((tmp_path / "lengths" / "results.json").read_text())
+    means = [(trials["2", "0"] + trials["2", "1"]) / 2, (trials["4", "0"] + trials["4", "1"]) / 2]
+    assert [setting["validation"]["mean"] for setting in results["settings"]] == pytest.approx(means, abs=1e-3)
+    length = int(results["chosen"]["settings"]["method.length"])
+    trained = {row[0]: row[-4] for row in rows if row[:1] in (["prompt"], ["prefix"]) and row[1] == "tuning"}
+    assert trained["prompt"] == str(32 * length)
+    assert (tmp_path / "compared" / "compare.json").exists()
 
 
 def test_serve_and_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
