@@ -37,6 +37,12 @@ def test_layers_that_repeat_are_compiled_once(family):
     assert found <= most * instructions("llama", 24)
 
 
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss"])
+def test_a_pattern_costs_hardly_more_than_layers_of_one_kind(family):
+    kinds, _ = FAMILIES[family]
+    assert instructions(family, 24, tuple(kinds)) <= 1.05 * instructions(family, 24, (FULL,))
+
+
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("family", ["llama", "qwen3_5_text"])
 def test_weights_are_not_stored_for_the_backward_pass(family, remat):
