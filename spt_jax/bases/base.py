@@ -18,9 +18,10 @@ from spt_jax.bases.config import decoder_config, hf_config
 from spt_jax.bases.ends import declared_ends
 from spt_jax.bases.files import CONFIG_BYTES, config_file, model_directory, read_json
 from spt_jax.bases.fingerprint import Fingerprint, fingerprint_of
+from spt_jax.bases.gguf import gguf_directory
 from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.bases.tokenizer import read_tokenizer as tokenizer_of
-from spt_jax.errors import CheckpointError, ConfigError, did_you_mean
+from spt_jax.errors import CheckpointError, ConfigError, SptError, did_you_mean
 from spt_jax.models.config import DecoderConfig, layer_configs
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.decoder_model import DecoderModel
@@ -251,12 +252,21 @@ def local_directory(path_or_hub_id: str, revision: str | None) -> Path:
         return model_directory(local_copy(url, FILES))
     path_or_hub_id = url.removeprefix("hf://") if url else path_or_hub_id
     path = Path(path_or_hub_id).expanduser()
+    if path.suffix == ".gguf" and not url and (path.exists() or ":" not in path_or_hub_id):
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file{nearest_path(path)}")
+        return gguf_directory(path)
     if not url and (path.exists() or path_or_hub_id.count("/") > 1 or path_or_hub_id.startswith((".", "/", "~"))):
         return model_directory(path)
     import huggingface_hub
 
     try:
+        if path.suffix == ".gguf":
+            name, _, file = path_or_hub_id.rpartition(":")
+            return gguf_directory(Path(huggingface_hub.hf_hub_download(name, file, revision=revision)))
         return Path(huggingface_hub.snapshot_download(path_or_hub_id, revision=revision, allow_patterns=list(FILES)))
+    except SptError:
+        raise
     except Exception as error:
         raise CheckpointError(
             f"{path_or_hub_id!r} is not a directory here, and the hub did not return it"

@@ -26,7 +26,8 @@ from flax import traverse_util
 
 from spt_jax.bases.families import Origin, family_of
 from spt_jax.bases.families.family import OUTPUT_BIAS_KEY, OUTPUT_KEY, RenamedFamily, SeveralTables, with_prefix
-from spt_jax.bases.files import checkpoint_files, listed, open_safetensors
+from spt_jax.bases.files import checkpoint_files, listed
+from spt_jax.bases.tensors import open_tensors
 from spt_jax.errors import CheckpointError
 from spt_jax.models.attention import Stream
 from spt_jax.models.config import DecoderConfig
@@ -49,7 +50,6 @@ def _by_path(table: Mapping[str, Origin | tuple[Origin, ...]]) -> dict[LeafPath,
 
 # Buffers that older libraries stored beside the weights; nothing is lost by passing over them.
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
-_FLOATS = ("float64", "float32", "bfloat16", "float16")
 
 
 def _canonical(name: str, config: DecoderConfig) -> str | None:
@@ -102,8 +102,8 @@ def _places_in(files: list[Path], config: DecoderConfig) -> dict[str, list[Place
     tables = [table, *(_places(config, _by_path(other)) for other in family.alternatives(config))]
     keys: set[str | None] = set()
     for file in files:
-        with open_safetensors(file) as tensors:
-            keys |= {_canonical(name, config) for name in tensors.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        with open_tensors(file, list(table)) as tensors:
+            keys |= {_canonical(name, config) for name in tensors.names()}
     return min(tables, key=lambda table: len(table.keys() - keys))
 
 
@@ -125,8 +125,8 @@ def _find_tensors(
     found: dict[str, Stored] = {}
     unknown = []
     for file in files:
-        with open_safetensors(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+        with open_tensors(file, [*expected, OUTPUT_KEY]) as tensors:
+            for name in tensors.names():
                 key = _canonical(name, config)
                 if key is None:
                     continue
@@ -137,7 +137,7 @@ def _find_tensors(
                 elif not _BUFFERS.search(key):
                     unknown.append(f"{name!r} in {file.name}")
                 if key in expected:
-                    _check_shape(tuple(tensors.get_slice(name).get_shape()), found[key], expected[key], shapes)
+                    _check_shape(tensors.shape(name), found[key], expected[key], shapes)
     _check_complete(config, sorted(set(expected) - set(found)), files[0].parent)
     if unknown:
         raise CheckpointError(
@@ -193,12 +193,13 @@ def read_params(
     leaves: dict[LeafPath, jax.Array | KernelArray] = {}
     digests: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
-        files = {file: stack.enter_context(open_safetensors(file)) for file in {at.file for at in found.values()}}
+        used = {at.file for at in found.values()}
+        opened = {file: stack.enter_context(open_tensors(file, list(found))) for file in used}
         for paths, keys in _groups(expected, shapes):
             exact = {path: quantize is not None and _quantizable(path) for path in paths}
             buffers = {path: aligned_empty(shapes[path].shape, np.float32 if exact[path] else dtype) for path in paths}
             for key in keys:
-                tensor = _get(files, found[key])
+                tensor = opened[found[key].file].read(found[key].name)
                 digests[key] = _digest(tensor, found[key])
                 for place in expected[key]:
                     target = place.stored(buffers[place.path])
@@ -210,7 +211,7 @@ def read_params(
             del buffers, buffer
         if config.tied and OUTPUT_KEY in found:
             at = found[OUTPUT_KEY]
-            _check_tied(_digest(_get(files, at), at), digests, directory, config)
+            _check_tied(_digest(opened[at.file].read(at.name), at), digests, directory, config)
     lines = "\n".join(f"{key} {digest}" for key, digest in sorted(digests.items()))
     return traverse_util.unflatten_dict(leaves), hashlib.sha256(lines.encode()).hexdigest()
 
@@ -236,16 +237,6 @@ def _groups(
 
 def _flat(params: Params) -> dict[LeafPath, Any]:
     return dict(traverse_util.flatten_dict(params))
-
-
-def _get(files: Mapping[Path, Any], at: Stored) -> np.ndarray:
-    try:
-        tensor = files[at.file].get_tensor(at.name)
-    except (safetensors.SafetensorError, OSError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{at.file}: tensor {at.name!r} cannot be read ({error})") from error
-    if tensor.dtype.name not in _FLOATS:
-        raise CheckpointError(f"{at.file}: tensor {at.name!r} holds {tensor.dtype}; weights are {', '.join(_FLOATS)}")
-    return tensor
 
 
 def _chunks(tensor: np.ndarray) -> Iterator[np.ndarray]:

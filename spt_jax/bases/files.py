@@ -13,6 +13,8 @@ from spt_jax.runtime.files import nearest_path
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
+# The link to a GGUF file, in the directory that is made of its metadata.
+GGUF_LINK = "model.gguf"
 
 # The largest files of public models are a tenth to a half of these. JSON takes up to 25 times its size when parsed.
 CONFIG_BYTES = 4 << 20
@@ -66,11 +68,13 @@ def config_file(directory: Path) -> Path:
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory.
+    """The files of a model directory that hold its tensors: safetensors files, or one GGUF file.
 
     Raises:
       CheckpointError: no safetensors file, a damaged index, or a file named by it that is absent.
     """
+    if (directory / GGUF_LINK).is_symlink():
+        return [(directory / GGUF_LINK).resolve()]
     index = directory / INDEX
     if not index.is_file():
         if not (directory / WEIGHTS).is_file():
@@ -91,10 +95,7 @@ def _instead(directory: Path) -> str:
     if "adapter_config.json" in names:
         return _adapter(directory)
     if gguf := [name for name in names if name.endswith(".gguf")]:
-        return (
-            f"; {listed(gguf)} holds GGUF weights, which are not supported. Use the model's safetensors files, or"
-            " convert: AutoModelForCausalLM.from_pretrained(DIRECTORY, gguf_file=NAME).save_pretrained(NEW)"
-        )
+        return f"; {listed(gguf)} holds GGUF weights. Set base.path to such a file, {directory / gguf[0]}"
     if shards := [name for name in names if name.endswith(".safetensors")]:
         what = "shards without their index" if len(shards) > 1 or "-of-" in shards[0] else "another name"
         return (

@@ -22,6 +22,7 @@ EXTRAS = {
     "starlette": "serve",
     "uvicorn": "serve",
     "lm_eval": "lm-eval",
+    "gguf": "gguf",
 }
 
 

@@ -1,0 +1,144 @@
+"""The tokenizer in a GGUF file's metadata, written in Hugging Face format."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spt_jax.bases.tokenizer import tokenizer_panics
+from spt_jax.errors import CheckpointError
+
+_KEY = "tokenizer.ggml."
+# Byte-level BPE splits a text by the pattern of GPT-2, or by it after taking each digit apart.
+_OF_GPT2 = ("gpt-2", "default", "olmo", "jais", "mpt")
+_DIGITS_FIRST = ("smollm", "starcoder", "refact", "command-r", "codeshell")
+_SPECIAL = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+# Other ids that end an answer: of a turn, and of a message.
+_ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+
+
+def write_tokenizer(directory: Path, file: Path, architecture: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes the tokenizer and the chat template.
+
+    Args:
+      directory: where tokenizer.json and tokenizer_config.json are written.
+      file: the GGUF file, for messages.
+      architecture: `general.architecture`, which decides between variants of sentencepiece's tokenizers.
+      metadata: the file's.
+
+    Returns:
+      The ids that config.json holds: `bos_token_id`, `eos_token_id`, `pad_token_id`.
+
+    Raises:
+      CheckpointError: there is no tokenizer, it contradicts itself, or its kind is not supported.
+    """
+    import transformers
+    from tokenizers import processors
+
+    fields = {key.removeprefix(_KEY): value for key, value in metadata.items() if key.startswith(_KEY)}
+    tokens = _checked(file, fields)
+    ids = {key: _id(file, fields, key, len(tokens)) for key in {*_SPECIAL.values(), *_ENDS}}
+    try:
+        with tokenizer_panics():
+            backend = _backend(architecture, fields)
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers and tokenizers raise anything for vocabularies that are wrong
+        raise CheckpointError(
+            f"{file}: the tokenizer cannot be read ({type(error).__name__}: {str(error)[:500]})"
+        ) from error
+    for id_, token in enumerate(tokens):
+        if id_ in ids.values() and backend.token_to_id(token) != id_:
+            raise CheckpointError(f"{file}: token {id_} is {token[:100]!r}, which the tokenizer reads as another id")
+    sides = {"start": ("bos_token_id", _flag(file, fields, "add_bos_token", fields["model"] == "llama")),
+             "end": ("eos_token_id", _flag(file, fields, "add_eos_token", False))}  # fmt: skip
+    added = {side: tokens[ids[key]] for side, (key, wanted) in sides.items() if wanted and ids[key] is not None}
+    if added:
+        single = [*([added["start"]] if "start" in added else []), "$A", *([added["end"]] if "end" in added else [])]
+        backend.post_processor = processors.TemplateProcessing(
+            single=" ".join(single),
+            pair=f"{' '.join(single)} $B",
+            special_tokens=[(token, backend.token_to_id(token)) for token in set(added.values())],
+        )
+    named = {name: tokens[ids[key]] for name, key in _SPECIAL.items() if ids[key] is not None}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **named)
+    template = metadata.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        tokenizer.chat_template = template
+    tokenizer.save_pretrained(directory)
+    ends = sorted({ids[key] for key in _ENDS if ids[key] is not None})
+    return {"bos_token_id": ids["bos_token_id"], "eos_token_id": ends or None, "pad_token_id": ids["padding_token_id"]}
+
+
+def _checked(file: Path, fields: Mapping[str, Any]) -> list[str]:
+    """Returns the tokens, after checking the fields that the tokenizer is built from."""
+    if fields.get("model") not in ("gpt2", "llama"):
+        raise CheckpointError(
+            f"{file}: the tokenizer {fields.get('model')!r:.60} is not supported; gpt2 (byte-level BPE) and llama"
+            " (sentencepiece) are"
+        )
+    tokens = fields.get("tokens")
+    if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
+        raise CheckpointError(f"{file}: {_KEY}tokens must be a list of strings")
+    if len(set(tokens)) != len(tokens):
+        raise CheckpointError(f"{file}: {_KEY}tokens has a token twice")
+    for name, kind in (("scores", float), ("token_type", int)):
+        found = fields.get(name)
+        if found is not None and (
+            not isinstance(found, list) or len(found) != len(tokens) or any(type(item) is not kind for item in found)
+        ):
+            raise CheckpointError(f"{file}: {_KEY}{name} must be a list of a {kind.__name__} for each token")
+    merges = fields.get("merges")
+    if merges is not None and (not isinstance(merges, list) or not all(isinstance(one, str) for one in merges)):
+        raise CheckpointError(f"{file}: {_KEY}merges must be a list of strings")
+    if fields["model"] == "gpt2" and merges is None:
+        raise CheckpointError(f"{file}: no {_KEY}merges")
+    if fields["model"] == "llama" and merges is None and fields.get("scores") is None:
+        raise CheckpointError(f"{file}: neither {_KEY}merges nor {_KEY}scores")
+    pre = fields.get("pre", "default")
+    if fields["model"] == "gpt2" and pre not in (*_OF_GPT2, *_DIGITS_FIRST, *_patterns()):
+        raise CheckpointError(
+            f"{file}: the pre-tokenizer {pre!r:.60} is not supported; supported are"
+            f" {', '.join(sorted({*_OF_GPT2, *_DIGITS_FIRST, *_patterns()}))}"
+        )
+    return tokens
+
+
+def _id(file: Path, fields: Mapping[str, Any], key: str, count: int) -> int | None:
+    found = fields.get(key)
+    if found is not None and (type(found) is not int or not 0 <= found < count):
+        raise CheckpointError(f"{file}: {_KEY}{key} is {found!r:.60}; the vocabulary has {count} tokens")
+    return found
+
+
+def _flag(file: Path, fields: Mapping[str, Any], key: str, default: bool) -> bool:
+    found = fields.get(key, default)
+    if type(found) is not bool:
+        raise CheckpointError(f"{file}: {_KEY}{key} is {found!r:.60}; it must be true or false")
+    return found
+
+
+def _backend(architecture: str, fields: Mapping[str, Any]) -> Any:
+    from tokenizers import pre_tokenizers
+    from transformers.integrations.gguf import gguf_tokenizer_mapping as conversion
+
+    described = {"tokenizer_type": fields["model"], "pre_tokenizer_type": fields.get("pre"), **fields}
+    backend, _ = conversion.convert_gguf_tokenizer(architecture, described)
+    if fields["model"] == "gpt2" and fields.get("pre") in _DIGITS_FIRST:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, by_bytes])
+    return backend
+
+
+def _patterns() -> Mapping[str, str]:
+    """The patterns that transformers knows, by the names of pre-tokenizers."""
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError as error:
+        raise CheckpointError("reading the tokenizer of a GGUF file needs transformers 5.23 or newer") from error
+    return GGUF_PRE_TOKENIZER_SPLITS
