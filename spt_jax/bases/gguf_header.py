@@ -197,9 +197,7 @@ def _tensors(
             )
         kind, values, block = _BLOCKS[number]
         if shape[-1] % values:
-            raise reader.fail(
-                f"tensor {name[:200]!r} has rows of {shape[-1]:,} values, but {kind} blocks have {values}"
-            )
+            raise reader.fail(f"tensor {name[:200]!r} has rows of {shape[-1]:,} values; {kind} blocks have {values}")
         length = math.prod(shape) // values * block
         if not length or data + offset + length > size:
             raise reader.fail(
