@@ -37,7 +37,10 @@ def write_gguf(
 
     Matrices of the directory are rounded as those of the file.
     """
-    directory = write_tiny_checkpoint(folder / "hf", architecture, **{**SIZES, **overrides})
+    sizes: dict[str, object] = {**SIZES, **overrides}
+    if architecture == "gemma2":  # the file does not hold the scale of queries
+        sizes["query_pre_attn_scalar"] = sizes["head_dim"]
+    directory = write_tiny_checkpoint(folder / "hf", architecture, **sizes)
     hf, config = read_json(directory / "config.json", 1 << 20), read_config(directory)
     file = folder / "model.gguf"
     writer = gguf.GGUFWriter(file, architecture)
