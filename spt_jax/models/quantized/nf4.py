@@ -57,9 +57,5 @@ class Nf4(KernelArray):
 
 
 def _level(codes: UInt8[Array, "..."]) -> Float[Array, "..."]:
-    """Returns the level of each code. Selecting by its bits is a vector operation, where a gather is not."""
-    values = [jnp.float32(level) for level in LEVELS]
-    for bit in range(4):
-        chosen = (codes >> bit) & 1 == 1
-        values = [jnp.where(chosen, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
-    return values[0]
+    """Returns the level of each code."""
+    return jnp.take(jnp.asarray(LEVELS, jnp.float32), codes, axis=0, mode="clip")
