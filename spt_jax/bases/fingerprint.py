@@ -35,7 +35,7 @@ class Fingerprint:
     quantize: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the fields for a file. `quantize` is left out if it is None, so that earlier versions can read them."""
+        """Returns the fields for a file. `quantize` is left out if it is None: earlier versions do not know it."""
         fields = dataclasses.asdict(self)
         return fields if self.quantize else {name: value for name, value in fields.items() if name != "quantize"}
 
@@ -66,7 +66,7 @@ class Fingerprint:
 
 
 def fingerprint_of(config: DecoderConfig, weights: str, tokenizer: str, quantize: str | None = None) -> Fingerprint:
-    """Returns the identity of a base, from its config, the hashes of its weights and tokenizer, and its quantization."""
+    """Returns the identity of a base, from its config, hashes of its weights and tokenizer, and its quantization."""
     facts = json.loads(json.dumps(dataclasses.asdict(config)))
     return Fingerprint(facts, weights, tokenizer, FINGERPRINT_VERSION, quantize)
 
@@ -74,8 +74,8 @@ def fingerprint_of(config: DecoderConfig, weights: str, tokenizer: str, quantize
 def accepting_floats(trained: Fingerprint, base: Fingerprint) -> Fingerprint:
     """Returns the fingerprint of a prompt as a base compares it.
 
-    A prompt that was trained on float kernels, or before quantization was recorded, is used on quantized ones of the same
-    base; one that was trained on quantized kernels is for those only.
+    A prompt that was trained on float kernels, or before quantization was recorded, can be used on quantized ones of
+    the same base; one that was trained on quantized kernels is for those only.
 
     Args:
       trained: that of the base that the prompt was trained on.

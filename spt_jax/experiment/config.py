@@ -34,8 +34,8 @@ class BaseConfig:
         unknown, as on CPU.
       attention: xla, on all devices; cudnn, fused, on NVIDIA GPUs with 16-bit dtypes; splash, fused, on TPUs. auto: the
         device's fused kernel if it can run, otherwise xla.
-      quantize: how the layers' matrices are stored. int8: in one byte per weight; int4: in 4.25 bits, groups of 128 rows
-        sharing a scale and an offset; nf4: in 4.5 bits, 16 normally distributed levels. Default: in dtype.
+      quantize: how the layers' matrices are stored. int8: in one byte per weight; int4: in 4.25 bits, with a scale and
+        an offset per group of 128 rows; nf4: in 4.5 bits, with 16 normally distributed levels. Default: in dtype.
     """
 
     path: str

@@ -131,7 +131,9 @@ def peft_note(base: FrozenBase, method: Method, template: Template) -> str:
     except SptError as error:
         return f"note: this prompt cannot be exported to PEFT: {error}"
     quantize = base.fingerprint.quantize
-    weights = f", where the base has other weights than the {quantize} kernels that it is trained on" if quantize else ""
+    weights = (
+        f", where the base has other weights than the {quantize} kernels that it is trained on" if quantize else ""
+    )
     return f"this prompt can be exported to PEFT{weights}"
 
 

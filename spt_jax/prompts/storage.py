@@ -231,8 +231,8 @@ def load_prompt(directory: str | Path, base: FrozenBase, *, force: bool = False)
 
     Args:
       directory: a directory written by `save_prompt`, or the URL or hub id of one, as in `prompt_directory`.
-      base: must have the fingerprint of the base that the prompt was trained on. Its dtype and path do not matter. A prompt
-        that was trained on a base without quantization can be used on a quantized one, with a warning.
+      base: must have the fingerprint of the base that the prompt was trained on. Its dtype and path do not matter. A
+        prompt that was trained on a base without quantization can be used on a quantized one, with a warning.
       force: accept, with a warning, another base of the same width and vocabulary size.
 
     Raises:
@@ -243,7 +243,9 @@ def load_prompt(directory: str | Path, base: FrozenBase, *, force: bool = False)
     directory = prompt_directory(directory)
     info, method, template = _read_frame(directory)
     fingerprint = Fingerprint(**info["base"]["fingerprint"])
-    differences = [difference[:500] for difference in base.fingerprint.differences(accepting_floats(fingerprint, base.fingerprint))]
+    differences = [
+        difference[:500] for difference in base.fingerprint.differences(accepting_floats(fingerprint, base.fingerprint))
+    ]
     if differences:
         trained_on = info["base"]["id"]
         message = f"{directory}: trained on another base, {trained_on!r}, not {base.name!r}: {'; '.join(differences)}"

@@ -55,7 +55,9 @@ def test_two_codes_per_byte():
     np.testing.assert_array_equal(unpack(jnp.asarray(np.stack([packed, packed])))[1], codes)
 
 
-@pytest.mark.parametrize(("rows", "size"), [(4096, 128), (14336, 128), (256, 128), (64, 64), (172, 86), (2, 2), (194, 2)])
+@pytest.mark.parametrize(
+    ("rows", "size"), [(4096, 128), (14336, 128), (256, 128), (64, 64), (172, 86), (2, 2), (194, 2)]
+)
 def test_groups_divide_the_rows(rows, size):
     assert group_rows(rows, 128, "int4") == size
 
@@ -179,7 +181,9 @@ def test_buffers_hold_one_layer():
     np.testing.assert_array_equal(buffer.placed(ONE).dense(), Int4.quantize(kernel, ONE).dense())
 
 
-@pytest.mark.parametrize(("kind", "family"), [("int4", "llama"), ("nf4", "gpt2"), ("int4", "gpt_oss"), ("int4", "deepseek_v2")])
+@pytest.mark.parametrize(
+    ("kind", "family"), [("int4", "llama"), ("nf4", "gpt2"), ("int4", "gpt_oss"), ("int4", "deepseek_v2")]
+)
 def test_a_base_computes_with_their_numbers(kind, family):
     base = tiny_base(family, quantize=kind)
     ours = all_logits(base.model)
@@ -193,7 +197,9 @@ def test_a_base_computes_with_their_numbers(kind, family):
 def test_a_base_on_a_mesh(axes):
     sizes = {"num_key_value_heads": 4}
     split = tiny_base(quantize="int4", mesh=make_mesh(MeshConfig(**axes)), **sizes)
-    np.testing.assert_allclose(all_logits(split.model), all_logits(tiny_base(quantize="int4", **sizes).model), atol=1e-4)
+    np.testing.assert_allclose(
+        all_logits(split.model), all_logits(tiny_base(quantize="int4", **sizes).model), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -104,7 +104,7 @@ def test_the_estimate_holds_for_quantized_kernels(quantize, remat):
 
 @pytest.mark.parametrize(("quantize", "fits"), [(None, False), ("int4", True), ("nf4", True)])
 def test_an_8b_shape_trains_at_int4_on_16_gb(quantize, fits):
-    """Prompt tuning of 100 virtual tokens on four rows of 512; planned from shapes, and 15 % of the memory left free."""
+    """Prompt tuning of 100 virtual tokens on four rows of 512; planned from shapes; 15 % of the memory stays free."""
     shape = StepShape(rows=4, length=512, outputs=128, lead=100)
     mesh = make_mesh()
     ours = step_memory(CONFIG, shape, remat="full", itemsize=2, mesh=mesh, quantize=quantize)

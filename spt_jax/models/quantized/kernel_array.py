@@ -112,7 +112,7 @@ def encoded_shapes(
 
 
 def _sharding(shape: tuple[int, ...], rank: int, sharding: NamedSharding) -> NamedSharding:
-    """Returns the sharding of an array of a kernel with `rank` axes: that of the axes which it has in common with it."""
+    """Returns the sharding of an array of a kernel with `rank` axes: that of the axes they share."""
     *leading, rows, columns = (*sharding.spec, *(None,) * rank)[:rank]
     spec = (*leading, rows, columns) if len(shape) == rank else (*leading, columns)
     return fitting(sharding.mesh, PartitionSpec(*spec), shape)
