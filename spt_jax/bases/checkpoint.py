@@ -216,8 +216,10 @@ def read_params(
                 del tensor, target
             for path, buffer in buffers.items():
                 sharding = sharding_of(path)
-                quantized = isinstance(buffer, KernelBuffer)
-                leaves[path] = buffer.placed(sharding) if quantized else put_on_devices(buffer, sharding)
+                if isinstance(buffer, KernelBuffer):
+                    leaves[path] = buffer.placed(sharding)
+                else:
+                    leaves[path] = put_on_devices(buffer, sharding)
             del buffers, buffer
         if config.tied and OUTPUT_KEY in found:
             at = found[OUTPUT_KEY]
