@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from spt_jax.bases.checkpoint import parameter_shapes
+from spt_jax.bases.checkpoint import parameter_shapes, quantizable
 from spt_jax.data.batches import Batch, Rows
 from spt_jax.models.attention import Stream
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.decoder_model import DecoderModel
 from spt_jax.models.kernels import Kernel
+from spt_jax.models.model import Params
+from spt_jax.models.quantized import KERNEL_ARRAYS, KernelArray
+from spt_jax.models.quantized.kernel_array import encoded_shapes
 from spt_jax.models.stacks import Remat
 from spt_jax.prompts import Method, PrefixTuning, PromptTuning
 from spt_jax.runtime.sharding import make_mesh, replicated, row_sharding, sharded_shapes
@@ -57,8 +60,12 @@ def lower_step(
     attention: Kernel = "xla",
     microbatches: int = 1,
     compiler_options: Any = None,
+    quantize: str | None = None,
 ) -> Any:
-    """Lowers a step with Adam: prefix tuning if the shape has a prefix, else prompt tuning of its leading ids."""
+    """Lowers a step with Adam: prefix tuning if the shape has a prefix, else prompt tuning of its leading ids.
+
+    `quantize` is as for `load_base`.
+    """
     mesh = mesh or make_mesh()
     method: Method = PromptTuning(length=shape.lead)
     own: dict[str, Shape] = {"tokens": Shape((shape.lead, config.width), jnp.float32)}
@@ -77,5 +84,21 @@ def lower_step(
         compiler_options=compiler_options,
     )
     params, batch = sharded_shapes(mesh, parameter_shapes(config), dtype), batch_shapes(shape, mesh)
+    if quantize is not None:
+        params = _quantized(params, KERNEL_ARRAYS[quantize])
     model = DecoderModel(params, Decoder(config, remat=remat, mesh=mesh, attention=attention))
     return step.lower(method, CrossEntropy(), optimizer, model, state, batch, microbatches)
+
+
+def _quantized(params: Params, kind: type[KernelArray]) -> Params:
+    """Returns the shapes of the parameters with those kernels quantized that `load_base` quantizes."""
+
+    def of_leaf(path: Any, leaf: Shape) -> Any:
+        if not quantizable(tuple(key.key for key in path)):
+            return leaf
+        # A dataclass checks that its fields are arrays, so that shapes go in as leaves of its structure.
+        shapes = encoded_shapes(kind, leaf.shape, leaf.sharding)
+        arrays = {name: jnp.zeros((1,) * len(own.shape), own.dtype) for name, own in shapes.items()}
+        return jax.tree.unflatten(jax.tree.structure(kind(**arrays)), list(shapes.values()))
+
+    return jax.tree_util.tree_map_with_path(of_leaf, params)

@@ -182,7 +182,7 @@ class Prompt(SavedPrompt):
           CheckpointError: the files cannot be written, the directory holds something else, or the prompt was loaded
             with `force` for another base than its own.
         """
-        differences = self.base.fingerprint.differences(self.fingerprint)
+        differences = self.base.fingerprint.differences(self.fingerprint)  # also of a quantized base and a float one
         if differences:
             raise CheckpointError(
                 f"{directory}: the prompt was trained on {self.info['base']['id']!r} and is used with another base,"
@@ -261,7 +261,9 @@ def _load_base(directory: Path, path: str | Path | None, progress: bool) -> Froz
     where = info["id"] if path is None else str(path)
     try:
         with spoken(f"loading {where}", shown=progress):
-            return load_base(where, revision=info["revision"] if path is None else None)
+            if path is not None:
+                return load_base(where)
+            return load_base(where, revision=info["revision"], quantize=info["fingerprint"].get("quantize"))
     except CheckpointError as error:
         if path is not None:
             raise

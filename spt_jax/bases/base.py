@@ -21,7 +21,7 @@ from spt_jax.bases.fingerprint import Fingerprint, fingerprint_of
 from spt_jax.bases.gguf import gguf_directory
 from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.bases.tokenizer import read_tokenizer as tokenizer_of
-from spt_jax.errors import CheckpointError, ConfigError, SptError, did_you_mean
+from spt_jax.errors import CheckpointError, ConfigError, SptError
 from spt_jax.models.config import DecoderConfig, layer_configs
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.decoder_model import DecoderModel
@@ -109,7 +109,7 @@ class FrozenBase:
     @property
     def parameter_count(self) -> int:
         """The number of frozen parameters."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(self.config)))
 
 
 def default_dtype(device: Any) -> str:
@@ -155,8 +155,9 @@ def load_base(
         (whole layers: the least memory, about a third more work).
       attention: "xla" runs anywhere; "cudnn" (NVIDIA GPUs) and "splash" (TPUs) are fused; "auto" is the fused kernel
         of the device if it supports the model, otherwise "xla".
-      quantize: "int8" stores the layers' matrices as integers with a scale per output channel; embeddings, the output
-        matrix and all sums stay in `dtype`.
+      quantize: how the layers' matrices are stored, by a name of `spt_jax.models.quantized.KERNEL_ARRAYS`: "int8" with
+        a scale per output channel, "int4" with a scale and an offset per 128 rows and channel, "nf4" with a scale per
+        64 rows and channel. Embeddings, the output matrix and all sums stay in `dtype`.
 
     On an accelerator, XLA's persistent compilation cache is turned on, unless its directory is already set.
 
@@ -182,7 +183,7 @@ def load_base(
         kernel, note = attention, ""
     shapes = parameter_shapes(config)
     if quantize is not None and quantize not in KERNEL_ARRAYS:
-        raise ConfigError(f"quantize {quantize!r} is not supported; {did_you_mean(quantize, KERNEL_ARRAYS)}")
+        raise ConfigError(f"quantize {quantize!r} is not supported; known: {', '.join(KERNEL_ARRAYS)}")
     kernel_array = None if quantize is None else KERNEL_ARRAYS[quantize]
     params, digest = read_params(
         directory, config, DTYPES[dtype], partial(_leaf_sharding, mesh, shapes), quantize=kernel_array
@@ -193,7 +194,7 @@ def load_base(
         model=DecoderModel(params, Decoder(config, remat=remat, mesh=mesh, attention=kernel)),
         tokenizer=tokenizer,
         end_ids=declared_ends(directory, tokenizer, config.vocab_size),
-        fingerprint=fingerprint_of(config, digest, tokenizer_hash(tokenizer)),
+        fingerprint=fingerprint_of(config, digest, tokenizer_hash(tokenizer), quantize),
         attention_note=note,
     )
 

@@ -27,6 +27,7 @@ from flax import traverse_util
 from spt_jax.bases.families import Origin, family_of
 from spt_jax.bases.families.family import OUTPUT_BIAS_KEY, OUTPUT_KEY, RenamedFamily, SeveralTables, with_prefix
 from spt_jax.bases.files import checkpoint_files, listed
+from spt_jax.bases.kernel_buffers import KernelBuffer
 from spt_jax.bases.tensors import open_tensors
 from spt_jax.errors import CheckpointError
 from spt_jax.models.attention import Stream
@@ -72,7 +73,7 @@ class Place:
     origin: Origin
     index: tuple[int, ...]
 
-    def stored(self, leaf: np.ndarray) -> np.ndarray:
+    def stored(self, leaf: np.ndarray | KernelBuffer) -> np.ndarray:
         """Returns a view of the part of the leaf that the tensor fills, with its axes in their stored order."""
         return self.origin.filled(leaf[self.index])
 
@@ -170,7 +171,7 @@ def read_params(
     """Reads a checkpoint onto the devices.
 
     Host memory holds one leaf at a time, the largest first, and on CPU that memory becomes the leaf: the peak stays
-    near the size of the parameters.
+    near the size of the parameters. Of leaves that are quantized, only one layer or expert is in memory as floats.
 
     Args:
       directory: holds the safetensors files.
@@ -196,18 +197,30 @@ def read_params(
         used = {at.file for at in found.values()}
         opened = {file: stack.enter_context(open_tensors(file, list(found))) for file in used}
         for paths, keys in _groups(expected, shapes):
-            exact = {path: quantize is not None and _quantizable(path) for path in paths}
-            buffers = {path: aligned_empty(shapes[path].shape, np.float32 if exact[path] else dtype) for path in paths}
-            for key in keys:
+            buffers: dict[LeafPath, np.ndarray | KernelBuffer] = {}
+            for path in paths:
+                if quantize is not None and quantizable(path):
+                    indices = [place.index for key in keys for place in expected[key] if place.path == path]
+                    buffers[path] = KernelBuffer(quantize, shapes[path].shape, indices)
+                else:
+                    buffers[path] = aligned_empty(shapes[path].shape, dtype)
+            # By layer, so that few layers of a quantized kernel are incomplete.
+            for key in sorted(keys, key=lambda key: min(place.index for place in expected[key])):
                 tensor = opened[found[key].file].read(found[key].name)
                 digests[key] = _digest(tensor, found[key])
                 for place in expected[key]:
-                    target = place.stored(buffers[place.path])
+                    buffer = buffers[place.path]
+                    target = place.stored(buffer)
                     _cast(place.origin.taken(tensor).reshape(target.shape), target, found[key])
+                    if isinstance(buffer, KernelBuffer):
+                        buffer.filled(place.index)
                 del tensor, target
             for path, buffer in buffers.items():
-                put = quantize.quantize if quantize is not None and exact[path] else put_on_devices
-                leaves[path] = put(buffer, sharding_of(path))
+                sharding = sharding_of(path)
+                if isinstance(buffer, KernelBuffer):
+                    leaves[path] = buffer.placed(sharding)
+                else:
+                    leaves[path] = put_on_devices(buffer, sharding)
             del buffers, buffer
         if config.tied and OUTPUT_KEY in found:
             at = found[OUTPUT_KEY]
@@ -216,7 +229,7 @@ def read_params(
     return traverse_util.unflatten_dict(leaves), hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _quantizable(path: LeafPath) -> bool:
+def quantizable(path: LeafPath) -> bool:
     """Returns whether a leaf is a kernel that loses little by quantization: rounded routers choose other experts."""
     return path[-1] == "kernel" and path[-2] not in ("router", "shared_gate")
 

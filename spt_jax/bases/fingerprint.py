@@ -16,7 +16,7 @@ FINGERPRINT_VERSION = 2
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
-    """What makes two bases the same function. Neither precision nor path is part of it.
+    """What makes two bases the same function. Neither the dtype nor the path is part of it.
 
     Attributes:
       config: sizes and options by their names in `DecoderConfig`. An option that is absent has its default, so that an
@@ -24,17 +24,30 @@ class Fingerprint:
       weights: SHA-256 of the tensors as stored, hexadecimal.
       tokenizer: SHA-256 of the tokenizer, hexadecimal.
       version: of the names in `config`. Version 0.1 of the library did not write it.
+      quantize: the representation of the kernels, by its name in `KERNEL_ARRAYS`; None for floats, and in fingerprints
+        that were written before this was recorded.
     """
 
     config: Mapping[str, Any]
     weights: str
     tokenizer: str
     version: int = 1
+    quantize: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the fields for a file. `quantize` is left out if it is None: earlier versions do not know it."""
+        fields = dataclasses.asdict(self)
+        return fields if self.quantize else {name: value for name, value in fields.items() if name != "quantize"}
 
     def differences(self, other: "Fingerprint") -> list[str]:
         """Sentences that name each field that differs."""
         there, here = (
-            {**_facts(DecoderConfig, one.current.config), "weights": one.weights[:16], "tokenizer": one.tokenizer[:16]}
+            {
+                **_facts(DecoderConfig, one.current.config),
+                "weights": one.weights[:16],
+                "tokenizer": one.tokenizer[:16],
+                "quantize": one.quantize,
+            }
             for one in (self, other)
         )
         return [f"{name} is {value!r} here, {old!r} there" for name, old, value in differing_fields(there, here)]
@@ -52,9 +65,30 @@ class Fingerprint:
         return dataclasses.replace(self, config=config, version=FINGERPRINT_VERSION)
 
 
-def fingerprint_of(config: DecoderConfig, weights: str, tokenizer: str) -> Fingerprint:
-    """Returns the identity of a base, from its config and the hashes of its weights and tokenizer."""
-    return Fingerprint(json.loads(json.dumps(dataclasses.asdict(config))), weights, tokenizer, FINGERPRINT_VERSION)
+def fingerprint_of(config: DecoderConfig, weights: str, tokenizer: str, quantize: str | None = None) -> Fingerprint:
+    """Returns the identity of a base, from its config, hashes of its weights and tokenizer, and its quantization."""
+    facts = json.loads(json.dumps(dataclasses.asdict(config)))
+    return Fingerprint(facts, weights, tokenizer, FINGERPRINT_VERSION, quantize)
+
+
+def accepting_floats(trained: Fingerprint, base: Fingerprint) -> Fingerprint:
+    """Returns the fingerprint of a prompt as a base compares it.
+
+    A prompt that was trained on float kernels, or before quantization was recorded, can be used on quantized ones of
+    the same base; one that was trained on quantized kernels is for those only.
+
+    Args:
+      trained: that of the base that the prompt was trained on.
+      base: that of the base that it is used with.
+    """
+    return dataclasses.replace(trained, quantize=base.quantize) if trained.quantize is None else trained
+
+
+def quantization_note(trained: Fingerprint, base: Fingerprint) -> str | None:
+    """Returns a note if a prompt that was not trained on quantized kernels is used on some, given both fingerprints."""
+    if base.quantize is None or trained.quantize is not None:
+        return None
+    return f"trained on a base that is not recorded as quantized, and used with {base.quantize} kernels"
 
 
 def _facts(kind: type, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,10 @@ def load_all(options: Saved, folders: Sequence[Path]) -> tuple[FrozenBase, list[
     revision = None if options.base else info["revision"]
     if options.base is None:
         _check_base(info["id"], revision, folders[0])
-    base = load_base(options.base or info["id"], revision=revision, dtype=options.dtype, quantize=options.quantize)
+    quantize = options.quantize
+    if options.base is None and quantize is None:
+        quantize = info["fingerprint"].get("quantize")
+    base = load_base(options.base or info["id"], revision=revision, dtype=options.dtype, quantize=quantize)
     return base, [load_prompt(folder, base, force=options.force) for folder in folders]
 
 

@@ -171,6 +171,7 @@ class Experiment:
                 itemsize=base.dtype.itemsize,
                 mesh=base.mesh,
                 microbatches=config.train.microbatches,
+                quantize=base.fingerprint.quantize,
             ).of_prompts(together)
 
         limit = processes.from_first("memory limit", measure.memory_limit)
@@ -312,7 +313,7 @@ def input_digests(
         for split, examples in by_split.items():
             known[id(examples)] = known.get(id(examples)) or digest(examples)
             data.setdefault(getattr(experiment.config.data, split), set()).add(known[id(examples)])
-        bases[experiment.config.base.path] = dataclasses.asdict(experiment.base.fingerprint)
+        bases[experiment.config.base.path] = experiment.base.fingerprint.as_json()
     return {"data": {source: sorted(digests) for source, digests in data.items()}, "base": bases}
 
 

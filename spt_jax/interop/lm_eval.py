@@ -315,7 +315,8 @@ def load_model(
       prompt: a saved prompt: a directory, a URL or a hub id; default the bare base.
       base: the base, or its path or hub id; default where it was when the prompt was trained.
       dtype: precision of the base; default by device.
-      quantize: how the base's matrices are stored, such as "int8".
+      quantize: how the base's matrices are stored, such as "int8"; default as when the prompt was trained, if `base` is
+        not given.
       force: use the prompt with another base than its own, as long as the sizes match.
       batch_size: requests per batch; "auto" is 16.
       max_gen_toks: the number of new tokens of a task that does not set it.
@@ -342,6 +343,8 @@ def load_model(
     directory = prompt_directory(prompt)
     trained = read_prompt(directory).info["base"]
     revision = trained["revision"] if base is None else None
+    if base is None and quantize is None:
+        quantize = trained["fingerprint"].get("quantize")
     loaded = load_base(base or trained["id"], revision=revision, dtype=dtype, quantize=quantize)
     saved = load_prompt(directory, loaded, force=force)
     return model(loaded, saved.template, saved.virtual)

@@ -130,7 +130,11 @@ def peft_note(base: FrozenBase, method: Method, template: Template) -> str:
         check_exportable(base, method, dataclasses.replace(template, task=None, tasks=()), virtual)
     except SptError as error:
         return f"note: this prompt cannot be exported to PEFT: {error}"
-    return "this prompt can be exported to PEFT"
+    quantize = base.fingerprint.quantize
+    weights = (
+        f", where the base has other weights than the {quantize} kernels that it is trained on" if quantize else ""
+    )
+    return f"this prompt can be exported to PEFT{weights}"
 
 
 def _parts(virtual: VirtualPrompt) -> list[str]:

@@ -15,9 +15,11 @@ from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Stream, soft_ca
 from spt_jax.models.config import DecoderConfig, layer_configs, periods
 from spt_jax.models.decoder import Decoder, decoder_layout
 from spt_jax.models.latent_attention import LatentAttention
+from spt_jax.models.layers import dense
 from spt_jax.models.layout import Layout, only_layers
 from spt_jax.models.memory import KeysValues, Memory
 from spt_jax.models.model import Params, TargetScores
+from spt_jax.models.quantized import KernelArray
 from spt_jax.models.self_attention import ATTENTION, Attention
 from spt_jax.models.vocabulary import log_sum_exp
 from spt_jax.runtime.sharding import to_host
@@ -89,7 +91,8 @@ class DecoderModel:
 
         def of_layer(i: int, x: Float[Array, "P D"]) -> KeysValues:
             path, at = places[i]
-            params = jax.tree.map(lambda a: a.astype(jnp.float32), _at(self.params, f"{path}/attention", at))
+            own = _at(self.params, f"{path}/attention", at)
+            params = jax.tree.map(dense, own, is_leaf=lambda leaf: isinstance(leaf, KernelArray))
             kind: Any = Attention if configs[i].latent is None else LatentAttention
             return kind(configs[i], None, "xla").apply({"params": params}, x[None], method=kind.remembered)
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from spt_jax.models.expert_dispatch import Dispatch, ExpertWeights, choose_dispatch, mix
 from spt_jax.models.experts_config import ExpertsConfig
-from spt_jax.models.layers import Linear, dense
+from spt_jax.models.layers import Linear, dense, kernel_param
 from spt_jax.models.quantized import KernelArray
 from spt_jax.runtime.sharding import ROWS, fitting
 
@@ -146,7 +146,7 @@ class Stacked(nn.Module):
     @nn.compact
     def __call__(self) -> tuple[Array | KernelArray, Array | None]:
         experts, _, columns = self.shape
-        kernel = self.param("kernel", nn.initializers.normal(0.02), self.shape)
+        kernel = kernel_param(self, self.shape)
         return kernel, self.param("bias", nn.initializers.zeros, (experts, columns)) if self.use_bias else None
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from spt_jax.models.latent_config import LatentConfig
-from spt_jax.models.layers import Linear, Norm, dense
+from spt_jax.models.layers import Linear, Norm, dense, kernel_param
 from spt_jax.models.memory import KeysValues
 from spt_jax.models.quantized import KernelArray
 from spt_jax.models.rope import rotate
@@ -21,7 +21,7 @@ class Kernel(nn.Module):
 
     @nn.compact
     def __call__(self, rows: int) -> Array | KernelArray:
-        return self.param("kernel", nn.initializers.normal(0.02), (rows, self.features))
+        return kernel_param(self, (rows, self.features))
 
 
 class LatentAttention(Attention):

@@ -37,6 +37,15 @@ def linear(
     return y + bias.astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
+def kernel_param(module: nn.Module, shape: tuple[int, ...]) -> Float[Array, "*L D F"] | KernelArray:
+    """Returns the parameter `kernel` of a module, which may be a `KernelArray`: of it, Linen cannot check the shape."""
+    if module.has_variable("params", "kernel"):
+        kernel = module.get_variable("params", "kernel")
+        if isinstance(kernel, KernelArray):
+            return kernel
+    return module.param("kernel", nn.initializers.normal(0.02), shape)
+
+
 def scaled(x: Float[Array, "*B D"], scale: float | None) -> Float[Array, "*B D"]:
     """Returns x times a factor, in the dtype of x; x itself if there is none."""
     return x if scale is None or scale == 1 else x * jnp.asarray(scale, x.dtype)
@@ -66,7 +75,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
-        kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
+        kernel = kernel_param(self, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         return linear(x, kernel, bias)
 

@@ -22,7 +22,7 @@ import numpy as np
 import safetensors.numpy
 
 from spt_jax.bases.base import FrozenBase, lasting_name
-from spt_jax.bases.fingerprint import FINGERPRINT_VERSION, Fingerprint
+from spt_jax.bases.fingerprint import FINGERPRINT_VERSION, Fingerprint, accepting_floats, quantization_note
 from spt_jax.data.templates import Template
 from spt_jax.errors import CheckpointError, ConfigError, did_you_mean
 from spt_jax.models.config import DecoderConfig
@@ -148,7 +148,7 @@ def prompt_files(
             "id": lasting_name(base.name),
             "revision": base.revision,
             "dtype": str(np.dtype(base.dtype)),
-            "fingerprint": dataclasses.asdict(base.fingerprint),
+            "fingerprint": base.fingerprint.as_json(),
         },
         "versions": {name: _version(name) for name in _PACKAGES},
         "sha256": hashlib.sha256(content).hexdigest(),
@@ -231,7 +231,8 @@ def load_prompt(directory: str | Path, base: FrozenBase, *, force: bool = False)
 
     Args:
       directory: a directory written by `save_prompt`, or the URL or hub id of one, as in `prompt_directory`.
-      base: must have the fingerprint of the base that the prompt was trained on. Precision and path do not matter.
+      base: must have the fingerprint of the base that the prompt was trained on. Its dtype and path do not matter. A
+        prompt that was trained on a base without quantization can be used on a quantized one, with a warning.
       force: accept, with a warning, another base of the same width and vocabulary size.
 
     Raises:
@@ -242,7 +243,9 @@ def load_prompt(directory: str | Path, base: FrozenBase, *, force: bool = False)
     directory = prompt_directory(directory)
     info, method, template = _read_frame(directory)
     fingerprint = Fingerprint(**info["base"]["fingerprint"])
-    differences = [difference[:500] for difference in base.fingerprint.differences(fingerprint)]
+    differences = [
+        difference[:500] for difference in base.fingerprint.differences(accepting_floats(fingerprint, base.fingerprint))
+    ]
     if differences:
         trained_on = info["base"]["id"]
         message = f"{directory}: trained on another base, {trained_on!r}, not {base.name!r}: {'; '.join(differences)}"
@@ -253,6 +256,9 @@ def load_prompt(directory: str | Path, base: FrozenBase, *, force: bool = False)
         if not force:
             raise CheckpointError(f"{message}. Load {trained_on!r}, or pass force=True to use the prompt anyway")
         warnings.warn(f"{message}. Using it anyway (force=True)", stacklevel=2)
+    note = quantization_note(fingerprint, base.fingerprint)
+    if note:
+        warnings.warn(f"{directory}: {note}", stacklevel=2)
     prompt = _with_arrays(directory, info, method, template)
     return dataclasses.replace(prompt, virtual=jax.device_put(prompt.virtual, replicated(base.mesh)))
 
@@ -274,8 +280,8 @@ def _read_info(directory: Path) -> dict[str, Any]:
     _check_keys(info["base"], base, f"{path}: base")
     fingerprint = info["base"]["fingerprint"]
     # Version 0.1 of the library wrote the fingerprint without a version.
-    known = {"config": dict, "weights": str, "tokenizer": str, "version": int}
-    _check_keys({"version": 1, **fingerprint}, known, f"{path}: base.fingerprint")
+    known: dict[str, Any] = {"config": dict, "weights": str, "tokenizer": str, "version": int, "quantize": str | None}
+    _check_keys({"version": 1, "quantize": None, **fingerprint}, known, f"{path}: base.fingerprint")
     if not 1 <= fingerprint.get("version", 1) <= FINGERPRINT_VERSION:
         raise CheckpointError(
             f"{path}: base.fingerprint.version is {fingerprint['version']}; this library knows {FINGERPRINT_VERSION}:"

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import threading
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spt_jax.bases.base import FrozenBase
+from spt_jax.bases.fingerprint import accepting_floats, quantization_note
 from spt_jax.data.batches import round_up
 from spt_jax.data.encoder import Encoder, encoder_for
 from spt_jax.data.templates import MESSAGES, Template
@@ -158,9 +160,12 @@ class PromptBank:
         Raises:
           CheckpointError: it is for another base, or its template is not valid text or too long for the base.
         """
-        differences = saved.fingerprint.differences(self.base.fingerprint)
+        differences = accepting_floats(saved.fingerprint, self.base.fingerprint).differences(self.base.fingerprint)
         if differences:
             raise CheckpointError(f"prompt {name!r} is for another base: {'; '.join(differences)}")
+        note = quantization_note(saved.fingerprint, self.base.fingerprint)
+        if note:  # without the name, so that it appears once
+            warnings.warn(f"prompts were {note}", stacklevel=2)
         self._put(name, saved.virtual, saved.template)
 
     def _put(self, name: str, virtual: VirtualPrompt, template: Template) -> None:

@@ -3,20 +3,26 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from spt_jax.bases.checkpoint import parameter_shapes
+from spt_jax.bases.checkpoint import parameter_shapes, quantizable
 from spt_jax.data.batches import Batch, BatchPlan
 from spt_jax.models import delta_net_config, mamba_config
 from spt_jax.models.config import DecoderConfig, layer_configs
 from spt_jax.models.decoder import decoder_layout
 from spt_jax.models.memory import state_spec
+from spt_jax.models.quantized import KERNEL_ARRAYS
+from spt_jax.models.quantized.kernel_array import encoded_shapes
 from spt_jax.models.stacks import Remat
 from spt_jax.models.vocabulary import CHUNK_LOGITS, CHUNK_ROWS
 from spt_jax.runtime.sharding import row_shards, sharded_shapes
+
+# Dense copies, in float32, of the largest quantized kernel of a layer while it is multiplied.
+DENSE_COPIES = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +132,8 @@ class StepMemory:
     It is an upper bound, except for bfloat16 on CPU, where XLA computes in float32.
 
     Attributes:
-      weights: the weights of the frozen base; with fsdp, including two gathered layers.
+      weights: the weights of the frozen base; with fsdp, including two gathered layers; if quantized, including dense
+        copies of one kernel.
       kept: activations of all layers that the forward pass of a microbatch saves for the backward pass.
       layer: the memory of one layer during its backward pass.
       logits: the logits of one chunk of outputs over a device's part of the vocabulary, and the hidden states of all
@@ -173,6 +180,7 @@ def step_memory(
     itemsize: int,
     mesh: Mesh,
     microbatches: int = 1,
+    quantize: str | None = None,
 ) -> StepMemory:
     """Estimates the peak memory of a step.
 
@@ -183,10 +191,11 @@ def step_memory(
       itemsize: bytes per number in the base's dtype.
       mesh: the mesh of the base.
       microbatches: the number of parts that a batch is split into.
+      quantize: the representation of the kernels, by its name in `KERNEL_ARRAYS`; None for floats.
     """
     tensor, layers = mesh.shape["tensor"], layer_configs(config)
     leaves = sharded_shapes(mesh, parameter_shapes(config), jnp.float32)
-    weights = itemsize * sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(leaves))
+    weights = _weight_bytes(leaves, itemsize, quantize)
     if mesh.shape["fsdp"] > 1:
         weights += 2 * itemsize * max(one.matmul_parameters_of_layer for one in layers) // tensor
     matrix, axis = (leaves["output"], 1) if "output" in leaves else (leaves["embedding"], 0)
@@ -216,6 +225,22 @@ def step_memory(
         logits=3 * 4 * chunk * vocabulary + 3 * itemsize * outputs * config.input_width,
         prefix=kept(leading, seen) + layer(leading, seen) + 3 * 4 * (pairs // tensor + states),
     )
+
+
+def _weight_bytes(leaves: Any, itemsize: int, quantize: str | None) -> int:
+    """Returns the bytes on each device of leaves with shardings and, if quantized, of the largest kernel made dense."""
+    total, largest = 0, 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(leaves):
+        shard = math.prod(leaf.sharding.shard_shape(leaf.shape))
+        if quantize is None or not quantizable(tuple(key.key for key in path)):
+            total += itemsize * shard
+            continue
+        arrays = encoded_shapes(KERNEL_ARRAYS[quantize], leaf.shape, leaf.sharding)
+        sizes = [math.prod(own.sharding.shard_shape(own.shape)) * own.dtype.itemsize for own in arrays.values()]
+        total += sum(sizes)
+        layers = leaf.sharding.shard_shape(leaf.shape)[0] if leaf.ndim > 2 else 1
+        largest = max(largest, shard // layers)
+    return total + DENSE_COPIES * 4 * largest
 
 
 def choose_remat(estimate: Callable[[Remat], StepMemory], limit: int | None) -> Remat:

@@ -18,15 +18,17 @@ SIZES = {"vocab_size": 32_000, "hidden_size": 1024, "intermediate_size": 4096, "
 
 CHILD = """
 import json, sys, threading
+import jax
 from spt_jax.bases.base import load_base
 
-small, large, dtype = sys.argv[1:]
+small, large, dtype, quantize = sys.argv[1:]
+quantize = quantize or None
 
 def anonymous():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
-load_base(small, dtype=dtype)
+load_base(small, dtype=dtype, quantize=quantize)
 before = peak = anonymous()
 done = threading.Event()
 
@@ -37,10 +39,10 @@ def watch():
 
 thread = threading.Thread(target=watch)
 thread.start()
-base = load_base(large, dtype=dtype)
+base = load_base(large, dtype=dtype, quantize=quantize)
 done.set()
 thread.join()
-bytes_ = base.parameter_count * base.dtype.itemsize
+bytes_ = sum(leaf.nbytes for leaf in jax.tree.leaves(base.params))
 print(json.dumps({"bytes": bytes_, "peak": max(peak, anonymous()) - before}))
 """
 
@@ -58,10 +60,10 @@ def write_large(directory: Path, dtype, **sizes) -> Path:
     return directory
 
 
-def measure(directory: Path, dtype: str) -> dict[str, int]:
+def measure(directory: Path, dtype: str, quantize: str = "") -> dict[str, int]:
     """Bytes of the parameters as loaded, and the rise of anonymous memory while they were."""
     small = write_tiny_checkpoint(directory.parent / "small")
-    command = [sys.executable, "-c", CHILD, str(small), str(directory), dtype]
+    command = [sys.executable, "-c", CHILD, str(small), str(directory), dtype, quantize]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -75,6 +77,15 @@ def test_loading_takes_at_most_1_3_times_the_parameters(tmp_path):
     assert result["bytes"] > 500e6
     assert result["peak"] <= 1.3 * result["bytes"]
     assert result["peak"] >= 0.9 * result["bytes"], "the parameters themselves were not seen"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
+def test_quantizing_takes_at_most_1_3_times_the_quantized_parameters(tmp_path):
+    """100 MB at int4, of 200 million weights in bfloat16: 0.4 GB of disk. Whole leaves of floats would take 200 MB."""
+    sizes = {"vocab_size": 2_000, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 48}
+    result = measure(write_large(tmp_path / "large", ml_dtypes.bfloat16, **sizes), "bfloat16", "int4")
+    assert 100e6 < result["bytes"] < 150e6
+    assert 0.9 * result["bytes"] <= result["peak"] <= 1.3 * result["bytes"]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """int8 kernels: what they are, that the model computes with them, and that everything else goes on as before."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.models.attention import Stream
 from spt_jax.models.decoder_model import DecoderModel
 from spt_jax.models.layers import dense
-from spt_jax.models.quantized import Int8
+from spt_jax.models.quantized import KERNEL_ARRAYS, Int8
 from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning
 from spt_jax.runtime.sharding import MeshConfig, make_mesh
 from spt_jax.serving.bank import PromptBank
@@ -60,7 +62,8 @@ def test_kernels_are_the_checkpoint_s_to_half_a_step(family):
         assert ours.values.dtype == jnp.int8 and ours.values.shape == theirs.shape
         assert np.all(np.abs(dense(ours) - theirs) <= ours.scale[..., None, :] * 0.5001)
         np.testing.assert_array_equal(np.abs(ours.values).max(axis=-2), 127)
-    assert own.fingerprint == plain.fingerprint
+    assert own.fingerprint == dataclasses.replace(plain.fingerprint, quantize="int8")
+    assert own.parameter_count == plain.parameter_count
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_oss"])
@@ -126,5 +129,6 @@ def test_the_engine_serves_it(base, tmp_path):
 def test_other_precisions_are_refused(tmp_path, capsys):
     write_task(tmp_path)
     with pytest.raises(SystemExit, match="2"):
-        train.main(words(tmp_path, tmp_path / "run", "--base.quantize", "int4"))
-    assert "int8" in capsys.readouterr().err
+        train.main(words(tmp_path, tmp_path / "run", "--base.quantize", "int3"))
+    error = capsys.readouterr().err
+    assert all(name in error for name in KERNEL_ARRAYS)

@@ -1,9 +1,11 @@
 """Kernels with few bits per weight: one file per representation, registered here."""
 
+from spt_jax.models.quantized.int4 import Int4
 from spt_jax.models.quantized.int8 import Int8
 from spt_jax.models.quantized.kernel_array import KernelArray
+from spt_jax.models.quantized.nf4 import Nf4
 
-__all__ = ["KERNEL_ARRAYS", "Int8", "KernelArray"]
+__all__ = ["KERNEL_ARRAYS", "Int4", "Int8", "KernelArray", "Nf4"]
 
 # By the word of `--base.quantize`.
-KERNEL_ARRAYS: dict[str, type[KernelArray]] = {"int8": Int8}
+KERNEL_ARRAYS: dict[str, type[KernelArray]] = {"int8": Int8, "int4": Int4, "nf4": Nf4}
