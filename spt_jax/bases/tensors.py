@@ -35,7 +35,7 @@ class TensorFile(Protocol):
         ...
 
 
-class _Safetensors:
+class SafetensorsFile:
     """Implements `TensorFile`."""
 
     def __init__(self, file: Path, opened: Any) -> None:
@@ -73,4 +73,4 @@ def open_tensors(file: Path, keys: Sequence[str]) -> Iterator[TensorFile]:
         yield GgufTensors(file, keys)
         return
     with open_safetensors(file) as opened:
-        yield _Safetensors(file, opened)
+        yield SafetensorsFile(file, opened)

@@ -11,10 +11,10 @@ import pytest
 import safetensors.numpy
 from jax.sharding import SingleDeviceSharding
 
-from spt_jax.bases import checkpoint as module
 from spt_jax.bases.base import read_config
 from spt_jax.bases.checkpoint import read_params, write_checkpoint
 from spt_jax.bases.config import decoder_config
+from spt_jax.bases.tensors import SafetensorsFile
 from spt_jax.errors import CheckpointError
 from spt_jax.testing import FAMILIES, random_params, tiny_config, write_tiny_checkpoint
 
@@ -68,7 +68,8 @@ def test_linear_kernels_are_transposed_and_gpt2s_are_not(tmp_path):
 
 def test_each_tensor_is_read_once(tmp_path, monkeypatch):
     directory, reads = write_tiny_checkpoint(tmp_path, "gpt2", shards=2), []
-    monkeypatch.setattr(module, "_get", lambda files, at: reads.append(at.name) or files[at.file].get_tensor(at.name))
+    read_one = SafetensorsFile.read
+    monkeypatch.setattr(SafetensorsFile, "read", lambda file, name: reads.append(name) or read_one(file, name))
     read(directory)
     stored = [key for file in directory.glob("*.safetensors") for key in safetensors.numpy.load_file(file)]
     assert sorted(reads) == sorted(stored)
