@@ -261,7 +261,8 @@ def _load_base(directory: Path, path: str | Path | None, progress: bool) -> Froz
     info = saved.info["base"]
     if path is None and saved.fingerprint.is_foreign:
         raise CheckpointError(
-            f"{directory}: trained on {info['id']!r}, a model given to from_flax; make the base again and give it as base="
+            f"{directory}: trained on {info['id']!r}, a model given to from_flax; make the base again, and give it as"
+            " base="
         )
     where = info["id"] if path is None else str(path)
     try:

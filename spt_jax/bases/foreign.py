@@ -1,14 +1,16 @@
 """Frozen bases from models that people wrote themselves, in Flax Linen, Flax NNX or plain JAX."""
 
+import copy
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PyTree, Shaped
+from jaxtyping import Array, Float, PyTree
 
 from spt_jax.bases.base import FrozenBase, tokenizer_hash
 from spt_jax.bases.fingerprint import FINGERPRINT_VERSION, FOREIGN, Fingerprint
@@ -18,20 +20,17 @@ from spt_jax.models.functional import FunctionalModel, Functions, functional_lay
 from spt_jax.runtime import measure
 from spt_jax.runtime.sharding import make_mesh, replicated, to_host
 
-if TYPE_CHECKING:
-    import tokenizers
-
 # The shape of the ids on which the functions are tried.
 _ROWS, _TOKENS = 2, 5
 
 
 def from_flax(
-    params: PyTree[Shaped[Array, "..."]],
+    params: PyTree,
     *,
     embed: Callable[..., Float[Array, "B T D"]],
     hidden: Callable[..., Float[Array, "B T D"]],
     logits: Callable[..., Float[Array, "B T V"]],
-    tokenizer: "Tokenizer | tokenizers.Tokenizer",
+    tokenizer: Tokenizer | tokenizers.Tokenizer,
     max_positions: int,
     name: str,
     end_ids: Sequence[int] | None = None,
@@ -190,7 +189,6 @@ def _fast(tokenizer: Any) -> Tokenizer:
     Raises:
       ConfigError: the tokenizer is of another kind.
     """
-    import tokenizers
     import transformers
 
     if isinstance(tokenizer, tokenizers.Tokenizer):
@@ -227,8 +225,6 @@ def _with_ends(
             raise ConfigError(f"end_ids has {id_}, which is no id of the tokenizer")
     if tokenizer.eos_token_id is None:
         # Generation targets end with the EOS token. A copy, because the caller's tokenizer stays as it is.
-        import copy
-
         named: Any = copy.deepcopy(tokenizer)
         named.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
         return named, ends

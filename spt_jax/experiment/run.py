@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from spt_jax.bases.base import FrozenBase, load_base, read_tokenizer
 from spt_jax.data.batches import BatchPlan, multiples, plan_batches
 from spt_jax.data.encoder import Encoder, encoder_for
@@ -127,7 +130,7 @@ class Experiment:
 
     def virtual(self, params: PromptParams) -> VirtualPrompt:
         """Materializes the soft prompt from the method's parameters."""
-        return self.config.method.materialize(params, self.base.model)
+        return self.config.method.materialize(jax.tree.map(jnp.asarray, params), self.base.model)
 
     def artifacts(self, params: PromptParams, extra: Mapping[str, Any]) -> dict[str, Artifact]:
         """Returns the soft prompt under "", or one per task under its name.

@@ -249,7 +249,7 @@ def _check_extra(path: Path, name: str, found: tuple[str, tuple[int, ...]], base
     leaf = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
     where = f"{path}: {name[:200]!r}"
     if leaf in ("embed_tokens", "wte", "lm_head"):
-        own = base.model.output_matrix if leaf == "lm_head" else base.model.input_matrix
+        own = base.decoder.output_matrix if leaf == "lm_head" else base.decoder.input_matrix
         dtype, shape = found
         if shape != own.shape:
             raise CheckpointError(

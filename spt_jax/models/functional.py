@@ -165,14 +165,6 @@ class FunctionalModel:
     def gated_memory(self, rows: Float[Array, "G P D"]) -> Memory:
         raise ConfigError("a model from `from_flax` takes input embeddings only, no gated keys and values")
 
-    @property
-    def input_matrix(self) -> Float[Array, "V D"]:
-        return jnp.asarray(self.embedding_table())
-
-    @property
-    def output_matrix(self) -> Float[Array, "V D"]:
-        raise AttributeError("a model from `from_flax` has logits, and no output matrix that is known")
-
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         rows = hidden if hidden.ndim == 3 else hidden.reshape(1, -1, hidden.shape[-1])
         found = self.functions.logits(self.params, rows).astype(jnp.float32)
