@@ -331,3 +331,30 @@ def test_a_tokenizer_of_the_tokenizers_package(native):
     )
     assert base.tokenizer.eos_token == "<eos>" and base.end_ids == (2,)
     assert base.tokenizer.encode("hello") == tiny_tokenizer().encode("hello")
+
+
+def test_a_population_trains_as_on_the_decoder(native, foreign, tmp_path):
+    """Its members' leading tokens are run in one vectorized call."""
+
+    def losses(base):
+        method = spt_jax.PromptTuning(length=3)
+        template = dataclasses.replace(CLASSIFY, virtual_tokens=3)
+        encoder = spt_jax.Encoder(template, base.tokenizer, base.layout.vocab_size, base.layout.max_positions)
+        examples = encoder.encode_all(RECORDS)
+        plan = spt_jax.plan_batches(examples, lead=encoder.head_length(examples), batch_size=4)
+        members = [spt_jax.Member(method, examples, plan, seed, 0.1) for seed in (0, 1)]
+        data = spt_jax.make_evaluation_set(base, encoder, RECORDS)
+        found = spt_jax.fit_population(
+            base,
+            members,
+            spt_jax.resolve_optimizer(spt_jax.OptimizerConfig(), "llama"),
+            spt_jax.VerbalizerCrossEntropy(choices=plan.choices),
+            spt_jax.TrainConfig(steps=3, batch_size=4, evaluate_every=3),
+            workdir=tmp_path / base.name,
+            validate=lambda number, params: (
+                spt_jax.evaluate(base, data, method.materialize(jax.tree.map(jnp.asarray, params), base.model)).metrics
+            ),
+        )
+        return [standing.best.metrics["loss"] for standing in found]
+
+    np.testing.assert_allclose(losses(foreign), losses(native), rtol=1e-4)
