@@ -45,3 +45,10 @@ def test_the_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert sorted(standing.steps for standing in names["standings"]) == [10, 10, 20, 40]
     assert max(standing.best.metrics["accuracy"] for standing in names["standings"]) == 1
     assert len(blocks("functional.md")[0].splitlines()) <= 25
+
+
+def test_your_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    names = run("your_own_model.md", monkeypatch, tmp_path)
+    assert names["classes"] == ["good", "bad"]
+    losses = [line["loss"] for line in names["result"].history]
+    assert losses[-1] < 0.5 * losses[0]

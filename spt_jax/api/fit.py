@@ -164,7 +164,7 @@ def fit(
         with spoken(f"loading {base}", shown=progress):
             base, remat = load_base(base, max_length=max_length), "auto"
     else:
-        remat = base.model.module.remat
+        remat = base.remat if base.is_decoder else "auto"
     method = _with_tasks(method, template)
     config = resolve(
         ExperimentConfig(

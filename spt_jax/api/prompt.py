@@ -257,7 +257,13 @@ def load_prompt(
 
 def _load_base(directory: Path, path: str | Path | None, progress: bool) -> FrozenBase:
     """Loads the base from a path or hub id, or from where it was when the prompt was trained."""
-    info = read_prompt(directory).info["base"]
+    saved = read_prompt(directory)
+    info = saved.info["base"]
+    if path is None and saved.fingerprint.is_foreign:
+        raise CheckpointError(
+            f"{directory}: trained on {info['id']!r}, a model given to from_flax; make the base again, and give it as"
+            " base="
+        )
     where = info["id"] if path is None else str(path)
     try:
         with spoken(f"loading {where}", shown=progress):

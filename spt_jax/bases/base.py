@@ -27,7 +27,7 @@ from spt_jax.models.decoder import Decoder
 from spt_jax.models.decoder_model import DecoderModel
 from spt_jax.models.kernels import KernelChoice, check_kernel, choose_kernel
 from spt_jax.models.layout import Layout
-from spt_jax.models.model import Params
+from spt_jax.models.model import Model, Params
 from spt_jax.models.quantized import KERNEL_ARRAYS
 from spt_jax.models.stacks import Remat
 from spt_jax.runtime import measure
@@ -55,10 +55,10 @@ STARTER = Path(__file__).parents[1] / "assets" / "starter"
 
 @dataclasses.dataclass(frozen=True)
 class FrozenBase:
-    """What `load_base` returns. Only `model` holds arrays; pass it to compiled functions as an argument.
+    """What `load_base` and `from_flax` return. Only `model` holds arrays; pass it to compiled functions as an argument.
 
     Attributes:
-      name: the path or hub id that it was loaded from, or "starter".
+      name: the path or hub id that it was loaded from, or "starter"; the name given to `from_flax`.
       revision: the branch, tag or commit on the hub; None for the default or a local directory.
       model: architecture and weights.
       tokenizer: the fast tokenizer of transformers.
@@ -69,7 +69,7 @@ class FrozenBase:
 
     name: str
     revision: str | None
-    model: DecoderModel
+    model: Model
     tokenizer: Tokenizer
     end_ids: tuple[int, ...]
     fingerprint: Fingerprint
@@ -78,12 +78,44 @@ class FrozenBase:
     def __repr__(self) -> str:
         devices = f"{self.mesh.size} x {self.mesh.devices.flat[0].platform}"
         sizes = f"{self.parameter_count:,} parameters, {self.dtype}, {devices}"
-        return f"FrozenBase({self.name!r}, {self.config.family}, {sizes})"
+        return f"FrozenBase({self.name!r}, {self.family}, {sizes})"
+
+    @property
+    def family(self) -> str:
+        """The family of the architecture, such as "llama"; "flax" for a base of `from_flax`."""
+        return self.fingerprint.config["family"]
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether the base is from `load_base`, with a decoder of this library."""
+        return isinstance(self.model, DecoderModel)
+
+    @property
+    def decoder(self) -> DecoderModel:
+        """The model with its architecture, of a base from `load_base`.
+
+        Raises:
+          ConfigError: the base is from `from_flax`.
+        """
+        if not isinstance(self.model, DecoderModel):
+            raise ConfigError(
+                f"{self.name} is a model given to from_flax, and this needs a base of load_base, whose layers are known"
+            )
+        return self.model
 
     @property
     def config(self) -> DecoderConfig:
-        """Sizes and options of the architecture."""
-        return self.model.config
+        """Sizes and options of the architecture, of a base from `load_base`; `layout` is for every base.
+
+        Raises:
+          ConfigError: the base is from `from_flax`.
+        """
+        return self.decoder.config
+
+    @property
+    def remat(self) -> Remat:
+        """What the backward pass recomputes; "none" for a base from `from_flax`, whose functions decide it."""
+        return self.decoder.module.remat if self.is_decoder else "none"
 
     @property
     def layout(self) -> Layout:
@@ -126,7 +158,7 @@ def describe_base(base: FrozenBase) -> str:
     why = f" ({device.device_kind} does not compute in bfloat16)" if lacks else ""
     return (
         f"{base.name}: {base.parameter_count:,} frozen parameters in {base.dtype}{why} on {base.mesh.size} x"
-        f" {measure.device_name(device)}\nattention: {base.model.module.attention}{base.attention_note}"
+        f" {measure.device_name(device)}\nattention: {base.decoder.module.attention}{base.attention_note}"
     )
 
 

@@ -12,6 +12,8 @@ from spt_jax.models.config import DecoderConfig
 
 # How a fingerprint names its facts. A reader translates lower numbers and refuses higher ones.
 FINGERPRINT_VERSION = 2
+# The "family" in the fingerprints of models from `from_flax`, whose facts are their name and sizes.
+FOREIGN = "flax"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +43,23 @@ class Fingerprint:
 
     def differences(self, other: "Fingerprint") -> list[str]:
         """Sentences that name each field that differs."""
+        configs = [one.current.config for one in (self, other)]
+        if not self.is_foreign and not other.is_foreign:
+            configs = [_facts(DecoderConfig, config) for config in configs]
+        elif self.is_foreign != other.is_foreign:
+            # A decoder has dozens of options that mean nothing for the other.
+            shared = set.intersection(*map(set, configs))
+            configs = [{name: value for name, value in config.items() if name in shared} for config in configs]
         there, here = (
-            {
-                **_facts(DecoderConfig, one.current.config),
-                "weights": one.weights[:16],
-                "tokenizer": one.tokenizer[:16],
-                "quantize": one.quantize,
-            }
-            for one in (self, other)
+            {**config, "weights": one.weights[:16], "tokenizer": one.tokenizer[:16], "quantize": one.quantize}
+            for config, one in zip(configs, (self, other), strict=True)
         )
         return [f"{name} is {value!r} here, {old!r} there" for name, old, value in differing_fields(there, here)]
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the base is a model from `from_flax`."""
+        return self.config.get("family") == FOREIGN
 
     @property
     def current(self) -> "Fingerprint":

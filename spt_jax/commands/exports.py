@@ -4,6 +4,7 @@ from spt_jax.api.fit import Callback, fit
 from spt_jax.api.prompt import Prompt, load_prompt
 from spt_jax.api.result import FitResult
 from spt_jax.bases.base import FrozenBase, load_base
+from spt_jax.bases.foreign import from_flax
 from spt_jax.data.batches import Batch, Rows, pack, place_batch, plan_batches
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.examples import Example
@@ -108,6 +109,7 @@ __all__ = [
     "evaluation_batches",
     "fit",
     "fit_population",
+    "from_flax",
     "generate",
     "init",
     "init_state",

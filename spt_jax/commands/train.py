@@ -85,7 +85,7 @@ def run(command: Command[Any], argv: Sequence[str], program: str) -> None:
         print(note)
     print(peft_note(base, config.method, experiment.template))
     base = experiment.base
-    print(f"estimated memory of a step per device: {prepared.memory}; rematerialization: {base.model.module.remat}")
+    print(f"estimated memory of a step per device: {prepared.memory}; rematerialization: {base.remat}")
     if command.dry_run:
         dry_run(prepared)
         return
@@ -96,7 +96,7 @@ def run(command: Command[Any], argv: Sequence[str], program: str) -> None:
         [(experiment, {"train": examples, **{name: sets.soft.examples for name, sets in asked.items()}})]
     )
     processes.check_agreement(
-        "inputs", lambda: {**digests, "dtype": str(base.dtype), "attention": base.model.module.attention}
+        "inputs", lambda: {**digests, "dtype": str(base.dtype), "attention": base.decoder.module.attention}
     )
 
     def save_best(best: Best) -> None:
@@ -138,7 +138,7 @@ def dry_run(prepared: Prepared) -> None:
     """Prints the training examples and the memory that a step needs."""
     experiment, examples, plan, optimizer = prepared.experiment, prepared.examples, prepared.plan, prepared.optimizer
     base, config = experiment.base, experiment.config
-    print(describe(examples, plan, config.train.batch_size, base.tokenizer, base.config.vocab_size))
+    print(describe(examples, plan, config.train.batch_size, base.tokenizer, base.layout.vocab_size))
     state = init_state(jax.random.key(config.train.seed), base, config.method, optimizer)
     objective = experiment.objective(plan)
     first = prepare_examples(objective, base, examples[: config.train.batch_size])
@@ -176,7 +176,7 @@ def finish(
             "trainable_parameters": experiment.config.method.trainable_count(outcome.best.params),
             "base_parameters": experiment.base.parameter_count,
             "base_dtype": str(experiment.base.dtype),
-            "attention": experiment.base.model.module.attention,
+            "attention": experiment.base.decoder.module.attention,
             "prompt_bytes": prompt_bytes,
             "train_seconds": round(outcome.train_seconds, 2),
             "examples_per_second": round(outcome.rates.examples, 2),

@@ -445,6 +445,6 @@ def encoder_for(
     Raises:
       ConfigError: the template is not compatible with the tokenizer or the shots.
     """
-    positions = base.config.max_positions - taken
+    positions = base.layout.max_positions - taken
     limit = positions if max_length is None else min(max_length, positions)
-    return Encoder(template, base.tokenizer, base.config.vocab_size, limit, shots)
+    return Encoder(template, base.tokenizer, base.layout.vocab_size, limit, shots)

@@ -76,7 +76,7 @@ def _without(
         if own is not None:
             shorter = dataclasses.replace(own, memory=memory.without_position(own.memory, number))
             return data, dataclasses.replace(virtual, **{part: shorter})
-    absent = base.config.vocab_size + number
+    absent = base.layout.vocab_size + number
     if virtual.shift is not None:
         places = {int(np.flatnonzero(example.ids == absent)[0]) for example in data.examples}
         if len(places) > 1:
@@ -90,7 +90,7 @@ def _without(
         lead=max(0, min(shared, min(example.first_target for example in examples) - 1)),
         batch_size=data.config.batch_size,
         **multiples(base.mesh),
-        max_length=base.config.max_positions,
+        max_length=base.layout.max_positions,
     )
     return dataclasses.replace(data, examples=examples, plan=plan), virtual
 
@@ -128,7 +128,7 @@ def attention_received(
     # A request ends where its answer begins.
     requests = [e.ids if e.reads is not None else e.ids[: e.first_target] for e in examples]
     length = max(map(len, requests))
-    model = base.model.with_options(attention="xla", remat="none", mesh=None)
+    model = base.decoder.with_options(attention="xla", remat="none", mesh=None)
     sums, shares = [], []
     for start in range(0, len(requests), batch_size):
         own = requests[start : start + batch_size]

@@ -71,7 +71,7 @@ def score_continuations(
     prefix = 0 if virtual is None else virtual.prefix_length
     rows = None if virtual is None else 0 if virtual.tokens is None else len(virtual.tokens)
     for example in examples:
-        name, most = f"continuation {example.index} with its context", base.config.max_positions
+        name, most = f"continuation {example.index} with its context", base.layout.max_positions
         check_ids(base, example.ids, rows, name)
         if prefix + len(example.ids) - 1 > most:  # the last token is predicted, and not read
             raise DataError(
@@ -83,7 +83,8 @@ def score_continuations(
         # The last id of a context, which predicts, stays in the rows.
         lead=shared_length([example.ids for example in examples], min(e.first_target for e in examples) - 1),
         batch_size=batch_size,
-        max_length=base.config.max_positions,
+        packing=base.layout.packs,
+        max_length=base.layout.max_positions,
         **multiples(base.mesh),
     )
     # All batches are dispatched before the first is waited for.

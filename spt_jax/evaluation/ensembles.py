@@ -51,8 +51,9 @@ def score_together(
         examples,
         lead=[data.plan.lead_ids.shape[-1] for data in sets],
         batch_size=sets[0].config.batch_size,
+        packing=base.layout.packs,
         **multiples(base.mesh),
-        max_length=base.config.max_positions,
+        max_length=base.layout.max_positions,
     )
     together = dataclasses.replace(sets[0], examples=examples, plan=plan)
     scores = score(base, together, stack_prompts(prompts))

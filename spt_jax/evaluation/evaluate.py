@@ -108,13 +108,13 @@ def make_evaluation_set(
         examples,
         lead=encoder.leads(examples),
         batch_size=config.batch_size,
-        packing=packing,
+        packing=packing and base.layout.packs,
         **multiples(base.mesh),
-        max_length=base.config.max_positions,
+        max_length=base.layout.max_positions,
     )
     generates = task_of(encoder.template).generates
     pairs = zip(records[: config.generate] if generates else [], examples, strict=False)
-    unused = base.config.max_positions - taken - encoder.max_length
+    unused = base.layout.max_positions - taken - encoder.max_length
     prompts = [_prompt(encoder, *pair, room=config.max_new_tokens - unused) for pair in pairs]
     return EvaluationSet(encoder, records, examples, plan, config, prompts)
 
@@ -274,7 +274,7 @@ def _with_answers(
 ) -> Evaluation:
     prompts, encoder = data.prompts, data.encoder
     references = [encoder.reference(record) for record in data.records[: len(prompts)]]
-    positions = base.config.max_positions - (0 if virtual is None else virtual.prefix_length)
+    positions = base.layout.max_positions - (0 if virtual is None else virtual.prefix_length)
     stop = (SEPARATOR,) if encoder.shots and not encoder.template.chat else ()
     sampling = [
         SamplingConfig(

@@ -60,7 +60,7 @@ def nearest_words(base: FrozenBase, virtual: VirtualPrompt, count: int) -> list[
     """
     if virtual.tokens is None or virtual.tokens.ndim != 2:
         return []
-    size = min(len(base.tokenizer), base.config.vocab_size)
+    size = min(len(base.tokenizer), base.layout.vocab_size)
     parts = []
     for first in range(0, size, VOCABULARY_PART):
         ids = np.minimum(np.arange(first, first + VOCABULARY_PART), size - 1)

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from spt_jax.bases.base import FrozenBase, load_base, read_tokenizer
 from spt_jax.data.batches import BatchPlan, multiples, plan_batches
 from spt_jax.data.encoder import Encoder, encoder_for
@@ -19,6 +22,7 @@ from spt_jax.evaluation.evaluate import Evaluation, EvaluationSet, evaluate, mak
 from spt_jax.experiment.config import ExperimentConfig, make_template, resolve
 from spt_jax.models.stacks import Remat
 from spt_jax.prompts import Method, PromptParams, VirtualPrompt
+from spt_jax.prompts.method import check_method
 from spt_jax.prompts.storage import save_prompt
 from spt_jax.runtime import measure, processes
 from spt_jax.runtime.progress import Progress
@@ -115,18 +119,18 @@ class Experiment:
             examples,
             lead=encoder.leads(examples),
             batch_size=config.train.batch_size,
-            packing=config.data.packing,
+            packing=config.data.packing and self.base.layout.packs,
             **options,
-            max_length=self.base.config.max_positions,
+            max_length=self.base.layout.max_positions,
         )
         auxiliary = config.method.auxiliary()
         if auxiliary is not None:
-            auxiliary.check(plan.lead_ids, self.base.config.vocab_size)
+            auxiliary.check(plan.lead_ids, self.base.layout.vocab_size)
         return examples, plan
 
     def virtual(self, params: PromptParams) -> VirtualPrompt:
         """Materializes the soft prompt from the method's parameters."""
-        return self.config.method.materialize(params, self.base.model)
+        return self.config.method.materialize(jax.tree.map(jnp.asarray, params), self.base.model)
 
     def artifacts(self, params: PromptParams, extra: Mapping[str, Any]) -> dict[str, Artifact]:
         """Returns the soft prompt under "", or one per task under its name.
@@ -151,7 +155,7 @@ class Experiment:
         for name, own in artifacts.items():
             save_prompt(folder / name, self.base, own.method, own.virtual, own.template, extra=own.extra)
 
-    def fitted(self, plan: BatchPlan, together: int = 1) -> tuple["Experiment", StepMemory]:
+    def fitted(self, plan: BatchPlan, together: int = 1) -> tuple["Experiment", StepMemory | None]:
         """Chooses the rematerialization.
 
         Args:
@@ -159,9 +163,12 @@ class Experiment:
           together: the number of prompts that are trained in one step.
 
         Returns:
-          The experiment with the rematerialization set, and the estimated memory of a step on each device.
+          The experiment with the rematerialization set, and the estimated memory of a step on each device; for a base
+          from `from_flax`, the experiment as it is and None.
         """
         config, base = self.config, self.base
+        if not base.is_decoder:
+            return self, None
 
         def estimate(remat: Remat) -> StepMemory:
             return step_memory(
@@ -177,11 +184,13 @@ class Experiment:
         limit = processes.from_first("memory limit", measure.memory_limit)
         remat = config.base.remat
         chosen = choose_remat(estimate, limit) if remat == "auto" else remat
-        base = dataclasses.replace(base, model=base.model.with_options(remat=chosen))
+        base = dataclasses.replace(base, model=base.decoder.with_options(remat=chosen))
         return dataclasses.replace(self, base=base), estimate(chosen)
 
     def window_note(self, examples: Sequence[Example]) -> str | None:
         """Returns a note if examples are longer than a sliding window, since the soft prompt then leaves the window."""
+        if not self.base.layout.windowed:
+            return None
         sizes, longest, method = self.base.config, max(example.length for example in examples), self.config.method
         leaves = (method.token_count or method.prefix_length) and not method.pins
         if not sizes.window_layers or not leaves or longest + method.prefix_length <= sizes.window:
@@ -252,14 +261,14 @@ def load_experiment(
         attention=config.base.attention,
         quantize=config.base.quantize,
     )
-    positions = base.config.max_positions
+    positions = base.layout.max_positions
     if data.max_length is not None and data.max_length > positions:
         raise ConfigError(f"data.max_length is {data.max_length}, but {base.name} has {positions} positions")
-    config.method.check_base(base)
+    check_method(config.method, base)
     taken = config.method.token_count + config.method.prefix_length
     if taken >= (data.max_length or positions):
         raise ConfigError(f"{taken} virtual tokens leave no room in {data.max_length or positions} positions")
-    optimizer = resolve_optimizer(config.optimizer, base.config.family, config.method.recipe)
+    optimizer = resolve_optimizer(config.optimizer, base.family, config.method.recipe)
     config = dataclasses.replace(config, optimizer=optimizer)
     return Experiment(config, base, template, train, validation, test)
 

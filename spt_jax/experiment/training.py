@@ -36,7 +36,7 @@ class Prepared:
       optimizer: the optimizer.
       examples: the encoded training records.
       plan: the shapes of batches.
-      memory: the estimated memory of a step on each device.
+      memory: the estimated memory of a step on each device; None for a base from `from_flax`.
       learning_rates: the learning rate of each step; None if the optimizer is not that of the config.
     """
 
@@ -44,7 +44,7 @@ class Prepared:
     optimizer: optax.GradientTransformation
     examples: Sequence[Example]
     plan: BatchPlan
-    memory: StepMemory
+    memory: StepMemory | None
     learning_rates: Float[np.ndarray, " steps"] | None
 
     @property
@@ -155,9 +155,9 @@ def tune(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        remat = base.model.module.remat
+        memory, remat = prepared.memory or "unknown", base.remat
         raise TrainingError(
-            f"the device ran out of memory. Estimated: {prepared.memory}; rematerialization: {remat}. To reduce memory,"
+            f"the device ran out of memory. Estimated: {memory}; rematerialization: {remat}. To reduce memory,"
             " use more --train.microbatches, --base.remat full, a smaller --evaluation.batch-size, or --mesh.fsdp over"
             " more devices"
         ) from error

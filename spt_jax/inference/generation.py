@@ -308,7 +308,7 @@ def _generate_batch(
     filler = [SamplingConfig()] * (size - len(samplings))
     traced = RowSampling(
         temperature=place(np.asarray([row.temperature for row in samplings + filler], np.float32)),
-        top_k=place(np.asarray([min(row.top_k, base.config.vocab_size) for row in samplings + filler], np.int32)),
+        top_k=place(np.asarray([min(row.top_k, base.layout.vocab_size) for row in samplings + filler], np.int32)),
         top_p=place(np.asarray([row.top_p for row in samplings + filler], np.float32)),
         seed=place(np.asarray([row.seed for row in samplings + filler], np.uint32)),
         numbers=place(_padded([request.number for request in requests], size)),
@@ -371,11 +371,11 @@ def check_prompt(
     check_ids(base, prompt, rows, f"prompt {number}")
     length = len(prompt)
     total = prefix + length + sampling.max_new_tokens
-    if total > base.config.max_positions:
+    if total > base.layout.max_positions:
         before = f"{prefix} positions of the soft prompt, " if prefix else ""
         raise ConfigError(
             f"prompt {number}: {before}{length} tokens and max_new_tokens={sampling.max_new_tokens} make {total}, but"
-            f" {base.name} has {base.config.max_positions} positions"
+            f" {base.name} has {base.layout.max_positions} positions"
         )
 
 
@@ -392,7 +392,7 @@ def check_ids(base: FrozenBase, ids: Int[np.ndarray, " T"], rows: int | None, na
       ConfigError: there is a virtual id without a soft prompt.
       DataError: an id is negative, or above the last virtual one.
     """
-    vocab_size, lowest, highest = base.config.vocab_size, int(ids.min()), int(ids.max())
+    vocab_size, lowest, highest = base.layout.vocab_size, int(ids.min()), int(ids.max())
     if rows is None and highest >= vocab_size:
         raise ConfigError(f"{name} has virtual token {highest - vocab_size}, but no soft prompt was given")
     count = rows or 0

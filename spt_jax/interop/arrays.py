@@ -35,7 +35,7 @@ def import_npy(path: str | Path, base: FrozenBase) -> tuple[PromptTuning, Virtua
       CheckpointError: it is another kind of file, its width is not the base's, or it has values that are not finite.
     """
     rows = read_npy(local_copy(path))
-    width, most = base.layout.width, base.config.max_positions
+    width, most = base.layout.width, base.layout.max_positions
     if rows.ndim != 2 or rows.shape[1] != width or not 1 <= rows.shape[0] < most or rows.dtype.kind != "f":
         raise CheckpointError(
             f"{path}: {rows.dtype} {rows.shape}; a prompt for this base is float [P, {width}] with P below {most}"

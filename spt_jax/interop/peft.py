@@ -120,7 +120,7 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
         )
     if kind == ADAPTER_TYPE:
         return _import_adapter(path, config, base)
-    length = _count(config, "num_virtual_tokens", where, base.config.max_positions)
+    length = _count(config, "num_virtual_tokens", where, base.layout.max_positions)
     if _count(config, "num_transformer_submodules", where, 2, default=1) != 1:
         raise CheckpointError(f"{where}: num_transformer_submodules is 2: the prompt is for an encoder-decoder model")
     sizes = base.config
@@ -199,7 +199,7 @@ def _task_rows(
 
 def _import_adapter(path: Path, config: Mapping[str, Any], base: FrozenBase) -> tuple[Method, VirtualPrompt]:
     where = path.with_name(CONFIG_FILE)
-    length = _count(config, "adapter_len", where, base.config.max_positions)
+    length = _count(config, "adapter_len", where, base.layout.max_positions)
     layers = _count(config, "adapter_layers", where, base.config.layers)
     places = range(base.config.layers - layers, base.config.layers)
     shapes: dict[str, tuple[int | None, ...]] = {}
@@ -249,7 +249,7 @@ def _check_extra(path: Path, name: str, found: tuple[str, tuple[int, ...]], base
     leaf = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
     where = f"{path}: {name[:200]!r}"
     if leaf in ("embed_tokens", "wte", "lm_head"):
-        own = base.model.output_matrix if leaf == "lm_head" else base.model.input_matrix
+        own = base.decoder.output_matrix if leaf == "lm_head" else base.decoder.input_matrix
         dtype, shape = found
         if shape != own.shape:
             raise CheckpointError(

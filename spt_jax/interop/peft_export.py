@@ -252,7 +252,7 @@ def _check_tokens(base: FrozenBase, template: Template, virtual: VirtualPrompt) 
     """
     if virtual.tokens is not None:
         check_tokens_agree(base)
-    tokenizer, vocab_size = base.tokenizer, base.config.vocab_size
+    tokenizer, vocab_size = base.tokenizer, base.layout.vocab_size
     chat = template.chat or template.is_conversation
     record: dict[str, Any] = dict.fromkeys(template.prompt_fields, "a")
     if template.is_conversation:

@@ -19,14 +19,15 @@ class Group:
       kv_heads: number K of key and value heads.
       key_size: size of a key.
       value_size: size of a value.
-      site: "self" for self-attention.
+      site: "self" for self-attention; "inputs" if the keys are the input embeddings of the tokens, and there are no
+        values, for a model that recomputes its layers from them.
     """
 
     layers: tuple[int, ...]
     kv_heads: int
     key_size: int
     value_size: int
-    site: Literal["self"] = "self"
+    site: Literal["self", "inputs"] = "self"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Layout:
       groups: the layers that remember something, by name; a plain decoder has one group, "self". A layer that has both
         attention and a recurrent part is in two.
       windowed: whether some layers have a sliding window.
+      packs: whether rows of several examples save time; the results are the same in either case.
     """
 
     vocab_size: int
@@ -60,14 +62,22 @@ class Layout:
     max_positions: int
     groups: Mapping[str, Group | StateGroup]
     windowed: bool = False
+    packs: bool = True
 
     def __hash__(self) -> int:
-        return hash((self.vocab_size, self.width, self.max_positions, frozenset(self.groups.items()), self.windowed))
+        sizes = self.vocab_size, self.width, self.max_positions
+        return hash((*sizes, frozenset(self.groups.items()), self.windowed, self.packs))
 
     @property
     def attention_groups(self) -> dict[str, Group]:
-        """The groups with keys and values."""
-        return {name: group for name, group in self.groups.items() if isinstance(group, Group)}
+        """The groups with keys and values of attention layers, which a prompt may provide."""
+        own = {name: group for name, group in self.groups.items() if isinstance(group, Group)}
+        return {name: group for name, group in own.items() if group.site == "self"}
+
+    @property
+    def only_tokens(self) -> bool:
+        """Whether a prompt can consist of input embeddings only, because no layer takes keys and values or states."""
+        return not self.attention_groups and not self.state_groups
 
     @property
     def state_groups(self) -> dict[str, StateGroup]:

@@ -120,16 +120,6 @@ class Model(Protocol):
         """
         ...
 
-    @property
-    def input_matrix(self) -> Float[Array, "V D"]:
-        """The embedding table as stored, without the scale that `embed` applies."""
-        ...
-
-    @property
-    def output_matrix(self) -> Float[Array, "V D"]:
-        """The matrix that maps hidden states to logits; the embedding table if they are tied."""
-        ...
-
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Returns next-token logits, float32.
 

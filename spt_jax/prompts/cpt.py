@@ -147,8 +147,8 @@ class ContextPromptTuning(TokenMethod):
         """
         if self.needs_tokenizer:
             raise ConfigError("method.context is not tokenized yet: use method.bind(base.tokenizer)")
-        if self.ids and max(self.ids) >= base.config.vocab_size:
-            raise ConfigError(f"method.ids go up to {max(self.ids)}; the vocabulary has {base.config.vocab_size}")
+        if self.ids and max(self.ids) >= base.layout.vocab_size:
+            raise ConfigError(f"method.ids go up to {max(self.ids)}; the vocabulary has {base.layout.vocab_size}")
         if self.ids:
             rows = base.model.embed(jnp.asarray(self.ids, jnp.int32)).astype(jnp.float32)
         else:

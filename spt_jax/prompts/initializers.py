@@ -199,13 +199,13 @@ def initialize(init: Initializer, key: Key[Array, ""], base: FrozenBase, length:
 
 def _text_ids(base: FrozenBase, string: str) -> np.ndarray:
     ids = tokenization_of(base.tokenizer).continuation(string)
-    check_ids(base.tokenizer, ids, base.config.vocab_size)
+    check_ids(base.tokenizer, ids, base.layout.vocab_size)
     return np.asarray(ids)
 
 
 def _sample_ids(key: Key[Array, ""], base: FrozenBase, top_k: int, count: int) -> np.ndarray:
     candidates = np.setdiff1d(
-        np.arange(min(top_k, len(base.tokenizer), base.config.vocab_size)), base.tokenizer.all_special_ids
+        np.arange(min(top_k, len(base.tokenizer), base.layout.vocab_size)), base.tokenizer.all_special_ids
     )
     if len(candidates) < count:
         raise ConfigError(f"init.top_k={top_k} leaves {len(candidates)} tokens to sample {count} distinct ones from")

@@ -59,6 +59,38 @@ class AuxiliaryObjective(Protocol):
         ...
 
 
+# The methods of this package that train input embeddings only.
+TOKEN_METHODS = (
+    "prompt_tuning",
+    "p_tuning",
+    "low_rank_prompt_tuning",
+    "residual_prompt_tuning",
+    "decomposed_prompt_tuning",
+    "multitask_prompt_tuning",
+    "cpt",
+)
+
+
+def check_method(method: "Method", base: FrozenBase) -> None:
+    """Checks a method, and its options, against a base, before training.
+
+    Args:
+      method: the method.
+      base: the frozen base.
+
+    Raises:
+      ConfigError: the method needs layers that take keys and values or states, and those of the base take none; or as
+        in `Method.check_base`.
+    """
+    virtual = method.spec(base.layout)
+    if base.layout.only_tokens and (virtual.prefix is not None or virtual.gated is not None):
+        raise ConfigError(
+            f"{method.name} gives keys, values or states to layers, and {base.name} takes input embeddings only;"
+            f" methods that work: {', '.join(TOKEN_METHODS)}"
+        )
+    method.check_base(base)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
     """Base class of the methods: frozen dataclasses whose fields are the options of `--method.*`.

@@ -22,11 +22,12 @@ import numpy as np
 import safetensors.numpy
 
 from spt_jax.bases.base import FrozenBase, lasting_name
-from spt_jax.bases.fingerprint import FINGERPRINT_VERSION, Fingerprint, accepting_floats, quantization_note
+from spt_jax.bases.fingerprint import FINGERPRINT_VERSION, FOREIGN, Fingerprint, accepting_floats, quantization_note
 from spt_jax.data.templates import Template
 from spt_jax.errors import CheckpointError, ConfigError, did_you_mean
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.decoder import decoder_layout
+from spt_jax.models.functional import functional_layout
 from spt_jax.models.layout import SELF, Layout
 from spt_jax.prompts.initializers import Initializer
 from spt_jax.prompts.method import Method
@@ -250,7 +251,7 @@ def load_prompt(directory: str | Path, base: FrozenBase, *, force: bool = False)
         trained_on = info["base"]["id"]
         message = f"{directory}: trained on another base, {trained_on!r}, not {base.name!r}: {'; '.join(differences)}"
         sizes = ("width", "vocab_size")
-        unequal = [name for name in sizes if fingerprint.config[name] != getattr(base.config, name)]
+        unequal = [name for name in sizes if fingerprint.config[name] != base.fingerprint.config[name]]
         if unequal:
             raise CheckpointError(f"{message}. force=True does not help: the {' and '.join(unequal)} must be the same")
         if not force:
@@ -288,6 +289,8 @@ def _read_info(directory: Path) -> dict[str, Any]:
             " a newer spt_jax wrote it"
         )
     names = ["width", "vocab_size", "layers", "kv_heads", "head_size"]
+    if fingerprint["config"].get("family") == FOREIGN:
+        names = ["width", "vocab_size", "max_positions"]
     if fingerprint["config"].get("embedding_width") is not None:
         names.append("embedding_width")
     for name in names:
@@ -302,6 +305,9 @@ def _read_info(directory: Path) -> dict[str, Any]:
 
 def _saved_layout(fingerprint: Fingerprint, where: str) -> Layout:
     """Returns the layout of the base of a saved prompt, which need not be loaded. Only the sizes matter."""
+    if fingerprint.is_foreign:
+        config = fingerprint.config
+        return functional_layout(config["vocab_size"], config["width"], config["max_positions"])
     sizes = {field.name for field in dataclasses.fields(DecoderConfig) if field.default is dataclasses.MISSING}
     sizes |= {"embedding_width", "window", "window_layers", "delta_net", "mamba", "latent", "rope", "variants"}
     config = fingerprint.current.config

@@ -132,7 +132,7 @@ def recycle(virtual: VirtualPrompt, source: FrozenBase, target: FrozenBase, *, t
     """
     rows = np.asarray(token_rows(virtual), np.float32)
     source_ids, target_ids = (
-        {token: id_ for token, id_ in base.tokenizer.get_vocab().items() if id_ < base.config.vocab_size}
+        {token: id_ for token, id_ in base.tokenizer.get_vocab().items() if id_ < base.layout.vocab_size}
         for base in (source, target)
     )
     by_id, special = sorted(source_ids.items(), key=lambda pair: pair[1]), set(source.tokenizer.all_special_tokens)

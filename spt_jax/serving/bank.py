@@ -183,7 +183,7 @@ class PromptBank:
 
     def _check_length(self, name: str, entry: Entry) -> None:
         """Checks that the template with empty fields leaves a position for an answer."""
-        template, positions = entry.template, self.base.config.max_positions
+        template, positions = entry.template, self.base.layout.max_positions
         if template.is_conversation:
             return  # a chat template may reject an empty chat
         ids = entry.encoder.prompt_ids(dict.fromkeys(template.prompt_fields, ""))
@@ -331,7 +331,7 @@ def hold(base: FrozenBase, virtual: VirtualPrompt, lead: np.ndarray) -> DevicePr
         prefix = encode(base.model, padded, ids, np.asarray([len(lead)], np.int32))
         prefix = jax.tree.map(lambda array: array[0], prefix)
     count = 0 if virtual.tokens is None else virtual.tokens.shape[0]
-    all_in_lead = count == int((lead >= base.config.vocab_size).sum())
+    all_in_lead = count == int((lead >= base.layout.vocab_size).sum())
     remaining = dataclasses.replace(padded, prefix=None, tokens=None if all_in_lead else padded.tokens)
     remaining = jax.tree.map(lambda array: array[0], remaining) if jax.tree.leaves(remaining) else None
     return DevicePrompt(prefix, remaining, count, lead, first + len(lead))

@@ -106,7 +106,7 @@ class Classifier:
         return [dict(zip(template.verbalizers, map(float, row), strict=True)) for row in scores]
 
     def _check_lengths(self, held: DevicePrompt, prompts: Sequence[np.ndarray]) -> None:
-        limit = self._bank.base.config.max_positions
+        limit = self._bank.base.layout.max_positions
         for ids in prompts:
             total = held.start - len(held.lead) + len(ids)
             if total > limit:

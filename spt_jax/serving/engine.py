@@ -76,7 +76,7 @@ class Engine:
             raise ConfigError(
                 f"slots is {slots}; it must be a multiple of {shards}, the number of parts the mesh splits rows into"
             )
-        self.context = min(context or base.config.max_positions, base.config.max_positions)
+        self.context = min(context or base.layout.max_positions, base.layout.max_positions)
         self._capacity = round_up(self.context, BUCKET) + 3 * BUCKET
         self._let_in = False
         self._steps = MAX_STEPS  # steps that take POLL_SECONDS, estimated from the latest decode call
@@ -132,7 +132,7 @@ class Engine:
                 f"the ids do not begin with the leading ids of prompt {request.prompt!r}'s template, or end after them"
             )
         own_ids = ids[len(held.lead) :]
-        if held.virtual is None and own_ids.max() >= base.config.vocab_size:
+        if held.virtual is None and own_ids.max() >= base.layout.vocab_size:
             raise DataError(f"id {own_ids.max()}: {request.prompt!r} has no virtual ids after its leading ids")
         needed = held.start + len(own_ids) + request.sampling.max_new_tokens
         if needed > self.context:
@@ -342,7 +342,7 @@ class Engine:
         starts = np.asarray([ticket.held.start for ticket in tickets], np.int32)
         sampling: Any = (
             np.asarray([config.temperature for config in configs], np.float32),
-            np.asarray([min(config.top_k, self.bank.base.config.vocab_size) for config in configs], np.int32),
+            np.asarray([min(config.top_k, self.bank.base.layout.vocab_size) for config in configs], np.int32),
             np.asarray([config.top_p for config in configs], np.float32),
             np.asarray([config.seed for config in configs], np.uint32),
             np.zeros(len(configs), np.int32),

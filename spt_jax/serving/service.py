@@ -237,7 +237,7 @@ class Service:
         """Returns the record if its texts can fit; the field that may be truncated is cut to the most that can fit."""
         if self._bound is None:
             return record
-        limit, name = self.bank.base.config.max_positions, template.truncate
+        limit, name = self.bank.base.layout.max_positions, template.truncate
         most = limit * self._bound.longest
         if name in record and not self._bound.folds_spaces:
             text = record[name]
@@ -275,7 +275,7 @@ class Service:
         name, entry, held = self._generator(body.model)
         seed, found = secrets.randbits(32) if body.seed is None else body.seed, []
         # The number of the base's positions that a slot does not have.
-        beyond = self.bank.base.config.max_positions - self.worker.engine.context
+        beyond = self.bank.base.layout.max_positions - self.worker.engine.context
         for record in records:
             encoder = entry.encoder if name else self.bank.encoder(None, record)
             # At most half of a slot, so that a field that may be truncated is never truncated to nothing.
@@ -342,7 +342,7 @@ class Service:
         given = next((value for value in record.values() if not isinstance(value, str)), None)
         if given is None or MESSAGES in record:
             return encoder.prompt_ids(record, room=room), None
-        vocab_size = self.bank.base.config.vocab_size
+        vocab_size = self.bank.base.layout.vocab_size
         unknown = next((id_ for id_ in given if id_ >= vocab_size), None)
         if unknown is not None:
             raise RefusedError(400, f"token id {unknown}: the base has {vocab_size} tokens", param="prompt")

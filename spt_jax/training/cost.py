@@ -106,6 +106,19 @@ def step_flops(config: DecoderConfig, shape: StepShape) -> StepFlops:
     )
 
 
+def functional_flops(parameters: int, shape: StepShape) -> int:
+    """Estimates the operations of a step of a model whose layers are not known.
+
+    Every parameter counts as an entry of a linear map, with 2 operations per token in the forward pass and 2 in the
+    backward pass, and every row has the leading ids.
+
+    Args:
+      parameters: the number of parameters.
+      shape: the sizes of the batch.
+    """
+    return 4 * parameters * shape.rows * (shape.lead + shape.length)
+
+
 def _pair_flops(config: DecoderConfig) -> int:
     """Returns the operations of one layer per query and key.
 

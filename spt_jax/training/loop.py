@@ -22,7 +22,7 @@ from spt_jax.runtime.sharding import replicated
 from spt_jax.training.checkpoints import Checkpoints, DamagedError, NoCheckpoints
 from spt_jax.training.clock import Clock, Rates, Speed
 from spt_jax.training.config import TrainConfig
-from spt_jax.training.cost import step_flops, step_shape
+from spt_jax.training.cost import functional_flops, step_flops, step_shape
 from spt_jax.training.logs import MetricsLog
 from spt_jax.training.overflow import explain
 from spt_jax.training.step import TrainState
@@ -325,7 +325,8 @@ def to_host(params: PromptParams) -> PromptParams:
 
 def _work(base: FrozenBase, prefix_length: int, batch: Batch) -> np.ndarray:
     """Returns the numbers of examples, tokens and operations of a batch."""
-    flops = step_flops(base.config, step_shape(batch, prefix_length)).total
+    shape = step_shape(batch, prefix_length)
+    flops = step_flops(base.config, shape).total if base.is_decoder else functional_flops(base.parameter_count, shape)
     return np.asarray([np.sum(batch.rows.examples >= 0), np.sum(batch.rows.stream.segments > 0), flops], float)
 
 

@@ -21,6 +21,7 @@ from spt_jax.data.examples import Example
 from spt_jax.errors import ConfigError
 from spt_jax.models.model import Model
 from spt_jax.prompts import Method, PromptParams, PromptTuning
+from spt_jax.prompts.method import check_method
 from spt_jax.runtime.sharding import replicated
 from spt_jax.training.objectives import Objective
 from spt_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -102,7 +103,7 @@ def init_members(
     make = make_optimizer(optimizer, steps)
     states = []
     for member in members:
-        member.method.check_base(base)
+        check_method(member.method, base)
         params = member.method.init_params(jax.random.key(member.seed), base)
         if member.method.token_count < longest:
             params = {"tokens": jnp.pad(params["tokens"], ((0, longest - member.method.token_count), (0, 0)))}

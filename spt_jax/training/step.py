@@ -26,6 +26,7 @@ from spt_jax.models.attention import Prefix
 from spt_jax.models.memory import Memory
 from spt_jax.models.model import Model
 from spt_jax.prompts import Method, PromptParams, VirtualPrompt
+from spt_jax.prompts.method import check_method
 from spt_jax.runtime.sharding import replicated
 from spt_jax.training.objectives import CrossEntropy, Objective
 
@@ -71,7 +72,7 @@ def init_state(
     Raises:
       ConfigError: the options of the method are not compatible with the base.
     """
-    method.check_base(base)
+    check_method(method, base)
     params = method.init_params(key, base)
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     return jax.device_put(state, replicated(base.mesh))
