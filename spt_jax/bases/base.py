@@ -176,8 +176,8 @@ def load_base(
     """Loads a decoder, its tokenizer and its identity; needs no torch.
 
     Args:
-      path_or_hub_id: a directory in Hugging Face format, a URL of one, a hub id, or "starter" for the model that
-        ships here.
+      path_or_hub_id: a directory in Hugging Face format, a URL of one, a hub id, a GGUF file (on the hub,
+        "owner/name:file.gguf"), or "starter" for the model that ships here.
       revision: branch, tag or commit on the hub.
       dtype: "float32", "bfloat16" or "float16"; default float32 on CPU, bfloat16 on accelerators that compute in it,
         and float16 on those that do not, such as a T4.
@@ -271,7 +271,7 @@ def lasting_name(path_or_hub_id: str) -> str:
 
 
 def local_directory(path_or_hub_id: str, revision: str | None) -> Path:
-    """The directory of a base's files: the given one, the starter's, or a download for a URL or hub id.
+    """The directory of a base's files: the given one, the starter's, one made of a GGUF file's metadata, or a download.
 
     Raises:
       ConfigError: the package for the scheme of a URL is not installed; the message names the extra.

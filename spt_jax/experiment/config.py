@@ -24,7 +24,8 @@ class BaseConfig:
     """The frozen base.
 
     Attributes:
-      path: a directory in Hugging Face format, a hub id, or "starter" for the model that ships with the package.
+      path: a directory in Hugging Face format, a hub id, a GGUF file, or "starter" for the model that ships with the
+        package.
       revision: branch, tag or commit on the hub.
       dtype: precision of the base; default float32 on CPU, bfloat16 on accelerators that compute in it, and float16 on
         those that do not, such as a T4.
