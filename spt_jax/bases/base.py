@@ -282,6 +282,8 @@ def local_directory(path_or_hub_id: str, revision: str | None) -> Path:
         return STARTER
     url = url_of(path_or_hub_id)
     if url and not url.startswith("hf://"):
+        if url.endswith(".gguf"):
+            return gguf_directory(local_copy(url))
         return model_directory(local_copy(url, FILES))
     path_or_hub_id = url.removeprefix("hf://") if url else path_or_hub_id
     path = Path(path_or_hub_id).expanduser()

@@ -54,23 +54,21 @@ def write_tokenizer(directory: Path, file: Path, architecture: str, metadata: Ma
     for id_, token in enumerate(tokens):
         if id_ in ids.values() and backend.token_to_id(token) != id_:
             raise CheckpointError(f"{file}: token {id_} is {token[:100]!r}, which the tokenizer reads as another id")
-    sides = {"start": ("bos_token_id", _flag(file, fields, "add_bos_token", fields["model"] == "llama")),
-             "end": ("eos_token_id", _flag(file, fields, "add_eos_token", False))}  # fmt: skip
-    added = {side: tokens[ids[key]] for side, (key, wanted) in sides.items() if wanted and ids[key] is not None}
+    named = {name: tokens[id_] for name, key in _SPECIAL.items() if (id_ := ids[key]) is not None}
+    start = named.get("bos_token") if _flag(file, fields, "add_bos_token", fields["model"] == "llama") else None
+    end = named.get("eos_token") if _flag(file, fields, "add_eos_token", False) else None
+    added = [token for token in (start, end) if token is not None]
     if added:
-        single = [*([added["start"]] if "start" in added else []), "$A", *([added["end"]] if "end" in added else [])]
+        single = [token for token in (start, "$A", end) if token is not None]
         backend.post_processor = processors.TemplateProcessing(
-            single=" ".join(single),
-            pair=f"{' '.join(single)} $B",
-            special_tokens=[(token, backend.token_to_id(token)) for token in set(added.values())],
+            single=single, pair=[*single, "$B"], special_tokens=[(token, backend.token_to_id(token)) for token in added]
         )
-    named = {name: tokens[ids[key]] for name, key in _SPECIAL.items() if ids[key] is not None}
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **named)
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
         tokenizer.chat_template = template
     tokenizer.save_pretrained(directory)
-    ends = sorted({ids[key] for key in _ENDS if ids[key] is not None})
+    ends = sorted({id_ for key in _ENDS if (id_ := ids[key]) is not None})
     return {"bos_token_id": ids["bos_token_id"], "eos_token_id": ends or None, "pad_token_id": ids["padding_token_id"]}
 
 
