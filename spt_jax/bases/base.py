@@ -270,6 +270,30 @@ def lasting_name(path_or_hub_id: str) -> str:
     return str(path.resolve()) if path.exists() else path_or_hub_id
 
 
+def _is_path(path_or_hub_id: str) -> bool:
+    """Returns whether a base's name is a local path."""
+    path = Path(path_or_hub_id).expanduser()
+    if url_of(path_or_hub_id) or path_or_hub_id == "starter":
+        return False
+    if path.exists() or path_or_hub_id.count("/") > 1 or path_or_hub_id.startswith((".", "/", "~")):
+        return True
+    return path.suffix == ".gguf" and ":" not in path_or_hub_id
+
+
+def check_path(path_or_hub_id: str) -> None:
+    """Checks the config of a base that is a local path. Reads no weights, and nothing of a base that is elsewhere.
+
+    Args:
+      path_or_hub_id: as for `load_base`.
+
+    Raises:
+      CheckpointError: there is no such directory or file, or it is damaged.
+      ConfigError: its architecture is not supported.
+    """
+    if _is_path(path_or_hub_id):
+        read_config(local_directory(path_or_hub_id, None))
+
+
 def local_directory(path_or_hub_id: str, revision: str | None) -> Path:
     """The directory of a base's files: the given one, the starter's, one made of a GGUF file's metadata, or a download.
 
@@ -285,18 +309,18 @@ def local_directory(path_or_hub_id: str, revision: str | None) -> Path:
         if url.endswith(".gguf"):
             return gguf_directory(local_copy(url))
         return model_directory(local_copy(url, FILES))
-    path_or_hub_id = url.removeprefix("hf://") if url else path_or_hub_id
     path = Path(path_or_hub_id).expanduser()
-    if path.suffix == ".gguf" and not url and (path.exists() or ":" not in path_or_hub_id):
+    if _is_path(path_or_hub_id):
+        if path.suffix != ".gguf":
+            return model_directory(path)
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file{nearest_path(path)}")
         return gguf_directory(path)
-    if not url and (path.exists() or path_or_hub_id.count("/") > 1 or path_or_hub_id.startswith((".", "/", "~"))):
-        return model_directory(path)
+    path_or_hub_id = url.removeprefix("hf://") if url else path_or_hub_id
     import huggingface_hub
 
     try:
-        if path.suffix == ".gguf":
+        if path_or_hub_id.endswith(".gguf"):
             name, _, file = path_or_hub_id.rpartition(":")
             return gguf_directory(Path(huggingface_hub.hf_hub_download(name, file, revision=revision)))
         return Path(huggingface_hub.snapshot_download(path_or_hub_id, revision=revision, allow_patterns=list(FILES)))
