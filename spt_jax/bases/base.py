@@ -141,7 +141,9 @@ class FrozenBase:
     @property
     def parameter_count(self) -> int:
         """The number of frozen parameters."""
-        return sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(self.config)))
+        # The arrays of a quantized base are not its parameters.
+        leaves = parameter_shapes(self.config) if self.is_decoder else self.params
+        return sum(leaf.size for leaf in jax.tree.leaves(leaves))
 
 
 def default_dtype(device: Any) -> str:
