@@ -20,7 +20,7 @@ def run(page: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict:
     base = tiny_base()
     monkeypatch.chdir(folder)
     monkeypatch.setattr(spt_jax, "load_base", lambda name: base)
-    monkeypatch.setattr("spt_jax.api.prompt.load_base", lambda name, revision: base)
+    monkeypatch.setattr("spt_jax.api.prompt.load_base", lambda name, revision, quantize: base)
     names: dict = {"__name__": "page"}
     for block in blocks(page):
         exec(compile(block, page, "exec"), names)

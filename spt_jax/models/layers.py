@@ -22,9 +22,9 @@ ACTIVATIONS = {
 }
 
 
-def dense(kernel: Float[Array, "*L D F"] | KernelArray) -> Float[Array, "*L D F"]:
-    """Returns a kernel as a dense float32 array."""
-    return kernel.dense() if isinstance(kernel, KernelArray) else kernel.astype(jnp.float32)
+def dense(leaf: Float[Array, "..."] | KernelArray) -> Float[Array, "..."]:
+    """Returns a kernel, or another leaf of the parameters, as a dense float32 array."""
+    return leaf.dense() if isinstance(leaf, KernelArray) else leaf.astype(jnp.float32)
 
 
 def linear(
