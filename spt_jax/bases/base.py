@@ -277,9 +277,11 @@ def _is_path(path_or_hub_id: str) -> bool:
     path = Path(path_or_hub_id).expanduser()
     if url_of(path_or_hub_id) or path_or_hub_id == "starter":
         return False
-    if path.exists() or path_or_hub_id.count("/") > 1 or path_or_hub_id.startswith((".", "/", "~")):
+    if path.exists() or path_or_hub_id.startswith((".", "/", "~")):
         return True
-    return path.suffix == ".gguf" and ":" not in path_or_hub_id
+    if path.suffix == ".gguf":
+        return ":" not in path_or_hub_id
+    return path_or_hub_id.count("/") > 1
 
 
 def check_path(path_or_hub_id: str) -> None:

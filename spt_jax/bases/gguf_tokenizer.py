@@ -1,5 +1,6 @@
 """The tokenizer in a GGUF file's metadata, written in Hugging Face format."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ _SPECIAL = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
+# Types of tokens: of control, and defined by users.
+_WHOLE = (3, 4)
 # Other ids that end an answer: of a turn, and of a message.
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
@@ -44,24 +47,29 @@ def write_tokenizer(directory: Path, file: Path, architecture: str, metadata: Ma
     ids = {key: _id(file, fields, key, len(tokens)) for key in {*_SPECIAL.values(), *_ENDS}}
     try:
         with tokenizer_panics():
-            backend = _backend(architecture, fields)
+            backend = _without_others(_backend(architecture, fields), len(tokens))
     except CheckpointError:
         raise
     except Exception as error:  # transformers and tokenizers raise anything for vocabularies that are wrong
         raise CheckpointError(
             f"{file}: the tokenizer cannot be read ({type(error).__name__}: {str(error)[:500]})"
         ) from error
-    for id_, token in enumerate(tokens):
-        if id_ in ids.values() and backend.token_to_id(token) != id_:
-            raise CheckpointError(f"{file}: token {id_} is {token[:100]!r}, which the tokenizer reads as another id")
+    added = backend.get_added_tokens_decoder()
+    kinds = fields.get("token_type") or [1] * len(tokens)
+    for id_, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
+        if (kind in _WHOLE and id_ not in added) or (id_ in ids.values() and backend.token_to_id(token) != id_):
+            raise CheckpointError(
+                f"{file}: token {id_}, {token[:100]!r}, is one that texts contain whole, and transformers'"
+                " reader of GGUF vocabularies would split it; use the model's files in Hugging Face format"
+            )
     named = {name: tokens[id_] for name, key in _SPECIAL.items() if (id_ := ids[key]) is not None}
     start = named.get("bos_token") if _flag(file, fields, "add_bos_token", fields["model"] == "llama") else None
     end = named.get("eos_token") if _flag(file, fields, "add_eos_token", False) else None
-    added = [token for token in (start, end) if token is not None]
-    if added:
+    marks = [token for token in (start, end) if token is not None]
+    if marks:
         single = [token for token in (start, "$A", end) if token is not None]
         backend.post_processor = processors.TemplateProcessing(
-            single=single, pair=[*single, "$B"], special_tokens=[(token, backend.token_to_id(token)) for token in added]
+            single=single, pair=[*single, "$B"], special_tokens=[(token, backend.token_to_id(token)) for token in marks]
         )
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **named)
     template = metadata.get("tokenizer.chat_template")
@@ -121,7 +129,7 @@ def _flag(file: Path, fields: Mapping[str, Any], key: str, default: bool) -> boo
 
 
 def _backend(architecture: str, fields: Mapping[str, Any]) -> Any:
-    from tokenizers import pre_tokenizers
+    from tokenizers import normalizers, pre_tokenizers
     from transformers.integrations.gguf import gguf_tokenizer_mapping as conversion
 
     described = {"tokenizer_type": fields["model"], "pre_tokenizer_type": fields.get("pre"), **fields}
@@ -130,7 +138,21 @@ def _backend(architecture: str, fields: Mapping[str, Any]) -> Any:
         digits = pre_tokenizers.Digits(individual_digits=True)
         by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, by_bytes])
+    if fields["model"] == "llama":
+        # As Llama 2's own tokenizer: each text between control tokens starts with a space, besides its own ones.
+        start = [normalizers.Prepend("\u2581")] if fields.get("add_space_prefix", True) else []
+        backend.normalizer = normalizers.Sequence([*start, normalizers.Replace(" ", "\u2581")])
+        backend.pre_tokenizer = None
     return backend
+
+
+def _without_others(backend: Any, count: int) -> Any:
+    """Returns the tokenizer without tokens that transformers adds to those of the file, such as an unknown token."""
+    import tokenizers
+
+    content = json.loads(backend.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < count]
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
 def _patterns() -> Mapping[str, str]:

@@ -239,7 +239,10 @@ def other_weights(*names):
             other_weights("pytorch_model.bin"),
             r"no model\.safetensors.*; pytorch_model\.bin holds pickle weights.*Convert",
         ),
-        (other_weights("model.Q4_K_M.gguf"), r"; model\.Q4_K_M\.gguf holds GGUF weights\. Set base\.path to such a file"),
+        (
+            other_weights("model.Q4_K_M.gguf"),
+            r"; model\.Q4_K_M\.gguf holds GGUF weights\. Set base\.path to such a file",
+        ),
         (
             other_weights("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
             r"model-00002-of-00002\.safetensors \(shards without their index\)\. Copy model\.safetensors\.index\.json",

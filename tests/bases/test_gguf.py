@@ -1,6 +1,7 @@
 """GGUF files are bases: the same logits and tokens as the Hugging Face directory that they were made of."""
 
 import dataclasses
+import json
 import os
 import struct
 import time
@@ -73,6 +74,7 @@ def test_tokens_template_and_ends(tmp_path):
     chat = [{"role": "user", "content": "hello"}]
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "<s>hello</s>"
     assert base.end_ids == (1,) and tokenizer.all_special_ids == [0, 1]
+    assert len(tokenizer) == base.config.vocab_size
 
 
 def test_digits_are_split_where_the_file_says_so(tmp_path):
@@ -91,6 +93,54 @@ def test_digits_are_split_where_the_file_says_so(tmp_path):
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "b")
     pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a 12  3")
     assert [piece for piece, _ in pieces] == ["a", "Ġ", "1", "2", "ĠĠ", "3"]
+
+
+LLAMA2 = ("plain text", " lead", "  two  blanks", "</s>x", "def f(x):\n    return x", "1,000", "中文 نص 🙂", "")
+
+
+def test_sentencepiece_is_that_of_llama_2(shared, tmp_path):
+    """The vocabulary of Llama 2, with scores that give its merges."""
+    import transformers
+
+    from spt_jax.bases.gguf_tokenizer import write_tokenizer
+
+    source = shared / "models" / "tokenizers" / "llama2"
+    model = json.loads((source / "tokenizer.json").read_text())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(model["merges"]):
+        ranks.setdefault("".join(merge) if isinstance(merge, list) else merge.replace(" ", ""), rank)
+    fields = {
+        "model": "llama",
+        "tokens": tokens,
+        "scores": [-float(ranks.get(token, 1e6)) for token in tokens],
+        "token_type": [3 if token in ("<s>", "</s>") else 6 if token.startswith("<0x") else 1 for token in tokens],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+    }
+    metadata = {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
+    write_tokenizer(tmp_path, tmp_path / "a.gguf", "llama", metadata)
+    ours = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(source)
+    for text in LLAMA2:
+        assert ours.encode(text) == theirs.encode(text), text
+        ids = ours.encode(text)
+        assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True)
+    write_tokenizer(tmp_path, tmp_path / "a.gguf", "llama", metadata | {"tokenizer.ggml.add_space_prefix": False})
+    bare = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert bare.convert_ids_to_tokens(bare.encode("x y", add_special_tokens=False)) == ["x", "▁y"]
+
+
+def test_control_tokens_that_would_be_split_are_refused(tmp_path):
+    from spt_jax.bases.gguf_tokenizer import write_tokenizer
+
+    fields = dict(read_header(write_gguf(tmp_path)[1]).metadata)
+    tokens = fields["tokenizer.ggml.tokens"]
+    fields["tokenizer.ggml.tokens"] = [*tokens[:-1], "<\u2581User>"]
+    fields["tokenizer.ggml.token_type"] = [*fields["tokenizer.ggml.token_type"][:-1], 3]
+    with pytest.raises(CheckpointError, match="'<\u2581User>', is one that texts contain whole"):
+        write_tokenizer(tmp_path, tmp_path / "a.gguf", "llama", fields)
 
 
 def test_llama_3_frequencies(tmp_path):
@@ -246,6 +296,8 @@ def test_a_file_of_the_hub(file, monkeypatch):
     base = load_base("owner/name:model.gguf", dtype="float32", revision="main")
     assert asked == [("owner/name", "model.gguf", "main")] and base.config.layers == 2
     assert load_base("hf://owner/name:model.gguf", dtype="float32").config.layers == 2
+    load_base("owner/name:folder/model.gguf", dtype="float32")
+    assert asked[-1] == ("owner/name", "folder/model.gguf", None)
 
 
 def test_any_bytes_are_read_or_refused_by_name(file, tmp_path):
@@ -283,7 +335,8 @@ def test_any_bytes_are_read_or_refused_by_name(file, tmp_path):
 def test_a_real_model():
     """SmolLM2 135M Instruct, against a conversion of the same file to a float32 directory by other code.
 
-    SPT_JAX_SMOLLM2 is a folder with `SmolLM2-135M-Instruct.Q4_1.gguf` and, in `hf`, the conversion.
+    SPT_JAX_SMOLLM2 is a folder with `SmolLM2-135M-Instruct.Q4_1.gguf` and, in `hf`, the conversion. One to float16
+    differs by the rounding of the weights.
     """
     folder = Path(os.environ["SPT_JAX_SMOLLM2"])
     ours = load_base(folder / "SmolLM2-135M-Instruct.Q4_1.gguf", dtype="float32")
