@@ -279,7 +279,6 @@ def test_nan_stops_with_the_step_and_keeps_the_last_good_state(files: Path, tmp_
         (["--method.length", "128", "--resume"], 2, "leave no room"),
         (["--data.target", "{lable}", "--resume"], 1, "did you mean 'label'"),
         (["--base.path", "/nowhere/at/all", "--resume"], 1, "no such directory"),
-        (["--base.path", "/nowhere/at/all", "--data.train", "missing.jsonl", "--resume"], 1, "no such directory"),
         (["--mesh.tensor", "3", "--resume"], 2, "does not divide"),
         (["--mesh.data", "16", "--resume"], 2, "needs 16 devices; there are 8"),
         (["--mesh.data", "-1", "--train.microbatches", "2", "--resume"], 2, "use at least 16, or a smaller mesh"),

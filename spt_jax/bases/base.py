@@ -284,20 +284,6 @@ def _is_path(path_or_hub_id: str) -> bool:
     return path_or_hub_id.count("/") > 1
 
 
-def check_path(path_or_hub_id: str) -> None:
-    """Checks the config of a base that is a local path. Reads no weights, and nothing of a base that is elsewhere.
-
-    Args:
-      path_or_hub_id: as for `load_base`.
-
-    Raises:
-      CheckpointError: there is no such directory or file, or it is damaged.
-      ConfigError: its architecture is not supported.
-    """
-    if _is_path(path_or_hub_id):
-        read_config(local_directory(path_or_hub_id, None))
-
-
 def local_directory(path_or_hub_id: str, revision: str | None) -> Path:
     """The directory of a base's files: the given one, the starter's, one made of a GGUF file's metadata, or a download.
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spt_jax.bases.base import FrozenBase, check_path, load_base, read_tokenizer
+from spt_jax.bases.base import FrozenBase, load_base, read_tokenizer
 from spt_jax.data.batches import BatchPlan, multiples, plan_batches
 from spt_jax.data.encoder import Encoder, encoder_for
 from spt_jax.data.examples import Example, digest
@@ -209,7 +209,7 @@ class Experiment:
 def load_experiment(
     config: ExperimentConfig[Any], base: FrozenBase | None = None, records: Mapping[str, Records] | None = None
 ) -> Experiment:
-    """Reads the data and the base of a resolved config. The data are read before the weights, which take longer.
+    """Reads the data and the base of a resolved config. The data are read first, because errors in them show sooner.
 
     Args:
       config: the resolved config.
@@ -231,8 +231,6 @@ def load_experiment(
             if not v
         ]
         raise ConfigError(f"{', '.join('--' + name for name in missing)} must be given")
-    if base is None:
-        check_path(config.base.path)
     template = make_template(config)
     fields = (*template.fields, *([] if data.task is None else [data.task]))
     for hard_prompt in data.hard_prompt:
