@@ -4,8 +4,8 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import transformers
 from gguf import GGMLQuantizationType
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from spt_jax.bases.base import read_config
 from spt_jax.bases.checkpoint import places
@@ -102,7 +102,7 @@ def _round(directory: Path, architecture: str, tensors: dict, config) -> None:
 
 def write_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
     """A byte-level vocabulary with two control tokens, a few merges, and a chat template."""
-    alphabet = sorted(transformers.convert_slow_tokenizer.bytes_to_unicode().values())
+    alphabet = sorted(bytes_to_unicode().values())
     tokens = ["<s>", "</s>", *alphabet, *(merge.replace(" ", "") for merge in MERGES)]
     kinds = [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * (len(tokens) - 2)
     unused = size - len(tokens)
