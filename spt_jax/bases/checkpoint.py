@@ -23,6 +23,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import traverse_util
+from jax.sharding import NamedSharding, PartitionSpec
 
 from spt_jax.bases.families import Origin, family_of
 from spt_jax.bases.families.family import OUTPUT_BIAS_KEY, OUTPUT_KEY, RenamedFamily, SeveralTables, with_prefix
@@ -34,10 +35,12 @@ from spt_jax.models.attention import Stream
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.model import Params
-from spt_jax.models.quantized import KernelArray
+from spt_jax.models.quantized import Int8Table, KernelArray
+from spt_jax.models.quantized.table import TableEncoder
 from spt_jax.runtime.host_arrays import aligned_empty, put_on_devices
 
 LeafPath = tuple[str, ...]
+_OUTPUT = ("output",)
 
 
 def origins(config: DecoderConfig) -> dict[LeafPath, tuple[Origin, ...]]:
@@ -178,7 +181,8 @@ def read_params(
       config: the decoder that the checkpoint is for.
       dtype: what every leaf is cast to.
       sharding_of: the sharding of each leaf, by its path.
-      quantize: what kernels become, from the tensors as stored, except those of routers and of gates of shared MLPs.
+      quantize: what kernels become, from the tensors as stored, except those of routers and of gates of shared MLPs;
+        embeddings and the output matrix become `Int8Table`s.
 
     Returns:
       The parameters of `Decoder(config)` and the hexadecimal SHA-256 digest of the tensors as stored.
@@ -191,15 +195,17 @@ def read_params(
     expected = _places_in(stored_in, config)
     shapes = _flat(parameter_shapes(config))
     found = _find_tensors(stored_in, config, expected, shapes)
-    leaves: dict[LeafPath, jax.Array | KernelArray] = {}
+    leaves: dict[LeafPath, jax.Array | KernelArray | Int8Table] = {}
     digests: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         used = {at.file for at in found.values()}
         opened = {file: stack.enter_context(open_tensors(file, list(found))) for file in used}
         for paths, keys in _groups(expected, shapes):
-            buffers: dict[LeafPath, np.ndarray | KernelBuffer] = {}
+            buffers: dict[LeafPath, np.ndarray | KernelBuffer | TableEncoder] = {}
             for path in paths:
-                if quantize is not None and quantizable(path):
+                if quantize is not None and is_table(path):
+                    buffers[path] = TableEncoder(table_shape(path, shapes[path].shape), jnp.dtype(dtype))
+                elif quantize is not None and quantizable(path):
                     indices = [place.index for key in keys for place in expected[key] if place.path == path]
                     buffers[path] = KernelBuffer(quantize, shapes[path].shape, indices)
                 else:
@@ -209,15 +215,13 @@ def read_params(
                 tensor = opened[found[key].file].read(found[key].name)
                 digests[key] = _digest(tensor, found[key])
                 for place in expected[key]:
-                    buffer = buffers[place.path]
-                    target = place.stored(buffer)
-                    _cast(place.origin.taken(tensor).reshape(target.shape), target, found[key])
-                    if isinstance(buffer, KernelBuffer):
-                        buffer.filled(place.index)
-                del tensor, target
+                    _fill(buffers[place.path], place, tensor, found[key])
+                del tensor
             for path, buffer in buffers.items():
                 sharding = sharding_of(path)
-                if isinstance(buffer, KernelBuffer):
+                if isinstance(buffer, TableEncoder):
+                    leaves[path] = buffer.placed(table_sharding(path, sharding))
+                elif isinstance(buffer, KernelBuffer):
                     leaves[path] = buffer.placed(sharding)
                 else:
                     leaves[path] = put_on_devices(buffer, sharding)
@@ -227,6 +231,36 @@ def read_params(
             _check_tied(_digest(opened[at.file].read(at.name), at), digests, directory, config)
     lines = "\n".join(f"{key} {digest}" for key, digest in sorted(digests.items()))
     return traverse_util.unflatten_dict(leaves), hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _fill(buffer: np.ndarray | KernelBuffer | TableEncoder, place: Place, tensor: np.ndarray, at: Stored) -> None:
+    """Fills what a stored tensor is for."""
+    if isinstance(buffer, TableEncoder):
+        buffer.fill(place.origin.taken(tensor))
+        return
+    target = place.stored(buffer)
+    _cast(place.origin.taken(tensor).reshape(target.shape), target, at)
+    if isinstance(buffer, KernelBuffer):
+        buffer.filled(place.index)
+
+
+def is_table(path: LeafPath) -> bool:
+    """Returns whether a leaf has a row or column per token, and becomes an `Int8Table` by any quantization."""
+    return path[-1] == "embedding" or path == _OUTPUT
+
+
+def table_shape(path: LeafPath, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Returns the shape [V, D] of a table, given that of the leaf."""
+    rows, columns = shape
+    return (columns, rows) if path == _OUTPUT else (rows, columns)
+
+
+def table_sharding(path: LeafPath, sharding: NamedSharding) -> NamedSharding:
+    """Returns the sharding of a float table [V, D], given that of the leaf."""
+    if path != _OUTPUT:
+        return sharding
+    rows, columns = (*sharding.spec, None, None)[:2]
+    return NamedSharding(sharding.mesh, PartitionSpec(columns, rows))
 
 
 def quantizable(path: LeafPath) -> bool:

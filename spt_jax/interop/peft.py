@@ -26,14 +26,15 @@ from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.data.task import TASKS
 from spt_jax.data.tokenization import adds_bos, tokenization_of
 from spt_jax.errors import CheckpointError, ConfigError
+from spt_jax.models.decoder_model import host_table
 from spt_jax.models.layout import SELF, Group
 from spt_jax.models.memory import KeysValues
+from spt_jax.models.quantized import Int8Table
 from spt_jax.prompts import DeepPrompts, LlamaAdapter, Method, PrefixTuning, PromptTuning, VirtualPrompt
 from spt_jax.prompts.names import prompt_directory
 from spt_jax.prompts.reading import check_directory, check_tensors, read_json, read_tensors, tensor_headers
 from spt_jax.prompts.storage import INFO_FILE
 from spt_jax.prompts.virtual import Head, VirtualPrefix
-from spt_jax.runtime.sharding import to_host
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -244,6 +245,15 @@ def _read_arrays(path: Path, shapes: Mapping[str, tuple[int | None, ...]], base:
     return read_tensors(path, list(shapes))
 
 
+def _same_table(stored: np.ndarray, dtype: str, own: Array | Int8Table) -> bool:
+    """Returns whether a stored table, of a dtype, is the base's, up to the rounding of either."""
+    ours = host_table(own)
+    if isinstance(own, Int8Table):
+        return bool((np.abs(stored - ours) <= 0.01 * np.abs(ours).max(axis=1, keepdims=True)).all())
+    coarser = dtype if dtype in ("float16", "bfloat16") else own.dtype
+    return np.array_equal(stored.astype(coarser), ours.astype(coarser))
+
+
 def _check_extra(path: Path, name: str, found: tuple[str, tuple[int, ...]], base: FrozenBase) -> None:
     """Refuses a tensor outside the prompt, unless it is a copy of the base's embeddings or output matrix."""
     leaf = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
@@ -256,9 +266,7 @@ def _check_extra(path: Path, name: str, found: tuple[str, tuple[int, ...]], base
                 f"{where} has the shape {shape}, but the base's has {own.shape}: the vocabulary was resized for the"
                 " prompt. Save the resized model, and import the prompt for it"
             )
-        coarser = dtype if dtype in ("float16", "bfloat16") else own.dtype
-        stored, ours = read_tensors(path, [name])[name], to_host(own)
-        if not np.array_equal(stored.astype(coarser), ours.astype(coarser)):
+        if not _same_table(read_tensors(path, [name])[name], dtype, own):
             raise CheckpointError(
                 f"{where} is not the base's: it was trained with the prompt, but is not part of a soft prompt. Save a"
                 " model with these weights, and import the prompt for it"

@@ -17,10 +17,11 @@ from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Stream, soft_ca
 from spt_jax.models.block import Block
 from spt_jax.models.config import DecoderConfig, Stack, group_names, kv_sources, layer_configs, periods
 from spt_jax.models.kernels import Kernel
-from spt_jax.models.layers import Linear, Norm, scaled, take_rows
+from spt_jax.models.layers import Linear, Norm, scaled, table_param, table_rows, take_rows
 from spt_jax.models.layout import Group, Layout, StateGroup
 from spt_jax.models.memory import KeysValues, Memory, keys_values
 from spt_jax.models.per_layer import PerLayerEmbedding
+from spt_jax.models.quantized import Int8Table
 from spt_jax.models.recurrence import TokenOrder, token_order
 from spt_jax.models.ring import splits
 from spt_jax.models.rope import rotation
@@ -32,7 +33,8 @@ class Decoder(nn.Module):
     """Embeddings, scanned layers, final norm and output matrix of a causal language model.
 
     Its parameters are a plain dict: `embedding` [V, D], `positions` [max_positions, D] if learned, `layers` with all
-    leaves stacked [L, ...], `final_norm`, and `output` [D, V] if untied.
+    leaves stacked [L, ...], `final_norm`, and `output` [D, V] if untied. Of a quantized base, `embedding` and `output`
+    are `Int8Table`s [V, D].
     """
 
     config: DecoderConfig
@@ -42,12 +44,13 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        init = nn.initializers.normal(0.02)
-        self.embedding = self.param("embedding", init, (config.vocab_size, config.input_width))
+        self.embedding = table_param(self, "embedding", (config.vocab_size, config.input_width))
         if config.learned_positions:
-            self.position_embedding = self.param("positions", init, (config.max_positions, config.width))
+            self.position_embedding = self.param(
+                "positions", nn.initializers.normal(0.02), (config.max_positions, config.width)
+            )
         if not config.tied:
-            self.output = self.param("output", init, (config.input_width, config.vocab_size))
+            self.output = table_param(self, "output", (config.input_width, config.vocab_size))
         if config.logit_bias:
             self.logit_bias = self.param("logit_bias", nn.initializers.zeros, (config.vocab_size,))
         if config.embedding_width is not None:
@@ -62,15 +65,20 @@ class Decoder(nn.Module):
 
     def embed(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         """Returns rows of the embedding table, scaled in families that do; ids must be in [0, V)."""
-        rows = take_rows(self.mesh, self.embedding, ids) if ids.ndim == 2 else jnp.take(self.embedding, ids, axis=0)
+        table = self.embedding
+        rows = take_rows(self.mesh, table, ids) if ids.ndim == 2 else table_rows(table, ids)
         return scaled(rows, self.config.embedding_scale)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Returns next-token logits in float32 for hidden states returned by `__call__`."""
         config = self.config
         with jax.named_scope("logits"):
-            kernel = self.embedding.T if config.tied else self.output
-            logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+            matrix = self.embedding if config.tied else self.output
+            if isinstance(matrix, Int8Table):
+                logits = matrix.products(hidden)
+            else:
+                kernel = matrix.T if config.tied else matrix
+                logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
             logits = logits if config.logit_scale is None else logits * config.logit_scale
             if config.logit_bias:
                 bias = self.logit_bias.astype(jnp.float32)

@@ -15,11 +15,11 @@ from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Stream, soft_ca
 from spt_jax.models.config import DecoderConfig, layer_configs, periods
 from spt_jax.models.decoder import Decoder, decoder_layout
 from spt_jax.models.latent_attention import LatentAttention
-from spt_jax.models.layers import dense
+from spt_jax.models.layers import dense, table_rows
 from spt_jax.models.layout import Layout, only_layers
 from spt_jax.models.memory import KeysValues, Memory
 from spt_jax.models.model import Params, TargetScores
-from spt_jax.models.quantized import KernelArray
+from spt_jax.models.quantized import Int8Table, KernelArray
 from spt_jax.models.self_attention import ATTENTION, Attention
 from spt_jax.models.vocabulary import log_sum_exp
 from spt_jax.runtime.sharding import to_host
@@ -84,7 +84,7 @@ class DecoderModel:
         return jnp.stack([kept[ATTENTION][places[i][0]][places[i][1]] for i in layers])
 
     def embedding_table(self) -> Float[np.ndarray, "V D"]:
-        return to_host(self.params["embedding"]).astype(np.float32) * (self.config.embedding_scale or 1.0)
+        return host_table(self.params["embedding"]) * np.float32(self.config.embedding_scale or 1.0)
 
     def gated_memory(self, rows: Float[Array, "G P D"]) -> Memory:
         layout, places, configs = self.layout, self._places(), layer_configs(self.config)
@@ -116,7 +116,8 @@ class DecoderModel:
         config = self.config
         if config.logit_scale is not None:
             states = states * jnp.asarray(config.logit_scale, states.dtype)
-        matrix = jax.lax.stop_gradient(self.output_matrix).astype(states.dtype)
+        matrix = jax.lax.stop_gradient(self.output_matrix)
+        matrix = matrix if isinstance(matrix, Int8Table) else matrix.astype(states.dtype)
         bias = jax.lax.stop_gradient(self.params["logit_bias"].astype(jnp.float32)) if config.logit_bias else None
         targets = jax.lax.stop_gradient(self._output_rows(ids)).astype(states.dtype)
         at_targets = functools.partial(jnp.take_along_axis, indices=at, axis=1)
@@ -128,28 +129,39 @@ class DecoderModel:
         log_probabilities = soft_capped(chosen, cap) - log_sums[:, :, None]
         if cap is not None:
             return TargetScores(log_probabilities, None)
-        means = at_targets(jnp.dot(states, matrix.mean(axis=0), preferred_element_type=jnp.float32))
+        means = at_targets(
+            jnp.dot(states, dense(matrix).mean(axis=0).astype(states.dtype), preferred_element_type=jnp.float32)
+        )
         means = means if bias is None else means + bias.mean()
         return TargetScores(log_probabilities, means - log_sums)
 
     @property
-    def input_matrix(self) -> Float[Array, "V D"]:
+    def input_matrix(self) -> Float[Array, "V D"] | Int8Table:
         """The embedding table as stored."""
         return self.params["embedding"]
 
     @property
-    def output_matrix(self) -> Float[Array, "V D"]:
+    def output_matrix(self) -> Float[Array, "V D"] | Int8Table:
         """The matrix that maps hidden states to logits; the embedding table if they are tied."""
-        return self.params["embedding"] if self.config.tied else self.params["output"].T
+        matrix = self.params["embedding"] if self.config.tied else self.params["output"]
+        return matrix if self.config.tied or isinstance(matrix, Int8Table) else matrix.T
 
     def _output_rows(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
         """Returns rows of `output_matrix`, without a transposed copy of it."""
-        if self.config.tied:
-            return jnp.take(self.params["embedding"], ids, axis=0)
-        return jnp.moveaxis(jnp.take(self.params["output"], ids, axis=1), 0, -1)
+        matrix = self.params["embedding"] if self.config.tied else self.params["output"]
+        if self.config.tied or isinstance(matrix, Int8Table):
+            return table_rows(matrix, ids)
+        return jnp.moveaxis(jnp.take(matrix, ids, axis=1), 0, -1)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         return self.module.apply({"params": self.params}, *args, **kwargs)
+
+
+def host_table(table: Float[Array, "V D"] | Int8Table) -> Float[np.ndarray, "V D"]:
+    """Returns an embedding table or output matrix in host memory, as float32."""
+    if isinstance(table, Int8Table):
+        return to_host(table.values).astype(np.float32) * to_host(table.scale)[:, None]
+    return to_host(table).astype(np.float32)
 
 
 def _at(tree: Mapping[str, Any], path: str, index: int) -> Any:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import TypeVar
 
 import flax.linen as nn
 import jax
@@ -10,8 +11,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from spt_jax.models.config import DecoderConfig
-from spt_jax.models.quantized import KernelArray
+from spt_jax.models.quantized import Int8Table, KernelArray
 from spt_jax.runtime.sharding import ROWS, constrain, row_shards
+
+Quantized = TypeVar("Quantized", KernelArray, Int8Table)
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -22,9 +25,9 @@ ACTIVATIONS = {
 }
 
 
-def dense(leaf: Float[Array, "..."] | KernelArray) -> Float[Array, "..."]:
-    """Returns a kernel, or another leaf of the parameters, as a dense float32 array."""
-    return leaf.dense() if isinstance(leaf, KernelArray) else leaf.astype(jnp.float32)
+def dense(leaf: Float[Array, "..."] | KernelArray | Int8Table) -> Float[Array, "..."]:
+    """Returns a kernel, a table, or another leaf of the parameters, as a dense float32 array."""
+    return leaf.dense() if isinstance(leaf, KernelArray | Int8Table) else leaf.astype(jnp.float32)
 
 
 def linear(
@@ -38,12 +41,27 @@ def linear(
 
 
 def kernel_param(module: nn.Module, shape: tuple[int, ...]) -> Float[Array, "*L D F"] | KernelArray:
-    """Returns the parameter `kernel` of a module, which may be a `KernelArray`: of it, Linen cannot check the shape."""
-    if module.has_variable("params", "kernel"):
-        kernel = module.get_variable("params", "kernel")
-        if isinstance(kernel, KernelArray):
-            return kernel
-    return module.param("kernel", nn.initializers.normal(0.02), shape)
+    """Returns the parameter `kernel` of a module, which may be a `KernelArray`."""
+    return _param(module, "kernel", shape, KernelArray)
+
+
+def table_param(module: nn.Module, name: str, shape: tuple[int, int]) -> Float[Array, "..."] | Int8Table:
+    """Returns a matrix of a module with a row or column per token, which may be an `Int8Table`."""
+    return _param(module, name, shape, Int8Table)
+
+
+def _param(module: nn.Module, name: str, shape: tuple[int, ...], kind: type[Quantized]) -> Array | Quantized:
+    """Returns a parameter; Linen checks the shape of an array and of nothing else."""
+    if module.has_variable("params", name):
+        found = module.get_variable("params", name)
+        if isinstance(found, kind):
+            return found
+    return module.param(name, nn.initializers.normal(0.02), shape)
+
+
+def table_rows(table: Float[Array, "V D"] | Int8Table, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+    """Returns rows of a table by token; ids must be in [0, V)."""
+    return table.take(ids) if isinstance(table, Int8Table) else jnp.take(table, ids, axis=0)
 
 
 def scaled(x: Float[Array, "*B D"], scale: float | None) -> Float[Array, "*B D"]:
@@ -51,19 +69,21 @@ def scaled(x: Float[Array, "*B D"], scale: float | None) -> Float[Array, "*B D"]
     return x if scale is None or scale == 1 else x * jnp.asarray(scale, x.dtype)
 
 
-def take_rows(mesh: Mesh | None, table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Computes `jnp.take(table, ids, axis=0)` for a table with V, and ids with rows, split over fsdp.
+def take_rows(
+    mesh: Mesh | None, table: Float[Array, "V D"] | Int8Table, ids: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
+    """Computes `table_rows(table, ids)` for a table with V, and ids with rows, split over fsdp.
 
     Each device looks up the tokens of all fsdp devices in its shard of the table, and XLA sums the parts on the devices
     of the rows. In chunks, the temporary memory of a device does not exceed that of its rows of the result.
     """
     (batch, length), width = ids.shape, table.shape[1]
     if mesh is None or mesh.shape["fsdp"] == 1 or batch % row_shards(mesh):
-        return jnp.take(table, ids, axis=0)
+        return table_rows(table, ids)
     parts = math.gcd(length, mesh.shape["sequence"])
     count = math.gcd(length // parts, mesh.shape["fsdp"])
     chunks = jnp.moveaxis(ids.reshape(batch, parts, count, length // parts // count), 2, 0)
-    taken = jax.lax.map(lambda chunk: constrain(mesh, jnp.take(table, chunk, axis=0), ROWS, "sequence"), chunks)
+    taken = jax.lax.map(lambda chunk: constrain(mesh, table_rows(table, chunk), ROWS, "sequence"), chunks)
     return constrain(mesh, jnp.moveaxis(taken, 0, 2).reshape(batch, length, width), ROWS, "sequence")
 
 

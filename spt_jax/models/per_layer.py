@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from spt_jax.models.config import DecoderConfig
-from spt_jax.models.layers import ACTIVATIONS, Linear, Norm, take_rows
+from spt_jax.models.layers import ACTIVATIONS, Linear, Norm, table_param, take_rows
 
 
 class PerLayerEmbedding(nn.Module):
@@ -31,7 +31,7 @@ class PerLayerEmbedding(nn.Module):
         assert sizes is not None
         shape = (*x.shape[:2], config.layers, sizes.width)
         columns = config.layers * sizes.width
-        table = self.param("embedding", nn.initializers.normal(0.02), (sizes.vocab_size, columns))
+        table = table_param(self, "embedding", (sizes.vocab_size, columns))
         rows = take_rows(self.mesh, table, jnp.where(ids < config.vocab_size, ids, sizes.virtual_id)).astype(x.dtype)
         projected = Linear(columns, name="projection")(x) * jnp.asarray(config.width**-0.5, x.dtype)
         projected = Norm(config, name="norm")(projected.reshape(shape))

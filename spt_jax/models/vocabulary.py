@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from spt_jax.models.attention import soft_cap_slope, soft_capped
+from spt_jax.models.quantized.table import Int8Table, strided
 
 # Maximum number of logits per chunk; but a chunk has at least CHUNK_ROWS rows, for efficient matrix products.
 CHUNK_LOGITS = 2**24
@@ -18,7 +19,7 @@ CHUNK_ROWS = 512
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def log_sum_exp(
     states: Float[Array, "B Q D"],
-    matrix: Float[Array, "V D"],
+    matrix: Float[Array, "V D"] | Int8Table,
     cap: float | None = None,
     bias: Float[Array, " V"] | None = None,
 ) -> Float[Array, "B Q"]:
@@ -30,15 +31,24 @@ def log_sum_exp(
 
     Args:
       states: hidden states.
-      matrix: the output matrix, with a row per token of the vocabulary.
+      matrix: the output matrix, with a row per token of the vocabulary. Of a quantized one, only a chunk is dense at a
+        time.
       cap: soft cap of the logits, as for `soft_capped`.
       bias: bias of the logits; None for none.
     """
-    return _by_chunks(lambda chunk: _log_sums(chunk, matrix, cap, bias)[0], states, matrix.shape[0])
+
+    def log_sums(chunk: Array) -> Array:
+        if isinstance(matrix, Int8Table):
+            return _over_table(chunk, matrix, cap, bias)[0]
+        return _log_sums(chunk, matrix, cap, bias)[0]
+
+    return _by_chunks(log_sums, states, matrix.shape[0])
 
 
-def _forward(states: Array, matrix: Array, cap: float | None, bias: Array | None) -> tuple[Array, Array]:
+def _forward(states: Array, matrix: Array | Int8Table, cap: float | None, bias: Array | None) -> tuple[Array, Array]:
     def sums_and_means(chunk: Array) -> tuple[Array, Array]:
+        if isinstance(matrix, Int8Table):
+            return _over_table(chunk, matrix, cap, bias)
         log_sums, logits = _log_sums(chunk, matrix, cap, bias)
         weights = (jnp.exp(logits - log_sums[..., None]) * soft_cap_slope(logits, cap)).astype(matrix.dtype)
         return log_sums, jnp.dot(weights, matrix, preferred_element_type=jnp.float32).astype(chunk.dtype)
@@ -57,6 +67,28 @@ def _log_sums(states: Array, matrix: Array, cap: float | None, bias: Array | Non
     logits = jnp.dot(states, matrix.T, preferred_element_type=jnp.float32)
     logits = soft_capped(logits if bias is None else logits + bias[None, None], cap)
     return jax.nn.logsumexp(logits, axis=-1), logits
+
+
+def _over_table(states: Array, table: Int8Table, cap: float | None, bias: Array | None) -> tuple[Array, Array]:
+    """Returns the log-sum-exp and the mean row, with sums that are rescaled when a chunk has a higher logit."""
+    count = table.chunk_count
+    offsets = jnp.zeros(table.shape[0]) if bias is None else bias
+
+    def add(sums: tuple[Array, Array, Array], index: Array) -> tuple[tuple[Array, Array, Array], None]:
+        highest, total, mean = sums
+        rows = table.chunk(index).astype(states.dtype)
+        logits = jnp.dot(states, rows.T, preferred_element_type=jnp.float32)
+        logits = soft_capped(logits + strided(offsets, count, index)[None, None], cap)
+        new_highest = jnp.maximum(highest, logits.max(axis=-1))
+        kept, weights = jnp.exp(highest - new_highest), jnp.exp(logits - new_highest[..., None])
+        sloped = (weights * soft_cap_slope(logits, cap)).astype(rows.dtype)
+        mean = mean * kept[..., None] + jnp.dot(sloped, rows, preferred_element_type=jnp.float32)
+        return (new_highest, total * kept + weights.sum(axis=-1), mean), None
+
+    shape = states.shape[:-1]
+    zeros = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros(states.shape))
+    (highest, total, mean), _ = jax.lax.scan(add, zeros, jnp.arange(count))
+    return highest + jnp.log(total), (mean / total[..., None]).astype(states.dtype)
 
 
 def _by_chunks(function: Any, states: Array, vocabulary: int) -> Any:

@@ -2,14 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from spt_jax.bases.checkpoint import parameter_shapes, quantizable
+from spt_jax.bases.checkpoint import is_table, parameter_shapes, quantizable, table_shape, table_sharding
 from spt_jax.data.batches import Batch, BatchPlan
 from spt_jax.models import delta_net_config, mamba_config
 from spt_jax.models.config import DecoderConfig, layer_configs
@@ -17,6 +17,7 @@ from spt_jax.models.decoder import decoder_layout
 from spt_jax.models.memory import state_spec
 from spt_jax.models.quantized import KERNEL_ARRAYS
 from spt_jax.models.quantized.kernel_array import encoded_shapes
+from spt_jax.models.quantized.table import table_shapes
 from spt_jax.models.stacks import Remat
 from spt_jax.models.vocabulary import CHUNK_LOGITS, CHUNK_ROWS
 from spt_jax.runtime.sharding import row_shards, sharded_shapes
@@ -245,15 +246,22 @@ def _weight_bytes(leaves: Any, itemsize: int, quantize: str | None) -> int:
     total, largest = 0, 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(leaves):
         shard = math.prod(leaf.sharding.shard_shape(leaf.shape))
-        if quantize is None or not quantizable(tuple(key.key for key in path)):
+        keys = tuple(key.key for key in path)
+        if quantize is None or not (is_table(keys) or quantizable(keys)):
             total += itemsize * shard
             continue
-        arrays = encoded_shapes(KERNEL_ARRAYS[quantize], leaf.shape, leaf.sharding)
-        sizes = [math.prod(own.sharding.shard_shape(own.shape)) * own.dtype.itemsize for own in arrays.values()]
-        total += sum(sizes)
+        if is_table(keys):
+            total += _bytes(table_shapes(table_shape(keys, leaf.shape), table_sharding(keys, leaf.sharding)))
+            continue
+        total += _bytes(encoded_shapes(KERNEL_ARRAYS[quantize], leaf.shape, leaf.sharding))
         layers = leaf.sharding.shard_shape(leaf.shape)[0] if leaf.ndim > 2 else 1
         largest = max(largest, shard // layers)
     return total + DENSE_COPIES * 4 * largest
+
+
+def _bytes(arrays: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+    """Returns the bytes of arrays on each device."""
+    return sum(math.prod(own.sharding.shard_shape(own.shape)) * own.dtype.itemsize for own in arrays.values())
 
 
 def choose_remat(estimate: Callable[[Remat], StepMemory], limit: int | None) -> Remat:

@@ -14,7 +14,7 @@ from spt_jax.bases.checkpoint import parameter_shapes
 from spt_jax.bases.config import decoder_config
 from spt_jax.runtime.sharding import MeshConfig, make_mesh, sharded_shapes
 from spt_jax.testing import tiny_config
-from spt_jax.training.cost import StepShape, choose_remat, step_flops, step_memory
+from spt_jax.training.cost import DENSE_COPIES, StepShape, choose_remat, step_flops, step_memory
 from tests.examples import QUICK_COMPILE
 
 
@@ -110,6 +110,19 @@ def test_an_8b_shape_trains_at_int4_on_16_gb(quantize, fits):
     ours = step_memory(CONFIG, shape, remat="full", itemsize=2, mesh=mesh, quantize=quantize)
     print(quantize, ours)
     assert (ours.total < 0.85 * 16e9) == fits
+
+
+@pytest.mark.parametrize(("quantize", "bound"), [("int8", 0.53), ("fp8", 0.53), ("int4", 0.31), ("nf4", 0.33)])
+def test_bytes_of_weights_of_an_8b_shape(quantize, bound):
+    """Of bfloat16's, without the dense copies of the largest kernel."""
+    shape = StepShape(rows=1, length=8, outputs=8, lead=8)
+    own, plain = (
+        step_memory(CONFIG, shape, remat="full", itemsize=2, mesh=make_mesh(), quantize=kind).weights
+        for kind in (quantize, None)
+    )
+    packed = own - DENSE_COPIES * 4 * CONFIG.width * CONFIG.mlp_width
+    print(quantize, packed / 1e9, packed / plain)
+    assert packed / plain < bound
 
 
 def test_weights_that_no_axis_divides_count_whole():
