@@ -28,7 +28,7 @@ from spt_jax.models.decoder_model import DecoderModel
 from spt_jax.models.kernels import KernelChoice, check_kernel, choose_kernel
 from spt_jax.models.layout import Layout
 from spt_jax.models.model import Model, Params
-from spt_jax.models.quantized import KERNEL_ARRAYS
+from spt_jax.models.quantized import KERNEL_ARRAYS, quantizations
 from spt_jax.models.stacks import Remat
 from spt_jax.runtime import measure
 from spt_jax.runtime.files import nearest_path
@@ -189,9 +189,10 @@ def load_base(
         (whole layers: the least memory, about a third more work).
       attention: "xla" runs anywhere; "cudnn" (NVIDIA GPUs) and "splash" (TPUs) are fused; "auto" is the fused kernel
         of the device if it supports the model, otherwise "xla".
-      quantize: how the layers' matrices are stored, by a name of `spt_jax.models.quantized.KERNEL_ARRAYS`: "int8" with
+      quantize: how the matrices are stored, by a name of `spt_jax.models.quantized.KERNEL_ARRAYS`: "int8" or "fp8" with
         a scale per output channel, "int4" with a scale and an offset per 128 rows and channel, "nf4" with a scale per
-        64 rows and channel. Embeddings, the output matrix and all sums stay in `dtype`.
+        64 rows and channel; with each of these, embeddings and the output matrix are int8 with a scale per token.
+        "keep": the blocks of a GGUF file as they are. All sums stay in `dtype`.
 
     On an accelerator, XLA's persistent compilation cache is turned on, unless its directory is already set.
 
@@ -216,11 +217,14 @@ def load_base(
         check_kernel(attention, config, DTYPES[dtype], mesh)
         kernel, note = attention, ""
     shapes = parameter_shapes(config)
-    if quantize is not None and quantize not in KERNEL_ARRAYS:
-        raise ConfigError(f"quantize {quantize!r} is not supported; known: {', '.join(KERNEL_ARRAYS)}")
-    kernel_array = None if quantize is None else KERNEL_ARRAYS[quantize]
+    if quantize is not None and quantize not in quantizations():
+        raise ConfigError(f"quantize {quantize!r} is not supported; known: {', '.join(quantizations())}")
     params, digest = read_params(
-        directory, config, DTYPES[dtype], partial(_leaf_sharding, mesh, shapes), quantize=kernel_array
+        directory,
+        config,
+        DTYPES[dtype],
+        partial(_leaf_sharding, mesh, shapes),
+        quantize=None if quantize is None else KERNEL_ARRAYS.get(quantize, "keep"),
     )
     return FrozenBase(
         name=str(path_or_hub_id),
@@ -228,7 +232,7 @@ def load_base(
         model=DecoderModel(params, Decoder(config, remat=remat, mesh=mesh, attention=kernel)),
         tokenizer=tokenizer,
         end_ids=declared_ends(directory, tokenizer, config.vocab_size),
-        fingerprint=fingerprint_of(config, digest, tokenizer_hash(tokenizer), quantize),
+        fingerprint=fingerprint_of(config, digest, tokenizer_hash(tokenizer), None if quantize == "keep" else quantize),
         attention_note=note,
     )
 

@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,19 +28,23 @@ from jax.sharding import NamedSharding, PartitionSpec
 from spt_jax.bases.families import Origin, family_of
 from spt_jax.bases.families.family import OUTPUT_BIAS_KEY, OUTPUT_KEY, RenamedFamily, SeveralTables, with_prefix
 from spt_jax.bases.files import checkpoint_files, listed
-from spt_jax.bases.kernel_buffers import KernelBuffer
+from spt_jax.bases.gguf import Blocks
+from spt_jax.bases.kernel_buffers import BlockBuffer, BlockTableBuffer, KernelBuffer
 from spt_jax.bases.tensors import open_tensors
-from spt_jax.errors import CheckpointError
+from spt_jax.errors import CheckpointError, ConfigError
 from spt_jax.models.attention import Stream
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.model import Params
-from spt_jax.models.quantized import Int8Table, KernelArray
+from spt_jax.models.quantized import KernelArray, TableArray
+from spt_jax.models.quantized.gguf_blocks import BLOCK_TYPES
 from spt_jax.models.quantized.table import TableEncoder
 from spt_jax.runtime.host_arrays import aligned_empty, put_on_devices
 
 LeafPath = tuple[str, ...]
 _OUTPUT = ("output",)
+Quantization = type[KernelArray] | Literal["keep"] | None
+_Buffer = np.ndarray | KernelBuffer | TableEncoder | BlockBuffer | BlockTableBuffer
 
 
 def origins(config: DecoderConfig) -> dict[LeafPath, tuple[Origin, ...]]:
@@ -169,7 +173,7 @@ def read_params(
     dtype: Any,
     sharding_of: Callable[[LeafPath], Any],
     *,
-    quantize: type[KernelArray] | None = None,
+    quantize: Quantization = None,
 ) -> tuple[Params, str]:
     """Reads a checkpoint onto the devices.
 
@@ -182,7 +186,7 @@ def read_params(
       dtype: what every leaf is cast to.
       sharding_of: the sharding of each leaf, by its path.
       quantize: what kernels become, from the tensors as stored, except those of routers and of gates of shared MLPs;
-        embeddings and the output matrix become `Int8Table`s.
+        embeddings and the output matrix become `Int8Table`s. "keep" for matrices in the blocks of a GGUF file.
 
     Returns:
       The parameters of `Decoder(config)` and the hexadecimal SHA-256 digest of the tensors as stored.
@@ -190,41 +194,42 @@ def read_params(
     Raises:
       CheckpointError: for a damaged file and for missing, unknown, duplicate or misshapen tensors, and for values
         that are not finite.
+      ConfigError: "keep" does not support a type of blocks, or the order in which the base's tensors are stored.
     """
     stored_in = checkpoint_files(directory)
     expected = _places_in(stored_in, config)
     shapes = _flat(parameter_shapes(config))
     found = _find_tensors(stored_in, config, expected, shapes)
-    leaves: dict[LeafPath, jax.Array | KernelArray | Int8Table] = {}
+    leaves: dict[LeafPath, jax.Array | KernelArray | TableArray] = {}
     digests: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         used = {at.file for at in found.values()}
         opened = {file: stack.enter_context(open_tensors(file, list(found))) for file in used}
+        if quantize == "keep" and not any(opened[at.file].block_type(at.name) for at in found.values()):
+            raise ConfigError(f"base.quantize keep is for GGUF files with quantized matrices; {directory} has floats")
         for paths, keys in _groups(expected, shapes):
-            buffers: dict[LeafPath, np.ndarray | KernelBuffer | TableEncoder] = {}
+            buffers: dict[LeafPath, _Buffer] = {}
             for path in paths:
-                if quantize is not None and is_table(path):
-                    buffers[path] = TableEncoder(table_shape(path, shapes[path].shape), jnp.dtype(dtype))
-                elif quantize is not None and quantizable(path):
-                    indices = [place.index for key in keys for place in expected[key] if place.path == path]
-                    buffers[path] = KernelBuffer(quantize, shapes[path].shape, indices)
-                else:
-                    buffers[path] = aligned_empty(shapes[path].shape, dtype)
+                fills = [(place, key) for key in keys for place in expected[key] if place.path == path]
+                types = [opened[found[key].file].block_type(found[key].name) for _, key in fills]
+                buffers[path] = _buffer(path, shapes[path].shape, dtype, quantize, [place for place, _ in fills], types)
             # By layer, so that few layers of a quantized kernel are incomplete.
             for key in sorted(keys, key=lambda key: min(place.index for place in expected[key])):
-                tensor = opened[found[key].file].read(found[key].name)
-                digests[key] = _digest(tensor, found[key])
-                for place in expected[key]:
-                    _fill(buffers[place.path], place, tensor, found[key])
-                del tensor
+                at, targets = found[key], [buffers[place.path] for place in expected[key]]
+                blocks = None
+                if any(isinstance(buffer, BlockBuffer | BlockTableBuffer) for buffer in targets):
+                    blocks = opened[at.file].read_blocks(at.name)
+                tensor = opened[at.file].read(at.name) if blocks is None else blocks.values()
+                digests[key] = _digest(tensor, at)
+                for place, buffer in zip(expected[key], targets, strict=True):
+                    _fill(buffer, place, tensor, blocks, at)
+                del tensor, blocks, targets, buffer
             for path, buffer in buffers.items():
                 sharding = sharding_of(path)
-                if isinstance(buffer, TableEncoder):
-                    leaves[path] = buffer.placed(table_sharding(path, sharding))
-                elif isinstance(buffer, KernelBuffer):
-                    leaves[path] = buffer.placed(sharding)
-                else:
+                if isinstance(buffer, np.ndarray):
                     leaves[path] = put_on_devices(buffer, sharding)
+                else:
+                    leaves[path] = buffer.placed(table_sharding(path, sharding) if is_table(path) else sharding)
             del buffers, buffer
         if config.tied and OUTPUT_KEY in found:
             at = found[OUTPUT_KEY]
@@ -233,8 +238,45 @@ def read_params(
     return traverse_util.unflatten_dict(leaves), hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _fill(buffer: np.ndarray | KernelBuffer | TableEncoder, place: Place, tensor: np.ndarray, at: Stored) -> None:
-    """Fills what a stored tensor is for."""
+def _buffer(
+    path: LeafPath,
+    shape: tuple[int, ...],
+    dtype: Any,
+    quantize: Quantization,
+    fills: list[Place],
+    types: list[str | None],
+) -> _Buffer:
+    """Returns host memory for a leaf, given what fills it and in which types of blocks that is stored."""
+    if quantize is None or not (is_table(path) or quantizable(path)) or (quantize == "keep" and not any(types)):
+        return aligned_empty(shape, dtype)
+    if quantize != "keep":
+        if is_table(path):
+            return TableEncoder(table_shape(path, shape), jnp.dtype(dtype))
+        return KernelBuffer(quantize, shape, [place.index for place in fills])
+    kinds = [kind for kind in types if kind in BLOCK_TYPES]
+    if len(kinds) < len(types):
+        names = ", ".join(sorted({kind or "floats" for kind in types}))
+        raise ConfigError(
+            f"base.quantize keep: {'/'.join(path)} is stored as {names}; kept are {', '.join(BLOCK_TYPES)}. Set another"
+            " base.quantize"
+        )
+    if is_table(path):
+        return BlockTableBuffer(table_shape(path, shape)[1], jnp.dtype(dtype))
+    return BlockBuffer(shape, kinds)
+
+
+def _fill(buffer: _Buffer, place: Place, tensor: np.ndarray, blocks: Blocks | None, at: Stored) -> None:
+    """Fills what a stored tensor is for; `tensor` are the values of `blocks`, if there are any."""
+    if isinstance(buffer, BlockBuffer | BlockTableBuffer):
+        origin = place.origin
+        assert blocks is not None
+        if origin.view is not None or origin.into is not None or (origin.take and origin.take.axis % 2):
+            raise ConfigError(f"base.quantize keep does not support a base with a tensor like {at.name!r}; set another")
+        if isinstance(buffer, BlockBuffer):
+            buffer.fill(place.index, blocks.kind, origin.taken(blocks.rows))
+        else:
+            buffer.fill(blocks.kind, origin.taken(blocks.rows))
+        return
     if isinstance(buffer, TableEncoder):
         buffer.fill(place.origin.taken(tensor))
         return
@@ -245,7 +287,7 @@ def _fill(buffer: np.ndarray | KernelBuffer | TableEncoder, place: Place, tensor
 
 
 def is_table(path: LeafPath) -> bool:
-    """Returns whether a leaf has a row or column per token, and becomes an `Int8Table` by any quantization."""
+    """Returns whether a leaf has a row or column per token, and becomes an `TableArray` by any quantization."""
     return path[-1] == "embedding" or path == _OUTPUT
 
 

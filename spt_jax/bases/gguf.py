@@ -22,6 +22,7 @@ from spt_jax.bases.gguf_tokenizer import write_tokenizer
 from spt_jax.errors import CheckpointError
 from spt_jax.runtime.extras import load_extra
 
+FLOATS = ("F32", "F16", "BF16")
 _LLAMA3_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3_POSITIONS = 8192
 
@@ -234,6 +235,14 @@ def _directory(file: Path, size: int, changed: int) -> Path:
     return directory
 
 
+def read_bytes(file: Path, tensor: GgufTensor) -> np.ndarray:
+    """Returns a tensor as stored."""
+    stored = np.fromfile(file, np.uint8, count=tensor.size, offset=tensor.start)
+    if stored.size != tensor.size:
+        raise CheckpointError(f"{file}: the file became shorter while it was read")
+    return stored
+
+
 def read_tensor(file: Path, tensor: GgufTensor) -> np.ndarray:
     """Returns the values of a tensor: float16 or float32 as stored, float32 for all other types.
 
@@ -241,14 +250,30 @@ def read_tensor(file: Path, tensor: GgufTensor) -> np.ndarray:
       file: the GGUF file.
       tensor: from its header.
     """
-    stored = np.fromfile(file, np.uint8, count=tensor.size, offset=tensor.start)
-    if stored.size != tensor.size:
-        raise CheckpointError(f"{file}: the file became shorter while it was read")
+    stored = read_bytes(file, tensor)
     if tensor.kind in ("F32", "F16"):
         return stored.view("<f4" if tensor.kind == "F32" else "<f2").reshape(tensor.shape)
     gguf = load_extra("gguf.quants", "reading GGUF files")
     rows = stored.reshape(*tensor.shape[:-1], -1)
     return gguf.dequantize(rows, gguf.GGMLQuantizationType[tensor.kind]).reshape(tensor.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """A matrix in the blocks of a GGUF file.
+
+    Attributes:
+      kind: name of the type.
+      rows: the blocks of each row, uint8 [F, bytes].
+    """
+
+    kind: str
+    rows: np.ndarray
+
+    def values(self) -> np.ndarray:
+        """Returns the values, float32 [F, D]."""
+        gguf = load_extra("gguf.quants", "reading GGUF files")
+        return gguf.dequantize(self.rows, gguf.GGMLQuantizationType[self.kind])
 
 
 class GgufTensors:
@@ -266,6 +291,17 @@ class GgufTensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._facts.header.tensors[self._stored[name]].shape
+
+    def block_type(self, name: str) -> str | None:
+        kind = self._facts.header.tensors[self._stored[name]].kind
+        return None if kind in FLOATS else kind
+
+    def read_blocks(self, name: str) -> Blocks:
+        stored = self._stored[name]
+        tensor = self._facts.header.tensors[stored]
+        rows = read_bytes(self._facts.file, tensor).reshape(tensor.shape[0], -1)
+        # All that an architecture restores in a matrix is the order of its rows.
+        return Blocks(tensor.kind, self._architecture.restored(rows, stored, self._facts))
 
     def read(self, name: str) -> np.ndarray:
         stored = self._stored[name]

@@ -1,14 +1,18 @@
-"""Host memory of kernels that are quantized while a checkpoint is read."""
+"""Host memory of kernels that are quantized, or packed already, while a checkpoint is read."""
 
 from collections import Counter
 from collections.abc import Iterable
 
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import UInt8
 
 from spt_jax.models.quantized import KernelArray
+from spt_jax.models.quantized.gguf_blocks import BLOCK_TYPES, GgufKernel, GgufTable, packed_units
 from spt_jax.models.quantized.kernel_array import Encoder
-from spt_jax.runtime.host_arrays import aligned_empty
+from spt_jax.runtime.host_arrays import aligned_empty, put_on_devices
+from spt_jax.runtime.sharding import fitting
 
 
 class KernelBuffer:
@@ -47,3 +51,56 @@ class KernelBuffer:
     def placed(self, sharding: NamedSharding) -> KernelArray:
         """Returns the quantized kernel on devices, given the sharding of a float kernel."""
         return self._encoder.placed(sharding)
+
+
+class BlockBuffer:
+    """A kernel [*L, D, F] in the blocks of a GGUF file, which stay packed."""
+
+    def __init__(self, shape: tuple[int, ...], kinds: Iterable[str]):
+        """Prepares for tensors of these types.
+
+        Args:
+          shape: of the kernel.
+          kinds: names in `BLOCK_TYPES`; every type's block divides the rows.
+        """
+        self._leading, (self._rows, columns) = shape[:-2], shape[-2:]
+        self._kinds = tuple(sorted(set(kinds)))
+        blocks = [BLOCK_TYPES[kind] for kind in self._kinds]
+        unit = max(block.values for block in blocks)
+        self._units = self._rows // unit, max(unit // block.values * block.size for block in blocks)
+        self._blocks = aligned_empty((*self._leading, *self._units, columns), np.uint8)
+        self._kind = np.empty(self._leading, np.int32)
+
+    def fill(self, index: tuple[int, ...], kind: str, stored: UInt8[np.ndarray, "F B"]) -> None:
+        """Takes the blocks of a layer."""
+        self._blocks[index] = packed_units(stored, *self._units)
+        self._kind[index] = self._kinds.index(kind)
+
+    def placed(self, sharding: NamedSharding) -> GgufKernel:
+        """Returns the kernel on devices, given the sharding of a float kernel. Rows are split between blocks."""
+        rank = len(self._leading) + 2
+        *leading, rows, columns = (*sharding.spec, *(None,) * rank)[:rank]
+        spec = fitting(sharding.mesh, PartitionSpec(*leading, rows, None, columns), self._blocks.shape)
+        kind = fitting(sharding.mesh, PartitionSpec(*leading), self._leading)
+        return GgufKernel(
+            put_on_devices(self._blocks, spec), put_on_devices(self._kind, kind), kinds=self._kinds, rows=self._rows
+        )
+
+
+class BlockTableBuffer:
+    """A table [V, D] in the blocks of a GGUF file, which stay packed."""
+
+    def __init__(self, width: int, dtype: jnp.dtype):
+        """Prepares for a table of rows of this width, which are used in a dtype."""
+        self._width, self._dtype = width, dtype
+        self._kind, self._blocks = "", np.empty((0, 0), np.uint8)
+
+    def fill(self, kind: str, stored: UInt8[np.ndarray, "V B"]) -> None:
+        """Takes the blocks of the whole table."""
+        self._kind, self._blocks = kind, aligned_empty(stored.shape, np.uint8)
+        self._blocks[...] = stored
+
+    def placed(self, sharding: NamedSharding) -> GgufTable:
+        """Returns the table on devices, given the sharding of a float table [V, D]."""
+        spec = fitting(sharding.mesh, PartitionSpec(*sharding.spec[:1]), self._blocks.shape)
+        return GgufTable(put_on_devices(self._blocks, spec), kind=self._kind, width=self._width, dtype=self._dtype)

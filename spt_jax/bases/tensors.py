@@ -9,7 +9,7 @@ import numpy as np
 import safetensors
 
 from spt_jax.bases.files import open_safetensors
-from spt_jax.bases.gguf import GgufTensors
+from spt_jax.bases.gguf import Blocks, GgufTensors
 from spt_jax.errors import CheckpointError
 
 _FLOATS = ("float64", "float32", "bfloat16", "float16")
@@ -24,6 +24,18 @@ class TensorFile(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a tensor, without reading it."""
+        ...
+
+    def block_type(self, name: str) -> str | None:
+        """Returns the name of the type of a tensor that is stored in blocks, and None for one of floats."""
+        ...
+
+    def read_blocks(self, name: str) -> Blocks:
+        """Returns a tensor that is stored in blocks.
+
+        Raises:
+          CheckpointError: it cannot be read.
+        """
         ...
 
     def read(self, name: str) -> np.ndarray:
@@ -46,6 +58,12 @@ class SafetensorsFile:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._opened.get_slice(name).get_shape())
+
+    def block_type(self, name: str) -> None:
+        del name
+
+    def read_blocks(self, name: str) -> Blocks:
+        raise CheckpointError(f"{self._file}: tensor {name!r} is not stored in blocks")
 
     def read(self, name: str) -> np.ndarray:
         try:

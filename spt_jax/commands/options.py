@@ -21,8 +21,8 @@ class Saved:
       prompt: the saved prompt: a directory, a URL (s3://, gs://), or a hub id (owner/name, hf://owner/name).
       base: where its base is now, or its hub id; default where it was when the prompt was trained.
       dtype: precision of the base; default by device.
-      quantize: how the base's matrices are stored: int8, int4 or nf4. Default as when the prompt was trained or, with
-        --base, in dtype.
+      quantize: how the base's matrices are stored: int8, fp8, int4, nf4 or keep. Default as when the prompt was
+        trained or, with --base, in dtype.
       force: use the prompt with another base than its own, as long as the sizes match.
     """
 
@@ -158,8 +158,8 @@ class Serve:
       queue: number of answers that may wait; further requests get 429. A client with less than an equal share may
         exceed this.
       dtype: precision of the base; default by device.
-      quantize: how the base's matrices are stored: int8, int4 or nf4; default in dtype. Prompts that were trained on
-        another quantization are refused.
+      quantize: how the base's matrices are stored: int8, fp8, int4, nf4 or keep; default in dtype. Prompts that were
+        trained on another quantization are refused.
       mesh: device mesh.
       prompt_memory: MiB of prompts on the device; if exceeded, the least recently used are removed from it. Default no
         limit.

@@ -8,7 +8,7 @@ from spt_jax.data.templates import MESSAGES, TEXT, Template, virtual_length, wit
 from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.evaluation.evaluate import EvaluationConfig
 from spt_jax.models.kernels import KernelChoice
-from spt_jax.models.quantized import KERNEL_ARRAYS
+from spt_jax.models.quantized import quantizations
 from spt_jax.options import Line, Lines, Pairs
 from spt_jax.prompts import METHODS, Method, MultitaskPromptTuning
 from spt_jax.prompts.initializers import Initializer
@@ -35,8 +35,10 @@ class BaseConfig:
         unknown, as on CPU.
       attention: xla, on all devices; cudnn, fused, on NVIDIA GPUs with 16-bit dtypes; splash, fused, on TPUs. auto: the
         device's fused kernel if it can run, otherwise xla.
-      quantize: how the layers' matrices are stored. int8: in one byte per weight; int4: in 4.25 bits, with a scale and
-        an offset per group of 128 rows; nf4: in 4.5 bits, with 16 normally distributed levels. Default: in dtype.
+      quantize: how the matrices are stored. int8: in one byte per weight; fp8: in one byte with an exponent; int4: in
+        4.25 bits, with a scale and an offset per group of 128 rows; nf4: in 4.5 bits, with 16 normally distributed
+        levels; keep: in the blocks of a GGUF file. Embeddings and the output matrix are int8 with all but keep.
+        Default: in dtype.
     """
 
     path: str
@@ -47,8 +49,8 @@ class BaseConfig:
     quantize: str | None = None
 
     def __post_init__(self) -> None:
-        if self.quantize is not None and self.quantize not in KERNEL_ARRAYS:
-            raise ConfigError(f"base.quantize is {self.quantize!r}; known: {', '.join(KERNEL_ARRAYS)}")
+        if self.quantize is not None and self.quantize not in quantizations():
+            raise ConfigError(f"base.quantize is {self.quantize!r}; known: {', '.join(quantizations())}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

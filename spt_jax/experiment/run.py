@@ -178,7 +178,7 @@ class Experiment:
                 itemsize=base.dtype.itemsize,
                 mesh=base.mesh,
                 microbatches=config.train.microbatches,
-                quantize=base.fingerprint.quantize,
+                params=base.params,
             ).of_prompts(together)
 
         limit = processes.from_first("memory limit", measure.memory_limit)

@@ -29,7 +29,7 @@ from spt_jax.errors import CheckpointError, ConfigError
 from spt_jax.models.decoder_model import host_table
 from spt_jax.models.layout import SELF, Group
 from spt_jax.models.memory import KeysValues
-from spt_jax.models.quantized import Int8Table
+from spt_jax.models.quantized import TableArray
 from spt_jax.prompts import DeepPrompts, LlamaAdapter, Method, PrefixTuning, PromptTuning, VirtualPrompt
 from spt_jax.prompts.names import prompt_directory
 from spt_jax.prompts.reading import check_directory, check_tensors, read_json, read_tensors, tensor_headers
@@ -245,10 +245,10 @@ def _read_arrays(path: Path, shapes: Mapping[str, tuple[int | None, ...]], base:
     return read_tensors(path, list(shapes))
 
 
-def _same_table(stored: np.ndarray, dtype: str, own: Array | Int8Table) -> bool:
+def _same_table(stored: np.ndarray, dtype: str, own: Array | TableArray) -> bool:
     """Returns whether a stored table, of a dtype, is the base's, up to the rounding of either."""
     ours = host_table(own)
-    if isinstance(own, Int8Table):
+    if isinstance(own, TableArray):
         return bool((np.abs(stored - ours) <= 0.01 * np.abs(ours).max(axis=1, keepdims=True)).all())
     coarser = dtype if dtype in ("float16", "bfloat16") else own.dtype
     return np.array_equal(stored.astype(coarser), ours.astype(coarser))

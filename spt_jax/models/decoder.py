@@ -21,7 +21,7 @@ from spt_jax.models.layers import Linear, Norm, scaled, table_param, table_rows,
 from spt_jax.models.layout import Group, Layout, StateGroup
 from spt_jax.models.memory import KeysValues, Memory, keys_values
 from spt_jax.models.per_layer import PerLayerEmbedding
-from spt_jax.models.quantized import Int8Table
+from spt_jax.models.quantized import TableArray
 from spt_jax.models.recurrence import TokenOrder, token_order
 from spt_jax.models.ring import splits
 from spt_jax.models.rope import rotation
@@ -34,7 +34,7 @@ class Decoder(nn.Module):
 
     Its parameters are a plain dict: `embedding` [V, D], `positions` [max_positions, D] if learned, `layers` with all
     leaves stacked [L, ...], `final_norm`, and `output` [D, V] if untied. Of a quantized base, `embedding` and `output`
-    are `Int8Table`s [V, D].
+    are `TableArray`s [V, D].
     """
 
     config: DecoderConfig
@@ -74,7 +74,7 @@ class Decoder(nn.Module):
         config = self.config
         with jax.named_scope("logits"):
             matrix = self.embedding if config.tied else self.output
-            if isinstance(matrix, Int8Table):
+            if isinstance(matrix, TableArray):
                 logits = matrix.products(hidden)
             else:
                 kernel = matrix.T if config.tied else matrix

@@ -19,7 +19,7 @@ from spt_jax.models.layers import dense, table_rows
 from spt_jax.models.layout import Layout, only_layers
 from spt_jax.models.memory import KeysValues, Memory
 from spt_jax.models.model import Params, TargetScores
-from spt_jax.models.quantized import Int8Table, KernelArray
+from spt_jax.models.quantized import KernelArray, TableArray
 from spt_jax.models.self_attention import ATTENTION, Attention
 from spt_jax.models.vocabulary import log_sum_exp
 from spt_jax.runtime.sharding import to_host
@@ -117,7 +117,7 @@ class DecoderModel:
         if config.logit_scale is not None:
             states = states * jnp.asarray(config.logit_scale, states.dtype)
         matrix = jax.lax.stop_gradient(self.output_matrix)
-        matrix = matrix if isinstance(matrix, Int8Table) else matrix.astype(states.dtype)
+        matrix = matrix if isinstance(matrix, TableArray) else matrix.astype(states.dtype)
         bias = jax.lax.stop_gradient(self.params["logit_bias"].astype(jnp.float32)) if config.logit_bias else None
         targets = jax.lax.stop_gradient(self._output_rows(ids)).astype(states.dtype)
         at_targets = functools.partial(jnp.take_along_axis, indices=at, axis=1)
@@ -136,20 +136,20 @@ class DecoderModel:
         return TargetScores(log_probabilities, means - log_sums)
 
     @property
-    def input_matrix(self) -> Float[Array, "V D"] | Int8Table:
+    def input_matrix(self) -> Float[Array, "V D"] | TableArray:
         """The embedding table as stored."""
         return self.params["embedding"]
 
     @property
-    def output_matrix(self) -> Float[Array, "V D"] | Int8Table:
+    def output_matrix(self) -> Float[Array, "V D"] | TableArray:
         """The matrix that maps hidden states to logits; the embedding table if they are tied."""
         matrix = self.params["embedding"] if self.config.tied else self.params["output"]
-        return matrix if self.config.tied or isinstance(matrix, Int8Table) else matrix.T
+        return matrix if self.config.tied or isinstance(matrix, TableArray) else matrix.T
 
     def _output_rows(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
         """Returns rows of `output_matrix`, without a transposed copy of it."""
         matrix = self.params["embedding"] if self.config.tied else self.params["output"]
-        if self.config.tied or isinstance(matrix, Int8Table):
+        if self.config.tied or isinstance(matrix, TableArray):
             return table_rows(matrix, ids)
         return jnp.moveaxis(jnp.take(matrix, ids, axis=1), 0, -1)
 
@@ -157,10 +157,11 @@ class DecoderModel:
         return self.module.apply({"params": self.params}, *args, **kwargs)
 
 
-def host_table(table: Float[Array, "V D"] | Int8Table) -> Float[np.ndarray, "V D"]:
+def host_table(table: Float[Array, "V D"] | TableArray) -> Float[np.ndarray, "V D"]:
     """Returns an embedding table or output matrix in host memory, as float32."""
-    if isinstance(table, Int8Table):
-        return to_host(table.values).astype(np.float32) * to_host(table.scale)[:, None]
+    if isinstance(table, TableArray):
+        chunks = [to_host(table.chunk(i)) for i in range(table.chunk_count)]
+        return np.stack(chunks, axis=1).reshape(table.shape)
     return to_host(table).astype(np.float32)
 
 

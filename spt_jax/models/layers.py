@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from spt_jax.models.config import DecoderConfig
-from spt_jax.models.quantized import Int8Table, KernelArray
+from spt_jax.models.quantized import KernelArray, TableArray
 from spt_jax.runtime.sharding import ROWS, constrain, row_shards
 
-Quantized = TypeVar("Quantized", KernelArray, Int8Table)
+Quantized = TypeVar("Quantized", KernelArray, TableArray)
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -25,9 +25,9 @@ ACTIVATIONS = {
 }
 
 
-def dense(leaf: Float[Array, "..."] | KernelArray | Int8Table) -> Float[Array, "..."]:
+def dense(leaf: Float[Array, "..."] | KernelArray | TableArray) -> Float[Array, "..."]:
     """Returns a kernel, a table, or another leaf of the parameters, as a dense float32 array."""
-    return leaf.dense() if isinstance(leaf, KernelArray | Int8Table) else leaf.astype(jnp.float32)
+    return leaf.dense() if isinstance(leaf, KernelArray | TableArray) else leaf.astype(jnp.float32)
 
 
 def linear(
@@ -45,9 +45,9 @@ def kernel_param(module: nn.Module, shape: tuple[int, ...]) -> Float[Array, "*L 
     return _param(module, "kernel", shape, KernelArray)
 
 
-def table_param(module: nn.Module, name: str, shape: tuple[int, int]) -> Float[Array, "..."] | Int8Table:
-    """Returns a matrix of a module with a row or column per token, which may be an `Int8Table`."""
-    return _param(module, name, shape, Int8Table)
+def table_param(module: nn.Module, name: str, shape: tuple[int, int]) -> Float[Array, "..."] | TableArray:
+    """Returns a matrix of a module with a row or column per token, which may be an `TableArray`."""
+    return _param(module, name, shape, TableArray)
 
 
 def _param(module: nn.Module, name: str, shape: tuple[int, ...], kind: type[Quantized]) -> Array | Quantized:
@@ -59,9 +59,9 @@ def _param(module: nn.Module, name: str, shape: tuple[int, ...], kind: type[Quan
     return module.param(name, nn.initializers.normal(0.02), shape)
 
 
-def table_rows(table: Float[Array, "V D"] | Int8Table, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+def table_rows(table: Float[Array, "V D"] | TableArray, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
     """Returns rows of a table by token; ids must be in [0, V)."""
-    return table.take(ids) if isinstance(table, Int8Table) else jnp.take(table, ids, axis=0)
+    return table.take(ids) if isinstance(table, TableArray) else jnp.take(table, ids, axis=0)
 
 
 def scaled(x: Float[Array, "*B D"], scale: float | None) -> Float[Array, "*B D"]:
@@ -70,7 +70,7 @@ def scaled(x: Float[Array, "*B D"], scale: float | None) -> Float[Array, "*B D"]
 
 
 def take_rows(
-    mesh: Mesh | None, table: Float[Array, "V D"] | Int8Table, ids: Int[Array, "B T"]
+    mesh: Mesh | None, table: Float[Array, "V D"] | TableArray, ids: Int[Array, "B T"]
 ) -> Float[Array, "B T D"]:
     """Computes `table_rows(table, ids)` for a table with V, and ids with rows, split over fsdp.
 

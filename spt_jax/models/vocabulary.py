@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from spt_jax.models.attention import soft_cap_slope, soft_capped
-from spt_jax.models.quantized.table import Int8Table, strided
+from spt_jax.models.quantized.table import TableArray, strided
 
 # Maximum number of logits per chunk; but a chunk has at least CHUNK_ROWS rows, for efficient matrix products.
 CHUNK_LOGITS = 2**24
@@ -19,7 +19,7 @@ CHUNK_ROWS = 512
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def log_sum_exp(
     states: Float[Array, "B Q D"],
-    matrix: Float[Array, "V D"] | Int8Table,
+    matrix: Float[Array, "V D"] | TableArray,
     cap: float | None = None,
     bias: Float[Array, " V"] | None = None,
 ) -> Float[Array, "B Q"]:
@@ -38,16 +38,16 @@ def log_sum_exp(
     """
 
     def log_sums(chunk: Array) -> Array:
-        if isinstance(matrix, Int8Table):
+        if isinstance(matrix, TableArray):
             return _over_table(chunk, matrix, cap, bias)[0]
         return _log_sums(chunk, matrix, cap, bias)[0]
 
     return _by_chunks(log_sums, states, matrix.shape[0])
 
 
-def _forward(states: Array, matrix: Array | Int8Table, cap: float | None, bias: Array | None) -> tuple[Array, Array]:
+def _forward(states: Array, matrix: Array | TableArray, cap: float | None, bias: Array | None) -> tuple[Array, Array]:
     def sums_and_means(chunk: Array) -> tuple[Array, Array]:
-        if isinstance(matrix, Int8Table):
+        if isinstance(matrix, TableArray):
             return _over_table(chunk, matrix, cap, bias)
         log_sums, logits = _log_sums(chunk, matrix, cap, bias)
         weights = (jnp.exp(logits - log_sums[..., None]) * soft_cap_slope(logits, cap)).astype(matrix.dtype)
@@ -69,7 +69,7 @@ def _log_sums(states: Array, matrix: Array, cap: float | None, bias: Array | Non
     return jax.nn.logsumexp(logits, axis=-1), logits
 
 
-def _over_table(states: Array, table: Int8Table, cap: float | None, bias: Array | None) -> tuple[Array, Array]:
+def _over_table(states: Array, table: TableArray, cap: float | None, bias: Array | None) -> tuple[Array, Array]:
     """Returns the log-sum-exp and the mean row, with sums that are rescaled when a chunk has a higher logit."""
     count = table.chunk_count
     offsets = jnp.zeros(table.shape[0]) if bias is None else bias

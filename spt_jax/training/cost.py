@@ -15,7 +15,8 @@ from spt_jax.models import delta_net_config, mamba_config
 from spt_jax.models.config import DecoderConfig, layer_configs
 from spt_jax.models.decoder import decoder_layout
 from spt_jax.models.memory import state_spec
-from spt_jax.models.quantized import KERNEL_ARRAYS
+from spt_jax.models.model import Params
+from spt_jax.models.quantized import KERNEL_ARRAYS, KernelArray, TableArray
 from spt_jax.models.quantized.kernel_array import encoded_shapes
 from spt_jax.models.quantized.table import table_shapes
 from spt_jax.models.stacks import Remat
@@ -195,6 +196,7 @@ def step_memory(
     mesh: Mesh,
     microbatches: int = 1,
     quantize: str | None = None,
+    params: Params | None = None,
 ) -> StepMemory:
     """Estimates the peak memory of a step.
 
@@ -206,10 +208,11 @@ def step_memory(
       mesh: the mesh of the base.
       microbatches: the number of parts that a batch is split into.
       quantize: the representation of the kernels, by its name in `KERNEL_ARRAYS`; None for floats.
+      params: the parameters of the base, if it is loaded: what they take is counted, whatever `quantize` says.
     """
     tensor, layers = mesh.shape["tensor"], layer_configs(config)
     leaves = sharded_shapes(mesh, parameter_shapes(config), jnp.float32)
-    weights = _weight_bytes(leaves, itemsize, quantize)
+    weights = _weight_bytes(leaves, itemsize, quantize) if params is None else _loaded_bytes(leaves, params)
     if mesh.shape["fsdp"] > 1:
         weights += 2 * itemsize * max(one.matmul_parameters_of_layer for one in layers) // tensor
     matrix, axis = (leaves["output"], 1) if "output" in leaves else (leaves["embedding"], 0)
@@ -254,9 +257,25 @@ def _weight_bytes(leaves: Any, itemsize: int, quantize: str | None) -> int:
             total += _bytes(table_shapes(table_shape(keys, leaf.shape), table_sharding(keys, leaf.sharding)))
             continue
         total += _bytes(encoded_shapes(KERNEL_ARRAYS[quantize], leaf.shape, leaf.sharding))
-        layers = leaf.sharding.shard_shape(leaf.shape)[0] if leaf.ndim > 2 else 1
-        largest = max(largest, shard // layers)
+        largest = max(largest, _per_layer(leaf))
     return total + DENSE_COPIES * 4 * largest
+
+
+def _loaded_bytes(leaves: Any, params: Params) -> int:
+    """Returns the bytes on each device of loaded leaves and, if quantized, of the largest kernel made dense."""
+    arrays = jax.tree.leaves(params)
+    total = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays)
+    packed = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, KernelArray | TableArray))
+    dense = jax.tree.leaves(leaves)
+    sizes = [_per_layer(leaf) for leaf, own in zip(dense, packed, strict=True) if isinstance(own, KernelArray)]
+    return total + DENSE_COPIES * 4 * max(sizes, default=0)
+
+
+def _per_layer(leaf: jax.ShapeDtypeStruct) -> int:
+    """Returns how many numbers of a layer's kernel are on each device."""
+    assert leaf.sharding is not None
+    shape = leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(shape[1:] if leaf.ndim > 2 else shape)
 
 
 def _bytes(arrays: Mapping[str, jax.ShapeDtypeStruct]) -> int:

@@ -14,7 +14,7 @@ from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.models.attention import Stream
 from spt_jax.models.decoder_model import DecoderModel
 from spt_jax.models.layers import dense
-from spt_jax.models.quantized import KERNEL_ARRAYS, Int8
+from spt_jax.models.quantized import Int8, quantizations
 from spt_jax.prompts import LlamaAdapter, PrefixTuning, PromptTuning
 from spt_jax.runtime.sharding import MeshConfig, make_mesh
 from spt_jax.serving.bank import PromptBank
@@ -131,4 +131,4 @@ def test_other_precisions_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         train.main(words(tmp_path, tmp_path / "run", "--base.quantize", "int3"))
     error = capsys.readouterr().err
-    assert all(name in error for name in KERNEL_ARRAYS)
+    assert all(name in error for name in quantizations())

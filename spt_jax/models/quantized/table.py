@@ -1,4 +1,4 @@
-"""Tables with a row per token, of int8: embeddings and output matrices."""
+"""Tables with a row per token that are not float arrays: embeddings and output matrices."""
 
 import dataclasses
 import math
@@ -17,40 +17,28 @@ from spt_jax.runtime.sharding import fitting
 CHUNK_VALUES = 2**22
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Int8Table:
-    """A frozen matrix of int8 values times a float32 scale per token.
+class TableArray:
+    """A frozen matrix [V, D] with a row per token. Subclasses are registered dataclasses whose arrays all have
+    V first.
 
     Attributes:
-      values: the integers.
-      scale: the scale of each of the V rows.
       dtype: of the rows that `take` returns.
     """
 
-    values: Int8[Array, "V D"]
-    scale: Float[Array, " V"]
-    dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
-
-    @classmethod
-    def encode(cls, rows: Float[np.ndarray, "v D"]) -> Mapping[str, Shaped[np.ndarray, "..."]]:
-        """Returns the integers and scales of some rows; the largest value of a row becomes 127."""
-        scale = np.maximum(np.abs(rows).max(axis=1) / 127, np.finfo(np.float32).tiny).astype(np.float32)
-        return {"values": np.rint(rows / scale[:, None]).astype(np.int8), "scale": scale}
+    dtype: jnp.dtype
 
     @property
     def shape(self) -> tuple[int, int]:
         """V and D."""
-        vocabulary, width = self.values.shape
-        return vocabulary, width
+        raise NotImplementedError
+
+    def dense(self) -> Float[Array, "*B D"]:
+        """Returns the rows as a float32 array."""
+        raise NotImplementedError
 
     def take(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
         """Returns rows by token; ids must be in [0, V)."""
         return jax.tree.map(lambda a: jnp.take(a, ids, axis=0), self).dense().astype(self.dtype)
-
-    def dense(self) -> Float[Array, "*B D"]:
-        """Returns the rows as a float32 array."""
-        return self.values.astype(jnp.float32) * self.scale[..., None]
 
     @property
     def chunk_count(self) -> int:
@@ -74,6 +62,38 @@ class Int8Table:
 
         products = jnp.moveaxis(jax.lax.map(of_chunk, jnp.arange(self.chunk_count)), 0, -1)
         return products.reshape(*x.shape[:-1], self.shape[0])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8Table(TableArray):
+    """int8 values times a float32 scale per token.
+
+    Attributes:
+      values: the integers.
+      scale: the scale of each of the V rows.
+      dtype: of the rows that `take` returns.
+    """
+
+    values: Int8[Array, "V D"]
+    scale: Float[Array, " V"]
+    dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def encode(cls, rows: Float[np.ndarray, "v D"]) -> Mapping[str, Shaped[np.ndarray, "..."]]:
+        """Returns the integers and scales of some rows; the largest value of a row becomes 127."""
+        scale = np.maximum(np.abs(rows).max(axis=1) / 127, np.finfo(np.float32).tiny).astype(np.float32)
+        return {"values": np.rint(rows / scale[:, None]).astype(np.int8), "scale": scale}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """V and D."""
+        vocabulary, width = self.values.shape
+        return vocabulary, width
+
+    def dense(self) -> Float[Array, "*B D"]:
+        """Returns the rows as a float32 array."""
+        return self.values.astype(jnp.float32) * self.scale[..., None]
 
 
 def strided(array: Shaped[Array, "V ..."], count: int, index: Int[Array, ""] | int) -> Shaped[Array, "v ..."]:
