@@ -260,6 +260,11 @@ def _buffer(
             f"base.quantize keep: {'/'.join(path)} is stored as {names}; kept are {', '.join(BLOCK_TYPES)}. Set another"
             " base.quantize"
         )
+    for place in fills:
+        origin = place.origin
+        reordered = origin.view is not None or origin.into is not None or (origin.take and origin.take.axis % 2)
+        if reordered or not (origin.transpose or is_table(path)):
+            raise ConfigError(f"base.quantize keep does not support tensors like {origin.key!r}; set another")
     if is_table(path):
         return BlockTableBuffer(table_shape(path, shape)[1], jnp.dtype(dtype))
     return BlockBuffer(shape, kinds)
@@ -268,14 +273,11 @@ def _buffer(
 def _fill(buffer: _Buffer, place: Place, tensor: np.ndarray, blocks: Blocks | None, at: Stored) -> None:
     """Fills what a stored tensor is for; `tensor` are the values of `blocks`, if there are any."""
     if isinstance(buffer, BlockBuffer | BlockTableBuffer):
-        origin = place.origin
         assert blocks is not None
-        if origin.view is not None or origin.into is not None or (origin.take and origin.take.axis % 2):
-            raise ConfigError(f"base.quantize keep does not support a base with a tensor like {at.name!r}; set another")
         if isinstance(buffer, BlockBuffer):
-            buffer.fill(place.index, blocks.kind, origin.taken(blocks.rows))
+            buffer.fill(place.index, blocks.kind, place.origin.taken(blocks.rows))
         else:
-            buffer.fill(blocks.kind, origin.taken(blocks.rows))
+            buffer.fill(blocks.kind, place.origin.taken(blocks.rows))
         return
     if isinstance(buffer, TableEncoder):
         buffer.fill(place.origin.taken(tensor))

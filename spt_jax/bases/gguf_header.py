@@ -1,5 +1,6 @@
-"""Reads the header of a GGUF file. The file is untrusted: every count, length and offset is checked against the file's
-size before anything is read or allocated by it.
+"""Reads the header and the tensors of a GGUF file.
+
+The file is untrusted: every count, length and offset is checked against its size before anything is read or allocated.
 
 Source of the format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3).
 """
@@ -11,7 +12,10 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from spt_jax.errors import CheckpointError
+from spt_jax.runtime.extras import load_extra
 
 Scalar = bool | int | float | str
 Value = Scalar | list[Scalar]
@@ -211,3 +215,26 @@ def _tensors(
             raise reader.fail(f"tensor {name[:200]!r} overlaps {before[:200]!r}")
         end, before = tensor.start + tensor.size, name
     return tensors
+
+
+def read_bytes(file: Path, tensor: GgufTensor) -> np.ndarray:
+    """Returns a tensor as stored."""
+    stored = np.fromfile(file, np.uint8, count=tensor.size, offset=tensor.start)
+    if stored.size != tensor.size:
+        raise CheckpointError(f"{file}: the file became shorter while it was read")
+    return stored
+
+
+def read_tensor(file: Path, tensor: GgufTensor) -> np.ndarray:
+    """Returns the values of a tensor: float16 or float32 as stored, float32 for all other types.
+
+    Args:
+      file: the GGUF file.
+      tensor: from its header.
+    """
+    stored = read_bytes(file, tensor)
+    if tensor.kind in ("F32", "F16"):
+        return stored.view("<f4" if tensor.kind == "F32" else "<f2").reshape(tensor.shape)
+    gguf = load_extra("gguf.quants", "reading GGUF files")
+    rows = stored.reshape(*tensor.shape[:-1], -1)
+    return gguf.dequantize(rows, gguf.GGMLQuantizationType[tensor.kind]).reshape(tensor.shape)
