@@ -14,5 +14,9 @@ KERNEL_ARRAYS: dict[str, type[KernelArray]] = {"int8": Int8, "int4": Int4, "nf4"
 
 
 def quantizations() -> tuple[str, ...]:
-    """Returns all words of `--base.quantize`: "keep" is for matrices that are stored in blocks already."""
+    """Lists what `--base.quantize` takes.
+
+    Returns:
+      The names in `KERNEL_ARRAYS`, and "keep" for matrices that are stored in blocks already.
+    """
     return (*KERNEL_ARRAYS, "keep")

@@ -37,7 +37,11 @@ class TableArray:
         raise NotImplementedError
 
     def take(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-        """Returns rows by token; ids must be in [0, V)."""
+        """Returns rows by token, in `dtype`.
+
+        Args:
+          ids: tokens in [0, V).
+        """
         return jax.tree.map(lambda a: jnp.take(a, ids, axis=0), self).dense().astype(self.dtype)
 
     @property
@@ -51,11 +55,18 @@ class TableArray:
         """Returns the rows of the tokens index, index + chunk_count, ... as float32.
 
         Every chunk has equally many tokens from each part of the vocabulary, so that none is copied between devices.
+
+        Args:
+          index: of the chunk, in [0, chunk_count).
         """
         return jax.tree.map(lambda a: strided(a, self.chunk_count, index), self).dense()
 
     def products(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Returns x @ table.T in float32, with one chunk of the table dense at a time."""
+        """Returns x @ table.T in float32, with one chunk of the table dense at a time.
+
+        Args:
+          x: hidden states.
+        """
 
         def of_chunk(index: Int[Array, ""]) -> Float[Array, "*B v"]:
             return jnp.dot(x, self.chunk(index).astype(x.dtype).T, preferred_element_type=jnp.float32)
@@ -81,7 +92,11 @@ class Int8Table(TableArray):
 
     @classmethod
     def encode(cls, rows: Float[np.ndarray, "v D"]) -> Mapping[str, Shaped[np.ndarray, "..."]]:
-        """Returns the integers and scales of some rows; the largest value of a row becomes 127."""
+        """Returns the integers and scales of some rows; the largest value of a row becomes 127.
+
+        Args:
+          rows: float32 rows in host memory.
+        """
         scale = np.maximum(np.abs(rows).max(axis=1) / 127, np.finfo(np.float32).tiny).astype(np.float32)
         return {"values": np.rint(rows / scale[:, None]).astype(np.int8), "scale": scale}
 
