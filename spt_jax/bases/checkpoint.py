@@ -29,7 +29,8 @@ from spt_jax.bases.families import Origin, family_of
 from spt_jax.bases.families.family import OUTPUT_BIAS_KEY, OUTPUT_KEY, RenamedFamily, SeveralTables, with_prefix
 from spt_jax.bases.files import checkpoint_files, listed
 from spt_jax.bases.kernel_buffers import KernelBuffer
-from spt_jax.bases.tensors import open_tensors
+from spt_jax.bases.quantized_files import FileQuantization, methods_of
+from spt_jax.bases.tensors import Opener, opener_of
 from spt_jax.errors import CheckpointError
 from spt_jax.models.attention import Stream
 from spt_jax.models.config import DecoderConfig
@@ -98,7 +99,7 @@ def _places(config: DecoderConfig, leaves: Mapping[LeafPath, tuple[Origin, ...]]
     return table
 
 
-def _places_in(files: list[Path], config: DecoderConfig) -> dict[str, list[Place]]:
+def _places_in(files: list[Path], config: DecoderConfig, opener: Opener) -> dict[str, list[Place]]:
     """Returns what each key fills, by that of the family's tables whose tensors the files hold."""
     family, table = family_of(config.family), places(config)
     if not isinstance(family, SeveralTables):
@@ -106,7 +107,7 @@ def _places_in(files: list[Path], config: DecoderConfig) -> dict[str, list[Place
     tables = [table, *(_places(config, _by_path(other)) for other in family.alternatives(config))]
     keys: set[str | None] = set()
     for file in files:
-        with open_tensors(file, list(table)) as tensors:
+        with opener(file, list(table)) as tensors:
             keys |= {_canonical(name, config) for name in tensors.names()}
     return min(tables, key=lambda table: len(table.keys() - keys))
 
@@ -120,16 +121,20 @@ class Stored:
 
 
 def _find_tensors(
-    files: list[Path], config: DecoderConfig, expected: Mapping[str, list[Place]], shapes: Mapping[LeafPath, Any]
+    files: list[Path],
+    config: DecoderConfig,
+    expected: Mapping[str, list[Place]],
+    shapes: Mapping[LeafPath, Any],
+    opener: Opener,
 ) -> dict[str, Stored]:
     """Returns where each key of the family's table is stored. Names and shapes are checked before any tensor is read.
 
     The output matrix of a tied checkpoint is among them, if it is stored.
     """
     found: dict[str, Stored] = {}
-    unknown = []
+    unknown: list[Stored] = []
     for file in files:
-        with open_tensors(file, [*expected, OUTPUT_KEY]) as tensors:
+        with opener(file, [*expected, OUTPUT_KEY]) as tensors:
             for name in tensors.names():
                 key = _canonical(name, config)
                 if key is None:
@@ -139,15 +144,27 @@ def _find_tensors(
                 if key in expected or key == OUTPUT_KEY:
                     found[key] = Stored(file, name)
                 elif not _BUFFERS.search(key):
-                    unknown.append(f"{name!r} in {file.name}")
+                    unknown.append(Stored(file, name))
                 if key in expected:
                     _check_shape(tensors.shape(name), found[key], expected[key], shapes)
+    _check_not_quantized(unknown)
     _check_complete(config, sorted(set(expected) - set(found)), files[0].parent)
     if unknown:
+        names = [f"{at.name!r} in {at.file.name}" for at in unknown]
         raise CheckpointError(
-            f"checkpoint holds {len(unknown)} tensors that a {config.family} model does not have: {listed(unknown)}"
+            f"checkpoint holds {len(unknown)} tensors that a {config.family} model does not have: {listed(names)}"
         )
     return found
+
+
+def _check_not_quantized(unknown: list[Stored]) -> None:
+    """Raises CheckpointError if there are tensors of quantized weights that config.json does not tell of."""
+    if methods := methods_of([at.name for at in unknown]):
+        at = next(at for at in unknown if methods_of([at.name]))
+        raise CheckpointError(
+            f"{at.file}: tensor {at.name!r} is one of checkpoints that are quantized by {' or '.join(methods)}; the"
+            " quantization_config of config.json is missing, or names another method"
+        )
 
 
 def _check_complete(config: DecoderConfig, missing: list[str], directory: Path) -> None:
@@ -170,6 +187,7 @@ def read_params(
     sharding_of: Callable[[LeafPath], Any],
     *,
     quantize: type[KernelArray] | None = None,
+    quantization: FileQuantization | None = None,
 ) -> tuple[Params, str]:
     """Reads a checkpoint onto the devices.
 
@@ -183,23 +201,26 @@ def read_params(
       sharding_of: the sharding of each leaf, by its path.
       quantize: what kernels become, from the tensors as stored, except those of routers and of gates of shared MLPs;
         embeddings and the output matrix become `Int8Table`s.
+      quantization: how the files are quantized; their weights are dequantized one at a time.
 
     Returns:
-      The parameters of `Decoder(config)` and the hexadecimal SHA-256 digest of the tensors as stored.
+      The parameters of `Decoder(config)` and the hexadecimal SHA-256 digest of the tensors as stored, of quantized
+      weights of their values.
 
     Raises:
       CheckpointError: for a damaged file and for missing, unknown, duplicate or misshapen tensors, and for values
         that are not finite.
     """
     stored_in = checkpoint_files(directory)
-    expected = _places_in(stored_in, config)
     shapes = _flat(parameter_shapes(config))
-    found = _find_tensors(stored_in, config, expected, shapes)
     leaves: dict[LeafPath, jax.Array | KernelArray | Int8Table] = {}
     digests: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
+        opener = stack.enter_context(opener_of(stored_in, quantization))
+        expected = _places_in(stored_in, config, opener)
+        found = _find_tensors(stored_in, config, expected, shapes, opener)
         used = {at.file for at in found.values()}
-        opened = {file: stack.enter_context(open_tensors(file, list(found))) for file in used}
+        opened = {file: stack.enter_context(opener(file, list(found))) for file in used}
         for paths, keys in _groups(expected, shapes):
             buffers: dict[LeafPath, np.ndarray | KernelBuffer | TableEncoder] = {}
             for path in paths:

@@ -1,7 +1,7 @@
-"""Files of named tensors, read one at a time: safetensors, and GGUF by the keys of a family's table."""
+"""Files of named tensors, read one at a time: safetensors, also quantized, and GGUF by the keys of a family's table."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +10,9 @@ import safetensors
 
 from spt_jax.bases.files import open_safetensors
 from spt_jax.bases.gguf import GgufTensors
+from spt_jax.bases.quantized_files import FileQuantization
+from spt_jax.bases.quantized_files.opened import QuantizedCheckpoint
+from spt_jax.bases.quantized_files.stored import FLOAT8, StoredTensors
 from spt_jax.errors import CheckpointError
 
 _FLOATS = ("float64", "float32", "bfloat16", "float16")
@@ -48,14 +51,38 @@ class SafetensorsFile:
         return tuple(self._opened.get_slice(name).get_shape())
 
     def read(self, name: str) -> np.ndarray:
+        floats = ", ".join(_FLOATS)
         try:
+            if self._opened.get_slice(name).get_dtype() == FLOAT8:  # safetensors has no numpy type for it.
+                raise CheckpointError(f"{self._file}: tensor {name!r} holds 8-bit floats; weights are {floats}")
             tensor = self._opened.get_tensor(name)
         except (safetensors.SafetensorError, OSError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self._file}: tensor {name!r} cannot be read ({error})") from error
         if tensor.dtype.name not in _FLOATS:
-            floats = ", ".join(_FLOATS)
             raise CheckpointError(f"{self._file}: tensor {name!r} holds {tensor.dtype}; weights are {floats}")
         return tensor
+
+
+# Opens a file of tensors, given the keys of the family's table.
+Opener = Callable[[Path, Sequence[str]], contextlib.AbstractContextManager[TensorFile]]
+
+
+@contextlib.contextmanager
+def opener_of(files: Sequence[Path], quantization: FileQuantization | None) -> Iterator[Opener]:
+    """Yields what opens the files of a checkpoint.
+
+    Args:
+      files: all of them.
+      quantization: how config.json says that they are quantized; None for files that are read as they are.
+
+    Raises:
+      CheckpointError: a file is damaged, or quantized weights are not as the config says.
+    """
+    if quantization is None:
+        yield open_tensors
+        return
+    with StoredTensors(files) as stored:
+        yield QuantizedCheckpoint(stored, quantization).open
 
 
 @contextlib.contextmanager
