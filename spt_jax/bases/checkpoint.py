@@ -132,11 +132,12 @@ def _find_tensors(
     The output matrix of a tied checkpoint is among them, if it is stored.
     """
     found: dict[str, Stored] = {}
-    unknown: list[Stored] = []
+    unknown = []
     for file in files:
         with opener(file, [*expected, OUTPUT_KEY]) as tensors:
-            for name in tensors.names():
-                key = _canonical(name, config)
+            keys = {name: _canonical(name, config) for name in tensors.names()}
+            _check_not_quantized(file, [name for name, key in keys.items() if key and key not in expected])
+            for name, key in keys.items():
                 if key is None:
                     continue
                 if key in found:
@@ -144,25 +145,23 @@ def _find_tensors(
                 if key in expected or key == OUTPUT_KEY:
                     found[key] = Stored(file, name)
                 elif not _BUFFERS.search(key):
-                    unknown.append(Stored(file, name))
+                    unknown.append(f"{name!r} in {file.name}")
                 if key in expected:
                     _check_shape(tensors.shape(name), found[key], expected[key], shapes)
-    _check_not_quantized(unknown)
     _check_complete(config, sorted(set(expected) - set(found)), files[0].parent)
     if unknown:
-        names = [f"{at.name!r} in {at.file.name}" for at in unknown]
         raise CheckpointError(
-            f"checkpoint holds {len(unknown)} tensors that a {config.family} model does not have: {listed(names)}"
+            f"checkpoint holds {len(unknown)} tensors that a {config.family} model does not have: {listed(unknown)}"
         )
     return found
 
 
-def _check_not_quantized(unknown: list[Stored]) -> None:
-    """Raises CheckpointError if there are tensors of quantized weights that config.json does not tell of."""
-    if methods := methods_of([at.name for at in unknown]):
-        at = next(at for at in unknown if methods_of([at.name]))
+def _check_not_quantized(file: Path, names: list[str]) -> None:
+    """Raises CheckpointError if unknown tensors of a file are of quantized weights that the config does not tell of."""
+    if methods := methods_of(names):
+        name = next(name for name in names if methods_of([name]))
         raise CheckpointError(
-            f"{at.file}: tensor {at.name!r} is one of checkpoints that are quantized by {' or '.join(methods)}; the"
+            f"{file}: tensor {name!r} is one of checkpoints that are quantized by {' or '.join(methods)}; the"
             " quantization_config of config.json is missing, or names another method"
         )
 
