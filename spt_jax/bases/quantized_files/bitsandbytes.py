@@ -182,10 +182,9 @@ def _four_bit_values(
         absmax = nested_levels[absmax] * outer + np.float32(state.nested_offset)
     octets, count = np.ascontiguousarray(packed).reshape(-1).view(np.uint8), math.prod(state.shape)
     weight = np.empty(count, _DTYPES[state.dtype])
-    with np.errstate(over="ignore"):  # Infinity is refused, with the tensor's name, where all tensors are checked.
-        for start in range(0, count, _CHUNK):
-            own = octets[start // 2 : (start + _CHUNK) // 2]
-            codes = np.stack([own >> 4, own & 15], axis=-1).reshape(-1)[: count - start]
-            scales = absmax[start // state.blocksize : (start + _CHUNK) // state.blocksize]
-            weight[start : start + codes.size] = levels[codes] * np.repeat(scales, state.blocksize)[: codes.size]
+    for start in range(0, count, _CHUNK):
+        own = octets[start // 2 : (start + _CHUNK) // 2]
+        codes = np.stack([own >> 4, own & 15], axis=-1).reshape(-1)[: count - start]
+        scales = absmax[start // state.blocksize : (start + _CHUNK) // state.blocksize]
+        weight[start : start + codes.size] = levels[codes] * np.repeat(scales, state.blocksize)[: codes.size]
     return weight.reshape(state.shape)

@@ -15,7 +15,7 @@ _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _VALUES = np.array([*_MAGNITUDES, *(-value for value in _MAGNITUDES)], np.float32)
 # The two values of each byte, that of the low bits first.
 _PAIRS = np.stack([_VALUES[np.arange(256) & 15], _VALUES[np.arange(256) >> 4]], axis=-1)
-_EXPONENT_BIAS = 127
+_EXPONENT_BIAS, _NAN = 127, 255
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,5 +57,6 @@ def _values(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     for expert in range(experts):
         exponents = scales[expert].astype(np.int32)[..., None] - _EXPONENT_BIAS
         values = _PAIRS[blocks[expert]].reshape(rows, count, BLOCK)
+        values[scales[expert] == _NAN] = np.nan
         weight[expert] = np.ldexp(values, exponents).reshape(rows, -1).T
     return weight

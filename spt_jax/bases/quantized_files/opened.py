@@ -93,4 +93,6 @@ class QuantizedFile:
         if name not in self._packed:
             return self._stored.read(name)
         packed = self._packed[name]
-        return packed.values(*map(self._stored.read, packed.parts))
+        parts = map(self._stored.read, packed.parts)
+        with np.errstate(over="ignore", invalid="ignore"):  # Weights that are not finite are refused by the caller.
+            return packed.values(*parts)
