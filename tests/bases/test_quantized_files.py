@@ -1,12 +1,16 @@
 """Quantized checkpoints are bases: bit for bit those of the plain checkpoints with the values of their codes."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from spt_jax.bases.base import describe_base, load_base
+from spt_jax.bases.quantized_files import file_quantization
+from spt_jax.bases.quantized_files.opened import QuantizedCheckpoint
+from spt_jax.bases.quantized_files.stored import StoredTensors
 from tests.bases.quantized_checkpoints import (
     awq,
     bnb4,
@@ -21,6 +25,7 @@ from tests.bases.quantized_checkpoints import (
 )
 from tests.layouts import row_logits
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 IDS = np.arange(3, 43)
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm"}
@@ -76,6 +81,24 @@ def test_quantized_again(quantize, tmp_path):
     assert found.fingerprint == expected.fingerprint and found.fingerprint.quantize == quantize
     np.testing.assert_array_equal(row_logits(found, IDS), row_logits(expected, IDS))
     assert found.files_note == f"GPTQ, 4 bits, groups of 16; kept in {quantize}"
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_tensors_that_bitsandbytes_wrote(kind, tmp_path):
+    """The state dicts of `Linear4bit` (nf4 with nested scales) and `Linear8bitLt` of bitsandbytes 0.50.2 on random
+    weights, and in `expected` what its `dequantize_4bit` and `int8_vectorwise_dequant` return."""
+    tensors = safetensors.numpy.load_file(GOLDEN / "bitsandbytes.safetensors")
+    expected = tensors.pop(f"{kind}.expected")
+    save({name: tensor for name, tensor in tensors.items() if name.startswith(f"{kind}.")}, tmp_path)
+    file = tmp_path / "model.safetensors"
+    config = BNB8 if kind == "int8" else BNB | {"bnb_4bit_quant_type": kind}
+    with StoredTensors([file]) as stored:
+        checkpoint = QuantizedCheckpoint(stored, file_quantization(config))
+        with checkpoint.open(file, []) as opened:
+            assert list(opened.names()) == [f"{kind}.weight"] and opened.shape(f"{kind}.weight") == (6, 64)
+            found = opened.read(f"{kind}.weight")
+    assert found.dtype == expected.dtype and found.astype(np.float32).std() > 0.5
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_parts_of_a_weight_in_several_files(tmp_path):

@@ -14,7 +14,7 @@ from spt_jax.errors import ConfigError
 # The column, of the eight of a word, of each of its codes, the lowest bits first.
 _COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 _PER_WORD = len(_COLUMNS)
-_ROWS = 1 << 10
+_ROWS = 1 << 7
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,8 @@ from spt_jax.bases.quantized_files.stored import (
 )
 from spt_jax.errors import ConfigError
 
-# Rows of codes that are unpacked at once, so that little memory is used beside the weight itself.
-_ROWS = 1 << 10
+# Rows of codes that are unpacked at once: they fit in a cache, and take little memory beside the weight itself.
+_ROWS = 1 << 7
 
 
 @dataclasses.dataclass(frozen=True)
