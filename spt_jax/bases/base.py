@@ -186,7 +186,7 @@ def load_base(
 
     Args:
       path_or_hub_id: a directory in Hugging Face format, a URL of one, a hub id, a GGUF file (on the hub,
-        "owner/name:file.gguf"), or "starter" for the model that ships here.
+        "owner/name:file.gguf"), or "starter" for the model that ships here. Quantized weights are dequantized.
       revision: branch, tag or commit on the hub.
       dtype: "float32", "bfloat16" or "float16"; default float32 on CPU, bfloat16 on accelerators that compute in it,
         and float16 on those that do not, such as a T4.
