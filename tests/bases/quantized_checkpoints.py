@@ -87,6 +87,27 @@ def awq(size: int) -> Pack:
     return pack
 
 
+def compressed(bits: int, size: int, *, shuffled: bool = False) -> Pack:
+    """Returns how compressed-tensors packs a weight with zero points; both codes have an offset, which cancels."""
+
+    def pack(weight: np.ndarray) -> tuple[Tensors, np.ndarray]:
+        groups = np.arange(weight.shape[1]) // size
+        if shuffled:
+            groups = np.random.default_rng(len(groups)).permutation(groups)
+        codes, zeros, scales = _grouped(weight, groups, bits)
+        values = (codes - zeros[groups]) * scales[groups].astype(np.float64)
+        stored = {
+            ".weight_packed": words(codes, bits).T,
+            ".weight_zero_point": words(zeros.T, bits),
+            ".weight_scale": scales.T,
+            ".weight_shape": np.array(weight.shape),
+        }
+        stored |= {".weight_g_idx": groups.astype(np.int32)} if shuffled else {}
+        return stored, values.T.astype(np.float32)
+
+    return pack
+
+
 def fp8(block: tuple[int, int] | None, scale_type: Any = np.float32) -> Pack:
     """Returns how DeepSeek stores a weight: E4M3 values and a factor for each block."""
 

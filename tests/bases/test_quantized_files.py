@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -16,6 +17,7 @@ from tests.bases.quantized_checkpoints import (
     bnb4,
     bnb8,
     change_config,
+    compressed,
     fp8,
     gptq,
     load,
@@ -32,6 +34,14 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [24, 20], "activation_scheme": "dynamic"}
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4"}
 BNB8 = {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": True}
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16, "symmetric": False}
+
+
+def compressed_config(weights, form="pack-quantized"):
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups, "ignore": ["lm_head"]}
+
+
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head", "model.layers.*.self_attn"]}
 # What is packed, config, and the line that a run prints.
 FORMATS = {
@@ -46,6 +56,16 @@ FORMATS = {
         "GPTQ, 4 bits, groups of 16",
     ),
     "awq": (awq(16), AWQ, "AWQ, 4 bits, groups of 16"),
+    "compressed-tensors": (
+        compressed(4, 16),
+        compressed_config(INT4),
+        "compressed-tensors, int4, a scale per 1 x 16 values",
+    ),
+    "compressed-tensors by activation": (
+        compressed(4, 16, shuffled=True),
+        compressed_config(INT4 | {"actorder": "group"}),
+        "compressed-tensors, int4, a scale per 1 x 16 values",
+    ),
     "fp8": (fp8((24, 20)), FP8, "fp8, blocks of 24 x 20"),
     "fp8 whole": (fp8(None), FP8 | {"weight_block_size": None}, "fp8, a scale for each matrix"),
     "nf4": (bnb4(), BNB, "bitsandbytes, nf4"),
@@ -90,15 +110,60 @@ def test_tensors_that_bitsandbytes_wrote(kind, tmp_path):
     tensors = safetensors.numpy.load_file(GOLDEN / "bitsandbytes.safetensors")
     expected = tensors.pop(f"{kind}.expected")
     save({name: tensor for name, tensor in tensors.items() if name.startswith(f"{kind}.")}, tmp_path)
-    file = tmp_path / "model.safetensors"
     config = BNB8 if kind == "int8" else BNB | {"bnb_4bit_quant_type": kind}
-    with StoredTensors([file]) as stored:
-        checkpoint = QuantizedCheckpoint(stored, file_quantization(config))
-        with checkpoint.open(file, []) as opened:
-            assert list(opened.names()) == [f"{kind}.weight"] and opened.shape(f"{kind}.weight") == (6, 64)
-            found = opened.read(f"{kind}.weight")
-    assert found.dtype == expected.dtype and found.astype(np.float32).std() > 0.5
+    found = read_only_weight(tmp_path, config, kind)
+    assert found.dtype == expected.dtype and found.shape == (6, 64) and found.astype(np.float32).std() > 0.5
     np.testing.assert_array_equal(found, expected)
+
+
+def read_only_weight(directory, config, module):
+    """Returns the only weight of a checkpoint."""
+    with StoredTensors([directory / "model.safetensors"]) as stored:
+        checkpoint = QuantizedCheckpoint(stored, file_quantization(config))
+        with checkpoint.open(directory / "model.safetensors", []) as opened:
+            assert list(opened.names()) == [f"{module}.weight"]
+            found = opened.read(f"{module}.weight")
+            assert opened.shape(f"{module}.weight") == found.shape
+            return found
+
+
+INT8, FLOAT8 = {"num_bits": 8, "type": "int"}, {"num_bits": 8, "type": "float"}
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("int4_group", compressed_config(INT4 | {"symmetric": True})),
+        ("int4_zeros", compressed_config(INT4)),
+        ("int8_packed", compressed_config(INT8 | {"strategy": "channel"})),
+        ("int8_channel", compressed_config(INT8 | {"strategy": "channel"}, "int-quantized")),
+        ("float8_channel", compressed_config(FLOAT8 | {"strategy": "channel"}, "float-quantized")),
+        ("float8_tensor", compressed_config(FLOAT8 | {"strategy": "tensor"}, "float-quantized")),
+        (
+            "float8_block",
+            compressed_config(FLOAT8 | {"strategy": "block", "block_structure": [4, 16]}, "naive-quantized"),
+        ),
+    ],
+)
+def test_tensors_that_compressed_tensors_wrote(name, config, tmp_path):
+    """What `compress` of compressed-tensors 0.20.1 returns for random weights; `expected` is what `decompress` makes of
+    it. It multiplies in bfloat16, to which exact products are rounded here."""
+    tensors = golden_tensors("compressed_tensors.safetensors")
+    expected = tensors.pop(f"{name}.expected")
+    save({own: tensor for own, tensor in tensors.items() if own.startswith(f"{name}.")}, tmp_path)
+    found = read_only_weight(tmp_path, config, name)
+    assert found.dtype == np.float32 and found.shape == (12, 64) and found.std() > 0.5
+    np.testing.assert_array_equal(found.astype(expected.dtype), expected)
+
+
+def golden_tensors(name):
+    """Returns the tensors of a file, 8-bit floats among them."""
+    with StoredTensors([GOLDEN / name]) as stored:
+        headers = stored.headers.items()
+        return {
+            own: stored.read(own).view(ml_dtypes.float8_e4m3fn) if header.dtype == "F8_E4M3" else stored.read(own)
+            for own, header in headers
+        }
 
 
 def test_parts_of_a_weight_in_several_files(tmp_path):

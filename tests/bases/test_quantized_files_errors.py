@@ -15,6 +15,7 @@ from tests.bases.quantized_checkpoints import (
     bnb4,
     bnb8,
     change_config,
+    compressed,
     fp8,
     gptq,
     load,
@@ -22,7 +23,7 @@ from tests.bases.quantized_checkpoints import (
     save,
     write_quantized,
 )
-from tests.bases.test_quantized_files import AWQ, BNB, BNB8, FP8, GPTQ, MXFP4
+from tests.bases.test_quantized_files import AWQ, BNB, BNB8, FP8, GPTQ, INT4, MXFP4, compressed_config
 
 MODULE = "model.layers.0.mlp.up_proj"  # a weight [64, 32]
 EXPERTS = "model.layers.0.mlp.experts.down_proj"
@@ -35,7 +36,7 @@ def no_weight_is_read(monkeypatch):
     read = StoredTensors.read
 
     def small(self, name):
-        assert name.endswith((".g_idx", "__nf4", ".weight_format")), f"{name} was read"
+        assert name.endswith((".g_idx", "_g_idx", "__nf4", ".weight_format", ".weight_shape")), f"{name} was read"
         return read(self, name)
 
     monkeypatch.setattr(StoredTensors, "read", small)
@@ -66,6 +67,19 @@ def no_weight_is_read(monkeypatch):
         (FP8 | {"fmt": "e5m2"}, r"\(fp8\): 'fmt' is 'e5m2'"),
         (FP8 | {"weight_block_size": [128]}, r"'weight_block_size' is \[128\]; it must be two positive integers"),
         (FP8 | {"weight_block_size": [128, 0]}, r"'weight_block_size' is \[128, 0\]"),
+        (compressed_config(INT4 | {"num_bits": 3}), r"\(compressed-tensors\): weights are 'int' of 3 bits"),
+        (compressed_config(INT4, "int-quantized"), "weights are 'int' of 4 bits, which is not supported in 'int-"),
+        (compressed_config(INT4 | {"type": "float"}), "weights are 'float' in 'pack-quantized'"),
+        (
+            compressed_config(INT4, "nvfp4-pack-quantized"),
+            "'format' is 'nvfp4-pack-quantized'; read are pack-quantized",
+        ),
+        (compressed_config(INT4 | {"strategy": "token"}), "'strategy' is 'token'; read are tensor, channel"),
+        (compressed_config(INT4 | {"group_size": None}), "'group_size' is None"),
+        (compressed_config(INT4 | {"strategy": "block"}), "'block_structure' is None"),
+        (compressed_config(None), "must quantize all weights alike"),
+        (compressed_config(INT4) | {"config_groups": {}}, "'config_groups' must be an object that is not empty"),
+        (compressed_config(INT4) | {"sparsity_config": {"format": "marlin-24"}}, "'sparsity_config' is not supported"),
         (BNB | {"load_in_8bit": True}, r"\(bitsandbytes\): exactly one of 'load_in_4bit' and 'load_in_8bit'"),
         (BNB | {"load_in_4bit": False}, "exactly one of"),
         (BNB | {"bnb_4bit_quant_type": "int4"}, "'bnb_4bit_quant_type' is 'int4'; 'nf4' and 'fp4'"),
@@ -109,6 +123,7 @@ def state(**fields):
 PACKS = {
     "gptq": (gptq(4, 16), GPTQ),
     "awq": (awq(16), AWQ),
+    "compressed": (compressed(4, 16, shuffled=True), compressed_config(INT4)),
     "fp8": (fp8((24, 20)), FP8),
     "nf4": (bnb4(nested=True), BNB),
     "int8": (bnb8(), BNB8),
@@ -136,6 +151,19 @@ QWEIGHT, QZEROS, SCALES, G_IDX = (f"{MODULE}.{name}" for name in ("qweight", "qz
         ("awq", without(QZEROS), rf"'{QZEROS}' is missing"),
         ("awq", with_(SCALES, lambda t: t[:1]), r"scales' has shape \(1, 64\), and must have \(2, 64\)"),
         ("awq", with_(QWEIGHT, lambda t: t[:24]), r"qweight' has 24 rows; the group size 16 must divide them"),
+        ("compressed", without(f"{MODULE}.weight_scale"), r"weight_scale' is missing"),
+        ("compressed", without(f"{MODULE}.weight_zero_point"), r"weight_zero_point' is missing"),
+        ("compressed", without(f"{MODULE}.weight_packed"), r"weight_packed' is missing"),
+        ("compressed", without(f"{MODULE}.weight_shape"), r"weight_shape' is missing"),
+        ("compressed", with_(f"{MODULE}.weight_shape", lambda t: t + 8), r"weight_shape' is \[72, 40\]; .*\(64, 4\)"),
+        ("compressed", with_(f"{MODULE}.weight_shape", lambda t: -t), r"weight_shape' is \[-64, -32\]"),
+        (
+            "compressed",
+            with_(f"{MODULE}.weight_scale", lambda t: t[:, :1]),
+            r"shape \(64, 1\), and must have \(64, 2\)",
+        ),
+        ("compressed", with_(f"{MODULE}.weight_zero_point", lambda t: t[:7]), r"\(7, 2\), and must have \(8, 2\)"),
+        ("compressed", with_(f"{MODULE}.weight_g_idx", lambda t: t + 1), r"weight_g_idx' names groups 1 to 2"),
         ("fp8", without(f"{MODULE}.weight_scale_inv"), r"up_proj\.weight_scale_inv' is missing"),
         ("fp8", without(f"{MODULE}.weight"), r"weight_scale_inv' is in the file, and '.*' is missing"),
         ("fp8", with_(f"{MODULE}.weight_scale_inv", lambda t: t[:2]), r"has shape \(2, 2\), and must have \(3, 2\)"),
@@ -229,6 +257,8 @@ def config_of(directory, quantization):
         ("fp8", None, r"weight_scale_inv' is one of checkpoints that are quantized by fp8"),
         ("nf4", None, r"is one of checkpoints that are quantized by bitsandbytes"),
         ("mxfp4", None, r"is one of checkpoints that are quantized by mxfp4"),
+        ("compressed", None, r"is one of checkpoints that are quantized by compressed-tensors"),
+        ("gptq", compressed_config(INT4), r"\(compressed-tensors, int4, .*\), but no tensor has"),
         ("gptq", AWQ, r"down_proj\.qweight' has 8 rows; the group size 16 must divide them"),
         ("awq", GPTQ, r"down_proj\.qweight' has 4 columns; 8 must divide them"),
         ("gptq", FP8, r"weights are quantized \(fp8, blocks of 24 x 20\), but no tensor has"),

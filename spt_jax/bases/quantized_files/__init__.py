@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from spt_jax.bases.quantized_files.awq import Awq
 from spt_jax.bases.quantized_files.bitsandbytes import BitsAndBytes
+from spt_jax.bases.quantized_files.compressed_tensors import CompressedTensors
 from spt_jax.bases.quantized_files.fp8 import Fp8
 from spt_jax.bases.quantized_files.gptq import Gptq
 from spt_jax.bases.quantized_files.mxfp4 import Mxfp4
@@ -13,7 +14,7 @@ from spt_jax.bases.quantized_files.stored import PackedWeight, StoredTensors
 from spt_jax.errors import ConfigError
 
 # Names of the field with the modules that are not quantized.
-_PLAIN = ("modules_to_not_convert", "llm_int8_skip_modules")
+_PLAIN = ("modules_to_not_convert", "llm_int8_skip_modules", "ignore")
 
 
 @runtime_checkable
@@ -56,7 +57,9 @@ class FileFormat(Protocol):
         ...
 
 
-FORMATS: Mapping[str, type[FileFormat]] = {kind.quant_method: kind for kind in (Awq, BitsAndBytes, Fp8, Gptq, Mxfp4)}
+FORMATS: Mapping[str, type[FileFormat]] = {
+    kind.quant_method: kind for kind in (Awq, BitsAndBytes, CompressedTensors, Fp8, Gptq, Mxfp4)
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,14 +5,12 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
-import ml_dtypes
 import numpy as np
 
-from spt_jax.bases.quantized_files.stored import FLOAT8, FLOATS, PackedWeight, StoredTensors, check_parts
+from spt_jax.bases.quantized_files.stored import FLOAT8, FLOATS, PackedWeight, StoredTensors, check_parts, float8_values
 from spt_jax.errors import ConfigError
 
 _SCALES = ".weight_scale_inv"
-_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Fp8:
 
 def _values(block: tuple[int, int], weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Returns the products in float32 of the values, given as bytes, and the scales."""
-    values = _VALUES[weight]
+    values = float8_values(weight)
     scales = scales.astype(np.float32).reshape(-(-weight.shape[0] // block[0]), -1)
     for at, row in enumerate(scales):
         rows = values[at * block[0] : (at + 1) * block[0]]

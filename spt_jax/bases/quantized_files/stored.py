@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import safetensors
 
@@ -16,6 +17,7 @@ from spt_jax.errors import CheckpointError
 
 FLOATS = ("F64", "F32", "BF16", "F16")
 FLOAT8 = "F8_E4M3"
+_FLOAT8_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +194,11 @@ def unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     codes = (octets[..., None] >> shifts) & np.uint8((1 << bits) - 1)
     return codes.reshape(*packed.shape, 32 // bits)
+
+
+def float8_values(stored: np.ndarray) -> np.ndarray:
+    """Returns the float32 values of the bytes of E4M3 floats."""
+    return _FLOAT8_VALUES[stored]
 
 
 def setting(fields: Mapping[str, Any], name: str, default: Any = None) -> Any:
