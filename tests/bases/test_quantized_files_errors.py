@@ -2,6 +2,8 @@
 
 import json
 
+import hypothesis
+import hypothesis.strategies as st
 import ml_dtypes
 import numpy as np
 import pytest
@@ -88,6 +90,29 @@ def no_weight_is_read(monkeypatch):
 def test_configs(fields, message):
     with pytest.raises(ConfigError, match=message):
         file_quantization(fields)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 200) | st.text(max_size=4) | st.sampled_from(["int", "group", "gemm"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["weights", "a"]), inner, max_size=2),
+    max_leaves=5,
+)
+CONFIGS = (AWQ, BNB, FP8, GPTQ, compressed_config(INT4), compressed_config(INT4)["config_groups"]["group_0"]["weights"])
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(st.sampled_from(CONFIGS), st.data())
+def test_any_config_is_read_or_refused(fields, data):
+    names = [*fields, "format", "dynamic", "checkpoint_format", "block_structure", "sparsity_config"]
+    changes = data.draw(st.dictionaries(st.sampled_from(names), VALUES, max_size=3))
+    changed = {**fields, **changes}
+    if "num_bits" in fields:
+        changed = compressed_config(changed)
+    try:
+        found = file_quantization(changed)
+    except ConfigError:
+        return
+    assert found is not None and str(found.how)
 
 
 def test_configs_that_are_written_otherwise():

@@ -61,13 +61,11 @@ class CompressedTensors:
         groups = fields.get("config_groups")
         if not isinstance(groups, Mapping) or not groups:
             raise ConfigError("'config_groups' must be an object that is not empty")
-        schemes = [group.get("weights") if isinstance(group, Mapping) else None for group in groups.values()]
-        stored_as = {
-            setting(group, "format", fields.get("format")) if isinstance(group, Mapping) else None
-            for group in groups.values()
-        }
-        weights, form = schemes[0], next(iter(stored_as))
-        if not isinstance(weights, Mapping) or any(other != weights for other in schemes) or len(stored_as) > 1:
+        if not all(isinstance(group, Mapping) for group in groups.values()):
+            raise ConfigError("'config_groups' must hold objects")
+        schemes = [(group.get("weights"), setting(group, "format", fields.get("format"))) for group in groups.values()]
+        weights, form = schemes[0]
+        if not isinstance(weights, Mapping) or any(other != schemes[0] for other in schemes):
             raise ConfigError("'config_groups' must quantize all weights alike, which is the only case that is read")
         kind, bits = setting(weights, "type", "int"), weights.get("num_bits")
         if form != "pack-quantized" and form not in _WHOLE:
