@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from spt_jax.bases.quantized_files.stored import FLOATS, PackedWeight, StoredTensors, check_parts
@@ -17,7 +17,7 @@ _STATE = ".weight.quant_state.bitsandbytes__"
 _ABSMAX, _CODES = ".weight.absmax", ".weight.quant_map"
 _NESTED_ABSMAX, _NESTED_CODES = ".weight.nested_absmax", ".weight.nested_quant_map"
 _STATE_BYTES = 64 << 10
-_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}
 # Values that are computed at once; a multiple of two and of every size of a block.
 _CHUNK = 1 << 20
 # bitsandbytes multiplies by the float32 that is nearest to 1 / 127.

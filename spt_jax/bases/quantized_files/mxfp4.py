@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from spt_jax.bases.quantized_files.stored import PackedWeight, StoredTensors, check_parts
@@ -53,7 +53,7 @@ class Mxfp4:
 def _values(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Returns the weight [experts, in, out] in bfloat16, in which it is exact."""
     experts, rows, count, _ = blocks.shape
-    weight = np.empty((experts, count * BLOCK, rows), ml_dtypes.bfloat16)
+    weight = np.empty((experts, count * BLOCK, rows), jnp.bfloat16)
     for expert in range(experts):
         exponents = scales[expert].astype(np.int32)[..., None] - _EXPONENT_BIAS
         values = _PAIRS[blocks[expert]].reshape(rows, count, BLOCK)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 
@@ -17,7 +17,7 @@ from spt_jax.errors import CheckpointError
 
 FLOATS = ("F64", "F32", "BF16", "F16")
 FLOAT8 = "F8_E4M3"
-_FLOAT8_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+_FLOAT8_VALUES = np.arange(256, dtype=np.uint8).view(jnp.float8_e4m3fn).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
