@@ -122,8 +122,9 @@ def random_base(of: Workload, *, remat: Any = "dots", attention: Any = "xla", to
     from flax import traverse_util
 
     from spt_jax.bases.base import DTYPES, Fingerprint, FrozenBase, tokenizer_hash
-    from spt_jax.bases.checkpoint import origins, parameter_shapes
+    from spt_jax.bases.checkpoint import parameter_shapes
     from spt_jax.bases.config import decoder_config
+    from spt_jax.bases.places import origins
     from spt_jax.models.decoder import Decoder
     from spt_jax.models.decoder_model import DecoderModel
     from spt_jax.models.kernels import check_kernel

@@ -19,6 +19,7 @@ from spt_jax.bases.ends import declared_ends
 from spt_jax.bases.files import CONFIG_BYTES, config_file, model_directory, read_json
 from spt_jax.bases.fingerprint import Fingerprint, fingerprint_of
 from spt_jax.bases.gguf import gguf_directory
+from spt_jax.bases.quantized_files import FileQuantization, file_quantization
 from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.bases.tokenizer import read_tokenizer as tokenizer_of
 from spt_jax.errors import CheckpointError, ConfigError, SptError
@@ -65,6 +66,7 @@ class FrozenBase:
       end_ids: every id that the model's files declare to end an answer.
       fingerprint: what identifies the base in saved prompts.
       attention_note: why `load_base` chose the attention kernel; empty if the caller chose it.
+      files_note: how the files hold the weights, and how they are kept; empty for plain files.
     """
 
     name: str
@@ -74,6 +76,7 @@ class FrozenBase:
     end_ids: tuple[int, ...]
     fingerprint: Fingerprint
     attention_note: str = ""
+    files_note: str = ""
 
     def __repr__(self) -> str:
         devices = f"{self.mesh.size} x {self.mesh.devices.flat[0].platform}"
@@ -154,13 +157,17 @@ def default_dtype(device: Any) -> str:
 
 
 def describe_base(base: FrozenBase) -> str:
-    """Two lines that a run prints at its start: size, precision and devices; which attention, and why."""
+    """Two lines that a run prints at its start: size, precision and devices; which attention, and why.
+
+    A third says how the files hold the weights if they are quantized.
+    """
     device = base.mesh.devices.flat[0]
     lacks = base.dtype == jnp.float16 and device.platform != "cpu" and not measure.computes_in_bfloat16(device)
     why = f" ({device.device_kind} does not compute in bfloat16)" if lacks else ""
     return (
         f"{base.name}: {base.parameter_count:,} frozen parameters in {base.dtype}{why} on {base.mesh.size} x"
         f" {measure.device_name(device)}\nattention: {base.decoder.module.attention}{base.attention_note}"
+        + (f"\nfiles: {base.files_note}" if base.files_note else "")
     )
 
 
@@ -179,7 +186,7 @@ def load_base(
 
     Args:
       path_or_hub_id: a directory in Hugging Face format, a URL of one, a hub id, a GGUF file (on the hub,
-        "owner/name:file.gguf"), or "starter" for the model that ships here.
+        "owner/name:file.gguf"), or "starter" for the model that ships here. Quantized weights are dequantized.
       revision: branch, tag or commit on the hub.
       dtype: "float32", "bfloat16" or "float16"; default float32 on CPU, bfloat16 on accelerators that compute in it,
         and float16 on those that do not, such as a T4.
@@ -219,12 +226,14 @@ def load_base(
     shapes = parameter_shapes(config)
     if quantize is not None and quantize not in quantizations():
         raise ConfigError(f"quantize {quantize!r} is not supported; known: {', '.join(quantizations())}")
+    quantization = read_file_quantization(directory)
     params, digest = read_params(
         directory,
         config,
         DTYPES[dtype],
         partial(_leaf_sharding, mesh, shapes),
         quantize=None if quantize is None else KERNEL_ARRAYS.get(quantize, "keep"),
+        quantization=quantization,
     )
     return FrozenBase(
         name=str(path_or_hub_id),
@@ -234,6 +243,7 @@ def load_base(
         end_ids=declared_ends(directory, tokenizer, config.vocab_size),
         fingerprint=fingerprint_of(config, digest, tokenizer_hash(tokenizer), None if quantize == "keep" else quantize),
         attention_note=note,
+        files_note="" if quantization is None else f"{quantization.how}; kept in {quantize or dtype}",
     )
 
 
@@ -337,6 +347,18 @@ def read_config(directory: Path, max_length: int | None = None) -> DecoderConfig
     file = config_file(directory)
     with _naming(file):
         return decoder_config(hf_config(read_json(file, CONFIG_BYTES)), max_length=max_length)
+
+
+def read_file_quantization(directory: Path) -> FileQuantization | None:
+    """How the files of a base are quantized, by `config.json`; None if they are not.
+
+    Raises:
+      CheckpointError: the file is missing or unreadable.
+      ConfigError: the method, or an option of it, is not supported.
+    """
+    file = config_file(directory)
+    with _naming(file):
+        return file_quantization(read_json(file, CONFIG_BYTES).get("quantization_config"))
 
 
 def read_tokenizer(path_or_hub_id: str | Path, revision: str | None = None) -> Tokenizer:

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -25,12 +24,14 @@ import safetensors.numpy
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
-from spt_jax.bases.families import Origin, family_of
-from spt_jax.bases.families.family import OUTPUT_BIAS_KEY, OUTPUT_KEY, RenamedFamily, SeveralTables, with_prefix
+from spt_jax.bases.families import family_of
+from spt_jax.bases.families.family import OUTPUT_BIAS_KEY, OUTPUT_KEY, RenamedFamily, with_prefix
 from spt_jax.bases.files import checkpoint_files, listed
-from spt_jax.bases.gguf import Blocks
+from spt_jax.bases.gguf import Blocks, GgufTensors
 from spt_jax.bases.kernel_buffers import BlockBuffer, BlockTableBuffer, KernelBuffer
-from spt_jax.bases.tensors import open_tensors
+from spt_jax.bases.places import LeafPath, Place, all_places, origins, places
+from spt_jax.bases.quantized_files import FileQuantization, methods_of
+from spt_jax.bases.tensors import Opener, block_type, opener_of
 from spt_jax.errors import CheckpointError, ConfigError
 from spt_jax.models.attention import Stream
 from spt_jax.models.config import DecoderConfig
@@ -41,19 +42,9 @@ from spt_jax.models.quantized.gguf_blocks import BLOCK_TYPES
 from spt_jax.models.quantized.table import TableEncoder
 from spt_jax.runtime.host_arrays import aligned_empty, put_on_devices
 
-LeafPath = tuple[str, ...]
 _OUTPUT = ("output",)
 Quantization = type[KernelArray] | Literal["keep"] | None
 _Buffer = np.ndarray | KernelBuffer | TableEncoder | BlockBuffer | BlockTableBuffer
-
-
-def origins(config: DecoderConfig) -> dict[LeafPath, tuple[Origin, ...]]:
-    """Returns the table of a decoder's family: every leaf of `Decoder(config)` and its origins."""
-    return _by_path(family_of(config.family).origins(config))
-
-
-def _by_path(table: Mapping[str, Origin | tuple[Origin, ...]]) -> dict[LeafPath, tuple[Origin, ...]]:
-    return {tuple(path.split("/")): (found,) if isinstance(found, Origin) else found for path, found in table.items()}
 
 
 # Buffers that older libraries stored beside the weights; nothing is lost by passing over them.
@@ -66,51 +57,14 @@ def _canonical(name: str, config: DecoderConfig) -> str | None:
     return family.canonical(name, config) if isinstance(family, RenamedFamily) else with_prefix(name, family.prefix)
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """What a stored tensor or a part of one fills.
-
-    Attributes:
-      path: the leaf.
-      origin: the rule.
-      index: the place along the leaf's leading axes: of the layer, and of the expert, if the origin has them.
-    """
-
-    path: LeafPath
-    origin: Origin
-    index: tuple[int, ...]
-
-    def stored(self, leaf: np.ndarray | KernelBuffer) -> np.ndarray:
-        """Returns a view of the part of the leaf that the tensor fills, with its axes in their stored order."""
-        return self.origin.filled(leaf[self.index])
-
-
-def places(config: DecoderConfig) -> dict[str, list[Place]]:
-    """Returns what each key of a checkpoint fills."""
-    return _places(config, origins(config))
-
-
-def _places(config: DecoderConfig, leaves: Mapping[LeafPath, tuple[Origin, ...]]) -> dict[str, list[Place]]:
-    table: dict[str, list[Place]] = {}
-    for path, leaf_origins in leaves.items():
-        for origin in leaf_origins:
-            layers = enumerate(origin.layers or range(config.layers)) if "{i}" in origin.key else [(None, None)]
-            experts = range(origin.experts) if "{e}" in origin.key else [None]
-            for (at, layer), expert in itertools.product(layers, experts):
-                index = tuple(i for i in (at, expert) if i is not None)
-                table.setdefault(origin.key.format(i=layer, e=expert), []).append(Place(path, origin, index))
-    return table
-
-
-def _places_in(files: list[Path], config: DecoderConfig) -> dict[str, list[Place]]:
+def _places_in(files: list[Path], config: DecoderConfig, opener: Opener) -> dict[str, list[Place]]:
     """Returns what each key fills, by that of the family's tables whose tensors the files hold."""
-    family, table = family_of(config.family), places(config)
-    if not isinstance(family, SeveralTables):
+    table, *others = tables = all_places(config)
+    if not others:
         return table
-    tables = [table, *(_places(config, _by_path(other)) for other in family.alternatives(config))]
     keys: set[str | None] = set()
     for file in files:
-        with open_tensors(file, list(table)) as tensors:
+        with opener(file, list(table)) as tensors:
             keys |= {_canonical(name, config) for name in tensors.names()}
     return min(tables, key=lambda table: len(table.keys() - keys))
 
@@ -124,7 +78,11 @@ class Stored:
 
 
 def _find_tensors(
-    files: list[Path], config: DecoderConfig, expected: Mapping[str, list[Place]], shapes: Mapping[LeafPath, Any]
+    files: list[Path],
+    config: DecoderConfig,
+    expected: Mapping[str, list[Place]],
+    shapes: Mapping[LeafPath, Any],
+    opener: Opener,
 ) -> dict[str, Stored]:
     """Returns where each key of the family's table is stored. Names and shapes are checked before any tensor is read.
 
@@ -133,9 +91,10 @@ def _find_tensors(
     found: dict[str, Stored] = {}
     unknown = []
     for file in files:
-        with open_tensors(file, [*expected, OUTPUT_KEY]) as tensors:
-            for name in tensors.names():
-                key = _canonical(name, config)
+        with opener(file, [*expected, OUTPUT_KEY]) as tensors:
+            keys = {name: _canonical(name, config) for name in tensors.names()}
+            _check_not_quantized(file, [name for name, key in keys.items() if key and key not in expected])
+            for name, key in keys.items():
                 if key is None:
                     continue
                 if key in found:
@@ -152,6 +111,16 @@ def _find_tensors(
             f"checkpoint holds {len(unknown)} tensors that a {config.family} model does not have: {listed(unknown)}"
         )
     return found
+
+
+def _check_not_quantized(file: Path, names: list[str]) -> None:
+    """Raises CheckpointError if unknown tensors of a file are of quantized weights that the config does not tell of."""
+    if methods := methods_of(names):
+        name = next(name for name in names if methods_of([name]))
+        raise CheckpointError(
+            f"{file}: tensor {name!r} is one of checkpoints that are quantized by {' or '.join(methods)}; the"
+            " quantization_config of config.json is missing, or names another method"
+        )
 
 
 def _check_complete(config: DecoderConfig, missing: list[str], directory: Path) -> None:
@@ -174,6 +143,7 @@ def read_params(
     sharding_of: Callable[[LeafPath], Any],
     *,
     quantize: Quantization = None,
+    quantization: FileQuantization | None = None,
 ) -> tuple[Params, str]:
     """Reads a checkpoint onto the devices.
 
@@ -187,9 +157,11 @@ def read_params(
       sharding_of: the sharding of each leaf, by its path.
       quantize: what kernels become, from the tensors as stored, except those of routers and of gates of shared MLPs;
         embeddings and the output matrix become `Int8Table`s. "keep" for matrices in the blocks of a GGUF file.
+      quantization: how the files are quantized; their weights are dequantized one at a time.
 
     Returns:
-      The parameters of `Decoder(config)` and the hexadecimal SHA-256 digest of the tensors as stored.
+      The parameters of `Decoder(config)` and the hexadecimal SHA-256 digest of the tensors as stored, of quantized
+      weights of their values.
 
     Raises:
       CheckpointError: for a damaged file and for missing, unknown, duplicate or misshapen tensors, and for values
@@ -197,29 +169,32 @@ def read_params(
       ConfigError: "keep" does not support a type of blocks, or the order in which the base's tensors are stored.
     """
     stored_in = checkpoint_files(directory)
-    expected = _places_in(stored_in, config)
     shapes = _flat(parameter_shapes(config))
-    found = _find_tensors(stored_in, config, expected, shapes)
     leaves: dict[LeafPath, jax.Array | KernelArray | TableArray] = {}
     digests: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
+        opener = stack.enter_context(opener_of(stored_in, quantization))
+        expected = _places_in(stored_in, config, opener)
+        found = _find_tensors(stored_in, config, expected, shapes, opener)
         used = {at.file for at in found.values()}
-        opened = {file: stack.enter_context(open_tensors(file, list(found))) for file in used}
-        if quantize == "keep" and not any(opened[at.file].block_type(at.name) for at in found.values()):
+        opened = {file: stack.enter_context(opener(file, list(found))) for file in used}
+        if quantize == "keep" and not any(block_type(opened[at.file], at.name) for at in found.values()):
             raise ConfigError(f"base.quantize keep is for GGUF files with quantized matrices; {directory} has floats")
         for paths, keys in _groups(expected, shapes):
             buffers: dict[LeafPath, _Buffer] = {}
             for path in paths:
                 fills = [(place, key) for key in keys for place in expected[key] if place.path == path]
-                types = [opened[found[key].file].block_type(found[key].name) for _, key in fills]
+                types = [block_type(opened[found[key].file], found[key].name) for _, key in fills]
                 buffers[path] = _buffer(path, shapes[path].shape, dtype, quantize, [place for place, _ in fills], types)
             # By layer, so that few layers of a quantized kernel are incomplete.
             for key in sorted(keys, key=lambda key: min(place.index for place in expected[key])):
                 at, targets = found[key], [buffers[place.path] for place in expected[key]]
-                blocks = None
-                if any(isinstance(buffer, BlockBuffer | BlockTableBuffer) for buffer in targets):
-                    blocks = opened[at.file].read_blocks(at.name)
-                tensor = opened[at.file].read(at.name) if blocks is None else blocks.values()
+                file, blocks = opened[at.file], None
+                if isinstance(file, GgufTensors) and any(
+                    isinstance(buffer, BlockBuffer | BlockTableBuffer) for buffer in targets
+                ):
+                    blocks = file.read_blocks(at.name)
+                tensor = file.read(at.name) if blocks is None else blocks.values()
                 digests[key] = _digest(tensor, at)
                 for place, buffer in zip(expected[key], targets, strict=True):
                     _fill(buffer, place, tensor, blocks, at)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spt_jax.bases.families import family_of
+from spt_jax.bases.quantized_files import file_quantization
 from spt_jax.errors import ConfigError
 from spt_jax.models.config import DecoderConfig
 
@@ -111,11 +112,5 @@ def decoder_config(hf: Any, *, max_length: int | None = None) -> DecoderConfig:
       ConfigError: for an architecture or an option of one that this library does not have.
     """
     family = family_of(hf.model_type)
-    quantization = getattr(hf, "quantization_config", None)
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        raise ConfigError(
-            f"quantized checkpoints ({method or 'quantization_config'}) are not supported; use the model's unquantized"
-            " one"
-        )
+    file_quantization(getattr(hf, "quantization_config", None))
     return family.config(hf, max_length)

@@ -97,10 +97,16 @@ class GgufTensors:
         return shape[::-1] if self._architecture.exchanges(stored) else shape
 
     def block_type(self, name: str) -> str | None:
+        """Returns the name of the type of a tensor that is stored in blocks, and None for one of floats."""
         kind = self._facts.header.tensors[self._stored[name]].kind
         return None if kind in FLOATS else kind
 
     def read_blocks(self, name: str) -> Blocks:
+        """Returns a tensor that is stored in blocks.
+
+        Raises:
+          CheckpointError: it cannot be read.
+        """
         stored = self._stored[name]
         tensor = self._facts.header.tensors[stored]
         rows = read_bytes(self._facts.file, tensor).reshape(tensor.shape[0], -1)

@@ -1,20 +1,24 @@
-"""Files of named tensors, read one at a time: safetensors, and GGUF by the keys of a family's table."""
+"""Files of named tensors, read one at a time: safetensors, also quantized, and GGUF by the keys of a family's table."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import safetensors
 
 from spt_jax.bases.files import open_safetensors
-from spt_jax.bases.gguf import Blocks, GgufTensors
+from spt_jax.bases.gguf import GgufTensors
+from spt_jax.bases.quantized_files import FileQuantization
+from spt_jax.bases.quantized_files.opened import QuantizedCheckpoint
+from spt_jax.bases.quantized_files.stored import FLOAT8, StoredTensors
 from spt_jax.errors import CheckpointError
 
 _FLOATS = ("float64", "float32", "bfloat16", "float16")
 
 
+@runtime_checkable
 class TensorFile(Protocol):
     """An open file of tensors."""
 
@@ -24,18 +28,6 @@ class TensorFile(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a tensor, without reading it."""
-        ...
-
-    def block_type(self, name: str) -> str | None:
-        """Returns the name of the type of a tensor that is stored in blocks, and None for one of floats."""
-        ...
-
-    def read_blocks(self, name: str) -> Blocks:
-        """Returns a tensor that is stored in blocks.
-
-        Raises:
-          CheckpointError: it cannot be read.
-        """
         ...
 
     def read(self, name: str) -> np.ndarray:
@@ -59,21 +51,39 @@ class SafetensorsFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._opened.get_slice(name).get_shape())
 
-    def block_type(self, name: str) -> None:
-        del name
-
-    def read_blocks(self, name: str) -> Blocks:
-        raise CheckpointError(f"{self._file}: tensor {name!r} is not stored in blocks")
-
     def read(self, name: str) -> np.ndarray:
+        floats = ", ".join(_FLOATS)
         try:
+            if self._opened.get_slice(name).get_dtype() == FLOAT8:  # safetensors has no numpy type for it.
+                raise CheckpointError(f"{self._file}: tensor {name!r} holds 8-bit floats; weights are {floats}")
             tensor = self._opened.get_tensor(name)
         except (safetensors.SafetensorError, OSError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self._file}: tensor {name!r} cannot be read ({error})") from error
         if tensor.dtype.name not in _FLOATS:
-            floats = ", ".join(_FLOATS)
             raise CheckpointError(f"{self._file}: tensor {name!r} holds {tensor.dtype}; weights are {floats}")
         return tensor
+
+
+# Opens a file of tensors, given the keys of the family's table.
+Opener = Callable[[Path, Sequence[str]], contextlib.AbstractContextManager[TensorFile]]
+
+
+@contextlib.contextmanager
+def opener_of(files: Sequence[Path], quantization: FileQuantization | None) -> Iterator[Opener]:
+    """Yields what opens the files of a checkpoint.
+
+    Args:
+      files: all of them.
+      quantization: how config.json says that they are quantized; None for files that are read as they are.
+
+    Raises:
+      CheckpointError: a file is damaged, or quantized weights are not as the config says.
+    """
+    if quantization is None:
+        yield open_tensors
+        return
+    with StoredTensors(files) as stored:
+        yield QuantizedCheckpoint(stored, quantization).open
 
 
 @contextlib.contextmanager
@@ -92,3 +102,8 @@ def open_tensors(file: Path, keys: Sequence[str]) -> Iterator[TensorFile]:
         return
     with open_safetensors(file) as opened:
         yield SafetensorsFile(file, opened)
+
+
+def block_type(file: TensorFile, name: str) -> str | None:
+    """Returns the name of the type of a tensor that a GGUF file holds in blocks, and None for other tensors."""
+    return file.block_type(name) if isinstance(file, GgufTensors) else None

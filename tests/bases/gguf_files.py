@@ -8,8 +8,8 @@ from gguf import GGMLQuantizationType
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from spt_jax.bases.base import read_config
-from spt_jax.bases.checkpoint import places
 from spt_jax.bases.files import read_json
+from spt_jax.bases.places import places
 from spt_jax.bases.tensors import open_tensors
 from spt_jax.testing import write_tiny_checkpoint
 

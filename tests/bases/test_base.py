@@ -149,10 +149,10 @@ def test_unsupported_architecture_lists_those_supported(model_type, tmp_path):
         load_base(directory)
 
 
-def test_quantized_checkpoint_is_refused(tmp_path):
+def test_unknown_quantization_is_refused(tmp_path):
     directory = write_tiny_checkpoint(tmp_path)
-    rewrite(directory / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ConfigError, match="quantized"):
+    rewrite(directory / "config.json", quantization_config={"quant_method": "quanto"})
+    with pytest.raises(ConfigError, match=r"config\.json: quantized checkpoints of the method 'quanto'.*gptq, mxfp4"):
         load_base(directory)
 
 

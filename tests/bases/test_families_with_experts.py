@@ -1,7 +1,5 @@
 """Families with experts: what their configs mean, what is refused, and tensors that are not read."""
 
-import json
-
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -82,16 +80,6 @@ def test_sizes_out_of_range(fields, message):
 def test_more_experts_per_token_than_there_are():
     with pytest.raises(ConfigError, match="top_k is 7, but there are only 4 experts"):
         decoder_config(tiny_config("mixtral", num_experts_per_tok=7))
-
-
-def test_released_gpt_oss_is_refused(tmp_path):
-    """Its experts are MXFP4."""
-    directory = write_tiny_checkpoint(tmp_path, "gpt_oss")
-    file = directory / "config.json"
-    quantized = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
-    file.write_text(json.dumps(quantized))
-    with pytest.raises(ConfigError, match=r"quantized checkpoints \(mxfp4\) are not supported"):
-        load_base(directory)
 
 
 def with_layer(directory, layer):

@@ -13,6 +13,7 @@ from spt_jax.bases import checkpoint
 from spt_jax.bases.config import decoder_config
 from spt_jax.bases.families import FAMILIES, Origin, Part
 from spt_jax.bases.families.llama import Llama
+from spt_jax.bases.places import places
 from spt_jax.errors import CheckpointError
 from spt_jax.testing import random_params, tiny_config
 
@@ -148,7 +149,7 @@ def test_origins_cover_every_tensor_and_parameter(family):
     config = decoder_config(tiny_config(family))
     leaves = traverse_util.flatten_dict(random_params(config))
     counts = {path: np.zeros(leaf.shape, int) for path, leaf in leaves.items()}
-    for key, fills in checkpoint.places(config).items():
+    for key, fills in places(config).items():
         taken = np.zeros(checkpoint._stored_shape(fills, leaves), int)
         for place in fills:
             place.origin.taken(taken)[...] += 1

@@ -15,7 +15,7 @@ import transformers
 from benchmarks.accelerator_stages import train_peft, train_spt_jax
 from benchmarks.accelerator_stages.process import Record, Task
 from benchmarks.accelerator_stages.workload import TINY, fill_torch_model, llama_config, random_base
-from spt_jax.bases.checkpoint import places
+from spt_jax.bases.places import places
 from tests.parity.versions import peft_marks
 
 pytestmark = peft_marks

@@ -13,8 +13,8 @@ from spt_jax.models.experts_config import ExpertsConfig
 class GptOss(WithExperts):
     """gpt-oss (OpenAI 2025, arXiv 2508.10925): sinks, a window in every second layer, and biases everywhere.
 
-    Only unquantized checkpoints load; those that OpenAI released are MXFP4. The experts have an activation function of
-    their own, so that `hidden_act` has no effect.
+    The experts of OpenAI's checkpoints are MXFP4. They have an activation function of their own, so that `hidden_act`
+    has no effect.
     """
 
     model_type: ClassVar[str] = "gpt_oss"

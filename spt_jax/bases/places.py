@@ -1,0 +1,66 @@
+"""Where the parameters of a decoder are stored in a checkpoint, by the table of its family."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+
+import numpy as np
+
+from spt_jax.bases.families import Origin, family_of
+from spt_jax.bases.families.family import SeveralTables
+from spt_jax.bases.kernel_buffers import KernelBuffer
+from spt_jax.models.config import DecoderConfig
+
+LeafPath = tuple[str, ...]
+
+
+def origins(config: DecoderConfig) -> dict[LeafPath, tuple[Origin, ...]]:
+    """Returns the table of a decoder's family: every leaf of `Decoder(config)` and its origins."""
+    return _by_path(family_of(config.family).origins(config))
+
+
+def _by_path(table: Mapping[str, Origin | tuple[Origin, ...]]) -> dict[LeafPath, tuple[Origin, ...]]:
+    return {tuple(path.split("/")): (found,) if isinstance(found, Origin) else found for path, found in table.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What a stored tensor or a part of one fills.
+
+    Attributes:
+      path: the leaf.
+      origin: the rule.
+      index: the place along the leaf's leading axes: of the layer, and of the expert, if the origin has them.
+    """
+
+    path: LeafPath
+    origin: Origin
+    index: tuple[int, ...]
+
+    def stored(self, leaf: np.ndarray | KernelBuffer) -> np.ndarray:
+        """Returns a view of the part of the leaf that the tensor fills, with its axes in their stored order."""
+        return self.origin.filled(leaf[self.index])
+
+
+def places(config: DecoderConfig) -> dict[str, list[Place]]:
+    """Returns what each key of a checkpoint fills."""
+    return _places(config, origins(config))
+
+
+def _places(config: DecoderConfig, leaves: Mapping[LeafPath, tuple[Origin, ...]]) -> dict[str, list[Place]]:
+    table: dict[str, list[Place]] = {}
+    for path, leaf_origins in leaves.items():
+        for origin in leaf_origins:
+            layers = enumerate(origin.layers or range(config.layers)) if "{i}" in origin.key else [(None, None)]
+            experts = range(origin.experts) if "{e}" in origin.key else [None]
+            for (at, layer), expert in itertools.product(layers, experts):
+                index = tuple(i for i in (at, expert) if i is not None)
+                table.setdefault(origin.key.format(i=layer, e=expert), []).append(Place(path, origin, index))
+    return table
+
+
+def all_places(config: DecoderConfig) -> list[dict[str, list[Place]]]:
+    """Returns `places`, and the same for the other tables of families that have several."""
+    family = family_of(config.family)
+    others = family.alternatives(config) if isinstance(family, SeveralTables) else ()
+    return [places(config), *(_places(config, _by_path(other)) for other in others)]
