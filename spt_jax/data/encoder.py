@@ -12,6 +12,7 @@ from spt_jax.data.chats import ChatTemplate, Turn, turns_of
 from spt_jax.data.examples import Example
 from spt_jax.data.pieces import PieceEncoder
 from spt_jax.data.reading import Spans
+from spt_jax.data.shortening import shortened
 from spt_jax.data.shots import SEPARATOR, solved
 from spt_jax.data.task import task_of
 from spt_jax.data.templates import MESSAGES, Bos, Control, Cut, Field, Piece, Plain, Read, Template, Text, parse
@@ -107,8 +108,8 @@ class Encoder:
                 f"record {index + 1}: {example.length} tokens, at most {self.max_length} fit; name a field that may be"
                 " shortened (data.truncate), or raise data.max_length"
             )
-        shortened = self._shortened(record, index, lambda part: self._encode(part, index).length <= self.max_length)
-        example = self._encode(shortened, index)
+        short = self._shortened(record, index, lambda part: self._encode(part, index).length <= self.max_length)
+        example = self._encode(short, index)
         if example.length > self.max_length:
             raise DataError(
                 f"record {index + 1}: {example.length} tokens even without its field {field!r}; at most"
@@ -242,19 +243,7 @@ class Encoder:
     def _shortened(
         self, record: Mapping[str, Any], index: int, fits: Callable[[Mapping[str, Any]], bool]
     ) -> Mapping[str, Any]:
-        """Returns the record with the longest `truncate` field that fits; with an empty field if none fits."""
-        field = self.template.truncate or ""
-        value = field_text(record, field, index)
-
-        def kept(characters: int) -> Mapping[str, Any]:
-            text = value[:characters] if self.template.keep == "start" else value[len(value) - characters :]
-            return {**record, field: text}
-
-        low, high = 0, len(value)  # by bisection
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(kept(middle)) else (low, middle - 1)
-        return kept(low)
+        return shortened(record, index, self.template.truncate or "", self.template.keep, fits)
 
     def _encode(self, record: Mapping[str, Any], index: int) -> Example:
         if self.template.is_conversation:
