@@ -218,6 +218,34 @@ class Import:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Remember:
+    """Makes a prompt of a text without training: requests continue the text, which is not encoded again.
+
+    Attributes:
+      base: the base: a directory, a hub id or "starter".
+      text: a UTF-8 file with the text, or its URL. Blanks and newlines at its ends are part of it.
+      output: the prompt directory to write; replaced if it holds a prompt. A path or a URL.
+      chat_system: the text is the system turn of the base's chat template, and requests are the turns after it.
+      control_tokens: names of control tokens in the text are control tokens, as in a chat that was already rendered. By
+        default, they are plain text.
+      revision: revision of the base on the hub.
+      dtype: precision of the base; default by device.
+      quantize: how the base's matrices are stored: int8, int4 or nf4; default in dtype.
+      mesh: device mesh.
+    """
+
+    base: str
+    text: Path
+    output: Path
+    chat_system: bool = False
+    control_tokens: bool = False
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    quantize: str | None = None
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Export(Saved):
     """Converts a saved prompt to the format of another library.
 
