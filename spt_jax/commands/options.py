@@ -163,6 +163,7 @@ class Serve:
       mesh: device mesh.
       prompt_memory: MiB of prompts on the device; if exceeded, the least recently used are removed from it. Default no
         limit.
+      max_prompt: most MiB of a prompt's directory; a remembered text takes kilobytes for each of its tokens.
       max_body: most KiB of a request's body.
       body_seconds: time limit for a request's body, and for its head.
       drain_seconds: time limit for running requests after SIGTERM.
@@ -184,6 +185,7 @@ class Serve:
     quantize: str | None = None
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     prompt_memory: int | None = None
+    max_prompt: int = 256
     max_body: int = 1024
     body_seconds: float = 30.0
     drain_seconds: int = 60

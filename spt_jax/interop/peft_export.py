@@ -248,8 +248,8 @@ def _adapter_files(
 def _check_tokens(base: FrozenBase, template: Template, virtual: VirtualPrompt) -> None:
     """Refuses a template whose ids differ from PEFT's: all virtual tokens, then `tokenizer(text)`.
 
-    For a chat, only the order is compared, because the ids of the turns come from the chat template on both sides. So it
-    is for a template that continues what the prefix holds: its users tokenize without BOS.
+    For a chat, only the order is compared, because the ids of the turns come from the chat template on both sides. The
+    same holds for a template that continues what the prefix holds, whose text is tokenized without BOS.
     """
     if virtual.tokens is not None:
         check_tokens_agree(base)
