@@ -39,7 +39,8 @@ def text_of(base: str, tokens: int) -> str:
     whole = "\n".join(line for line in whole.split("\n") if not re.search("[<{]", line))
     tokenizer = spt_jax.load_base(base).tokenizer
     ids = tokenizer(whole, add_special_tokens=False)["input_ids"][:tokens]
-    return tokenizer.decode(ids).rpartition("\n")[0] + "\n"
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.rpartition("\n")[0] + "\n"
 
 
 def body(text: str | None, question: str, *, chat: bool) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from spt_jax.bases.base import FrozenBase, load_base
 from spt_jax.data.remembered import Remembered, remembered_system, remembered_text
 from spt_jax.errors import ConfigError
 from spt_jax.prompts import Method, PrefixTuning, StateTuning
+from spt_jax.prompts.compaction import check_compactable, compact
 from spt_jax.prompts.prefix_tuning import memory_of_rows
 from spt_jax.prompts.storage import INFO_FILE, prompt_files
 from spt_jax.prompts.virtual import VirtualPrefix, VirtualPrompt
@@ -26,6 +27,7 @@ def remember(
     base: FrozenBase | str | Path,
     text: str,
     *,
+    tokens: int | None = None,
     chat_system: bool = False,
     control_tokens: bool = False,
     source: Mapping[str, Any] | None = None,
@@ -40,6 +42,10 @@ def remember(
     Args:
       base: the frozen base, or what `load_base` takes.
       text: the text. Blanks and newlines at its ends are part of it.
+      tokens: the number of positions to compact the text to, fewer than its tokens, by attention matching (arXiv
+        2602.16284): in each head, the keys that pieces of the text attend to most are kept, and their values are fitted
+        so that the outputs of attention stay the same. The log-probabilities are then no longer exactly those after the
+        text. Only for bases with RoPE and full attention in all layers.
       chat_system: whether the text is the system turn of the base's chat template, and requests are the turns after it.
         Otherwise a request is a text that continues the text, in the field `text`.
       control_tokens: whether names of control tokens in the text are control tokens, as in a chat that was already
@@ -52,7 +58,8 @@ def remember(
 
     Raises:
       ConfigError: layers of the base take no keys, values or states, or the base's chat template is missing or does
-        not begin every chat with the system turn.
+        not begin every chat with the system turn; or `tokens` is not less than those of the text, or the base's layers
+        cannot be compacted.
       DataError: the text is empty, cannot be encoded, or is too long for the base.
       CheckpointError: the base cannot be read.
     """
@@ -63,12 +70,19 @@ def remember(
             base = load_base(base)
     if base.layout.only_tokens:
         raise ConfigError(f"{base.name} takes input embeddings only: it has no keys, values or states to remember")
+    if tokens is not None:
+        check_compactable(base)
+        if tokens < 1:
+            raise ConfigError(f"tokens is {tokens}; a text is compacted to at least 1 position")
     found = remembered_system(base, text) if chat_system else remembered_text(base, text, control_tokens=control_tokens)
+    if tokens is not None and tokens >= len(found.ids):
+        raise ConfigError(f"tokens is {tokens:,}, and the text has {len(found.ids):,}; give fewer, or leave it out")
     with spoken(f"encoding {len(found.ids):,} tokens", shown=progress):
-        virtual = _virtual(base, found)
+        virtual = _virtual(base, found, tokens)
     extra = {
         "remembered": {
             "tokens": len(found.ids),
+            "compacted_to": tokens,
             "characters": len(text),
             "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
             "chat_system": chat_system,
@@ -77,7 +91,7 @@ def remember(
         },
         **provenance(),
     }
-    method = _method(base, len(found.ids))
+    method = _method(base, tokens or len(found.ids))
     info = prompt_files("the remembered text", base, method, virtual, found.template, extra=extra)[INFO_FILE]
     return Prompt(method, virtual, found.template, json.loads(info), base, progress)
 
@@ -88,8 +102,10 @@ def _method(base: FrozenBase, length: int) -> Method:
     return PrefixTuning(length=length, states=bool(base.layout.state_groups))
 
 
-def _virtual(base: FrozenBase, found: Remembered) -> VirtualPrompt:
-    """Returns the memory of the ids as a prompt, replicated over the mesh of the base."""
+def _virtual(base: FrozenBase, found: Remembered, tokens: int | None) -> VirtualPrompt:
+    """Returns the memory of the ids, or what it is compacted to, as a prompt, replicated over the mesh of the base."""
     ids = jnp.asarray(found.ids)
     memory = memory_of_rows(base.model, base.model.embed(ids), ids)
+    if tokens is not None:
+        memory = compact(base, found.ids, memory, tokens)
     return jax.device_put(VirtualPrompt(prefix=VirtualPrefix(memory)), replicated(base.mesh))

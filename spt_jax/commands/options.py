@@ -227,6 +227,8 @@ class Remember:
       base: the base: a directory, a hub id or "starter".
       text: a UTF-8 file with the text, or its URL. Blanks and newlines at its ends are part of it.
       output: the prompt directory to write; replaced if it holds a prompt. A path or a URL.
+      tokens: compact the text to this number of positions, fewer than its tokens, by attention matching. By default,
+        all tokens are kept.
       chat_system: the text is the system turn of the base's chat template, and requests are the turns after it.
       control_tokens: names of control tokens in the text are control tokens, as in a chat that was already rendered. By
         default, they are plain text.
@@ -239,6 +241,7 @@ class Remember:
     base: str
     text: Path
     output: Path
+    tokens: int | None = None
     chat_system: bool = False
     control_tokens: bool = False
     revision: str | None = None

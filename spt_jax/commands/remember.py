@@ -33,14 +33,21 @@ def remember_text(options: Remember) -> None:
     source = {"text": shown(options.text)}
     try:
         prompt = remember(
-            base, text, chat_system=options.chat_system, control_tokens=options.control_tokens, source=source
+            base,
+            text,
+            tokens=options.tokens,
+            chat_system=options.chat_system,
+            control_tokens=options.control_tokens,
+            source=source,
         )
     except DataError as error:
         raise DataError(f"{shown(options.text)}: {error}") from error
     prompt.save(options.output)
     print(describe_prompt(prompt))
     size = "" if url_of(options.output) else f", {(options.output / PARAMS_FILE).stat().st_size / 1e6:,.1f} MB"
-    print(f"wrote {shown(options.output)}: {prompt.info['extra']['remembered']['tokens']:,} tokens{size}")
+    facts = prompt.info["extra"]["remembered"]
+    compacted = "" if options.tokens is None else f" compacted to {options.tokens:,} positions"
+    print(f"wrote {shown(options.output)}: {facts['tokens']:,} tokens{compacted}{size}")
 
 
 def _control_note(base: FrozenBase, text: str) -> str | None:

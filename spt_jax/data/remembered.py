@@ -64,7 +64,8 @@ def remembered_text(base: FrozenBase, text: str, *, control_tokens: bool = False
     pieces = PieceEncoder(base.tokenizer, base.layout.vocab_size, 0, adds_bos=True)
     front: list[Piece] = [Plain(text)]
     if control_tokens:
-        bos = base.tokenizer.bos_token
+        bos_id = base.tokenizer.bos_token_id
+        bos = None if bos_id is None else base.tokenizer.convert_ids_to_tokens(bos_id)
         front = [Bos(), Text(text.removeprefix(bos))] if bos and text.startswith(bos) else [Text(text)]
 
     _check_length(base, pieces.aligned(front, {}, opens=True)[0])

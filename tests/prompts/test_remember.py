@@ -21,17 +21,8 @@ TEXT = "The question is a text of the world, and the answer is positive.\n"
 ASKED = "Question: wor"
 ANSWER = " the label"
 # Layers with sliding windows, absolute positions, biases that depend on distances, and recurrent layers.
-FAMILIES = (
-    "llama",
-    "gemma2",
-    "mistral",
-    "gpt2",
-    "bloom",
-    "deepseek_v3",
-    "qwen3_5_text",
-    "falcon_h1",
-    "granitemoehybrid",
-)
+FAMILIES = ("llama", "gemma2", "gpt2", "bloom", "qwen3_5_text")
+TWO = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 
 
 @functools.cache
