@@ -77,7 +77,7 @@ def compact(base: FrozenBase, ids: Int[np.ndarray, " P"], memory: Memory, count:
     own = memory[SELF]
     assert isinstance(own, KeysValues) and config.rope is not None
     kept = _compacted(base.model, rows, own, count, scale)
-    return {SELF: KeysValues(_moved(kept.keys, config.rope, count - len(ids)), kept.values)}
+    return {SELF: KeysValues(moved(kept.keys, config.rope, count - len(ids)), kept.values)}
 
 
 @functools.partial(jax.jit, static_argnames=("count", "scale"))
@@ -147,8 +147,14 @@ def _of_head(
     return keys[chosen], start + change
 
 
-def _moved(keys: Float[Array, "L C K H"], rope: RopeConfig, steps: int) -> Float[Array, "L C K H"]:
-    """Returns keys after RoPE as they are at positions `steps` later. Rotations add up, and have no scale."""
+def moved(keys: Float[Array, "L C K H"], rope: RopeConfig, steps: int) -> Float[Array, "L C K H"]:
+    """Returns keys as they are at positions `steps` later.
+
+    Args:
+      keys: the keys after RoPE; rotations add up, and a scale of the rotation stays as it is.
+      rope: the config of the rotation.
+      steps: the number of positions; may be negative.
+    """
     angles = steps * jnp.asarray(rope.inverse_frequencies(keys.shape[-1]), jnp.float32)
     shape = (*keys.shape[:2], angles.shape[0])
     cos_sin = jnp.broadcast_to(jnp.cos(angles), shape), jnp.broadcast_to(jnp.sin(angles), shape)

@@ -12,7 +12,7 @@ from spt_jax.errors import ConfigError
 from spt_jax.models.attention import Prefix, Stream
 from spt_jax.models.layout import SELF
 from spt_jax.models.memory import KeysValues
-from spt_jax.prompts.compaction import _moved, _of_layer, compact
+from spt_jax.prompts.compaction import _of_layer, compact, moved
 from spt_jax.prompts.prefix_tuning import memory_of_rows
 from spt_jax.testing import tiny_base
 
@@ -58,7 +58,7 @@ def test_compaction_is_closer_than_truncation_and_random_keys():
     own = whole[SELF]
 
     def chosen(places):
-        keys = _moved(own.keys[:, places], base().config.rope, count - len(ids))
+        keys = moved(own.keys[:, places], base().config.rope, count - len(ids))
         return {SELF: KeysValues(keys, own.values[:, places])}
 
     found = divergence(compact(base(), ids, whole, count), whole)
@@ -80,8 +80,8 @@ def test_a_moved_key_is_the_key_at_the_other_position():
         stream = Stream(places, jnp.ones_like(places), jnp.zeros_like(places), ids=ids[None])
         return model.run(model.embed(ids[None]), stream, return_memory=True)[1][SELF].keys[:, 0]
 
-    moved = _moved(keys(20), tiny_base().config.rope, -20)
-    np.testing.assert_allclose(moved, keys(0), atol=1e-4)
+    found = moved(keys(20), tiny_base().config.rope, -20)
+    np.testing.assert_allclose(found, keys(0), atol=1e-4)
 
 
 def test_values_are_fitted_by_least_squares():
@@ -106,7 +106,7 @@ def test_a_compacted_prompt_has_the_length_that_was_asked_for(tmp_path):
 
 @pytest.mark.parametrize(
     ("tokens", "message"),
-    [(0, "tokens is 0"), (-1, "tokens is -1"), (9, "tokens is 9, and the text has 9"), (80, "tokens is 80")],
+    [(0, "tokens is 0"), (-1, "tokens is -1"), (7, "tokens is 7, and the text has 7"), (80, "tokens is 80")],
 )
 def test_a_number_of_positions_that_is_not_fewer_is_refused(tokens, message):
     with pytest.raises(ConfigError, match=message):

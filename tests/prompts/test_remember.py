@@ -132,7 +132,11 @@ def test_what_cannot_be_remembered_is_refused():
         spt_jax.remember(base, TEXT, chat_system=True)
     with pytest.raises(ConfigError, match="leave it out"):
         spt_jax.remember(base, TEXT, chat_system=True, control_tokens=True)
-    functions = {name: lambda params, x: x for name in ("embed", "hidden", "logits")}
+    functions = {
+        "embed": lambda params, ids: jax.nn.one_hot(ids, 8),
+        "hidden": lambda params, x: x,
+        "logits": lambda params, x: x @ jnp.ones((8, base.layout.vocab_size)),
+    }
     facts = {"tokenizer": base.tokenizer, "max_positions": 64, "name": "mine", "masked": False}
     with pytest.raises(ConfigError, match="mine takes input embeddings only"):
         spt_jax.remember(spt_jax.from_flax(base.params, **functions, **facts), TEXT)
