@@ -278,6 +278,7 @@ def _data(template: Template, names: Mapping[str, str], *, max_length: int | Non
         max_length=max_length,
         chat=template.chat,
         system=template.system,
+        continues=template.continues,
         packing=packing,
     )
 

@@ -2,6 +2,7 @@
 
 from spt_jax.api.fit import Callback, fit
 from spt_jax.api.prompt import Prompt, load_prompt
+from spt_jax.api.remember import remember
 from spt_jax.api.result import FitResult
 from spt_jax.bases.base import FrozenBase, load_base
 from spt_jax.bases.foreign import from_flax
@@ -128,6 +129,7 @@ __all__ = [
     "population_step",
     "prepare_examples",
     "read_records",
+    "remember",
     "resolve_optimizer",
     "save_prompt",
     "score_together",

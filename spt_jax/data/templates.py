@@ -163,6 +163,9 @@ class Template:
       reads: the prompt field that a tagging or span head reads.
       chat: whether to render prompt and target as a user and an assistant turn with the tokenizer's chat template.
       system: the system turn of such a chat.
+      continues: whether the prefix of the soft prompt holds text that the prompt continues, such as one that
+        `spt_jax.remember` encoded: there is no BOS and no dummy space before it. The prefix of a chat ends inside its
+        system turn, and `system` is the rest of that turn, for {messages} too.
     """
 
     prompt: str
@@ -177,6 +180,7 @@ class Template:
     reads: str | None = None
     chat: bool = False
     system: str | None = None
+    continues: bool = False
 
     def __post_init__(self) -> None:
         placed = virtual_length(self.prompt)
@@ -200,6 +204,10 @@ class Template:
         if self.truncate is not None and self.truncate not in self.prompt_fields:
             raise ConfigError(
                 f"truncate={self.truncate!r} is not a prompt field; {did_you_mean(self.truncate, self.prompt_fields)}"
+            )
+        if self.continues and (self.chat or self.is_conversation) and self.system is None:
+            raise ConfigError(
+                "continues is set for a chat without system, the rest of the system turn that it continues"
             )
         if not self.target and not self.is_conversation:
             raise ConfigError('the target is empty: set what the model should learn to generate, such as "{label}"')
@@ -229,7 +237,7 @@ class Template:
     def bare(self, prompt: str | None = None) -> "Template":
         """Returns the template without virtual tokens and head, with `prompt` in place of its own prompt if given.
 
-        Without its head, the task is text or classification by verbalizers.
+        Without its head, the task is text or classification by verbalizers. Without its prefix, it continues nothing.
 
         Args:
           prompt: the text in place of the template's prompt; default the prompt without `<soft>`.
@@ -239,4 +247,6 @@ class Template:
         changes: dict[str, Any] = {"task": None, "tasks": ()}
         if TEMPLATE_TASKS[self.head].has_head:
             changes |= {"head": TEXT, "reads": None}
+        if self.continues:
+            changes |= {"continues": False, "system": None}
         return dataclasses.replace(self, prompt=prompt, virtual_tokens=0, truncate=truncate, **changes)

@@ -76,6 +76,8 @@ class DataConfig:
       max_length: most tokens of an example, virtual tokens included; default the model's positions.
       chat: render prompt and target with the tokenizer's chat template.
       system: the system turn of such a chat.
+      continues: the prompt continues text that the prefix starts from, such as a remembered one: there is no BOS before
+        it, and in a chat, system is the rest of the remembered system turn.
       packing: put several examples in one row.
       limit: most records to read from each source, for quick trials.
     """
@@ -98,6 +100,7 @@ class DataConfig:
     max_length: int | None = None
     chat: bool = False
     system: Line | None = None
+    continues: bool = False
     packing: bool = True
     limit: int | None = None
 
@@ -225,4 +228,5 @@ def make_template(config: ExperimentConfig[Any]) -> Template:
         reads=data.reads,
         chat=data.chat,
         system=data.system,
+        continues=data.continues,
     )
