@@ -1,7 +1,7 @@
 """Encodes records as token ids, some of them virtual, according to a template."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from spt_jax.data.chats import ChatTemplate, Turn, turns_of
 from spt_jax.data.examples import Example
 from spt_jax.data.pieces import PieceEncoder
 from spt_jax.data.reading import Spans
+from spt_jax.data.shortening import shorten
 from spt_jax.data.shots import SEPARATOR, solved
 from spt_jax.data.task import task_of
 from spt_jax.data.templates import MESSAGES, Bos, Control, Cut, Field, Piece, Plain, Read, Template, Text, parse
@@ -107,7 +108,7 @@ class Encoder:
                 f"record {index + 1}: {example.length} tokens, at most {self.max_length} fit; name a field that may be"
                 " shortened (data.truncate), or raise data.max_length"
             )
-        shortened = self._shortened(record, index, lambda part: self._encode(part, index).length <= self.max_length)
+        shortened = shorten(self.template, record, index, lambda part: self._encode(part, index).length <= self.max_length)
         example = self._encode(shortened, index)
         if example.length > self.max_length:
             raise DataError(
@@ -159,7 +160,7 @@ class Encoder:
         ids, most = self._prompt_ids(record), self.max_length - room
         if len(ids) <= most or self.template.truncate is None:
             return ids
-        return self._prompt_ids(self._shortened(record, 0, lambda part: len(self._prompt_ids(part)) <= most))
+        return self._prompt_ids(shorten(self.template, record, 0, lambda part: len(self._prompt_ids(part)) <= most))
 
     def _prompt_ids(self, record: Mapping[str, Any]) -> np.ndarray:
         if self.template.is_conversation:
@@ -238,23 +239,6 @@ class Encoder:
             differs = np.flatnonzero(example.ids[:shared] != head[:shared])
             length = int(differs[0]) if len(differs) else shared
         return max(length, 0)
-
-    def _shortened(
-        self, record: Mapping[str, Any], index: int, fits: Callable[[Mapping[str, Any]], bool]
-    ) -> Mapping[str, Any]:
-        """Returns the record with the longest `truncate` field that fits; with an empty field if none fits."""
-        field = self.template.truncate or ""
-        value = field_text(record, field, index)
-
-        def kept(characters: int) -> Mapping[str, Any]:
-            text = value[:characters] if self.template.keep == "start" else value[len(value) - characters :]
-            return {**record, field: text}
-
-        low, high = 0, len(value)  # by bisection
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(kept(middle)) else (low, middle - 1)
-        return kept(low)
 
     def _encode(self, record: Mapping[str, Any], index: int) -> Example:
         if self.template.is_conversation:
