@@ -108,8 +108,8 @@ class Encoder:
                 f"record {index + 1}: {example.length} tokens, at most {self.max_length} fit; name a field that may be"
                 " shortened (data.truncate), or raise data.max_length"
             )
-        shortened = shorten(self.template, record, index, lambda part: self._encode(part, index).length <= self.max_length)
-        example = self._encode(shortened, index)
+        record = shorten(self.template, record, index, lambda part: self._encode(part, index).length <= self.max_length)
+        example = self._encode(record, index)
         if example.length > self.max_length:
             raise DataError(
                 f"record {index + 1}: {example.length} tokens even without its field {field!r}; at most"
@@ -241,9 +241,8 @@ class Encoder:
         return max(length, 0)
 
     def _encode(self, record: Mapping[str, Any], index: int) -> Example:
-        if self.template.is_conversation:
-            return self._conversation(record, index)
-        return self._task.encode(self, record, index)
+        encode = self._task.encode_chat if self.template.is_conversation else self._task.encode
+        return encode(self, record, index)
 
     @property
     def choices(self) -> tuple[np.ndarray, ...]:
@@ -262,17 +261,18 @@ class Encoder:
         """
         return self._ids(*self._filled(self._fields(record, self.template.fields, index)), opens=True)
 
-    def encode_target(self, record: Mapping[str, Any], index: int) -> list[int]:
+    def encode_target(self, record: Mapping[str, Any], index: int, target: str | None = None) -> list[int]:
         """Returns the ids of the target, including those that end it.
 
         Args:
           record: the record.
           index: its number from 0, for messages.
+          target: a template in place of that of the target, such as that of the rejected answer.
 
         Raises:
           DataError: a field is missing.
         """
-        return self._target(self._fields(record, self.template.fields, index))
+        return self._target(self._fields(record, self.template.fields, index), target)
 
     def encode_read(self, record: Mapping[str, Any], index: int) -> tuple[list[int], Spans]:
         """Returns the ids of the prompt, and for each the characters that it covers of the field `reads`, or (0, 0).
@@ -334,9 +334,9 @@ class Encoder:
             )
         return self.template.tasks.index(name)
 
-    def _target(self, fields: Mapping[Any, str], *, ends: bool = True) -> list[int]:
-        """Returns the ids of the target, with those that end it if `ends`."""
-        pieces = parse(self.template.target)
+    def _target(self, fields: Mapping[Any, str], target: str | None = None, *, ends: bool = True) -> list[int]:
+        """Returns the ids of the target, or of another template, with those that end it if `ends`."""
+        pieces = parse(self.template.target if target is None else target)
         if not self.template.chat:
             return self._ids(pieces, fields, opens=False) + (self._eos if ends else [])
         content = [Plain(fields[piece.name]) if isinstance(piece, Field) else piece for piece in pieces]
@@ -390,8 +390,16 @@ class Encoder:
             return [*before, *pieces]
         return [*([] if Bos() in before else pieces[:1]), *before, *pieces[1:]]
 
-    def _conversation(self, record: Mapping[str, Any], index: int) -> Example:
-        """Encodes a chat whose assistant turns the model learns to predict, including the tokens that end them."""
+    def encode_conversation(self, record: Mapping[str, Any], index: int) -> Example:
+        """Encodes a chat whose assistant turns the model learns to predict, including the tokens that end them.
+
+        Args:
+          record: a record with `messages`.
+          index: its number from 0, for messages.
+
+        Raises:
+          DataError: the record is not a chat, or it has no assistant turn.
+        """
         turns = turns_of(record, index)
         try:
             first, *others = self._chat.conversation(turns, self._eos)
