@@ -27,17 +27,17 @@ def paper_loss(name, options, values, lengths, reference, library):
     library: torch or numpy; both have log, exp and sigmoids made of them.
     """
 
-    def log_sigmoid(x):
-        return -library.log(1 + library.exp(-x))
+    def log_sigmoid(margin):
+        return -library.log(1 + library.exp(-margin))
 
-    (w, l), (n, m), (a, b) = values.T, lengths.T, reference.T
+    (w, x), (n, m), (a, b) = values.T, lengths.T, reference.T
     if name == "dpo":
-        h = options["beta"] * (w - a) - options["beta"] * (l - b)
+        h = options["beta"] * (w - a) - options["beta"] * (x - b)
         noise = options.get("label_smoothing", 0.0)
         return -(1 - noise) * log_sigmoid(h) - noise * log_sigmoid(-h)
     if name == "ipo":
-        return ((w - l) - (a - b) - 1 / (2 * options["beta"])) ** 2
+        return ((w - x) - (a - b) - 1 / (2 * options["beta"])) ** 2
     if name == "simpo":
-        return -log_sigmoid(options["beta"] / n * w - options["beta"] / m * l - options["gamma"])
-    odds = [library.exp(mean) / (1 - library.exp(mean)) for mean in (w / n, l / m)]
+        return -log_sigmoid(options["beta"] / n * w - options["beta"] / m * x - options["gamma"])
+    odds = [library.exp(mean) / (1 - library.exp(mean)) for mean in (w / n, x / m)]
     return -w / n - options["strength"] * log_sigmoid(library.log(odds[0] / odds[1]))

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.data.batches import Batch, BatchPlan, Rows, multiples, place_batch, plan_batches, shared_length
+from spt_jax.data.batches import Batch, BatchPlan, Rows, multiples, place_batch, plan_batches
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.examples import Example
 from spt_jax.data.shots import SEPARATOR
@@ -22,6 +22,7 @@ from spt_jax.data.streams import evaluation_batches
 from spt_jax.data.task import Evaluation, PairCriterion, task_of
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation import metrics
+from spt_jax.evaluation.bare import bare_examples, bare_plan, divergence
 from spt_jax.inference.forward import encode_prefix, group_scores, target_scores
 from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.models.attention import Prefix
@@ -192,22 +193,8 @@ def reference_scores(
     Raises:
       DataError: without virtual tokens, an example has no token before its choices.
     """
-    bare = []
-    for number, example in enumerate(examples):
-        ids = example.ids[example.ids < base.layout.vocab_size]
-        if len(ids) == 0:
-            raise DataError(
-                f"record {example.index + 1}: without its virtual tokens, the prompt is empty; add some text"
-            )
-        bare.append(dataclasses.replace(example, ids=ids, index=number, prompt=0, extra=None, predicted=ids < 0))
-    plan = plan_batches(
-        bare,
-        lead=shared_length([example.ids for example in bare], min(len(example.ids) for example in bare) - 1),
-        batch_size=batch_size,
-        packing=packing and base.layout.packs,
-        **multiples(base.mesh),
-        max_length=base.layout.max_positions,
-    )
+    bare = bare_examples(base, examples)
+    plan = bare_plan(base, bare, batch_size, packing=packing and base.layout.packs)
     return _choice_scores(base, bare, plan, batch_size, None)
 
 
@@ -259,7 +246,8 @@ def evaluate(
       Tagging head: accuracy and macro-F1 over words and, for tags such as B-X, I-X and O, F1 over whole entities.
       Span head: exact match and token F1 of the text between the likeliest start and end.
       Pairs of answers: the share whose chosen answer has the higher log-probability and the higher reward, the mean
-        difference of the rewards, and the log-ratio to the bare base per token (`spt_jax.tasks.Preference.evaluate`).
+        difference of the rewards and, for a soft prompt, the log-ratio and the KL divergence to the bare base per token
+        of the chosen answers (`spt_jax.tasks.Preference.evaluate`, `spt_jax.evaluation.bare.divergence`).
       Text: loss per token and perplexity over the targets and, if `generated`, exact match, token F1, BLEU and ROUGE of
         greedily generated answers. BLEU and ROUGE are left out without the extra `metrics`.
 
@@ -283,6 +271,10 @@ def evaluate(
             raise ConfigError(f"without a soft prompt, the base has no {task.name} head")
         return _by_task(data, from_scores(data, head_logits(base, data, virtual)))
     result = from_scores(data, list(score(base, data, virtual)))
+    if data.reference is not None and virtual is not None:
+        lead = data.encoder.leads(data.examples)
+        distance = divergence(base, data.examples, lead, virtual, data.config.batch_size)
+        result = dataclasses.replace(result, metrics={**result.metrics, "kl_to_base": distance})
     generated = generated and task.generates and not task.pairs
     return _by_task(data, _with_answers(base, data, virtual, result) if generated else result)
 

@@ -84,14 +84,15 @@ class Preference(Task):
         return _example(prompts[0], answers, index)
 
     def evaluate(self, scores: Scores, data: EncodedRecords) -> Evaluation:
-        """Computes the win rate of the chosen answers and, with reference scores, rewards and the distance to the base.
+        """Computes the win rate of the chosen answers and, with reference scores, their rewards.
 
         win_rate: the share of pairs whose chosen answer has the higher log-probability; win_rate_normalized: the higher
           log-probability per token. Ties count one half.
         accuracy: the share of pairs whose chosen answer has the higher reward of the objective; without one, the higher
           log-probability.
         reward_margin: the mean of the reward of the chosen answer minus that of the rejected one.
-        kl_to_base: the mean over the tokens of the chosen answers of log p(token) - log p_base(token), in nats.
+        chosen_log_ratio: the mean over the tokens of the chosen answers of log p(token) - log p_base(token), in nats.
+          It estimates the KL divergence to the base if the tuned model generates answers like the chosen ones.
         """
         values = np.stack(scores).astype(np.float64)
         lengths = np.asarray([[len(choice) for choice in example.choices] for example in data.examples])
@@ -111,7 +112,7 @@ class Preference(Task):
         if data.reference is not None or data.criterion is not None:
             result["reward_margin"] = float((rewards[:, 0] - rewards[:, 1]).mean())
         if data.reference is not None:
-            result["kl_to_base"] = float((values - data.reference)[:, 0].sum() / lengths[:, 0].sum())
+            result["chosen_log_ratio"] = float((values - data.reference)[:, 0].sum() / lengths[:, 0].sum())
         predictions = [
             {
                 "label": "chosen",

@@ -37,7 +37,7 @@ class PairObjective(Objective):
     Attributes:
       uses_choices: as in `Objective`.
       pairs: as in `Objective`.
-      metric_names: as in `Objective`; `kl_to_base` only with a reference.
+      metric_names: as in `Objective`; `chosen_log_ratio` only with a reference.
       needs_reference: whether the loss needs the scores of the bare base.
     """
 
@@ -83,7 +83,7 @@ class PairObjective(Objective):
         return jnp.sum(jnp.where(weights > 0, weights * losses, 0.0)), jnp.sum(weights)
 
     def metrics(self, scores: TargetScores, rows: Rows) -> Mapping[str, Loss]:
-        """Returns the sums over pairs, and over the tokens of chosen answers for `kl_to_base`."""
+        """Returns the sums over pairs, and over the tokens of chosen answers for `chosen_log_ratio`."""
         pairs, weights = self._pairs(scores, rows), rows.example_weights
         margins = self.rewards(pairs)[..., 0] - self.rewards(pairs)[..., 1]
         total = jnp.sum(weights)
@@ -91,9 +91,9 @@ class PairObjective(Objective):
             "accuracy": (jnp.sum(weights * (1 + jnp.sign(margins)) / 2), total),
             "reward_margin": (jnp.sum(weights * margins), total),
         }
-        if pairs.reference is not None and "kl_to_base" in self.metric_names:
+        if pairs.reference is not None and "chosen_log_ratio" in self.metric_names:
             ratios = (pairs.log_probabilities - pairs.reference)[..., 0]
-            found["kl_to_base"] = jnp.sum(weights * ratios), jnp.sum(weights * pairs.lengths[..., 0])
+            found["chosen_log_ratio"] = jnp.sum(weights * ratios), jnp.sum(weights * pairs.lengths[..., 0])
         return found
 
     def _pairs(self, scores: TargetScores, rows: Rows) -> PairScores:
@@ -123,7 +123,7 @@ class Dpo(PairObjective):
     """
 
     needs_reference: ClassVar[bool] = True
-    metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "reward_margin", "kl_to_base")
+    metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "reward_margin", "chosen_log_ratio")
 
     beta: float = 0.1
     label_smoothing: float = 0.0
@@ -158,7 +158,7 @@ class Ipo(PairObjective):
     """
 
     needs_reference: ClassVar[bool] = True
-    metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "reward_margin", "kl_to_base")
+    metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "reward_margin", "chosen_log_ratio")
 
     beta: float = 0.1
 
