@@ -397,6 +397,9 @@ class Encoder:
           record: a record with `messages`.
           index: its number from 0, for messages.
 
+        Returns:
+          The example, whose predicted ids are those of the assistant turns.
+
         Raises:
           DataError: the record is not a chat, or it has no assistant turn.
         """
