@@ -1,7 +1,7 @@
 """Encodes records as token ids, some of them virtual, according to a template."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from spt_jax.data.chats import ChatTemplate, Turn, turns_after, turns_of
 from spt_jax.data.examples import Example
 from spt_jax.data.pieces import PieceEncoder, after_cut
 from spt_jax.data.reading import Spans
-from spt_jax.data.shortening import shortened
+from spt_jax.data.shortening import shorten
 from spt_jax.data.shots import SEPARATOR, solved
 from spt_jax.data.task import task_of
 from spt_jax.data.templates import MESSAGES, Bos, Control, Cut, Field, Piece, Plain, Read, Template, Text, parse
@@ -64,7 +64,7 @@ class Encoder:
         self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         if template.chat and template.is_conversation:
             raise ConfigError("data.chat renders a prompt and a target as a chat, but {messages} already is one")
-        if (template.chat or template.is_conversation) and not tokenizer.chat_template:
+        if is_chat and not tokenizer.chat_template:
             raise ConfigError("this base's tokenizer has no chat template")
         if shots and (template.is_conversation or template.virtual_tokens or self._task.has_head):
             raise ConfigError("solved examples need a written prompt, without virtual tokens, {messages} or a head")
@@ -75,10 +75,8 @@ class Encoder:
         )
         turn_ends = self._chat.turn_ends(self._turns(None) if template.chat else []) if is_chat else []
         self.end_ids = tuple(sorted({*self._eos, *turn_ends}))
-        self._choices = [
-            np.asarray(self._target({template.label_field: text}, ends=False), np.int32)
-            for text in template.verbalizers.values()
-        ]
+        texts = template.verbalizers.values()
+        self._choices = [np.asarray(self._target({template.label_field: text}, ends=False), np.int32) for text in texts]
         for choice in self._choices:
             check_ids(tokenizer, choice, vocab_size)
         if any(len(choice) == 0 for choice in self._choices):
@@ -101,16 +99,16 @@ class Encoder:
             check_ids(self._tokenizer, example.ids, self._vocab_size, self.template.virtual_tokens)
         except DataError as error:
             raise DataError(f"record {index + 1}: {error}") from error
+        field = self.template.truncate
         if example.length <= self.max_length:
             return example
-        field = self.template.truncate
         if field is None:
             raise DataError(
                 f"record {index + 1}: {example.length} tokens, at most {self.max_length} fit; name a field that may be"
                 " shortened (data.truncate), or raise data.max_length"
             )
-        short = self._shortened(record, index, lambda part: self._encode(part, index).length <= self.max_length)
-        example = self._encode(short, index)
+        record = shorten(self.template, record, index, lambda part: self._encode(part, index).length <= self.max_length)
+        example = self._encode(record, index)
         if example.length > self.max_length:
             raise DataError(
                 f"record {index + 1}: {example.length} tokens even without its field {field!r}; at most"
@@ -161,7 +159,7 @@ class Encoder:
         ids, most = self._prompt_ids(record), self.max_length - room
         if len(ids) <= most or self.template.truncate is None:
             return ids
-        return self._prompt_ids(self._shortened(record, 0, lambda part: len(self._prompt_ids(part)) <= most))
+        return self._prompt_ids(shorten(self.template, record, 0, lambda part: len(self._prompt_ids(part)) <= most))
 
     def _prompt_ids(self, record: Mapping[str, Any]) -> np.ndarray:
         if self.template.is_conversation:
@@ -241,15 +239,9 @@ class Encoder:
             length = int(differs[0]) if len(differs) else shared
         return max(length, 0)
 
-    def _shortened(
-        self, record: Mapping[str, Any], index: int, fits: Callable[[Mapping[str, Any]], bool]
-    ) -> Mapping[str, Any]:
-        return shortened(record, index, self.template.truncate or "", self.template.keep, fits)
-
     def _encode(self, record: Mapping[str, Any], index: int) -> Example:
-        if self.template.is_conversation:
-            return self._conversation(record, index)
-        return self._task.encode(self, record, index)
+        encode = self._task.encode_chat if self.template.is_conversation else self._task.encode
+        return encode(self, record, index)
 
     @property
     def choices(self) -> tuple[np.ndarray, ...]:
@@ -268,17 +260,18 @@ class Encoder:
         """
         return self._ids(*self._filled(self._fields(record, self.template.fields, index)), opens=self._opens)
 
-    def encode_target(self, record: Mapping[str, Any], index: int) -> list[int]:
+    def encode_target(self, record: Mapping[str, Any], index: int, target: str | None = None) -> list[int]:
         """Returns the ids of the target, including those that end it.
 
         Args:
           record: the record.
           index: its number from 0, for messages.
+          target: a template in place of that of the target, such as that of the rejected answer.
 
         Raises:
           DataError: a field is missing.
         """
-        return self._target(self._fields(record, self.template.fields, index))
+        return self._target(self._fields(record, self.template.fields, index), target)
 
     def encode_read(self, record: Mapping[str, Any], index: int) -> tuple[list[int], Spans]:
         """Returns the ids of the prompt, and for each the characters that it covers of the field `reads`, or (0, 0).
@@ -340,9 +333,9 @@ class Encoder:
             )
         return self.template.tasks.index(name)
 
-    def _target(self, fields: Mapping[Any, str], *, ends: bool = True) -> list[int]:
-        """Returns the ids of the target, with those that end it if `ends`."""
-        pieces = parse(self.template.target)
+    def _target(self, fields: Mapping[Any, str], target: str | None = None, *, ends: bool = True) -> list[int]:
+        """Returns the ids of the target, or of another template, with those that end it if `ends`."""
+        pieces = parse(self.template.target if target is None else target)
         if not self.template.chat:
             return self._ids(pieces, fields, opens=False) + (self._eos if ends else [])
         content = [Plain(fields[piece.name]) if isinstance(piece, Field) else piece for piece in pieces]
@@ -402,8 +395,19 @@ class Encoder:
             return [*before, *pieces]
         return [*([] if Bos() in before else pieces[:1]), *before, *pieces[1:]]
 
-    def _conversation(self, record: Mapping[str, Any], index: int) -> Example:
-        """Encodes a chat whose assistant turns the model learns to predict, including the tokens that end them."""
+    def encode_conversation(self, record: Mapping[str, Any], index: int) -> Example:
+        """Encodes a chat whose assistant turns the model learns to predict, including the tokens that end them.
+
+        Args:
+          record: a record with `messages`.
+          index: its number from 0, for messages.
+
+        Returns:
+          The example, whose predicted ids are those of the assistant turns.
+
+        Raises:
+          DataError: the record is not a chat, or it has no assistant turn.
+        """
         turns = turns_after(self._turns(None), record, index)
         try:
             first, *others = self._chat.conversation(turns, self._eos)

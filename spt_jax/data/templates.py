@@ -149,6 +149,7 @@ class Template:
       prompt: the text before the answer, with fields and `<soft>`. A prompt with `{messages}` takes a chat from the
         record's `messages`, and the assistant turns are the targets.
       target: the text of the answer, with fields; empty with `{messages}`.
+      rejected: for the preference task, the text of the rejected answer, with fields; the target is the chosen one.
       virtual_tokens: the number of virtual tokens.
       verbalizers: maps each class to its text, for classification; the target's only field is then the label.
       truncate: the field that is shortened if an example is too long; if None, such examples are refused.
@@ -170,6 +171,7 @@ class Template:
 
     prompt: str
     target: str = ""
+    rejected: str = ""
     virtual_tokens: int = 0
     verbalizers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     truncate: str | None = None
@@ -190,8 +192,9 @@ class Template:
             )
         if self.virtual_tokens and placed is None and "<soft>" not in self.prompt:
             raise ConfigError(f"template {self.prompt!r} has no <soft>; put it where the virtual tokens go")
-        if any(isinstance(piece, Virtual) for piece in parse(self.target)):
-            raise ConfigError(f"target {self.target!r}: virtual tokens belong to the prompt")
+        for name, text in (("target", self.target), ("rejected", self.rejected)):
+            if any(isinstance(piece, Virtual) for piece in parse(text)):
+                raise ConfigError(f"{name} {text!r}: virtual tokens belong to the prompt")
         if self.verbalizers and self.label_field is None:
             raise ConfigError(
                 f"target {self.target!r}: with verbalizers, the target needs exactly one field, the label"
@@ -214,8 +217,8 @@ class Template:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields of the prompt, then those of the target, without repetitions."""
-        pieces = parse(self.prompt) + parse(self.target)
+        """The fields of the prompt, then those of the target and of the rejected answer, without repetitions."""
+        pieces = parse(self.prompt) + parse(self.target) + parse(self.rejected)
         return tuple(dict.fromkeys(piece.name for piece in pieces if isinstance(piece, Field)))
 
     @property

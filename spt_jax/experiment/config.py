@@ -67,6 +67,8 @@ class DataConfig:
       revision: revision of a hub data set.
       prompt: the template's prompt, with {fields} and <soft> where the virtual tokens go.
       target: the text that the model is trained to generate, for example " {label}"; empty for {messages}.
+      rejected: for the preference task, the text of the rejected answer, for example " {rejected}"; the target is the
+        chosen one. Their defaults are then {chosen} and {rejected}.
       verbalizers: for classification, the text that stands for each class.
       hard_prompt: hand-written prompts to compare with.
       reads: the prompt's field whose words a tagging head labels, or in which a span head finds the answer.
@@ -91,6 +93,7 @@ class DataConfig:
     revision: str | None = None
     prompt: Line
     target: Line = ""
+    rejected: Line = ""
     verbalizers: Pairs = dataclasses.field(default_factory=dict)
     hard_prompt: Lines = ()
     reads: str | None = None
@@ -172,6 +175,8 @@ def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
             raise ConfigError("method.init.name=labels needs data.verbalizers or method.init.labels")
         method = dataclasses.replace(method, init=dataclasses.replace(init, labels=tuple(data.verbalizers.values())))
     task = TASKS[task_name(config)].with_classes(data.verbalizers)
+    default_target, default_rejected = task.targets
+    data = dataclasses.replace(data, target=data.target or default_target, rejected=data.rejected or default_rejected)
     if loss.over not in (None, task.loss) and (task.has_head or loss.needs_head):
         raise ConfigError(f"loss.over={loss.over} is not compatible with a {task.name} head; leave it out")
     if data.hard_prompt and not task.bare:
@@ -183,7 +188,9 @@ def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
             method = dataclasses.replace(method, classes=len(data.verbalizers))
         if data.verbalizers and method.classes != len(data.verbalizers):
             raise ConfigError(f"method.classes is {method.classes}, but there are {len(data.verbalizers)} verbalizers")
-    if loss.uses_choices and len(data.verbalizers) < 2:
+    if loss.pairs and not task.pairs:
+        raise ConfigError(f"loss.over={loss.over} compares two answers of each record; it needs task.name=preference")
+    if loss.uses_choices and not task.pairs and len(data.verbalizers) < 2:
         raise ConfigError(f"loss.over={loss.over} needs data.verbalizers with at least 2 classes")
     if loss.class_weights and len(loss.class_weights) != len(data.verbalizers):
         raise ConfigError(
@@ -218,6 +225,7 @@ def make_template(config: ExperimentConfig[Any]) -> Template:
     return Template(
         prompt=data.prompt,
         target=data.target,
+        rejected=data.rejected,
         virtual_tokens=config.method.token_count,
         verbalizers=data.verbalizers,
         truncate=data.truncate,
