@@ -270,6 +270,7 @@ def _data(template: Template, names: Mapping[str, str], *, max_length: int | Non
         validation=names.get("validation"),
         prompt=template.prompt,
         target=template.target,
+        rejected=template.rejected,
         verbalizers=template.verbalizers,
         reads=template.reads,
         task=template.task,
@@ -278,6 +279,7 @@ def _data(template: Template, names: Mapping[str, str], *, max_length: int | Non
         max_length=max_length,
         chat=template.chat,
         system=template.system,
+        continues=template.continues,
         packing=packing,
     )
 

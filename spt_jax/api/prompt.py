@@ -163,7 +163,7 @@ class Prompt(SavedPrompt):
           DataError: the records are of another type, there are none, or one lacks a field or is too long.
         """
         found = gather_records(records, "records")
-        check_fields(found, self.template.fields, "records")
+        check_fields(found, task_of(self.template).required_fields(self.template), "records")
         taken = self.virtual.prefix_length
         with spoken(f"evaluating {len(found):,} records", shown=self.progress):
             data = make_evaluation_set(self.base, self._encoder(), found, config, taken=taken)

@@ -106,7 +106,7 @@ def evaluate_prompt(options: Evaluate) -> None:
         _evaluate_together(options, records, config)
         return
     template = read_prompt(options.prompt).template
-    check_fields(records, template.fields, options.data)
+    check_fields(records, task_of(template).required_fields(template), options.data)
     if task_of(template).generates and (note := missing_note()):
         print(note)
     base, saved = load(options)
@@ -152,7 +152,7 @@ def _evaluate_together(options: Evaluate, records: Sequence[Mapping[str, Any]], 
     base, saved = load_all(options, named(options, list(by_prompt)))
     sets = []
     for one, asked in zip(saved, by_prompt.values(), strict=True):
-        check_fields(asked, one.template.fields, options.data)
+        check_fields(asked, task_of(one.template).required_fields(one.template), options.data)
         encoder = encoder_for(base, one.template, taken=one.virtual.prefix_length)
         sets.append(make_evaluation_set(base, encoder, asked, config))
     scores = score_together(base, sets, [one.virtual for one in saved])

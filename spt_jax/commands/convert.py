@@ -57,3 +57,6 @@ def export_prompt(options: Export) -> None:
         check_fields([dict(options.fields)], saved.template.prompt_fields, "--fields")
         write_text(options.output, export_embeddings(saved, base, dict(options.fields)))
     print(f"wrote {shown(options.output)}")
+    if saved.template.continues:
+        rest = saved.template.system if saved.template.is_conversation else saved.template.prompt
+        print(f"note: requests continue the text: from {rest!r} on, tokenize them with add_special_tokens=False")

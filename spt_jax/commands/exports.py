@@ -2,6 +2,7 @@
 
 from spt_jax.api.fit import Callback, fit
 from spt_jax.api.prompt import Prompt, load_prompt
+from spt_jax.api.remember import remember
 from spt_jax.api.result import FitResult
 from spt_jax.bases.base import FrozenBase, load_base
 from spt_jax.bases.foreign import from_flax
@@ -47,7 +48,11 @@ from spt_jax.training.halving import Halving, fit_population
 from spt_jax.training.loop import Standing
 from spt_jax.training.objectives import (
     CrossEntropy,
+    Dpo,
+    Ipo,
     Objective,
+    Orpo,
+    SimPo,
     SpanCrossEntropy,
     VerbalizerCrossEntropy,
     prepare_examples,
@@ -67,12 +72,14 @@ __all__ = [
     "DataError",
     "DecomposedPromptTuning",
     "DeepPrompts",
+    "Dpo",
     "Encoder",
     "Engine",
     "Example",
     "FitResult",
     "FrozenBase",
     "Halving",
+    "Ipo",
     "LlamaAdapter",
     "LowRankPromptTuning",
     "Member",
@@ -82,6 +89,7 @@ __all__ = [
     "MultitaskPromptTuning",
     "Objective",
     "OptimizerConfig",
+    "Orpo",
     "PTuning",
     "PrefixTuning",
     "Prompt",
@@ -92,6 +100,7 @@ __all__ = [
     "Rows",
     "SamplingConfig",
     "SavedPrompt",
+    "SimPo",
     "SpanCrossEntropy",
     "SptError",
     "Standing",
@@ -128,6 +137,7 @@ __all__ = [
     "population_step",
     "prepare_examples",
     "read_records",
+    "remember",
     "resolve_optimizer",
     "save_prompt",
     "score_together",

@@ -8,6 +8,7 @@ from spt_jax.commands.options import Inspect, Similar
 from spt_jax.commands.saved import bank_of, load
 from spt_jax.data.encoder import encoder_for
 from spt_jax.data.sources import check_fields, check_source, read_records
+from spt_jax.data.task import task_of
 from spt_jax.errors import CheckpointError, ConfigError
 from spt_jax.evaluation.attribution import ablate, attention_received
 from spt_jax.evaluation.evaluate import make_evaluation_set
@@ -71,7 +72,7 @@ def _worth(options: Inspect, base: FrozenBase, saved: SavedPrompt) -> dict[str, 
     """Returns the effect of ablating each position on the records, and the attention that it receives."""
     assert options.data is not None
     records = read_records(options.data, split=options.split, limit=options.limit)
-    check_fields(records, saved.template.fields, options.data)
+    check_fields(records, task_of(saved.template).required_fields(saved.template), options.data)
     data = make_evaluation_set(base, encoder_for(base, saved.template, taken=saved.virtual.prefix_length), records)
     measure, lost = ablate(base, data, saved.virtual)
     print(ablation_lines(measure, lost))

@@ -163,6 +163,7 @@ class Serve:
       mesh: device mesh.
       prompt_memory: MiB of prompts on the device; if exceeded, the least recently used are removed from it. Default no
         limit.
+      max_prompt: most MiB of a prompt's directory; a remembered text takes kilobytes for each of its tokens.
       max_body: most KiB of a request's body.
       body_seconds: time limit for a request's body, and for its head.
       drain_seconds: time limit for running requests after SIGTERM.
@@ -184,6 +185,7 @@ class Serve:
     quantize: str | None = None
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     prompt_memory: int | None = None
+    max_prompt: int = 256
     max_body: int = 1024
     body_seconds: float = 30.0
     drain_seconds: int = 60
@@ -215,6 +217,37 @@ class Import:
     reads: str | None = None
     task: int | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Remember:
+    """Makes a prompt of a text without training: requests continue the text, which is not encoded again.
+
+    Attributes:
+      base: the base: a directory, a hub id or "starter".
+      text: a UTF-8 file with the text, or its URL. Blanks and newlines at its ends are part of it.
+      output: the prompt directory to write; replaced if it holds a prompt. A path or a URL.
+      tokens: compact the text to this number of positions, fewer than its tokens, by attention matching. By default,
+        all tokens are kept.
+      chat_system: the text is the system turn of the base's chat template, and requests are the turns after it.
+      control_tokens: names of control tokens in the text are control tokens, as in a chat that was already rendered. By
+        default, they are plain text.
+      revision: revision of the base on the hub.
+      dtype: precision of the base; default by device.
+      quantize: how the base's matrices are stored: int8, int4 or nf4; default in dtype.
+      mesh: device mesh.
+    """
+
+    base: str
+    text: Path
+    output: Path
+    tokens: int | None = None
+    chat_system: bool = False
+    control_tokens: bool = False
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    quantize: str | None = None
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

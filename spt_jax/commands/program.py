@@ -64,6 +64,7 @@ COMMANDS: dict[str, Entry] = {
     "find-rate": Entry("suggest a learning rate for a config", "find_rate", job="FindRate"),
     "compare": Entry("compare saved prompts with the alternatives to them", "compare", job="Compare"),
     "report": Entry("write the report of a work directory again", "report", "make_report", options="MakeReport"),
+    "remember": Entry("make a prompt of a text, without training", "remember", "remember_text", options="Remember"),
     "serve": Entry("serve a base and a directory of prompts over HTTP", "serve", "serve", options="Serve"),
     "import": Entry("convert a prompt of another library", "convert", "import_prompt", options="Import"),
     "export": Entry(

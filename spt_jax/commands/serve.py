@@ -36,7 +36,8 @@ def serve(options: Serve) -> None:
         raise ConfigError(f"--prompts {options.prompts} is not a directory{nearest_path(options.prompts)}")
     for path in filter(None, (options.prompts, options.base)):
         check_path(path)
-    for name in ("slots", "context", "queue", "prompt_memory", "max_body", "body_seconds", "drain_seconds"):
+    sizes = "prompt_memory", "max_prompt", "max_body"
+    for name in ("slots", "context", "queue", *sizes, "body_seconds", "drain_seconds"):
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be more than 0")
@@ -79,7 +80,7 @@ def start(command: Serve, copies: Path | None = None) -> "Service":
     name = command.name or Path(command.base).name
     worker = Worker(engine, queue=command.queue)
     folder, refresh = _folder(command.prompts, copies)
-    service = Service(worker, name, folder, os.environ.get(ADMIN_KEY) or None)
+    service = Service(worker, name, folder, os.environ.get(ADMIN_KEY) or None, command.max_prompt * 2**20)
     _load_prompts(service, strict=command.strict)
     service.refresh = refresh
     service.worker.start()

@@ -157,7 +157,7 @@ class ChatTemplate:
           DataError: see `prompt`.
         """
         marked = [dataclasses.replace(turn, closed=turn.is_answer or not turn.is_blank) for turn in turns]
-        rendering, plain = self._rendered(marked, False), self._rendered(turns, False).text
+        rendering, plain = self._rendered(marked, False), _SLOT.sub("", self._rendered(turns, False).text)
         if _SLOT.sub("", rendering.text) != plain:
             raise ConfigError(
                 f"the chat template depends on the last characters of a turn: {_difference(rendering.text, plain)}"
@@ -307,3 +307,22 @@ def turns_of(record: Mapping[str, Any], index: int) -> list[Turn]:
         more = {k: v for k, v in message.items() if isinstance(v, str) and k not in ("role", "content", "type")}
         turns.append(Turn(role, [Plain(content)], more))
     return turns
+
+
+def turns_after(held: Sequence[Turn], record: Mapping[str, Any], index: int) -> list[Turn]:
+    """Returns the turns of a record's chat after those that its template holds.
+
+    Args:
+      held: the turns of the template: a system turn, or none.
+      record: the record.
+      index: its number from 0, for error messages.
+
+    Raises:
+      DataError: see `turns_of`; or there is a second system turn.
+    """
+    turns = turns_of(record, index)
+    if held and any(turn.role in ("system", "developer") for turn in turns):
+        raise DataError(
+            f"record {index + 1}: the chat has a system turn, and the prompt holds one already; leave it out"
+        )
+    return [*held, *turns]

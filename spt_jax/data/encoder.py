@@ -1,17 +1,18 @@
 """Encodes records as token ids, some of them virtual, according to a template."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.bases.tokenizer import Tokenizer
-from spt_jax.data.chats import ChatTemplate, Turn, turns_of
+from spt_jax.data.chats import ChatTemplate, Turn, turns_after, turns_of
 from spt_jax.data.examples import Example
-from spt_jax.data.pieces import PieceEncoder
+from spt_jax.data.pieces import PieceEncoder, after_cut
 from spt_jax.data.reading import Spans
+from spt_jax.data.shortening import shorten
 from spt_jax.data.shots import SEPARATOR, solved
 from spt_jax.data.task import task_of
 from spt_jax.data.templates import MESSAGES, Bos, Control, Cut, Field, Piece, Plain, Read, Template, Text, parse
@@ -59,24 +60,23 @@ class Encoder:
         is_chat = template.chat or template.is_conversation
         self._chat = ChatTemplate(tokenizer)
         self._pieces = PieceEncoder(tokenizer, vocab_size, template.virtual_tokens, adds_bos=not is_chat)
+        self._opens = not template.continues
         self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         if template.chat and template.is_conversation:
             raise ConfigError("data.chat renders a prompt and a target as a chat, but {messages} already is one")
-        if (template.chat or template.is_conversation) and not tokenizer.chat_template:
+        if is_chat and not tokenizer.chat_template:
             raise ConfigError("this base's tokenizer has no chat template")
         if shots and (template.is_conversation or template.virtual_tokens or self._task.has_head):
             raise ConfigError("solved examples need a written prompt, without virtual tokens, {messages} or a head")
         if template.is_conversation and parse(template.prompt)[-1] != Field(MESSAGES):
             raise ConfigError("{messages} must come last in a prompt: the answer follows the chat directly")
         self._prompt: list[Piece | int] = (
-            [*self._chat.prompt(self._turns(None))] if template.chat else self._with_shots(parse(template.prompt))
+            [*self._rendered(self._turns(None))] if template.chat else self._with_shots(parse(template.prompt))
         )
-        turn_ends = self._chat.turn_ends(self._turns(None)) if is_chat else []
+        turn_ends = self._chat.turn_ends(self._turns(None) if template.chat else []) if is_chat else []
         self.end_ids = tuple(sorted({*self._eos, *turn_ends}))
-        self._choices = [
-            np.asarray(self._target({template.label_field: text}, ends=False), np.int32)
-            for text in template.verbalizers.values()
-        ]
+        texts = template.verbalizers.values()
+        self._choices = [np.asarray(self._target({template.label_field: text}, ends=False), np.int32) for text in texts]
         for choice in self._choices:
             check_ids(tokenizer, choice, vocab_size)
         if any(len(choice) == 0 for choice in self._choices):
@@ -99,16 +99,16 @@ class Encoder:
             check_ids(self._tokenizer, example.ids, self._vocab_size, self.template.virtual_tokens)
         except DataError as error:
             raise DataError(f"record {index + 1}: {error}") from error
+        field = self.template.truncate
         if example.length <= self.max_length:
             return example
-        field = self.template.truncate
         if field is None:
             raise DataError(
                 f"record {index + 1}: {example.length} tokens, at most {self.max_length} fit; name a field that may be"
                 " shortened (data.truncate), or raise data.max_length"
             )
-        shortened = self._shortened(record, index, lambda part: self._encode(part, index).length <= self.max_length)
-        example = self._encode(shortened, index)
+        record = shorten(self.template, record, index, lambda part: self._encode(part, index).length <= self.max_length)
+        example = self._encode(record, index)
         if example.length > self.max_length:
             raise DataError(
                 f"record {index + 1}: {example.length} tokens even without its field {field!r}; at most"
@@ -159,16 +159,16 @@ class Encoder:
         ids, most = self._prompt_ids(record), self.max_length - room
         if len(ids) <= most or self.template.truncate is None:
             return ids
-        return self._prompt_ids(self._shortened(record, 0, lambda part: len(self._prompt_ids(part)) <= most))
+        return self._prompt_ids(shorten(self.template, record, 0, lambda part: len(self._prompt_ids(part)) <= most))
 
     def _prompt_ids(self, record: Mapping[str, Any]) -> np.ndarray:
         if self.template.is_conversation:
-            turns = turns_of(record, 0)
+            turns = turns_after(self._turns(None), record, 0)
             turns = turns[:-1] if turns[-1].is_answer else turns
-            ids = self._ids(self._around(self._chat.prompt(turns)), {}, opens=True)
+            ids = self._ids(self._around(self._rendered(turns)), {}, opens=self._opens)
         else:
             names = [piece.name for piece in self._prompt if isinstance(piece, Field)]
-            ids = self._ids(*self._filled(self._fields(record, names, 0)), opens=True)
+            ids = self._ids(*self._filled(self._fields(record, names, 0)), opens=self._opens)
         check_ids(self._tokenizer, ids, self._vocab_size, self.template.virtual_tokens)
         return np.asarray(ids, np.int32)
 
@@ -198,7 +198,7 @@ class Encoder:
           record: a record with its target.
         """
         if self.template.is_conversation:
-            segments = self._chat.conversation(turns_of(record, 0), self._eos)
+            segments = self._chat.conversation(turns_after(self._turns(None), record, 0), self._eos)
             pieces = [segment.pieces for segment in segments if segment.predicted][-1]
             return "".join(piece.text for piece in pieces if isinstance(piece, Plain)).strip()
         return self._task.reference(self.template, record)
@@ -214,7 +214,7 @@ class Encoder:
         first = next((i for i, piece in enumerate(pieces) if isinstance(piece, Field)), len(pieces))
         while 0 < first < len(pieces) and isinstance(pieces[first - 1], (Text, Plain)):
             first -= 1
-        ids = np.asarray(self._ids(pieces[:first], {}, opens=True), np.int32)
+        ids = np.asarray(self._ids(pieces[:first], {}, opens=self._opens), np.int32)
         # If fields may be empty, or there are none, the last id is left to the request.
         return ids[:-1] if all(isinstance(piece, Field) for piece in pieces[first:]) else ids
 
@@ -231,7 +231,7 @@ class Encoder:
             if isinstance(piece, Field):
                 break
             constant.append(piece)
-        head = np.asarray(self._ids(constant, {}, opens=True), np.int32)
+        head = np.asarray(self._ids(constant, {}, opens=self._opens), np.int32)
         length = len(head)
         for example in examples:
             shared = min(length, len(example.ids), example.first_target - 1)
@@ -239,27 +239,9 @@ class Encoder:
             length = int(differs[0]) if len(differs) else shared
         return max(length, 0)
 
-    def _shortened(
-        self, record: Mapping[str, Any], index: int, fits: Callable[[Mapping[str, Any]], bool]
-    ) -> Mapping[str, Any]:
-        """Returns the record with the longest `truncate` field that fits; with an empty field if none fits."""
-        field = self.template.truncate or ""
-        value = field_text(record, field, index)
-
-        def kept(characters: int) -> Mapping[str, Any]:
-            text = value[:characters] if self.template.keep == "start" else value[len(value) - characters :]
-            return {**record, field: text}
-
-        low, high = 0, len(value)  # by bisection
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(kept(middle)) else (low, middle - 1)
-        return kept(low)
-
     def _encode(self, record: Mapping[str, Any], index: int) -> Example:
-        if self.template.is_conversation:
-            return self._conversation(record, index)
-        return self._task.encode(self, record, index)
+        encode = self._task.encode_chat if self.template.is_conversation else self._task.encode
+        return encode(self, record, index)
 
     @property
     def choices(self) -> tuple[np.ndarray, ...]:
@@ -276,19 +258,20 @@ class Encoder:
         Raises:
           DataError: a field is missing.
         """
-        return self._ids(*self._filled(self._fields(record, self.template.fields, index)), opens=True)
+        return self._ids(*self._filled(self._fields(record, self.template.fields, index)), opens=self._opens)
 
-    def encode_target(self, record: Mapping[str, Any], index: int) -> list[int]:
+    def encode_target(self, record: Mapping[str, Any], index: int, target: str | None = None) -> list[int]:
         """Returns the ids of the target, including those that end it.
 
         Args:
           record: the record.
           index: its number from 0, for messages.
+          target: a template in place of that of the target, such as that of the rejected answer.
 
         Raises:
           DataError: a field is missing.
         """
-        return self._target(self._fields(record, self.template.fields, index))
+        return self._target(self._fields(record, self.template.fields, index), target)
 
     def encode_read(self, record: Mapping[str, Any], index: int) -> tuple[list[int], Spans]:
         """Returns the ids of the prompt, and for each the characters that it covers of the field `reads`, or (0, 0).
@@ -301,7 +284,7 @@ class Encoder:
           DataError: a field is missing.
         """
         filled = self._filled(self._fields(record, self.template.prompt_fields, index))
-        ids, spans, _ = self._pieces.aligned(*filled, opens=True, field=self.template.reads)
+        ids, spans, _ = self._pieces.aligned(*filled, opens=self._opens, field=self.template.reads)
         return ids, spans
 
     def _fields(self, record: Mapping[str, Any], names: Sequence[str], index: int) -> dict[str, str]:
@@ -327,8 +310,8 @@ class Encoder:
         """
         at = next(i for i, piece in enumerate(self._prompt) if isinstance(piece, Field))
         front, rest = [*self._prompt[:at], *ids], self._prompt[at + 1 :]
-        whole = self._ids([*front, *rest], {}, opens=True)
-        return np.asarray(whole, np.int32), len(self._ids(front, {}, opens=True)) - len(ids)
+        whole = self._ids([*front, *rest], {}, opens=self._opens)
+        return np.asarray(whole, np.int32), len(self._ids(front, {}, opens=self._opens)) - len(ids)
 
     def with_any_label(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Returns a record to predict, with an arbitrary label in place of the unknown one.
@@ -350,9 +333,9 @@ class Encoder:
             )
         return self.template.tasks.index(name)
 
-    def _target(self, fields: Mapping[Any, str], *, ends: bool = True) -> list[int]:
-        """Returns the ids of the target, with those that end it if `ends`."""
-        pieces = parse(self.template.target)
+    def _target(self, fields: Mapping[Any, str], target: str | None = None, *, ends: bool = True) -> list[int]:
+        """Returns the ids of the target, or of another template, with those that end it if `ends`."""
+        pieces = parse(self.template.target if target is None else target)
         if not self.template.chat:
             return self._ids(pieces, fields, opens=False) + (self._eos if ends else [])
         content = [Plain(fields[piece.name]) if isinstance(piece, Field) else piece for piece in pieces]
@@ -374,11 +357,13 @@ class Encoder:
         return [*prompt[:front], *pieces, *prompt[front:]]
 
     def _turns(self, fields: Mapping[str, str] | None) -> list[Turn]:
-        """Returns the turns before the answer, with fields filled in if given; no turns if the chat is {messages}."""
+        """Returns the turns before the answer, with fields filled in if given. In a chat: before {messages}."""
         template = self.template
-        if template.is_conversation:
-            return []
         turns = [Turn("system", [Text(template.system)])] if template.system is not None else []
+        if template.continues:  # the prefix holds what comes before the cut
+            turns = [Turn("system", [Cut(), Plain(template.system or "")])]
+        if template.is_conversation:
+            return turns if template.continues else []
         for record in self.shots:
             turns.append(Turn("user", solved(template, record, template.prompt)))
             turns.append(Turn("assistant", solved(template, record, template.target)))
@@ -394,9 +379,13 @@ class Encoder:
                 content.append(Plain(fields[piece.name]))
         return [*turns, Turn("user", content)]
 
+    def _rendered(self, turns: Sequence[Turn]) -> list[Piece]:
+        pieces = self._chat.prompt(turns)
+        return after_cut(pieces) if self.template.continues else pieces
+
     def _filled(self, fields: Mapping[str, str]) -> tuple[Sequence[Piece | int], Mapping[str, str]]:
         """Returns the pieces of the prompt, and the fields that still have to be filled in."""
-        return (self._chat.prompt(self._turns(fields)), {}) if self.template.chat else (self._prompt, fields)
+        return (self._rendered(self._turns(fields)), {}) if self.template.chat else (self._prompt, fields)
 
     def _around(self, pieces: list[Piece]) -> list[Piece]:
         """Puts the part of the prompt before {messages} before a chat; a BOS that begins the chat goes first."""
@@ -406,17 +395,28 @@ class Encoder:
             return [*before, *pieces]
         return [*([] if Bos() in before else pieces[:1]), *before, *pieces[1:]]
 
-    def _conversation(self, record: Mapping[str, Any], index: int) -> Example:
-        """Encodes a chat whose assistant turns the model learns to predict, including the tokens that end them."""
-        turns = turns_of(record, index)
+    def encode_conversation(self, record: Mapping[str, Any], index: int) -> Example:
+        """Encodes a chat whose assistant turns the model learns to predict, including the tokens that end them.
+
+        Args:
+          record: a record with `messages`.
+          index: its number from 0, for messages.
+
+        Returns:
+          The example, whose predicted ids are those of the assistant turns.
+
+        Raises:
+          DataError: the record is not a chat, or it has no assistant turn.
+        """
+        turns = turns_after(self._turns(None), record, index)
         try:
             first, *others = self._chat.conversation(turns, self._eos)
         except (ConfigError, DataError) as error:
             raise DataError(f"record {index + 1}: {error}") from error
-        pieces = self._around(first.pieces)
+        pieces = self._around(after_cut(first.pieces) if self.template.continues else first.pieces)
         for segment in others:
             pieces += [Cut(), *segment.pieces]
-        ids, _, cuts = self._pieces.aligned(pieces, {}, opens=True)
+        ids, _, cuts = self._pieces.aligned(pieces, {}, opens=self._opens)
         predicted, edges = np.zeros(len(ids), bool), [*cuts, len(ids)]
         for segment, begin, end in zip(others, edges[:-1], edges[1:], strict=True):
             predicted[begin:end] = segment.predicted

@@ -119,6 +119,11 @@ class PieceEncoder:
         return self._tokenizer.bos_token_id
 
 
+def after_cut(pieces: Sequence[Piece]) -> list[Piece]:
+    """Returns the pieces after the first `Cut`."""
+    return [*pieces[pieces.index(Cut()) + 1 :]]
+
+
 def _within(spans: Sequence[tuple[int, int]], begin: int, length: int, skipped: int) -> list[tuple[int, int]]:
     """Converts character spans of a text to spans of a field in it; (0, 0) for spans outside the field.
 

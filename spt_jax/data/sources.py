@@ -135,6 +135,26 @@ def _file_records(path: Path) -> Iterator[Record]:
         raise DataError(f"{path}: cannot be read ({error})") from error
 
 
+def read_text(path: str | Path) -> str:
+    """Returns the text of a file, or of its URL, without a byte order mark.
+
+    Args:
+      path: the file or its URL.
+
+    Raises:
+      ConfigError: a package for the scheme of the URL is missing.
+      DataError: the file is missing, cannot be read, is empty, or is not UTF-8.
+      RemoteError: the file system of a URL cannot be reached, or has no such file.
+    """
+    file = local_copy(path)
+    try:
+        if not file.exists():
+            raise DataError(f"{file}: no such file{nearest_path(file)}")
+        return _read_text(file)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror or error})") from error
+
+
 def _read_text(path: Path) -> str:
     data = path.read_bytes()
     try:

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from spt_jax.data.examples import Example
+from spt_jax.data.preferences import PairScores
 from spt_jax.data.reading import Spans
 from spt_jax.data.templates import TEMPLATE_TASKS, Field, Template, parse
 from spt_jax.data.values import field_text
@@ -45,8 +46,12 @@ class RecordEncoder(Protocol):
         """Returns the ids of the prompt."""
         ...
 
-    def encode_target(self, record: Record, index: int) -> list[int]:
-        """Returns the ids of the target, including those that end it."""
+    def encode_target(self, record: Record, index: int, target: str | None = None) -> list[int]:
+        """Returns the ids of the target, or of another template, including those that end it."""
+        ...
+
+    def encode_conversation(self, record: Record, index: int) -> Example:
+        """Encodes a chat whose assistant turns are predicted."""
         ...
 
     def encode_read(self, record: Record, index: int) -> tuple[list[int], Spans]:
@@ -55,6 +60,19 @@ class RecordEncoder(Protocol):
 
     def read_text(self, record: Record, first: int, last: int) -> str:
         """Returns the text of the field `reads` from its token number `first` to `last`, inclusive."""
+        ...
+
+
+@runtime_checkable
+class PairCriterion(Protocol):
+    """The rewards and losses of an objective that compares a chosen with a rejected answer."""
+
+    def rewards(self, scores: PairScores) -> Float[np.ndarray | Array, "*N 2"]:
+        """Returns the rewards of both answers."""
+        ...
+
+    def losses(self, scores: PairScores) -> Float[np.ndarray | Array, "*N"]:
+        """Returns the loss of each pair."""
         ...
 
 
@@ -82,6 +100,16 @@ class EncodedRecords(Protocol):
         """The maximum number of tokens of an answer."""
         ...
 
+    @property
+    def reference(self) -> Float[np.ndarray, "N 2"] | None:
+        """For pairs, the log-probabilities of both answers under the bare base; None where they are not known."""
+        ...
+
+    @property
+    def criterion(self) -> PairCriterion | None:
+        """For pairs, the rewards and losses of the objective; None for those of `reference`."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -95,6 +123,8 @@ class Task:
       reads_field: whether the head predicts something at several positions of the field `Template.reads`.
       bare: whether the base can do the task without a soft prompt, so that it can be compared with other prompts.
       generates: whether the answer is text that the model generates.
+      pairs: whether a record is a chosen and a rejected answer to one prompt, the two choices of its example.
+      targets: the default templates of the target and of the rejected answer.
     """
 
     name: ClassVar[str]
@@ -104,6 +134,8 @@ class Task:
     reads_field: ClassVar[bool] = False
     bare: ClassVar[bool] = True
     generates: ClassVar[bool] = False
+    pairs: ClassVar[bool] = False
+    targets: ClassVar[tuple[str, str]] = ("", "")
 
     def with_classes(self, classes: Mapping[str, str]) -> "Task":
         """Returns the task for a template with these verbalizers.
@@ -123,6 +155,8 @@ class Task:
         Raises:
           ConfigError: the template lacks what the task needs.
         """
+        if template.rejected and not self.pairs:
+            raise ConfigError("data.rejected is the rejected answer of a pair; it needs task.name=preference")
         if (template.reads is not None) != self.reads_field:
             raise ConfigError(
                 "data.reads names the field that a tagging or span head reads: set it with such a head, and only then"
@@ -151,6 +185,14 @@ class Task:
         """
         del records
         return template.verbalizers
+
+    def required_fields(self, template: Template) -> Sequence[str]:
+        """Returns the fields that every record must have.
+
+        Args:
+          template: the template.
+        """
+        return template.fields
 
     def field(self, template: Template, record: Record, name: str, index: int) -> str:
         """Returns the text of a field.
@@ -182,6 +224,22 @@ class Task:
           DataError: a field is missing, or what is to be predicted is not valid.
         """
         raise NotImplementedError
+
+    def encode_chat(self, encoder: RecordEncoder, record: Record, index: int) -> Example:
+        """Encodes a record for a prompt with `{messages}`; by default a chat whose assistant turns are predicted.
+
+        Args:
+          encoder: that of the template.
+          record: the record.
+          index: its number from 0, for messages.
+
+        Returns:
+          What is predicted, and from which ids.
+
+        Raises:
+          DataError: the record is not a chat, or it has no assistant turn.
+        """
+        return encoder.encode_conversation(record, index)
 
     def reference(self, template: Template, record: Record) -> str:
         """Returns the text of the correct answer.

@@ -149,6 +149,7 @@ class Template:
       prompt: the text before the answer, with fields and `<soft>`. A prompt with `{messages}` takes a chat from the
         record's `messages`, and the assistant turns are the targets.
       target: the text of the answer, with fields; empty with `{messages}`.
+      rejected: for the preference task, the text of the rejected answer, with fields; the target is the chosen one.
       virtual_tokens: the number of virtual tokens.
       verbalizers: maps each class to its text, for classification; the target's only field is then the label.
       truncate: the field that is shortened if an example is too long; if None, such examples are refused.
@@ -163,10 +164,14 @@ class Template:
       reads: the prompt field that a tagging or span head reads.
       chat: whether to render prompt and target as a user and an assistant turn with the tokenizer's chat template.
       system: the system turn of such a chat.
+      continues: whether the prefix of the soft prompt holds text that the prompt continues, such as one that
+        `spt_jax.remember` encoded: there is no BOS and no dummy space before it. The prefix of a chat ends inside its
+        system turn, and `system` is the rest of that turn, for {messages} too.
     """
 
     prompt: str
     target: str = ""
+    rejected: str = ""
     virtual_tokens: int = 0
     verbalizers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     truncate: str | None = None
@@ -177,6 +182,7 @@ class Template:
     reads: str | None = None
     chat: bool = False
     system: str | None = None
+    continues: bool = False
 
     def __post_init__(self) -> None:
         placed = virtual_length(self.prompt)
@@ -186,8 +192,9 @@ class Template:
             )
         if self.virtual_tokens and placed is None and "<soft>" not in self.prompt:
             raise ConfigError(f"template {self.prompt!r} has no <soft>; put it where the virtual tokens go")
-        if any(isinstance(piece, Virtual) for piece in parse(self.target)):
-            raise ConfigError(f"target {self.target!r}: virtual tokens belong to the prompt")
+        for name, text in (("target", self.target), ("rejected", self.rejected)):
+            if any(isinstance(piece, Virtual) for piece in parse(text)):
+                raise ConfigError(f"{name} {text!r}: virtual tokens belong to the prompt")
         if self.verbalizers and self.label_field is None:
             raise ConfigError(
                 f"target {self.target!r}: with verbalizers, the target needs exactly one field, the label"
@@ -201,13 +208,17 @@ class Template:
             raise ConfigError(
                 f"truncate={self.truncate!r} is not a prompt field; {did_you_mean(self.truncate, self.prompt_fields)}"
             )
+        if self.continues and (self.chat or self.is_conversation) and self.system is None:
+            raise ConfigError(
+                "continues is set for a chat without system, the rest of the system turn that it continues"
+            )
         if not self.target and not self.is_conversation:
             raise ConfigError('the target is empty: set what the model should learn to generate, such as "{label}"')
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields of the prompt, then those of the target, without repetitions."""
-        pieces = parse(self.prompt) + parse(self.target)
+        """The fields of the prompt, then those of the target and of the rejected answer, without repetitions."""
+        pieces = parse(self.prompt) + parse(self.target) + parse(self.rejected)
         return tuple(dict.fromkeys(piece.name for piece in pieces if isinstance(piece, Field)))
 
     @property
@@ -229,7 +240,7 @@ class Template:
     def bare(self, prompt: str | None = None) -> "Template":
         """Returns the template without virtual tokens and head, with `prompt` in place of its own prompt if given.
 
-        Without its head, the task is text or classification by verbalizers.
+        Without its head, the task is text or classification by verbalizers. Without its prefix, it continues nothing.
 
         Args:
           prompt: the text in place of the template's prompt; default the prompt without `<soft>`.
@@ -239,4 +250,6 @@ class Template:
         changes: dict[str, Any] = {"task": None, "tasks": ()}
         if TEMPLATE_TASKS[self.head].has_head:
             changes |= {"head": TEXT, "reads": None}
+        if self.continues:
+            changes |= {"continues": False, "system": None}
         return dataclasses.replace(self, prompt=prompt, virtual_tokens=0, truncate=truncate, **changes)

@@ -19,9 +19,10 @@ from spt_jax.data.encoder import Encoder
 from spt_jax.data.examples import Example
 from spt_jax.data.shots import SEPARATOR
 from spt_jax.data.streams import evaluation_batches
-from spt_jax.data.task import Evaluation, task_of
+from spt_jax.data.task import Evaluation, PairCriterion, task_of
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation import metrics
+from spt_jax.evaluation.bare import bare_examples, bare_plan, divergence
 from spt_jax.inference.forward import encode_prefix, group_scores, target_scores
 from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.models.attention import Prefix
@@ -62,6 +63,8 @@ class EvaluationSet:
       plan: the shapes of batches.
       config: how the evaluation is run.
       prompts: the ids to generate answers from, for the first records of a task with free-text answers.
+      reference: for pairs, the log-probabilities of both answers under the bare base; None if they are not known.
+      criterion: for pairs, the rewards and losses of the objective; None for those of `reference`.
     """
 
     encoder: Encoder
@@ -70,6 +73,8 @@ class EvaluationSet:
     plan: BatchPlan
     config: EvaluationConfig
     prompts: Sequence[np.ndarray] = ()
+    reference: Float[np.ndarray, "N 2"] | None = None
+    criterion: PairCriterion | None = None
 
     @property
     def max_new_tokens(self) -> int:
@@ -85,6 +90,8 @@ def make_evaluation_set(
     *,
     packing: bool = True,
     taken: int = 0,
+    reference: bool = True,
+    criterion: PairCriterion | None = None,
 ) -> EvaluationSet:
     """Encodes records and the prompts to generate their answers from, and plans batches.
 
@@ -95,6 +102,9 @@ def make_evaluation_set(
       config: how the evaluation is run.
       packing: whether examples share rows.
       taken: the number of positions that the soft prompt's keys and values take before each record.
+      reference: for pairs, whether a soft prompt will be compared with the bare base, whose scores are computed here.
+      criterion: for pairs, the objective whose rewards and losses are reported; None for the log-probabilities relative
+        to the bare base.
 
     Returns:
       The encoded records in batches of equal shapes.
@@ -112,11 +122,12 @@ def make_evaluation_set(
         **multiples(base.mesh),
         max_length=base.layout.max_positions,
     )
-    generates = task_of(encoder.template).generates
-    pairs = zip(records[: config.generate] if generates else [], examples, strict=False)
+    task = task_of(encoder.template)
+    answered = zip(records[: config.generate] if task.generates and not task.pairs else [], examples, strict=False)
     unused = base.layout.max_positions - taken - encoder.max_length
-    prompts = [_prompt(encoder, *pair, room=config.max_new_tokens - unused) for pair in pairs]
-    return EvaluationSet(encoder, records, examples, plan, config, prompts)
+    prompts = [_prompt(encoder, *pair, room=config.max_new_tokens - unused) for pair in answered]
+    known = reference_scores(base, examples, config.batch_size, packing=packing) if task.pairs and reference else None
+    return EvaluationSet(encoder, records, examples, plan, config, prompts, known, criterion if task.pairs else None)
 
 
 def _prompt(encoder: Encoder, record: Mapping[str, Any], example: Example, room: int) -> np.ndarray:
@@ -163,8 +174,35 @@ def score(base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt | None) 
     """
     if virtual is not None and virtual.head is not None:
         return log_softmax(np.concatenate(head_logits(base, data, virtual)))
-    scores = np.zeros((len(data.examples), data.plan.choices), np.float32)
-    for rows, values in _scored(base, data, virtual):
+    return _choice_scores(base, data.examples, data.plan, data.config.batch_size, virtual)
+
+
+def reference_scores(
+    base: FrozenBase, examples: Sequence[Example], batch_size: int = 64, *, packing: bool = True
+) -> Float[np.ndarray, "N C"]:
+    """Returns the summed log-probability of each choice of each example under the bare base.
+
+    The context is that of the example without its virtual tokens: all other ids stay the same.
+
+    Args:
+      base: the frozen base.
+      examples: examples with choices.
+      batch_size: examples per batch.
+      packing: whether examples share rows.
+
+    Raises:
+      DataError: without virtual tokens, an example has no token before its choices.
+    """
+    bare = bare_examples(base, examples)
+    plan = bare_plan(base, bare, batch_size, packing=packing and base.layout.packs)
+    return _choice_scores(base, bare, plan, batch_size, None)
+
+
+def _choice_scores(
+    base: FrozenBase, examples: Sequence[Example], plan: BatchPlan, batch_size: int, virtual: VirtualPrompt | None
+) -> Float[np.ndarray, "N C"]:
+    scores = np.zeros((len(examples), plan.choices), np.float32)
+    for rows, values in _scored(base, examples, plan, batch_size, virtual):
         real = rows.examples >= 0
         scores[rows.examples[real]] = values[real]
     return scores
@@ -173,7 +211,7 @@ def score(base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt | None) 
 def head_logits(base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt) -> list[Float[np.ndarray, "_ C"]]:
     """Returns for each example the task head's logits at the positions that it reads."""
     found = {}
-    for rows, values in _scored(base, data, virtual):
+    for rows, values in _scored(base, data.examples, data.plan, data.config.batch_size, virtual):
         for row, slot in zip(*np.nonzero(rows.examples >= 0), strict=True):
             mask = (rows.target_groups[row] == slot) & (rows.target_weights[row] > 0)
             found[int(rows.examples[row, slot])] = values[row, mask]
@@ -181,12 +219,12 @@ def head_logits(base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt) -
 
 
 def _scored(
-    base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt | None
+    base: FrozenBase, examples: Sequence[Example], plan: BatchPlan, batch_size: int, virtual: VirtualPrompt | None
 ) -> Iterator[tuple[Rows, Float[np.ndarray, "B _ C"]]]:
     """Yields the rows and `_batch_scores` of each batch. All batches are dispatched before the first is waited for."""
     pending = [
-        (batch.rows, _batch_scores(base.model, data.plan.choices, virtual, place_batch(batch, base.mesh)))
-        for batch in evaluation_batches(data.examples, data.plan, data.config.batch_size)
+        (batch.rows, _batch_scores(base.model, plan.choices, virtual, place_batch(batch, base.mesh)))
+        for batch in evaluation_batches(examples, plan, batch_size)
     ]
     return ((rows, to_host(values)) for rows, values in pending)
 
@@ -207,6 +245,9 @@ def evaluate(
         and the cross-entropy among the verbalizers.
       Tagging head: accuracy and macro-F1 over words and, for tags such as B-X, I-X and O, F1 over whole entities.
       Span head: exact match and token F1 of the text between the likeliest start and end.
+      Pairs of answers: the share whose chosen answer has the higher log-probability and the higher reward, the mean
+        difference of the rewards and, for a soft prompt, the log-ratio and the KL divergence to the bare base per token
+        of the chosen answers (`spt_jax.tasks.Preference.evaluate`, `spt_jax.evaluation.bare.divergence`).
       Text: loss per token and perplexity over the targets and, if `generated`, exact match, token F1, BLEU and ROUGE of
         greedily generated answers. BLEU and ROUGE are left out without the extra `metrics`.
 
@@ -223,12 +264,18 @@ def evaluate(
       ConfigError: the task has a head, and there is no soft prompt.
     """
     task = task_of(data.encoder.template)
+    if virtual is None:
+        data = dataclasses.replace(data, reference=None, criterion=None)
     if task.reads_field:
         if virtual is None:
             raise ConfigError(f"without a soft prompt, the base has no {task.name} head")
         return _by_task(data, from_scores(data, head_logits(base, data, virtual)))
     result = from_scores(data, list(score(base, data, virtual)))
-    generated = generated and task.generates
+    if data.reference is not None and virtual is not None:
+        lead = data.encoder.leads(data.examples)
+        distance = divergence(base, data.examples, lead, virtual, data.config.batch_size)
+        result = dataclasses.replace(result, metrics={**result.metrics, "kl_to_base": distance})
+    generated = generated and task.generates and not task.pairs
     return _by_task(data, _with_answers(base, data, virtual, result) if generated else result)
 
 

@@ -67,6 +67,8 @@ class DataConfig:
       revision: revision of a hub data set.
       prompt: the template's prompt, with {fields} and <soft> where the virtual tokens go.
       target: the text that the model is trained to generate, for example " {label}"; empty for {messages}.
+      rejected: for the preference task, the text of the rejected answer, for example " {rejected}"; the target is the
+        chosen one. Their defaults are then {chosen} and {rejected}.
       verbalizers: for classification, the text that stands for each class.
       hard_prompt: hand-written prompts to compare with.
       reads: the prompt's field whose words a tagging head labels, or in which a span head finds the answer.
@@ -76,6 +78,8 @@ class DataConfig:
       max_length: most tokens of an example, virtual tokens included; default the model's positions.
       chat: render prompt and target with the tokenizer's chat template.
       system: the system turn of such a chat.
+      continues: the prompt continues text that the prefix starts from, such as a remembered one: there is no BOS before
+        it, and in a chat, system is the rest of the remembered system turn.
       packing: put several examples in one row.
       limit: most records to read from each source, for quick trials.
     """
@@ -89,6 +93,7 @@ class DataConfig:
     revision: str | None = None
     prompt: Line
     target: Line = ""
+    rejected: Line = ""
     verbalizers: Pairs = dataclasses.field(default_factory=dict)
     hard_prompt: Lines = ()
     reads: str | None = None
@@ -98,6 +103,7 @@ class DataConfig:
     max_length: int | None = None
     chat: bool = False
     system: Line | None = None
+    continues: bool = False
     packing: bool = True
     limit: int | None = None
 
@@ -169,6 +175,8 @@ def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
             raise ConfigError("method.init.name=labels needs data.verbalizers or method.init.labels")
         method = dataclasses.replace(method, init=dataclasses.replace(init, labels=tuple(data.verbalizers.values())))
     task = TASKS[task_name(config)].with_classes(data.verbalizers)
+    default_target, default_rejected = task.targets
+    data = dataclasses.replace(data, target=data.target or default_target, rejected=data.rejected or default_rejected)
     if loss.over not in (None, task.loss) and (task.has_head or loss.needs_head):
         raise ConfigError(f"loss.over={loss.over} is not compatible with a {task.name} head; leave it out")
     if data.hard_prompt and not task.bare:
@@ -180,7 +188,9 @@ def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
             method = dataclasses.replace(method, classes=len(data.verbalizers))
         if data.verbalizers and method.classes != len(data.verbalizers):
             raise ConfigError(f"method.classes is {method.classes}, but there are {len(data.verbalizers)} verbalizers")
-    if loss.uses_choices and len(data.verbalizers) < 2:
+    if loss.pairs and not task.pairs:
+        raise ConfigError(f"loss.over={loss.over} compares two answers of each record; it needs task.name=preference")
+    if loss.uses_choices and not task.pairs and len(data.verbalizers) < 2:
         raise ConfigError(f"loss.over={loss.over} needs data.verbalizers with at least 2 classes")
     if loss.class_weights and len(loss.class_weights) != len(data.verbalizers):
         raise ConfigError(
@@ -215,6 +225,7 @@ def make_template(config: ExperimentConfig[Any]) -> Template:
     return Template(
         prompt=data.prompt,
         target=data.target,
+        rejected=data.rejected,
         virtual_tokens=config.method.token_count,
         verbalizers=data.verbalizers,
         truncate=data.truncate,
@@ -225,4 +236,5 @@ def make_template(config: ExperimentConfig[Any]) -> Template:
         reads=data.reads,
         chat=data.chat,
         system=data.system,
+        continues=data.continues,
     )

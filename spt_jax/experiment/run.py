@@ -14,7 +14,7 @@ from spt_jax.data.batches import BatchPlan, multiples, plan_batches
 from spt_jax.data.encoder import Encoder, encoder_for
 from spt_jax.data.examples import Example, digest
 from spt_jax.data.sources import check_fields, read_records
-from spt_jax.data.task import task_of
+from spt_jax.data.task import PairCriterion, task_of
 from spt_jax.data.templates import Template
 from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError, DataError
@@ -78,7 +78,7 @@ class Experiment:
 
     def evaluation_set(self, records: Records, template: Template) -> EvaluationSet:
         """Returns the records encoded with a template."""
-        data = self.config.data
+        data, objective = self.config.data, self.config.loss.objective(2)
         with _located(data.validation if records is self.validation else data.test):
             return make_evaluation_set(
                 self.base,
@@ -87,6 +87,8 @@ class Experiment:
                 self.config.evaluation,
                 packing=data.packing,
                 taken=self.config.method.prefix_length,
+                reference=template == self.template,
+                criterion=objective if isinstance(objective, PairCriterion) else None,
             )
 
     def training_set(self) -> tuple[list[Example], BatchPlan]:
@@ -232,7 +234,7 @@ def load_experiment(
         ]
         raise ConfigError(f"{', '.join('--' + name for name in missing)} must be given")
     template = make_template(config)
-    fields = (*template.fields, *([] if data.task is None else [data.task]))
+    fields = (*task_of(template).required_fields(template), *([] if data.task is None else [data.task]))
     for hard_prompt in data.hard_prompt:
         template.bare(hard_prompt)
 

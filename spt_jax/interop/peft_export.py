@@ -248,7 +248,8 @@ def _adapter_files(
 def _check_tokens(base: FrozenBase, template: Template, virtual: VirtualPrompt) -> None:
     """Refuses a template whose ids differ from PEFT's: all virtual tokens, then `tokenizer(text)`.
 
-    For a chat, only the order is compared, because the ids of the turns come from the chat template on both sides.
+    For a chat, only the order is compared, because the ids of the turns come from the chat template on both sides. The
+    same holds for a template that continues what the prefix holds, whose text is tokenized without BOS.
     """
     if virtual.tokens is not None:
         check_tokens_agree(base)
@@ -270,7 +271,7 @@ def _check_tokens(base: FrozenBase, template: Template, virtual: VirtualPrompt) 
             f"{cause} all virtual tokens before everything, but here they are elsewhere{where}; train with a prompt"
             f" that begins with {template_front(tokenizer)!r}"
         )
-    if not chat and ours not in theirs:
+    if not chat and not template.continues and ours not in theirs:
         raise ConfigError(
             f"{cause} the virtual tokens before the tokens of the whole text, {_tokens(tokenizer, theirs[0])}, but this"
             f" template has {_tokens(tokenizer, ours)} there; train with a prompt that begins with"

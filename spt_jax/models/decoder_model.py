@@ -78,10 +78,17 @@ class DecoderModel:
     def attention_weights(
         self, x: Float[Array, "B T D"], stream: Stream, prefix: Prefix | None
     ) -> Float[Array, "L B T S"]:
+        return self._attention("weights", x, stream, prefix)
+
+    def queries(self, x: Float[Array, "B T D"], stream: Stream, prefix: Prefix | None) -> Float[Array, "L B T N H"]:
+        """Returns the queries (after RoPE) of each layer with attention, float32. Takes the args of `run`."""
+        return self._attention("queries", x, stream, prefix)
+
+    def _attention(self, name: str, x: Float[Array, "B T D"], stream: Stream, prefix: Prefix | None) -> Array:
         _, kept = self._apply(x, stream, prefix, mutable=[ATTENTION])
         places = self._places()
         layers = [i for i, config in enumerate(layer_configs(self.config)) if config.attends]
-        return jnp.stack([kept[ATTENTION][places[i][0]][places[i][1]] for i in layers])
+        return jnp.stack([kept[ATTENTION][places[i][0]][name][places[i][1]] for i in layers])
 
     def embedding_table(self) -> Float[np.ndarray, "V D"]:
         return host_table(self.params["embedding"]) * np.float32(self.config.embedding_scale or 1.0)

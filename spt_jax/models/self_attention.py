@@ -238,6 +238,7 @@ class Attention(nn.Module):
             out = attend(queries, sources, scoring, sinks=sinks, kernel=kernel, mesh=self.mesh)
             if self.is_mutable_collection(ATTENTION):
                 self.sow(ATTENTION, "weights", attention_weights(queries, sources, scoring, sinks))
+                self.sow(ATTENTION, "queries", queries.astype(jnp.float32))
         return out if gated is None else out + _gated_attention(queries, *gated)
 
     def bias(self, key_positions: Int[Array, "B S"]) -> Float[Array, "B N 1 S"]:

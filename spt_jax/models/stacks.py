@@ -58,12 +58,13 @@ class Outputs:
     Attributes:
       memory: what the layers of each group remember of the tokens, with layers as the leading axis.
       read: the keys and values of the layers that others read, by layer.
-      weights: the attention weights of the layers of each stack, by its path, with layers as the leading axis.
+      weights: the attention "weights" and "queries" of the layers of each stack, by its path, with layers as the
+        leading axis.
     """
 
     memory: Memory | None
     read: dict[int, KeysValues]
-    weights: dict[str, Float[Array, "L B T S"]] | None
+    weights: dict[str, dict[str, Float[Array, "L B T ..."]]] | None
 
 
 def init_period(
@@ -182,7 +183,7 @@ def run_period(
         for layer in set(stack.layers) & set(sources)
     }
     weights = {
-        stack.path: sown[ATTENTION]["attention"]["weights"][0]
+        stack.path: {name: values[0] for name, values in sown[ATTENTION]["attention"].items()}
         for stack, sown in zip(stacks, attention, strict=True)
         if ATTENTION in sown
     }

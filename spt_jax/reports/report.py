@@ -15,7 +15,9 @@ def comparison_table(metrics: Mapping[str, Metrics]) -> str:
     if split not in metrics:
         return "no comparison, because there is no validation or test data"
     results = {name: result for name, result in metrics[split].items() if result is not None}
-    if any("accuracy" in result for result in results.values()):
+    if any("win_rate" in result for result in results.values()):
+        known = ("win_rate", "accuracy", "reward_margin", "kl_to_base")
+    elif any("accuracy" in result for result in results.values()):
         known = ("accuracy", "macro_f1", "entity_f1")
     else:
         known = ("perplexity", "exact_match", "token_f1", "bleu", "rougeL")

@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 from spt_jax.evaluation.predictions import Prediction, read_predictions
 from spt_jax.reports.contents import Figure, interval_text, number, p_value
 
-SHARES = ("accuracy", "exact_match")  # measures between 0 and 1
+SHARES = ("win_rate", "accuracy", "exact_match")  # measures between 0 and 1
 T = TypeVar("T")
 
 
 def measure_of(scores: Mapping[str, Any]) -> str:
-    """Returns the measure that is shown of a result: accuracy, exact match, perplexity or loss."""
+    """Returns the measure that is shown of a result: win rate, accuracy, exact match, perplexity or loss."""
     return next((name for name in (*SHARES, "perplexity") if name in scores), "loss")
 
 

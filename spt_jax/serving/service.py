@@ -161,7 +161,7 @@ class Service:
             )
         total = sum(path.stat().st_size for path in files if path.is_file())
         if total > self.max_prompt_bytes:
-            raise RefusedError(413, f"prompt {name!r} has {total} bytes; at most {self.max_prompt_bytes} are allowed")
+            raise RefusedError(413, f"prompt {name!r} has {total} bytes; --max-prompt is {self.max_prompt_bytes} bytes")
 
     def remove(self, name: str) -> None:
         """Removes a prompt.

@@ -2,6 +2,7 @@
 
 from spt_jax.data.task import TASKS, EncodedRecords, Evaluation, Task, register, task_of
 from spt_jax.tasks.class_head import ClassHead
+from spt_jax.tasks.preference import Preference
 from spt_jax.tasks.span import Span
 from spt_jax.tasks.tagging import Tagging
 from spt_jax.tasks.text import Text
@@ -12,6 +13,7 @@ __all__ = [
     "ClassHead",
     "EncodedRecords",
     "Evaluation",
+    "Preference",
     "Span",
     "Tagging",
     "Task",
@@ -21,4 +23,4 @@ __all__ = [
     "task_of",
 ]
 
-register(Text(), ClassHead(), Tagging(), Span())
+register(Text(), ClassHead(), Tagging(), Span(), Preference())

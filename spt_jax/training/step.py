@@ -120,16 +120,32 @@ def loss_and_gradient(
       ConfigError: the rows cannot be split into `microbatches` parts, or the method's auxiliary objective needs leading
         ids, and the batch has none.
     """
+    return measured_gradient(method, objective, model, params, batch, microbatches)[:3]
+
+
+def measured_gradient(
+    method: Method,
+    objective: Objective,
+    model: Model,
+    params: PromptParams,
+    batch: Batch,
+    microbatches: int = 1,
+) -> tuple[Float[Array, ""], PromptParams, Float[Array, ""], Metrics]:
+    """Returns the result of `loss_and_gradient`, and the metrics of the objective. The arguments are the same.
+
+    Raises:
+      ConfigError: as in `loss_and_gradient`.
+    """
     check_microbatches(microbatches)
 
-    def with_scale(scale: Any) -> tuple[Array, PromptParams, Array]:
+    def with_scale(scale: Any) -> tuple[Array, PromptParams, Array, Metrics]:
         return _scaled_loss_and_gradient(method, objective, model, params, batch, microbatches, scale)
 
     if model.dtype != jnp.float16:
         return with_scale(1.0)
 
     def overflows(carry: Any) -> Array:
-        scale, (loss, gradient, _) = carry
+        scale, (loss, gradient, *_) = carry
         finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient)]).all()
         return ~finite & jnp.isfinite(loss) & (scale > LEAST_SCALE)
 
@@ -138,7 +154,8 @@ def loss_and_gradient(
         return scale, with_scale(scale)
 
     zero = jnp.zeros((), jnp.float32)
-    placeholder = zero, jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params), zero
+    nothing = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params)
+    placeholder = zero, nothing, zero, dict.fromkeys(objective.metric_names, zero)
     start = jnp.asarray(LOSS_SCALE * SCALE_STEP, jnp.float32), placeholder
     return jax.lax.while_loop(overflows, retry, start)[1]
 
@@ -151,8 +168,8 @@ def _scaled_loss_and_gradient(
     batch: Batch,
     microbatches: int,
     scale: float | Float[Array, ""],
-) -> tuple[Float[Array, ""], PromptParams, Float[Array, ""]]:
-    """`loss_and_gradient`, with cotangents scaled by `scale` in the backward pass."""
+) -> tuple[Float[Array, ""], PromptParams, Float[Array, ""], Metrics]:
+    """`measured_gradient`, with cotangents scaled by `scale` in the backward pass."""
     auxiliary = method.auxiliary()
     if auxiliary is not None and not batch.lead_ids.shape[-1]:
         raise ConfigError(f"{method.name} has a loss on the leading ids, and the batch has none: plan with a lead")
@@ -170,20 +187,22 @@ def _scaled_loss_and_gradient(
         raise ConfigError(f"{method.name} does not pin its prompt: its `materialize` must return `pinned=self.pins`")
     (memory, lead_hidden), encode_vjp, places = jax.vjp(encode, virtual, has_aux=True)
 
-    def rows_loss(memory: Memory | None, virtual: VirtualPrompt, rows: Rows) -> tuple[Array, Array]:
+    def rows_loss(memory: Memory | None, virtual: VirtualPrompt, rows: Rows) -> tuple[Array, tuple[Array, Any]]:
         prefix = None if memory is None else Prefix(memory, *places)
         scores = target_scores(model, virtual, prefix, rows, objective.scored_ids(rows))
-        return objective.loss(scores, rows)
+        loss, weight = objective.loss(scores, rows)
+        return loss, (weight, dict(objective.metrics(scores, rows)))
 
     def accumulate(carry: Any, rows: Rows) -> tuple[Any, None]:
         of_rows = functools.partial(rows_loss, rows=rows)
-        loss, pull, weight = jax.vjp(of_rows, memory, virtual, has_aux=True)
-        return jax.tree.map(jnp.add, carry, ((loss, weight), pull(seed))), None
+        loss, pull, (weight, measured) = jax.vjp(of_rows, memory, virtual, has_aux=True)
+        return jax.tree.map(jnp.add, carry, ((loss, weight, measured), pull(seed))), None
 
     zero, seed = jnp.zeros((), jnp.float32), jnp.asarray(scale, jnp.float32)
-    zeros = ((zero, zero), jax.tree.map(jnp.zeros_like, (memory, virtual)))
+    sums = zero, zero, dict.fromkeys(objective.metric_names, (zero, zero))
+    zeros = (sums, jax.tree.map(jnp.zeros_like, (memory, virtual)))
     parts = _split(batch.rows, microbatches)
-    ((total, weight), (of_prefix, of_virtual)), _ = jax.lax.scan(accumulate, zeros, parts)
+    ((total, weight, measured), (of_prefix, of_virtual)), _ = jax.lax.scan(accumulate, zeros, parts)
     of_hidden = None
     if auxiliary is not None:
 
@@ -198,8 +217,10 @@ def _scaled_loss_and_gradient(
         total, weight = total + examples * loss, weight + examples * count
     (through_prefix,) = encode_vjp((of_prefix, of_hidden))
     (gradient,) = materialize_vjp(jax.tree.map(jnp.add, of_virtual, through_prefix))
-    weight = jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
-    return total / weight, jax.tree.map(lambda g: g / (weight * scale), gradient), weight
+    least = jnp.finfo(jnp.float32).tiny
+    weight = jnp.maximum(weight, least)
+    metrics = {name: amount / jnp.maximum(own, least) for name, (amount, own) in measured.items()}
+    return total / weight, jax.tree.map(lambda g: g / (weight * scale), gradient), weight, metrics
 
 
 def _split(rows: Rows, count: int) -> Rows:
@@ -238,12 +259,12 @@ def train_step(
       microbatches: as in `loss_and_gradient`.
 
     Returns:
-      The state after the step, and its metrics, such as "loss".
+      The state after the step, and its metrics, such as "loss" and those of the objective.
 
     Raises:
       ConfigError: as in `loss_and_gradient`.
     """
-    loss, gradient, weight = loss_and_gradient(method, objective, model, state.params, batch, microbatches)
+    loss, gradient, weight, measured = measured_gradient(method, objective, model, state.params, batch, microbatches)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
     trainable = method.trainable(state.params)
     updates = jax.tree.map(lambda update, free: update if free else jnp.zeros_like(update), updates, trainable)
@@ -253,6 +274,7 @@ def train_step(
         "weight": weight,
         "gradient_norm": optax.tree.norm(gradient),
         "prompt_norm": optax.tree.norm(params),
+        **measured,
     }
     return TrainState(state.step + 1, params, optimizer_state), metrics
 

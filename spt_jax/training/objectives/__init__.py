@@ -2,14 +2,20 @@
 
 from spt_jax.training.objectives.cross_entropy import CrossEntropy
 from spt_jax.training.objectives.objective import Loss, Objective, prepare_examples
+from spt_jax.training.objectives.preference import Dpo, Ipo, Orpo, PairObjective, SimPo
 from spt_jax.training.objectives.span_cross_entropy import SpanCrossEntropy
 from spt_jax.training.objectives.verbalizer_cross_entropy import VerbalizerCrossEntropy
 
 __all__ = [
     "OBJECTIVES",
     "CrossEntropy",
+    "Dpo",
+    "Ipo",
     "Loss",
     "Objective",
+    "Orpo",
+    "PairObjective",
+    "SimPo",
     "SpanCrossEntropy",
     "VerbalizerCrossEntropy",
     "prepare_examples",
@@ -20,4 +26,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "vocabulary": CrossEntropy,
     "verbalizers": VerbalizerCrossEntropy,
     "span": SpanCrossEntropy,
+    "dpo": Dpo,
+    "ipo": Ipo,
+    "simpo": SimPo,
+    "orpo": Orpo,
 }

@@ -1,7 +1,7 @@
 """Base class of the objectives: frozen dataclasses with a pure loss."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import jax
@@ -25,10 +25,14 @@ class Objective:
     Attributes:
       uses_choices: whether examples keep all their choices; otherwise the correct choice is their only target.
       needs_head: whether the loss needs the logits of a task head.
+      pairs: whether each example must be a pair of a chosen and a rejected answer.
+      metric_names: the names of `metrics`, which are fixed so that a step can add them up.
     """
 
     uses_choices: ClassVar[bool] = False
     needs_head: ClassVar[bool] = False
+    pairs: ClassVar[bool] = False
+    metric_names: ClassVar[tuple[str, ...]] = ()
 
     def prepare(self, base: FrozenBase, examples: Sequence[Example]) -> Sequence[PyTree] | None:
         """Returns what the loss needs to know about each example, such as reference scores; None if nothing.
@@ -62,6 +66,16 @@ class Objective:
           rows: the rows. Targets and examples of weight 0 are padding.
         """
         raise NotImplementedError
+
+    def metrics(self, scores: TargetScores, rows: Rows) -> Mapping[str, Loss]:
+        """Returns what a step reports beside the loss, by the names `metric_names`: each a weighted sum and its weight.
+
+        Args:
+          scores: as in `loss`.
+          rows: as in `loss`.
+        """
+        del scores, rows
+        return {}
 
 
 def prepare_examples(objective: Objective, base: FrozenBase, examples: Sequence[Example]) -> Sequence[Example]:
