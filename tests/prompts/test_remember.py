@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 import spt_jax
-from spt_jax.data.encoder import encoder_for
 from spt_jax.errors import ConfigError, DataError
-from spt_jax.evaluation.evaluate import evaluate, make_evaluation_set
 from spt_jax.interop import export_peft, import_peft
 from spt_jax.models.attention import Stream
 from spt_jax.prompts.initializers import Initializer
@@ -112,24 +110,6 @@ def test_a_prompt_comes_back_from_peft(tmp_path):
     method, virtual = import_peft(export_peft(tmp_path / "peft", prompt, base), base)
     assert method.prefix_length == prompt.method.length
     jax.tree.map(np.testing.assert_array_equal, virtual, prompt.virtual)
-
-
-def test_evaluation_of_a_chat_is_that_with_the_system_turn():
-    base = base_of("llama")
-    tokenizer = base.tokenizer
-    tokenizer.chat_template = (
-        "{% for m in messages %}<bos>{{ m.role }}\n{{ m.content }}<eos>{% endfor %}"
-        "{% if add_generation_prompt %}<bos>assistant\n{% endif %}"
-    )
-    try:
-        prompt = spt_jax.remember(base, "Be brief.", chat_system=True, progress=False)
-        chat = [{"role": "user", "content": "the question"}, {"role": "assistant", "content": "a label"}]
-        found = prompt.evaluate([{"messages": chat}]).metrics["loss"]
-        plain = encoder_for(base, spt_jax.Template(prompt="{messages}"))
-        whole = [{"messages": [{"role": "system", "content": "Be brief."}, *chat]}]
-        assert found == pytest.approx(evaluate(base, make_evaluation_set(base, plain, whole), None).metrics["loss"])
-    finally:
-        tokenizer.chat_template = None
 
 
 def test_what_cannot_be_remembered_is_refused():
