@@ -167,6 +167,8 @@ def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
         data = dataclasses.replace(data, prompt=without_virtual(data.prompt))
     elif method.length is None and not method.needs_tokenizer:
         method = dataclasses.replace(method, length=placed or method.token_count)
+    if data.continues and method.token_count:
+        raise ConfigError(f"data.continues needs a prefix that holds text, and {method.name} has none; leave it out")
     if (data.task is not None) != isinstance(method, MultitaskPromptTuning):
         raise ConfigError("data.task and method.name=multitask_prompt_tuning need each other: give both or neither")
     init = getattr(method, "init", None)

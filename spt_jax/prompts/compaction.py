@@ -27,7 +27,7 @@ from spt_jax.models.rope import RopeConfig, rotate
 # Pieces of the text that give the reference queries, and the most tokens of each.
 _PIECES, _PIECE = 4, 128
 # Weight of the kept values in the fit, in units of the mean square attention to a kept key.
-_RIDGE = 0.1
+_RIDGE = 0.3
 
 
 def check_compactable(base: FrozenBase) -> None:

@@ -87,3 +87,10 @@ def test_a_text_that_cannot_be_remembered(folder, capsys, text, message):
 def test_a_base_without_chats_has_no_system_turn(folder, capsys):
     assert remember(folder, "text.txt", "nothing", "--chat-system") == 2
     assert "no chat template" in capsys.readouterr().err
+
+
+def test_an_export_says_how_requests_are_tokenized(folder, capsys):
+    assert remember(folder, "text.txt", "exported") == 0
+    assert main(["export", "--prompt", str(folder / "exported"), "--output", str(folder / "peft")]) == 0
+    assert "from '{text}' on, tokenize them with add_special_tokens=False" in capsys.readouterr().out
+    assert (folder / "peft" / "adapter_config.json").exists()

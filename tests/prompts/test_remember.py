@@ -1,5 +1,6 @@
 """What follows a remembered text has the log-probabilities that it has after the text itself."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,9 +9,7 @@ import numpy as np
 import pytest
 
 import spt_jax
-from spt_jax.data.encoder import encoder_for
 from spt_jax.errors import ConfigError, DataError
-from spt_jax.evaluation.evaluate import evaluate, make_evaluation_set
 from spt_jax.interop import export_peft, import_peft
 from spt_jax.models.attention import Stream
 from spt_jax.prompts.initializers import Initializer
@@ -20,14 +19,16 @@ from tests.examples import QUICK_COMPILE
 TEXT = "The question is a text of the world, and the answer is positive.\n"
 ASKED = "Question: wor"
 ANSWER = " the label"
-# Layers with sliding windows, absolute positions, biases that depend on distances, and recurrent layers.
-FAMILIES = ("llama", "gemma2", "gpt2", "bloom", "qwen3_5_text")
-TWO = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+# Layers with sliding windows, absolute positions, some recurrent layers, and only these.
+FAMILIES = ("llama", "gemma2", "gpt2", "hybrid", "recurrent")
+LAYERS = {"hybrid": ["linear_attention", "full_attention"], "recurrent": ["linear_attention"] * 2}
 
 
 @functools.cache
 def base_of(family: str):
-    return tiny_base(family, **(TWO if family == "qwen3_5_text" else {}))
+    if family in LAYERS:
+        return tiny_base("qwen3_5_text", num_hidden_layers=2, layer_types=LAYERS[family])
+    return tiny_base(family)
 
 
 @functools.cache
@@ -59,7 +60,7 @@ def test_log_probabilities_are_those_after_the_text(family):
     found = prompt.score([ASKED], [ANSWER])[0][ANSWER]
     assert found == pytest.approx(expected(base, TEXT), abs=1e-4)
     assert abs(found - expected(base, "")) > 1e-2, "the text matters"
-    assert prompt.method.states == bool(base.layout.state_groups)
+    assert prompt.method.name == ("state_tuning" if family == "recurrent" else "prefix_tuning")
 
 
 def test_a_saved_prompt_says_what_it_remembers(tmp_path):
@@ -70,6 +71,13 @@ def test_a_saved_prompt_says_what_it_remembers(tmp_path):
     facts = again.info["extra"]["remembered"]
     assert facts["tokens"] == again.virtual.prefix_length and facts["characters"] == len(TEXT)
     assert not facts["chat_system"] and "date" in again.info["extra"]
+
+
+def test_a_method_without_a_prefix_continues_nothing():
+    records = [{"text": ASKED, "target": ANSWER}]
+    template = dataclasses.replace(prompt_of().template, prompt="<soft>{text}")
+    with pytest.raises(ConfigError, match=r"data.continues needs a prefix"):
+        spt_jax.fit(base_of("llama"), spt_jax.PromptTuning(length=2), template, records, steps=1, progress=False)
 
 
 @pytest.mark.parametrize("method", [spt_jax.PrefixTuning, spt_jax.DeepPrompts])
@@ -88,12 +96,12 @@ def test_training_starts_from_a_remembered_text(method, tmp_path):
 
 
 def test_recurrent_states_start_a_training(tmp_path):
-    prompt = prompt_of("qwen3_5_text")
+    prompt = prompt_of("hybrid")
     prompt.save(tmp_path / "text")
     init = Initializer(name="prompt", path=str(tmp_path / "text"))
     tuned = spt_jax.PrefixTuning(length=prompt.method.length, init=init, states=True)
-    params = tuned.init_params(jax.random.key(0), base_of("qwen3_5_text"))
-    virtual = tuned.materialize(params, base_of("qwen3_5_text").model)
+    params = tuned.init_params(jax.random.key(0), base_of("hybrid"))
+    virtual = tuned.materialize(params, base_of("hybrid").model)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), virtual.prefix, prompt.virtual.prefix)
 
 
@@ -102,24 +110,6 @@ def test_a_prompt_comes_back_from_peft(tmp_path):
     method, virtual = import_peft(export_peft(tmp_path / "peft", prompt, base), base)
     assert method.prefix_length == prompt.method.length
     jax.tree.map(np.testing.assert_array_equal, virtual, prompt.virtual)
-
-
-def test_evaluation_of_a_chat_is_that_with_the_system_turn():
-    base = base_of("llama")
-    tokenizer = base.tokenizer
-    tokenizer.chat_template = (
-        "{% for m in messages %}<bos>{{ m.role }}\n{{ m.content }}<eos>{% endfor %}"
-        "{% if add_generation_prompt %}<bos>assistant\n{% endif %}"
-    )
-    try:
-        prompt = spt_jax.remember(base, "Be brief.", chat_system=True, progress=False)
-        chat = [{"role": "user", "content": "the question"}, {"role": "assistant", "content": "a label"}]
-        found = prompt.evaluate([{"messages": chat}]).metrics["loss"]
-        plain = encoder_for(base, spt_jax.Template(prompt="{messages}"))
-        whole = [{"messages": [{"role": "system", "content": "Be brief."}, *chat]}]
-        assert found == pytest.approx(evaluate(base, make_evaluation_set(base, plain, whole), None).metrics["loss"])
-    finally:
-        tokenizer.chat_template = None
 
 
 def test_what_cannot_be_remembered_is_refused():
