@@ -124,6 +124,6 @@ def _stored_names(facts: Facts, keys: Sequence[str]) -> dict[str, str]:
     """Returns the key of each tensor's name, by the table of the gguf package."""
     gguf = load_extra("gguf", "reading GGUF files")
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    table = gguf.get_tensor_name_map(numbers[facts.architecture], facts.get("block_count", int))
+    table = gguf.get_tensor_name_map(numbers[facts.architecture], facts.layers())
     names = {table.get_name(key, try_suffixes=(".weight", ".bias")): key for key in keys}
     return {name: key for name, key in names.items() if name is not None}

@@ -42,6 +42,32 @@ class Facts:
             raise CheckpointError(f"{self.file}: {key} is {value!r:.60}; it must be of type {kind.__name__}")
         return value
 
+    def size(self, name: str, default: int | None = None) -> int:
+        """Returns a field that is a size, which no allocation before the tensors are found depends on.
+
+        Raises:
+          CheckpointError: it is not positive, or so large that no file holds such a model.
+        """
+        found = self.get(name, int, default)
+        if not 0 < found < 1 << 31:
+            raise CheckpointError(
+                f"{self.file}: {self.architecture}.{name} is {found}, which is not the size of a model"
+            )
+        return found
+
+    def layers(self) -> int:
+        """Returns the number of layers.
+
+        Raises:
+          CheckpointError: there are more than tensors.
+        """
+        count, tensors = self.size("block_count"), len(self.header.tensors)
+        if count > tensors:
+            raise CheckpointError(
+                f"{self.file}: {self.architecture}.block_count is {count}, but it has {tensors} tensors"
+            )
+        return count
+
     def has(self, name: str) -> bool:
         """Returns whether there is such a field."""
         return f"{self.architecture}.{name}" in self.header.metadata
@@ -63,9 +89,9 @@ def _decoder(
       model_type: of transformers.
       rope: returns `rope_parameters`, from the metadata and the size of a head; default `_rope`.
     """
-    heads = facts.get("attention.head_count", int)
-    width = facts.get("embedding_length", int)
-    head_size = facts.get("attention.key_length", int, width // heads if heads else 0)
+    heads = facts.size("attention.head_count")
+    width = facts.size("embedding_length")
+    head_size = facts.size("attention.key_length", width // heads)
     if facts.get("attention.value_length", int, head_size) != head_size:
         raise facts.refuse("keys and values have different sizes")
     if facts.get("expert_count", int, 0):
@@ -74,12 +100,12 @@ def _decoder(
         "model_type": model_type,
         "vocab_size": _vocabulary(facts),
         "hidden_size": width,
-        "num_hidden_layers": facts.get("block_count", int),
+        "num_hidden_layers": facts.layers(),
         "num_attention_heads": heads,
-        "num_key_value_heads": facts.get("attention.head_count_kv", int, heads),
+        "num_key_value_heads": facts.size("attention.head_count_kv", heads),
         "head_dim": head_size,
-        "intermediate_size": facts.get("feed_forward_length", int),
-        "max_position_embeddings": facts.get("context_length", int),
+        "intermediate_size": facts.size("feed_forward_length"),
+        "max_position_embeddings": facts.size("context_length"),
         "rms_norm_eps": facts.get("attention.layer_norm_rms_epsilon", float),
         "rope_parameters": (rope or _rope)(facts, head_size),
         "tie_word_embeddings": "output.weight" not in facts.header.tensors,
@@ -93,7 +119,7 @@ def _vocabulary(facts: Facts) -> int:
 
 
 def _rope(facts: Facts, head_size: int) -> dict[str, Any]:
-    if facts.get("rope.dimension_count", int, head_size) != head_size:
+    if facts.size("rope.dimension_count", head_size) != head_size:
         raise facts.refuse("only a part of each head is rotated")
     theta = {"rope_theta": facts.get("rope.freq_base", float, 10_000.0)}
     kind = facts.get("rope.scaling.type", str, "none")
@@ -130,6 +156,8 @@ def _llama3_rope(facts: Facts, theta: float) -> dict[str, Any]:
     the largest divisor.
     """
     stored = read_tensor(facts.file, facts.header.tensors["rope_freqs.weight"]).astype(np.float64).reshape(-1)
+    if not stored.size or not (np.isfinite(stored).all() and (stored > 0).all()):
+        raise CheckpointError(f"{facts.file}: rope_freqs.weight must hold positive numbers")
     found = _LLAMA3_ROPE | {"factor": float(stored.max()), "original_max_position_embeddings": _LLAMA3_POSITIONS}
     waves = 2 * np.pi * theta ** (np.arange(stored.size) / stored.size)
     low, high = found["low_freq_factor"], found["high_freq_factor"]
@@ -211,10 +239,10 @@ def _phi3(facts: Facts) -> dict[str, Any]:
 
 
 def _phi3_rope(facts: Facts, head_size: int) -> dict[str, Any]:
-    rotated = facts.get("rope.dimension_count", int, head_size)
+    rotated = facts.size("rope.dimension_count", head_size)
     found = {
         "rope_theta": facts.get("rope.freq_base", float, 10_000.0),
-        "partial_rotary_factor": rotated / head_size if head_size else 1.0,
+        "partial_rotary_factor": rotated / head_size,
     }
     names = {name: f"rope_factors_{name}.weight" for name in ("short", "long")}
     stored = {name: facts.header.tensors[key] for name, key in names.items() if key in facts.header.tensors}
@@ -235,11 +263,11 @@ def _gpt2(facts: Facts) -> dict[str, Any]:
     return {
         "model_type": "gpt2",
         "vocab_size": _vocabulary(facts),
-        "n_positions": facts.get("context_length", int),
-        "n_embd": facts.get("embedding_length", int),
-        "n_layer": facts.get("block_count", int),
-        "n_head": facts.get("attention.head_count", int),
-        "n_inner": facts.get("feed_forward_length", int),
+        "n_positions": facts.size("context_length"),
+        "n_embd": facts.size("embedding_length"),
+        "n_layer": facts.layers(),
+        "n_head": facts.size("attention.head_count"),
+        "n_inner": facts.size("feed_forward_length"),
         "layer_norm_epsilon": facts.get("attention.layer_norm_epsilon", float),
         "activation_function": "gelu_new",
         "tie_word_embeddings": "output.weight" not in facts.header.tensors,
@@ -255,8 +283,8 @@ def _halves(tensor: np.ndarray, name: str, facts: Facts) -> np.ndarray:
     part = name.split(".")[-2]
     if part not in ("attn_q", "attn_k"):
         return tensor
-    heads = facts.get("attention.head_count", int)
-    count = heads if part == "attn_q" else facts.get("attention.head_count_kv", int, heads)
+    heads = facts.size("attention.head_count")
+    count = heads if part == "attn_q" else facts.size("attention.head_count_kv", heads)
     if not count or tensor.shape[0] % (2 * count):
         raise CheckpointError(f"{facts.file}: tensor {name!r} of shape {tensor.shape} does not have {count} heads")
     rows = tensor.reshape(count, tensor.shape[0] // count // 2, 2, *tensor.shape[1:])

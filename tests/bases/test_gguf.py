@@ -1,8 +1,10 @@
 """GGUF files are bases: the same logits and tokens as the Hugging Face directory that they were made of."""
 
 import dataclasses
+import itertools
 import json
 import os
+import shutil
 import struct
 import time
 from pathlib import Path
@@ -16,9 +18,9 @@ from gguf import GGMLQuantizationType as Kind
 
 import spt_jax
 from spt_jax.bases.base import load_base, read_config
-from spt_jax.bases.gguf import gguf_directory, read_tensor
-from spt_jax.bases.gguf_header import read_header
-from spt_jax.errors import CheckpointError, SptError
+from spt_jax.bases.gguf import _directory, gguf_directory
+from spt_jax.bases.gguf_header import read_header, read_tensor
+from spt_jax.errors import CheckpointError, ConfigError, SptError
 from spt_jax.runtime import extras
 from tests.bases.gguf_files import ARCHITECTURES, write_gguf, write_vocabulary
 from tests.layouts import row_logits
@@ -358,3 +360,30 @@ def test_a_real_model():
         for base in (ours, theirs)
     ]
     assert answers[0] == answers[1] and "Paris" in answers[0]
+
+
+WRONG = (0, -1, 1 << 40, 1.5, float("nan"), "x", True, [], [-1], ["a", "b"])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "phi3", "gpt2"])
+def test_wrong_metadata_is_read_or_refused_by_name(architecture, tmp_path, monkeypatch):
+    """Each value of the metadata in turn; the tokenizer's only in one architecture."""
+    _, file = write_gguf(tmp_path, architecture)
+    header, wrong, start = read_header(file), {}, time.monotonic()
+    monkeypatch.setattr("spt_jax.bases.gguf.read_header", lambda _: dataclasses.replace(header, metadata=wrong))
+    monkeypatch.setattr("tempfile.mkdtemp", lambda prefix: str(tmp_path / prefix))
+    if architecture != "llama":
+        monkeypatch.setattr("spt_jax.bases.gguf.write_tokenizer", lambda *_: {})
+    refused = 0
+    for key, value in itertools.product(header.metadata, WRONG):
+        if key.startswith("tokenizer.") and architecture != "llama":
+            continue
+        wrong = {**header.metadata, key: value}
+        shutil.rmtree(tmp_path / "spt_jax-gguf-", ignore_errors=True)
+        (tmp_path / "spt_jax-gguf-").mkdir()
+        try:
+            read_config(_directory.__wrapped__(file, 0, 0))
+        except (CheckpointError, ConfigError) as error:
+            refused += 1
+            assert len(str(error)) < 1000  # noqa: PT017
+    assert refused > 60 and time.monotonic() - start < 60
