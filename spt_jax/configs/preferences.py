@@ -28,5 +28,5 @@ def get_config() -> ExperimentConfig[PromptTuning]:
         task=TaskConfig(name="preference"),
         loss=LossConfig.of(Dpo(beta=0.1)),
         method=PromptTuning(length=20),
-        train=TrainConfig(steps=400, batch_size=16, evaluate_every=50),
+        train=TrainConfig(steps=500, batch_size=16, evaluate_every=50),
     )
