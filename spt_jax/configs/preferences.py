@@ -1,6 +1,8 @@
 """Replies that name the right topic, by DPO, with the shipped model and data.
 
 spt-jax train preferences
+
+Win rate on the test pairs: 0.83 to 0.85 with seeds 0, 1 and 2; 0.547 without a prompt (docs/preferences.md).
 """
 
 from pathlib import Path
