@@ -20,12 +20,11 @@ TOPICS = {
     "weather": "weather",
 }
 WORDINGS = (
-    "Let us talk about {}.",
-    "Sure, this is about {}.",
-    "I know something about {}.",
-    "You want to know about {}.",
+    "About {}.",
+    "It is about {}.",
+    "This is about {}.",
 )
-SIZES = {"train": 1200, "validation": 150, "test": 300}
+SIZES = {"train": 1800, "validation": 150, "test": 300}
 
 
 def pairs(requests: list[Mapping[str, str]], seed: int) -> Iterator[dict[str, str]]:

@@ -120,6 +120,13 @@ def test_a_trial_of_a_sweep_is_the_same_run(folder, finished, tmp_path):
     np.testing.assert_allclose(arrays(tmp_path / "sweep" / "trials" / "001"), arrays(finished), rtol=1e-4, atol=1e-5)
 
 
+def exit_code(line: list[str]) -> object:
+    try:
+        return train.main(line)
+    except SystemExit as error:  # of the parser of the command line
+        return error.code
+
+
 @pytest.mark.parametrize(
     ("more", "problem"),
     [
@@ -127,12 +134,9 @@ def test_a_trial_of_a_sweep_is_the_same_run(folder, finished, tmp_path):
         (["--data.prompt", "<soft>{question}"], "record 1 has no field 'question'"),
         (["--data.rejected", "{worse}"], "train.jsonl: record 1 has no field 'worse'"),
         (["--loss.beta", "-1"], "Dpo.beta is -1.0"),
-        (["--data.rejected", "good"], "train.jsonl: record 1: the chosen and the rejected answer are equal"),
+        (["--data.rejected", "good and nice"], "train.jsonl: record 1: the chosen and the rejected answer are equal"),
     ],
 )
 def test_mistakes_end_the_run_before_it_starts(folder, tmp_path, capsys, more, problem):
-    try:
-        assert train.main(words(folder, tmp_path / "run", *more)) in (1, 2)
-    except SystemExit as error:
-        assert error.code == 2
+    assert exit_code(words(folder, tmp_path / "run", *more)) in (1, 2)
     assert problem in capsys.readouterr().err

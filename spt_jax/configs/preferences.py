@@ -1,6 +1,8 @@
 """Replies that name the right topic, by DPO, with the shipped model and data.
 
 spt-jax train preferences
+
+Win rate on the test pairs: 0.83 to 0.85 with seeds 0, 1 and 2; 0.547 without a prompt (docs/preferences.md).
 """
 
 from pathlib import Path
@@ -28,5 +30,5 @@ def get_config() -> ExperimentConfig[PromptTuning]:
         task=TaskConfig(name="preference"),
         loss=LossConfig.of(Dpo(beta=0.1)),
         method=PromptTuning(length=20),
-        train=TrainConfig(steps=400, batch_size=16, evaluate_every=50),
+        train=TrainConfig(steps=500, batch_size=16, evaluate_every=50),
     )
