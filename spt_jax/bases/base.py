@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 from spt_jax.bases.checkpoint import parameter_shapes, read_params
 from spt_jax.bases.config import decoder_config, hf_config
 from spt_jax.bases.ends import declared_ends
-from spt_jax.bases.files import CONFIG_BYTES, config_file, model_directory, read_json
+from spt_jax.bases.files import CONFIG_BYTES, config_file, gguf_source, model_directory, read_json
 from spt_jax.bases.fingerprint import Fingerprint, fingerprint_of
 from spt_jax.bases.gguf import gguf_directory
+from spt_jax.bases.gguf_parts import part_names
 from spt_jax.bases.quantized_files import FileQuantization, file_quantization
 from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.bases.tokenizer import read_tokenizer as tokenizer_of
@@ -326,7 +327,10 @@ def local_directory(path_or_hub_id: str, revision: str | None) -> Path:
     try:
         if path_or_hub_id.endswith(".gguf"):
             name, _, file = path_or_hub_id.rpartition(":")
-            return gguf_directory(Path(huggingface_hub.hf_hub_download(name, file, revision=revision)))
+            folder, _, own = file.rpartition("/")
+            parts = [f"{folder}/{part}" if folder else part for part in part_names(own)]
+            first, *_ = [huggingface_hub.hf_hub_download(name, part, revision=revision) for part in parts]
+            return gguf_directory(Path(first))
         return Path(huggingface_hub.snapshot_download(path_or_hub_id, revision=revision, allow_patterns=list(FILES)))
     except SptError:
         raise
@@ -380,7 +384,8 @@ def _read_tokenizer(directory: Path) -> Tokenizer:
 
 @contextlib.contextmanager
 def _naming(file: Path) -> Iterator[None]:
-    """Puts the file's name before what is wrong in it."""
+    """Puts the file's name before what is wrong in it; of a file that was made of a GGUF file, that one's."""
+    file = gguf_source(file.parent) or file
     try:
         yield
     except ConfigError as error:

@@ -67,14 +67,20 @@ def config_file(directory: Path) -> Path:
     return file
 
 
+def gguf_source(directory: Path) -> Path | None:
+    """Returns the GGUF file that a directory was made of; None for one of Hugging Face's files."""
+    link = directory / GGUF_LINK
+    return link.resolve() if link.is_symlink() else None
+
+
 def checkpoint_files(directory: Path) -> list[Path]:
     """The files of a model directory that hold its tensors: safetensors files, or one GGUF file.
 
     Raises:
       CheckpointError: no safetensors file, a damaged index, or a file named by it that is absent.
     """
-    if (directory / GGUF_LINK).is_symlink():
-        return [(directory / GGUF_LINK).resolve()]
+    if (gguf := gguf_source(directory)) is not None:
+        return [gguf]
     index = directory / INDEX
     if not index.is_file():
         if not (directory / WEIGHTS).is_file():

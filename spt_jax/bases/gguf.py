@@ -4,6 +4,7 @@ import atexit
 import dataclasses
 import functools
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -13,21 +14,24 @@ import numpy as np
 
 from spt_jax.bases.files import GGUF_LINK
 from spt_jax.bases.gguf_architectures import ROPE_TENSORS, Facts, architecture_of
-from spt_jax.bases.gguf_header import read_bytes, read_header, read_tensor
+from spt_jax.bases.gguf_header import read_bytes, read_tensor
+from spt_jax.bases.gguf_parts import read_model
 from spt_jax.bases.gguf_tokenizer import write_tokenizer
 from spt_jax.errors import CheckpointError
 from spt_jax.runtime.extras import load_extra
 
+_PREFIX = "spt_jax-gguf-"
 FLOATS = ("F32", "F16", "BF16")
 
 
 def gguf_directory(file: Path) -> Path:
     """Returns a directory with the file's config and tokenizer in Hugging Face format and a link to the file.
 
-    It is a temporary directory, made once per file and process, and removed at the end of the process.
+    It is a temporary directory, made once per file and process, and removed at the end of the process. Those of
+    processes that were killed are removed as well.
 
     Args:
-      file: the GGUF file.
+      file: the GGUF file, or the first part of a model in several files.
 
     Raises:
       CheckpointError: the file is damaged, or its architecture, tokenizer or a type of its tensors is not supported.
@@ -45,19 +49,37 @@ def gguf_directory(file: Path) -> Path:
 @functools.cache
 def _directory(file: Path, size: int, changed: int) -> Path:
     """`size` and `changed` tell versions of a file apart."""
-    facts = Facts(file, read_header(file))
-    parts = facts.header.metadata.get("split.count", 1)
-    if parts != 1:
-        raise CheckpointError(
-            f"{file}: one of {parts!r:.20} parts of a model; merge them: llama-gguf-split --merge FIRST-PART NEW-FILE"
-        )
+    facts = Facts(file, read_model(file))
     config = architecture_of(facts).config(facts)
-    directory = Path(tempfile.mkdtemp(prefix="spt_jax-gguf-"))
+    _remove_abandoned()
+    directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     config |= write_tokenizer(directory, file, facts.architecture, facts.header.metadata)
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (directory / GGUF_LINK).symlink_to(file)
     return directory
+
+
+def _remove_abandoned() -> None:
+    """Removes directories of this user's processes that have ended."""
+    for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        process = directory.name.removeprefix(_PREFIX).partition("-")[0]
+        try:
+            abandoned = process.isdigit() and directory.lstat().st_uid == os.getuid() and not _runs(int(process))
+        except OSError:  # another process has removed it
+            continue
+        if abandoned:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +104,7 @@ class GgufTensors:
     """Implements `TensorFile`: tensors by the keys of a family's table, with the shapes and values of transformers."""
 
     def __init__(self, file: Path, keys: Sequence[str]) -> None:
-        self._facts = Facts(file, read_header(file))
+        self._facts = Facts(file, read_model(file))
         self._architecture = architecture_of(self._facts)
         stored = [name for name in self._facts.header.tensors if name not in ROPE_TENSORS]
         known = _stored_names(self._facts, keys)
@@ -109,13 +131,13 @@ class GgufTensors:
         """
         stored = self._stored[name]
         tensor = self._facts.header.tensors[stored]
-        rows = read_bytes(self._facts.file, tensor).reshape(tensor.shape[0], -1)
+        rows = read_bytes(tensor).reshape(tensor.shape[0], -1)
         # All that an architecture restores in a matrix is the order of its rows.
         return Blocks(tensor.kind, self._architecture.restored(rows, stored, self._facts))
 
     def read(self, name: str) -> np.ndarray:
         stored = self._stored[name]
-        tensor = read_tensor(self._facts.file, self._facts.header.tensors[stored])
+        tensor = read_tensor(self._facts.header.tensors[stored])
         tensor = self._architecture.restored(tensor, stored, self._facts)
         return tensor.T if self._architecture.exchanges(stored) else tensor
 

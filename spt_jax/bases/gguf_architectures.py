@@ -155,7 +155,7 @@ def _llama3_rope(facts: Facts, theta: float) -> dict[str, Any]:
     The converter stores only the divisors. All released models have the same parameters but for the factor, which is
     the largest divisor.
     """
-    stored = read_tensor(facts.file, facts.header.tensors["rope_freqs.weight"]).astype(np.float64).reshape(-1)
+    stored = read_tensor(facts.header.tensors["rope_freqs.weight"]).astype(np.float64).reshape(-1)
     if not stored.size or not (np.isfinite(stored).all() and (stored > 0).all()):
         raise CheckpointError(f"{facts.file}: rope_freqs.weight must hold positive numbers")
     found = _LLAMA3_ROPE | {"factor": float(stored.max()), "original_max_position_embeddings": _LLAMA3_POSITIONS}
@@ -250,7 +250,7 @@ def _phi3_rope(facts: Facts, head_size: int) -> dict[str, Any]:
         if facts.get("rope.scaling.type", str, "none") != "none":
             raise facts.refuse("RoPE is scaled without the factors of LongRoPE")
         return found | {"rope_type": "default"}
-    factors = {name: read_tensor(facts.file, tensor).reshape(-1) for name, tensor in stored.items()}
+    factors = {name: read_tensor(tensor).reshape(-1) for name, tensor in stored.items()}
     if len(stored) == 1 or any(values.size != rotated // 2 for values in factors.values()):
         raise CheckpointError(
             f"{facts.file}: LongRoPE needs {rotated // 2} numbers in each of {' and '.join(names.values())}"

@@ -47,15 +47,17 @@ _BLOCKS = {
 
 @dataclasses.dataclass(frozen=True)
 class GgufTensor:
-    """Where a tensor lies in the file.
+    """Where a tensor lies.
 
     Attributes:
+      file: the file.
       kind: the name of its type, such as "Q4_K".
       shape: its shape, the innermost axis last.
       start: the offset of its first byte in the file.
       size: its length in bytes.
     """
 
+    file: Path
     kind: str
     shape: tuple[int, ...]
     start: int
@@ -208,7 +210,7 @@ def _tensors(
                 f"tensor {name[:200]!r} of shape {shape} and type {kind} would end at byte {data + offset + length:,}"
                 f" of {size:,}"
             )
-        tensors[name] = GgufTensor(kind, shape, data + offset, length)
+        tensors[name] = GgufTensor(reader.file, kind, shape, data + offset, length)
     end, before = data, "the header"
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
         if tensor.start < end:
@@ -217,22 +219,21 @@ def _tensors(
     return tensors
 
 
-def read_bytes(file: Path, tensor: GgufTensor) -> np.ndarray:
+def read_bytes(tensor: GgufTensor) -> np.ndarray:
     """Returns a tensor as stored."""
-    stored = np.fromfile(file, np.uint8, count=tensor.size, offset=tensor.start)
+    stored = np.fromfile(tensor.file, np.uint8, count=tensor.size, offset=tensor.start)
     if stored.size != tensor.size:
-        raise CheckpointError(f"{file}: the file became shorter while it was read")
+        raise CheckpointError(f"{tensor.file}: the file became shorter while it was read")
     return stored
 
 
-def read_tensor(file: Path, tensor: GgufTensor) -> np.ndarray:
+def read_tensor(tensor: GgufTensor) -> np.ndarray:
     """Returns the values of a tensor: float16 or float32 as stored, float32 for all other types.
 
     Args:
-      file: the GGUF file.
-      tensor: from its header.
+      tensor: from the header of its file.
     """
-    stored = read_bytes(file, tensor)
+    stored = read_bytes(tensor)
     if tensor.kind in ("F32", "F16"):
         return stored.view("<f4" if tensor.kind == "F32" else "<f2").reshape(tensor.shape)
     gguf = load_extra("gguf.quants", "reading GGUF files")
