@@ -1,10 +1,12 @@
 """The tokenizer in a GGUF file's metadata, written in Hugging Face format."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from spt_jax.bases.gguf_header import Value
 from spt_jax.bases.tokenizer import tokenizer_panics
 from spt_jax.errors import CheckpointError
 
@@ -39,49 +41,77 @@ def write_tokenizer(directory: Path, file: Path, architecture: str, metadata: Ma
     Raises:
       CheckpointError: there is no tokenizer, it contradicts itself, or its kind is not supported.
     """
-    import transformers
-    from tokenizers import processors
-
+    conversion = _conversion(file)
     fields = {key.removeprefix(_KEY): value for key, value in metadata.items() if key.startswith(_KEY)}
-    tokens = _checked(file, fields)
+    tokens = _checked(file, fields, conversion.GGUF_PRE_TOKENIZER_SPLITS)
     ids = {key: _id(file, fields, key, len(tokens)) for key in {*_SPECIAL.values(), *_ENDS}}
+    named = {name: tokens[id_] for name, key in _SPECIAL.items() if (id_ := ids[key]) is not None}
+    start = named.get("bos_token") if _flag(file, fields, "add_bos_token", fields["model"] == "llama") else None
+    end = named.get("eos_token") if _flag(file, fields, "add_eos_token", False) else None
+    _flag(file, fields, "add_space_prefix", True)
     try:
         with tokenizer_panics():
-            backend = _without_others(_backend(architecture, fields), len(tokens))
-    except CheckpointError:
+            backend = _without_others(_backend(conversion, architecture, fields), len(tokens))
+            _check_whole(file, backend, tokens, fields.get("token_type"), ids)
+            _add_marks(file, backend, start, end)
+            _save(directory, backend, named, metadata.get("tokenizer.chat_template"))
+    except (CheckpointError, OSError):
         raise
     except Exception as error:  # transformers and tokenizers raise anything for vocabularies that are wrong
         raise CheckpointError(
             f"{file}: the tokenizer cannot be read ({type(error).__name__}: {str(error)[:500]})"
         ) from error
-    added = backend.get_added_tokens_decoder()
-    kinds = fields.get("token_type") or [1] * len(tokens)
-    for id_, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
-        if (kind in _WHOLE and id_ not in added) or (id_ in ids.values() and backend.token_to_id(token) != id_):
-            raise CheckpointError(
-                f"{file}: token {id_}, {token[:100]!r}, is one that texts contain whole, and transformers'"
-                " reader of GGUF vocabularies would split it; use the model's files in Hugging Face format"
-            )
-    named = {name: tokens[id_] for name, key in _SPECIAL.items() if (id_ := ids[key]) is not None}
-    start = named.get("bos_token") if _flag(file, fields, "add_bos_token", fields["model"] == "llama") else None
-    end = named.get("eos_token") if _flag(file, fields, "add_eos_token", False) else None
-    marks = [token for token in (start, end) if token is not None]
-    if marks:
-        single = [token for token in (start, "$A", end) if token is not None]
-        backend.post_processor = processors.TemplateProcessing(
-            single=single, pair=[*single, "$B"], special_tokens=[(token, backend.token_to_id(token)) for token in marks]
-        )
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **named)
-    template = metadata.get("tokenizer.chat_template")
-    if isinstance(template, str):
-        tokenizer.chat_template = template
-    tokenizer.save_pretrained(directory)
     ends = sorted({id_ for key in _ENDS if (id_ := ids[key]) is not None})
     return {"bos_token_id": ids["bos_token_id"], "eos_token_id": ends or None, "pad_token_id": ids["padding_token_id"]}
 
 
-def _checked(file: Path, fields: Mapping[str, Any]) -> list[str]:
-    """Returns the tokens, after checking the fields that the tokenizer is built from."""
+def _check_whole(
+    file: Path, backend: Any, tokens: Sequence[str], kinds: Sequence[int] | None, ids: Mapping[str, int | None]
+) -> None:
+    """Checks that tokens that texts contain whole are not split."""
+    added = backend.get_added_tokens_decoder()
+    for id_, (token, kind) in enumerate(zip(tokens, kinds or [1] * len(tokens), strict=True)):
+        split = kind in _WHOLE and id_ not in added and not _is_run_of_blanks(backend, id_, token)
+        if split or (id_ in ids.values() and backend.token_to_id(token) != id_):
+            raise CheckpointError(
+                f"{file}: token {id_}, {token[:100]!r}, is one that texts contain whole, and transformers'"
+                " reader of GGUF vocabularies would split it; use the model's files in Hugging Face format"
+            )
+
+
+def _add_marks(file: Path, backend: Any, start: str | None, end: str | None) -> None:
+    """Adds the tokens before and after each text."""
+    from tokenizers import processors
+
+    marks = [token for token in (start, end) if token is not None]
+    if not marks:
+        return
+    single = [token for token in (start, "$A", end) if token is not None]
+    ids = [backend.token_to_id(token) for token in marks]
+    backend.post_processor = processors.TemplateProcessing(
+        single=single, pair=[*single, "$B"], special_tokens=list(zip(marks, ids, strict=True))
+    )
+    if backend.encode("").ids != ids:  # such as "$A", which stands for the text
+        raise CheckpointError(f"{file}: {marks!r:.200} cannot be put around texts; give those tokens other names")
+
+
+def _save(directory: Path, backend: Any, named: Mapping[str, str], template: Value | None) -> None:
+    import transformers
+
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **named)
+    if isinstance(template, str):
+        tokenizer.chat_template = template
+    tokenizer.save_pretrained(directory)
+
+
+def _checked(file: Path, fields: Mapping[str, Any], patterns: Mapping[str, str]) -> list[str]:
+    """Returns the tokens, after checking the fields that the tokenizer is built from.
+
+    Args:
+      file: the GGUF file, for messages.
+      fields: the metadata of the tokenizer.
+      patterns: those that transformers knows, by the names of pre-tokenizers.
+    """
     if fields.get("model") not in ("gpt2", "llama"):
         raise CheckpointError(
             f"{file}: the tokenizer {fields.get('model')!r:.60} is not supported; gpt2 (byte-level BPE) and llama"
@@ -106,10 +136,10 @@ def _checked(file: Path, fields: Mapping[str, Any]) -> list[str]:
     if fields["model"] == "llama" and merges is None and fields.get("scores") is None:
         raise CheckpointError(f"{file}: neither {_KEY}merges nor {_KEY}scores")
     pre = fields.get("pre", "default")
-    if fields["model"] == "gpt2" and pre not in (*_OF_GPT2, *_DIGITS_FIRST, *_patterns()):
+    known = {*_OF_GPT2, *_DIGITS_FIRST, *patterns}
+    if fields["model"] == "gpt2" and (not isinstance(pre, str) or pre not in known):
         raise CheckpointError(
-            f"{file}: the pre-tokenizer {pre!r:.60} is not supported; supported are"
-            f" {', '.join(sorted({*_OF_GPT2, *_DIGITS_FIRST, *_patterns()}))}"
+            f"{file}: the pre-tokenizer {pre!r:.60} is not supported; supported are {', '.join(sorted(known))}"
         )
     return tokens
 
@@ -128,9 +158,8 @@ def _flag(file: Path, fields: Mapping[str, Any], key: str, default: bool) -> boo
     return found
 
 
-def _backend(architecture: str, fields: Mapping[str, Any]) -> Any:
+def _backend(conversion: ModuleType, architecture: str, fields: Mapping[str, Any]) -> Any:
     from tokenizers import normalizers, pre_tokenizers
-    from transformers.integrations.gguf import gguf_tokenizer_mapping as conversion
 
     described = {"tokenizer_type": fields["model"], "pre_tokenizer_type": fields.get("pre"), **fields}
     backend, _ = conversion.convert_gguf_tokenizer(architecture, described)
@@ -155,10 +184,20 @@ def _without_others(backend: Any, count: int) -> Any:
     return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
-def _patterns() -> Mapping[str, str]:
-    """The patterns that transformers knows, by the names of pre-tokenizers."""
+def _is_run_of_blanks(backend: Any, id_: int, token: str) -> bool:
+    """Returns whether a token is blanks alone, which merges build: Gemma's files define such tokens."""
+    return not token.strip(" ") and backend.encode(token, add_special_tokens=False).ids == [id_]
+
+
+def _conversion(file: Path) -> ModuleType:
+    """Returns transformers' module that builds tokenizers from the metadata of GGUF files."""
+    import transformers
+
     try:
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+        from transformers.integrations.gguf import gguf_tokenizer_mapping
     except ImportError as error:
-        raise CheckpointError("reading the tokenizer of a GGUF file needs transformers 5.23 or newer") from error
-    return GGUF_PRE_TOKENIZER_SPLITS
+        raise CheckpointError(
+            f"{file}: reading its tokenizer needs transformers 5.23 or newer, and {transformers.__version__} is"
+            " installed: pip install -U 'transformers>=5.23'"
+        ) from error
+    return gguf_tokenizer_mapping
