@@ -55,6 +55,12 @@ def _directory(file: Path, size: int, changed: int) -> Path:
     directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     config |= write_tokenizer(directory, file, facts.architecture, facts.header.metadata)
+    tokens = facts.header.metadata["tokenizer.ggml.tokens"]
+    if isinstance(tokens, list) and len(tokens) > config["vocab_size"]:
+        raise CheckpointError(
+            f"{file}: {len(tokens)} tokens, but token_embd.weight has {config['vocab_size']} rows;"
+            " convert the model again"
+        )
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (directory / GGUF_LINK).symlink_to(file)
     return directory

@@ -459,7 +459,7 @@ def test_wrong_metadata_is_read_or_refused_by_name(architecture, tmp_path, monke
     _, file = write_gguf(tmp_path, architecture)
     header, wrong, start = read_header(file), {}, time.monotonic()
     monkeypatch.setattr("spt_jax.bases.gguf.read_model", lambda _: dataclasses.replace(header, metadata=wrong))
-    monkeypatch.setattr("tempfile.mkdtemp", lambda prefix: str(tmp_path / prefix))
+    monkeypatch.setattr("tempfile.mkdtemp", lambda prefix: str(tmp_path / "spt_jax-gguf-"))
     if architecture != "llama":
         monkeypatch.setattr("spt_jax.bases.gguf.write_tokenizer", lambda *_: {})
     refused = 0

@@ -12,8 +12,10 @@ import tokenizers
 import transformers
 from tokenizers import models, normalizers, trainers
 
+from spt_jax.bases.gguf import gguf_directory
 from spt_jax.bases.gguf_tokenizer import write_tokenizer
 from spt_jax.errors import CheckpointError
+from tests.bases import gguf_files
 
 TEXT = "the cat sat on the mat\nthen the other cat sat  and   that was the end\n\nthe mat and the hat, the rat"
 CONTROL, DEFINED, BYTE, NORMAL = 3, 4, 6, 1
@@ -184,3 +186,11 @@ def test_any_fields_are_read_or_refused_by_name(tmp_path):
 
     check()
     assert 20 < sum(read) < len(read) - 50
+
+
+def test_more_tokens_than_embeddings_are_refused(tmp_path, monkeypatch):
+    right = gguf_files.write_vocabulary
+    monkeypatch.setattr(gguf_files, "write_vocabulary", lambda writer, size: right(writer, size + 5))
+    _, file = gguf_files.write_gguf(tmp_path)
+    with pytest.raises(CheckpointError, match=r"model.gguf: 325 tokens, but token_embd.weight has 320 rows"):
+        gguf_directory(file)
