@@ -1,4 +1,4 @@
-"""Replies that name the right topic, by DPO, with the shipped model and data.
+"""Replies that name the right topic, by DPO.
 
 spt-jax train preferences
 
