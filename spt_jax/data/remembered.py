@@ -89,6 +89,25 @@ def remembered_text(base: FrozenBase, text: str, *, control_tokens: bool = False
     return Remembered(ids, template(rest))
 
 
+def text_ids(base: FrozenBase, text: str) -> Int[np.ndarray, " P"]:
+    """Returns all ids of a text that opens a sequence, with BOS if the tokenizer adds one.
+
+    Unlike `remembered_text`, it keeps the ids at the end that would merge with what follows.
+
+    Args:
+      base: the frozen base.
+      text: the text, all of which is plain text.
+
+    Raises:
+      DataError: the text is empty, or leaves no position of the base for anything else.
+    """
+    _check_text(base, text)
+    pieces = PieceEncoder(base.tokenizer, base.layout.vocab_size, 0, adds_bos=True)
+    ids = pieces.aligned([Plain(text)], {}, opens=True)[0]
+    _check_length(base, ids)
+    return np.asarray(ids, np.int32)
+
+
 def remembered_system(base: FrozenBase, text: str) -> Remembered:
     """Returns the ids of a chat up to the end of its system turn, and the template of the chats that follow.
 
