@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import Rows
 from spt_jax.data.examples import Example
-from spt_jax.data.remembered import text_ids
+from spt_jax.data.remembered import system_ids, text_ids
 from spt_jax.data.sources import read_text
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation.after_text import TopTokens, top_tokens
@@ -41,6 +41,10 @@ class Distillation(Objective):
       text: the file of the text, UTF-8, or its URL.
       top_k: k, at most the size of the vocabulary.
       temperature: T; positive.
+      chat_system: whether the text is the system turn of chats, rather than plain text before everything else.
+      answer_tokens: if positive, records without a target get one: what the base generates after the text, of at most
+        this many tokens. 0 needs a target in every record.
+      answer_temperature: the temperature of these answers; 0 takes the most probable tokens.
 
     Raises:
       ConfigError: a field is out of its range.
@@ -49,6 +53,9 @@ class Distillation(Objective):
     text: str
     top_k: int = 32
     temperature: float = 1.0
+    chat_system: bool = False
+    answer_tokens: int = 0
+    answer_temperature: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.text:
@@ -57,6 +64,10 @@ class Distillation(Objective):
             raise ConfigError(f"loss.top_k is {self.top_k}; it must be at least 1")
         if not 0 < self.temperature < math.inf:
             raise ConfigError(f"loss.temperature is {self.temperature}; it must be positive and finite")
+        if self.answer_tokens < 0:
+            raise ConfigError(f"loss.answer_tokens is {self.answer_tokens}; it must be at least 0")
+        if not 0 <= self.answer_temperature < math.inf:
+            raise ConfigError(f"loss.answer_temperature is {self.answer_temperature}; it must be at least 0 and finite")
 
     def text_ids(self, base: FrozenBase) -> Int[np.ndarray, " P"]:
         """Returns the ids of the text.
@@ -65,7 +76,8 @@ class Distillation(Objective):
           base: the frozen base.
 
         Raises:
-          ConfigError: the vocabulary has fewer than `top_k` tokens.
+          ConfigError: the vocabulary has fewer than `top_k` tokens, or the base's chat template does not begin a chat
+            with its system turn.
           DataError: the file cannot be read, or the text is empty or longer than the context.
         """
         if self.top_k > base.layout.vocab_size:
@@ -73,7 +85,8 @@ class Distillation(Objective):
                 f"loss.top_k is {self.top_k:,}, and the vocabulary of {base.name} has {base.layout.vocab_size:,} tokens"
             )
         try:
-            return text_ids(base, read_text(self.text))
+            text = read_text(self.text)
+            return system_ids(base, text) if self.chat_system else text_ids(base, text)
         except DataError as error:
             raise DataError(f"loss.text={self.text}: {error}") from error
 
