@@ -154,9 +154,8 @@ def validation_line(step: int, metrics: Sequence[Mapping[str, Any]], best: Mappi
     values = sorted(own[name] for own in metrics)
     if len(metrics) == 1:
         loss = f", loss {metrics[0]['loss']:.3f}" if name != "loss" else ""
-        further = (
-            own for own in ("win_rate", "reward_margin", "kl_to_base", "agreement", "kl_to_text") if own in metrics[0]
-        )
+        known = ("win_rate", "reward_margin", "kl_to_base", "agreement", "kl_to_text")
+        further = (own for own in known if own in metrics[0])
         more = "".join(f", {own.replace('_', ' ')} {metrics[0][own]:.3f}" for own in further)
         result = f"validation {name} {values[0]:.3f}{loss}{more}"
     else:

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +136,6 @@ def _of_targets(values: Array, rows: Rows) -> Array:
     groups = rows.target_groups
     first = jnp.argmax(groups[:, :, None] == groups[:, None, :], axis=-1)
     count = values.shape[2]
-    own = jnp.minimum(jnp.arange(groups.shape[1]) - first, count - 1)
+    own = jnp.minimum(jnp.arange(groups.shape[1])[None] - first, count - 1)
     flat = values.reshape(values.shape[0], -1, values.shape[-1])
     return jnp.take_along_axis(flat, (groups * count + own)[:, :, None], axis=1)
