@@ -1,4 +1,4 @@
-"""A block of solved examples, distilled into 16 virtual tokens, with the shipped model and data.
+"""A text of solved examples, distilled into 16 virtual tokens, with the shipped model and data.
 
 spt-jax train distillation
 """
@@ -15,14 +15,14 @@ TEXT = Path(spt_jax.__file__).parent / "assets" / "distillation" / "examples.txt
 
 
 def get_config() -> ExperimentConfig[PromptTuning]:
-    """The virtual tokens learn to stand for the examples: the base after them is the teacher."""
+    """The virtual tokens learn to stand for the text: the base after the text is the teacher."""
     return ExperimentConfig(
         base=BaseConfig(path="starter"),
         data=DataConfig(
             train=str(REQUESTS / "train.jsonl"),
             validation=str(REQUESTS / "validation.jsonl"),
             test=str(REQUESTS / "test.jsonl"),
-            prompt="<soft>{text}:",
+            prompt="<soft>{text}\nThis is about",
             target=" {label}",
             verbalizers=TOPICS,
         ),
