@@ -247,8 +247,8 @@ def _compared(
         same = jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)
         return same.astype(jnp.float32), jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
-    sides = (target_states(model, own, *of) for own, *of in zip((virtual, None), prefixes, rows, strict=True))
-    values = jax.lax.map(of_target, tuple(sides))
+    student = target_states(model, virtual, prefixes[0], rows[0])
+    values = jax.lax.map(of_target, (student, target_states(model, None, prefixes[1], rows[1])))
     real = rows[0].target_weights > 0
     same, divergence = (jnp.sum(jnp.where(real, value.T, 0.0), axis=-1) for value in values)
     return same, divergence

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import typing
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -98,19 +99,31 @@ class Distillation(Objective):
 
     def scored_ids(self, rows: Rows) -> Int[Array, "B M K"]:
         """Returns the teacher's most probable tokens at each target."""
-        return _of_targets(rows.extra["ids"], rows)
+        return _of_targets(_prepared(rows)["ids"], rows)
 
     def loss(self, scores: TargetScores, rows: Rows) -> Loss:
         """Returns the weighted sum of the divergences, and the sum of the weights of the target tokens."""
-        teacher = _of_targets(rows.extra["log_probabilities"], rows)
+        prepared = _prepared(rows)
+        teacher = _of_targets(prepared["log_probabilities"], rows)
         student = scores.log_probabilities
-        if "log_rest" in rows.extra:
-            teacher = jnp.concatenate([teacher, _of_targets(rows.extra["log_rest"][..., None], rows)], axis=-1)
+        if "log_rest" in prepared:
+            teacher = jnp.concatenate([teacher, _of_targets(prepared["log_rest"][..., None], rows)], axis=-1)
             listed = jnp.minimum(jax.nn.logsumexp(student, axis=-1, keepdims=True), -_LEAST_REST)
             student = jnp.concatenate([student, jnp.log(-jnp.expm1(listed))], axis=-1)
         values = self.temperature**2 * _divergence(teacher / self.temperature, student / self.temperature)
         weights = rows.target_weights
         return jnp.sum(jnp.where(weights > 0, weights * values, 0.0)), jnp.sum(weights)
+
+
+def _prepared(rows: Rows) -> Mapping[str, Array]:
+    """Returns what `Distillation.prepare` returned, in the arrays of the rows.
+
+    Raises:
+      ConfigError: the examples of the rows were not prepared.
+    """
+    if rows.extra is None:
+        raise ConfigError("Distillation needs the teacher's tokens; call prepare_examples before packing")
+    return typing.cast(Mapping[str, Array], rows.extra)
 
 
 def _divergence(teacher: Float[Array, "B M O"], student: Float[Array, "B M O"]) -> Float[Array, "B M"]:
