@@ -25,7 +25,7 @@ from tests.jobs import ROOT, arrays, history
 
 TEXT = "the good and the nice, the bad and the sad: good\n"
 LAST = 12
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation")
 RECORDS = [
     {"question": f"{word} {number}", "answer": "good and nice" if number % 2 else "bad"}
     for number, word in enumerate(["the", "a", "was", "is"] * 8)
@@ -63,7 +63,7 @@ def finished(folder, tmp_path_factory) -> Path:
 
 def test_results_compare_the_prompt_the_base_and_the_text(folder, finished):
     results = json.loads((finished / "results.json").read_text())
-    soft, bare, text = (results["test"][name] for name in ("soft_prompt", "no_prompt", "with_text"))
+    soft, bare, text = (results["validation"][name] for name in ("soft_prompt", "no_prompt", "with_text"))
     assert 0 < soft["kl_to_text"] < bare["kl_to_text"] and 0 <= bare["agreement"] <= soft["agreement"] <= 1
     assert "kl_to_text" not in text and text["examples"] == soft["examples"] == 8
     base = spt_jax.load_base(str(folder / "model"), dtype="float32")
