@@ -48,6 +48,7 @@ from spt_jax.training.halving import Halving, fit_population
 from spt_jax.training.loop import Standing
 from spt_jax.training.objectives import (
     CrossEntropy,
+    Distillation,
     Dpo,
     Ipo,
     Objective,
@@ -72,6 +73,7 @@ __all__ = [
     "DataError",
     "DecomposedPromptTuning",
     "DeepPrompts",
+    "Distillation",
     "Dpo",
     "Encoder",
     "Engine",

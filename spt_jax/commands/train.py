@@ -23,6 +23,7 @@ from spt_jax.evaluation.inspection import NEAREST, nearest_words
 from spt_jax.evaluation.predictions import Prediction, compared, predictions_jsonl, with_fields
 from spt_jax.experiment.command_line import Command, config_json, first_command, parse_train
 from spt_jax.experiment.config import resolve
+from spt_jax.experiment.distillation import savings
 from spt_jax.experiment.run import Experiment, compare, evaluation_sets, input_digests, load_experiment
 from spt_jax.experiment.shipped import config_path
 from spt_jax.experiment.training import Prepared, claimed, prepare, tune
@@ -161,6 +162,10 @@ def finish(
     if answered:
         fields = experiment.template.prompt_fields
         answered = {name: with_fields(own, experiment.test or (), fields) for name, own in answered.items()}
+    saved = None
+    if experiment.text_ids is not None:
+        method = experiment.config.method
+        saved = savings(experiment.base.layout, experiment.text_ids, method.token_count + method.prefix_length)
     write_text(workdir / "predictions.jsonl", predictions_jsonl(answered))
     if can_draw():
         references = reference_lines(scores.get("validation", {}))
@@ -171,6 +176,7 @@ def finish(
         {
             **scores,
             **details(answered, list(experiment.template.verbalizers)),
+            **({} if saved is None else {"distillation": saved}),
             "steps": outcome.steps,
             "best_step": outcome.best.step,
             "trainable_parameters": experiment.config.method.trainable_count(outcome.best.params),
@@ -191,6 +197,11 @@ def finish(
     )
     write_report(workdir)
     print(comparison_table(scores))
+    if saved is not None:
+        print(
+            f"the text has {saved['text_tokens']:,} tokens, whose keys and values take {saved['text_bytes']:,} bytes in"
+            f" float32; the soft prompt has {saved['prompt_tokens']:,}, which take {saved['prompt_bytes']:,}"
+        )
     files = ["report.html", "results.json", *(["curves.png"] if can_draw() else []), "metrics.jsonl"]
     where = shown(workdir)
     print(f"{where}/prompt: the soft prompt, {prompt_bytes:,} bytes. {where}: {', '.join(files)}")

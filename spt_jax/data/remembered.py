@@ -89,6 +89,53 @@ def remembered_text(base: FrozenBase, text: str, *, control_tokens: bool = False
     return Remembered(ids, template(rest))
 
 
+def text_ids(base: FrozenBase, text: str) -> Int[np.ndarray, " P"]:
+    """Returns all ids of a text that opens a sequence, with BOS if the tokenizer adds one.
+
+    Unlike `remembered_text`, it keeps the ids at the end that would merge with what follows.
+
+    Args:
+      base: the frozen base.
+      text: the text, all of which is plain text.
+
+    Raises:
+      DataError: the text is empty, or leaves no position of the base for anything else.
+    """
+    _check_text(base, text)
+    pieces = PieceEncoder(base.tokenizer, base.layout.vocab_size, 0, adds_bos=True)
+    ids = pieces.aligned([Plain(text)], {}, opens=True)[0]
+    _check_length(base, ids)
+    return np.asarray(ids, np.int32)
+
+
+def system_ids(base: FrozenBase, text: str) -> Int[np.ndarray, " P"]:
+    """Returns the ids that a text as system turn adds at the beginning of every chat, with BOS if chats have one.
+
+    Args:
+      base: the frozen base.
+      text: the text of the system turn.
+
+    Raises:
+      ConfigError: the base has no chat template, or a chat with the system turn does not end in the chat without it.
+      DataError: the text is empty, or leaves no position of the base for anything else.
+    """
+    _check_text(base, text)
+    encoder, bos = encoder_for(base, Template(prompt=f"{{{MESSAGES}}}")), base.tokenizer.bos_token_id
+    system = {"role": "system", "content": text}
+    found = []
+    for chat in _CHATS:
+        whole, alone = (encoder.prompt_ids({MESSAGES: turns}).tolist() for turns in ([system, *chat], chat))
+        rest = alone[1:] if alone[0] == bos == whole[0] else alone
+        _check_length(base, whole)
+        if whole[-len(rest) :] != rest or (found and whole[: -len(rest)] != found):
+            raise ConfigError(
+                "the chat template does not write a system turn and then the same chat as without it, so the text"
+                " cannot take the place of a soft prompt there; leave out chat_system"
+            )
+        found = whole[: -len(rest)]
+    return np.asarray(found, np.int32)
+
+
 def remembered_system(base: FrozenBase, text: str) -> Remembered:
     """Returns the ids of a chat up to the end of its system turn, and the template of the chats that follow.
 

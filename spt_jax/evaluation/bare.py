@@ -9,10 +9,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.data.batches import Batch, BatchPlan, multiples, pack, place_batch, plan_batches, shared_length
+from spt_jax.data.batches import Batch, BatchPlan, Rows, multiples, pack, place_batch, plan_batches, shared_length
 from spt_jax.data.examples import Example
 from spt_jax.errors import DataError
 from spt_jax.inference.forward import encode_prefix, output_states
+from spt_jax.models.attention import Prefix
 from spt_jax.models.model import Model
 from spt_jax.prompts import VirtualPrompt
 from spt_jax.runtime.sharding import to_host
@@ -93,18 +94,38 @@ def divergence(
     for start in range(0, len(ordered), batch_size):
         some = ordered[start : start + batch_size]
         soft, other = pack(some, plan), pack([bare[example.index] for example in some], bare_shapes)
-        other = _in_order_of(soft, other)
+        other = in_order_of(soft, other)
         pending.append(_batch_divergence(base.model, virtual, *(place_batch(b, base.mesh) for b in (soft, other))))
     total = sum(float(np.sum(to_host(part), dtype=np.float64)) for part in pending)
     return total / sum(len(example.choices[0]) for example in chosen)
 
 
-def _in_order_of(soft: Batch, bare: Batch) -> Batch:
-    """Returns the bare batch, whose rows are one example each, with its rows in the order of those of the other."""
-    places = {int(number): row for row, number in enumerate(bare.rows.examples[:, 0]) if number >= 0}
-    spare = iter([row for row, number in enumerate(bare.rows.examples[:, 0]) if number < 0])
-    order = np.asarray([places[int(n)] if n >= 0 else next(spare) for n in np.asarray(soft.rows.examples[:, 0])])
-    return dataclasses.replace(bare, rows=jax.tree.map(lambda array: array[order], bare.rows))
+def in_order_of(one: Batch, other: Batch) -> Batch:
+    """Returns the other batch, whose rows are one example each, with its rows in the order of those of the first.
+
+    Args:
+      one: a batch on the host whose rows are one example each.
+      other: a batch of the same examples.
+    """
+    places = {int(number): row for row, number in enumerate(other.rows.examples[:, 0]) if number >= 0}
+    spare = iter([row for row, number in enumerate(other.rows.examples[:, 0]) if number < 0])
+    order = np.asarray([places[int(n)] if n >= 0 else next(spare) for n in np.asarray(one.rows.examples[:, 0])])
+    return dataclasses.replace(other, rows=jax.tree.map(lambda array: array[order], other.rows))
+
+
+def target_states(
+    model: Model, virtual: VirtualPrompt | None, prefix: Prefix | None, rows: Rows
+) -> Float[Array, "M B D"]:
+    """Returns the hidden states that predict the targets, with the targets of a row first.
+
+    Args:
+      model: the base.
+      virtual: the soft prompt; None for none.
+      prefix: the memory before the rows, from `encode_prefix`.
+      rows: the rows.
+    """
+    outputs = output_states(model, virtual, prefix, rows)
+    return jnp.swapaxes(jnp.take_along_axis(outputs, rows.target_outputs[:, :, None], axis=1), 0, 1)
 
 
 @jax.jit
@@ -113,9 +134,7 @@ def _batch_divergence(model: Model, virtual: VirtualPrompt, soft: Batch, bare: B
 
     def states(virtual: VirtualPrompt | None, batch: Batch) -> Float[Array, "M B D"]:
         prefix = encode_prefix(model, virtual, batch.lead_ids, batch.lead_length)
-        outputs = output_states(model, virtual, prefix, batch.rows)
-        at_targets = jnp.take_along_axis(outputs, batch.rows.target_outputs[:, :, None], axis=1)
-        return jnp.swapaxes(at_targets, 0, 1)
+        return target_states(model, virtual, prefix, batch.rows)
 
     def of_target(own: tuple[Float[Array, "B D"], Float[Array, "B D"]]) -> Float[Array, " B"]:
         log_p, log_q = (jax.nn.log_softmax(model.logits(hidden), axis=-1) for hidden in own)

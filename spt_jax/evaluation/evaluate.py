@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import Batch, BatchPlan, Rows, multiples, place_batch, plan_batches
@@ -22,6 +22,7 @@ from spt_jax.data.streams import evaluation_batches
 from spt_jax.data.task import Evaluation, PairCriterion, task_of
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation import metrics
+from spt_jax.evaluation.after_text import agreement_with_text, examples_after_text, ids_after_text, plan_after_text
 from spt_jax.evaluation.bare import bare_examples, bare_plan, divergence
 from spt_jax.inference.forward import encode_prefix, group_scores, target_scores
 from spt_jax.inference.generation import SamplingConfig, generate
@@ -65,6 +66,7 @@ class EvaluationSet:
       prompts: the ids to generate answers from, for the first records of a task with free-text answers.
       reference: for pairs, the log-probabilities of both answers under the bare base; None if they are not known.
       criterion: for pairs, the rewards and losses of the objective; None for those of `reference`.
+      text: the ids of a text, whose predictions those of the set are compared with; None for none.
     """
 
     encoder: Encoder
@@ -75,6 +77,7 @@ class EvaluationSet:
     prompts: Sequence[np.ndarray] = ()
     reference: Float[np.ndarray, "N 2"] | None = None
     criterion: PairCriterion | None = None
+    text: Int[np.ndarray, " P"] | None = None
 
     @property
     def max_new_tokens(self) -> int:
@@ -92,6 +95,7 @@ def make_evaluation_set(
     taken: int = 0,
     reference: bool = True,
     criterion: PairCriterion | None = None,
+    text: Int[np.ndarray, " P"] | None = None,
 ) -> EvaluationSet:
     """Encodes records and the prompts to generate their answers from, and plans batches.
 
@@ -105,6 +109,7 @@ def make_evaluation_set(
       reference: for pairs, whether a soft prompt will be compared with the bare base, whose scores are computed here.
       criterion: for pairs, the objective whose rewards and losses are reported; None for the log-probabilities relative
         to the bare base.
+      text: the ids of a text, whose predictions those of the set will be compared with; None for none.
 
     Returns:
       The encoded records in batches of equal shapes.
@@ -127,7 +132,26 @@ def make_evaluation_set(
     unused = base.layout.max_positions - taken - encoder.max_length
     prompts = [_prompt(encoder, *pair, room=config.max_new_tokens - unused) for pair in answered]
     known = reference_scores(base, examples, config.batch_size, packing=packing) if task.pairs and reference else None
-    return EvaluationSet(encoder, records, examples, plan, config, prompts, known, criterion if task.pairs else None)
+    return EvaluationSet(
+        encoder, records, examples, plan, config, prompts, known, criterion if task.pairs else None, text
+    )
+
+
+def set_after_text(base: FrozenBase, data: EvaluationSet) -> EvaluationSet:
+    """Returns the set with its text before each record, and without virtual tokens, for the base without a prompt.
+
+    Args:
+      base: the frozen base.
+      data: a set with a text.
+
+    Raises:
+      DataError: the text and a record are longer than the context of the base.
+    """
+    assert data.text is not None
+    examples = examples_after_text(base, data.text, data.examples)
+    plan = plan_after_text(base, examples, data.config.batch_size, packing=data.plan.examples > 1)
+    prompts = [ids_after_text(base, data.text, ids) for ids in data.prompts]
+    return dataclasses.replace(data, examples=examples, plan=plan, prompts=prompts, text=None)
 
 
 def _prompt(encoder: Encoder, record: Mapping[str, Any], example: Example, room: int) -> np.ndarray:
@@ -248,6 +272,8 @@ def evaluate(
       Pairs of answers: the share whose chosen answer has the higher log-probability and the higher reward, the mean
         difference of the rewards and, for a soft prompt, the log-ratio and the KL divergence to the bare base per token
         of the chosen answers (`spt_jax.tasks.Preference.evaluate`, `spt_jax.evaluation.bare.divergence`).
+      With a text, also the agreement with the base after it and the KL divergence from it, per target token of the
+        correct answers (`spt_jax.evaluation.after_text.Agreement`).
       Text: loss per token and perplexity over the targets and, if `generated`, exact match, token F1, BLEU and ROUGE of
         greedily generated answers. BLEU and ROUGE are left out without the extra `metrics`.
 
@@ -275,6 +301,11 @@ def evaluate(
         lead = data.encoder.leads(data.examples)
         distance = divergence(base, data.examples, lead, virtual, data.config.batch_size)
         result = dataclasses.replace(result, metrics={**result.metrics, "kl_to_base": distance})
+    if data.text is not None:
+        lead, size = data.encoder.leads(data.examples), data.config.batch_size
+        found = agreement_with_text(base, data.text, data.examples, lead, virtual, size)
+        more = {"agreement": found.agreement, "kl_to_text": found.divergence}
+        result = dataclasses.replace(result, metrics={**result.metrics, **more})
     generated = generated and task.generates and not task.pairs
     return _by_task(data, _with_answers(base, data, virtual, result) if generated else result)
 
@@ -306,10 +337,12 @@ def _by_task(data: EvaluationSet, result: Evaluation) -> Evaluation:
 def selection_score(result: Mapping[str, Any]) -> float:
     """Returns the score that validation maximizes: accuracy, with ties broken by lower loss; otherwise minus the loss.
 
-    A loss that is not finite scores -inf.
+    With a text to agree with, it is minus the KL divergence from it. A loss that is not finite scores -inf.
     """
     if not math.isfinite(result["loss"]):
         return -math.inf
+    if "kl_to_text" in result:
+        return -result["kl_to_text"]
     if "accuracy" not in result:
         return -result["loss"]
     tie_break = 1 / (1 + result["loss"]) / (2 * result["examples"])  # less than half an example

@@ -2,12 +2,16 @@
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
 
 from spt_jax.bases.base import FrozenBase, load_base, read_tokenizer
 from spt_jax.data.batches import BatchPlan, multiples, plan_batches
@@ -18,8 +22,16 @@ from spt_jax.data.task import PairCriterion, task_of
 from spt_jax.data.templates import Template
 from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError, DataError
-from spt_jax.evaluation.evaluate import Evaluation, EvaluationSet, evaluate, make_evaluation_set, selection_score
+from spt_jax.evaluation.evaluate import (
+    Evaluation,
+    EvaluationSet,
+    evaluate,
+    make_evaluation_set,
+    selection_score,
+    set_after_text,
+)
 from spt_jax.experiment.config import ExperimentConfig, make_template, resolve
+from spt_jax.experiment.distillation import check_answers, with_answers
 from spt_jax.models.stacks import Remat
 from spt_jax.prompts import Method, PromptParams, VirtualPrompt
 from spt_jax.prompts.method import check_method
@@ -27,8 +39,9 @@ from spt_jax.prompts.storage import save_prompt
 from spt_jax.runtime import measure, processes
 from spt_jax.runtime.progress import Progress
 from spt_jax.runtime.sharding import make_mesh, row_shards
+from spt_jax.runtime.waits import spoken
 from spt_jax.training.cost import StepMemory, choose_remat, plan_shape, step_memory
-from spt_jax.training.objectives import Objective
+from spt_jax.training.objectives import Distillation, Objective
 from spt_jax.training.optimizers import resolve_optimizer
 
 Records = Sequence[Mapping[str, Any]]
@@ -76,6 +89,31 @@ class Experiment:
         taken, max_length = self.config.method.prefix_length, self.config.data.max_length
         return encoder_for(self.base, template, taken=taken, max_length=max_length)
 
+    @functools.cached_property
+    def text_ids(self) -> Int[np.ndarray, " P"] | None:
+        """The ids of the text that the prompt learns by distillation; None for another objective."""
+        objective = distillation_of(self.config)
+        return None if objective is None else objective.text_ids(self.base)
+
+    def with_answers(self) -> "Experiment":
+        """Returns the experiment with answers of the base after the text for records without a target."""
+        objective, text, data = distillation_of(self.config), self.text_ids, self.config.data
+        assert objective is not None and text is not None
+        encoder, size = self.encoder(self.template), self.config.evaluation.batch_size
+
+        def answered(records: Records | None, source: str | None) -> Records | None:
+            if records is None:
+                return None
+            with _located(source), spoken(f"generating answers to {source}"):
+                return with_answers(self.base, encoder, objective, text, records, size)
+
+        return dataclasses.replace(
+            self,
+            train=answered(self.train, data.train) or (),
+            validation=answered(self.validation, data.validation),
+            test=answered(self.test, data.test),
+        )
+
     def evaluation_set(self, records: Records, template: Template) -> EvaluationSet:
         """Returns the records encoded with a template."""
         data, objective = self.config.data, self.config.loss.objective(2)
@@ -89,6 +127,7 @@ class Experiment:
                 taken=self.config.method.prefix_length,
                 reference=template == self.template,
                 criterion=objective if isinstance(objective, PairCriterion) else None,
+                text=self.text_ids if template in (self.template, self.template.bare()) else None,
             )
 
     def training_set(self) -> tuple[list[Example], BatchPlan]:
@@ -208,6 +247,12 @@ class Experiment:
         return self.config.loss.objective(plan.choices)
 
 
+def distillation_of(config: ExperimentConfig[Any]) -> Distillation | None:
+    """Returns the objective if it is a distillation."""
+    objective = config.loss.objective(2)
+    return objective if isinstance(objective, Distillation) else None
+
+
 def load_experiment(
     config: ExperimentConfig[Any], base: FrozenBase | None = None, records: Mapping[str, Records] | None = None
 ) -> Experiment:
@@ -234,7 +279,12 @@ def load_experiment(
         ]
         raise ConfigError(f"{', '.join('--' + name for name in missing)} must be given")
     template = make_template(config)
-    fields = (*task_of(template).required_fields(template), *([] if data.task is None else [data.task]))
+    distillation = distillation_of(config)
+    fields = task_of(template).required_fields(template)
+    if distillation is not None and distillation.answer_tokens:
+        check_answers(template)
+        fields = template.prompt_fields
+    fields = (*fields, *([] if data.task is None else [data.task]))
     for hard_prompt in data.hard_prompt:
         template.bare(hard_prompt)
 
@@ -272,7 +322,8 @@ def load_experiment(
         raise ConfigError(f"{taken} virtual tokens leave no room in {data.max_length or positions} positions")
     optimizer = resolve_optimizer(config.optimizer, base.family, config.method.recipe)
     config = dataclasses.replace(config, optimizer=optimizer)
-    return Experiment(config, base, template, train, validation, test)
+    experiment = Experiment(config, base, template, train, validation, test)
+    return experiment.with_answers() if distillation is not None and distillation.answer_tokens else experiment
 
 
 def _with_names(config: ExperimentConfig[Any], train: Records) -> ExperimentConfig[Any]:
@@ -298,11 +349,13 @@ class EvaluationSets:
       soft: for the soft prompt.
       hard: for each hand-written prompt, by its text.
       bare: without a prompt; None if the base cannot do the task.
+      text: after the text of a distillation; None for another objective.
     """
 
     soft: EvaluationSet
     hard: Mapping[str, EvaluationSet]
     bare: EvaluationSet | None
+    text: EvaluationSet | None = None
 
 
 def input_digests(
@@ -324,6 +377,10 @@ def input_digests(
         for split, examples in by_split.items():
             known[id(examples)] = known.get(id(examples)) or digest(examples)
             data.setdefault(getattr(experiment.config.data, split), set()).add(known[id(examples)])
+        if experiment.text_ids is not None:
+            objective = distillation_of(experiment.config)
+            assert objective is not None
+            data.setdefault(objective.text, set()).add(hashlib.sha256(experiment.text_ids.tobytes()).hexdigest())
         bases[experiment.config.base.path] = experiment.base.fingerprint.as_json()
     return {"data": {source: sorted(digests) for source, digests in data.items()}, "base": bases}
 
@@ -332,28 +389,30 @@ def evaluation_sets(experiment: Experiment) -> dict[str, EvaluationSets]:
     """Encodes the data for `compare`. Called before training, so that invalid records are found before it starts."""
     template = experiment.template
     splits = {"validation": experiment.validation, "test": experiment.test}
-    return {
-        split: EvaluationSets(
-            soft=experiment.evaluation_set(records, template),
+
+    def encoded(records: Records) -> EvaluationSets:
+        soft = experiment.evaluation_set(records, template)
+        return EvaluationSets(
+            soft=soft,
             hard={text: experiment.evaluation_set(records, template.bare(text)) for text in experiment.hard_prompts},
             bare=experiment.evaluation_set(records, template.bare()) if task_of(template).bare else None,
+            text=None if soft.text is None else set_after_text(experiment.base, soft),
         )
-        for split, records in splits.items()
-        if records is not None
-    }
+
+    return {split: encoded(records) for split, records in splits.items() if records is not None}
 
 
 def compare(
     base: FrozenBase, sets: Mapping[str, EvaluationSets], virtual: VirtualPrompt
 ) -> dict[str, dict[str, Evaluation | None]]:
-    """Evaluates the soft prompt, the best hand-written prompt and no prompt on the same records.
+    """Evaluates the soft prompt, the best hand-written prompt and no prompt on the same records, and a text if any.
 
     The best hand-written prompt is the one with the best validation score, or the first one without validation data;
     its metrics include its text. Answers are generated only for the test split.
     """
 
     def ask(data: EvaluationSet, virtual: VirtualPrompt | None, split: str, **more: str) -> Evaluation:
-        name = "soft prompt" if virtual is not None else "hand-written prompt" if more else "no prompt"
+        name = "soft prompt" if virtual is not None else "hand-written prompt" if more else "no soft prompt"
         progress.begin(f"{name} on {split} data")
         result = evaluate(base, data, virtual, generated=split == "test")
         progress.advance()
@@ -361,7 +420,7 @@ def compare(
 
     # All hand-written prompts are evaluated on the first split, and then only the chosen one.
     written = [len(own.hard) if number == 0 else min(len(own.hard), 1) for number, own in enumerate(sets.values())]
-    parts = sum(written) + sum(1 + (own.bare is not None) for own in sets.values())
+    parts = sum(written) + sum(1 + (own.bare is not None) + (own.text is not None) for own in sets.values())
     chosen: str | None = None
     results: dict[str, dict[str, Evaluation | None]] = {}
     with Progress("comparing", parts) as progress:
@@ -376,4 +435,6 @@ def compare(
                 "hard_prompt": None if chosen is None else hard[chosen],
                 "no_prompt": None if encoded.bare is None else ask(encoded.bare, None, split),
             }
+            if encoded.text is not None:
+                results[split]["with_text"] = ask(encoded.text, None, split)
     return results

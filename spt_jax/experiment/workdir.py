@@ -59,13 +59,14 @@ def in_workdir(job: AnyJob) -> Iterator[AnyJob]:
 
 
 def input_paths(config: ExperimentConfig[Any], *more: Path) -> list[Path]:
-    """Returns the paths that a command reads and must never delete: base, data and prompts of a config, and `more`.
+    """Returns the paths that a command reads and must never delete: those named in a config, and `more`.
 
     Raises:
       ConfigError: one is remote, and the package of its scheme is not installed.
     """
     data, init = config.data, getattr(config.method, "init", None)
     named = [config.base.path, data.train, data.validation, data.test, getattr(init, "path", None)]
+    named.append(getattr(config.loss, "text", None))
     for path in (*filter(None, named), *more):
         remote.check_path(path)
     return [*(Path(name).expanduser() for name in named if name), *more]

@@ -6,7 +6,12 @@ from typing import Any
 from spt_jax.reports.tables import text_table
 
 Metrics = Mapping[str, Mapping[str, Any] | None]
-ROWS = {"soft_prompt": "soft prompt", "hard_prompt": "best hand-written prompt", "no_prompt": "no prompt"}
+ROWS = {
+    "soft_prompt": "soft prompt",
+    "hard_prompt": "best hand-written prompt",
+    "no_prompt": "no prompt",
+    "with_text": "the text itself",
+}
 
 
 def comparison_table(metrics: Mapping[str, Metrics]) -> str:
@@ -21,6 +26,7 @@ def comparison_table(metrics: Mapping[str, Metrics]) -> str:
         known = ("accuracy", "macro_f1", "entity_f1")
     else:
         known = ("perplexity", "exact_match", "token_f1", "bleu", "rougeL")
+    known = (*known, "agreement", "kl_to_text")
     first = next(iter(results.values()))
     columns = [column for column in known if column in first]
     rows = []

@@ -144,7 +144,8 @@ class Clock:
 def validation_line(step: int, metrics: Sequence[Mapping[str, Any]], best: Mapping[str, Any], at: int) -> str:
     """Returns a line on a validation, such as "step 40: validation accuracy 0.750, loss 0.512 (best 0.800 at step 20)".
 
-    For pairs of answers, it also shows the win rate, the reward margin and the KL divergence to the base.
+    For pairs of answers, it also shows the win rate, the reward margin and the KL divergence to the base; for a text to
+    agree with, the agreement and the KL divergence from it.
 
     Of several members, it shows the lowest and the highest accuracy, or loss if there is none. The arguments are those
     of `Clock.say_validated`.
@@ -153,8 +154,9 @@ def validation_line(step: int, metrics: Sequence[Mapping[str, Any]], best: Mappi
     values = sorted(own[name] for own in metrics)
     if len(metrics) == 1:
         loss = f", loss {metrics[0]['loss']:.3f}" if name != "loss" else ""
-        of_pairs = (own for own in ("win_rate", "reward_margin", "kl_to_base") if own in metrics[0])
-        more = "".join(f", {own.replace('_', ' ')} {metrics[0][own]:.3f}" for own in of_pairs)
+        known = ("win_rate", "reward_margin", "kl_to_base", "agreement", "kl_to_text")
+        further = (own for own in known if own in metrics[0])
+        more = "".join(f", {own.replace('_', ' ')} {metrics[0][own]:.3f}" for own in further)
         result = f"validation {name} {values[0]:.3f}{loss}{more}"
     else:
         result = f"validation {name} of {len(metrics)} trials {values[0]:.3f} to {values[-1]:.3f}"

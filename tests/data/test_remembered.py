@@ -6,9 +6,10 @@ import functools
 import pytest
 
 from spt_jax.data.encoder import encoder_for
-from spt_jax.data.remembered import remembered_system, remembered_text
+from spt_jax.data.remembered import remembered_system, remembered_text, system_ids
 from spt_jax.data.templates import MESSAGES, Template
 from spt_jax.errors import ConfigError, DataError
+from spt_jax.evaluation.after_text import ids_after_text
 from spt_jax.testing import BOS_ID, tiny_base, tiny_tokenizer
 from tests.chat_layouts import LAYOUTS
 
@@ -137,3 +138,21 @@ def test_a_baseline_without_the_prefix_continues_nothing():
     assert template.continues and not template.bare().continues
     with pytest.raises(ConfigError, match="without system"):
         Template(prompt=f"{{{MESSAGES}}}", continues=True)
+
+
+def test_ids_of_a_system_turn_and_a_chat_are_those_of_both_unless_it_is_refused():
+    """A template that writes a default system turn has no such ids."""
+    refused = set()
+    for layout in sorted(set(LAYOUTS) - set(WITHOUT_SYSTEM)):
+        base = base_of(LAYOUTS[layout].tokenizer())
+        encoder, system = encoder_for(base, Template(prompt=f"{{{MESSAGES}}}")), "Be brief.\n"
+        try:
+            found = system_ids(base, system)
+        except ConfigError:
+            refused.add(layout)
+            continue
+        for chat in CHATS:
+            whole = encoder.prompt_ids({MESSAGES: [{"role": "system", "content": system}, *chat]})
+            alone = encoder.prompt_ids({MESSAGES: chat})
+            assert ids_after_text(base, found, alone).tolist() == whole.tolist()
+    assert refused == {"llama2", "qwen2", "zephyr"}

@@ -1,6 +1,7 @@
 """Objectives, one file each, and their registry."""
 
 from spt_jax.training.objectives.cross_entropy import CrossEntropy
+from spt_jax.training.objectives.distillation import Distillation
 from spt_jax.training.objectives.objective import Loss, Objective, prepare_examples
 from spt_jax.training.objectives.preference import Dpo, Ipo, Orpo, PairObjective, SimPo
 from spt_jax.training.objectives.span_cross_entropy import SpanCrossEntropy
@@ -9,6 +10,7 @@ from spt_jax.training.objectives.verbalizer_cross_entropy import VerbalizerCross
 __all__ = [
     "OBJECTIVES",
     "CrossEntropy",
+    "Distillation",
     "Dpo",
     "Ipo",
     "Loss",
@@ -30,4 +32,5 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ipo": Ipo,
     "simpo": SimPo,
     "orpo": Orpo,
+    "distillation": Distillation,
 }

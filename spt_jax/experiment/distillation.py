@@ -1,0 +1,107 @@
+"""What a distillation adds to an experiment: answers of the base after the text, and what the soft prompt saves."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from spt_jax.bases.base import FrozenBase
+from spt_jax.data.encoder import Encoder
+from spt_jax.data.templates import MESSAGES, Template
+from spt_jax.errors import ConfigError
+from spt_jax.evaluation.after_text import ids_after_text
+from spt_jax.inference.generation import SamplingConfig, generate
+from spt_jax.models import memory
+from spt_jax.models.layout import Layout
+from spt_jax.training.objectives import Distillation
+
+Records = Sequence[Mapping[str, Any]]
+
+
+def check_answers(template: Template) -> str:
+    """Returns the field of the target that the base's answers go into.
+
+    Args:
+      template: the template.
+
+    Raises:
+      ConfigError: the target is not one field of text that the base can generate.
+    """
+    if f"{{{MESSAGES}}}" in template.prompt:
+        raise ConfigError("loss.answer_tokens is not compatible with {messages}: add assistant turns to the chats")
+    if template.verbalizers or template.label_field is None:
+        raise ConfigError(
+            f"loss.answer_tokens needs a data.target with exactly one field, such as ' {{answer}}', and no"
+            f" data.verbalizers; the target is {template.target!r}"
+        )
+    return template.label_field
+
+
+def with_answers(
+    base: FrozenBase,
+    encoder: Encoder,
+    objective: Distillation,
+    text: Int[np.ndarray, " P"],
+    records: Records,
+    batch_size: int,
+) -> Records:
+    """Returns records in which those without a target have what the base generates after the text.
+
+    Args:
+      base: the frozen base.
+      encoder: that of the template.
+      objective: how answers are generated.
+      text: the ids of the text.
+      records: the records.
+      batch_size: answers that are generated together.
+
+    Raises:
+      ConfigError: as in `check_answers`.
+      DataError: the text and a prompt leave no position for an answer.
+    """
+    field = check_answers(encoder.template)
+    missing = [number for number, record in enumerate(records) if record.get(field) is None]
+    prompts = [ids_after_text(base, text, encoder.prompt_ids(records[number])) for number in missing]
+    sampling = [
+        SamplingConfig(
+            max_new_tokens=objective.answer_tokens,
+            temperature=objective.answer_temperature,
+            end_ids=encoder.end_ids,
+            seed=number,
+        )
+        for number in missing
+    ]
+    answers = generate(base, prompts, None, sampling, batch_size=batch_size) if prompts else []
+    found = list(records)
+    for number, answer in zip(missing, answers, strict=True):
+        found[number] = {**records[number], field: answer.text.strip()}
+    return found
+
+
+def savings(layout: Layout, text: Int[np.ndarray, " P"], positions: int) -> dict[str, int]:
+    """Returns the positions that the text and the soft prompt take in a context, and the bytes of their memory.
+
+    Args:
+      layout: that of the base.
+      text: the ids of the text.
+      positions: the virtual tokens and the positions of the soft prompt's prefix.
+
+    Returns:
+      "text_tokens" and "prompt_tokens"; "text_bytes" and "prompt_bytes", those of keys and values in float32.
+    """
+
+    def size(count: int) -> int:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(_keys_values(layout, count)))
+
+    return {
+        "text_tokens": len(text),
+        "prompt_tokens": positions,
+        "text_bytes": size(len(text)),
+        "prompt_bytes": size(positions),
+    }
+
+
+def _keys_values(layout: Layout, count: int) -> memory.Memory:
+    return memory.spec(layout.attention_groups, count)
