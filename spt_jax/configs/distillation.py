@@ -1,4 +1,4 @@
-"""A text of solved examples, distilled into 16 virtual tokens, with the shipped model and data.
+"""Solved examples, distilled into 16 virtual tokens.
 
 spt-jax train distillation
 """
