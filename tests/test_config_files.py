@@ -73,6 +73,7 @@ BAD = [
     ("train:\n  steps: many", "line 2: train.steps is many; it must be an integer"),
     ("train:\n  steps: '3'", 'line 2: train.steps is "3"; it must be an integer'),
     ("train:\n\n  steps: true", "line 3: train.steps is true; it must be an integer"),
+    ("optimizer: {learning_rate: 1" + "0" * 400 + "}", "line 1: optimizer.learning_rate is"),
     ("train: {steps: 0}", "line 1: train.steps is 0; it must be at least 1"),
     ("train:\n  steps: 1\n  steps: 2", "line 3: the field 'steps' is given twice"),
     ("train: 3", "line 1: train is 3; it must be a mapping of steps, batch_size"),

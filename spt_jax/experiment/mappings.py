@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -228,7 +229,7 @@ class _Reader:
         if kind is float and (node.text or "") != "" and isinstance(value, str) and _NUMBER.fullmatch(node.text or ""):
             return True, float(value)  # YAML 1.1 reads 1e-3 as text
         if kind is float and type(value) is int:
-            return True, float(value)
+            return (True, float(value)) if abs(value) <= sys.float_info.max else (False, None)
         return kind in (int, float, bool) and type(value) is kind, value
 
     def _fields(self, node: Node, where: str, known: Sequence[str]) -> Mapping[str, Node]:

@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import reprlib
+import sys
 import types
 import typing
 import warnings
@@ -383,7 +384,7 @@ def _converted(kind: Any, value: Any, where: str) -> Any:
         return {key: _converted(options[1], item, f"{where}.{key[:60]}") for key, item in value.items()}
     if origin is Literal and value in options:
         return value
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if type(value) is not kind:
         raise CheckpointError(f"{where} is {reprlib.repr(value)}; expected {getattr(kind, '__name__', kind)}")
