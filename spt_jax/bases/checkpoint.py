@@ -179,7 +179,7 @@ def read_params(
         used = {at.file for at in found.values()}
         opened = {file: stack.enter_context(opener(file, list(found))) for file in used}
         if quantize == "keep" and not any(block_type(opened[at.file], at.name) for at in found.values()):
-            raise ConfigError(f"base.quantize keep is for GGUF files with quantized matrices; {directory} has floats")
+            raise ConfigError(f"base.quantize keep is for GGUF files with quantized matrices; {directory} has none")
         for paths, keys in _groups(expected, shapes):
             buffers: dict[LeafPath, _Buffer] = {}
             for path in paths:
@@ -264,7 +264,7 @@ def _fill(buffer: _Buffer, place: Place, tensor: np.ndarray, blocks: Blocks | No
 
 
 def is_table(path: LeafPath) -> bool:
-    """Returns whether a leaf has a row or column per token, and becomes an `TableArray` by any quantization."""
+    """Returns whether a leaf has a row or column per token, and becomes a `TableArray` by any quantization."""
     return path[-1] == "embedding" or path == _OUTPUT
 
 
