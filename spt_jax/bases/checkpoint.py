@@ -240,8 +240,8 @@ def _buffer(
         reordered = origin.view is not None or origin.into is not None or (origin.take and origin.take.axis % 2)
         if reordered or not (origin.transpose or is_table(path)):
             raise ConfigError(
-                f"base.quantize keep does not support tensors like {origin.key!r}, whose rows are not output features of"
-                " one matrix; set another base.quantize, such as int8"
+                f"base.quantize keep does not support tensors like {origin.key!r}, whose rows are not the output"
+                " features of one matrix; set another base.quantize, such as int8"
             )
     if is_table(path):
         return BlockTableBuffer(table_shape(path, shape)[1], jnp.dtype(dtype))
