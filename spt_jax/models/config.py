@@ -16,35 +16,7 @@ from spt_jax.models.mamba_config import MambaConfig
 from spt_jax.models.per_layer_config import PerLayerConfig
 from spt_jax.models.repetition import longest_repetition
 from spt_jax.models.rope import RopeConfig
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Variant:
-    """Layers that differ from the others. A field that is None is that of the other layers.
-
-    Attributes:
-      name: of the group of their keys and values, if these have other sizes than the other layers'.
-      layers: indices of the layers. A layer may be in several variants.
-      value_is_key, kv_source, experts, delta_net, mamba: see `DecoderConfig`.
-    """
-
-    name: str
-    layers: tuple[int, ...]
-    heads: int | None = None
-    kv_heads: int | None = None
-    head_size: int | None = None
-    mlp_width: int | None = None
-    rope: RopeConfig | None = None
-    value_is_key: bool | None = None
-    kv_source: int | None = None
-    experts: ExpertsConfig | None = None
-    delta_net: DeltaNetConfig | None = None
-    mamba: MambaConfig | None = None
-
-    def changes(self) -> dict[str, object]:
-        """Returns the fields of `DecoderConfig` that differ."""
-        fields = (field.name for field in dataclasses.fields(self) if field.name not in ("name", "layers"))
-        return {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
+from spt_jax.models.variant import Variant
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

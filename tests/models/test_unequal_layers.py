@@ -12,7 +12,7 @@ from spt_jax.bases.checkpoint import parameter_shapes
 from spt_jax.errors import ConfigError
 from spt_jax.models.attention import GatedPrefix, Prefix, Stream
 from spt_jax.models.block import Block
-from spt_jax.models.config import DecoderConfig, Variant, group_names, layer_configs, periods
+from spt_jax.models.config import DecoderConfig, group_names, layer_configs, periods
 from spt_jax.models.decoder import Decoder, _layer_inputs, _shared_inputs, decoder_layout
 from spt_jax.models.decoder_model import DecoderModel
 from spt_jax.models.delta_net_config import DeltaNetConfig
@@ -22,6 +22,7 @@ from spt_jax.models.mamba_config import MambaConfig
 from spt_jax.models.memory import KeysValues
 from spt_jax.models.per_layer_config import PerLayerConfig
 from spt_jax.models.rope import RopeConfig
+from spt_jax.models.variant import Variant
 from spt_jax.testing import check_model
 
 PLAIN = DecoderConfig(

@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 from spt_jax.bases.families.family import Origin, activation, projections
 from spt_jax.bases.families.llama import LlamaLike
 from spt_jax.errors import ConfigError
-from spt_jax.models.config import DecoderConfig, Variant
+from spt_jax.models.config import DecoderConfig
 from spt_jax.models.experts_config import ExpertsConfig
+from spt_jax.models.variant import Variant
 
 
 class WithExperts(LlamaLike):

@@ -10,10 +10,11 @@ from spt_jax.bases.families.llama import TINY, LlamaLike, layers_of_type, llama_
 from spt_jax.bases.families.rope import rope_config
 from spt_jax.bases.families.text_part import TextFamily, TextPart
 from spt_jax.errors import ConfigError
-from spt_jax.models.config import DecoderConfig, Variant, layer_configs
+from spt_jax.models.config import DecoderConfig, layer_configs
 from spt_jax.models.experts_config import ExpertsConfig
 from spt_jax.models.per_layer_config import PerLayerConfig
 from spt_jax.models.rope import RopeConfig
+from spt_jax.models.variant import Variant
 
 _KEYS_VALUES = re.compile(r"\.layers\.(\d+)\.self_attn\.[kv]_(proj|norm)\.")
 

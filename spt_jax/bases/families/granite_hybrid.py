@@ -9,7 +9,8 @@ from spt_jax.bases.families.granite_moe import GraniteMoe, granite_experts, join
 from spt_jax.bases.families.llama import layers_of_type, llama_config
 from spt_jax.bases.families.recurrent import mamba_config, mamba_origins
 from spt_jax.errors import ConfigError
-from spt_jax.models.config import DecoderConfig, Variant
+from spt_jax.models.config import DecoderConfig
+from spt_jax.models.variant import Variant
 
 _LAYER = "model.layers.{i}."
 

@@ -10,9 +10,10 @@ from spt_jax.bases.families.llama import TINY, layers_of_type, llama_config
 from spt_jax.bases.families.recurrent import convolution_origins
 from spt_jax.bases.families.rope import rope_config
 from spt_jax.errors import ConfigError
-from spt_jax.models.config import DecoderConfig, Variant
+from spt_jax.models.config import DecoderConfig
 from spt_jax.models.delta_net_config import DeltaNetConfig
 from spt_jax.models.experts_config import ExpertsConfig
+from spt_jax.models.variant import Variant
 
 LAYER = "model.layers.{i}."
 
