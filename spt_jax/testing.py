@@ -21,14 +21,14 @@ from jaxtyping import Array, Float
 
 from spt_jax.bases.base import FrozenBase, load_base
 from spt_jax.bases.checkpoint import parameter_shapes, write_checkpoint
-from spt_jax.bases.config import decoder_config
-from spt_jax.bases.families import FAMILIES
+from spt_jax.bases.config import model_config
+from spt_jax.bases.families import ENCODER_DECODERS, FAMILIES, family_of
 from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.models.attention import Cache, Prefix, Stream
-from spt_jax.models.config import DecoderConfig
 from spt_jax.models.memory import Memory, to_cache
 from spt_jax.models.model import Model, Params
+from spt_jax.models.model_config import ModelConfig
 from spt_jax.models.stacks import Remat
 
 TokenizerKind = Literal["byte", "sentencepiece"]
@@ -64,10 +64,11 @@ def tiny_config(family: str = "llama", **overrides: Any) -> Any:
     """
     import transformers
 
-    if family not in FAMILIES:
-        raise ConfigError(f"no tiny model of the family {family!r}; {did_you_mean(family, FAMILIES)}")
+    families = {**FAMILIES, **ENCODER_DECODERS}
+    if family not in families:
+        raise ConfigError(f"no tiny model of the family {family!r}; {did_you_mean(family, families)}")
     tokens = {"vocab_size": _SIZES["byte"], "pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
-    fields = FAMILIES[family].tiny()
+    fields = families[family].tiny()
     if "text_config" in fields:
         outer = {name: value for name, value in overrides.items() if name in fields}
         text = {**tokens, **fields["text_config"], **overrides}
@@ -154,11 +155,11 @@ def _merged(alphabet: Sequence[str], words: Sequence[str], size: int) -> tuple[d
     return vocabulary, merges
 
 
-def random_params(config: DecoderConfig, seed: int = 0, dtype: Any = np.float32) -> Params:
-    """Returns random host arrays for `Decoder(config)`: normal, deviation 0.2, mean 1 for norm scales, else 0.
+def random_params(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) -> Params:
+    """Returns random host arrays for a model: normal, deviation 0.2, mean 1 for norm scales, else 0.
 
     Args:
-      config: the decoder's config.
+      config: the model's config.
       seed: the seed of the arrays.
       dtype: their dtype.
 
@@ -210,8 +211,8 @@ def write_tiny_checkpoint(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     hf = tiny_config(family, **{"vocab_size": _SIZES[tokenizer], **overrides})
-    config = decoder_config(hf)
-    stored = {**hf.to_dict(), "architectures": [FAMILIES[family].architecture], "dtype": np.dtype(dtype).name}
+    config = model_config(hf)
+    stored = {**hf.to_dict(), "architectures": [family_of(family).architecture], "dtype": np.dtype(dtype).name}
     (directory / "config.json").write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
     tiny_tokenizer(tokenizer, add_bos=add_bos).save_pretrained(directory)
     write_checkpoint(directory, config, random_params(config, seed, dtype), dtype, shards=shards)

@@ -9,6 +9,8 @@ from typing import Any
 
 from spt_jax.errors import differing_fields
 from spt_jax.models.config import DecoderConfig
+from spt_jax.models.encoder_decoder_config import EncoderDecoderConfig
+from spt_jax.models.model_config import ModelConfig
 
 # How a fingerprint names its facts. A reader translates lower numbers and refuses higher ones.
 FINGERPRINT_VERSION = 2
@@ -21,7 +23,7 @@ class Fingerprint:
     """What makes two bases the same function. Neither the dtype nor the path is part of it.
 
     Attributes:
-      config: sizes and options by their names in `DecoderConfig`. An option that is absent has its default, so that an
+      config: sizes and options by their names in the model's config. An option that is absent has its default, so that an
         option added to the library leaves earlier fingerprints valid; the default of an option therefore never changes.
       weights: SHA-256 of the tensors as stored, hexadecimal.
       tokenizer: SHA-256 of the tokenizer, hexadecimal.
@@ -44,10 +46,11 @@ class Fingerprint:
     def differences(self, other: "Fingerprint") -> list[str]:
         """Sentences that name each field that differs."""
         configs = [one.current.config for one in (self, other)]
-        if not self.is_foreign and not other.is_foreign:
-            configs = [_facts(DecoderConfig, config) for config in configs]
-        elif self.is_foreign != other.is_foreign:
-            # A decoder has dozens of options that mean nothing for the other.
+        kinds = [_kind(one) for one in (self, other)]
+        if kinds[0] is kinds[1]:
+            configs = configs if kinds[0] is None else [_facts(kinds[0], config) for config in configs]
+        else:
+            # Each kind has options that mean nothing for the other.
             shared = set.intersection(*map(set, configs))
             configs = [{name: value for name, value in config.items() if name in shared} for config in configs]
         there, here = (
@@ -74,7 +77,7 @@ class Fingerprint:
         return dataclasses.replace(self, config=config, version=FINGERPRINT_VERSION)
 
 
-def fingerprint_of(config: DecoderConfig, weights: str, tokenizer: str, quantize: str | None = None) -> Fingerprint:
+def fingerprint_of(config: ModelConfig, weights: str, tokenizer: str, quantize: str | None = None) -> Fingerprint:
     """Returns the identity of a base, from its config, hashes of its weights and tokenizer, and its quantization."""
     facts = json.loads(json.dumps(dataclasses.asdict(config)))
     return Fingerprint(facts, weights, tokenizer, FINGERPRINT_VERSION, quantize)
@@ -98,6 +101,13 @@ def quantization_note(trained: Fingerprint, base: Fingerprint) -> str | None:
     if base.quantize is None or trained.quantize is not None:
         return None
     return f"trained on a base that is not recorded as quantized, and used with {base.quantize} kernels"
+
+
+def _kind(fingerprint: Fingerprint) -> type | None:
+    """Returns the class of the config that the facts are of; None for a model from `from_flax`."""
+    if fingerprint.is_foreign:
+        return None
+    return EncoderDecoderConfig if "encoder_layers" in fingerprint.config else DecoderConfig
 
 
 def _facts(kind: type, fields: Mapping[str, Any]) -> dict[str, Any]:

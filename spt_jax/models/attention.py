@@ -34,6 +34,8 @@ class Stream:
       prompt_index: which of S stacked prompts each row uses; None if all rows share one prompt.
       ids: id of each token; from V on, it is virtual. Only bases with embeddings by layer read them, and need them.
       pinned: the tokens that a sliding window never hides from later ones; None for none.
+      decoder: of an encoder-decoder, the indices in the row of the tokens that its decoder reads, with T for padding;
+        None if there are none. Their positions count from 0 again.
     """
 
     positions: Int[Array, "B T"]
@@ -42,6 +44,7 @@ class Stream:
     prompt_index: Int[Array, " B"] | None = None
     ids: Int[Array, "B T"] | None = None
     pinned: Bool[Array, "B T"] | None = None
+    decoder: Int[Array, "B U"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -96,12 +99,15 @@ class Cache:
       positions: the position of each slot's token.
       segments: the segment of each slot's token.
       pinned: the slots that a sliding window never hides; None for none.
+      encoded: of an encoder-decoder, the number of slots, the first ones, that hold the encoder's tokens. The memory of
+        self-attention has only the other slots.
     """
 
     memory: Memory
     positions: Int[Array, "B S"]
     segments: Int[Array, "B S"]
     pinned: Bool[Array, "B S"] | None = None
+    encoded: int = dataclasses.field(default=0, metadata={"static": True})
 
 
 def visible(
@@ -115,9 +121,14 @@ def visible(
     causal = key_positions[:, None, :] <= queries.positions[:, :, None]
     if key_segments is None:
         return causal
+    return related(queries, key_segments) & causal
+
+
+def related(queries: Stream, key_segments: Int[Array, "B S"]) -> Bool[Array, "B T S"]:
+    """Returns a mask that is True where the segment of a key is the segment or the parent of the query."""
     same = key_segments[:, None, :] == queries.segments[:, :, None]
     parent = (key_segments[:, None, :] == queries.parents[:, :, None]) & (queries.parents[:, :, None] > 0)
-    return (same | parent) & causal
+    return same | parent
 
 
 def within_window(

@@ -8,6 +8,10 @@ from typing import Literal
 SELF = "self"
 # The group of the states of layers that have a recurrent part beside the attention of that group.
 RECURRENT = "recurrent"
+# The groups of an encoder-decoder beside the self-attention of its decoder: cross-attention, whose keys and values are
+# computed from the encoder's output, and the self-attention of the encoder.
+CROSS = "cross"
+ENCODER = "encoder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +23,8 @@ class Group:
       kv_heads: number K of key and value heads.
       key_size: size of a key.
       value_size: size of a value.
-      site: "self" for self-attention; "inputs" if the keys are the input embeddings of the tokens, and there are no
+      site: "self" for self-attention; "cross" for cross-attention to the encoder's tokens, and "encoder" for the
+        self-attention of an encoder that a decoder follows; "inputs" if the keys are the input embeddings of the tokens, and there are no
         values, for a model that recomputes its layers from them.
     """
 
@@ -27,7 +32,7 @@ class Group:
     kv_heads: int
     key_size: int
     value_size: int
-    site: Literal["self", "inputs"] = "self"
+    site: Literal["self", "cross", "encoder", "inputs"] = "self"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Layout:
         attention and a recurrent part is in two.
       windowed: whether some layers have a sliding window.
       packs: whether rows of several examples save time; the results are the same in either case.
+      start_id: of an encoder-decoder, the token that begins the decoder's tokens; None for a base with one side.
     """
 
     vocab_size: int
@@ -63,16 +69,22 @@ class Layout:
     groups: Mapping[str, Group | StateGroup]
     windowed: bool = False
     packs: bool = True
+    start_id: int | None = None
 
     def __hash__(self) -> int:
         sizes = self.vocab_size, self.width, self.max_positions
-        return hash((*sizes, frozenset(self.groups.items()), self.windowed, self.packs))
+        return hash((*sizes, frozenset(self.groups.items()), self.windowed, self.packs, self.start_id))
+
+    @property
+    def encodes(self) -> bool:
+        """Whether this is an encoder-decoder, whose encoder reads the prompt."""
+        return self.start_id is not None
 
     @property
     def attention_groups(self) -> dict[str, Group]:
         """The groups with keys and values of attention layers, which a prompt may provide."""
         own = {name: group for name, group in self.groups.items() if isinstance(group, Group)}
-        return {name: group for name, group in own.items() if group.site == "self"}
+        return {name: group for name, group in own.items() if group.site != "inputs"}
 
     @property
     def only_tokens(self) -> bool:
