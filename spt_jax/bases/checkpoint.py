@@ -383,9 +383,16 @@ def parameter_shapes(config: DecoderConfig) -> Params:
 
     def init() -> Any:
         x, place = jnp.zeros((1, 1, config.input_width)), jnp.zeros((1, 1), jnp.int32)
-        return Decoder(config).init(jax.random.key(0), x, Stream(place, place, place, ids=place))["params"]
+        stream = Stream(place, place, place, ids=place)
+        return Decoder(config).init(jax.random.key(0), x, stream, method=_whole)["params"]
 
     return jax.eval_shape(init)
+
+
+def _whole(module: Decoder, x: jax.Array, stream: Stream) -> Any:
+    """Runs all parts of a model that have parameters."""
+    hidden, _ = module(x, stream)
+    return hidden if module.config.output_head == "none" else module.before_output(hidden)
 
 
 def write_checkpoint(directory: Path, config: DecoderConfig, params: Params, dtype: Any, *, shards: int = 1) -> None:

@@ -55,6 +55,10 @@ class Layout:
         attention and a recurrent part is in two.
       windowed: whether some layers have a sliding window.
       packs: whether rows of several examples save time; the results are the same in either case.
+      causal: whether a token sees only earlier tokens, so that the hidden states of leading tokens that all examples
+        share depend on no example, and text can be generated. Otherwise the base is an encoder.
+      pooling: what a class head reads, as in `DecoderConfig`.
+      predicts_tokens: whether the base has an output matrix, and so logits.
     """
 
     vocab_size: int
@@ -63,10 +67,14 @@ class Layout:
     groups: Mapping[str, Group | StateGroup]
     windowed: bool = False
     packs: bool = True
+    causal: bool = True
+    pooling: Literal["last", "first", "mean"] = "last"
+    predicts_tokens: bool = True
 
     def __hash__(self) -> int:
         sizes = self.vocab_size, self.width, self.max_positions
-        return hash((*sizes, frozenset(self.groups.items()), self.windowed, self.packs))
+        kinds = self.windowed, self.packs, self.causal, self.pooling, self.predicts_tokens
+        return hash((*sizes, frozenset(self.groups.items()), *kinds))
 
     @property
     def attention_groups(self) -> dict[str, Group]:
