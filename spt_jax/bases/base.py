@@ -21,6 +21,7 @@ from spt_jax.bases.files import CONFIG_BYTES, config_file, gguf_source, model_di
 from spt_jax.bases.fingerprint import Fingerprint, fingerprint_of
 from spt_jax.bases.gguf import gguf_directory
 from spt_jax.bases.gguf_parts import part_names
+from spt_jax.bases.pooling import POOLING_FILE, stored_pooling
 from spt_jax.bases.quantized_files import FileQuantization, file_quantization
 from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.bases.tokenizer import read_tokenizer as tokenizer_of
@@ -56,6 +57,7 @@ FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    POOLING_FILE,
 )
 STARTER = Path(__file__).parents[1] / "assets" / "starter"
 
@@ -277,6 +279,8 @@ def _kernel(attention: KernelChoice, config: DecoderConfig, dtype: Any, mesh: Me
 
 def _check_mesh(mesh: Mesh, config: DecoderConfig) -> None:
     """Raises ConfigError if the layers cannot be split over the mesh."""
+    if mesh.shape["sequence"] > 1 and not config.causal:
+        raise ConfigError("mesh.sequence > 1 does not work with encoders, whose tokens see all others")
     for own in layer_configs(config):
         sizes = {"heads": own.heads, "key/value heads": own.kv_heads}
         if own.latent is not None:
@@ -369,7 +373,7 @@ def local_directory(path_or_hub_id: str, revision: str | None) -> Path:
 
 
 def read_config(directory: Path, max_length: int | None = None) -> ModelConfig:
-    """The model's shape from `config.json`.
+    """The model's shape from `config.json`; the pooling of an encoder also from a file of Sentence Transformers.
 
     Raises:
       CheckpointError: the file is missing or unreadable.
@@ -377,7 +381,11 @@ def read_config(directory: Path, max_length: int | None = None) -> ModelConfig:
     """
     file = config_file(directory)
     with _naming(file):
-        return model_config(hf_config(read_json(file, CONFIG_BYTES)), max_length=max_length)
+        config = model_config(hf_config(read_json(file, CONFIG_BYTES)), max_length=max_length)
+    if isinstance(config, EncoderDecoderConfig) or config.causal:
+        return config
+    pooling = stored_pooling(directory)
+    return config if pooling is None else dataclasses.replace(config, pooling=pooling)
 
 
 def read_file_quantization(directory: Path) -> FileQuantization | None:

@@ -387,13 +387,19 @@ def parameter_shapes(config: ModelConfig) -> Params:
 
     def init() -> Any:
         x, place = jnp.zeros((1, 1, config.input_width)), jnp.zeros((1, 1), jnp.int32)
+        stream = Stream(place, place, place, ids=place)
         if isinstance(config, EncoderDecoderConfig):
-            x = jnp.zeros((1, 2, config.width))
-            stream = Stream(*(3 * [jnp.zeros((1, 2), jnp.int32)]), decoder=place)
-            return EncoderDecoder(config).init(jax.random.key(0), x, stream)["params"]
-        return Decoder(config).init(jax.random.key(0), x, Stream(place, place, place, ids=place))["params"]
+            x, two = jnp.zeros((1, 2, config.width)), jnp.zeros((1, 2), jnp.int32)
+            return EncoderDecoder(config).init(jax.random.key(0), x, Stream(two, two, two, decoder=place))["params"]
+        return Decoder(config).init(jax.random.key(0), x, stream, method=_whole)["params"]
 
     return jax.eval_shape(init)
+
+
+def _whole(module: Decoder, x: jax.Array, stream: Stream) -> Any:
+    """Runs all parts of a model that have parameters."""
+    hidden, _ = module(x, stream)
+    return hidden if module.config.output_head == "none" else module.before_output(hidden)
 
 
 def write_checkpoint(directory: Path, config: ModelConfig, params: Params, dtype: Any, *, shards: int = 1) -> None:

@@ -12,15 +12,21 @@ from spt_jax.models.model_config import ModelConfig
 # Fields of config.json that sizes are made of, and the least and largest values that any decoder has. transformers and
 # this library make lists as long as the model has layers, so that these are checked before either reads the rest.
 _SIZES = {
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"), (1, 10_000)),
-    **dict.fromkeys(("hidden_size", "n_embd", "n_embed", "word_embed_proj_dim", "d_model"), (1, 1 << 20)),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), (1, 10_000)),
     **dict.fromkeys(
-        ("num_attention_heads", "n_head", "num_key_value_heads", "num_global_key_value_heads"), (1, 1 << 16)
+        ("hidden_size", "n_embd", "n_embed", "word_embed_proj_dim", "embedding_size", "dim", "d_model"), (1, 1 << 20)
+    ),
+    **dict.fromkeys(
+        ("num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "num_global_key_value_heads"), (1, 1 << 16)
     ),
     **dict.fromkeys(("num_heads", "num_kv_heads", "d_kv"), (1, 1 << 16)),
     **dict.fromkeys(("head_dim", "global_head_dim", "query_pre_attn_scalar", "rotary_dim"), (1, 1 << 16)),
-    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff"), (1, 1 << 24)),
+    **dict.fromkeys(
+        ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "hidden_dim", "d_ff"), (1, 1 << 24)
+    ),
     "vocab_size": (1, 1 << 28),
+    "type_vocab_size": (0, 1 << 16),
+    "local_attention": (2, 1 << 30),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "original_max_position_embeddings"), (1, 1 << 30)),
     **dict.fromkeys(("relative_attention_num_buckets", "relative_attention_max_distance"), (1, 1 << 16)),
     **dict.fromkeys(("sliding_window", "max_window_layers"), (0, 1 << 30)),

@@ -54,7 +54,8 @@ def _places(config: ModelConfig, leaves: Mapping[LeafPath, tuple[Origin, ...]]) 
     table: dict[str, list[Place]] = {}
     for path, leaf_origins in leaves.items():
         for origin in leaf_origins:
-            layers = enumerate(origin.layers or range(config.layers)) if "{i}" in origin.key else [(None, None)]
+            by_layer = "{i}" in origin.key or origin.layers is not None
+            layers = enumerate(origin.layers or range(config.layers)) if by_layer else [(None, None)]
             experts = range(origin.experts) if "{e}" in origin.key else [None]
             for (at, layer), expert in itertools.product(layers, experts):
                 index = tuple(i for i in (at, expert) if i is not None)

@@ -29,7 +29,8 @@ class Rows:
     Attributes:
       ids: the token ids.
       stream: the positions and segments of the tokens.
-      outputs: the Q positions of a row at which a next-token or class distribution is needed (padded with 0).
+      outputs: the Q positions of a row at which a distribution of tokens or classes is needed (padded with 0). T plus a
+        position stands for the mean of the hidden states of the real tokens of its segment.
       target_outputs, target_ids, target_weights, target_groups: for each of M target tokens or classes, the index of
         the output that predicts it, its id, its weight (0 for padding) and its group. A group is one scored sequence,
         which is an example's target or one of its choices, numbered example in row * choices + choice.
@@ -343,7 +344,7 @@ class _RowWriter:
         start = self._tokens(example.ids[lead:last], first_position=lead, parent=0)
         if example.reads is not None:
             assert example.classes is not None
-            outputs = self._outputs(start + example.reads - lead)
+            outputs = self._outputs(start + example.reads - lead + example.pooled * self.rows.ids.shape[1])
             self._targets(outputs, example.classes, group, weight)
             return
         if not example.choices:
@@ -352,7 +353,8 @@ class _RowWriter:
             self._targets(outputs, example.ids[where], group, weight)
             return
         parent = self.segments
-        (end,) = self._outputs(np.asarray([start + len(example.ids) - 1 - lead]))
+        last = len(example.ids) - 1 if example.answer_at is None else example.answer_at
+        (end,) = self._outputs(np.asarray([start + last - lead]))
         for number, choice in enumerate(example.choices):
             outputs = np.asarray([end])
             if len(choice) > 1:

@@ -12,13 +12,16 @@ from spt_jax.data.chats import ChatTemplate, Turn, turns_after, turns_of
 from spt_jax.data.examples import Example
 from spt_jax.data.pieces import PieceEncoder, after_cut
 from spt_jax.data.reading import Spans
+from spt_jax.data.sequences import form_of
 from spt_jax.data.shortening import shorten
 from spt_jax.data.shots import SEPARATOR, solved
 from spt_jax.data.task import task_of
-from spt_jax.data.templates import MESSAGES, Bos, Control, Cut, Field, Piece, Plain, Read, Template, Text, parse
+from spt_jax.data.templates import MESSAGES, Bos, Control, Cut, Field, Piece, Plain, Template, Text, parse
 from spt_jax.data.tokenization import check_ids
+from spt_jax.data.turns import leading_turns
 from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError, DataError, did_you_mean
+from spt_jax.models.layout import Layout
 
 
 class Encoder:
@@ -28,6 +31,7 @@ class Encoder:
       template: the template.
       max_length: the maximum number of tokens of an example.
       shots: solved records that precede each prompt; in a chat, as separate turns.
+      form: the form of the base's sequences.
       end_ids: the ids that end a target: EOS, and in a chat also the tokens that end an assistant turn.
     """
 
@@ -38,6 +42,7 @@ class Encoder:
         vocab_size: int,
         max_length: int,
         shots: Sequence[Mapping[str, Any]] = (),
+        layout: Layout | None = None,
     ):
         """Prepares the template.
 
@@ -47,11 +52,13 @@ class Encoder:
           vocab_size: the number V of the base's embeddings; virtual token i has the id V + i.
           max_length: see `template`.
           shots: see `template`.
+          layout: that of the base; None for that of any causal base.
 
         Raises:
-          ConfigError: the template is not compatible with the tokenizer or the shots.
+          ConfigError: the template is not compatible with the tokenizer, the shots or the base.
         """
         self.template = template
+        self.form = form_of(tokenizer, layout)
         self._task = task_of(template)
         self.max_length = max_length
         self.shots = shots
@@ -59,7 +66,9 @@ class Encoder:
         self._vocab_size = vocab_size
         is_chat = template.chat or template.is_conversation
         self._chat = ChatTemplate(tokenizer)
-        self._pieces = PieceEncoder(tokenizer, vocab_size, template.virtual_tokens, adds_bos=not is_chat)
+        self._pieces = PieceEncoder(
+            tokenizer, vocab_size, template.virtual_tokens, adds_bos=not is_chat, bos_id=self.form.bos_id
+        )
         self._opens = not template.continues
         self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         if template.chat and template.is_conversation:
@@ -71,7 +80,9 @@ class Encoder:
         if template.is_conversation and parse(template.prompt)[-1] != Field(MESSAGES):
             raise ConfigError("{messages} must come last in a prompt: the answer follows the chat directly")
         self._prompt: list[Piece | int] = (
-            [*self._rendered(self._turns(None))] if template.chat else self._with_shots(parse(template.prompt))
+            [*self._rendered(self._turns(None))]
+            if template.chat
+            else [*self._with_shots(parse(self.form.marked(template.prompt))), *self.form.closing]
         )
         turn_ends = self._chat.turn_ends(self._turns(None) if template.chat else []) if is_chat else []
         self.end_ids = tuple(sorted({*self._eos, *turn_ends}))
@@ -81,6 +92,7 @@ class Encoder:
             check_ids(tokenizer, choice, vocab_size)
         if any(len(choice) == 0 for choice in self._choices):
             raise ConfigError("a verbalizer has no tokens; each class needs some text")
+        self.form.check(template, self._task.has_head, self._choices)
         if len({tuple(choice) for choice in self._choices}) < len(self._choices):
             raise ConfigError(f"two verbalizers have the same token ids: {dict(template.verbalizers)}")
 
@@ -208,7 +220,7 @@ class Encoder:
 
         Text next to a field may merge with it, so it is not included.
         """
-        if self.template.is_conversation:
+        if self.template.is_conversation or not self.form.causal:
             return np.zeros(0, np.int32)
         pieces = list(self._pieces.split_controls(self._prompt))
         first = next((i for i, piece in enumerate(pieces) if isinstance(piece, Field)), len(pieces))
@@ -219,13 +231,15 @@ class Encoder:
         return ids[:-1] if all(isinstance(piece, Field) for piece in pieces[first:]) else ids
 
     def head_length(self, examples: Sequence[Example]) -> int:
-        """Returns how many leading ids all examples share, independently of their fields.
+        """Returns how many leading ids all examples share, independently of their fields; 0 if the base is an encoder.
 
         An id whose output predicts an example's first target is not counted: it stays in the rows.
 
         Args:
           examples: encoded records.
         """
+        if not self.form.causal:
+            return 0
         constant = []
         for piece in self._prompt:
             if isinstance(piece, Field):
@@ -357,27 +371,7 @@ class Encoder:
         return [*prompt[:front], *pieces, *prompt[front:]]
 
     def _turns(self, fields: Mapping[str, str] | None) -> list[Turn]:
-        """Returns the turns before the answer, with fields filled in if given. In a chat: before {messages}."""
-        template = self.template
-        turns = [Turn("system", [Text(template.system)])] if template.system is not None else []
-        if template.continues:  # the prefix holds what comes before the cut
-            turns = [Turn("system", [Cut(), Plain(template.system or "")])]
-        if template.is_conversation:
-            return turns if template.continues else []
-        for record in self.shots:
-            turns.append(Turn("user", solved(template, record, template.prompt)))
-            turns.append(Turn("assistant", solved(template, record, template.target)))
-        content: list[Piece] = []
-        for piece in parse(template.prompt):
-            if fields is None or not isinstance(piece, Field):
-                content.append(piece)
-            elif piece.name == template.reads:
-                value, words = fields[piece.name], fields[piece.name].strip()
-                skipped = value.find(words)
-                content += [Plain(value[:skipped]), Read(words, skipped), Plain(value[skipped + len(words) :])]
-            else:
-                content.append(Plain(fields[piece.name]))
-        return [*turns, Turn("user", content)]
+        return leading_turns(self.template, self.shots, fields)
 
     def _rendered(self, turns: Sequence[Turn]) -> list[Piece]:
         pieces = self._chat.prompt(turns)
@@ -443,8 +437,8 @@ def encoder_for(
       shots: solved records that precede each prompt.
 
     Raises:
-      ConfigError: the template is not compatible with the tokenizer or the shots.
+      ConfigError: the template is not compatible with the tokenizer, the shots or the base.
     """
     positions = base.layout.max_positions - taken
     limit = positions if max_length is None else min(max_length, positions)
-    return Encoder(template, base.tokenizer, base.layout.vocab_size, limit, shots)
+    return Encoder(template, base.tokenizer, base.layout.vocab_size, limit, shots, base.layout)

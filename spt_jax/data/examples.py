@@ -25,6 +25,8 @@ class Example:
       reads: for a task head, the positions of the hidden states that it reads, ascending.
       classes: the correct class at each of these positions.
       extra: what `Objective.prepare` returned for this example.
+      answer_at: the position of the mask token that the choices replace, each of one token; None if they follow `ids`.
+      pooled: whether a task head reads the mean of the hidden states of the real ids, instead of one at `reads`.
     """
 
     ids: np.ndarray
@@ -36,10 +38,14 @@ class Example:
     reads: np.ndarray | None = None
     classes: np.ndarray | None = None
     extra: PyTree[np.ndarray] | None = None
+    answer_at: int | None = None
+    pooled: bool = False
 
     @property
     def length(self) -> int:
         """The number of tokens of the longest sequence: the ids and the longest choice."""
+        if self.answer_at is not None:
+            return len(self.ids)
         return len(self.ids) + max((len(choice) for choice in self.choices), default=0)
 
     @property
@@ -47,6 +53,8 @@ class Example:
         """The position after the first token from whose hidden state something is predicted."""
         if self.reads is not None:
             return int(self.reads[0]) + 1
+        if self.answer_at is not None:
+            return self.answer_at + 1
         return len(self.ids) if self.choices else int(np.argmax(self.predicted))
 
     def as_target(self) -> "Example":
@@ -54,6 +62,8 @@ class Example:
         if not self.choices:
             return self
         right = self.choices[self.label]
+        if self.answer_at is not None:
+            return dataclasses.replace(self, choices=(right,), label=0)
         predicted = np.arange(len(self.ids) + len(right)) >= len(self.ids)
         return dataclasses.replace(self, ids=np.concatenate([self.ids, right]), predicted=predicted, choices=())
 

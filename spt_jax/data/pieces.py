@@ -13,20 +13,24 @@ from spt_jax.errors import ConfigError
 class PieceEncoder:
     """Encodes pieces with one tokenizer. Adjacent text and fields are encoded as one text."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, virtual_tokens: int, *, adds_bos: bool):
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, virtual_tokens: int, *, adds_bos: bool, bos_id: int | None = None
+    ):
         """Args:
         tokenizer: the base's tokenizer.
         vocab_size: virtual token i has the id `vocab_size + i`.
         virtual_tokens: the number of virtual tokens that a `Virtual` without a count stands for.
         adds_bos: whether BOS goes first in a sequence that has no `Bos` piece, if the tokenizer itself adds one. False
           for chats, which have BOS only where the chat template writes it.
+        bos_id: the token that opens a sequence; default the tokenizer's BOS.
         """
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._virtual_tokens = virtual_tokens
         self._tokenization = tokenization_of(tokenizer)
         self._controls = ControlTokens(tokenizer)
-        self._adds_bos = adds_bos and tokenizer_adds_bos(tokenizer)
+        self._bos_id = tokenizer.bos_token_id if bos_id is None else bos_id
+        self._adds_bos = adds_bos and tokenizer_adds_bos(tokenizer, self._bos_id)
 
     def after(self, front: Sequence[Piece | int], pieces: Sequence[Piece]) -> list[int]:
         """Returns the ids of pieces that follow `front`, encoded without merging across the boundary."""
@@ -52,7 +56,7 @@ class PieceEncoder:
           ConfigError: there is a `Bos` piece, but the tokenizer has no BOS.
         """
         ids, spans, cuts = self._run(pieces, fields, opens, field)
-        bos = self._tokenizer.bos_token_id
+        bos = self._bos_id
         if not (opens and self._adds_bos) or Bos() in pieces or bos is None:
             return ids, spans, cuts
         return [bos, *ids], [(0, 0), *spans], [cut + 1 for cut in cuts]
@@ -114,9 +118,9 @@ class PieceEncoder:
         return self._tokenization.opening(run) if at_start else self._tokenization.continuation(run), []
 
     def _bos(self) -> int:
-        if self._tokenizer.bos_token_id is None:
+        if self._bos_id is None:
             raise ConfigError("the template has <bos>, but the tokenizer has no BOS")
-        return self._tokenizer.bos_token_id
+        return self._bos_id
 
 
 def after_cut(pieces: Sequence[Piece]) -> list[Piece]:

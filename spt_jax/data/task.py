@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from spt_jax.data.examples import Example
 from spt_jax.data.preferences import PairScores
 from spt_jax.data.reading import Spans
+from spt_jax.data.sequences import SequenceForm
 from spt_jax.data.templates import TEMPLATE_TASKS, Field, Template, parse
 from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError, did_you_mean
@@ -36,6 +37,11 @@ class RecordEncoder(Protocol):
     """What a task may ask of the encoder of a template."""
 
     template: Template
+
+    @property
+    def form(self) -> SequenceForm:
+        """The form of the base's sequences."""
+        ...
 
     @property
     def choices(self) -> tuple[np.ndarray, ...]:

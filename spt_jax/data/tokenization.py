@@ -91,9 +91,14 @@ class Tokenization:
             raise DataError(f"{text[:40]!r} contains half of a surrogate pair, which is not a character") from error
 
 
-def adds_bos(tokenizer: Tokenizer) -> bool:
-    """Whether `tokenizer(text)` starts with the BOS token. GPT-2's tokenizer has a BOS token but does not add it."""
-    bos = tokenizer.bos_token_id
+def adds_bos(tokenizer: Tokenizer, bos_id: int | None = None) -> bool:
+    """Whether `tokenizer(text)` starts with the BOS token. GPT-2's tokenizer has a BOS token but does not add it.
+
+    Args:
+      tokenizer: the tokenizer.
+      bos_id: the token that opens a sequence; default the tokenizer's BOS.
+    """
+    bos = tokenizer.bos_token_id if bos_id is None else bos_id
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 

@@ -209,12 +209,28 @@ def output_states(
             start = of_row(stream.prompt_index, start).reshape(-1, 1)
         stream = dataclasses.replace(stream, positions=stream.positions + start)
     hidden, _ = run_stream(model, virtual, rows.ids, stream, prefix)
+    if model.layout.pooling == "mean":
+        return _states_or_means(hidden, stream, rows.ids < model.layout.vocab_size, rows.outputs)
     if model.mesh is not None and splits(model.mesh, stream):
         states = take_tokens(model.mesh, hidden, rows.outputs)
     else:
         states = jnp.take_along_axis(hidden, rows.outputs[:, :, None], axis=1)
     # First gathered on the devices that hold the rows, then replicated over fsdp, which splits the output matrix.
     return constrain(model.mesh, constrain(model.mesh, states, ROWS, "sequence"), "data", "sequence")
+
+
+def _states_or_means(
+    hidden: Float[Array, "B T D"], stream: Stream, real: Bool[Array, "B T"], outputs: Int[Array, "B Q"]
+) -> Float[Array, "B Q D"]:
+    """Returns the hidden states at outputs below T, and the means over real tokens of a segment at the others."""
+    length = hidden.shape[1]
+    at = outputs % length
+    own = jnp.take_along_axis(stream.segments, at, axis=1)[:, :, None] == stream.segments[:, None, :]
+    members = (own & real[:, None, :]).astype(jnp.float32)
+    weights = members / jnp.maximum(members.sum(-1, keepdims=True), 1.0)
+    means = jnp.einsum("bqt,btd->bqd", weights, hidden.astype(jnp.float32)).astype(hidden.dtype)
+    states = jnp.take_along_axis(hidden, at[:, :, None], axis=1)
+    return jnp.where((outputs >= length)[:, :, None], means, states)
 
 
 def output_logits(

@@ -111,17 +111,18 @@ class Cache:
 
 
 def visible(
-    queries: Stream, key_positions: Int[Array, "B S"], key_segments: Int[Array, "B S"] | None
+    queries: Stream, key_positions: Int[Array, "B S"], key_segments: Int[Array, "B S"] | None, *, causal: bool = True
 ) -> Bool[Array, "B T S"]:
-    """Returns a mask that is True where a query may attend to a key: related and not later.
+    """Returns a mask that is True where a query may attend to a key: related and, if `causal`, not later.
 
     A key is related if its segment is the segment or the parent of the query. With `key_segments=None`, as for a
     prefix, all keys are related to all queries.
     """
-    causal = key_positions[:, None, :] <= queries.positions[:, :, None]
+    last = queries.positions if causal else jnp.full_like(queries.positions, NEVER - 1)
+    seen = key_positions[:, None, :] <= last[:, :, None]
     if key_segments is None:
-        return causal
-    return related(queries, key_segments) & causal
+        return seen
+    return related(queries, key_segments) & seen
 
 
 def related(queries: Stream, key_segments: Int[Array, "B S"]) -> Bool[Array, "B T S"]:
@@ -132,13 +133,19 @@ def related(queries: Stream, key_segments: Int[Array, "B S"]) -> Bool[Array, "B 
 
 
 def within_window(
-    queries: Stream, key_positions: Int[Array, "B S"], window: int, pinned: Bool[Array, "B S"] | None = None
+    queries: Stream,
+    key_positions: Int[Array, "B S"],
+    window: int,
+    pinned: Bool[Array, "B S"] | None = None,
+    *,
+    causal: bool = True,
 ) -> Bool[Array, "B T S"]:
     """Returns a mask that is True where the key is among the last `window` positions up to that of the query.
 
-    It is also True for keys that are pinned.
+    It is also True for keys that are pinned and, unless `causal`, for the first `window` positions from the query's on.
     """
-    near = queries.positions[:, :, None] - key_positions[:, None, :] < window
+    before = queries.positions[:, :, None] - key_positions[:, None, :]
+    near = before < window if causal else jnp.abs(before) < window
     return near if pinned is None else near | pinned[:, None, :]
 
 

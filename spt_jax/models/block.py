@@ -34,7 +34,7 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B T D"], tuple[KeysValues | State, ...]]:
         config = self.config
         x = constrain(self.mesh, x, ROWS, "sequence")
-        normed = self.norm("attention_norm", x, ("before", "around"))
+        normed = self.norm("attention_norm", x, ("before", "around")) if config.attention_norm else x
         attended, own = self.mixed(normed, layer, shared)
 
         def mlp(module: nn.Module, x: Array) -> Array:

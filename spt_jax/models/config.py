@@ -1,4 +1,4 @@
-"""The shape of a decoder."""
+"""The shape of a decoder, or of an encoder, whose tokens see all others."""
 
 import collections
 import dataclasses
@@ -21,17 +21,24 @@ from spt_jax.models.variant import Variant
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """What defines a decoder's function. Sizes follow the letters of the array dimensions:
+    """What defines the function of a decoder or an encoder. Sizes follow the letters of the array dimensions:
 
     V `vocab_size`, D `width`, L `layers`, N `heads`, K `kv_heads`, H `head_size`.
 
     Attributes:
+      causal: whether a token sees only itself and earlier tokens. Otherwise the model is an encoder.
+      pooling: the hidden state that a class head reads: that of the last token, that of the first, which the tokenizer
+        adds, or the mean of those of all real tokens.
+      output_head: what follows the last layer in a language model: the output matrix ("matrix"), a linear map, the
+        activation function and a norm before that matrix ("masked", as in BERT), or nothing ("none").
+      token_types: number of embeddings of token types, the first of which is added to all inputs; 0 for none.
       norm: RMSNorm (Zhang & Sennrich 2019) or LayerNorm.
       norm_offset: added to the stored scales of norms.
       norm_scale: whether norms have a scale.
       norm_bias: whether LayerNorms have a bias.
       norm_place: where a layer normalizes: the input of attention and MLP ("before"), their output before the
         residual addition ("after"), both ("around"), or the sum after the residual addition ("sum").
+      attention_norm: whether attention reads a normalized input, where `norm_place` says so.
       final_norm: whether the output of the last layer is normalized.
       embedding_norm: whether inputs, virtual tokens among them, are normalized before the first layer.
       parallel: whether attention and MLP read the same input, and their outputs are added together.
@@ -54,8 +61,11 @@ class DecoderConfig:
       alibi_scale: factor of the ALiBi bias.
       alibi_rounded: whether slopes, positions and their products are rounded to bfloat16, whatever the precision of the
         model (Falcon).
-      window: the sliding window's width in tokens, for `window_layers`.
-      embedding_width: width of the embedding table, if maps to and from `width` follow; None if it is `width`.
+      window: the sliding window's width in tokens, with the token itself, for `window_layers`; in an encoder, on both
+        sides of a token.
+      embedding_width: width of the embedding table, if maps to and from `width` follow; None if it is `width`. With
+        `embedding_norm`, positions and token types are added, and the sum is normalized, before the first map.
+      input_map_bias: whether the map from the width of the embedding table has a bias.
       embedding_scale: factor of the rows of the embedding table, not of virtual tokens.
       input_scale: factor of all inputs, virtual tokens among them.
       residual_scale: factor of the outputs of attention and MLP.
@@ -86,12 +96,17 @@ class DecoderConfig:
     head_size: int
     mlp_width: int
     max_positions: int
+    causal: bool = True
+    pooling: Literal["last", "first", "mean"] = "last"
+    output_head: Literal["matrix", "masked", "none"] = "matrix"
+    token_types: int = 0
     norm: Literal["rms", "layer"] = "rms"
     norm_epsilon: float = 1e-5
     norm_offset: float = 0.0
     norm_scale: bool = True
     norm_bias: bool = True
     norm_place: Literal["before", "after", "around", "sum"] = "before"
+    attention_norm: bool = True
     final_norm: bool = True
     embedding_norm: bool = False
     parallel: bool = False
@@ -120,6 +135,7 @@ class DecoderConfig:
     window: int = 0
     window_layers: tuple[int, ...] = ()
     embedding_width: int | None = None
+    input_map_bias: bool = False
     embedding_scale: float | None = None
     input_scale: float | None = None
     residual_scale: float | None = None

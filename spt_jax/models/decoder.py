@@ -13,11 +13,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from spt_jax.errors import ConfigError
 from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Stream, soft_capped, visible, within_window
 from spt_jax.models.block import Block
 from spt_jax.models.config import DecoderConfig, Stack, group_names, kv_sources, layer_configs, periods
 from spt_jax.models.kernels import Kernel
-from spt_jax.models.layers import Linear, Norm, scaled, table_param, table_rows, take_rows
+from spt_jax.models.layers import ACTIVATIONS, Linear, Norm, scaled, table_param, table_rows, take_rows
 from spt_jax.models.layout import Group, Layout, StateGroup
 from spt_jax.models.memory import KeysValues, Memory, keys_values
 from spt_jax.models.output_matrix import matrix_products
@@ -47,21 +48,34 @@ class Decoder(nn.Module):
         self.embedding = table_param(self, "embedding", (config.vocab_size, config.input_width))
         if config.learned_positions:
             self.position_embedding = self.param(
-                "positions", nn.initializers.normal(0.02), (config.max_positions, config.width)
+                "positions", nn.initializers.normal(0.02), (config.max_positions, self.entry_width)
             )
-        if not config.tied:
+        if not config.tied and config.output_head != "none":
             self.output = table_param(self, "output", (config.input_width, config.vocab_size))
         if config.logit_bias:
             self.logit_bias = self.param("logit_bias", nn.initializers.zeros, (config.vocab_size,))
         if config.embedding_width is not None:
-            self.input_map = Linear(config.width)
-            self.output_map = Linear(config.embedding_width)
+            self.input_map = Linear(config.width, config.input_map_bias)
+            if config.output_head == "matrix":
+                self.output_map = Linear(config.embedding_width)
         if config.embedding_norm:
             self.embedding_norm = Norm(config)
         if config.final_norm:
             self.final_norm = Norm(config)
         if config.per_layer is not None:
             self.per_layer = PerLayerEmbedding(config, self.mesh)
+        if config.token_types:
+            self.token_types = self.param(
+                "token_types", nn.initializers.normal(0.02), (config.token_types, self.entry_width)
+            )
+        if config.output_head == "masked":
+            self.head_map = Linear(config.input_width, config.mlp_bias)
+            self.head_norm = Norm(config)
+
+    @property
+    def entry_width(self) -> int:
+        """The width of the inputs to which position embeddings are added."""
+        return self.config.input_width if self.config.embedding_norm else self.config.width
 
     def embed(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         """Returns rows of the embedding table, scaled in families that do; ids must be in [0, V)."""
@@ -70,9 +84,14 @@ class Decoder(nn.Module):
         return scaled(rows, self.config.embedding_scale)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Returns next-token logits in float32 for hidden states returned by `__call__`."""
+        """Returns the logits of the next token, or of a masked one, in float32 for hidden states from `__call__`.
+
+        Raises:
+          ConfigError: the model has no output matrix.
+        """
         config = self.config
         with jax.named_scope("logits"):
+            hidden = self.before_output(hidden)
             matrix = self.embedding if config.tied else self.output
             logits = matrix_products(hidden, matrix, by_token=config.tied)
             logits = logits if config.logit_scale is None else logits * config.logit_scale
@@ -80,6 +99,19 @@ class Decoder(nn.Module):
                 bias = self.logit_bias.astype(jnp.float32)
                 logits = logits + bias.reshape((1,) * (logits.ndim - 1) + (-1,))
             return soft_capped(logits, config.logit_cap)
+
+    def before_output(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Returns what the output matrix multiplies, given hidden states from `__call__`.
+
+        Raises:
+          ConfigError: the model has no output matrix.
+        """
+        config = self.config
+        if config.output_head == "none":
+            raise ConfigError(f"this {config.family} base has no output matrix; train a task head (task.name)")
+        if config.output_head == "matrix":
+            return hidden
+        return self.head_norm(ACTIVATIONS[config.activation](self.head_map(hidden)))
 
     @nn.compact
     def __call__(
@@ -155,17 +187,24 @@ class Decoder(nn.Module):
     def enter(self, x: Float[Array, "B T E"], rows: Stream) -> Float[Array, "B T D"]:
         """Returns the input of the first layer for embeddings of real or virtual tokens."""
         config = self.config
-        if config.embedding_width is not None:
+        mapped = config.embedding_width is not None
+        if mapped and not config.embedding_norm:
             x = self.input_map(x)
         x = scaled(x, config.input_scale)
         if config.learned_positions:
             x = x + jnp.take(self.position_embedding, rows.positions, axis=0, mode="clip").astype(x.dtype)
-        return self.embedding_norm(x) if config.embedding_norm else x
+        if config.token_types:
+            x = x + self.token_types[0].astype(x.dtype).reshape(1, 1, -1)
+        if not config.embedding_norm:
+            return x
+        x = self.embedding_norm(x)
+        return self.input_map(x) if mapped else x
 
     def leave(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
         """Returns hidden states for `logits`."""
         x = self.final_norm(x) if self.config.final_norm else x
-        return x if self.config.embedding_width is None else self.output_map(x)
+        mapped = self.config.embedding_width is not None and self.config.output_head == "matrix"
+        return self.output_map(x) if mapped else x
 
 
 def _remembered(
@@ -290,10 +329,11 @@ def _shared_inputs(
         positions, pinned = jax.tree.map(lambda a: jnp.broadcast_to(a, shape), of_prefix)
         sources.insert(0, (positions, None, pinned))
     key_positions = tuple(positions for positions, *_ in sources) if config.biased else ()
-    masks = tuple(visible(rows, positions, segments) for positions, segments, _ in sources)
+    causal = config.causal
+    masks = tuple(visible(rows, positions, segments, causal=causal) for positions, segments, _ in sources)
     if not config.window_layers:
         return inputs(key_positions, masks, None)
-    windows = [within_window(rows, positions, config.window, pinned) for positions, _, pinned in sources]
+    windows = [within_window(rows, positions, config.window, pinned, causal=causal) for positions, _, pinned in sources]
     window_masks = tuple(mask & window for mask, window in zip(masks, windows, strict=True))
     if _all_windowed(stack):
         return inputs(key_positions, window_masks, None)
@@ -311,4 +351,13 @@ def decoder_layout(config: DecoderConfig) -> Layout:
         if not shapes.keys() >= set(names):
             shapes |= zip(names, own.remembers, strict=True)
     groups = {name: dataclasses.replace(shapes[name], layers=tuple(own)) for name, own in layers.items()}
-    return Layout(config.vocab_size, config.input_width, config.max_positions, groups, bool(config.window_layers))
+    return Layout(
+        config.vocab_size,
+        config.input_width,
+        config.max_positions,
+        groups,
+        windowed=bool(config.window_layers),
+        causal=config.causal,
+        pooling=config.pooling,
+        predicts_tokens=config.output_head != "none",
+    )

@@ -120,6 +120,7 @@ class DecoderModel:
     @jax.named_scope("logits")
     def scores(self, states: Float[Array, "B Q D"], at: Int[Array, "B M"], ids: Int[Array, "B M K"]) -> TargetScores:
         config = self.config
+        states = self._apply(states, method=Decoder.before_output)
         if config.logit_scale is not None:
             states = states * jnp.asarray(config.logit_scale, states.dtype)
         bias = jax.lax.stop_gradient(self.params["logit_bias"].astype(jnp.float32)) if config.logit_bias else None

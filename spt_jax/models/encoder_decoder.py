@@ -215,10 +215,11 @@ def encoder_decoder_layout(config: EncoderDecoderConfig) -> Layout:
     """Returns the layout of an encoder-decoder. The decoder's layers are numbered after the encoder's."""
     encoder = tuple(range(config.encoder_layers))
     decoder = tuple(range(config.encoder_layers, config.layers))
-    sizes = config.heads, config.head_size, config.head_size
+    shape = config.heads, config.head_size, config.head_size
     groups = {
-        SELF: Group(decoder, *sizes),
-        CROSS: Group(decoder, *sizes, site="cross"),
-        ENCODER: Group(encoder, *sizes, site="encoder"),
+        SELF: Group(decoder, *shape),
+        CROSS: Group(decoder, *shape, site="cross"),
+        ENCODER: Group(encoder, *shape, site="encoder"),
     }
-    return Layout(config.vocab_size, config.width, config.max_positions, groups, start_id=config.start_id)
+    sizes = config.vocab_size, config.width, config.max_positions
+    return Layout(*sizes, groups, causal=False, start_id=config.start_id)

@@ -60,6 +60,11 @@ class Layout:
         attention and a recurrent part is in two.
       windowed: whether some layers have a sliding window.
       packs: whether rows of several examples save time; the results are the same in either case.
+      causal: whether a token sees only earlier tokens, so that the hidden states of leading tokens that all examples
+        share depend on no example, and text can be generated. Otherwise the base is an encoder, or has one that reads
+        the prompt.
+      pooling: what a class head reads, as in `DecoderConfig`.
+      predicts_tokens: whether the base has an output matrix, and so logits.
       start_id: of an encoder-decoder, the token that begins the decoder's tokens; None for a base with one side.
     """
 
@@ -69,11 +74,15 @@ class Layout:
     groups: Mapping[str, Group | StateGroup]
     windowed: bool = False
     packs: bool = True
+    causal: bool = True
+    pooling: Literal["last", "first", "mean"] = "last"
+    predicts_tokens: bool = True
     start_id: int | None = None
 
     def __hash__(self) -> int:
         sizes = self.vocab_size, self.width, self.max_positions
-        return hash((*sizes, frozenset(self.groups.items()), self.windowed, self.packs, self.start_id))
+        kinds = self.windowed, self.packs, self.causal, self.pooling, self.predicts_tokens, self.start_id
+        return hash((*sizes, frozenset(self.groups.items()), *kinds))
 
     @property
     def encodes(self) -> bool:

@@ -15,7 +15,7 @@ class Variant:
     Attributes:
       name: of the group of their keys and values, if these have other sizes than the other layers'.
       layers: indices of the layers. A layer may be in several variants.
-      value_is_key, kv_source, experts, delta_net, mamba: see `DecoderConfig`.
+      attention_norm, value_is_key, kv_source, experts, delta_net, mamba: see `DecoderConfig`.
     """
 
     name: str
@@ -25,6 +25,7 @@ class Variant:
     head_size: int | None = None
     mlp_width: int | None = None
     rope: RopeConfig | None = None
+    attention_norm: bool | None = None
     value_is_key: bool | None = None
     kv_source: int | None = None
     experts: ExpertsConfig | None = None

@@ -28,7 +28,7 @@ ROWS = ("data", "fsdp")
 # L and E; "tensor" splits E, or the hidden width if it does not divide E.
 RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r"embedding$", (P(("fsdp", "tensor")), P("tensor", "fsdp"))),
-    (r"positions$", (P(None, "fsdp"),)),
+    (r"(positions|token_types)$", (P(None, "fsdp"),)),
     (r"output$", (P(None, ("fsdp", "tensor")), P("fsdp", "tensor"))),
     (r"experts/(up|gate)/kernel$", (P(None, "tensor", "fsdp"), P(None, None, "fsdp", "tensor"))),
     (r"experts/down/kernel$", (P(None, "tensor", None, "fsdp"), P(None, None, "tensor", "fsdp"))),
@@ -42,10 +42,10 @@ RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r"((attention|delta_net|mamba)/output|down)/kernel$", (P(None, "tensor", "fsdp"),)),
     (r"_convolution$", (P(None, None, "tensor"),)),
     (r"(a_log|dt_bias|skip|_convolution_bias)$", (P(None, "tensor"),)),
-    (r"(input_map|output_map)/kernel$", (P("fsdp"),)),
+    (r"(input_map|output_map|head_map)/kernel$", (P("fsdp"),)),
     (r"per_layer/projection/kernel$", (P("fsdp", "tensor"),)),
     (r"logit_bias$", (P(("fsdp", "tensor")),)),
-    (r"(scale|norm/bias|relative_bias|sinks|((attention|mamba)/output|down)/bias)$", (P(),)),
+    (r"(scale|norm/bias|relative_bias|sinks|((attention|mamba)/output|down|input_map|head_map)/bias)$", (P(),)),
 )
 
 

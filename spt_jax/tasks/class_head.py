@@ -1,4 +1,4 @@
-"""Classification by a head at the last token of the prompt."""
+"""Classification by a head: at the last token of the prompt, or where the heads of an encoder read."""
 
 import dataclasses
 from typing import ClassVar
@@ -33,11 +33,13 @@ class ClassHead(Verbalizers):
         super().check(template)
 
     def encode(self, encoder: RecordEncoder, record: Record, index: int) -> Example:
-        """Encodes the prompt, at whose last token the head predicts the class."""
+        """Encodes the prompt; the head reads what is the base's `Layout.pooling`."""
         ids = np.asarray(encoder.encode_prompt(record, index), np.int32)
         label = label_of(encoder.template, record, index)
-        reads, classes = np.asarray([len(ids) - 1], np.int32), np.asarray([label], np.int32)
-        return Example(ids, np.zeros(len(ids), bool), (), label, index, reads=reads, classes=classes)
+        form, classes = encoder.form, np.asarray([label], np.int32)
+        reads = np.asarray([form.class_position(ids)], np.int32)
+        head = {"reads": reads, "classes": classes, "pooled": form.pooled}
+        return Example(ids, np.zeros(len(ids), bool), (), label, index, **head)
 
     def class_scores(self, scores: Float[np.ndarray, "N C"]) -> Float[np.ndarray, "N C"]:
         """Returns the log-probabilities of the classes, given the head's logits."""

@@ -24,7 +24,8 @@ class Verbalizers(Task):
         """Encodes the prompt, and all verbalizers as choices."""
         prompt = encoder.encode_prompt(record, index)
         label = label_of(encoder.template, record, index)
-        return Example(np.asarray(prompt, np.int32), np.zeros(len(prompt), bool), encoder.choices, label, index)
+        predicted, at = np.zeros(len(prompt), bool), encoder.form.answer_position(prompt)
+        return Example(np.asarray(prompt, np.int32), predicted, encoder.choices, label, index, answer_at=at)
 
     def evaluate(self, scores: Scores, data: EncodedRecords) -> Evaluation:
         """Computes accuracy and macro-F1 with bootstrap intervals, and the cross-entropy among the classes."""

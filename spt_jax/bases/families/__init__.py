@@ -1,6 +1,7 @@
 """Families of bases: one file each, registered here."""
 
 from spt_jax.bases.families.arcee import Arcee
+from spt_jax.bases.families.bert import Albert, Bert, DistilBert, Electra, Roberta, XlmRoberta
 from spt_jax.bases.families.bloom import Bloom
 from spt_jax.bases.families.cohere import Cohere, Cohere2
 from spt_jax.bases.families.deepseek import DeepseekV2, DeepseekV3
@@ -25,6 +26,7 @@ from spt_jax.bases.families.hunyuan import HunYuanDense
 from spt_jax.bases.families.llama import Llama
 from spt_jax.bases.families.mistral import Ministral, Ministral3, Mistral, Mistral3
 from spt_jax.bases.families.mixtral import Mixtral
+from spt_jax.bases.families.modernbert import ModernBert
 from spt_jax.bases.families.olmo import Olmo, Olmo2, Olmo3
 from spt_jax.bases.families.olmoe import Olmoe
 from spt_jax.bases.families.opt import OPT
@@ -44,12 +46,16 @@ from spt_jax.errors import ConfigError
 __all__ = ["ENCODER_DECODERS", "FAMILIES", "EncoderDecoderFamily", "Family", "Origin", "Part", "family_of"]
 
 _REGISTERED: tuple[Family, ...] = (
+    Albert(),
     Arcee(),
+    Bert(),
     Bloom(),
     Cohere(),
     Cohere2(),
     DeepseekV2(),
     DeepseekV3(),
+    DistilBert(),
+    Electra(),
     Exaone4(),
     Falcon(),
     FalconH1(),
@@ -81,6 +87,7 @@ _REGISTERED: tuple[Family, ...] = (
     Mistral(),
     Mistral3(),
     Mixtral(),
+    ModernBert(),
     Olmo(),
     Olmo2(),
     Olmo3(),
@@ -97,10 +104,12 @@ _REGISTERED: tuple[Family, ...] = (
     Qwen35Text(),
     Qwen3Moe(),
     Qwen3Next(),
+    Roberta(),
     SeedOss(),
     SmolLM3(),
     StableLm(),
     Starcoder2(),
+    XlmRoberta(),
 )
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _REGISTERED}

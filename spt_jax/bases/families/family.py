@@ -65,7 +65,8 @@ class Origin:
         that are interleaved by head; it needs `shape`.
       shape: the shape of the tensor; None if it follows from the parameters that it fills.
       into: the part of the parameter, of one layer and expert, that the tensor fills.
-      layers: the layers, in the order of the layer axis; None for all layers of the model.
+      layers: the layers, in the order of the layer axis; None for all layers of the model. Without `{i}` in the key,
+        these layers share the tensor.
       experts: number of experts, if `{e}` is in the key.
     """
 

@@ -12,7 +12,7 @@ from spt_jax.models.config import DecoderConfig
 
 def _fields(hf: Any) -> dict[str, Any]:
     """Returns what all of these families have: norms with an offset of 1, and embeddings scaled by the table."""
-    if getattr(hf, "use_bidirectional_attention", None):
+    if getattr(hf, "use_bidirectional_attention", None) and hf.model_type != "gemma3_text":
         raise ConfigError(f"{hf.model_type} with use_bidirectional_attention is not supported")
     return {
         "qkv_bias": bool(hf.attention_bias),
@@ -77,7 +77,10 @@ class Gemma2(LlamaLike):
 
 
 class Gemma3Text(Gemma2):
-    """Gemma 3 270M and 1B (arXiv 2503.19786): norms of queries and keys, and another RoPE in layers with a window."""
+    """Gemma 3 270M and 1B (arXiv 2503.19786): norms of queries and keys, and another RoPE in layers with a window.
+
+    EmbeddingGemma (arXiv 2509.20354) is this model as an encoder.
+    """
 
     model_type: ClassVar[str] = "gemma3_text"
     architecture: ClassVar[str] = "Gemma3ForCausalLM"
@@ -85,7 +88,13 @@ class Gemma3Text(Gemma2):
     def config(self, hf: Any, max_length: int | None) -> DecoderConfig:
         if hf.attn_logit_softcapping is not None:
             raise ConfigError(f"{hf.model_type} with attn_logit_softcapping is not supported; transformers ignores it")
-        return llama_config(hf, max_length, qk_norm="head", **_fields_of_2(hf), **ropes_by_type(hf, max_length))
+        encoder = {}
+        if hf.use_bidirectional_attention:
+            # transformers itself makes of the window in config.json the part on one side, with the token itself.
+            bare = "Gemma3TextModel" in (hf.architectures or ())
+            encoder = {"causal": False, "pooling": "mean", "output_head": "none" if bare else "matrix"}
+        fields = {**_fields_of_2(hf), **ropes_by_type(hf, max_length), **encoder}
+        return llama_config(hf, max_length, qk_norm="head", **fields)
 
     def tiny(self) -> Mapping[str, Any]:
         return {

@@ -37,7 +37,7 @@ class CrossEntropy(Objective):
           ConfigError: an example has choices.
         """
         del base
-        if any(example.choices for example in examples):
+        if any(len(example.choices) > 1 for example in examples):
             raise ConfigError("a loss over the vocabulary needs examples with one target: batch `Example.as_target()`")
 
     def loss(self, scores: TargetScores, rows: Rows) -> Loss:

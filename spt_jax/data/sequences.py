@@ -1,0 +1,134 @@
+"""How the token sequences of a base begin and end, and where its answers are read."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int
+
+from spt_jax.bases.tokenizer import Tokenizer
+from spt_jax.data.templates import Template
+from spt_jax.data.tokenization import adds_bos
+from spt_jax.errors import ConfigError
+from spt_jax.models.layout import Layout
+
+MASK = "<mask>"
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceForm:
+    """The form of a base's sequences.
+
+    Attributes:
+      causal: whether answers follow the prompt. Otherwise the base is an encoder, and answers replace a mask token.
+      bos_id: the token that opens a sequence, such as BOS or [CLS]; None if the tokenizer has none.
+      opens: whether the tokenizer itself puts it first.
+      closing: the ids that the tokenizer of an encoder puts last, such as [SEP].
+      mask: the name and the id of an encoder's mask token; None if there is none.
+      pooling: the hidden state that a class head reads, as in `Layout`.
+    """
+
+    causal: bool
+    bos_id: int | None
+    opens: bool
+    closing: tuple[int, ...] = ()
+    mask: tuple[str, int] | None = None
+    pooling: Literal["last", "first", "mean"] = "last"
+
+    @property
+    def pooled(self) -> bool:
+        """Whether a class head reads the mean of hidden states."""
+        return self.pooling == "mean"
+
+    def marked(self, prompt: str) -> str:
+        """Returns a prompt with the tokenizer's name of the mask token in place of `<mask>`."""
+        return prompt if self.mask is None else prompt.replace(MASK, self.mask[0])
+
+    def class_position(self, ids: Sequence[int]) -> int:
+        """Returns the position that a class head reads, or one of those whose mean it reads.
+
+        Args:
+          ids: the ids of a prompt.
+
+        Raises:
+          ConfigError: the head reads the opening token, and there is none.
+        """
+        if self.pooling == "last":
+            return len(ids) - 1
+        found: Int[np.ndarray, " _"] = np.flatnonzero(np.asarray(ids) == self.bos_id)
+        if not len(found) and self.pooling == "first":
+            raise ConfigError("a class head of this base reads its opening token, and the prompt has none; add <bos>")
+        return int(found[0]) if len(found) else 0
+
+    def answer_position(self, ids: Sequence[int]) -> int | None:
+        """Returns the position of the mask that an answer replaces; None if answers follow the prompt.
+
+        Args:
+          ids: the ids of a prompt.
+        """
+        if self.causal:
+            return None
+        assert self.mask is not None
+        (position,) = np.flatnonzero(np.asarray(ids) == self.mask[1])
+        return int(position)
+
+    def check(self, template: Template, has_head: bool, choices: Sequence[Int[np.ndarray, " _"]]) -> None:
+        """Checks that an encoder can do what a template asks for; a causal base always can.
+
+        Args:
+          template: the template.
+          has_head: whether its task has a head.
+          choices: the ids of each verbalizer.
+
+        Raises:
+          ConfigError: it cannot.
+        """
+        if self.causal:
+            return
+        if template.chat or template.is_conversation or template.continues:
+            raise ConfigError("this base is an encoder: it answers no chats and continues no text")
+        if has_head:
+            return
+        if not template.verbalizers:
+            raise ConfigError(
+                "this base is an encoder, which generates no text: set verbalizers for a prompt with <mask>, or a task"
+                " with a head (task.name classification, tagging or span)"
+            )
+        if self.mask is None:
+            raise ConfigError("the tokenizer of this encoder has no mask token; set a task with a head (task.name)")
+        count = self.marked(template.prompt).count(self.mask[0])
+        if count != 1:
+            raise ConfigError(
+                f"template {template.prompt!r} has {count} mask tokens; with verbalizers, an encoder needs one <mask>,"
+                " where the verbalizer is predicted"
+            )
+        for text, choice in zip(template.verbalizers.values(), choices, strict=True):
+            if len(choice) != 1:
+                raise ConfigError(
+                    f"the verbalizer {text!r} has {len(choice)} tokens, and one mask stands for one token; choose"
+                    " another word (a blank before a word may make it one token)"
+                )
+
+
+def form_of(tokenizer: Tokenizer, layout: Layout | None) -> SequenceForm:
+    """Returns the form of a base's sequences.
+
+    Args:
+      tokenizer: that of the base.
+      layout: that of the base; None for a causal one.
+
+    Raises:
+      ConfigError: the tokenizer of an encoder puts several tokens before a text.
+    """
+    if layout is None or layout.causal:
+        return SequenceForm(True, tokenizer.bos_token_id, adds_bos(tokenizer))
+    whole, text = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (True, False))
+    start = next(i for i in range(len(whole)) if whole[i : i + len(text)] == text)
+    front, closing = whole[:start], whole[start + len(text) :]
+    if len(front) > 1:
+        raise ConfigError(f"the tokenizer puts {len(front)} tokens before a text; at most 1 is supported")
+    bos_id = front[0] if front else tokenizer.bos_token_id
+    mask_id = tokenizer.mask_token_id
+    mask = None if mask_id is None else (str(tokenizer.mask_token), mask_id)
+    return SequenceForm(False, bos_id, bool(front), tuple(closing), mask, layout.pooling)
