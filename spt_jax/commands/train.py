@@ -97,7 +97,7 @@ def run(command: Command[Any], argv: Sequence[str], program: str) -> None:
         [(experiment, {"train": examples, **{name: sets.soft.examples for name, sets in asked.items()}})]
     )
     processes.check_agreement(
-        "inputs", lambda: {**digests, "dtype": str(base.dtype), "attention": base.decoder.module.attention}
+        "inputs", lambda: {**digests, "dtype": str(base.dtype), "attention": base.attention}
     )
 
     def save_best(best: Best) -> None:
@@ -182,7 +182,7 @@ def finish(
             "trainable_parameters": experiment.config.method.trainable_count(outcome.best.params),
             "base_parameters": experiment.base.parameter_count,
             "base_dtype": str(experiment.base.dtype),
-            "attention": experiment.base.decoder.module.attention,
+            "attention": experiment.base.attention,
             "prompt_bytes": prompt_bytes,
             "train_seconds": round(outcome.train_seconds, 2),
             "examples_per_second": round(outcome.rates.examples, 2),

@@ -8,8 +8,11 @@ torch = pytest.importorskip("torch")
 
 from spt_jax.bases.base import load_base
 from spt_jax.bases.families import ENCODER_DECODERS
+from spt_jax.inference.forward import target_scores
+from spt_jax.prompts.virtual import VirtualPrompt
 from spt_jax.testing import write_tiny_checkpoint
 from tests.encoder_decoders import START, VARIANTS, choice, logits_by_target, rows_of, text, words
+from tests.examples import same_gradient
 
 pytestmark = pytest.mark.parity
 
@@ -82,3 +85,32 @@ def test_a_scaled_model_with_an_output_matrix_of_its_own(tmp_path):
     read = load_base(again, dtype="float32")
     assert not read.model.config.tied and read.model.config.output_scale is None
     assert read.fingerprint == base.fingerprint
+
+
+@pytest.mark.parametrize("variant", ["t5", "t5 1.1", "umt5"])
+def test_loss_and_gradient_of_a_prompt(variant, tmp_path):
+    """Alone and packed, against transformers' loss on `inputs_embeds` with the prompt before the text."""
+    base, model = load_both(tmp_path, variant)
+    pairs = [(words(20, 1), words(6, 2)), (words(5, 3), words(3, 4)), (words(11, 5), words(9, 6))]
+    prompt = np.random.default_rng(7).normal(0, 0.3, (5, base.layout.width)).astype(np.float32)
+    virtual_ids = base.layout.vocab_size + np.arange(5, dtype=np.int32)
+    examples = [text(np.concatenate([virtual_ids, ids]), target, i) for i, (ids, target) in enumerate(pairs)]
+
+    @jax.jit
+    def loss(model, tokens, rows):
+        found = target_scores(model, VirtualPrompt(tokens=tokens), None, rows).log_probabilities[:, :, 0]
+        return -(found * rows.target_weights).sum() / rows.target_weights.sum()
+
+    rows_of_prompt = torch.tensor(prompt, requires_grad=True)
+    total = torch.zeros(())
+    for ids, target in pairs:
+        words_in = model.get_input_embeddings()(torch.tensor(ids).long())
+        found = model(inputs_embeds=torch.cat([rows_of_prompt, words_in])[None], labels=torch.tensor(target[None]).long())
+        total = total + found.loss * len(target)
+    theirs = total / sum(len(target) for _, target in pairs)
+    theirs.backward()
+    for packing in (False, True):
+        rows = rows_of(examples, packing=packing)
+        ours, gradient = jax.value_and_grad(loss, argnums=1)(base.model, prompt, rows)
+        np.testing.assert_allclose(float(ours), theirs.item(), rtol=1e-5)
+        same_gradient(gradient, rows_of_prompt.grad)

@@ -106,7 +106,7 @@ class T5:
         # Distances beyond 16 share the last bucket, and the sides differ in their numbers of layers.
         return {
             "d_model": 32,
-            "d_kv": 12,
+            "d_kv": 4,
             "d_ff": 48,
             "num_layers": 3,
             "num_decoder_layers": 2,
