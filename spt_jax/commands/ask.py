@@ -10,7 +10,7 @@ from spt_jax.commands.saved import load, load_all, named
 from spt_jax.data.encoder import Encoder, encoder_for
 from spt_jax.data.requests import field_record, text_records
 from spt_jax.data.sources import check_fields, read_records
-from spt_jax.data.task import task_of
+from spt_jax.data.task import task_of, works_bare
 from spt_jax.data.templates import Template
 from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError
@@ -126,10 +126,10 @@ def evaluate_prompt(options: Evaluate) -> None:
         sets = [asked(prompt.template, prompt.virtual) for prompt in prompts]
         together = evaluate_ensemble(base, sets, [prompt.virtual for prompt in prompts], options.combine)
         results[f"{options.combine} of {len(prompts)} prompts"] = together.metrics
-    if task_of(template).bare:
+    if works_bare(template, base):
         results["no_prompt"] = metrics(template.bare(), None)
     elif options.hard_prompt:
-        raise ConfigError(f"--hard-prompt is not compatible with a {template.head} head")
+        raise ConfigError(f"--hard-prompt is not compatible with a {template.head} head on this base")
     for text in options.hard_prompt:
         results[f"hard prompt {text!r}"] = metrics(template.bare(text), None)
     _report(options, results)

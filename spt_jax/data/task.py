@@ -7,10 +7,11 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Array, Float
 
+from spt_jax.bases.base import FrozenBase
 from spt_jax.data.examples import Example
 from spt_jax.data.preferences import PairScores
 from spt_jax.data.reading import Spans
-from spt_jax.data.sequences import SequenceForm
+from spt_jax.data.sequences import SequenceForm, form_of
 from spt_jax.data.templates import TEMPLATE_TASKS, Field, Template, parse
 from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError, did_you_mean
@@ -304,6 +305,18 @@ def register(*tasks: Task) -> None:
     for task in tasks:
         TASKS[task.name] = task
         TEMPLATE_TASKS[task.name] = task
+
+
+def works_bare(template: Template, base: FrozenBase) -> bool:
+    """Returns whether the base can do the task of a template without a soft prompt, so that it can be compared.
+
+    Args:
+      template: the template.
+      base: the base. An encoder needs a mask token in the prompt, and an output matrix.
+    """
+    form = form_of(base.tokenizer, base.layout)
+    masked = form.mask is not None and form.mask[0] in form.marked(template.prompt) and base.layout.predicts_tokens
+    return task_of(template).bare and (form.causal or masked)
 
 
 def task_of(template: Template) -> Task:

@@ -18,7 +18,7 @@ from spt_jax.data.batches import BatchPlan, multiples, plan_batches
 from spt_jax.data.encoder import Encoder, encoder_for
 from spt_jax.data.examples import Example, digest
 from spt_jax.data.sources import check_fields, read_records
-from spt_jax.data.task import PairCriterion, task_of
+from spt_jax.data.task import PairCriterion, task_of, works_bare
 from spt_jax.data.templates import Template
 from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError, DataError
@@ -395,7 +395,7 @@ def evaluation_sets(experiment: Experiment) -> dict[str, EvaluationSets]:
         return EvaluationSets(
             soft=soft,
             hard={text: experiment.evaluation_set(records, template.bare(text)) for text in experiment.hard_prompts},
-            bare=experiment.evaluation_set(records, template.bare()) if task_of(template).bare else None,
+            bare=experiment.evaluation_set(records, template.bare()) if works_bare(template, experiment.base) else None,
             text=None if soft.text is None else set_after_text(experiment.base, soft),
         )
 

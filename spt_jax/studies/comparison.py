@@ -13,7 +13,7 @@ import numpy as np
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.encoder import Encoder, encoder_for
 from spt_jax.data.examples import Example
-from spt_jax.data.task import task_of
+from spt_jax.data.task import task_of, works_bare
 from spt_jax.data.templates import Template
 from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError, DataError
@@ -102,10 +102,18 @@ def baselines(
     """
     bare, template = bare_tokens(experiment), experiment.template
     found = [_soft(experiment, path, bare) for path in prompts]
-    if not task_of(template).bare:
-        return found
-    found.append(_written(experiment, "no prompt", bare, template.bare()))
-    texts = experiment.config.data.hard_prompt
+    if works_bare(template, experiment.base):
+        found += _without_prompt(experiment, bare, shots, shots_seed)
+    if probe and template.verbalizers and task_of(template).bare:
+        with spoken("training the linear probe"):
+            found.append(_probe(experiment))
+    return found
+
+
+def _without_prompt(experiment: Experiment, bare: float, shots: Sequence[int], shots_seed: int) -> list[Baseline]:
+    """Returns the base without a prompt, with each hand-written prompt, and with solved examples."""
+    template, texts = experiment.template, experiment.config.data.hard_prompt
+    found = [_written(experiment, "no prompt", bare, template.bare())]
     found += [_written(experiment, f"hand-written: {text}", bare, template.bare(text)) for text in texts]
     with spoken("choosing a hand-written prompt by validation"):
         asked_by = template.bare(best_text(experiment))
@@ -113,9 +121,6 @@ def baselines(
         solved = draw_shots(experiment.train, template, count, shots_seed)
         name = f"{count} solved example{'s' if count > 1 else ''}"
         found.append(_written(experiment, name, bare, asked_by, solved))
-    if probe and template.verbalizers:
-        with spoken("training the linear probe"):
-            found.append(_probe(experiment))
     return found
 
 
