@@ -76,7 +76,7 @@ def tiny_config(family: str = "llama", **overrides: Any) -> Any:
     return transformers.AutoConfig.for_model(family, **{**tokens, **fields, **overrides})
 
 
-def tiny_tokenizer(kind: TokenizerKind = "byte", *, add_bos: bool = True) -> Tokenizer:
+def tiny_tokenizer(kind: TokenizerKind = "byte", *, add_bos: bool = True, add_eos: bool = False) -> Tokenizer:
     """Returns a fast tokenizer built in code: all bytes, a few merged words, and three special tokens.
 
     Args:
@@ -84,6 +84,7 @@ def tiny_tokenizer(kind: TokenizerKind = "byte", *, add_bos: bool = True) -> Tok
         "sentencepiece" prepends a space to the text and falls back to bytes, as Llama 2 does (384 entries;
         `<unk>` 0, `<s>` 1, `</s>` 2, and no padding token).
       add_bos: whether `add_special_tokens=True` prepends the BOS token.
+      add_eos: whether it appends the EOS token, as the tokenizers of T5 do.
 
     Returns:
       The tokenizer.
@@ -92,12 +93,15 @@ def tiny_tokenizer(kind: TokenizerKind = "byte", *, add_bos: bool = True) -> Tok
 
     names = ["<unk>", "<s>", "</s>"] if kind == "sentencepiece" else ["<pad>", "<bos>", "<eos>"]
     tokenizer = _sentencepiece_like(names) if kind == "sentencepiece" else _byte_level(names)
-    if add_bos:
+    if add_bos or add_eos:
         from tokenizers import processors
 
-        bos = names[BOS_ID]
+        bos, eos = names[BOS_ID] if add_bos else "", names[EOS_ID] if add_eos else ""
+        first, second = f"{bos} $A {eos}".split(), f"{bos}:1 $B:1 {eos}:1".split()
         opening = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, BOS_ID)]
+            single=first,
+            pair=first + [piece for piece in second if piece != ":1"],
+            special_tokens=[(names[id_], id_) for id_ in (BOS_ID, EOS_ID)],
         )
         byte_level = processors.ByteLevel(trim_offsets=False)
         tokenizer.post_processor = opening if kind == "sentencepiece" else processors.Sequence([byte_level, opening])
@@ -194,7 +198,7 @@ def write_tiny_checkpoint(
       dtype: dtype of the stored tensors, for example `np.float32` or `ml_dtypes.bfloat16`.
       shards: number of safetensors files; for more than one, `model.safetensors.index.json` is written too.
       tokenizer: as for `tiny_tokenizer`; sets the vocabulary size of the model.
-      add_bos: as for `tiny_tokenizer`.
+      add_bos: as for `tiny_tokenizer`. The tokenizer of an encoder-decoder adds EOS instead.
       **overrides: as for `tiny_config`.
 
     Returns:
@@ -214,7 +218,8 @@ def write_tiny_checkpoint(
     config = model_config(hf)
     stored = {**hf.to_dict(), "architectures": [family_of(family).architecture], "dtype": np.dtype(dtype).name}
     (directory / "config.json").write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
-    tiny_tokenizer(tokenizer, add_bos=add_bos).save_pretrained(directory)
+    has_encoder = family in ENCODER_DECODERS
+    tiny_tokenizer(tokenizer, add_bos=add_bos and not has_encoder, add_eos=has_encoder).save_pretrained(directory)
     write_checkpoint(directory, config, random_params(config, seed, dtype), dtype, shards=shards)
     return directory
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +129,12 @@ class FrozenBase:
     def remat(self) -> Remat:
         """What the backward pass recomputes; "none" for a base from `from_flax`, whose functions decide it."""
         return self.model.module.remat if isinstance(self.model, DecoderModel | EncoderDecoderModel) else "none"
+
+    def with_remat(self, remat: Remat | Literal["auto"]) -> "FrozenBase":
+        """Returns the base with another rematerialization; as it is for "auto", and if it is from `from_flax`."""
+        if remat == "auto" or not isinstance(self.model, DecoderModel | EncoderDecoderModel):
+            return self
+        return dataclasses.replace(self, model=self.model.with_options(remat=remat))
 
     @property
     def attention(self) -> Kernel:

@@ -164,8 +164,8 @@ def read_params(
       quantization: how the files are quantized; their weights are dequantized one at a time.
 
     Returns:
-      The parameters of `Decoder(config)` or `EncoderDecoder(config)`, and the hexadecimal SHA-256 digest of the tensors as stored, of quantized
-      weights of their values.
+      The parameters of `Decoder(config)` or `EncoderDecoder(config)`, and the hexadecimal SHA-256 digest of the tensors
+      as stored, of quantized weights of their values.
 
     Raises:
       CheckpointError: for a damaged file and for missing, unknown, duplicate or misshapen tensors, and for values

@@ -21,9 +21,7 @@ _SIZES = {
     ),
     **dict.fromkeys(("num_heads", "num_kv_heads", "d_kv"), (1, 1 << 16)),
     **dict.fromkeys(("head_dim", "global_head_dim", "query_pre_attn_scalar", "rotary_dim"), (1, 1 << 16)),
-    **dict.fromkeys(
-        ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "hidden_dim", "d_ff"), (1, 1 << 24)
-    ),
+    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "hidden_dim", "d_ff"), (1, 1 << 24)),
     "vocab_size": (1, 1 << 28),
     "type_vocab_size": (0, 1 << 16),
     "local_attention": (2, 1 << 30),

@@ -23,8 +23,8 @@ class Fingerprint:
     """What makes two bases the same function. Neither the dtype nor the path is part of it.
 
     Attributes:
-      config: sizes and options by their names in the model's config. An option that is absent has its default, so that an
-        option added to the library leaves earlier fingerprints valid; the default of an option therefore never changes.
+      config: sizes and options by their names in the model's config. An option that is absent has its default, so that
+        an option added to the library leaves earlier fingerprints valid; so the default of an option never changes.
       weights: SHA-256 of the tensors as stored, hexadecimal.
       tokenizer: SHA-256 of the tokenizer, hexadecimal.
       version: of the names in `config`. Version 0.1 of the library did not write it.

@@ -352,7 +352,8 @@ class Encoder:
         """Returns the ids of the target, or of another template, with those that end it if `ends`."""
         pieces = parse(self.template.target if target is None else target)
         if not self.template.chat:
-            return self._ids(pieces, fields, opens=False) + (self._eos if ends else [])
+            # The decoder's tokens are a sequence of their own.
+            return self._ids(pieces, fields, opens=self.form.decodes) + (self._eos if ends else [])
         content = [Plain(fields[piece.name]) if isinstance(piece, Field) else piece for piece in pieces]
         answer = self._chat.answer(self._turns(None), content)
         end = (answer.end or [Control(id_) for id_ in self._eos]) if ends else []

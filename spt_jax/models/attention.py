@@ -91,7 +91,9 @@ class GatedPrefix:
 class Cache:
     """What all layers remember of earlier tokens of each row. Empty slots have segment 0.
 
-    The capacity C may exceed the number of positions S; slots from S on are not read.
+    The capacity C may exceed the number of positions S; slots from S on are not read. Of an encoder-decoder, the first
+    slots are the encoder's tokens, and only cross-attention has keys and values for them; the others are the decoder's,
+    and only its self-attention has keys and values for those.
 
     Attributes:
       memory: keys [L B K H C] and values [L B K C H], or states [L B ...]. The axes are in the order in which the
@@ -99,15 +101,12 @@ class Cache:
       positions: the position of each slot's token.
       segments: the segment of each slot's token.
       pinned: the slots that a sliding window never hides; None for none.
-      encoded: of an encoder-decoder, the number of slots, the first ones, that hold the encoder's tokens. The memory of
-        self-attention has only the other slots.
     """
 
     memory: Memory
     positions: Int[Array, "B S"]
     segments: Int[Array, "B S"]
     pinned: Bool[Array, "B S"] | None = None
-    encoded: int = dataclasses.field(default=0, metadata={"static": True})
 
 
 def visible(

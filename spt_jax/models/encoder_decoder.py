@@ -127,7 +127,7 @@ class EncoderDecoder(nn.Module):
         masks, buckets = given.of_prefix(SELF, own.positions, self._bucket, bidirectional=False)
         keys = [(own.positions, own.segments)]
         if given.cache is not None:
-            start = given.cache.encoded
+            start = _encoded(given.cache)
             keys.insert(0, (given.cache.positions[:, start:], given.cache.segments[:, start:]))
         masks += [visible(own, positions, segments) for positions, segments in keys]
         buckets += [self._bucket(own.positions, positions, bidirectional=False) for positions, _ in keys]
@@ -140,7 +140,7 @@ class EncoderDecoder(nn.Module):
         """Cross-attention: the encoder tokens of the same example or its parent."""
         masks, _ = given.of_prefix(CROSS, own.positions, None, bidirectional=False)
         if given.cache is not None:
-            segments = given.cache.segments[:, : given.cache.encoded]
+            segments = given.cache.segments[:, : _encoded(given.cache)]
         if encoded is not None or given.cache is not None:
             masks.append(related(own, segments))
         return Site(given.prefix_of(CROSS), given.cached(CROSS), tuple(masks), None, encoded)
@@ -195,6 +195,13 @@ class _Given:
         """The cache's keys and values of a site's layers; None without a cache."""
         pairs = None if self.cache is None else self.cache.memory[site]
         return pairs if isinstance(pairs, KeysValues) else None
+
+
+def _encoded(cache: Cache) -> int:
+    """Returns the number of slots of a cache that are the encoder's tokens."""
+    pairs = cache.memory[CROSS]
+    assert isinstance(pairs, KeysValues)
+    return pairs.keys.shape[-1]
 
 
 def _without(segments: Int[Array, "B T"], decoder: Int[Array, "B U"]) -> Int[Array, "B T"]:

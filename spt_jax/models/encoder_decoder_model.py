@@ -51,6 +51,10 @@ class EncoderDecoderModel:
     def mesh(self) -> Mesh | None:
         return self.module.mesh
 
+    def with_options(self, **options: Any) -> "EncoderDecoderModel":
+        """Returns the same weights in a module with other options: `mesh` or `remat`."""
+        return dataclasses.replace(self, module=self.module.clone(**options))
+
     def embed(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         return self._apply(ids, method=EncoderDecoder.embed)
 

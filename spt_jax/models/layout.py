@@ -24,8 +24,8 @@ class Group:
       key_size: size of a key.
       value_size: size of a value.
       site: "self" for self-attention; "cross" for cross-attention to the encoder's tokens, and "encoder" for the
-        self-attention of an encoder that a decoder follows; "inputs" if the keys are the input embeddings of the tokens, and there are no
-        values, for a model that recomputes its layers from them.
+        self-attention of an encoder that a decoder follows; "inputs" if the keys are the input embeddings of the
+        tokens, and there are no values, for a model that recomputes its layers from them.
     """
 
     layers: tuple[int, ...]
@@ -94,6 +94,12 @@ class Layout:
         """The groups with keys and values of attention layers, which a prompt may provide."""
         own = {name: group for name, group in self.groups.items() if isinstance(group, Group)}
         return {name: group for name, group in own.items() if group.site != "inputs"}
+
+    @property
+    def cached_groups(self) -> dict[str, Group | StateGroup]:
+        """The groups whose memory later tokens read: all but the self-attention of an encoder."""
+        groups = self.groups.items()
+        return {name: group for name, group in groups if not isinstance(group, Group) or group.site != "encoder"}
 
     @property
     def only_tokens(self) -> bool:

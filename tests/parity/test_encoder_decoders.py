@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 from spt_jax.bases.base import load_base
 from spt_jax.bases.families import ENCODER_DECODERS
 from spt_jax.inference.forward import target_scores
+from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.prompts.virtual import VirtualPrompt
 from spt_jax.testing import write_tiny_checkpoint
 from tests.encoder_decoders import START, VARIANTS, choice, logits_by_target, rows_of, text, words
@@ -69,7 +70,9 @@ def test_hidden_states_of_the_encoder(tmp_path):
     base, model = load_both(tmp_path, "umt5")
     prompt = words(30, 1)
     rows = rows_of([text(prompt, words(5, 2))], packing=False)
-    hidden, _ = jax.jit(lambda model, ids, stream: model.run(model.embed(ids), stream))(base.model, rows.ids, rows.stream)
+    hidden, _ = jax.jit(lambda model, ids, stream: model.run(model.embed(ids), stream))(
+        base.model, rows.ids, rows.stream
+    )
     with torch.no_grad():
         theirs = model.encoder(input_ids=torch.tensor(prompt[None]).long()).last_hidden_state[0].numpy()
     np.testing.assert_allclose(np.asarray(hidden)[0, :30], theirs, atol=1e-4, rtol=0)
@@ -105,7 +108,9 @@ def test_loss_and_gradient_of_a_prompt(variant, tmp_path):
     total = torch.zeros(())
     for ids, target in pairs:
         words_in = model.get_input_embeddings()(torch.tensor(ids).long())
-        found = model(inputs_embeds=torch.cat([rows_of_prompt, words_in])[None], labels=torch.tensor(target[None]).long())
+        found = model(
+            inputs_embeds=torch.cat([rows_of_prompt, words_in])[None], labels=torch.tensor(target[None]).long()
+        )
         total = total + found.loss * len(target)
     theirs = total / sum(len(target) for _, target in pairs)
     theirs.backward()
@@ -114,3 +119,32 @@ def test_loss_and_gradient_of_a_prompt(variant, tmp_path):
         ours, gradient = jax.value_and_grad(loss, argnums=1)(base.model, prompt, rows)
         np.testing.assert_allclose(float(ours), theirs.item(), rtol=1e-5)
         same_gradient(gradient, rows_of_prompt.grad)
+
+
+@pytest.mark.parametrize("variant", ["t5", "umt5"])
+def test_generated_ids(variant, tmp_path):
+    """Greedy and sampled, padded and in one batch, against transformers' `generate` on each prompt alone."""
+    base, model = load_both(tmp_path, variant)
+    prompts = [words(30, 1), words(5, 2), words(11, 3)]
+    ids = [np.concatenate([prompt, [START]]).astype(np.int32) for prompt in prompts]
+    for prompt, ours in zip(prompts, generate(base, ids, sampling=SamplingConfig(max_new_tokens=20)), strict=True):
+        theirs = model.generate(torch.tensor(prompt[None]).long(), max_new_tokens=20, do_sample=False, num_beams=1)
+        assert list(ours.ids) == theirs[0, 1:].tolist()
+    sampling = SamplingConfig(max_new_tokens=20, temperature=0.8, top_k=40, seed=5)
+    for prompt, ours in zip(prompts, generate(base, ids, sampling=sampling), strict=True):
+        logits = torch_logits(model, prompt, np.asarray(ours.ids, np.int32))
+        found = torch.log_softmax(torch.tensor(logits), -1)[np.arange(len(ours.ids)), list(ours.ids)].numpy()
+        np.testing.assert_allclose(ours.log_probabilities, found, atol=1e-4)
+
+
+def test_generation_after_a_soft_prompt(tmp_path):
+    """The same ids as transformers generates after the prompt's rows and the text's embeddings."""
+    base, model = load_both(tmp_path, "t5")
+    prompt = np.random.default_rng(7).normal(0, 0.3, (5, base.layout.width)).astype(np.float32)
+    text_ids = words(11, 3)
+    ids = np.concatenate([base.layout.vocab_size + np.arange(5), text_ids, [START]]).astype(np.int32)
+    (ours,) = generate(base, [ids], VirtualPrompt(tokens=prompt), SamplingConfig(max_new_tokens=16))
+    embedded = model.get_input_embeddings()(torch.tensor(text_ids).long())
+    inputs = torch.cat([torch.tensor(prompt), embedded])[None]
+    theirs = model.generate(inputs_embeds=inputs, max_new_tokens=16, do_sample=False, num_beams=1)
+    assert list(ours.ids) == theirs[0, 1:].tolist()
