@@ -46,9 +46,9 @@ class Fingerprint:
     def differences(self, other: "Fingerprint") -> list[str]:
         """Sentences that name each field that differs."""
         configs = [one.current.config for one in (self, other)]
-        kinds = [_kind(one) for one in (self, other)]
-        if kinds[0] is kinds[1]:
-            configs = configs if kinds[0] is None else [_facts(kinds[0], config) for config in configs]
+        kind = self.kind
+        if kind is other.kind:
+            configs = configs if kind is None else [_facts(kind, config) for config in configs]
         else:
             # Each kind has options that mean nothing for the other.
             shared = set.intersection(*map(set, configs))
@@ -63,6 +63,13 @@ class Fingerprint:
     def is_foreign(self) -> bool:
         """Whether the base is a model from `from_flax`."""
         return self.config.get("family") == FOREIGN
+
+    @property
+    def kind(self) -> type[DecoderConfig] | type[EncoderDecoderConfig] | None:
+        """The class of the config whose facts these are; None for a model from `from_flax`."""
+        if self.is_foreign:
+            return None
+        return EncoderDecoderConfig if "encoder_layers" in self.config else DecoderConfig
 
     @property
     def current(self) -> "Fingerprint":
@@ -101,13 +108,6 @@ def quantization_note(trained: Fingerprint, base: Fingerprint) -> str | None:
     if base.quantize is None or trained.quantize is not None:
         return None
     return f"trained on a base that is not recorded as quantized, and used with {base.quantize} kernels"
-
-
-def _kind(fingerprint: Fingerprint) -> type | None:
-    """Returns the class of the config that the facts are of; None for a model from `from_flax`."""
-    if fingerprint.is_foreign:
-        return None
-    return EncoderDecoderConfig if "encoder_layers" in fingerprint.config else DecoderConfig
 
 
 def _facts(kind: type, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def of_all_layers(memory: Memory, layout: Layout) -> Memory:
     """Adds to the memory of one prompt what it lacks: states of zeros, and keys and values at no positions."""
     states = {name: group for name, group in layout.state_groups.items() if name not in memory}
     pairs = {name: group for name, group in layout.attention_groups.items() if name not in memory}
-    absent = {**state_spec(states), **spec(pairs, length(memory))}
+    absent = {**state_spec(states), **spec(pairs, 0)}
     return {**memory, **jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), absent)}
 
 
