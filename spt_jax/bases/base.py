@@ -166,9 +166,9 @@ class FrozenBase:
     def parameter_count(self) -> int:
         """The number of frozen parameters."""
         # The arrays of a quantized base are not its parameters.
-        own = isinstance(self.model, DecoderModel | EncoderDecoderModel)
-        leaves = parameter_shapes(self.model.config) if own else self.params
-        return sum(leaf.size for leaf in jax.tree.leaves(leaves))
+        model = self.model
+        own = isinstance(model, DecoderModel | EncoderDecoderModel)
+        return sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(model.config) if own else self.params))
 
 
 def default_dtype(device: Any) -> str:

@@ -108,7 +108,7 @@ class EncoderDecoder(nn.Module):
             # Padding has the index T, where nothing is written.
             into = jnp.zeros_like(x) if hidden is None else hidden
             hidden = into.at[jnp.arange(len(x))[:, None], rows.decoder].set(outputs, mode="drop")
-        elif return_memory:
+        elif return_memory and encoded is not None:
             memory = {**memory, **self.decoder.cross_memory(encoded)}
         return hidden if return_hidden else None, memory if return_memory else None
 

@@ -139,7 +139,9 @@ class Side(nn.Module):
         if self.config.shared_bias:
             self.relative_bias = bias_param(self, self.config)
         self.final_norm = Norm(self.config.layer)
-        self.layers = self.param("layers", self._init_layers)
+        # Linen checks the shapes of arrays, and a quantized kernel has several.
+        stored = self.has_variable("params", "layers")
+        self.layers = self.get_variable("params", "layers") if stored else self.param("layers", self._init_layers)
 
     @nn.nowrap
     def _block(self) -> SideBlock:
@@ -192,7 +194,7 @@ class Side(nn.Module):
         """Returns the keys and values [L, B, T, K, H] of the encoder's tokens for cross-attention."""
         block = self._block()
 
-        def of_layer(params: Any) -> KeysValues:
+        def of_layer(params: Any) -> Any:
             return block.apply({"params": params}, encoded, method=SideBlock.cross_memory)
 
         return {CROSS: jax.lax.map(of_layer, self.layers)}

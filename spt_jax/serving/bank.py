@@ -113,8 +113,8 @@ class PromptBank:
         """
         if base.layout.encodes:
             raise ConfigError(
-                f"the server does not support encoder-decoders, such as {base.name} ({base.family}); use spt_jax.generate"
-                " or python -m spt_jax ask"
+                f"the server does not support encoder-decoders, such as {base.name} ({base.family}); use"
+                " spt_jax.generate or python -m spt_jax ask"
             )
         self.base = base
         self._budget = budget_bytes
