@@ -59,6 +59,7 @@ class Layout:
         share depend on no example, and text can be generated. Otherwise the base is an encoder.
       pooling: what a class head reads, as in `DecoderConfig`.
       predicts_tokens: whether the base has an output matrix, and so logits.
+      hidden_width: size of a hidden state; None if it is that of an embedding.
     """
 
     vocab_size: int
@@ -70,11 +71,17 @@ class Layout:
     causal: bool = True
     pooling: Literal["last", "first", "mean"] = "last"
     predicts_tokens: bool = True
+    hidden_width: int | None = None
 
     def __hash__(self) -> int:
         sizes = self.vocab_size, self.width, self.max_positions
-        kinds = self.windowed, self.packs, self.causal, self.pooling, self.predicts_tokens
+        kinds = self.windowed, self.packs, self.causal, self.pooling, self.predicts_tokens, self.hidden_width
         return hash((*sizes, frozenset(self.groups.items()), *kinds))
+
+    @property
+    def head_width(self) -> int:
+        """The size of a hidden state, which a task head reads."""
+        return self.hidden_width or self.width
 
     @property
     def attention_groups(self) -> dict[str, Group]:
