@@ -23,6 +23,7 @@ from spt_jax.bases.base import FrozenBase, load_base
 from spt_jax.bases.checkpoint import parameter_shapes, write_checkpoint
 from spt_jax.bases.config import model_config
 from spt_jax.bases.families import ENCODER_DECODERS, FAMILIES, family_of
+from spt_jax.bases.places import places as filled
 from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.models.attention import Cache, Prefix, Stream
@@ -101,7 +102,7 @@ def tiny_tokenizer(kind: TokenizerKind = "byte", *, add_bos: bool = True, add_eo
         opening = processors.TemplateProcessing(
             single=first,
             pair=first + [piece for piece in second if piece != ":1"],
-            special_tokens=[(names[id_], id_) for id_ in (BOS_ID, EOS_ID)],
+            special_tokens=[(names[id_], id_) for id_ in (BOS_ID, EOS_ID) if names[id_] in (bos, eos)],
         )
         byte_level = processors.ByteLevel(trim_offsets=False)
         tokenizer.post_processor = opening if kind == "sentencepiece" else processors.Sequence([byte_level, opening])
@@ -175,6 +176,10 @@ def random_params(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) -
     for path, leaf in sorted(traverse_util.flatten_dict(parameter_shapes(config)).items()):
         values = 0.2 * generator.standard_normal(leaf.shape)
         leaves[path] = (values + (path[-1] == "scale")).astype(dtype)
+    for first, *others in filled(config).values():
+        for place in others:  # Layers that share a tensor.
+            if place.path == first.path and place.origin == first.origin:
+                leaves[place.path][place.index] = leaves[first.path][first.index]
     return traverse_util.unflatten_dict(leaves)
 
 
@@ -271,7 +276,8 @@ def check_model(model: Model, *, seed: int = 0, tolerance: float = 1e-4) -> None
 
     A sequence has the same logits alone, beside padding, in a row with other sequences, as the continuation of a
     context that it shares with another, after a prefix and after a cache. The scores of targets are those of the
-    logits. The gradient for the input embeddings is that of finite differences.
+    logits. The gradient for the input embeddings is that of finite differences. An encoder, whose tokens see later
+    ones, has no contexts, prefixes and caches that it could continue.
 
     Args:
       model: the model.
@@ -324,28 +330,38 @@ def check_model(model: Model, *, seed: int = 0, tolerance: float = 1e-4) -> None
         off = np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max())
         assert off <= tolerance, f"{rule}: the largest difference is {off:.1e}, above {tolerance:.0e}"
 
+    def check_continuations() -> None:
+        joined = logits((np.concatenate([first[:9], second[:6]]), places[:15], 1, 0))
+        shared = logits((first[:9], places[:9], 1, 0), (first[9:], places[9:], 2, 1), (second[:6], places[9:15], 3, 1))
+        check("a continuation sees the context that it shares", shared[9:24], whole[9:])
+        check("continuations of one context do not see each other", shared[24:30], joined[9:15])
+
+        both = logits((ids.reshape(48), np.arange(48, dtype=np.int32), 1, 0))[24:48]
+        after = dataclasses.replace(before, positions=before.positions + 24)
+        prefix = Prefix(jax.tree.map(lambda array: array[:, 0], memory), before.positions[0])
+        found = run(model, jnp.asarray(ids[1:]), after, prefix)
+        check("a prefix is the context that it was computed from", np.asarray(found[0]), both)
+        cache = Cache(to_cache(memory), before.positions, before.segments)
+        found = run(model, jnp.asarray(ids[1:]), after, None, cache)
+        check("a cache is the context that it was computed from", np.asarray(found[0]), both)
+
     x, before = model.embed(jnp.asarray(ids[:1])), alone(first)
     (_, (log_probabilities, whole, memory)), gradient = total(model, x, before)
     whole = np.asarray(whole)
     assert whole.shape == (24, model.layout.vocab_size), f"logits have the shape {whole.shape}, not [T, V]"
     other = np.asarray(total(model, model.embed(jnp.asarray(ids[1:])), alone(second))[0][1][1])
     padded = logits((first[:9], places[:9], 1, 0))
-    check("a token sees only earlier tokens, and padding changes nothing", padded[:9], whole[:9])
+    causal = model.layout.causal
+    alone_9 = laid_out((first[:9], places[:9], 1, 0), length=9)
+    short = whole[:9] if causal else np.asarray(run(model, jnp.asarray(ids[:1, :9]), alone_9)[0])
+    rule = "a token sees only earlier tokens, and padding changes nothing" if causal else "padding changes nothing"
+    check(rule, padded[:9], short)
     packed = logits((first, places, 1, 0), (second, places, 2, 0))
     check("packed sequences do not see each other", packed[:48], np.concatenate([whole, other]))
-    joined = logits((np.concatenate([first[:9], second[:6]]), places[:15], 1, 0))
-    shared = logits((first[:9], places[:9], 1, 0), (first[9:], places[9:], 2, 1), (second[:6], places[9:15], 3, 1))
-    check("a continuation sees the context that it shares", shared[9:24], whole[9:])
-    check("continuations of one context do not see each other", shared[24:30], joined[9:15])
-
-    both = logits((ids.reshape(48), np.arange(48, dtype=np.int32), 1, 0))[24:48]
-    after = dataclasses.replace(before, positions=before.positions + 24)
-    prefix = Prefix(jax.tree.map(lambda array: array[:, 0], memory), before.positions[0])
-    found = run(model, jnp.asarray(ids[1:]), after, prefix)
-    check("a prefix is the context that it was computed from", np.asarray(found[0]), both)
-    cache = Cache(to_cache(memory), before.positions, before.segments)
-    found = run(model, jnp.asarray(ids[1:]), after, None, cache)
-    check("a cache is the context that it was computed from", np.asarray(found[0]), both)
+    if causal:
+        check_continuations()
+    else:
+        assert np.abs(whole[:9] - short).max() > tolerance, "a token of an encoder sees later tokens"
 
     expected = np.take_along_axis(np.asarray(jax.nn.log_softmax(whole[:-1])), first[1:, None], axis=1)[:, 0]
     check("scores are log-probabilities of the logits", np.asarray(log_probabilities), expected)

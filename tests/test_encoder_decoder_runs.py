@@ -15,7 +15,7 @@ from spt_jax.testing import tiny_base, tiny_tokenizer
 
 CLASSES = {"good": "good", "bad": "bad"}
 RECORDS = [{"text": f"{word} text", "label": label} for label in CLASSES for word in ("the", "of", "and", "world")]
-TEMPLATE = spt_jax.Template(prompt="<soft>{text}", target="{label}", verbalizers=CLASSES)
+TEMPLATE = spt_jax.Template(prompt="<soft> {text}", target="{label}", verbalizers=CLASSES)
 OPTIONS = {"steps": 4, "batch_size": 4, "progress": False}
 
 
@@ -32,7 +32,7 @@ def result(base):
 def test_examples_end_as_the_tokenizer_and_the_decoder_say(base):
     """Prompt, </s> and start token; the target is a text of its own, with the space that opens one."""
     tokenizer = tiny_tokenizer("sentencepiece", add_bos=False, add_eos=True)
-    encoder = encoder_for(base, spt_jax.Template(prompt="<soft:3>{text}", target="{label}", virtual_tokens=3))
+    encoder = encoder_for(base, spt_jax.Template(prompt="<soft:3> {text}", target="{label}", virtual_tokens=3))
     example = encoder.encode(RECORDS[0], 0)
     prompt, target = (tokenizer(RECORDS[0][name])["input_ids"] for name in ("text", "label"))
     start = base.layout.start_id

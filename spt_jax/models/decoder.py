@@ -100,7 +100,7 @@ class Decoder(nn.Module):
                 logits = logits + bias.reshape((1,) * (logits.ndim - 1) + (-1,))
             return soft_capped(logits, config.logit_cap)
 
-    def before_output(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    def before_output(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B _"]:
         """Returns what the output matrix multiplies, given hidden states from `__call__`.
 
         Raises:
@@ -124,7 +124,7 @@ class Decoder(nn.Module):
         *,
         return_memory: bool = False,
         return_hidden: bool = True,
-    ) -> tuple[Float[Array, "B T D"] | None, Memory | None]:
+    ) -> tuple[Float[Array, "B T _"] | None, Memory | None]:
         """Runs the layers; arguments and results are those of `Model.run`."""
         config = self.config
         remembered = _remembered(config, rows, prefix, cache, gated)
@@ -360,4 +360,5 @@ def decoder_layout(config: DecoderConfig) -> Layout:
         causal=config.causal,
         pooling=config.pooling,
         predicts_tokens=config.output_head != "none",
+        hidden_width=None if config.output_head == "matrix" else config.width,
     )

@@ -70,7 +70,7 @@ class DecoderModel:
         *,
         return_memory: bool = False,
         return_hidden: bool = True,
-    ) -> tuple[Float[Array, "B T D"] | None, Memory | None]:
+    ) -> tuple[Float[Array, "B T _"] | None, Memory | None]:
         options = {"return_memory": return_memory, "return_hidden": return_hidden}
         return self._apply(x, stream, prefix, cache, gated, **options)
 

@@ -65,6 +65,7 @@ class Layout:
         the prompt.
       pooling: what a class head reads, as in `DecoderConfig`.
       predicts_tokens: whether the base has an output matrix, and so logits.
+      hidden_width: size of a hidden state; None if it is that of an embedding.
       start_id: of an encoder-decoder, the token that begins the decoder's tokens; None for a base with one side.
     """
 
@@ -77,12 +78,18 @@ class Layout:
     causal: bool = True
     pooling: Literal["last", "first", "mean"] = "last"
     predicts_tokens: bool = True
+    hidden_width: int | None = None
     start_id: int | None = None
 
     def __hash__(self) -> int:
         sizes = self.vocab_size, self.width, self.max_positions
-        kinds = self.windowed, self.packs, self.causal, self.pooling, self.predicts_tokens, self.start_id
-        return hash((*sizes, frozenset(self.groups.items()), *kinds))
+        kinds = self.windowed, self.packs, self.causal, self.pooling, self.predicts_tokens, self.hidden_width
+        return hash((*sizes, frozenset(self.groups.items()), *kinds, self.start_id))
+
+    @property
+    def head_width(self) -> int:
+        """The size of a hidden state, which a task head reads."""
+        return self.hidden_width or self.width
 
     @property
     def encodes(self) -> bool:

@@ -78,7 +78,7 @@ class Model(Protocol):
         *,
         return_memory: bool = False,
         return_hidden: bool = True,
-    ) -> tuple[Float[Array, "B T D"] | None, Memory | None]:
+    ) -> tuple[Float[Array, "B T _"] | None, Memory | None]:
         """Runs the layers.
 
         Args:

@@ -69,7 +69,7 @@ class DeepPrompts(PrefixTuning):
             return params
         if self.outputs is None:
             raise ConfigError("method.classes is not set, and there are no verbalizers to count")
-        head = {"kernel": jnp.zeros((base.layout.width, self.outputs))}
+        head = {"kernel": jnp.zeros((base.layout.head_width, self.outputs))}
         return {**params, "head": {**head, "bias": jnp.zeros(self.outputs)} if self.head_bias else head}
 
     def materialize(self, params: Mapping[str, Any], model: Model) -> VirtualPrompt:
@@ -85,4 +85,4 @@ class DeepPrompts(PrefixTuning):
         virtual, outputs = super().spec(layout), self.outputs or 0
         if not self.task.has_head:
             return virtual
-        return dataclasses.replace(virtual, head=Head(shape(layout.width, outputs), shape(outputs)))
+        return dataclasses.replace(virtual, head=Head(shape(layout.head_width, outputs), shape(outputs)))

@@ -218,7 +218,7 @@ def _probe(experiment: Experiment) -> Baseline:
         validation = _set(experiment, encoder, experiment.validation)
         chosen = max(probes, key=lambda probe: selection_score(evaluate(base, validation, probe).metrics))
     seconds = round(time.perf_counter() - begun, 2)
-    numbers = (base.layout.width + 1) * len(template.verbalizers)
+    numbers = (base.layout.head_width + 1) * len(template.verbalizers)
     return Baseline("linear probe", data, chosen, Facts(numbers, 4 * numbers, seconds))
 
 

@@ -15,7 +15,7 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 def features(base: FrozenBase, data: EvaluationSet) -> Float[np.ndarray, "N D"]:
     """Returns the normalized hidden state of each example's last token, for a template with a classification head."""
-    width = base.layout.width
+    width = base.layout.head_width
     identity = VirtualPrompt(head=Head(jnp.eye(width), jnp.zeros(width)))
     return np.concatenate(head_logits(base, data, identity)).astype(np.float64)
 

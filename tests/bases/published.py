@@ -23,7 +23,8 @@ class Published:
       family: `model_type` in its `config.json`.
       fields: other fields; those of the language model if `config.json` has them in `text_config`.
       parameters: of the language model, with tied matrices counted once.
-      unread: how many of them the decoder does not have: the first two rows of OPT's positions, which no token uses.
+      unread: how many of them the decoder does not have: the first two rows of positions of OPT and RoBERTa, which no
+        token uses; for ALBERT, whose layers share parameters, minus those of the copies.
       stated: whether the model's card or its files state this number; otherwise it is that of transformers' model.
       active: billions of parameters that a token is multiplied with, as stated on the card of a model with experts.
       in_text_config: whether the fields are those of the language model inside a model that also reads images.
@@ -47,6 +48,14 @@ class Published:
     def config(self) -> DecoderConfig:
         """Returns the config of the decoder."""
         return decoder_config(hf_config(self.config_json()))
+
+
+def _bert(
+    vocabulary: int, width: int, mlp: int, layers: int, heads: int, positions: int, **others: Any
+) -> dict[str, Any]:
+    """Returns the fields that most families of encoders name alike."""
+    fields = _sizes(vocabulary, width, mlp, layers, heads, heads, max_position_embeddings=positions, **others)
+    return {name: value for name, value in fields.items() if name != "num_key_value_heads"}
 
 
 def _sizes(vocabulary: int, width: int, mlp: int, layers: int, heads: int, kv: int, **others: Any) -> dict[str, Any]:
@@ -287,6 +296,26 @@ PUBLISHED: Mapping[str, Published] = {
         attention_out_bias=False, **_UNTIED), 36_151_104_512,
     ),
     "SmolLM3-3B": Published("smollm3", _sizes(128256, 2048, 11008, 36, 16, 4, **_TIED), 3_075_098_624),
+    "ModernBERT-base": Published("modernbert", _bert(50368, 768, 1152, 22, 12, 8192), 149_655_232, stated=False),
+    "albert-base-v2": Published(
+        "albert", _bert(30000, 768, 3072, 12, 12, 512, embedding_size=128), 11_221_680, unread=-11 * 7_087_872,
+        stated=False,
+    ),
+    "bert-base-uncased": Published("bert", _bert(30522, 768, 3072, 12, 12, 512), 109_514_298, stated=False),
+    "distilbert-base-uncased": Published(
+        "distilbert", {"vocab_size": 30522, "dim": 768, "hidden_dim": 3072, "n_layers": 6, "n_heads": 12}, 66_985_530,
+        stated=False,
+    ),
+    "electra-small": Published(
+        "electra", _bert(30522, 256, 1024, 12, 4, 512, embedding_size=128), 13_546_682, stated=False,
+    ),
+    "roberta-large": Published(
+        "roberta", _bert(50265, 1024, 4096, 24, 16, 514, type_vocab_size=1), 355_412_057, unread=2 * 1024, stated=False,
+    ),
+    "xlm-roberta-base": Published(
+        "xlm-roberta", _bert(250002, 768, 3072, 12, 12, 514, type_vocab_size=1), 278_295_186, unread=2 * 768,
+        stated=False,
+    ),
     "stablelm-3b-4e1t": Published("stablelm", _sizes(50304, 2560, 6912, 32, 32, 32, **_UNTIED), 2_795_443_200),
     "stablelm-2-1_6b": Published(
         "stablelm", _sizes(100352, 2048, 5632, 24, 32, 32, use_qkv_bias=True, **_UNTIED), 1_644_515_328,

@@ -140,7 +140,10 @@ def test_a_tensor_of_another_shape_is_named(config, stored, tmp_path, name, shap
 
 
 # Leading rows of stored tensors that no parameter has.
-UNUSED_ROWS = {"model.decoder.embed_positions.weight": 2}
+UNUSED_ROWS = {
+    "model.decoder.embed_positions.weight": 2,
+    "roberta.embeddings.position_embeddings.weight": 2,
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -155,7 +158,8 @@ def test_origins_cover_every_tensor_and_parameter(family):
             place.origin.taken(taken)[...] += 1
             place.stored(counts[place.path])[...] += 1
         unused = UNUSED_ROWS.get(key, 0)
-        assert (taken[unused:] == 1).all()
+        shared = family == "albert" and ".albert_layers." in key
+        assert (taken[unused:] == (config.layers if shared else 1)).all()
         assert not taken[:unused].any()
     for path, count in counts.items():
         assert (count == 1).all(), path

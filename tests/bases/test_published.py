@@ -27,6 +27,7 @@ EXPERTS = r"experts/(up|gate|down)/(kernel|bias)$"
 WHOLE = {
     r"^positions$": 0.015,  # Each device adds the rows of its own tokens.
     r"attention/(latent|query_latent|rotated_key)/kernel$": 0.003,  # All heads read the same latents.
+    r"^head_map/kernel$": 0.01,  # A norm over all columns follows.
     r"router/kernel$": 0.001,  # Every device needs the scores of all experts, to choose the best.
 }
 
