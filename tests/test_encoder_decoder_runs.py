@@ -10,7 +10,8 @@ import spt_jax
 from spt_jax.data.encoder import encoder_for
 from spt_jax.data.sequences import form_of
 from spt_jax.errors import CheckpointError, ConfigError
-from spt_jax.inference.generation import SamplingConfig
+from spt_jax.inference.generation import SamplingConfig, generate
+from spt_jax.interop import import_npy
 from spt_jax.testing import tiny_base, tiny_tokenizer
 
 CLASSES = {"good": "good", "bad": "bad"}
@@ -80,3 +81,20 @@ def test_generated_text_of_a_prompt_for_all_sites(base, tmp_path):
 def test_chats_are_refused(base):
     with pytest.raises(ConfigError, match="answers no chats"):
         form_of(base.tokenizer, base.layout).check(spt_jax.Template(prompt="{messages}"), False, [])
+
+
+def test_prompts_of_google_research(shared):
+    """Trained for T5 1.1 base with language model adaptation, whose width this base has."""
+    sizes = {"d_model": 768, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
+    base = tiny_base("t5", tie_word_embeddings=False, feed_forward_proj="gated-gelu", **sizes)
+    files = sorted((shared / "data" / "google_t5_prompts").rglob("*.npy"))
+    assert [file.stem for file in files] == ["mrpc", "rte", "sst2"]
+    template = spt_jax.Template(prompt="<soft> {text}", target="{label}", virtual_tokens=100)
+    ids = encoder_for(base, template).prompt_ids(RECORDS[0])
+    answers = []
+    for file in files:
+        method, virtual = import_npy(file, base)
+        np.testing.assert_array_equal(virtual.tokens, np.load(file).astype(np.float32))
+        assert method.length == 100
+        answers.append(generate(base, [ids], virtual, SamplingConfig(max_new_tokens=2))[0].log_probabilities)
+    assert len({tuple(answer) for answer in answers}) == 3

@@ -29,7 +29,9 @@ from spt_jax.interop.peft import (
     template_front,
 )
 from spt_jax.models.config import DecoderConfig
+from spt_jax.models.encoder_decoder_model import EncoderDecoderModel
 from spt_jax.models.memory import keys_values, states
+from spt_jax.models.model_config import ModelConfig
 from spt_jax.prompts import Method, VirtualPrompt
 from spt_jax.prompts.storage import SavedPrompt
 from spt_jax.prompts.virtual import Head, shape
@@ -53,12 +55,12 @@ def export_peft(directory: str | Path, saved: SavedPrompt, base: FrozenBase) -> 
       CheckpointError: the directory has other files, or cannot be written.
     """
     check_exportable(base, saved.method, saved.template, saved.virtual)
-    virtual, sizes, parts = saved.virtual, base.config, _parts(saved.virtual)
+    virtual, parts = saved.virtual, _parts(saved.virtual)
     prompt_learning = _common(saved, base)
     if parts == ["tokens"]:
         assert virtual.tokens is not None
         length, width = virtual.tokens.shape
-        heads = {"token_dim": width, "num_attention_heads": sizes.heads}
+        heads = {"token_dim": width, "num_attention_heads": _sizes(base).heads}
         config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": length, **heads, **prompt_learning}
         tensors = {EMBEDDINGS: np.asarray(virtual.tokens)}
     elif parts in (["prefix"], ["prefix", "head"]):
@@ -71,11 +73,11 @@ def export_peft(directory: str | Path, saved: SavedPrompt, base: FrozenBase) -> 
         tensors = {EMBEDDINGS: both.transpose(2, 1, 0, 3, 4).reshape(length, -1)}
         if virtual.head is not None:
             task_type = _task_type(saved.template.head)
-            tensors |= _head_tensors(virtual.head, HEADS[task_type], sizes)
+            tensors |= _head_tensors(virtual.head, HEADS[task_type], base.config)
             config |= {"task_type": task_type}
     else:
         common = {k: v for k, v in prompt_learning.items() if not k.startswith("num_")}
-        config, tensors = _adapter_files(virtual, sizes, common)
+        config, tensors = _adapter_files(virtual, base.config, common)
     return _write(directory, config, tensors)
 
 
@@ -97,6 +99,11 @@ def check_exportable(base: FrozenBase, method: Method, template: Template, virtu
         raise ConfigError(f"this {method.name} prompt has states of recurrent layers, which PEFT does not have")
     _check_tokens(base, template, virtual)
     parts = _parts(virtual)
+    if base.layout.encodes and parts != ["tokens"]:
+        raise ConfigError(
+            "of the prompts of an encoder-decoder, only token rows can be exported to PEFT, which has no keys and"
+            " values of the encoder and of cross-attention"
+        )
     if parts not in (["tokens"], ["prefix"], ["prefix", "head"], ["gated"]):
         raise ConfigError(f"PEFT has no prompts with this combination of parts: {', '.join(parts)}")
     if virtual.prefix is not None:
@@ -165,6 +172,8 @@ def export_peft_tasks(directory: str | Path, prompts: Sequence[SavedPrompt], bas
             raise ConfigError(
                 f"a {saved.method.name} prompt does not consist only of token rows, as a PEFT multitask prompt requires"
             )
+        if base.layout.encodes:
+            raise ConfigError("PEFT puts multitask prompts of an encoder-decoder before the decoder's input, too")
         _check_tokens(base, saved.template, saved.virtual)
         rows.append(np.asarray(saved.virtual.tokens))
     if len({array.shape for array in rows}) > 1:
@@ -178,7 +187,7 @@ def export_peft_tasks(directory: str | Path, prompts: Sequence[SavedPrompt], bas
         "num_ranks": length,
         "num_virtual_tokens": length,
         "token_dim": width,
-        "num_attention_heads": base.config.heads,
+        "num_attention_heads": _sizes(base).heads,
         **_common(prompts[0], base),
     }
     tensors = {
@@ -193,11 +202,16 @@ def _common(saved: SavedPrompt, base: FrozenBase) -> dict[str, Any]:
     return {
         "base_model_name_or_path": saved.info["base"]["id"],
         "revision": saved.info["base"]["revision"],
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if base.layout.encodes else "CAUSAL_LM",
         "inference_mode": True,
+        # With 2, PEFT stores as many rows again for the decoder, which it never uses.
         "num_transformer_submodules": 1,
-        "num_layers": base.config.layers,
+        "num_layers": _sizes(base).layers,
     }
+
+
+def _sizes(base: FrozenBase) -> ModelConfig:
+    return base.model.config if isinstance(base.model, EncoderDecoderModel) else base.config
 
 
 def _task_type(task: str) -> str:
@@ -260,6 +274,7 @@ def _check_tokens(base: FrozenBase, template: Template, virtual: VirtualPrompt) 
         record[MESSAGES] = [{"role": "user", "content": "a"}]
     encoder = encoder_for(base, template)
     ids = encoder.prompt_ids(record).tolist()
+    ids = ids[:-1] if base.layout.encodes else ids  # without the decoder's first token
     own = list(range(vocab_size, vocab_size + template.virtual_tokens))
     front, ours = ids[: len(own)], ids[len(own) :]
     text = "".join("a" if isinstance(piece, Field) else getattr(piece, "text", "") for piece in parse(template.prompt))

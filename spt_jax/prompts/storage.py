@@ -55,7 +55,7 @@ INFO_FILE = "prompt.json"
 
 # The largest sizes of a base that a file may claim.
 MAX_SIZE = 2**31 - 1
-MAX_SIZES = dict.fromkeys(("layers", "encoder_layers", "decoder_layers"), 2**16)
+MAX_SIZES: dict[str, int] = dict.fromkeys(("layers", "encoder_layers", "decoder_layers"), 2**16)
 
 _PACKAGES = ("spt_jax", "jax", "flax", "transformers")
 
