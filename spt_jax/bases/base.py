@@ -131,7 +131,11 @@ class FrozenBase:
         return self.model.module.remat if isinstance(self.model, DecoderModel | EncoderDecoderModel) else "none"
 
     def with_remat(self, remat: Remat | Literal["auto"]) -> "FrozenBase":
-        """Returns the base with another rematerialization; as it is for "auto", and if it is from `from_flax`."""
+        """Returns the base with another rematerialization.
+
+        Args:
+          remat: what the backward pass recomputes. "auto" leaves the base as it is, as does any for one of `from_flax`.
+        """
         if remat == "auto" or not isinstance(self.model, DecoderModel | EncoderDecoderModel):
             return self
         return dataclasses.replace(self, model=self.model.with_options(remat=remat))

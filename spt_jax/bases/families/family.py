@@ -155,22 +155,43 @@ class EncoderDecoderFamily(Protocol):
     prefix: ClassVar[str]
 
     def config(self, hf: Any, max_length: int | None) -> EncoderDecoderConfig:
-        """Reads a transformers config object, as `Family.config` does.
+        """Reads a transformers config object.
 
-        The config is that of files without tensors of their own; `stored_head` decides about the output matrix.
+        Args:
+          hf: the config, of this model type.
+          max_length: the longest sequence of the run.
+
+        Returns:
+          The config. Whether its output matrix is tied is decided again by the tensors in the files.
+
+        Raises:
+          ConfigError: for an option that `EncoderDecoder` does not have.
         """
         ...
 
     def origins(self, config: EncoderDecoderConfig) -> Mapping[str, Origin | tuple[Origin, ...]]:
-        """Returns where each parameter of `EncoderDecoder(config)` is stored, by its path."""
+        """Returns where each parameter of `EncoderDecoder(config)` is stored, by its path.
+
+        Args:
+          config: the result of `config`.
+        """
         ...
 
     def canonical(self, name: str, config: EncoderDecoderConfig) -> str | None:
-        """Returns the name in the table of a stored tensor; None for a tensor that is left out on purpose."""
+        """Returns the name in the table of a stored tensor; None for a tensor that is left out on purpose.
+
+        Args:
+          name: the stored name.
+          config: the result of `config`.
+        """
         ...
 
     def tiny(self) -> Mapping[str, Any]:
-        """Fields of the transformers config of a tiny model, as `Family.tiny` returns them."""
+        """Fields of the transformers config of a tiny model.
+
+        Returns:
+          The fields, by name.
+        """
         ...
 
 
