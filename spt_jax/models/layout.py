@@ -79,6 +79,11 @@ class Layout:
         return hash((*sizes, frozenset(self.groups.items()), *kinds))
 
     @property
+    def generates(self) -> bool:
+        """Whether the base can generate text."""
+        return self.causal
+
+    @property
     def head_width(self) -> int:
         """The size of a hidden state, which a task head reads."""
         return self.hidden_width or self.width
