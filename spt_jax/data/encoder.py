@@ -220,7 +220,7 @@ class Encoder:
 
         Text next to a field may merge with it, so it is not included.
         """
-        if self.template.is_conversation or not self.form.causal:
+        if self.template.is_conversation or not self.form.shares:
             return np.zeros(0, np.int32)
         pieces = list(self._pieces.split_controls(self._prompt))
         first = next((i for i, piece in enumerate(pieces) if isinstance(piece, Field)), len(pieces))
@@ -231,14 +231,14 @@ class Encoder:
         return ids[:-1] if all(isinstance(piece, Field) for piece in pieces[first:]) else ids
 
     def head_length(self, examples: Sequence[Example]) -> int:
-        """Returns how many leading ids all examples share, independently of their fields; 0 if the base is an encoder.
+        """Returns how many leading ids all examples share, independently of their fields; 0 if the base has an encoder.
 
         An id whose output predicts an example's first target is not counted: it stays in the rows.
 
         Args:
           examples: encoded records.
         """
-        if not self.form.causal:
+        if not self.form.shares:
             return 0
         constant = []
         for piece in self._prompt:
@@ -255,7 +255,8 @@ class Encoder:
 
     def _encode(self, record: Mapping[str, Any], index: int) -> Example:
         encode = self._task.encode_chat if self.template.is_conversation else self._task.encode
-        return encode(self, record, index)
+        example = encode(self, record, index)
+        return example.decoded() if self.form.decodes else example
 
     @property
     def choices(self) -> tuple[np.ndarray, ...]:
@@ -351,7 +352,8 @@ class Encoder:
         """Returns the ids of the target, or of another template, with those that end it if `ends`."""
         pieces = parse(self.template.target if target is None else target)
         if not self.template.chat:
-            return self._ids(pieces, fields, opens=False) + (self._eos if ends else [])
+            # The decoder's tokens are a sequence of their own.
+            return self._ids(pieces, fields, opens=self.form.decodes) + (self._eos if ends else [])
         content = [Plain(fields[piece.name]) if isinstance(piece, Field) else piece for piece in pieces]
         answer = self._chat.answer(self._turns(None), content)
         end = (answer.end or [Control(id_) for id_ in self._eos]) if ends else []

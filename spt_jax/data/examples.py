@@ -25,6 +25,7 @@ class Example:
       reads: for a task head, the positions of the hidden states that it reads, ascending.
       classes: the correct class at each of these positions.
       extra: what `Objective.prepare` returned for this example.
+      starts: of an encoder-decoder, the position in `ids` of the first token that the decoder reads.
       answer_at: the position of the mask token that the choices replace, each of one token; None if they follow `ids`.
       pooled: whether a task head reads the mean of the hidden states of the real ids, instead of one at `reads`.
     """
@@ -38,6 +39,7 @@ class Example:
     reads: np.ndarray | None = None
     classes: np.ndarray | None = None
     extra: PyTree[np.ndarray] | None = None
+    starts: int | None = None
     answer_at: int | None = None
     pooled: bool = False
 
@@ -56,6 +58,11 @@ class Example:
         if self.answer_at is not None:
             return self.answer_at + 1
         return len(self.ids) if self.choices else int(np.argmax(self.predicted))
+
+    def decoded(self) -> "Example":
+        """Returns the example for an encoder-decoder: the last token of its prompt is the decoder's first one."""
+        last = len(self.ids) if self.reads is not None else self.first_target
+        return dataclasses.replace(self, starts=last - 1)
 
     def as_target(self) -> "Example":
         """Returns the example with its correct choice as its only target; unchanged if it has no choices."""

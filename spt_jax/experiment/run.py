@@ -204,12 +204,12 @@ class Experiment:
           together: the number of prompts that are trained in one step.
 
         Returns:
-          The experiment with the rematerialization set, and the estimated memory of a step on each device; for a base
-          from `from_flax`, the experiment as it is and None.
+          The experiment with the rematerialization set, and the estimated memory of a step on each device; None for a
+          base from `from_flax` and for an encoder-decoder, where "auto" leaves the base as it is.
         """
         config, base = self.config, self.base
         if not base.is_decoder:
-            return self, None
+            return dataclasses.replace(self, base=base.with_remat(config.base.remat)), None
 
         def estimate(remat: Remat) -> StepMemory:
             return step_memory(
@@ -225,8 +225,7 @@ class Experiment:
         limit = processes.from_first("memory limit", measure.memory_limit)
         remat = config.base.remat
         chosen = choose_remat(estimate, limit) if remat == "auto" else remat
-        base = dataclasses.replace(base, model=base.decoder.with_options(remat=chosen))
-        return dataclasses.replace(self, base=base), estimate(chosen)
+        return dataclasses.replace(self, base=base.with_remat(chosen)), estimate(chosen)
 
     def window_note(self, examples: Sequence[Example]) -> str | None:
         """Returns a note if examples are longer than a sliding window, since the soft prompt then leaves the window."""

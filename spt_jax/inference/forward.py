@@ -38,7 +38,10 @@ def embed_stream(
     if virtual is not None and virtual.shift is not None:
         reach = virtual.shift.shape[-2]
         shift = _rows(virtual.shift, jnp.minimum(stream.positions, reach - 1), stream.prompt_index)
-        real = real + jnp.where((stream.positions < reach)[..., None], shift, 0.0).astype(real.dtype)
+        reached = stream.positions < reach
+        if stream.decoder is not None:  # The shift is of the prompt, which the encoder reads.
+            reached = reached.at[jnp.arange(len(ids))[:, None], stream.decoder].set(False, mode="drop")
+        real = real + jnp.where(reached[..., None], shift, 0.0).astype(real.dtype)
     if virtual is None or virtual.tokens is None:
         return real
     rows = _rows(virtual.tokens, jnp.where(is_virtual, ids - vocab_size, 0), stream.prompt_index)

@@ -21,8 +21,8 @@ from spt_jax.models.kernels import Kernel
 from spt_jax.models.layers import ACTIVATIONS, Linear, Norm, scaled, table_param, table_rows, take_rows
 from spt_jax.models.layout import Group, Layout, StateGroup
 from spt_jax.models.memory import KeysValues, Memory, keys_values
+from spt_jax.models.output_matrix import matrix_products
 from spt_jax.models.per_layer import PerLayerEmbedding
-from spt_jax.models.quantized import TableArray
 from spt_jax.models.recurrence import TokenOrder, token_order
 from spt_jax.models.ring import splits
 from spt_jax.models.rope import rotation
@@ -93,11 +93,7 @@ class Decoder(nn.Module):
         with jax.named_scope("logits"):
             hidden = self.before_output(hidden)
             matrix = self.embedding if config.tied else self.output
-            if isinstance(matrix, TableArray):
-                logits = matrix.products(hidden)
-            else:
-                kernel = matrix.T if config.tied else matrix
-                logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+            logits = matrix_products(hidden, matrix, by_token=config.tied)
             logits = logits if config.logit_scale is None else logits * config.logit_scale
             if config.logit_bias:
                 bias = self.logit_bias.astype(jnp.float32)

@@ -138,7 +138,7 @@ def run_period(
             (x, kept), sown = blocks[i].apply({"params": weights}, x, layer_inputs, shared[i], mutable=mutable)
             return x, (kept, sown)
 
-        return jax.checkpoint(layer, prevent_cse=False, policy=_POLICIES[remat])
+        return jax.checkpoint(layer, prevent_cse=False, policy=POLICIES[remat])
 
     def of_repeat(x: Array, given: Any) -> tuple[Array, Any]:
         repeat, weights, own_inputs, prefix, gated = given
@@ -211,7 +211,7 @@ def _saves_all_but_slices(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name not in ("dynamic_slice", "squeeze")
 
 
-_POLICIES = {
+POLICIES = {
     "none": _saves_all_but_slices,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": None,

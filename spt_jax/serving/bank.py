@@ -107,7 +107,15 @@ class PromptBank:
         Args:
           base: the frozen base.
           budget_bytes: device memory for prefixes and rows; None for no limit.
+
+        Raises:
+          ConfigError: the base is an encoder-decoder.
         """
+        if base.layout.encodes:
+            raise ConfigError(
+                f"the server does not support encoder-decoders, such as {base.name} ({base.family}); use"
+                " spt_jax.generate or python -m spt_jax ask"
+            )
         self.base = base
         self._budget = budget_bytes
         self._entries: dict[str | None, Entry] = {}

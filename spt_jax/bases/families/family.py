@@ -8,6 +8,7 @@ import numpy as np
 
 from spt_jax.errors import ConfigError
 from spt_jax.models.config import DecoderConfig, Stack, periods
+from spt_jax.models.encoder_decoder_config import EncoderDecoderConfig
 
 OUTPUT_KEY = "lm_head.weight"
 OUTPUT_BIAS_KEY = "lm_head.bias"
@@ -142,6 +143,34 @@ class Family(Protocol):
         Returns:
           The fields, by name.
         """
+        ...
+
+
+@runtime_checkable
+class EncoderDecoderFamily(Protocol):
+    """One architecture with an encoder and a decoder; see `Family`."""
+
+    model_type: ClassVar[str]
+    architecture: ClassVar[str]
+    prefix: ClassVar[str]
+
+    def config(self, hf: Any, max_length: int | None) -> EncoderDecoderConfig:
+        """Reads a transformers config object, as `Family.config` does.
+
+        The config is that of files without tensors of their own; `stored_head` decides about the output matrix.
+        """
+        ...
+
+    def origins(self, config: EncoderDecoderConfig) -> Mapping[str, Origin | tuple[Origin, ...]]:
+        """Returns where each parameter of `EncoderDecoder(config)` is stored, by its path."""
+        ...
+
+    def canonical(self, name: str, config: EncoderDecoderConfig) -> str | None:
+        """Returns the name in the table of a stored tensor; None for a tensor that is left out on purpose."""
+        ...
+
+    def tiny(self) -> Mapping[str, Any]:
+        """Fields of the transformers config of a tiny model, as `Family.tiny` returns them."""
         ...
 
 
