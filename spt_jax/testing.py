@@ -27,6 +27,7 @@ from spt_jax.bases.places import places as filled
 from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.models.attention import Cache, Prefix, Stream
+from spt_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from spt_jax.models.memory import Memory, to_cache
 from spt_jax.models.model import Model, Params
 from spt_jax.models.model_config import ModelConfig
@@ -77,7 +78,9 @@ def tiny_config(family: str = "llama", **overrides: Any) -> Any:
     return transformers.AutoConfig.for_model(family, **{**tokens, **fields, **overrides})
 
 
-def tiny_tokenizer(kind: TokenizerKind = "byte", *, add_bos: bool = True, add_eos: bool = False) -> Tokenizer:
+def tiny_tokenizer(
+    kind: TokenizerKind = "byte", *, add_bos: bool = True, add_eos: bool = False, add_mask: bool = False
+) -> Tokenizer:
     """Returns a fast tokenizer built in code: all bytes, a few merged words, and three special tokens.
 
     Args:
@@ -85,7 +88,8 @@ def tiny_tokenizer(kind: TokenizerKind = "byte", *, add_bos: bool = True, add_eo
         "sentencepiece" prepends a space to the text and falls back to bytes, as Llama 2 does (384 entries;
         `<unk>` 0, `<s>` 1, `</s>` 2, and no padding token).
       add_bos: whether `add_special_tokens=True` prepends the BOS token.
-      add_eos: whether it appends the EOS token, as the tokenizers of T5 do.
+      add_eos: whether it appends the EOS token, as the tokenizers of T5 and BERT do.
+      add_mask: whether there is a fourth special token, `<mask>` 3, as in the tokenizers of encoders.
 
     Returns:
       The tokenizer.
@@ -93,6 +97,7 @@ def tiny_tokenizer(kind: TokenizerKind = "byte", *, add_bos: bool = True, add_eo
     import transformers
 
     names = ["<unk>", "<s>", "</s>"] if kind == "sentencepiece" else ["<pad>", "<bos>", "<eos>"]
+    names += ["<mask>"] if add_mask else []
     tokenizer = _sentencepiece_like(names) if kind == "sentencepiece" else _byte_level(names)
     if add_bos or add_eos:
         from tokenizers import processors
@@ -107,6 +112,7 @@ def tiny_tokenizer(kind: TokenizerKind = "byte", *, add_bos: bool = True, add_eo
         byte_level = processors.ByteLevel(trim_offsets=False)
         tokenizer.post_processor = opening if kind == "sentencepiece" else processors.Sequence([byte_level, opening])
     special = {"bos_token": names[BOS_ID], "eos_token": names[EOS_ID]}
+    special |= {"mask_token": names[-1]} if add_mask else {}
     if kind == "sentencepiece":
         special["unk_token"] = names[0]
     else:  # Never needed for bytes, but without one transformers adds its own to a Qwen2 tokenizer.
@@ -203,7 +209,8 @@ def write_tiny_checkpoint(
       dtype: dtype of the stored tensors, for example `np.float32` or `ml_dtypes.bfloat16`.
       shards: number of safetensors files; for more than one, `model.safetensors.index.json` is written too.
       tokenizer: as for `tiny_tokenizer`; sets the vocabulary size of the model.
-      add_bos: as for `tiny_tokenizer`. The tokenizer of an encoder-decoder adds EOS instead.
+      add_bos: as for `tiny_tokenizer`. The tokenizer of an encoder also adds EOS and has a mask token; that of an
+        encoder-decoder adds only EOS.
       **overrides: as for `tiny_config`.
 
     Returns:
@@ -221,10 +228,17 @@ def write_tiny_checkpoint(
     directory.mkdir(parents=True, exist_ok=True)
     hf = tiny_config(family, **{"vocab_size": _SIZES[tokenizer], **overrides})
     config = model_config(hf)
-    stored = {**hf.to_dict(), "architectures": [family_of(family).architecture], "dtype": np.dtype(dtype).name}
+    names = hf.architectures or [family_of(family).architecture]
+    stored = {**hf.to_dict(), "architectures": names, "dtype": np.dtype(dtype).name}
     (directory / "config.json").write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
-    has_encoder = family in ENCODER_DECODERS
-    tiny_tokenizer(tokenizer, add_bos=add_bos and not has_encoder, add_eos=has_encoder).save_pretrained(directory)
+    has_decoder = isinstance(config, EncoderDecoderConfig)
+    has_encoder = has_decoder or not config.causal
+    added = {
+        "add_bos": add_bos and not has_decoder,
+        "add_eos": has_encoder,
+        "add_mask": has_encoder and not has_decoder,
+    }
+    tiny_tokenizer(tokenizer, **added).save_pretrained(directory)
     write_checkpoint(directory, config, random_params(config, seed, dtype), dtype, shards=shards)
     return directory
 

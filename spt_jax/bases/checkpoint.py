@@ -399,6 +399,7 @@ def parameter_shapes(config: ModelConfig) -> Params:
 def _whole(module: Decoder, x: jax.Array, stream: Stream) -> Any:
     """Runs all parts of a model that have parameters."""
     hidden, _ = module(x, stream)
+    assert hidden is not None
     return hidden if module.config.output_head == "none" else module.before_output(hidden)
 
 

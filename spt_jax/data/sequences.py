@@ -53,7 +53,7 @@ class SequenceForm:
         """Returns a prompt with the tokenizer's name of the mask token in place of `<mask>`."""
         return prompt if self.mask is None else prompt.replace(MASK, self.mask[0])
 
-    def class_position(self, ids: Sequence[int]) -> int:
+    def class_position(self, ids: Sequence[int] | Int[np.ndarray, " T"]) -> int:
         """Returns the position that a class head reads, or one of those whose mean it reads.
 
         Args:
@@ -69,7 +69,7 @@ class SequenceForm:
             raise ConfigError("a class head of this base reads its opening token, and the prompt has none; add <bos>")
         return int(found[0]) if len(found) else 0
 
-    def answer_position(self, ids: Sequence[int]) -> int | None:
+    def answer_position(self, ids: Sequence[int] | Int[np.ndarray, " T"]) -> int | None:
         """Returns the position of the mask that an answer replaces; None if answers follow the prompt.
 
         Args:

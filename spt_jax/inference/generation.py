@@ -157,9 +157,9 @@ def generate(
       What was generated after each prompt, in the order of the prompts.
 
     Raises:
-      ConfigError: a prompt needs more positions than the model has, the prompts do not share `lead` ids, there are
-        virtual ids without a soft prompt, the soft prompt has a task head, `batch_size` is below 1, the number of
-        `sampling` configs is wrong, or there are texts for a soft prompt with virtual tokens.
+      ConfigError: the base is an encoder, a prompt needs more positions than the model has, the prompts do not share
+        `lead` ids, there are virtual ids without a soft prompt, the soft prompt has a task head, `batch_size` is below
+        1, the number of `sampling` configs is wrong, or there are texts for a soft prompt with virtual tokens.
       DataError: a prompt is empty, or has an id that neither the base nor the soft prompt has.
     """
     sampling = sampling or SamplingConfig()
@@ -168,6 +168,8 @@ def generate(
         raise ConfigError(f"{len(samplings)} samplings for {len(prompts)} prompts; give one for all or one for each")
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
+    if not base.layout.generates:
+        raise ConfigError(f"{base.name} is an encoder, which generates no text")
     if not len(prompts):
         return []
     prompts = _prompt_ids(base, prompts, virtual)

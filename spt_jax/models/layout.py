@@ -82,19 +82,24 @@ class Layout:
     start_id: int | None = None
 
     def __hash__(self) -> int:
-        sizes = self.vocab_size, self.width, self.max_positions
-        kinds = self.windowed, self.packs, self.causal, self.pooling, self.predicts_tokens, self.hidden_width
-        return hash((*sizes, frozenset(self.groups.items()), *kinds, self.start_id))
-
-    @property
-    def head_width(self) -> int:
-        """The size of a hidden state, which a task head reads."""
-        return self.hidden_width or self.width
+        sizes = self.vocab_size, self.width, self.max_positions, self.hidden_width, self.start_id
+        kinds = self.windowed, self.packs, self.causal, self.pooling, self.predicts_tokens
+        return hash((*sizes, frozenset(self.groups.items()), *kinds))
 
     @property
     def encodes(self) -> bool:
         """Whether this is an encoder-decoder, whose encoder reads the prompt."""
         return self.start_id is not None
+
+    @property
+    def generates(self) -> bool:
+        """Whether the base can generate text."""
+        return self.causal or self.encodes
+
+    @property
+    def head_width(self) -> int:
+        """The size of a hidden state, which a task head reads."""
+        return self.hidden_width or self.width
 
     @property
     def attention_groups(self) -> dict[str, Group]:

@@ -55,7 +55,7 @@ INFO_FILE = "prompt.json"
 
 # The largest sizes of a base that a file may claim.
 MAX_SIZE = 2**31 - 1
-MAX_SIZES: dict[str, int] = dict.fromkeys(("layers", "encoder_layers", "decoder_layers"), 2**16)
+MAX_SIZES: Mapping[str, int] = dict.fromkeys(("layers", "encoder_layers", "decoder_layers"), 2**16)
 
 _PACKAGES = ("spt_jax", "jax", "flax", "transformers")
 
@@ -322,6 +322,7 @@ def _saved_layout(fingerprint: Fingerprint, where: str) -> Layout:
         except ConfigError as error:
             raise CheckpointError(f"{where}: {str(error)[:1000]}") from error
     sizes |= {"embedding_width", "window", "window_layers", "delta_net", "mamba", "latent", "rope", "variants"}
+    sizes |= {"causal", "pooling", "output_head"}
     config = fingerprint.current.config
     try:
         return decoder_layout(_build(DecoderConfig, {k: v for k, v in config.items() if k in sizes}, where))

@@ -122,8 +122,12 @@ class PromptBank:
         self._held: collections.OrderedDict[str, DevicePrompt] = collections.OrderedDict()
         self._bytes = 0
         self._lock, self._making = threading.Lock(), threading.Lock()
+        self._chat: Entry | None = None
+        if not base.layout.generates:
+            return  # An encoder answers nothing without a prompt.
         self._entries[None] = self._entry(Template(prompt="{text}", target="{target}"), None)
-        self._chat = self._entry(Template(prompt=f"{{{MESSAGES}}}"), None) if base.tokenizer.chat_template else None
+        if base.tokenizer.chat_template:
+            self._chat = self._entry(Template(prompt=f"{{{MESSAGES}}}"), None)
 
     @property
     def names(self) -> list[str]:
@@ -310,6 +314,8 @@ class PromptBank:
         with self._lock:
             if name in self._entries:
                 return self._entries[name]
+        if name is None:
+            raise UnknownPromptError("the base is an encoder, which answers nothing without a prompt; name a prompt")
         raise UnknownPromptError(f"there is no prompt {name!r}; {did_you_mean(str(name), self.names)}")
 
 

@@ -176,7 +176,7 @@ class Service:
     def warm(self, name: str) -> None:
         """Computes the arrays that a prompt's requests share, and compiles the programs for the shortest requests."""
         held = self.bank.held(name)
-        if held.generates:
+        if held.generates and self.bank.base.layout.generates:
             self.worker.engine.warm(held, len(held.lead) + 1)
 
     def known(self, model: str) -> str | None:
