@@ -86,7 +86,7 @@ def run_stream(
 
     Args:
       model: the base.
-      virtual: the soft prompt; its token rows and gated prefix are applied.
+      virtual: the soft prompt; its token rows, gated prefix and linear memory are applied.
       ids: real and virtual ids.
       stream: positions and segments of the ids; virtual ids are pinned if the soft prompt says so.
       prefix: the memory of what precedes the stream, such as that from `encode_prefix`.
@@ -101,15 +101,10 @@ def run_stream(
     if stream.pinned is None:
         stream = dataclasses.replace(stream, pinned=pinned_ids(model, virtual, ids, stream.prompt_index))
     gated = None if virtual is None else virtual.gated
-    return model.run(
-        x,
-        stream,
-        prefix,
-        cache,
-        gated,
-        return_memory=return_memory,
-        return_hidden=return_hidden,
-    )
+    options: dict[str, Any] = {"return_memory": return_memory, "return_hidden": return_hidden}
+    if virtual is not None and virtual.linear is not None:
+        options["linear"] = virtual.linear  # a model of a user may lack the argument
+    return model.run(x, stream, prefix, cache, gated, **options)
 
 
 @jax.named_scope("prefix")

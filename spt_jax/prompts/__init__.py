@@ -11,6 +11,7 @@ from spt_jax.prompts.method import Method, PromptParams
 from spt_jax.prompts.multitask import MultitaskPromptTuning
 from spt_jax.prompts.p_tuning import PTuning
 from spt_jax.prompts.prefix_tuning import PrefixTuning
+from spt_jax.prompts.prefix_tuning_plus import PrefixTuningPlus
 from spt_jax.prompts.prompt_tuning import PromptTuning
 from spt_jax.prompts.residual import ResidualPromptTuning
 from spt_jax.prompts.state_tuning import StateTuning
@@ -27,6 +28,7 @@ __all__ = [
     "MultitaskPromptTuning",
     "PTuning",
     "PrefixTuning",
+    "PrefixTuningPlus",
     "PromptParams",
     "PromptTuning",
     "ResidualPromptTuning",
@@ -37,6 +39,7 @@ __all__ = [
 METHODS: dict[str, Any] = {
     "prompt_tuning": PromptTuning,
     "prefix_tuning": PrefixTuning,
+    "prefix_tuning_plus": PrefixTuningPlus,
     "p_tuning": PTuning,
     "residual_prompt_tuning": ResidualPromptTuning,
     "low_rank_prompt_tuning": LowRankPromptTuning,

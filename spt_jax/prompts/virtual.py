@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from spt_jax.models import memory
-from spt_jax.models.attention import GatedPrefix
+from spt_jax.models.attention import GatedPrefix, LinearMemory
 from spt_jax.models.memory import Memory
 from spt_jax.runtime.reprs import short_repr
 
@@ -48,6 +48,7 @@ class VirtualPrompt:
       shift: added to the embeddings of real tokens at the first T positions.
       prefix: memory of the positions before the first token.
       gated: gated keys and values of the last layers.
+      linear: maps of the queries that add to the output of attention.
       head: task head, used in place of the output matrix.
       pinned: whether layers with a sliding window never hide the prefix and the virtual tokens from later tokens; for S
         stacked prompts, one for all or one for each.
@@ -57,6 +58,7 @@ class VirtualPrompt:
     shift: Float[Array, "*S T D"] | None = None
     prefix: VirtualPrefix | None = None
     gated: GatedPrefix | None = None
+    linear: LinearMemory | None = None
     head: Head | None = None
     pinned: bool | tuple[bool, ...] = dataclasses.field(default=False, metadata={"static": True})
 
@@ -73,6 +75,12 @@ class VirtualPrompt:
         if self.prefix is None or self.prefix.length is None:
             return self.prefix_length
         return self.prefix.length
+
+
+def parts_of(virtual: VirtualPrompt) -> list[str]:
+    """Returns the names of the parts that a prompt has, such as "tokens" and "head"."""
+    names = (field.name for field in dataclasses.fields(virtual) if field.name != "pinned")
+    return [name for name in names if getattr(virtual, name) is not None]
 
 
 def shape(*sizes: int) -> Any:
