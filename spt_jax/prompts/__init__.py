@@ -12,6 +12,7 @@ from spt_jax.prompts.multitask import MultitaskPromptTuning
 from spt_jax.prompts.p_tuning import PTuning
 from spt_jax.prompts.prefix_tuning import PrefixTuning
 from spt_jax.prompts.prefix_tuning_plus import PrefixTuningPlus
+from spt_jax.prompts.progressive import ProgressivePrompts
 from spt_jax.prompts.prompt_tuning import PromptTuning
 from spt_jax.prompts.residual import ResidualPromptTuning
 from spt_jax.prompts.state_tuning import StateTuning
@@ -29,6 +30,7 @@ __all__ = [
     "PTuning",
     "PrefixTuning",
     "PrefixTuningPlus",
+    "ProgressivePrompts",
     "PromptParams",
     "PromptTuning",
     "ResidualPromptTuning",
@@ -49,4 +51,5 @@ METHODS: dict[str, Any] = {
     "deep_prompts": DeepPrompts,
     "multitask_prompt_tuning": MultitaskPromptTuning,
     "state_tuning": StateTuning,
+    "progressive_prompts": ProgressivePrompts,
 }

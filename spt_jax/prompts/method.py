@@ -68,6 +68,7 @@ TOKEN_METHODS = (
     "decomposed_prompt_tuning",
     "multitask_prompt_tuning",
     "cpt",
+    "progressive_prompts",
 )
 
 
