@@ -33,6 +33,7 @@ from spt_jax.prompts import (
     PTuning,
     ResidualPromptTuning,
     StateTuning,
+    TrainedTokens,
     VirtualPrompt,
     transfer,
 )
@@ -115,6 +116,7 @@ __all__ = [
     "Template",
     "TrainConfig",
     "TrainState",
+    "TrainedTokens",
     "TrainingError",
     "VerbalizerCrossEntropy",
     "VirtualPrompt",

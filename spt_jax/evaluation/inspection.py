@@ -81,6 +81,8 @@ def _parts(virtual: VirtualPrompt) -> str:
     if shift is not None:
         norm = float(np.linalg.norm(np.asarray(shift), axis=1).mean())
         parts.append(f"an update of the real tokens' embeddings at the first {len(shift)} positions, norm {norm:.3g}")
+    if virtual.replaced is not None:
+        parts.append(f"input embeddings of {len(virtual.replaced.rows)} tokens of the vocabulary")
     if prefix is not None:
         layers = sum(len(own.keys) for own in memory.keys_values(prefix.memory))
         recurrent = sum(len(jax.tree.leaves(own)[0]) for own in memory.states(prefix.memory))

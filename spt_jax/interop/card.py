@@ -80,7 +80,7 @@ def _parts(saved: SavedPrompt) -> str:
         lengths.append(f"{virtual.tokens.shape[-2]} virtual tokens")
     if virtual.prefix is not None:
         lengths.append(f"a prefix of {virtual.prefix_length} positions")
-    lengths += [name for name in ("shift", "gated", "linear", "head") if getattr(virtual, name) is not None]
+    lengths += [name for name in ("shift", "replaced", "gated", "linear", "head") if getattr(virtual, name) is not None]
     return ", ".join(lengths)
 
 

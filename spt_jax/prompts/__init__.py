@@ -16,6 +16,7 @@ from spt_jax.prompts.progressive import ProgressivePrompts
 from spt_jax.prompts.prompt_tuning import PromptTuning
 from spt_jax.prompts.residual import ResidualPromptTuning
 from spt_jax.prompts.state_tuning import StateTuning
+from spt_jax.prompts.trained_tokens import TrainedTokens
 from spt_jax.prompts.virtual import VirtualPrompt
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "PromptTuning",
     "ResidualPromptTuning",
     "StateTuning",
+    "TrainedTokens",
     "VirtualPrompt",
 ]
 
@@ -52,4 +54,5 @@ METHODS: dict[str, Any] = {
     "multitask_prompt_tuning": MultitaskPromptTuning,
     "state_tuning": StateTuning,
     "progressive_prompts": ProgressivePrompts,
+    "trained_tokens": TrainedTokens,
 }

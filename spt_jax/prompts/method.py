@@ -69,6 +69,7 @@ TOKEN_METHODS = (
     "multitask_prompt_tuning",
     "cpt",
     "progressive_prompts",
+    "trained_tokens",
 )
 
 

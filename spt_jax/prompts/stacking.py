@@ -7,14 +7,14 @@ import jax.numpy as jnp
 from spt_jax.errors import ConfigError
 from spt_jax.models import memory
 from spt_jax.models.attention import GatedPrefix, LinearMemory
-from spt_jax.prompts.virtual import Head, VirtualPrefix, VirtualPrompt
+from spt_jax.prompts.virtual import Head, ReplacedRows, VirtualPrefix, VirtualPrompt
 
 
 def stack_prompts(prompts: Sequence[VirtualPrompt]) -> VirtualPrompt:
     """Stacks S prompts, of any methods and lengths, along a new leading S axis.
 
     A part that only some of the prompts have is padded for the others: with token rows that no template uses, with an
-    empty prefix, a gate of 0, or maps of zeros.
+    empty prefix, a gate of 0, maps of zeros, or embeddings of no id.
 
     Args:
       prompts: prompts of one frozen base.
@@ -37,6 +37,7 @@ def stack_prompts(prompts: Sequence[VirtualPrompt]) -> VirtualPrompt:
         prefix=_stacked_prefix([p.prefix for p in prompts]),
         gated=_stacked_gated([p.gated for p in prompts]),
         linear=_stacked_linear([p.linear for p in prompts]),
+        replaced=_stacked_replaced([p.replaced for p in prompts]),
         head=_stacked_head([p.head for p in prompts]),
         pinned=_stacked_pins([p.pinned for p in prompts]),
     )
@@ -68,6 +69,13 @@ def _stacked_linear(parts: Sequence[LinearMemory | None]) -> LinearMemory | None
     groups = sorted({name for part in parts if part is not None for name in part.maps})
     maps = {name: memory.stack_padded([part and part.maps.get(name) for part in parts], axis=0) for name in groups}
     return LinearMemory({name: own for name, own in maps.items() if own is not None}) if any(parts) else None
+
+
+def _stacked_replaced(parts: Sequence[ReplacedRows | None]) -> ReplacedRows | None:
+    rows = memory.stack_padded([part and part.rows for part in parts], axis=0)
+    # Padding is zeros, and the id of padding is -1.
+    ids = memory.stack_padded([None if part is None else part.ids + 1 for part in parts], axis=0)
+    return None if rows is None or ids is None else ReplacedRows(rows, ids - 1)
 
 
 def _stacked_head(parts: Sequence[Head | None]) -> Head | None:

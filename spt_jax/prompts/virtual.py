@@ -38,6 +38,21 @@ class Head:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class ReplacedRows:
+    """Input embeddings that replace those of some real tokens wherever they occur, float32.
+
+    Attributes:
+      rows: the embeddings.
+      ids: the id that each replaces, below 2^24; -1 for padding of stacked prompts. They are float32, like all arrays
+        of a prompt, which are differentiated and stored as one tree.
+    """
+
+    rows: Float[Array, "*S N D"]
+    ids: Float[Array, "*S N"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class VirtualPrompt:
     """A soft prompt as the model sees it. Each part is optional.
 
@@ -45,6 +60,7 @@ class VirtualPrompt:
 
     Attributes:
       tokens: row i is the embedding of the virtual token with id `vocab_size + i`, float32.
+      replaced: embeddings of some real tokens, in place of the base's.
       shift: added to the embeddings of real tokens at the first T positions.
       prefix: memory of the positions before the first token.
       gated: gated keys and values of the last layers.
@@ -60,6 +76,7 @@ class VirtualPrompt:
     gated: GatedPrefix | None = None
     linear: LinearMemory | None = None
     head: Head | None = None
+    replaced: ReplacedRows | None = None
     pinned: bool | tuple[bool, ...] = dataclasses.field(default=False, metadata={"static": True})
 
     __repr__ = short_repr

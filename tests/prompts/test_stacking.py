@@ -16,7 +16,7 @@ from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.models.attention import GatedPrefix, LinearMemory
 from spt_jax.models.memory import KeysValues
 from spt_jax.prompts.stacking import stack_prompts
-from spt_jax.prompts.virtual import Head, VirtualPrefix, VirtualPrompt
+from spt_jax.prompts.virtual import Head, ReplacedRows, VirtualPrefix, VirtualPrompt
 from spt_jax.runtime.sharding import MeshConfig, make_mesh
 from spt_jax.testing import tiny_base
 from tests.examples import QUICK_COMPILE, VOCAB
@@ -36,7 +36,7 @@ def memory(seed: int, shape: tuple[int, ...]) -> dict[str, KeysValues]:
 
 
 def prompts() -> list[VirtualPrompt]:
-    """Token rows of two lengths, two prefixes, a gated prefix of two layers, maps of the queries, nothing at all."""
+    """Prompts with every part that can be stacked, token rows and prefixes of two lengths, and nothing at all."""
     config = base_of().config
     keys = (config.layers, 6, config.kv_heads, config.head_size)
     short = (config.layers, 2, config.kv_heads, config.head_size)
@@ -48,6 +48,7 @@ def prompts() -> list[VirtualPrompt]:
         VirtualPrompt(tokens=noise(3, 2, config.width), prefix=VirtualPrefix(memory(4, short))),
         VirtualPrompt(gated=GatedPrefix(memory(6, gated), noise(8, 2))),
         VirtualPrompt(linear=LinearMemory({"self": noise(9, config.layers, *heads)})),
+        VirtualPrompt(replaced=ReplacedRows(noise(10, 2, config.width), jnp.asarray([5.0, 61.0]))),
         VirtualPrompt(),
     ]
 
@@ -59,6 +60,7 @@ LEADS = (
     [1, VOCAB, VOCAB + 1],
     [1],
     [1, 50],
+    [1, 5, 61],
     [1, 40, 41, 42, 43, 44, 45],
 )
 
@@ -182,7 +184,7 @@ def test_what_does_not_go_together_is_refused():
         stack_prompts([VirtualPrompt(head=head), VirtualPrompt()])
     with pytest.raises(ConfigError, match="are not compatible"):
         stack_prompts([VirtualPrompt(head=head), VirtualPrompt(head=Head(jnp.zeros((width, 3)), jnp.zeros(3)))])
-    with pytest.raises(ConfigError, match=r"outside 0 to 5"):
-        generate(base_of(), [np.asarray([1, 5])], stack_prompts(prompts()), prompt_index=[6])
+    with pytest.raises(ConfigError, match=r"outside 0 to 6"):
+        generate(base_of(), [np.asarray([1, 5])], stack_prompts(prompts()), prompt_index=[7])
     with pytest.raises(ConfigError, match=r"prompt_index has 2 entries for 1 prompts"):
         generate(base_of(), [np.asarray([1, 5])], stack_prompts(prompts()), prompt_index=[0, 1])
