@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from spt_jax.bases.checkpoint import parameter_shapes, read_params
 from spt_jax.bases.config import decoder_config, hf_config
 from spt_jax.bases.ends import declared_ends
-from spt_jax.bases.files import CONFIG_BYTES, config_file, gguf_source, model_directory, read_json
+from spt_jax.bases.files import CONFIG_BYTES, checkpoint_files, config_file, gguf_source, model_directory, read_json
 from spt_jax.bases.fingerprint import Fingerprint, fingerprint_of
 from spt_jax.bases.gguf import gguf_directory
 from spt_jax.bases.gguf_parts import part_names
@@ -228,21 +229,23 @@ def load_base(
     if quantize is not None and quantize not in quantizations():
         raise ConfigError(f"quantize {quantize!r} is not supported; known: {', '.join(quantizations())}")
     quantization = read_file_quantization(directory)
-    params, digest = read_params(
-        directory,
-        config,
-        DTYPES[dtype],
-        partial(_leaf_sharding, mesh, shapes),
-        quantize=None if quantize is None else KERNEL_ARRAYS.get(quantize, "keep"),
-        quantization=quantization,
-    )
+    with ThreadPoolExecutor(1) as background:
+        hashed = background.submit(tokenizer_hash, tokenizer)
+        params, digest = read_params(
+            directory,
+            config,
+            DTYPES[dtype],
+            partial(_leaf_sharding, mesh, shapes),
+            quantize=None if quantize is None else KERNEL_ARRAYS.get(quantize, "keep"),
+            quantization=quantization,
+        )
     return FrozenBase(
         name=str(path_or_hub_id),
         revision=revision,
         model=DecoderModel(params, Decoder(config, remat=remat, mesh=mesh, attention=kernel)),
         tokenizer=tokenizer,
         end_ids=declared_ends(directory, tokenizer, config.vocab_size),
-        fingerprint=fingerprint_of(config, digest, tokenizer_hash(tokenizer), None if quantize == "keep" else quantize),
+        fingerprint=fingerprint_of(config, digest, hashed.result(), None if quantize == "keep" else quantize),
         attention_note=note,
         files_note="" if quantization is None else f"{quantization.how}; kept in {quantize or dtype}",
     )
@@ -339,6 +342,25 @@ def local_directory(path_or_hub_id: str, revision: str | None) -> Path:
             f"{path_or_hub_id!r} is not a directory here, and the hub did not return it"
             f" ({type(error).__name__}: {error}){nearest_path(path)}"
         ) from error
+
+
+def check_base(path_or_hub_id: str, revision: str | None = None) -> None:
+    """Checks that a local base exists, has files of weights and is of a supported architecture; reads no weights.
+
+    Nothing is checked of a base on the hub or at a URL, which `load_base` downloads.
+
+    Args:
+      path_or_hub_id: as in `load_base`.
+      revision: as in `load_base`.
+
+    Raises:
+      CheckpointError: a file is missing or unreadable.
+      ConfigError: the architecture, or an option or size of it, is not supported.
+    """
+    if path_or_hub_id == "starter" or _is_path(path_or_hub_id):
+        directory = local_directory(path_or_hub_id, revision)
+        checkpoint_files(directory)
+        read_config(directory)
 
 
 def read_config(directory: Path, max_length: int | None = None) -> DecoderConfig:

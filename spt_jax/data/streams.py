@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-
-import grain
+from typing import TYPE_CHECKING
 
 from spt_jax.data.batches import Batch, BatchPlan, pack
 from spt_jax.data.examples import Example
+
+if TYPE_CHECKING:
+    import grain
 
 
 def training_batches(
@@ -32,6 +34,8 @@ def training_batches(
     Returns:
       The iterator.
     """
+    import grain
+
     dataset = grain.MapDataset.source(_Source(examples)).seed(seed).shuffle().repeat()
     # With a batch size of 1, `batch` would make the endless dataset longer than the maximum length in grain.
     chunks = dataset.map(lambda example: [example]) if batch_size == 1 else dataset.batch(batch_size, batch_fn=list)

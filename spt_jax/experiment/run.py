@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from spt_jax.bases.base import FrozenBase, load_base, read_tokenizer
+from spt_jax.bases.base import FrozenBase, check_base, load_base, read_tokenizer
 from spt_jax.data.batches import BatchPlan, multiples, plan_batches
 from spt_jax.data.encoder import Encoder, encoder_for
 from spt_jax.data.examples import Example, digest
@@ -256,7 +256,7 @@ def distillation_of(config: ExperimentConfig[Any]) -> Distillation | None:
 def load_experiment(
     config: ExperimentConfig[Any], base: FrozenBase | None = None, records: Mapping[str, Records] | None = None
 ) -> Experiment:
-    """Reads the data and the base of a resolved config. The data are read first, because errors in them show sooner.
+    """Reads the data and the base of a resolved config; the weights last, because errors elsewhere show sooner.
 
     Args:
       config: the resolved config.
@@ -278,6 +278,8 @@ def load_experiment(
             if not v
         ]
         raise ConfigError(f"{', '.join('--' + name for name in missing)} must be given")
+    if base is None:
+        check_base(config.base.path, config.base.revision)
     template = make_template(config)
     distillation = distillation_of(config)
     fields = task_of(template).required_fields(template)
