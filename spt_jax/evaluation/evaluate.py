@@ -18,7 +18,7 @@ from spt_jax.data.batches import Batch, BatchPlan, Rows, multiples, place_batch,
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.examples import Example
 from spt_jax.data.shots import SEPARATOR
-from spt_jax.data.streams import evaluation_batches
+from spt_jax.data.streams import evaluation_batches, evaluation_plans
 from spt_jax.data.task import Evaluation, PairCriterion, task_of
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation import metrics
@@ -127,6 +127,7 @@ def make_evaluation_set(
         **multiples(base.mesh),
         max_length=base.layout.max_positions,
     )
+    (plan,) = evaluation_plans([examples], [plan], config.batch_size)
     task = task_of(encoder.template)
     answered = zip(records[: config.generate] if task.generates and not task.pairs else [], examples, strict=False)
     unused = base.layout.max_positions - taken - encoder.max_length
