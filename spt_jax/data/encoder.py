@@ -15,8 +15,9 @@ from spt_jax.data.reading import Spans
 from spt_jax.data.shortening import shorten
 from spt_jax.data.shots import SEPARATOR, solved
 from spt_jax.data.task import task_of
-from spt_jax.data.templates import MESSAGES, Bos, Control, Cut, Field, Piece, Plain, Read, Template, Text, parse
+from spt_jax.data.templates import MESSAGES, Bos, Control, Cut, Field, Piece, Plain, Template, Text, parse
 from spt_jax.data.tokenization import check_ids
+from spt_jax.data.turns import template_turns
 from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError, DataError, did_you_mean
 
@@ -357,27 +358,7 @@ class Encoder:
         return [*prompt[:front], *pieces, *prompt[front:]]
 
     def _turns(self, fields: Mapping[str, str] | None) -> list[Turn]:
-        """Returns the turns before the answer, with fields filled in if given. In a chat: before {messages}."""
-        template = self.template
-        turns = [Turn("system", [Text(template.system)])] if template.system is not None else []
-        if template.continues:  # the prefix holds what comes before the cut
-            turns = [Turn("system", [Cut(), Plain(template.system or "")])]
-        if template.is_conversation:
-            return turns if template.continues else []
-        for record in self.shots:
-            turns.append(Turn("user", solved(template, record, template.prompt)))
-            turns.append(Turn("assistant", solved(template, record, template.target)))
-        content: list[Piece] = []
-        for piece in parse(template.prompt):
-            if fields is None or not isinstance(piece, Field):
-                content.append(piece)
-            elif piece.name == template.reads:
-                value, words = fields[piece.name], fields[piece.name].strip()
-                skipped = value.find(words)
-                content += [Plain(value[:skipped]), Read(words, skipped), Plain(value[skipped + len(words) :])]
-            else:
-                content.append(Plain(fields[piece.name]))
-        return [*turns, Turn("user", content)]
+        return template_turns(self.template, self.shots, fields)
 
     def _rendered(self, turns: Sequence[Turn]) -> list[Piece]:
         pieces = self._chat.prompt(turns)
