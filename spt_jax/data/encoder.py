@@ -1,6 +1,7 @@
 """Encodes records as token ids, some of them virtual, according to a template."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,12 +15,14 @@ from spt_jax.data.pieces import PieceEncoder, after_cut
 from spt_jax.data.reading import Spans
 from spt_jax.data.shortening import shorten
 from spt_jax.data.shots import SEPARATOR, solved
-from spt_jax.data.task import task_of
+from spt_jax.data.task import prompt_index, task_of
 from spt_jax.data.templates import MESSAGES, Bos, Control, Cut, Field, Piece, Plain, Template, Text, parse
 from spt_jax.data.tokenization import check_ids
 from spt_jax.data.turns import template_turns
-from spt_jax.data.values import field_text
-from spt_jax.errors import ConfigError, DataError, did_you_mean
+from spt_jax.errors import ConfigError, DataError
+
+# Records whose texts are given to the tokenizer together.
+_TOGETHER = 1024
 
 
 class Encoder:
@@ -126,11 +129,34 @@ class Encoder:
         Raises:
           DataError: as in `encode`.
         """
-        examples = [self.encode(record, index) for index, record in enumerate(records)]
+        examples: list[Example] = []
+        following = iter(records)
+        while chunk := list(itertools.islice(following, _TOGETHER)):
+            first, spans = len(examples), self.template.reads is not None
+            with self._pieces.prepared(self._texts(chunk, first), spans=spans):
+                examples += [self.encode(record, first + number) for number, record in enumerate(chunk)]
         if self.template.task is None:
             return examples
-        prompts = [self._prompt_index(record, index) for index, record in enumerate(records)]
+        prompts = [prompt_index(self.template, record, index) for index, record in enumerate(records)]
         return [dataclasses.replace(e, prompt=prompt) for e, prompt in zip(examples, prompts, strict=True)]
+
+    def _texts(self, records: Sequence[Mapping[str, Any]], first: int) -> list[str]:
+        """Returns the texts that the tokenizer will be given for records; none for those that are rendered as chats."""
+        if self.template.chat or self.template.is_conversation:
+            return []
+        targets = [] if self._choices or self._task.has_head else [self.template.target]
+        pieces = [parse(target) for target in [*targets, *([self.template.rejected] if self._task.pairs else [])]]
+        names = self.template.fields if pieces else self.template.prompt_fields
+        texts: list[str] = []
+        for number, record in enumerate(records):
+            try:
+                fields = self._fields(record, names, first + number)
+            except DataError:  # raised again with what the record is encoded for
+                break
+            texts += self._pieces.texts(self._prompt, fields, opens=self._opens)
+            for target in pieces:
+                texts += self._pieces.texts(target, fields, opens=False)
+        return texts
 
     def leads(self, examples: Sequence[Example]) -> int | list[int]:
         """Returns `head_length` of all examples; with tasks, that of the examples of each task.
@@ -324,15 +350,6 @@ class Encoder:
           DataError: the field that the head reads is empty.
         """
         return self._task.with_any_label(self.template, record)
-
-    def _prompt_index(self, record: Mapping[str, Any], index: int) -> int:
-        name = field_text(record, self.template.task or "", index)
-        if name not in self.template.tasks:
-            raise DataError(
-                f"record {index + 1}: there is no prompt for the task {name!r};"
-                f" {did_you_mean(name, self.template.tasks)}"
-            )
-        return self.template.tasks.index(name)
 
     def _target(self, fields: Mapping[Any, str], target: str | None = None, *, ends: bool = True) -> list[int]:
         """Returns the ids of the target, or of another template, with those that end it if `ends`."""
