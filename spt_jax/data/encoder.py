@@ -1,8 +1,9 @@
 """Encodes records as token ids, some of them virtual, according to a template."""
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,12 @@ from spt_jax.data.chats import ChatTemplate, Turn, turns_after, turns_of
 from spt_jax.data.examples import Example
 from spt_jax.data.pieces import PieceEncoder, after_cut
 from spt_jax.data.reading import Spans
-from spt_jax.data.shortening import shorten
+from spt_jax.data.shortening import shorten, shortened
 from spt_jax.data.shots import SEPARATOR, solved
 from spt_jax.data.task import prompt_index, task_of
 from spt_jax.data.templates import MESSAGES, Bos, Control, Cut, Field, Piece, Plain, Template, Text, parse
-from spt_jax.data.tokenization import check_ids
-from spt_jax.data.turns import template_turns
+from spt_jax.data.tokenization import check_ids, tokenization_of
+from spt_jax.data.turns import around_chat, template_turns
 from spt_jax.errors import ConfigError, DataError
 
 # Records whose texts are given to the tokenizer together.
@@ -63,6 +64,7 @@ class Encoder:
         self._vocab_size = vocab_size
         is_chat = template.chat or template.is_conversation
         self._chat = ChatTemplate(tokenizer)
+        self._around = functools.partial(around_chat, template, tokenizer.bos_token_id)
         self._pieces = PieceEncoder(tokenizer, vocab_size, template.virtual_tokens, adds_bos=not is_chat)
         self._opens = not template.continues
         self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -103,22 +105,9 @@ class Encoder:
             check_ids(self._tokenizer, example.ids, self._vocab_size, self.template.virtual_tokens)
         except DataError as error:
             raise DataError(f"record {index + 1}: {error}") from error
-        field = self.template.truncate
         if example.length <= self.max_length:
             return example
-        if field is None:
-            raise DataError(
-                f"record {index + 1}: {example.length} tokens, at most {self.max_length} fit; name a field that may be"
-                " shortened (data.truncate), or raise data.max_length"
-            )
-        record = shorten(self.template, record, index, lambda part: self._encode(part, index).length <= self.max_length)
-        example = self._encode(record, index)
-        if example.length > self.max_length:
-            raise DataError(
-                f"record {index + 1}: {example.length} tokens even without its field {field!r}; at most"
-                f" {self.max_length} fit"
-            )
-        return example
+        return shortened(self.template, record, index, self._encode, self.max_length)
 
     def encode_all(self, records: Sequence[Mapping[str, Any]]) -> list[Example]:
         """Returns the examples of all records, numbered from 0, each with the index of its task's prompt.
@@ -129,16 +118,28 @@ class Encoder:
         Raises:
           DataError: as in `encode`.
         """
-        examples: list[Example] = []
-        following = iter(records)
+        return list(self.encode_each(records))
+
+    def encode_each(self, records: Iterable[Mapping[str, Any]]) -> Iterator[Example]:
+        """Yields what `encode_all` returns. The tokenizer gets the texts of many records together.
+
+        Args:
+          records: the records.
+
+        Yields:
+          The example of each record.
+
+        Raises:
+          DataError: as in `encode`.
+        """
+        following, index = iter(records), 0
         while chunk := list(itertools.islice(following, _TOGETHER)):
-            first, spans = len(examples), self.template.reads is not None
-            with self._pieces.prepared(self._texts(chunk, first), spans=spans):
-                examples += [self.encode(record, first + number) for number, record in enumerate(chunk)]
-        if self.template.task is None:
-            return examples
-        prompts = [prompt_index(self.template, record, index) for index, record in enumerate(records)]
-        return [dataclasses.replace(e, prompt=prompt) for e, prompt in zip(examples, prompts, strict=True)]
+            with self._pieces.prepared(self._texts(chunk, index), spans=self.template.reads is not None):
+                examples = [self.encode(record, number) for number, record in enumerate(chunk, index)]
+            for record, example in zip(chunk, examples, strict=True):
+                prompt = 0 if self.template.task is None else prompt_index(self.template, record, example.index)
+                yield example if prompt == 0 else dataclasses.replace(example, prompt=prompt)
+            index += len(chunk)
 
     def _texts(self, records: Sequence[Mapping[str, Any]], first: int) -> list[str]:
         """Returns the texts that the tokenizer will be given for records; none for those that are rendered as chats."""
@@ -253,11 +254,7 @@ class Encoder:
         Args:
           examples: encoded records.
         """
-        constant = []
-        for piece in self._prompt:
-            if isinstance(piece, Field):
-                break
-            constant.append(piece)
+        constant = list(itertools.takewhile(lambda piece: not isinstance(piece, Field), self._prompt))
         head = np.asarray(self._ids(constant, {}, opens=self._opens), np.int32)
         length = len(head)
         for example in examples:
@@ -269,6 +266,18 @@ class Encoder:
     def _encode(self, record: Mapping[str, Any], index: int) -> Example:
         encode = self._task.encode_chat if self.template.is_conversation else self._task.encode
         return encode(self, record, index)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All that examples depend on beside the records, as plain JSON."""
+        return {
+            "template": dataclasses.asdict(self.template),
+            "verbalizers": list(self.template.verbalizers),
+            "shots": [dict(shot) for shot in self.shots],
+            "vocab_size": self._vocab_size,
+            "max_length": self.max_length,
+            "tokenizer": tokenization_of(self._tokenizer).digest,
+        }
 
     @property
     def choices(self) -> tuple[np.ndarray, ...]:
@@ -384,14 +393,6 @@ class Encoder:
     def _filled(self, fields: Mapping[str, str]) -> tuple[Sequence[Piece | int], Mapping[str, str]]:
         """Returns the pieces of the prompt, and the fields that still have to be filled in."""
         return (self._rendered(self._turns(fields)), {}) if self.template.chat else (self._prompt, fields)
-
-    def _around(self, pieces: list[Piece]) -> list[Piece]:
-        """Puts the part of the prompt before {messages} before a chat; a BOS that begins the chat goes first."""
-        before = parse(self.template.prompt)[:-1]
-        bos = self._tokenizer.bos_token_id
-        if bos is None or pieces[:1] != [Control(bos)]:
-            return [*before, *pieces]
-        return [*([] if Bos() in before else pieces[:1]), *before, *pieces[1:]]
 
     def encode_conversation(self, record: Mapping[str, Any], index: int) -> Example:
         """Encodes a chat whose assistant turns the model learns to predict, including the tokens that end them.

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -31,6 +33,21 @@ class Tokenization:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._ready: dict[str, tokenizers.Encoding] = {}
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The SHA-256 of all that ids depend on: the tokenizer, its control tokens and its chat template."""
+        whole = self._whole
+        more = [
+            control_tokens(whole),
+            whole.special_tokens_map,
+            whole.bos_token_id,
+            whole.eos_token_id,
+            whole.chat_template,
+        ]
+        flags = [[content.content, content.lstrip, content.rstrip] for content in whole.added_tokens_decoder.values()]
+        text = self._tokenizer.to_str() + json.dumps([more, flags, adds_bos(whole)], default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @functools.cached_property
     def opens_after_control(self) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 from spt_jax.data.chats import Turn
 from spt_jax.data.shots import solved
-from spt_jax.data.templates import Cut, Field, Piece, Plain, Read, Template, Text, parse
+from spt_jax.data.templates import Bos, Control, Cut, Field, Piece, Plain, Read, Template, Text, parse
 
 
 def template_turns(
@@ -37,3 +37,17 @@ def template_turns(
         else:
             content.append(Plain(fields[piece.name]))
     return [*turns, Turn("user", content)]
+
+
+def around_chat(template: Template, bos: int | None, pieces: list[Piece]) -> list[Piece]:
+    """Puts the part of the prompt before {messages} before a chat; a BOS that begins the chat goes first.
+
+    Args:
+      template: the template.
+      bos: the id of the tokenizer's BOS; None for none.
+      pieces: the chat.
+    """
+    before = parse(template.prompt)[:-1]
+    if bos is None or pieces[:1] != [Control(bos)]:
+        return [*before, *pieces]
+    return [*([] if Bos() in before else pieces[:1]), *before, *pieces[1:]]

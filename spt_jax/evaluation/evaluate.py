@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import Batch, BatchPlan, Rows, multiples, place_batch, plan_batches
+from spt_jax.data.encoded import encode_records
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.examples import Example
 from spt_jax.data.shots import SEPARATOR
@@ -118,7 +119,7 @@ def make_evaluation_set(
       DataError: a record lacks a field, has an unknown label or is too long.
     """
     config = config or EvaluationConfig()
-    examples = encoder.encode_all(records)
+    examples = encode_records(encoder, records)
     plan = plan_batches(
         examples,
         lead=encoder.leads(examples),

@@ -15,8 +15,9 @@ from jaxtyping import Int
 
 from spt_jax.bases.base import FrozenBase, check_base, load_base, read_tokenizer
 from spt_jax.data.batches import BatchPlan, multiples, plan_batches
+from spt_jax.data.encoded import encode_records
 from spt_jax.data.encoder import Encoder, encoder_for
-from spt_jax.data.examples import Example, digest
+from spt_jax.data.examples import CompactExamples, Example, digest
 from spt_jax.data.sources import check_fields, read_records
 from spt_jax.data.task import PairCriterion, task_of
 from spt_jax.data.templates import Template
@@ -122,7 +123,7 @@ class Experiment:
                 text=self.text_ids if template in (self.template, self.template.bare()) else None,
             )
 
-    def training_set(self) -> tuple[list[Example], BatchPlan]:
+    def training_set(self) -> tuple[Sequence[Example], BatchPlan]:
         """Returns the encoded training examples and the shapes of their batches.
 
         Raises:
@@ -145,9 +146,9 @@ class Experiment:
             )
         encoder = self.encoder(self.template)
         with _located(config.data.train):
-            examples = encoder.encode_all(self.train)
+            examples: Sequence[Example] = encode_records(encoder, self.train)
         if not config.loss.uses_choices:
-            examples = [example.as_target() for example in examples]
+            examples = CompactExamples.of(example.as_target() for example in examples)
         plan = plan_batches(
             examples,
             lead=encoder.leads(examples),
