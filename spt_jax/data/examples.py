@@ -148,7 +148,7 @@ class CompactExamples(Sequence[Example]):
                 numbers[name].append(getattr(example, name))
             key = tuple(np.asarray(choice, np.int32).tobytes() for choice in example.choices)
             numbers["choice_set"].append(sets.setdefault(key, len(sets)))
-        arrays = {name: np.frombuffer(values, np.int64) for name, values in numbers.items()}
+        arrays: dict[str, np.ndarray] = {name: np.frombuffer(own, np.int64) for name, own in numbers.items()}
         for name, (content, ends) in ragged.items():
             kind = np.dtype(_RAGGED[name])
             own = np.frombuffer(ends, np.int64)
