@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import Batch
+from spt_jax.errors import RewardError
 from spt_jax.evaluation.evaluate import selection_score
 from spt_jax.prompts import PromptParams
 from spt_jax.runtime import measure, processes, signals
@@ -86,6 +87,15 @@ class Batches(Protocol):
     def get_state(self) -> Any: ...
 
     def set_state(self, state: Any) -> None: ...
+
+
+@runtime_checkable
+class SampledBatches(Batches, Protocol):
+    """Batches that depend on the prompt being trained."""
+
+    def sample(self, params: PromptParams) -> None:
+        """Makes the next batch, with the parameters that it is for. If it raises, the position is as before."""
+        ...
 
 
 # The metrics of G members, or of one.
@@ -240,10 +250,22 @@ def train(
 
         if done == 0:
             save()
+        saved = done
         while done < config.steps and (active := _active(standings)):
             trace.before_step(done - first, settle)
             dispatched, work = [], np.zeros(3)
             for numbers in _groups(active, run.group_size):
+                for number in numbers:
+                    stream = run.batches[number]
+                    if isinstance(stream, SampledBatches):
+                        try:
+                            stream.sample(states[number].params)
+                        except RewardError:
+                            settle()
+                            if done > saved:
+                                save()
+                            checkpoints.wait()
+                            raise
                 batches = [next(run.batches[number]) for number in numbers]
                 new, metrics = run.advance(numbers, [states[number] for number in numbers], batches)
                 for number, state in zip(numbers, new, strict=True):
@@ -273,7 +295,7 @@ def train(
                 standings = _halved(standings, run.keep, done)
             if done % config.checkpoint_every == 0 or last or stop is not None or not _active(standings):  # type: ignore[operator]
                 settle()
-                speed = save()
+                speed, saved = save(), done
             if stop is not None:
                 checkpoints.wait()
                 raise Stopped(stop, done)
