@@ -32,5 +32,5 @@ def get_config() -> ExperimentConfig[PromptTuning]:
         task=TaskConfig(name="rewards", reward=("spt_jax.configs.rewards:asks",)),
         loss=LossConfig.of(Grpo(max_new_tokens=16)),
         method=PromptTuning(length=20),
-        train=TrainConfig(steps=200, batch_size=16, evaluate_every=50),
+        train=TrainConfig(steps=60, batch_size=8, evaluate_every=20),
     )
