@@ -357,9 +357,10 @@ def _by_task(data: EvaluationSet, result: Evaluation) -> Evaluation:
 
 
 def selection_score(result: Mapping[str, Any]) -> float:
-    """Returns the score that validation maximizes: the mean reward, or accuracy, with ties broken by lower loss; otherwise minus the loss.
+    """Returns the score that validation maximizes: accuracy, with ties broken by lower loss; otherwise minus the loss.
 
-    With a text to agree with, it is minus the KL divergence from it. A loss that is not finite scores -inf.
+    With reward functions, it is the mean reward. With a text to agree with, it is minus the KL divergence from it. A
+    loss that is not finite scores -inf.
     """
     if not math.isfinite(result["loss"]):
         return -math.inf

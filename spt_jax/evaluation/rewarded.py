@@ -49,8 +49,7 @@ def evaluate_rewards(
         max_new_tokens=judge.max_new_tokens, temperature=judge.temperature, end_ids=end_ids, seed=SEED
     )
     answers = generate(base, prompts, virtual, sampling, prompt_index=prompt_index, batch_size=batch_size)
-    vocab_size = base.layout.vocab_size
-    texts = [base.tokenizer.decode([int(i) for i in ids if i < vocab_size], skip_special_tokens=True) for ids in prompts]
+    texts = [prompt_text(base, ids) for ids in prompts]
     judged = judge.judge(texts, [answer.text for answer in answers], records)
     known = judged.rewards[np.isfinite(judged.rewards)]
     mean = metrics.bootstrap_interval(known)
@@ -63,3 +62,14 @@ def evaluate_rewards(
         for answer, reward in zip(answers, judged.rewards, strict=True)
     ]
     return Evaluation({**result, "loss": -mean.value, "examples": len(known)}, predictions)
+
+
+def prompt_text(base: FrozenBase, ids: np.ndarray) -> str:
+    """Returns the text of a prompt, without its virtual tokens, as reward functions get it.
+
+    Args:
+      base: the frozen base.
+      ids: the ids of the prompt.
+    """
+    real = [int(token) for token in ids if token < base.layout.vocab_size]
+    return base.tokenizer.decode(real, skip_special_tokens=True)

@@ -72,9 +72,7 @@ class Judge:
     max_new_tokens: int = 32
     temperature: float = 1.0
 
-    def judge(
-        self, prompts: Sequence[str], completions: Sequence[str], records: Sequence[Mapping[str, Any]]
-    ) -> Judged:
+    def judge(self, prompts: Sequence[str], completions: Sequence[str], records: Sequence[Mapping[str, Any]]) -> Judged:
         """Returns the rewards of answers.
 
         A function that raises for all answers together, or returns another number of values, is called again for each
@@ -97,7 +95,7 @@ class Judge:
         found = Judged(total, values, problems)
         if found.failed > self.failures:
             raise RewardError(
-                f"{problems[0]}. Reward functions failed for {round(found.failed * len(total))} of {len(total)} answers,"
+                f"{problems[0]}. Reward functions failed for {np.isnan(total).sum()} of {len(total)} answers,"
                 f" and task.reward_failures is {self.failures:g}"
             )
         return found
@@ -211,7 +209,6 @@ def _values(reward: Reward, inputs: Mapping[str, list[Any]], problems: list[str]
             values[number] = float(value)
         except Exception as error:  # as above
             answer = inputs["completions"][number]
-            problems.append(
-                f"reward {reward.name!r} failed for sample {number + 1}, {answer!r:.80}: {type(error).__name__}: {error}"
-            )
+            sample = f"sample {number + 1}, {answer!r:.80}"
+            problems.append(f"reward {reward.name!r} failed for {sample}: {type(error).__name__}: {error}")
     return values

@@ -6,7 +6,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from spt_jax.training.cost import functional_flops, step_flops, step_shape
 from spt_jax.training.logs import MetricsLog
 from spt_jax.training.overflow import explain
 from spt_jax.training.step import TrainState
+from spt_jax.training.streams import Batches, SampledBatches
 
 
 class Stopped(Exception):  # noqa: N818 (not an error: the stop was requested)
@@ -76,26 +77,6 @@ class Standing:
     steps: int = 0
     score: float = -math.inf
     ended: str | None = None
-
-
-@runtime_checkable
-class Batches(Protocol):
-    """An endless stream of batches whose position is a JSON value."""
-
-    def __next__(self) -> Batch: ...
-
-    def get_state(self) -> Any: ...
-
-    def set_state(self, state: Any) -> None: ...
-
-
-@runtime_checkable
-class SampledBatches(Batches, Protocol):
-    """Batches that depend on the prompt being trained."""
-
-    def sample(self, params: PromptParams) -> None:
-        """Makes the next batch, with the parameters that it is for. If it raises, the position is as before."""
-        ...
 
 
 # The metrics of G members, or of one.

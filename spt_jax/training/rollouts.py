@@ -19,6 +19,7 @@ from spt_jax.data.batches import Batch, BatchPlan, pack
 from spt_jax.data.examples import Example
 from spt_jax.errors import ConfigError
 from spt_jax.evaluation.bare import bare_examples, bare_plan, token_log_probabilities
+from spt_jax.evaluation.rewarded import prompt_text
 from spt_jax.evaluation.rewards import Judge
 from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.models.model import Model
@@ -55,7 +56,6 @@ class Rollout:
       log_probabilities: the log-probability of each token when it was sampled.
       rewards: the rewards [N, G], NaN where a function failed.
       by_name: the values of each reward function, likewise.
-      lengths: the mean number of tokens of an answer.
     """
 
     questions: list[int]
@@ -80,7 +80,7 @@ class Rollout:
 
 
 class RolloutBatches:
-    """An endless stream of batches of answers that the prompt being trained samples (`loop.SampledBatches`).
+    """An endless stream of batches of answers that the prompt being trained samples (`streams.SampledBatches`).
 
     Args:
       base: the frozen base.
@@ -91,7 +91,6 @@ class RolloutBatches:
       questions: what the answers are judged by.
       batch_size: questions per batch.
       seed: the random seed of the order of the questions and of the answers.
-      class_weights: as in `pack`.
 
     Raises:
       ConfigError: a prompt and an answer of the greatest length need more positions than the base has.
@@ -254,17 +253,6 @@ class RolloutBatches:
             )
             examples.append(dataclasses.replace(example, extra=extra))
         return pack(examples, self._plan)
-
-
-def prompt_text(base: FrozenBase, ids: np.ndarray) -> str:
-    """Returns the text of a prompt without its virtual tokens.
-
-    Args:
-      base: the frozen base.
-      ids: the ids of the prompt.
-    """
-    real = [int(token) for token in ids if token < base.layout.vocab_size]
-    return base.tokenizer.decode(real, skip_special_tokens=True)
 
 
 def check_samples_alone(objective: Objective, what: str) -> None:

@@ -21,10 +21,11 @@ from spt_jax.runtime.waits import spoken
 from spt_jax.training.clock import Rates
 from spt_jax.training.config import TrainConfig
 from spt_jax.training.logs import MetricsLog, shortest
-from spt_jax.training.loop import Batches, Best, Events, GroupMetrics, TrainingRun, train
+from spt_jax.training.loop import Best, Events, GroupMetrics, TrainingRun, train
 from spt_jax.training.objectives import Grpo, Objective, prepare_examples
 from spt_jax.training.rollouts import Questions, RolloutBatches
 from spt_jax.training.step import TrainState, init_state, make_train_step
+from spt_jax.training.streams import Batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,9 +160,7 @@ def fit(
     return Outcome(standing.best, standing.steps, seconds, rates)
 
 
-def _stream(
-    base: FrozenBase, method: Method, objective: Objective, data: TrainingData, config: TrainConfig
-) -> Batches:
+def _stream(base: FrozenBase, method: Method, objective: Objective, data: TrainingData, config: TrainConfig) -> Batches:
     """Returns the stream of batches: of the examples, or of answers that the prompt samples.
 
     Raises:

@@ -146,7 +146,7 @@ class Grpo(Objective):
         }
 
     def _tokens(self, scores: TargetScores, rows: Rows) -> tuple[Array, Array, Array, Array, Array]:
-        """Returns for each target its ratio, k, advantage, its share of the weight of its answer, and the length of that.
+        """Returns for each target the ratio, k, the advantage, the answer's weight per token, and the answer's length.
 
         Raises:
           ConfigError: the examples of the rows were not sampled or prepared.
