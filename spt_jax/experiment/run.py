@@ -299,6 +299,8 @@ def load_experiment(
         check_answers(template)
         fields = template.prompt_fields
     fields = (*fields, *([] if data.task is None else [data.task]), *reward_fields(config.task.reward))
+    if config.task.reward:
+        make_rewards(config.task.reward, config.task.reward_weights)  # errors in them show before the base is loaded
     for hard_prompt in data.hard_prompt:
         template.bare(hard_prompt)
 
