@@ -15,7 +15,7 @@ from spt_jax.training import single
 from tests.jobs import ROOT, arrays, history
 
 LAST = 6
-MODULE = '''
+MODULE = """
 import pathlib
 
 def vowels(completions, prompts, text, **_):
@@ -26,7 +26,7 @@ def vowels(completions, prompts, text, **_):
 
 def short(completions, **_):
     return [1.0 if len(answer) < 6 else 0.0 for answer in completions]
-'''
+"""
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """Answers to requests that begin with a question, by GRPO.
 
 spt-jax train rewards
+
+Mean reward on the test requests: 0.96 to 0.97 with seeds 0, 1 and 2; 0.037 without a prompt (docs/rewards.md).
 """
 
 from collections.abc import Sequence

@@ -63,9 +63,7 @@ def layout_of(packing: bool = True, lead: int = len(HEAD), microbatches: int = 1
     base, groups = base_of(**dict(axes)), prepared_groups(6)
     limits = multiples(base.mesh, microbatches)
     batch = pack(groups, plan_batches(groups, batch_size=6, lead=lead, packing=packing, **limits))
-    return jax.device_get(
-        gradient_of(OBJECTIVE, base.model, tokens(base), place_batch(batch, base.mesh), microbatches)
-    )
+    return jax.device_get(gradient_of(OBJECTIVE, base.model, tokens(base), place_batch(batch, base.mesh), microbatches))
 
 
 @pytest.mark.parametrize(
