@@ -168,4 +168,4 @@ def token_log_probabilities(
 @jax.jit
 def _token_scores(model: Model, batch: Batch) -> Float[Array, "B M"]:
     prefix = encode_prefix(model, None, batch.lead_ids, batch.lead_length)
-    return target_scores(model, None, prefix, batch.rows).log_probabilities[..., 0]
+    return target_scores(model, None, prefix, batch.rows).log_probabilities[:, :, 0]

@@ -72,4 +72,4 @@ def prompt_text(base: FrozenBase, ids: np.ndarray) -> str:
       ids: the ids of the prompt.
     """
     real = [int(token) for token in ids if token < base.layout.vocab_size]
-    return base.tokenizer.decode(real, skip_special_tokens=True)
+    return base.tokenizer.decode(real, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -11,7 +11,7 @@ import numbers
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Float
@@ -175,7 +175,7 @@ def _load(text: str) -> RewardFunction:
             sys.path.remove(here)
     if not callable(function):
         raise ConfigError(f"task.reward={text}: {module} has no function {name!r}")
-    return function
+    return cast(RewardFunction, function)
 
 
 def _equal_to(field: str) -> RewardFunction:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Float
@@ -139,7 +140,9 @@ def fit(
     ) -> tuple[Sequence[TrainState], GroupMetrics]:
         with spoken("compiling the training step", shown=progress and next(calls) == 0):
             new, metrics = step(states[0], place_batch(batches[0], base.mesh))
-        return [new], {**metrics, **stream.metrics} if isinstance(stream, RolloutBatches) else metrics
+        if isinstance(stream, RolloutBatches):
+            metrics = {**metrics, **jax.tree.map(jnp.asarray, stream.metrics)}
+        return [new], metrics
 
     run = TrainingRun(
         base=base,

@@ -20,7 +20,7 @@ from spt_jax.training.objectives import Grpo
 from spt_jax.training.objectives.grpo import group_extra
 from spt_jax.training.rollouts import Questions, RolloutBatches, check_samples_alone
 from spt_jax.training.step import measured_gradient
-from tests.examples import HEAD, QUICK_COMPILE, VIRTUAL, VOCAB
+from tests.examples import HEAD, QUICK_COMPILE, VIRTUAL
 from tests.groups import GROUP, random_groups
 
 LONGEST = 4
@@ -142,4 +142,3 @@ def test_several_prompts_and_long_prompts_are_refused():
     longest = base.layout.max_positions
     with pytest.raises(ConfigError, match=rf"loss.max_new_tokens={longest} make .* has {longest} positions"):
         stream(base, Grpo(group_size=2, max_new_tokens=longest))
-    assert VOCAB == base.layout.vocab_size
