@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import spt_jax
 import train
 from spt_jax.__main__ import main
 from spt_jax.testing import write_tiny_checkpoint
@@ -133,6 +134,29 @@ def test_a_run_whose_reward_function_fails_is_saved_and_resumes(folder, finished
     assert train.main(words(folder, workdir, "--resume")) == 0
     assert history(workdir) == history(finished)
     assert arrays(workdir).tobytes() == arrays(finished).tobytes()
+
+
+def short_answers(completions, **_):
+    return [1.0 if len(answer) < 6 else 0.0 for answer in completions]
+
+
+def test_fit_takes_functions(folder, finished):
+    """And it is the run of the command line."""
+    records = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    base = spt_jax.load_base(str(folder / "model"), dtype="float32")
+    template = spt_jax.Template(prompt="<soft>{text}: ", head="rewards")
+    options = {"objective": spt_jax.Grpo(group_size=3, max_new_tokens=8), "batch_size": 2, "progress": False}
+
+    def fitted(rewards):
+        return spt_jax.fit(
+            base, spt_jax.PromptTuning(length=3), template, records, steps=1, rewards=rewards, **options
+        ).history
+
+    (line,) = fitted([short_answers])
+    first = json.loads((finished / "metrics.jsonl").read_text().splitlines()[0])
+    np.testing.assert_allclose(line["reward"], first["reward/short"], rtol=1e-6)
+    with pytest.raises(spt_jax.ConfigError, match=r"task.name=rewards and task.reward need each other"):
+        fitted([])
 
 
 @pytest.mark.parametrize(
