@@ -34,8 +34,9 @@ def train(numbers: Sequence[int], steps: int, halved: bool, validated: bool, wor
     """Trains the members with these numbers as one population; returns their losses and final states."""
     from spt_jax.evaluation.evaluate import evaluate
     from spt_jax.experiment.command_line import parse_train
+    from spt_jax.experiment.comparison import evaluation_sets
     from spt_jax.experiment.config import resolve
-    from spt_jax.experiment.run import evaluation_sets, load_experiment
+    from spt_jax.experiment.run import load_experiment
     from spt_jax.training.halving import Halving, fit_population
     from spt_jax.training.logs import NoLog
     from spt_jax.training.population import Member

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,16 +18,17 @@ from spt_jax.bases.checkpoint import parameter_shapes, read_params
 from spt_jax.bases.config import hf_config, model_config
 from spt_jax.bases.encoder_decoders import check_options, with_stored_head
 from spt_jax.bases.ends import declared_ends
-from spt_jax.bases.files import CONFIG_BYTES, config_file, gguf_source, model_directory, read_json
+from spt_jax.bases.files import CONFIG_BYTES, checkpoint_files, config_file, gguf_source, model_directory, read_json
 from spt_jax.bases.fingerprint import Fingerprint, fingerprint_of
 from spt_jax.bases.gguf import gguf_directory
 from spt_jax.bases.gguf_parts import part_names
+from spt_jax.bases.meshes import check_mesh, leaf_sharding
 from spt_jax.bases.pooling import POOLING_FILE, stored_pooling
 from spt_jax.bases.quantized_files import FileQuantization, file_quantization
 from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.bases.tokenizer import read_tokenizer as tokenizer_of
 from spt_jax.errors import CheckpointError, ConfigError, SptError
-from spt_jax.models.config import DecoderConfig, layer_configs
+from spt_jax.models.config import DecoderConfig
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.decoder_model import DecoderModel
 from spt_jax.models.encoder_decoder import EncoderDecoder
@@ -41,7 +43,7 @@ from spt_jax.models.stacks import Remat
 from spt_jax.runtime import measure
 from spt_jax.runtime.files import nearest_path
 from spt_jax.runtime.remote import local_copy, url_of
-from spt_jax.runtime.sharding import check_divides, make_mesh, parameter_sharding
+from spt_jax.runtime.sharding import make_mesh
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 # What is downloaded of a base.
@@ -253,14 +255,16 @@ def load_base(
     shapes = parameter_shapes(config)
     if quantize is not None and quantize not in quantizations():
         raise ConfigError(f"quantize {quantize!r} is not supported; known: {', '.join(quantizations())}")
-    params, digest = read_params(
-        directory,
-        config,
-        DTYPES[dtype],
-        partial(_leaf_sharding, mesh, shapes),
-        quantize=None if quantize is None else KERNEL_ARRAYS.get(quantize, "keep"),
-        quantization=quantization,
-    )
+    with ThreadPoolExecutor(1) as background:
+        hashed = background.submit(tokenizer_hash, tokenizer)
+        params, digest = read_params(
+            directory,
+            config,
+            DTYPES[dtype],
+            partial(leaf_sharding, mesh, shapes),
+            quantize=None if quantize is None else KERNEL_ARRAYS.get(quantize, "keep"),
+            quantization=quantization,
+        )
     model: Model
     if isinstance(config, EncoderDecoderConfig):
         model = EncoderDecoderModel(params, EncoderDecoder(config, remat=remat, mesh=mesh))
@@ -272,7 +276,7 @@ def load_base(
         model=model,
         tokenizer=tokenizer,
         end_ids=declared_ends(directory, tokenizer, config.vocab_size),
-        fingerprint=fingerprint_of(config, digest, tokenizer_hash(tokenizer), None if quantize == "keep" else quantize),
+        fingerprint=fingerprint_of(config, digest, hashed.result(), None if quantize == "keep" else quantize),
         attention_note=note,
         files_note="" if quantization is None else f"{quantization.how}; kept in {quantize or dtype}",
     )
@@ -280,44 +284,11 @@ def load_base(
 
 def _kernel(attention: KernelChoice, config: DecoderConfig, dtype: Any, mesh: Mesh) -> tuple[Kernel, str]:
     """Checks the mesh, and returns the attention kernel of a decoder and why it was chosen."""
-    _check_mesh(mesh, config)
+    check_mesh(mesh, config)
     if attention == "auto":
         return choose_kernel(config, dtype, mesh)
     check_kernel(attention, config, dtype, mesh)
     return attention, ""
-
-
-def _check_mesh(mesh: Mesh, config: DecoderConfig) -> None:
-    """Raises ConfigError if the layers cannot be split over the mesh."""
-    if mesh.shape["sequence"] > 1 and not config.causal:
-        raise ConfigError("mesh.sequence > 1 does not work with encoders, whose tokens see all others")
-    for own in layer_configs(config):
-        sizes = {"heads": own.heads, "key/value heads": own.kv_heads}
-        if own.latent is not None:
-            sizes = {"heads of latents": 1}
-        if not own.attends:
-            sizes = {}
-        if own.mamba is not None:
-            sizes |= {"recurrent heads": own.mamba.heads, "numbers of a recurrent key": own.mamba.key_width}
-        if own.delta_net is not None:
-            sizes |= {
-                "recurrent key heads": own.delta_net.key_heads,
-                "recurrent value heads": own.delta_net.value_heads,
-            }
-        if own.experts is None or own.experts_beside_mlp:
-            sizes |= {"MLP columns": own.mlp_width}
-        check_divides(mesh, sizes)
-        if mesh.shape["sequence"] > 1 and (own.sinks or own.biased or own.recurrent is not None):
-            raise ConfigError(
-                "mesh.sequence > 1 does not work with ALiBi, sinks or recurrent layers: this base has some"
-            )
-
-
-def _leaf_sharding(mesh: Mesh, shapes: Params, path: tuple[str, ...]) -> Any:
-    leaf: Any = shapes
-    for key in path:
-        leaf = leaf[key]
-    return parameter_sharding(mesh, path, leaf.shape)
 
 
 def lasting_name(path_or_hub_id: str) -> str:
@@ -380,6 +351,25 @@ def local_directory(path_or_hub_id: str, revision: str | None) -> Path:
             f"{path_or_hub_id!r} is not a directory here, and the hub did not return it"
             f" ({type(error).__name__}: {error}){nearest_path(path)}"
         ) from error
+
+
+def check_base(path_or_hub_id: str, revision: str | None = None) -> None:
+    """Checks that a local base exists, has files of weights and is of a supported architecture; reads no weights.
+
+    Nothing is checked of a base on the hub or at a URL, which `load_base` downloads.
+
+    Args:
+      path_or_hub_id: as in `load_base`.
+      revision: as in `load_base`.
+
+    Raises:
+      CheckpointError: a file is missing or unreadable.
+      ConfigError: the architecture, or an option or size of it, is not supported.
+    """
+    if path_or_hub_id == "starter" or _is_path(path_or_hub_id):
+        directory = local_directory(path_or_hub_id, revision)
+        checkpoint_files(directory)
+        read_config(directory)
 
 
 def read_config(directory: Path, max_length: int | None = None) -> ModelConfig:

@@ -8,6 +8,7 @@ from spt_jax.bases.quantized_files import file_quantization
 from spt_jax.errors import ConfigError
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.model_config import ModelConfig
+from spt_jax.runtime.hf_library import import_transformers
 
 # Fields of config.json that sizes are made of, and the least and largest values that any decoder has. transformers and
 # this library make lists as long as the model has layers, so that these are checked before either reads the rest.
@@ -58,8 +59,7 @@ def hf_config(fields: Mapping[str, Any]) -> Any:
       ConfigError: the architecture is not supported, or a size is not an integer in its range.
       Exception: whatever transformers raises for other fields that are wrong.
     """
-    import transformers
-
+    transformers = import_transformers()
     model_type = str(fields.get("model_type"))
     family_of(model_type)
     return transformers.CONFIG_MAPPING[model_type].from_dict(_checked(_with_floats(fields)))

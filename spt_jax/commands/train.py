@@ -22,9 +22,10 @@ from spt_jax.evaluation.classes import class_report
 from spt_jax.evaluation.inspection import NEAREST, nearest_words
 from spt_jax.evaluation.predictions import Prediction, compared, predictions_jsonl, with_fields
 from spt_jax.experiment.command_line import Command, config_json, first_command, parse_train
+from spt_jax.experiment.comparison import compare, evaluation_sets
 from spt_jax.experiment.config import resolve
 from spt_jax.experiment.distillation import savings
-from spt_jax.experiment.run import Experiment, compare, evaluation_sets, input_digests, load_experiment
+from spt_jax.experiment.run import Experiment, input_digests, load_experiment
 from spt_jax.experiment.shipped import config_path
 from spt_jax.experiment.training import Prepared, claimed, prepare, tune
 from spt_jax.experiment.workdir import check_workdir, in_workdir, input_paths
@@ -121,7 +122,8 @@ def run(command: Command[Any], argv: Sequence[str], program: str) -> None:
         )
         signals.reclaim()
         virtual = experiment.virtual(outcome.best.params)
-        results, words = compare(base, asked, virtual), nearest_words(base, virtual, NEAREST)
+        results = compare(base, asked, virtual, outcome.best.metrics)
+        words = nearest_words(base, virtual, NEAREST)
         if processes.leads():
             facts = {
                 "nearest_tokens": words,

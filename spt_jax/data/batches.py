@@ -69,7 +69,7 @@ class Batch:
     lead_length: Int[Array, "*S"] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Slots:
     """The space that an example takes up in a row, and the prompt that the whole row must have.
 

@@ -82,7 +82,7 @@ class SequenceForm:
         return int(position)
 
     def check(self, template: Template, has_head: bool, choices: Sequence[Int[np.ndarray, " _"]]) -> None:
-        """Checks that a base with an encoder can do what a template asks for; a causal one always can.
+        """Checks that verbalizers differ, and that a base with an encoder can do what a template asks for.
 
         Args:
           template: the template.
@@ -90,8 +90,12 @@ class SequenceForm:
           choices: the ids of each verbalizer.
 
         Raises:
-          ConfigError: it cannot.
+          ConfigError: they do not, or it cannot.
         """
+        if any(len(choice) == 0 for choice in choices):
+            raise ConfigError("a verbalizer has no tokens; each class needs some text")
+        if len({tuple(choice) for choice in choices}) < len(choices):
+            raise ConfigError(f"two verbalizers have the same token ids: {dict(template.verbalizers)}")
         if self.decodes and (template.chat or template.is_conversation or template.continues):
             raise ConfigError("this base is an encoder-decoder: it answers no chats and continues no remembered text")
         if self.causal:

@@ -1,4 +1,4 @@
-"""Loads the base and data of a config, and compares prompts at the end of a run."""
+"""Loads the base and data of a config."""
 
 import contextlib
 import dataclasses
@@ -13,23 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from spt_jax.bases.base import FrozenBase, load_base, read_tokenizer
+from spt_jax.bases.base import FrozenBase, check_base, load_base, read_tokenizer
 from spt_jax.data.batches import BatchPlan, multiples, plan_batches
+from spt_jax.data.encoded import encode_records
 from spt_jax.data.encoder import Encoder, encoder_for
-from spt_jax.data.examples import Example, digest
+from spt_jax.data.examples import CompactExamples, Example, digest
 from spt_jax.data.sources import check_fields, read_records
-from spt_jax.data.task import PairCriterion, task_of, works_bare
+from spt_jax.data.task import PairCriterion, task_of
 from spt_jax.data.templates import Template
 from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError, DataError
-from spt_jax.evaluation.evaluate import (
-    Evaluation,
-    EvaluationSet,
-    evaluate,
-    make_evaluation_set,
-    selection_score,
-    set_after_text,
-)
+from spt_jax.evaluation.evaluate import EvaluationSet, make_evaluation_set
 from spt_jax.experiment.config import ExperimentConfig, make_template, resolve
 from spt_jax.experiment.distillation import check_answers, with_answers
 from spt_jax.models.stacks import Remat
@@ -37,7 +31,6 @@ from spt_jax.prompts import Method, PromptParams, VirtualPrompt
 from spt_jax.prompts.method import check_method
 from spt_jax.prompts.storage import save_prompt
 from spt_jax.runtime import measure, processes
-from spt_jax.runtime.progress import Progress
 from spt_jax.runtime.sharding import make_mesh, row_shards
 from spt_jax.runtime.waits import spoken
 from spt_jax.training.cost import StepMemory, choose_remat, plan_shape, step_memory
@@ -130,7 +123,7 @@ class Experiment:
                 text=self.text_ids if template in (self.template, self.template.bare()) else None,
             )
 
-    def training_set(self) -> tuple[list[Example], BatchPlan]:
+    def training_set(self) -> tuple[Sequence[Example], BatchPlan]:
         """Returns the encoded training examples and the shapes of their batches.
 
         Raises:
@@ -153,9 +146,9 @@ class Experiment:
             )
         encoder = self.encoder(self.template)
         with _located(config.data.train):
-            examples = encoder.encode_all(self.train)
+            examples: Sequence[Example] = encode_records(encoder, self.train)
         if not config.loss.uses_choices:
-            examples = [example.as_target() for example in examples]
+            examples = CompactExamples.of(example.as_target() for example in examples)
         plan = plan_batches(
             examples,
             lead=encoder.leads(examples),
@@ -255,7 +248,7 @@ def distillation_of(config: ExperimentConfig[Any]) -> Distillation | None:
 def load_experiment(
     config: ExperimentConfig[Any], base: FrozenBase | None = None, records: Mapping[str, Records] | None = None
 ) -> Experiment:
-    """Reads the data and the base of a resolved config. The data are read first, because errors in them show sooner.
+    """Reads the data and the base of a resolved config; the weights last, because errors elsewhere show sooner.
 
     Args:
       config: the resolved config.
@@ -277,6 +270,8 @@ def load_experiment(
             if not v
         ]
         raise ConfigError(f"{', '.join('--' + name for name in missing)} must be given")
+    if base is None:
+        check_base(config.base.path, config.base.revision)
     template = make_template(config)
     distillation = distillation_of(config)
     fields = task_of(template).required_fields(template)
@@ -340,23 +335,6 @@ def _with_names(config: ExperimentConfig[Any], train: Records) -> ExperimentConf
     return resolve(dataclasses.replace(config, data=dataclasses.replace(data, verbalizers=classes)))
 
 
-@dataclasses.dataclass(frozen=True)
-class EvaluationSets:
-    """One split, encoded for each side of the comparison.
-
-    Attributes:
-      soft: for the soft prompt.
-      hard: for each hand-written prompt, by its text.
-      bare: without a prompt; None if the base cannot do the task.
-      text: after the text of a distillation; None for another objective.
-    """
-
-    soft: EvaluationSet
-    hard: Mapping[str, EvaluationSet]
-    bare: EvaluationSet | None
-    text: EvaluationSet | None = None
-
-
 def input_digests(
     read: Sequence[tuple[Experiment, Mapping[str, Sequence[Example]]]],
 ) -> dict[str, dict[str, Any]]:
@@ -382,58 +360,3 @@ def input_digests(
             data.setdefault(objective.text, set()).add(hashlib.sha256(experiment.text_ids.tobytes()).hexdigest())
         bases[experiment.config.base.path] = experiment.base.fingerprint.as_json()
     return {"data": {source: sorted(digests) for source, digests in data.items()}, "base": bases}
-
-
-def evaluation_sets(experiment: Experiment) -> dict[str, EvaluationSets]:
-    """Encodes the data for `compare`. Called before training, so that invalid records are found before it starts."""
-    template = experiment.template
-    splits = {"validation": experiment.validation, "test": experiment.test}
-
-    def encoded(records: Records) -> EvaluationSets:
-        soft = experiment.evaluation_set(records, template)
-        return EvaluationSets(
-            soft=soft,
-            hard={text: experiment.evaluation_set(records, template.bare(text)) for text in experiment.hard_prompts},
-            bare=experiment.evaluation_set(records, template.bare()) if works_bare(template, experiment.base) else None,
-            text=None if soft.text is None else set_after_text(experiment.base, soft),
-        )
-
-    return {split: encoded(records) for split, records in splits.items() if records is not None}
-
-
-def compare(
-    base: FrozenBase, sets: Mapping[str, EvaluationSets], virtual: VirtualPrompt
-) -> dict[str, dict[str, Evaluation | None]]:
-    """Evaluates the soft prompt, the best hand-written prompt and no prompt on the same records, and a text if any.
-
-    The best hand-written prompt is the one with the best validation score, or the first one without validation data;
-    its metrics include its text. Answers are generated only for the test split.
-    """
-
-    def ask(data: EvaluationSet, virtual: VirtualPrompt | None, split: str, **more: str) -> Evaluation:
-        name = "soft prompt" if virtual is not None else "hand-written prompt" if more else "no soft prompt"
-        progress.begin(f"{name} on {split} data")
-        result = evaluate(base, data, virtual, generated=split == "test")
-        progress.advance()
-        return dataclasses.replace(result, metrics={**result.metrics, **more})
-
-    # All hand-written prompts are evaluated on the first split, and then only the chosen one.
-    written = [len(own.hard) if number == 0 else min(len(own.hard), 1) for number, own in enumerate(sets.values())]
-    parts = sum(written) + sum(1 + (own.bare is not None) + (own.text is not None) for own in sets.values())
-    chosen: str | None = None
-    results: dict[str, dict[str, Evaluation | None]] = {}
-    with Progress("comparing", parts) as progress:
-        for split, encoded in sets.items():
-            hard = {
-                text: ask(data, None, split, text=text) for text, data in encoded.hard.items() if chosen in (None, text)
-            }
-            if chosen is None and hard:
-                chosen = max(hard, key=lambda text: selection_score(hard[text].metrics))
-            results[split] = {
-                "soft_prompt": ask(encoded.soft, virtual, split),
-                "hard_prompt": None if chosen is None else hard[chosen],
-                "no_prompt": None if encoded.bare is None else ask(encoded.bare, None, split),
-            }
-            if encoded.text is not None:
-                results[split]["with_text"] = ask(encoded.text, None, split)
-    return results

@@ -34,7 +34,7 @@ from spt_jax.models.memory import keys_values, states
 from spt_jax.models.model_config import ModelConfig
 from spt_jax.prompts import Method, VirtualPrompt
 from spt_jax.prompts.storage import SavedPrompt
-from spt_jax.prompts.virtual import Head, shape
+from spt_jax.prompts.virtual import Head, parts_of, shape
 from spt_jax.prompts.writing import write_directory
 
 
@@ -55,7 +55,7 @@ def export_peft(directory: str | Path, saved: SavedPrompt, base: FrozenBase) -> 
       CheckpointError: the directory has other files, or cannot be written.
     """
     check_exportable(base, saved.method, saved.template, saved.virtual)
-    virtual, parts = saved.virtual, _parts(saved.virtual)
+    virtual, parts = saved.virtual, parts_of(saved.virtual)
     prompt_learning = _common(saved, base)
     if parts == ["tokens"]:
         assert virtual.tokens is not None
@@ -97,8 +97,12 @@ def check_exportable(base: FrozenBase, method: Method, template: Template, virtu
         raise ConfigError("this prompt was trained with method.pin_prefix, and PEFT has no such option")
     if virtual.prefix is not None and states(virtual.prefix.memory):
         raise ConfigError(f"this {method.name} prompt has states of recurrent layers, which PEFT does not have")
+    if virtual.replaced is not None:
+        raise ConfigError(f"this {method.name} prompt has embeddings of real tokens, which PEFT's prompts do not have")
+    if virtual.linear is not None:
+        raise ConfigError(f"this {method.name} prompt has maps outside the softmax, which PEFT does not have")
     _check_tokens(base, template, virtual)
-    parts = _parts(virtual)
+    parts = parts_of(virtual)
     if base.layout.encodes and parts != ["tokens"]:
         raise ConfigError(
             "of the prompts of an encoder-decoder, only token rows can be exported to PEFT, which has no keys and"
@@ -142,10 +146,6 @@ def peft_note(base: FrozenBase, method: Method, template: Template) -> str:
         f", where the base has other weights than the {quantize} kernels that it is trained on" if quantize else ""
     )
     return f"this prompt can be exported to PEFT{weights}"
-
-
-def _parts(virtual: VirtualPrompt) -> list[str]:
-    return [name for name in ("tokens", "shift", "prefix", "gated", "head") if getattr(virtual, name) is not None]
 
 
 def export_peft_tasks(directory: str | Path, prompts: Sequence[SavedPrompt], base: FrozenBase) -> Path:

@@ -7,7 +7,7 @@ merged by log-sum-exp, because JAX's attention stops its gradient, and a shared 
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +84,35 @@ class GatedPrefix:
     memory: Memory
     gates: Float[Array, "*S G"]
     rows: Float[Array, "*S G P D"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LinearMemory:
+    """A linear map of each layer that adds a term to the attention output outside the softmax.
+
+    Prefix-Tuning+ (Wang et al. 2025, arXiv 2506.13674): the output of a query head for the query q is that of attention
+    plus elu(q) M, where M is the map of its key/value head. No number of keys dilutes the term, and no position or mask
+    changes it. The query is that of the attention scores, after RoPE.
+
+    Attributes:
+      maps: the maps of the layers of each group, float32; Hv is the size of a value.
+    """
+
+    maps: Mapping[str, Float[Array, "*S L K H Hv"]]
+
+
+def linear_term(queries: Float[Array, "B T N H"], maps: Float[Array, "*B K H Hv"]) -> Float[Array, "B T N Hv"]:
+    """Returns the term that a `LinearMemory` adds to the attention output of one layer.
+
+    Args:
+      queries: the queries of the attention scores.
+      maps: the layer's map of each key/value head, which all rows share or with a B axis.
+    """
+    features = jax.nn.elu(grouped_heads(queries, maps.shape[-3]))
+    # Cast here, so that the cotangents of all rows are summed in float32.
+    product = jnp.matmul(features, maps.astype(queries.dtype), preferred_element_type=jnp.float32)
+    return ungrouped_heads(product.astype(queries.dtype), queries.shape)
 
 
 @jax.tree_util.register_dataclass

@@ -14,7 +14,16 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from spt_jax.errors import ConfigError
-from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Stream, soft_capped, visible, within_window
+from spt_jax.models.attention import (
+    Cache,
+    GatedPrefix,
+    LinearMemory,
+    Prefix,
+    Stream,
+    soft_capped,
+    visible,
+    within_window,
+)
 from spt_jax.models.block import Block
 from spt_jax.models.config import DecoderConfig, Stack, group_names, kv_sources, layer_configs, periods
 from spt_jax.models.kernels import Kernel
@@ -121,13 +130,14 @@ class Decoder(nn.Module):
         prefix: Prefix | None = None,
         cache: Cache | None = None,
         gated: GatedPrefix | None = None,
+        linear: LinearMemory | None = None,
         *,
         return_memory: bool = False,
         return_hidden: bool = True,
     ) -> tuple[Float[Array, "B T _"] | None, Memory | None]:
         """Runs the layers; arguments and results are those of `Model.run`."""
         config = self.config
-        remembered = _remembered(config, rows, prefix, cache, gated)
+        remembered = _remembered(config, rows, prefix, cache, gated, linear)
         ring = cache is None and splits(self.mesh, rows)
         by_layer = self.by_layer(x, rows)
         rows = dataclasses.replace(rows, ids=None)  # No layer reads them.
@@ -208,7 +218,12 @@ class Decoder(nn.Module):
 
 
 def _remembered(
-    config: DecoderConfig, rows: Stream, prefix: Prefix | None, cache: Cache | None, gated: GatedPrefix | None
+    config: DecoderConfig,
+    rows: Stream,
+    prefix: Prefix | None,
+    cache: Cache | None,
+    gated: GatedPrefix | None,
+    linear: LinearMemory | None,
 ) -> Remembered:
     def layers_first(tree: Any) -> Any:
         return tree if rows.prompt_index is None else jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), tree)
@@ -217,6 +232,7 @@ def _remembered(
         prefix=None if prefix is None else layers_first(prefix.memory),
         cache=None if cache is None else cache.memory,
         gated=None if gated is None else _for_all_layers(config, layers_first((gated.memory, gated.gates))),
+        linear=None if linear is None else layers_first(linear.maps),
     )
 
 

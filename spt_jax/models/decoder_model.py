@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Stream
+from spt_jax.models.attention import Cache, GatedPrefix, LinearMemory, Prefix, Stream
 from spt_jax.models.config import DecoderConfig, layer_configs, periods
 from spt_jax.models.decoder import Decoder, decoder_layout
 from spt_jax.models.latent_attention import LatentAttention
@@ -67,12 +67,13 @@ class DecoderModel:
         prefix: Prefix | None = None,
         cache: Cache | None = None,
         gated: GatedPrefix | None = None,
+        linear: LinearMemory | None = None,
         *,
         return_memory: bool = False,
         return_hidden: bool = True,
     ) -> tuple[Float[Array, "B T _"] | None, Memory | None]:
         options = {"return_memory": return_memory, "return_hidden": return_hidden}
-        return self._apply(x, stream, prefix, cache, gated, **options)
+        return self._apply(x, stream, prefix, cache, gated, linear, **options)
 
     def attention_weights(
         self, x: Float[Array, "B T D"], stream: Stream, prefix: Prefix | None

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from spt_jax.errors import ConfigError
-from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Stream
+from spt_jax.models.attention import Cache, GatedPrefix, LinearMemory, Prefix, Stream
 from spt_jax.models.decoder_model import host_table
 from spt_jax.models.encoder_decoder import EncoderDecoder, encoder_decoder_layout
 from spt_jax.models.encoder_decoder_config import EncoderDecoderConfig
@@ -65,10 +65,13 @@ class EncoderDecoderModel:
         prefix: Prefix | None = None,
         cache: Cache | None = None,
         gated: GatedPrefix | None = None,
+        linear: LinearMemory | None = None,
         *,
         return_memory: bool = False,
         return_hidden: bool = True,
     ) -> tuple[Float[Array, "B T D"] | None, Memory | None]:
+        if linear is not None:
+            raise ConfigError("an encoder-decoder has no maps outside the softmax; use another method")
         options = {"return_memory": return_memory, "return_hidden": return_hidden}
         return self._apply(x, stream, prefix, cache, gated, **options)
 

@@ -37,7 +37,7 @@ class DevicePrompt:
 
     Attributes:
       prefix: the memory of the prompt and of the leading ids of its template; padding has the position NEVER.
-      virtual: the other parts of the prompt: rows for later virtual ids, shifts, gates, a head.
+      virtual: the other parts of the prompt: rows for later virtual ids, shifts, other embeddings, gates, maps, a head.
       rows: the number of virtual ids, including those among the leading ids.
       lead: the leading ids.
       start: the position after them.
@@ -51,14 +51,19 @@ class DevicePrompt:
 
     @property
     def generates(self) -> bool:
-        """Whether requests can share a decode step: they need no shifts, gates or head."""
-        virtual = self.virtual
-        return virtual is None or (virtual.shift is None and virtual.gated is None and virtual.head is None)
+        """Whether requests can share a decode step: they need no shifts, replaced embeddings, gates, maps or head."""
+        return can_generate(self.virtual)
 
     @property
     def bytes(self) -> int:
         """Size on the device."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves((self.prefix, self.virtual)))
+
+
+def can_generate(virtual: VirtualPrompt | None) -> bool:
+    """Whether the server can generate under a prompt: a decode step has its memory, but none of its other parts."""
+    parts = () if virtual is None else (virtual.shift, virtual.replaced, virtual.gated, virtual.linear, virtual.head)
+    return all(part is None for part in parts)
 
 
 class UnknownPromptError(ConfigError):
