@@ -53,6 +53,11 @@ def test_only_the_prompt_changes_and_the_loss_falls(base, result):
     assert losses[1] < losses[0]
 
 
+def test_microbatches_change_nothing(base, result):
+    halves = spt_jax.fit(base, spt_jax.PromptTuning(length=3), TEMPLATE, RECORDS, microbatches=2, **OPTIONS)
+    np.testing.assert_allclose(halves.prompt.virtual.tokens, result.prompt.virtual.tokens, atol=1e-4)
+
+
 def test_a_saved_prompt_predicts_the_same(base, result, tmp_path):
     result.prompt.save(tmp_path / "prompt")
     loaded = spt_jax.load_prompt(tmp_path / "prompt", base)

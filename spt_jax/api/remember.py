@@ -57,7 +57,7 @@ def remember(
       The prompt, of the method `prefix_tuning`, or `state_tuning` if no layer of the base has keys and values.
 
     Raises:
-      ConfigError: the base is an encoder, or its layers take no keys, values or states, or its chat template is missing
+      ConfigError: the base has an encoder, or its layers take no keys, values or states, or its chat template is missing
         or does not begin every chat with the system turn; or `tokens` is not less than those of the text, or the
         base's layers cannot be compacted.
       DataError: the text is empty, cannot be encoded, or is too long for the base.
@@ -71,7 +71,7 @@ def remember(
     if base.layout.only_tokens:
         raise ConfigError(f"{base.name} takes input embeddings only: it has no keys, values or states to remember")
     if not base.layout.causal:
-        raise ConfigError(f"{base.name} is an encoder: its keys and values of a text depend on what follows the text")
+        raise ConfigError(f"{base.name} has an encoder: its keys and values of a text depend on what follows the text")
     if tokens is not None:
         check_compactable(base)
         if tokens < 1:

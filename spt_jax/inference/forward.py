@@ -42,7 +42,7 @@ def embed_stream(
         shift = _rows(virtual.shift, jnp.minimum(stream.positions, reach - 1), stream.prompt_index)
         reached = stream.positions < reach
         if stream.decoder is not None:  # The shift is of the prompt, which the encoder reads.
-            reached = reached.at[jnp.arange(len(ids))[:, None], stream.decoder].set(False, mode="drop")
+            reached = jnp.asarray(reached).at[jnp.arange(len(ids))[:, None], stream.decoder].set(False, mode="drop")
         real = real + jnp.where(reached[..., None], shift, 0.0).astype(real.dtype)
     if virtual is None or virtual.tokens is None:
         return real

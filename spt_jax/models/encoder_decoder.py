@@ -206,7 +206,7 @@ def _encoded(cache: Cache) -> int:
 
 def _without(segments: Int[Array, "B T"], decoder: Int[Array, "B U"]) -> Int[Array, "B T"]:
     """Returns the segments of the encoder's tokens, with 0 for those of the decoder."""
-    return segments.at[jnp.arange(len(segments))[:, None], decoder].set(0, mode="drop")
+    return jnp.asarray(segments).at[jnp.arange(len(segments))[:, None], decoder].set(0, mode="drop")
 
 
 def _decoder_tokens(rows: Stream, decoder: Int[Array, "B U"]) -> DecoderTokens:

@@ -10,19 +10,19 @@ import pytest
 import safetensors.numpy
 
 from spt_jax.bases.base import load_base
-from spt_jax.bases.config import decoder_config
 from spt_jax.bases.fingerprint import fingerprint_of
 from spt_jax.data.batches import pack, plan_batches
 from spt_jax.errors import CheckpointError, ConfigError, DataError
 from spt_jax.inference.forward import target_scores
 from spt_jax.models.attention import Cache
+from spt_jax.models.config import DecoderConfig
 from spt_jax.models.relative_bias import position_bucket
 from spt_jax.prompts import PrefixTuning
 from spt_jax.prompts.virtual import VirtualPrompt
 from spt_jax.runtime.mesh_config import MeshConfig
 from spt_jax.runtime.sharding import make_mesh
 from spt_jax.serving.bank import PromptBank
-from spt_jax.testing import tiny_base, tiny_config, write_tiny_checkpoint
+from spt_jax.testing import tiny_base, write_tiny_checkpoint
 from tests.encoder_decoders import choice, rows_of, text, words
 
 P = 3
@@ -71,10 +71,7 @@ def test_rows_of_one_and_of_several_examples_agree(base, examples):
     for packing in (False, True):
         rows = rows_of(examples, packing=packing)
         found.append(gradient(base.model, tokens, rows))
-    alone = [gradient(base.model, tokens, rows_of([example], packing=False)) for example in examples]
-    found.append(jax.tree.map(lambda *parts: sum(parts), *alone))
-    for one in found[1:]:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found[0], one)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *found)
 
 
 def test_gradient_is_that_of_finite_differences(base, examples):
@@ -161,7 +158,9 @@ def test_a_checkpoint_that_is_not_complete(change, message, tmp_path):
 
 
 def test_fingerprints_of_other_kinds_differ(base):
-    decoder = fingerprint_of(decoder_config(tiny_config("llama")), "1" * 64, base.fingerprint.tokenizer)
+    sizes = {"vocab_size": 320, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_size": 8, "mlp_width": 48}
+    config = DecoderConfig(family="llama", max_positions=128, **sizes)
+    decoder = fingerprint_of(config, "1" * 64, base.fingerprint.tokenizer)
     differences = "; ".join(base.fingerprint.differences(decoder))
     assert "family is" in differences and "weights is" in differences
 
