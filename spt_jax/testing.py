@@ -21,15 +21,16 @@ from jaxtyping import Array, Float
 
 from spt_jax.bases.base import FrozenBase, load_base
 from spt_jax.bases.checkpoint import parameter_shapes, write_checkpoint
-from spt_jax.bases.config import decoder_config
-from spt_jax.bases.families import FAMILIES
+from spt_jax.bases.config import model_config
+from spt_jax.bases.families import ENCODER_DECODERS, FAMILIES, family_of
 from spt_jax.bases.places import places as filled
 from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.models.attention import Cache, Prefix, Stream
-from spt_jax.models.config import DecoderConfig
+from spt_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from spt_jax.models.memory import Memory, to_cache
 from spt_jax.models.model import Model, Params
+from spt_jax.models.model_config import ModelConfig
 from spt_jax.models.stacks import Remat
 
 TokenizerKind = Literal["byte", "sentencepiece"]
@@ -65,10 +66,11 @@ def tiny_config(family: str = "llama", **overrides: Any) -> Any:
     """
     import transformers
 
-    if family not in FAMILIES:
-        raise ConfigError(f"no tiny model of the family {family!r}; {did_you_mean(family, FAMILIES)}")
+    families = {**FAMILIES, **ENCODER_DECODERS}
+    if family not in families:
+        raise ConfigError(f"no tiny model of the family {family!r}; {did_you_mean(family, families)}")
     tokens = {"vocab_size": _SIZES["byte"], "pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
-    fields = FAMILIES[family].tiny()
+    fields = families[family].tiny()
     if "text_config" in fields:
         outer = {name: value for name, value in overrides.items() if name in fields}
         text = {**tokens, **fields["text_config"], **overrides}
@@ -76,7 +78,9 @@ def tiny_config(family: str = "llama", **overrides: Any) -> Any:
     return transformers.AutoConfig.for_model(family, **{**tokens, **fields, **overrides})
 
 
-def tiny_tokenizer(kind: TokenizerKind = "byte", *, add_bos: bool = True) -> Tokenizer:
+def tiny_tokenizer(
+    kind: TokenizerKind = "byte", *, add_bos: bool = True, add_eos: bool = False, add_mask: bool = False
+) -> Tokenizer:
     """Returns a fast tokenizer built in code: all bytes, a few merged words, and three special tokens.
 
     Args:
@@ -84,6 +88,8 @@ def tiny_tokenizer(kind: TokenizerKind = "byte", *, add_bos: bool = True) -> Tok
         "sentencepiece" prepends a space to the text and falls back to bytes, as Llama 2 does (384 entries;
         `<unk>` 0, `<s>` 1, `</s>` 2, and no padding token).
       add_bos: whether `add_special_tokens=True` prepends the BOS token.
+      add_eos: whether it appends the EOS token, as the tokenizers of T5 and BERT do.
+      add_mask: whether there is a fourth special token, `<mask>` 3, as in the tokenizers of encoders.
 
     Returns:
       The tokenizer.
@@ -91,17 +97,22 @@ def tiny_tokenizer(kind: TokenizerKind = "byte", *, add_bos: bool = True) -> Tok
     import transformers
 
     names = ["<unk>", "<s>", "</s>"] if kind == "sentencepiece" else ["<pad>", "<bos>", "<eos>"]
+    names += ["<mask>"] if add_mask else []
     tokenizer = _sentencepiece_like(names) if kind == "sentencepiece" else _byte_level(names)
-    if add_bos:
+    if add_bos or add_eos:
         from tokenizers import processors
 
-        bos = names[BOS_ID]
+        bos, eos = names[BOS_ID] if add_bos else "", names[EOS_ID] if add_eos else ""
+        first, second = f"{bos} $A {eos}".split(), f"{bos}:1 $B:1 {eos}:1".split()
         opening = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, BOS_ID)]
+            single=first,
+            pair=first + [piece for piece in second if piece != ":1"],
+            special_tokens=[(names[id_], id_) for id_ in (BOS_ID, EOS_ID) if names[id_] in (bos, eos)],
         )
         byte_level = processors.ByteLevel(trim_offsets=False)
         tokenizer.post_processor = opening if kind == "sentencepiece" else processors.Sequence([byte_level, opening])
     special = {"bos_token": names[BOS_ID], "eos_token": names[EOS_ID]}
+    special |= {"mask_token": names[-1]} if add_mask else {}
     if kind == "sentencepiece":
         special["unk_token"] = names[0]
     else:  # Never needed for bytes, but without one transformers adds its own to a Qwen2 tokenizer.
@@ -155,11 +166,11 @@ def _merged(alphabet: Sequence[str], words: Sequence[str], size: int) -> tuple[d
     return vocabulary, merges
 
 
-def random_params(config: DecoderConfig, seed: int = 0, dtype: Any = np.float32) -> Params:
-    """Returns random host arrays for `Decoder(config)`: normal, deviation 0.2, mean 1 for norm scales, else 0.
+def random_params(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) -> Params:
+    """Returns random host arrays for a model: normal, deviation 0.2, mean 1 for norm scales, else 0.
 
     Args:
-      config: the decoder's config.
+      config: the model's config.
       seed: the seed of the arrays.
       dtype: their dtype.
 
@@ -198,7 +209,8 @@ def write_tiny_checkpoint(
       dtype: dtype of the stored tensors, for example `np.float32` or `ml_dtypes.bfloat16`.
       shards: number of safetensors files; for more than one, `model.safetensors.index.json` is written too.
       tokenizer: as for `tiny_tokenizer`; sets the vocabulary size of the model.
-      add_bos: as for `tiny_tokenizer`.
+      add_bos: as for `tiny_tokenizer`. The tokenizer of an encoder also adds EOS and has a mask token; that of an
+        encoder-decoder adds only EOS.
       **overrides: as for `tiny_config`.
 
     Returns:
@@ -215,10 +227,18 @@ def write_tiny_checkpoint(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     hf = tiny_config(family, **{"vocab_size": _SIZES[tokenizer], **overrides})
-    config = decoder_config(hf)
-    stored = {**hf.to_dict(), "architectures": [FAMILIES[family].architecture], "dtype": np.dtype(dtype).name}
+    config = model_config(hf)
+    names = hf.architectures or [family_of(family).architecture]
+    stored = {**hf.to_dict(), "architectures": names, "dtype": np.dtype(dtype).name}
     (directory / "config.json").write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
-    tiny_tokenizer(tokenizer, add_bos=add_bos).save_pretrained(directory)
+    has_decoder = isinstance(config, EncoderDecoderConfig)
+    has_encoder = has_decoder or not config.causal
+    added = {
+        "add_bos": add_bos and not has_decoder,
+        "add_eos": has_encoder,
+        "add_mask": has_encoder and not has_decoder,
+    }
+    tiny_tokenizer(tokenizer, **added).save_pretrained(directory)
     write_checkpoint(directory, config, random_params(config, seed, dtype), dtype, shards=shards)
     return directory
 

@@ -18,6 +18,7 @@ OPTIONS: dict[str, dict] = {
     "prefix_tuning": {"sink": 1},
     "decomposed_prompt_tuning": {"span": 12, "rank": 3},
     "deep_prompts": {"classes": 3, "sink": 1},
+    "trained_tokens": {"ids": (5, 17, 40, 99, 120)},
     "cpt": {"kinds": (1, 2, 2, 3, 4)},
     "multitask_prompt_tuning": {"tasks": ("first", "second"), "rank": 2},
 }

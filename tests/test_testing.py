@@ -58,7 +58,8 @@ def test_control_tokens(kind):
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(OWN_TOKENIZERS)))
 def test_tokenizers_survive_the_disk(kind, family, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(write_tiny_checkpoint(tmp_path, family, tokenizer=kind))
-    assert tokenizer_hash(tokenizer) == tokenizer_hash(tiny_tokenizer(kind))
+    encodes = not decoder_config(tiny_config(family)).causal
+    assert tokenizer_hash(tokenizer) == tokenizer_hash(tiny_tokenizer(kind, add_eos=encodes, add_mask=encodes))
 
 
 @pytest.mark.parametrize("family", OWN_TOKENIZERS)
@@ -81,7 +82,8 @@ def test_every_tensor_is_random(family):
             continue
         assert 0.1 < leaf.std() < 0.3, name
         assert abs(leaf.mean() - ("scale" in name)) < 0.15, name
-        assert len(np.unique(leaf)) > 0.99 * leaf.size, name
+        different = leaf[0] if family == "albert" and "layers" in name else leaf  # ALBERT's layers are equal.
+        assert len(np.unique(different)) > 0.99 * different.size, name
 
 
 def test_same_arguments_give_the_same_files(tmp_path):

@@ -57,9 +57,9 @@ def remember(
       The prompt, of the method `prefix_tuning`, or `state_tuning` if no layer of the base has keys and values.
 
     Raises:
-      ConfigError: layers of the base take no keys, values or states, or the base's chat template is missing or does
-        not begin every chat with the system turn; or `tokens` is not less than those of the text, or the base's layers
-        cannot be compacted.
+      ConfigError: the base is an encoder, or its layers take no keys, values or states, or its chat template is missing
+        or does not begin every chat with the system turn; or `tokens` is not less than those of the text, or the
+        base's layers cannot be compacted.
       DataError: the text is empty, cannot be encoded, or is too long for the base.
       CheckpointError: the base cannot be read.
     """
@@ -70,6 +70,8 @@ def remember(
             base = load_base(base)
     if base.layout.only_tokens:
         raise ConfigError(f"{base.name} takes input embeddings only: it has no keys, values or states to remember")
+    if not base.layout.causal:
+        raise ConfigError(f"{base.name} is an encoder: its keys and values of a text depend on what follows the text")
     if tokens is not None:
         check_compactable(base)
         if tokens < 1:

@@ -5,38 +5,45 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from spt_jax.bases.checkpoint import parameter_shapes, read_params
-from spt_jax.bases.config import decoder_config, hf_config
+from spt_jax.bases.config import hf_config, model_config
+from spt_jax.bases.encoder_decoders import check_options, with_stored_head
 from spt_jax.bases.ends import declared_ends
-from spt_jax.bases.files import CONFIG_BYTES, config_file, gguf_source, model_directory, read_json
+from spt_jax.bases.files import CONFIG_BYTES, checkpoint_files, config_file, gguf_source, model_directory, read_json
 from spt_jax.bases.fingerprint import Fingerprint, fingerprint_of
 from spt_jax.bases.gguf import gguf_directory
 from spt_jax.bases.gguf_parts import part_names
+from spt_jax.bases.meshes import check_mesh, leaf_sharding
 from spt_jax.bases.pooling import POOLING_FILE, stored_pooling
 from spt_jax.bases.quantized_files import FileQuantization, file_quantization
 from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.bases.tokenizer import read_tokenizer as tokenizer_of
 from spt_jax.errors import CheckpointError, ConfigError, SptError
-from spt_jax.models.config import DecoderConfig, layer_configs
+from spt_jax.models.config import DecoderConfig
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.decoder_model import DecoderModel
-from spt_jax.models.kernels import KernelChoice, check_kernel, choose_kernel
+from spt_jax.models.encoder_decoder import EncoderDecoder
+from spt_jax.models.encoder_decoder_config import EncoderDecoderConfig
+from spt_jax.models.encoder_decoder_model import EncoderDecoderModel
+from spt_jax.models.kernels import Kernel, KernelChoice, check_kernel, choose_kernel
 from spt_jax.models.layout import Layout
 from spt_jax.models.model import Model, Params
+from spt_jax.models.model_config import ModelConfig
 from spt_jax.models.quantized import KERNEL_ARRAYS, quantizations
 from spt_jax.models.stacks import Remat
 from spt_jax.runtime import measure
 from spt_jax.runtime.files import nearest_path
 from spt_jax.runtime.remote import local_copy, url_of
-from spt_jax.runtime.sharding import check_divides, make_mesh, parameter_sharding
+from spt_jax.runtime.sharding import make_mesh
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 # What is downloaded of a base.
@@ -93,7 +100,7 @@ class FrozenBase:
 
     @property
     def is_decoder(self) -> bool:
-        """Whether the base is from `load_base`, with a decoder of this library."""
+        """Whether the base is from `load_base`, with one side, which is this library's decoder."""
         return isinstance(self.model, DecoderModel)
 
     @property
@@ -101,8 +108,10 @@ class FrozenBase:
         """The model with its architecture, of a base from `load_base`.
 
         Raises:
-          ConfigError: the base is from `from_flax`.
+          ConfigError: the base is from `from_flax`, or an encoder-decoder.
         """
+        if isinstance(self.model, EncoderDecoderModel):
+            raise ConfigError(f"{self.name} is an encoder-decoder ({self.family}), which this does not support")
         if not isinstance(self.model, DecoderModel):
             raise ConfigError(
                 f"{self.name} is a model given to from_flax, and this needs a base of load_base, whose layers are known"
@@ -111,17 +120,32 @@ class FrozenBase:
 
     @property
     def config(self) -> DecoderConfig:
-        """Sizes and options of the architecture, of a base from `load_base`; `layout` is for every base.
+        """Sizes and options of the architecture, of a base with a decoder; `layout` is for every base.
 
         Raises:
-          ConfigError: the base is from `from_flax`.
+          ConfigError: the base is from `from_flax`, or an encoder-decoder.
         """
         return self.decoder.config
 
     @property
     def remat(self) -> Remat:
         """What the backward pass recomputes; "none" for a base from `from_flax`, whose functions decide it."""
-        return self.decoder.module.remat if self.is_decoder else "none"
+        return self.model.module.remat if isinstance(self.model, DecoderModel | EncoderDecoderModel) else "none"
+
+    def with_remat(self, remat: Remat | Literal["auto"]) -> "FrozenBase":
+        """Returns the base with another rematerialization.
+
+        Args:
+          remat: what the backward pass recomputes. "auto" leaves the base as it is, as does any for one of `from_flax`.
+        """
+        if remat == "auto" or not isinstance(self.model, DecoderModel | EncoderDecoderModel):
+            return self
+        return dataclasses.replace(self, model=self.model.with_options(remat=remat))
+
+    @property
+    def attention(self) -> Kernel:
+        """The attention kernel."""
+        return self.decoder.module.attention if self.is_decoder else "xla"
 
     @property
     def layout(self) -> Layout:
@@ -148,8 +172,9 @@ class FrozenBase:
     def parameter_count(self) -> int:
         """The number of frozen parameters."""
         # The arrays of a quantized base are not its parameters.
-        leaves = parameter_shapes(self.config) if self.is_decoder else self.params
-        return sum(leaf.size for leaf in jax.tree.leaves(leaves))
+        model = self.model
+        own = isinstance(model, DecoderModel | EncoderDecoderModel)
+        return sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(model.config) if own else self.params))
 
 
 def default_dtype(device: Any) -> str:
@@ -169,7 +194,7 @@ def describe_base(base: FrozenBase) -> str:
     why = f" ({device.device_kind} does not compute in bfloat16)" if lacks else ""
     return (
         f"{base.name}: {base.parameter_count:,} frozen parameters in {base.dtype}{why} on {base.mesh.size} x"
-        f" {measure.device_name(device)}\nattention: {base.decoder.module.attention}{base.attention_note}"
+        f" {measure.device_name(device)}\nattention: {base.attention}{base.attention_note}"
         + (f"\nfiles: {base.files_note}" if base.files_note else "")
     )
 
@@ -185,7 +210,7 @@ def load_base(
     attention: KernelChoice = "auto",
     quantize: str | None = None,
 ) -> FrozenBase:
-    """Loads a decoder, its tokenizer and its identity; needs no torch.
+    """Loads a decoder or an encoder-decoder, its tokenizer and its identity; needs no torch.
 
     Args:
       path_or_hub_id: a directory in Hugging Face format, a URL of one, a hub id, a GGUF file (on the hub,
@@ -220,67 +245,50 @@ def load_base(
         raise ConfigError(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
     directory = local_directory(str(path_or_hub_id), revision)
     config, tokenizer = read_config(directory, max_length), _read_tokenizer(directory)
-    _check_mesh(mesh, config)
-    if attention == "auto":
-        kernel, note = choose_kernel(config, DTYPES[dtype], mesh)
+    quantization = read_file_quantization(directory)
+    if isinstance(config, EncoderDecoderConfig):
+        check_options(config, mesh, attention, quantize)
+        config = with_stored_head(config, directory, quantization)
+        kernel, note = "xla", ""
     else:
-        check_kernel(attention, config, DTYPES[dtype], mesh)
-        kernel, note = attention, ""
+        kernel, note = _kernel(attention, config, DTYPES[dtype], mesh)
     shapes = parameter_shapes(config)
     if quantize is not None and quantize not in quantizations():
         raise ConfigError(f"quantize {quantize!r} is not supported; known: {', '.join(quantizations())}")
-    quantization = read_file_quantization(directory)
-    params, digest = read_params(
-        directory,
-        config,
-        DTYPES[dtype],
-        partial(_leaf_sharding, mesh, shapes),
-        quantize=None if quantize is None else KERNEL_ARRAYS.get(quantize, "keep"),
-        quantization=quantization,
-    )
+    with ThreadPoolExecutor(1) as background:
+        hashed = background.submit(tokenizer_hash, tokenizer)
+        params, digest = read_params(
+            directory,
+            config,
+            DTYPES[dtype],
+            partial(leaf_sharding, mesh, shapes),
+            quantize=None if quantize is None else KERNEL_ARRAYS.get(quantize, "keep"),
+            quantization=quantization,
+        )
+    model: Model
+    if isinstance(config, EncoderDecoderConfig):
+        model = EncoderDecoderModel(params, EncoderDecoder(config, remat=remat, mesh=mesh))
+    else:
+        model = DecoderModel(params, Decoder(config, remat=remat, mesh=mesh, attention=kernel))
     return FrozenBase(
         name=str(path_or_hub_id),
         revision=revision,
-        model=DecoderModel(params, Decoder(config, remat=remat, mesh=mesh, attention=kernel)),
+        model=model,
         tokenizer=tokenizer,
         end_ids=declared_ends(directory, tokenizer, config.vocab_size),
-        fingerprint=fingerprint_of(config, digest, tokenizer_hash(tokenizer), None if quantize == "keep" else quantize),
+        fingerprint=fingerprint_of(config, digest, hashed.result(), None if quantize == "keep" else quantize),
         attention_note=note,
         files_note="" if quantization is None else f"{quantization.how}; kept in {quantize or dtype}",
     )
 
 
-def _check_mesh(mesh: Mesh, config: DecoderConfig) -> None:
-    """Raises ConfigError if the layers cannot be split over the mesh."""
-    if mesh.shape["sequence"] > 1 and not config.causal:
-        raise ConfigError("mesh.sequence > 1 does not work with encoders, whose tokens see all others")
-    for own in layer_configs(config):
-        sizes = {"heads": own.heads, "key/value heads": own.kv_heads}
-        if own.latent is not None:
-            sizes = {"heads of latents": 1}
-        if not own.attends:
-            sizes = {}
-        if own.mamba is not None:
-            sizes |= {"recurrent heads": own.mamba.heads, "numbers of a recurrent key": own.mamba.key_width}
-        if own.delta_net is not None:
-            sizes |= {
-                "recurrent key heads": own.delta_net.key_heads,
-                "recurrent value heads": own.delta_net.value_heads,
-            }
-        if own.experts is None or own.experts_beside_mlp:
-            sizes |= {"MLP columns": own.mlp_width}
-        check_divides(mesh, sizes)
-        if mesh.shape["sequence"] > 1 and (own.sinks or own.biased or own.recurrent is not None):
-            raise ConfigError(
-                "mesh.sequence > 1 does not work with ALiBi, sinks or recurrent layers: this base has some"
-            )
-
-
-def _leaf_sharding(mesh: Mesh, shapes: Params, path: tuple[str, ...]) -> Any:
-    leaf: Any = shapes
-    for key in path:
-        leaf = leaf[key]
-    return parameter_sharding(mesh, path, leaf.shape)
+def _kernel(attention: KernelChoice, config: DecoderConfig, dtype: Any, mesh: Mesh) -> tuple[Kernel, str]:
+    """Checks the mesh, and returns the attention kernel of a decoder and why it was chosen."""
+    check_mesh(mesh, config)
+    if attention == "auto":
+        return choose_kernel(config, dtype, mesh)
+    check_kernel(attention, config, dtype, mesh)
+    return attention, ""
 
 
 def lasting_name(path_or_hub_id: str) -> str:
@@ -345,7 +353,26 @@ def local_directory(path_or_hub_id: str, revision: str | None) -> Path:
         ) from error
 
 
-def read_config(directory: Path, max_length: int | None = None) -> DecoderConfig:
+def check_base(path_or_hub_id: str, revision: str | None = None) -> None:
+    """Checks that a local base exists, has files of weights and is of a supported architecture; reads no weights.
+
+    Nothing is checked of a base on the hub or at a URL, which `load_base` downloads.
+
+    Args:
+      path_or_hub_id: as in `load_base`.
+      revision: as in `load_base`.
+
+    Raises:
+      CheckpointError: a file is missing or unreadable.
+      ConfigError: the architecture, or an option or size of it, is not supported.
+    """
+    if path_or_hub_id == "starter" or _is_path(path_or_hub_id):
+        directory = local_directory(path_or_hub_id, revision)
+        checkpoint_files(directory)
+        read_config(directory)
+
+
+def read_config(directory: Path, max_length: int | None = None) -> ModelConfig:
     """The model's shape from `config.json`; the pooling of an encoder also from a file of Sentence Transformers.
 
     Raises:
@@ -354,8 +381,10 @@ def read_config(directory: Path, max_length: int | None = None) -> DecoderConfig
     """
     file = config_file(directory)
     with _naming(file):
-        config = decoder_config(hf_config(read_json(file, CONFIG_BYTES)), max_length=max_length)
-    pooling = None if config.causal else stored_pooling(directory)
+        config = model_config(hf_config(read_json(file, CONFIG_BYTES)), max_length=max_length)
+    if isinstance(config, EncoderDecoderConfig) or config.causal:
+        return config
+    pooling = stored_pooling(directory)
     return config if pooling is None else dataclasses.replace(config, pooling=pooling)
 
 

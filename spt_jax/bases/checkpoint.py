@@ -24,7 +24,7 @@ import safetensors.numpy
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
-from spt_jax.bases.families import family_of
+from spt_jax.bases.families import ENCODER_DECODERS, FAMILIES
 from spt_jax.bases.families.family import OUTPUT_BIAS_KEY, OUTPUT_KEY, RenamedFamily, with_prefix
 from spt_jax.bases.files import checkpoint_files, listed
 from spt_jax.bases.gguf import Blocks, GgufTensors
@@ -34,9 +34,11 @@ from spt_jax.bases.quantized_files import FileQuantization, methods_of
 from spt_jax.bases.tensors import Opener, block_type, opener_of
 from spt_jax.errors import CheckpointError, ConfigError
 from spt_jax.models.attention import Stream
-from spt_jax.models.config import DecoderConfig
 from spt_jax.models.decoder import Decoder
+from spt_jax.models.encoder_decoder import EncoderDecoder
+from spt_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from spt_jax.models.model import Params
+from spt_jax.models.model_config import ModelConfig
 from spt_jax.models.quantized import KernelArray, TableArray
 from spt_jax.models.quantized.gguf_blocks import BLOCK_TYPES
 from spt_jax.models.quantized.table import TableEncoder
@@ -51,13 +53,15 @@ _Buffer = np.ndarray | KernelBuffer | TableEncoder | BlockBuffer | BlockTableBuf
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
 
 
-def _canonical(name: str, config: DecoderConfig) -> str | None:
+def _canonical(name: str, config: ModelConfig) -> str | None:
     """Returns the name in the family's table of a stored tensor; None for one of another part of the model."""
-    family = family_of(config.family)
+    if isinstance(config, EncoderDecoderConfig):
+        return ENCODER_DECODERS[config.family].canonical(name, config)
+    family = FAMILIES[config.family]
     return family.canonical(name, config) if isinstance(family, RenamedFamily) else with_prefix(name, family.prefix)
 
 
-def _places_in(files: list[Path], config: DecoderConfig, opener: Opener) -> dict[str, list[Place]]:
+def _places_in(files: list[Path], config: ModelConfig, opener: Opener) -> dict[str, list[Place]]:
     """Returns what each key fills, by that of the family's tables whose tensors the files hold."""
     table, *others = tables = all_places(config)
     if not others:
@@ -79,7 +83,7 @@ class Stored:
 
 def _find_tensors(
     files: list[Path],
-    config: DecoderConfig,
+    config: ModelConfig,
     expected: Mapping[str, list[Place]],
     shapes: Mapping[LeafPath, Any],
     opener: Opener,
@@ -123,7 +127,7 @@ def _check_not_quantized(file: Path, names: list[str]) -> None:
         )
 
 
-def _check_complete(config: DecoderConfig, missing: list[str], directory: Path) -> None:
+def _check_complete(config: ModelConfig, missing: list[str], directory: Path) -> None:
     if OUTPUT_KEY in missing and set(missing) <= {OUTPUT_KEY, OUTPUT_BIAS_KEY}:
         raise CheckpointError(
             f"{directory}: no output matrix ({OUTPUT_KEY!r}), and config.json does not tie it to the embedding. Save"
@@ -138,7 +142,7 @@ def _check_complete(config: DecoderConfig, missing: list[str], directory: Path) 
 
 def read_params(
     directory: Path,
-    config: DecoderConfig,
+    config: ModelConfig,
     dtype: Any,
     sharding_of: Callable[[LeafPath], Any],
     *,
@@ -152,7 +156,7 @@ def read_params(
 
     Args:
       directory: holds the safetensors files.
-      config: the decoder that the checkpoint is for.
+      config: the model that the checkpoint is for.
       dtype: what every leaf is cast to.
       sharding_of: the sharding of each leaf, by its path.
       quantize: what kernels become, from the tensors as stored, except those of routers and of gates of shared MLPs;
@@ -160,8 +164,8 @@ def read_params(
       quantization: how the files are quantized; their weights are dequantized one at a time.
 
     Returns:
-      The parameters of `Decoder(config)` and the hexadecimal SHA-256 digest of the tensors as stored, of quantized
-      weights of their values.
+      The parameters of `Decoder(config)` or `EncoderDecoder(config)`, and the hexadecimal SHA-256 digest of the tensors
+      as stored, of quantized weights of their values.
 
     Raises:
       CheckpointError: for a damaged file and for missing, unknown, duplicate or misshapen tensors, and for values
@@ -335,7 +339,7 @@ def _cast(values: np.ndarray, target: np.ndarray, at: Stored) -> None:
         )
 
 
-def _check_tied(output: str, digests: Mapping[str, str], directory: Path, config: DecoderConfig) -> None:
+def _check_tied(output: str, digests: Mapping[str, str], directory: Path, config: ModelConfig) -> None:
     key = origins(config)["embedding",][0].key
     if output != digests[key]:
         raise CheckpointError(
@@ -378,12 +382,15 @@ def _digest(tensor: np.ndarray, at: Stored) -> str:
 
 
 @functools.lru_cache(maxsize=128)
-def parameter_shapes(config: DecoderConfig) -> Params:
-    """Returns the parameter tree of `Decoder(config)` as `jax.ShapeDtypeStruct`s, without computing anything."""
+def parameter_shapes(config: ModelConfig) -> Params:
+    """Returns the parameter tree of a model as `jax.ShapeDtypeStruct`s, without computing anything."""
 
     def init() -> Any:
         x, place = jnp.zeros((1, 1, config.input_width)), jnp.zeros((1, 1), jnp.int32)
         stream = Stream(place, place, place, ids=place)
+        if isinstance(config, EncoderDecoderConfig):
+            x, two = jnp.zeros((1, 2, config.width)), jnp.zeros((1, 2), jnp.int32)
+            return EncoderDecoder(config).init(jax.random.key(0), x, Stream(two, two, two, decoder=place))["params"]
         return Decoder(config).init(jax.random.key(0), x, stream, method=_whole)["params"]
 
     return jax.eval_shape(init)
@@ -392,10 +399,11 @@ def parameter_shapes(config: DecoderConfig) -> Params:
 def _whole(module: Decoder, x: jax.Array, stream: Stream) -> Any:
     """Runs all parts of a model that have parameters."""
     hidden, _ = module(x, stream)
+    assert hidden is not None
     return hidden if module.config.output_head == "none" else module.before_output(hidden)
 
 
-def write_checkpoint(directory: Path, config: DecoderConfig, params: Params, dtype: Any, *, shards: int = 1) -> None:
+def write_checkpoint(directory: Path, config: ModelConfig, params: Params, dtype: Any, *, shards: int = 1) -> None:
     """Writes a checkpoint with Hugging Face's names and layouts: the inverse of `read_params`.
 
     One file is `model.safetensors`; several, with equal numbers of tensors, come with `model.safetensors.index.json`.

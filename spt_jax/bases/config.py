@@ -1,4 +1,4 @@
-"""Reads `config.json` into a `DecoderConfig`."""
+"""Reads `config.json` into the config of a decoder or an encoder-decoder."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,22 +7,27 @@ from spt_jax.bases.families import family_of
 from spt_jax.bases.quantized_files import file_quantization
 from spt_jax.errors import ConfigError
 from spt_jax.models.config import DecoderConfig
+from spt_jax.models.model_config import ModelConfig
+from spt_jax.runtime.hf_library import import_transformers
 
 # Fields of config.json that sizes are made of, and the least and largest values that any decoder has. transformers and
 # this library make lists as long as the model has layers, so that these are checked before either reads the rest.
 _SIZES = {
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), (1, 10_000)),
-    **dict.fromkeys(("hidden_size", "n_embd", "n_embed", "word_embed_proj_dim", "embedding_size", "dim"), (1, 1 << 20)),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), (1, 10_000)),
+    **dict.fromkeys(
+        ("hidden_size", "n_embd", "n_embed", "word_embed_proj_dim", "embedding_size", "dim", "d_model"), (1, 1 << 20)
+    ),
     **dict.fromkeys(
         ("num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "num_global_key_value_heads"), (1, 1 << 16)
     ),
-    **dict.fromkeys(("num_heads", "num_kv_heads"), (1, 1 << 16)),
+    **dict.fromkeys(("num_heads", "num_kv_heads", "d_kv"), (1, 1 << 16)),
     **dict.fromkeys(("head_dim", "global_head_dim", "query_pre_attn_scalar", "rotary_dim"), (1, 1 << 16)),
-    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "hidden_dim"), (1, 1 << 24)),
+    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "hidden_dim", "d_ff"), (1, 1 << 24)),
     "vocab_size": (1, 1 << 28),
     "type_vocab_size": (0, 1 << 16),
     "local_attention": (2, 1 << 30),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "original_max_position_embeddings"), (1, 1 << 30)),
+    **dict.fromkeys(("relative_attention_num_buckets", "relative_attention_max_distance"), (1, 1 << 16)),
     **dict.fromkeys(("sliding_window", "max_window_layers"), (0, 1 << 30)),
     **dict.fromkeys(("seq_length", "window_size"), (1, 1 << 30)),
     **dict.fromkeys(("no_rope_layer_interval", "full_attention_interval", "decoder_sparse_step"), (1, 10_000)),
@@ -54,8 +59,7 @@ def hf_config(fields: Mapping[str, Any]) -> Any:
       ConfigError: the architecture is not supported, or a size is not an integer in its range.
       Exception: whatever transformers raises for other fields that are wrong.
     """
-    import transformers
-
+    transformers = import_transformers()
     model_type = str(fields.get("model_type"))
     family_of(model_type)
     return transformers.CONFIG_MAPPING[model_type].from_dict(_checked(_with_floats(fields)))
@@ -103,6 +107,18 @@ def _check_repeats(types: Any) -> None:
 
 
 def decoder_config(hf: Any, *, max_length: int | None = None) -> DecoderConfig:
+    """Reads a transformers config object of a model with one side; see `model_config`.
+
+    Raises:
+      ConfigError: as in `model_config`, and for an encoder-decoder.
+    """
+    config = model_config(hf, max_length=max_length)
+    if not isinstance(config, DecoderConfig):
+        raise ConfigError(f"{config.family} is an encoder-decoder, and not a decoder")
+    return config
+
+
+def model_config(hf: Any, *, max_length: int | None = None) -> ModelConfig:
     """Reads a transformers config object.
 
     Args:

@@ -9,6 +9,8 @@ from typing import Any
 
 from spt_jax.errors import differing_fields
 from spt_jax.models.config import DecoderConfig
+from spt_jax.models.encoder_decoder_config import EncoderDecoderConfig
+from spt_jax.models.model_config import ModelConfig
 
 # How a fingerprint names its facts. A reader translates lower numbers and refuses higher ones.
 FINGERPRINT_VERSION = 2
@@ -21,8 +23,8 @@ class Fingerprint:
     """What makes two bases the same function. Neither the dtype nor the path is part of it.
 
     Attributes:
-      config: sizes and options by their names in `DecoderConfig`. An option that is absent has its default, so that an
-        option added to the library leaves earlier fingerprints valid; the default of an option therefore never changes.
+      config: sizes and options by their names in the model's config. An option that is absent has its default, so that
+        an option added to the library leaves earlier fingerprints valid; so the default of an option never changes.
       weights: SHA-256 of the tensors as stored, hexadecimal.
       tokenizer: SHA-256 of the tokenizer, hexadecimal.
       version: of the names in `config`. Version 0.1 of the library did not write it.
@@ -44,10 +46,11 @@ class Fingerprint:
     def differences(self, other: "Fingerprint") -> list[str]:
         """Sentences that name each field that differs."""
         configs = [one.current.config for one in (self, other)]
-        if not self.is_foreign and not other.is_foreign:
-            configs = [_facts(DecoderConfig, config) for config in configs]
-        elif self.is_foreign != other.is_foreign:
-            # A decoder has dozens of options that mean nothing for the other.
+        kind = self.kind
+        if kind is other.kind:
+            configs = configs if kind is None else [_facts(kind, config) for config in configs]
+        else:
+            # Each kind has options that mean nothing for the other.
             shared = set.intersection(*map(set, configs))
             configs = [{name: value for name, value in config.items() if name in shared} for config in configs]
         there, here = (
@@ -62,6 +65,13 @@ class Fingerprint:
         return self.config.get("family") == FOREIGN
 
     @property
+    def kind(self) -> type[DecoderConfig] | type[EncoderDecoderConfig] | None:
+        """The class of the config whose facts these are; None for a model from `from_flax`."""
+        if self.is_foreign:
+            return None
+        return EncoderDecoderConfig if "encoder_layers" in self.config else DecoderConfig
+
+    @property
     def current(self) -> "Fingerprint":
         """The same facts by their names in the current version."""
         if self.version == FINGERPRINT_VERSION:
@@ -74,7 +84,7 @@ class Fingerprint:
         return dataclasses.replace(self, config=config, version=FINGERPRINT_VERSION)
 
 
-def fingerprint_of(config: DecoderConfig, weights: str, tokenizer: str, quantize: str | None = None) -> Fingerprint:
+def fingerprint_of(config: ModelConfig, weights: str, tokenizer: str, quantize: str | None = None) -> Fingerprint:
     """Returns the identity of a base, from its config, hashes of its weights and tokenizer, and its quantization."""
     facts = json.loads(json.dumps(dataclasses.asdict(config)))
     return Fingerprint(facts, weights, tokenizer, FINGERPRINT_VERSION, quantize)

@@ -9,6 +9,7 @@ from typing import Any
 from spt_jax.bases.gguf_header import Value
 from spt_jax.bases.tokenizer import tokenizer_panics
 from spt_jax.errors import CheckpointError
+from spt_jax.runtime.hf_library import import_transformers
 
 _KEY = "tokenizer.ggml."
 # Byte-level BPE splits a text by the pattern of GPT-2, or by it after taking each digit apart.
@@ -96,8 +97,7 @@ def _add_marks(file: Path, backend: Any, start: str | None, end: str | None) -> 
 
 
 def _save(directory: Path, backend: Any, named: Mapping[str, str], template: Value | None) -> None:
-    import transformers
-
+    transformers = import_transformers()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **named)
     if isinstance(template, str):
         tokenizer.chat_template = template
@@ -191,8 +191,7 @@ def _is_run_of_blanks(backend: Any, id_: int, token: str) -> bool:
 
 def _conversion(file: Path) -> ModuleType:
     """Returns transformers' module that builds tokenizers from the metadata of GGUF files."""
-    import transformers
-
+    transformers = import_transformers()
     try:
         from transformers.integrations.gguf import gguf_tokenizer_mapping
     except ImportError as error:

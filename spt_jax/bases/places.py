@@ -1,4 +1,4 @@
-"""Where the parameters of a decoder are stored in a checkpoint, by the table of its family."""
+"""Where the parameters of a model are stored in a checkpoint, by the table of its family."""
 
 import dataclasses
 import itertools
@@ -6,17 +6,20 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from spt_jax.bases.families import Origin, family_of
+from spt_jax.bases.families import ENCODER_DECODERS, FAMILIES, Origin
 from spt_jax.bases.families.family import SeveralTables
 from spt_jax.bases.kernel_buffers import KernelBuffer
-from spt_jax.models.config import DecoderConfig
+from spt_jax.models.encoder_decoder_config import EncoderDecoderConfig
+from spt_jax.models.model_config import ModelConfig
 
 LeafPath = tuple[str, ...]
 
 
-def origins(config: DecoderConfig) -> dict[LeafPath, tuple[Origin, ...]]:
-    """Returns the table of a decoder's family: every leaf of `Decoder(config)` and its origins."""
-    return _by_path(family_of(config.family).origins(config))
+def origins(config: ModelConfig) -> dict[LeafPath, tuple[Origin, ...]]:
+    """Returns the table of a model's family: every leaf of its parameters and its origins."""
+    if isinstance(config, EncoderDecoderConfig):
+        return _by_path(ENCODER_DECODERS[config.family].origins(config))
+    return _by_path(FAMILIES[config.family].origins(config))
 
 
 def _by_path(table: Mapping[str, Origin | tuple[Origin, ...]]) -> dict[LeafPath, tuple[Origin, ...]]:
@@ -42,12 +45,12 @@ class Place:
         return self.origin.filled(leaf[self.index])
 
 
-def places(config: DecoderConfig) -> dict[str, list[Place]]:
+def places(config: ModelConfig) -> dict[str, list[Place]]:
     """Returns what each key of a checkpoint fills."""
     return _places(config, origins(config))
 
 
-def _places(config: DecoderConfig, leaves: Mapping[LeafPath, tuple[Origin, ...]]) -> dict[str, list[Place]]:
+def _places(config: ModelConfig, leaves: Mapping[LeafPath, tuple[Origin, ...]]) -> dict[str, list[Place]]:
     table: dict[str, list[Place]] = {}
     for path, leaf_origins in leaves.items():
         for origin in leaf_origins:
@@ -60,8 +63,10 @@ def _places(config: DecoderConfig, leaves: Mapping[LeafPath, tuple[Origin, ...]]
     return table
 
 
-def all_places(config: DecoderConfig) -> list[dict[str, list[Place]]]:
+def all_places(config: ModelConfig) -> list[dict[str, list[Place]]]:
     """Returns `places`, and the same for the other tables of families that have several."""
-    family = family_of(config.family)
+    if isinstance(config, EncoderDecoderConfig):
+        return [places(config)]
+    family = FAMILIES[config.family]
     others = family.alternatives(config) if isinstance(family, SeveralTables) else ()
     return [places(config), *(_places(config, _by_path(other)) for other in others)]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from spt_jax.bases.files import CONFIG_BYTES, TOKENIZER_BYTES, listed, read_json
 from spt_jax.errors import CheckpointError, DataError
+from spt_jax.runtime.hf_library import import_transformers
 
 # What patterns with nested repetitions take exponential time for: runs of one kind of character and a different end.
 _PROBES = [character * 200 + "\u20ac" for character in "a1 .\n"]
@@ -82,8 +83,7 @@ def read_tokenizer(directory: Path, hf: Any) -> Tokenizer:
     Raises:
       CheckpointError: it is missing, damaged or not a fast one, or cannot encode a short text.
     """
-    import transformers
-
+    transformers = import_transformers()
     hf.name_or_path, file = str(directory), directory / "tokenizer.json"
     if file.is_file():
         _check_growth(file, read_json(file, TOKENIZER_BYTES).get("normalizer"))

@@ -75,8 +75,9 @@ def start(command: Serve, copies: Path | None = None) -> "Service":
     print(describe_base(base))
     budget = None if command.prompt_memory is None else command.prompt_memory * 2**20
     engine = Engine(PromptBank(base, budget_bytes=budget), slots=command.slots, context=command.context)
-    engine.warm_decoding()
-    engine.warm(engine.bank.held(None), 1)
+    if base.layout.generates:
+        engine.warm_decoding()
+        engine.warm(engine.bank.held(None), 1)
     name = command.name or Path(command.base).name
     worker = Worker(engine, queue=command.queue)
     folder, refresh = _folder(command.prompts, copies)

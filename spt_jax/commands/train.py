@@ -87,7 +87,8 @@ def run(command: Command[Any], argv: Sequence[str], program: str) -> None:
         print(note)
     print(peft_note(base, config.method, experiment.template))
     base = experiment.base
-    print(f"estimated memory of a step per device: {prepared.memory}; rematerialization: {base.remat}")
+    memory = prepared.memory or "unknown"
+    print(f"estimated memory of a step per device: {memory}; rematerialization: {base.remat}")
     if command.dry_run:
         dry_run(prepared)
         return
@@ -97,9 +98,7 @@ def run(command: Command[Any], argv: Sequence[str], program: str) -> None:
     digests = input_digests(
         [(experiment, {"train": examples, **{name: sets.soft.examples for name, sets in asked.items()}})]
     )
-    processes.check_agreement(
-        "inputs", lambda: {**digests, "dtype": str(base.dtype), "attention": base.decoder.module.attention}
-    )
+    processes.check_agreement("inputs", lambda: {**digests, "dtype": str(base.dtype), "attention": base.attention})
 
     def save_best(best: Best) -> None:
         extra = {"step": best.step, "validation": best.metrics, "command": first_command(argv)}
@@ -123,7 +122,8 @@ def run(command: Command[Any], argv: Sequence[str], program: str) -> None:
         )
         signals.reclaim()
         virtual = experiment.virtual(outcome.best.params)
-        results, words = compare(base, asked, virtual), nearest_words(base, virtual, NEAREST)
+        results = compare(base, asked, virtual, outcome.best.metrics)
+        words = nearest_words(base, virtual, NEAREST)
         if processes.leads():
             facts = {
                 "nearest_tokens": words,
@@ -183,7 +183,7 @@ def finish(
             "trainable_parameters": experiment.config.method.trainable_count(outcome.best.params),
             "base_parameters": experiment.base.parameter_count,
             "base_dtype": str(experiment.base.dtype),
-            "attention": experiment.base.decoder.module.attention,
+            "attention": experiment.base.attention,
             "prompt_bytes": prompt_bytes,
             "train_seconds": round(outcome.train_seconds, 2),
             "examples_per_second": round(outcome.rates.examples, 2),

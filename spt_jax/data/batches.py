@@ -69,14 +69,18 @@ class Batch:
     lead_length: Int[Array, "*S"] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Slots:
-    """The space that an example takes up in a row, and the prompt that the whole row must have."""
+    """The space that an example takes up in a row, and the prompt that the whole row must have.
+
+    `decoder` is the number of those tokens that the decoder of an encoder-decoder reads.
+    """
 
     tokens: int
     outputs: int
     targets: int
     prompt: int
+    decoder: int = 0
 
 
 def slots(example: Example, lead: int) -> Slots:
@@ -95,11 +99,14 @@ def slots(example: Example, lead: int) -> Slots:
         )
     if example.choices:
         extra = sum(len(choice) - 1 for choice in example.choices)
-        return Slots(len(example.ids) - lead + extra, 1 + extra, sum(map(len, example.choices)), example.prompt)
-    if example.reads is not None:
-        return Slots(len(example.ids) - lead, len(example.reads), len(example.reads), example.prompt)
-    targets = int(example.predicted.sum())
-    return Slots(len(example.ids) - lead - int(example.predicted[-1]), targets, targets, example.prompt)
+        tokens, outputs, targets = len(example.ids) + extra, 1 + extra, sum(map(len, example.choices))
+    elif example.reads is not None:
+        tokens, outputs, targets = len(example.ids), len(example.reads), len(example.reads)
+    else:
+        outputs = targets = int(example.predicted.sum())
+        tokens = len(example.ids) - int(example.predicted[-1])
+    decoder = 0 if example.starts is None else tokens - example.starts
+    return Slots(tokens - lead, outputs, targets, example.prompt, decoder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +120,7 @@ class BatchPlan:
       choices: the maximum number of scored sequences per example; 1 without verbalizers.
       row_buckets: the numbers of rows B to choose from, ascending.
       multiple: B is a multiple of this: row shards times microbatches.
+      decoder: the number U of a row's tokens that the decoder of an encoder-decoder reads; 0 for other bases.
     """
 
     lead_ids: Any
@@ -124,6 +132,7 @@ class BatchPlan:
     choices: int
     row_buckets: tuple[int, ...]
     multiple: int
+    decoder: int = 0
 
     def lead(self, example: Example) -> int:
         """Returns how many of an example's ids are leading ids."""
@@ -188,6 +197,7 @@ def plan_batches(
         choices=max(1, *(len(example.choices) for example in examples)),
         row_buckets=(),
         multiple=multiple,
+        decoder=10**9,
     )
     chunks = [needs[i : i + batch_size] for i in range(0, len(needs), batch_size)]
     packed = [assign_rows(chunk, plan) for chunk in chunks]
@@ -198,6 +208,7 @@ def plan_batches(
         outputs=round_up(max(sum(need.outputs for need in row) for row in filled), length_multiple),
         targets=max(sum(need.targets for need in row) for row in filled),
         examples=max(map(len, filled)),
+        decoder=max(sum(need.decoder for need in row) for row in filled),
         row_buckets=tuple(
             sorted(
                 {
@@ -245,9 +256,9 @@ def assign_rows(needs: Sequence[Slots], plan: BatchPlan) -> list[list[int]]:
     """
     rows: list[list[int]] = []
     room: list[list[int]] = []
-    limits = (plan.length, plan.outputs, plan.targets, plan.examples)
+    limits = (plan.length, plan.outputs, plan.targets, plan.examples, plan.decoder)
     for i in sorted(range(len(needs)), key=lambda i: (-needs[i].tokens, i)):
-        need = (needs[i].tokens, needs[i].outputs, needs[i].targets, 1)
+        need = (needs[i].tokens, needs[i].outputs, needs[i].targets, 1, needs[i].decoder)
         for row, free in zip(rows, room, strict=True):
             alike = needs[row[0]].prompt == needs[i].prompt
             if alike and all(n <= f for n, f in zip(need, free, strict=True)):
@@ -277,10 +288,12 @@ def pack(examples: Sequence[Example], plan: BatchPlan, class_weights: Sequence[f
     """
     needs = [slots(example, plan.lead(example)) for example in examples]
     for example, need in zip(examples, needs, strict=True):
-        if need.tokens > plan.length or need.outputs > plan.outputs or need.targets > plan.targets:
+        limits = (need.outputs, plan.outputs), (need.targets, plan.targets), (need.decoder, plan.decoder)
+        if need.tokens > plan.length or any(one > most for one, most in limits):
+            decoder = f", {need.decoder} and {plan.decoder} of them for the decoder" if need.decoder else ""
             raise DataError(
                 f"record {example.index + 1}: {need.tokens} tokens and {need.targets} targets; rows were planned for"
-                f" {plan.length} and {plan.targets}; include this example when planning the batches"
+                f" {plan.length} and {plan.targets}{decoder}; include this example when planning the batches"
             )
     assigned = assign_rows(needs, plan)
     count = plan.rows_for(len(assigned))
@@ -291,7 +304,13 @@ def pack(examples: Sequence[Example], plan: BatchPlan, class_weights: Sequence[f
     prompt_index: Any = None if plan.lead_length is None else np.zeros(count, np.int32)
     rows = Rows(
         ids=zeros(plan.length),
-        stream=Stream(zeros(plan.length), zeros(plan.length), zeros(plan.length), prompt_index),
+        stream=Stream(
+            zeros(plan.length),
+            zeros(plan.length),
+            zeros(plan.length),
+            prompt_index,
+            decoder=zeros(plan.decoder) + np.int32(plan.length) if plan.decoder else None,
+        ),
         outputs=zeros(plan.outputs),
         target_outputs=zeros(plan.targets),
         target_ids=zeros(plan.targets),
@@ -330,6 +349,7 @@ class _RowWriter:
     outputs: int = 0
     targets: int = 0
     segments: int = 0
+    decoder: int = 0
 
     def add(self, example: Example, lead: int, group: int, weight: Any) -> None:
         """Writes an example's tokens and targets.
@@ -342,6 +362,9 @@ class _RowWriter:
         """
         last = len(example.ids) - int(bool(len(example.predicted)) and example.predicted[-1])
         start = self._tokens(example.ids[lead:last], first_position=lead, parent=0)
+        starts = example.starts or 0
+        if example.starts is not None:
+            self._decoder(start + starts - lead, first_position=0)
         if example.reads is not None:
             assert example.classes is not None
             outputs = self._outputs(start + example.reads - lead + example.pooled * self.rows.ids.shape[1])
@@ -358,7 +381,9 @@ class _RowWriter:
         for number, choice in enumerate(example.choices):
             outputs = np.asarray([end])
             if len(choice) > 1:
-                begin = self._tokens(choice[:-1], first_position=len(example.ids), parent=parent)
+                begin = self._tokens(choice[:-1], first_position=len(example.ids) - starts, parent=parent)
+                if example.starts is not None:
+                    self._decoder(begin, first_position=len(example.ids) - starts)
                 outputs = np.append(outputs, self._outputs(begin + np.arange(len(choice) - 1)))
             self._targets(outputs, choice, group + number, weight)
 
@@ -371,6 +396,15 @@ class _RowWriter:
         self.rows.stream.segments[self.row, start:stop] = self.segments
         self.rows.stream.parents[self.row, start:stop] = parent
         return start
+
+    def _decoder(self, start: int, first_position: int) -> None:
+        """Marks the tokens from `start` to the last one written as the decoder's, with positions of their own."""
+        places = np.arange(start, self.tokens)
+        stream, begin = self.rows.stream, self.decoder
+        self.decoder += len(places)
+        assert stream.decoder is not None
+        stream.decoder[self.row, begin : self.decoder] = places
+        stream.positions[self.row, start : self.tokens] = first_position + places - start
 
     def _outputs(self, positions: np.ndarray) -> np.ndarray:
         start = self.outputs

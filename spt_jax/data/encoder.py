@@ -1,7 +1,9 @@
 """Encodes records as token ids, some of them virtual, according to a template."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,15 +15,17 @@ from spt_jax.data.examples import Example
 from spt_jax.data.pieces import PieceEncoder, after_cut
 from spt_jax.data.reading import Spans
 from spt_jax.data.sequences import form_of
-from spt_jax.data.shortening import shorten
+from spt_jax.data.shortening import shorten, shortened
 from spt_jax.data.shots import SEPARATOR, solved
-from spt_jax.data.task import task_of
+from spt_jax.data.task import prompt_index, task_of
 from spt_jax.data.templates import MESSAGES, Bos, Control, Cut, Field, Piece, Plain, Template, Text, parse
-from spt_jax.data.tokenization import check_ids
-from spt_jax.data.turns import leading_turns
-from spt_jax.data.values import field_text
-from spt_jax.errors import ConfigError, DataError, did_you_mean
+from spt_jax.data.tokenization import check_ids, tokenization_of
+from spt_jax.data.turns import around_chat, check_turns, template_turns
+from spt_jax.errors import ConfigError, DataError
 from spt_jax.models.layout import Layout
+
+# Records whose texts are given to the tokenizer together.
+_TOGETHER = 1024
 
 
 class Encoder:
@@ -66,35 +70,23 @@ class Encoder:
         self._vocab_size = vocab_size
         is_chat = template.chat or template.is_conversation
         self._chat = ChatTemplate(tokenizer)
-        self._pieces = PieceEncoder(
-            tokenizer, vocab_size, template.virtual_tokens, adds_bos=not is_chat, bos_id=self.form.bos_id
-        )
+        self._turns = functools.partial(template_turns, template, shots)
+        self._around = functools.partial(around_chat, template, tokenizer.bos_token_id)
+        opening = {"adds_bos": not is_chat, "bos_id": self.form.bos_id}
+        self._pieces = PieceEncoder(tokenizer, vocab_size, template.virtual_tokens, **opening)
         self._opens = not template.continues
         self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        if template.chat and template.is_conversation:
-            raise ConfigError("data.chat renders a prompt and a target as a chat, but {messages} already is one")
-        if is_chat and not tokenizer.chat_template:
-            raise ConfigError("this base's tokenizer has no chat template")
-        if shots and (template.is_conversation or template.virtual_tokens or self._task.has_head):
-            raise ConfigError("solved examples need a written prompt, without virtual tokens, {messages} or a head")
-        if template.is_conversation and parse(template.prompt)[-1] != Field(MESSAGES):
-            raise ConfigError("{messages} must come last in a prompt: the answer follows the chat directly")
-        self._prompt: list[Piece | int] = (
-            [*self._rendered(self._turns(None))]
-            if template.chat
-            else [*self._with_shots(parse(self.form.marked(template.prompt))), *self.form.closing]
-        )
+        check_turns(template, tokenizer, shots, self._task.has_head)
+        written = parse(self.form.marked(template.prompt))
+        front = self._rendered(self._turns(None)) if template.chat else self._with_shots(written)
+        self._prompt: list[Piece | int] = [*front, *self.form.closing]
         turn_ends = self._chat.turn_ends(self._turns(None) if template.chat else []) if is_chat else []
         self.end_ids = tuple(sorted({*self._eos, *turn_ends}))
-        texts = template.verbalizers.values()
-        self._choices = [np.asarray(self._target({template.label_field: text}, ends=False), np.int32) for text in texts]
+        choices = [self._target({template.label_field: text}, ends=False) for text in template.verbalizers.values()]
+        self._choices = [np.asarray(choice, np.int32) for choice in choices]
         for choice in self._choices:
             check_ids(tokenizer, choice, vocab_size)
-        if any(len(choice) == 0 for choice in self._choices):
-            raise ConfigError("a verbalizer has no tokens; each class needs some text")
         self.form.check(template, self._task.has_head, self._choices)
-        if len({tuple(choice) for choice in self._choices}) < len(self._choices):
-            raise ConfigError(f"two verbalizers have the same token ids: {dict(template.verbalizers)}")
 
     def encode(self, record: Mapping[str, Any], index: int) -> Example:
         """Returns the example of one record.
@@ -111,22 +103,9 @@ class Encoder:
             check_ids(self._tokenizer, example.ids, self._vocab_size, self.template.virtual_tokens)
         except DataError as error:
             raise DataError(f"record {index + 1}: {error}") from error
-        field = self.template.truncate
         if example.length <= self.max_length:
             return example
-        if field is None:
-            raise DataError(
-                f"record {index + 1}: {example.length} tokens, at most {self.max_length} fit; name a field that may be"
-                " shortened (data.truncate), or raise data.max_length"
-            )
-        record = shorten(self.template, record, index, lambda part: self._encode(part, index).length <= self.max_length)
-        example = self._encode(record, index)
-        if example.length > self.max_length:
-            raise DataError(
-                f"record {index + 1}: {example.length} tokens even without its field {field!r}; at most"
-                f" {self.max_length} fit"
-            )
-        return example
+        return shortened(self.template, record, index, self._encode, self.max_length)
 
     def encode_all(self, records: Sequence[Mapping[str, Any]]) -> list[Example]:
         """Returns the examples of all records, numbered from 0, each with the index of its task's prompt.
@@ -137,11 +116,46 @@ class Encoder:
         Raises:
           DataError: as in `encode`.
         """
-        examples = [self.encode(record, index) for index, record in enumerate(records)]
-        if self.template.task is None:
-            return examples
-        prompts = [self._prompt_index(record, index) for index, record in enumerate(records)]
-        return [dataclasses.replace(e, prompt=prompt) for e, prompt in zip(examples, prompts, strict=True)]
+        return list(self.encode_each(records))
+
+    def encode_each(self, records: Iterable[Mapping[str, Any]]) -> Iterator[Example]:
+        """Yields what `encode_all` returns. The tokenizer gets the texts of many records together.
+
+        Args:
+          records: the records.
+
+        Yields:
+          The example of each record.
+
+        Raises:
+          DataError: as in `encode`.
+        """
+        following, index = iter(records), 0
+        while chunk := list(itertools.islice(following, _TOGETHER)):
+            with self._pieces.prepared(self._texts(chunk, index), spans=self.template.reads is not None):
+                examples = [self.encode(record, number) for number, record in enumerate(chunk, index)]
+            for record, example in zip(chunk, examples, strict=True):
+                prompt = 0 if self.template.task is None else prompt_index(self.template, record, example.index)
+                yield example if prompt == 0 else dataclasses.replace(example, prompt=prompt)
+            index += len(chunk)
+
+    def _texts(self, records: Sequence[Mapping[str, Any]], first: int) -> list[str]:
+        """Returns the texts that the tokenizer will be given for records; none for those that are rendered as chats."""
+        if self.template.chat or self.template.is_conversation:
+            return []
+        targets = [] if self._choices or self._task.has_head else [self.template.target]
+        pieces = [parse(target) for target in [*targets, *([self.template.rejected] if self._task.pairs else [])]]
+        names = self.template.fields if pieces else self.template.prompt_fields
+        texts: list[str] = []
+        for number, record in enumerate(records):
+            try:
+                fields = self._fields(record, names, first + number)
+            except DataError:  # raised again with what the record is encoded for
+                break
+            texts += self._pieces.texts(self._prompt, fields, opens=self._opens)
+            for target in pieces:
+                texts += self._pieces.texts(target, fields, opens=self.form.decodes)
+        return texts
 
     def leads(self, examples: Sequence[Example]) -> int | list[int]:
         """Returns `head_length` of all examples; with tasks, that of the examples of each task.
@@ -220,7 +234,7 @@ class Encoder:
 
         Text next to a field may merge with it, so it is not included.
         """
-        if self.template.is_conversation or not self.form.causal:
+        if self.template.is_conversation or not self.form.shares:
             return np.zeros(0, np.int32)
         pieces = list(self._pieces.split_controls(self._prompt))
         first = next((i for i, piece in enumerate(pieces) if isinstance(piece, Field)), len(pieces))
@@ -231,20 +245,16 @@ class Encoder:
         return ids[:-1] if all(isinstance(piece, Field) for piece in pieces[first:]) else ids
 
     def head_length(self, examples: Sequence[Example]) -> int:
-        """Returns how many leading ids all examples share, independently of their fields; 0 if the base is an encoder.
+        """Returns how many leading ids all examples share, independently of their fields; 0 if the base has an encoder.
 
         An id whose output predicts an example's first target is not counted: it stays in the rows.
 
         Args:
           examples: encoded records.
         """
-        if not self.form.causal:
+        if not self.form.shares:
             return 0
-        constant = []
-        for piece in self._prompt:
-            if isinstance(piece, Field):
-                break
-            constant.append(piece)
+        constant = list(itertools.takewhile(lambda piece: not isinstance(piece, Field), self._prompt))
         head = np.asarray(self._ids(constant, {}, opens=self._opens), np.int32)
         length = len(head)
         for example in examples:
@@ -255,7 +265,21 @@ class Encoder:
 
     def _encode(self, record: Mapping[str, Any], index: int) -> Example:
         encode = self._task.encode_chat if self.template.is_conversation else self._task.encode
-        return encode(self, record, index)
+        example = encode(self, record, index)
+        return example.decoded() if self.form.decodes else example
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All that examples depend on beside the records, as plain JSON."""
+        return {
+            "template": dataclasses.asdict(self.template),
+            "verbalizers": list(self.template.verbalizers),
+            "shots": [dict(shot) for shot in self.shots],
+            "vocab_size": self._vocab_size,
+            "max_length": self.max_length,
+            "form": dataclasses.asdict(self.form),
+            "tokenizer": tokenization_of(self._tokenizer).digest,
+        }
 
     @property
     def choices(self) -> tuple[np.ndarray, ...]:
@@ -338,20 +362,12 @@ class Encoder:
         """
         return self._task.with_any_label(self.template, record)
 
-    def _prompt_index(self, record: Mapping[str, Any], index: int) -> int:
-        name = field_text(record, self.template.task or "", index)
-        if name not in self.template.tasks:
-            raise DataError(
-                f"record {index + 1}: there is no prompt for the task {name!r};"
-                f" {did_you_mean(name, self.template.tasks)}"
-            )
-        return self.template.tasks.index(name)
-
     def _target(self, fields: Mapping[Any, str], target: str | None = None, *, ends: bool = True) -> list[int]:
         """Returns the ids of the target, or of another template, with those that end it if `ends`."""
         pieces = parse(self.template.target if target is None else target)
         if not self.template.chat:
-            return self._ids(pieces, fields, opens=False) + (self._eos if ends else [])
+            # The decoder's tokens are a sequence of their own.
+            return self._ids(pieces, fields, opens=self.form.decodes) + (self._eos if ends else [])
         content = [Plain(fields[piece.name]) if isinstance(piece, Field) else piece for piece in pieces]
         answer = self._chat.answer(self._turns(None), content)
         end = (answer.end or [Control(id_) for id_ in self._eos]) if ends else []
@@ -370,9 +386,6 @@ class Encoder:
         front = 1 if prompt[:1] == [Bos()] else 0
         return [*prompt[:front], *pieces, *prompt[front:]]
 
-    def _turns(self, fields: Mapping[str, str] | None) -> list[Turn]:
-        return leading_turns(self.template, self.shots, fields)
-
     def _rendered(self, turns: Sequence[Turn]) -> list[Piece]:
         pieces = self._chat.prompt(turns)
         return after_cut(pieces) if self.template.continues else pieces
@@ -380,14 +393,6 @@ class Encoder:
     def _filled(self, fields: Mapping[str, str]) -> tuple[Sequence[Piece | int], Mapping[str, str]]:
         """Returns the pieces of the prompt, and the fields that still have to be filled in."""
         return (self._rendered(self._turns(fields)), {}) if self.template.chat else (self._prompt, fields)
-
-    def _around(self, pieces: list[Piece]) -> list[Piece]:
-        """Puts the part of the prompt before {messages} before a chat; a BOS that begins the chat goes first."""
-        before = parse(self.template.prompt)[:-1]
-        bos = self._tokenizer.bos_token_id
-        if bos is None or pieces[:1] != [Control(bos)]:
-            return [*before, *pieces]
-        return [*([] if Bos() in before else pieces[:1]), *before, *pieces[1:]]
 
     def encode_conversation(self, record: Mapping[str, Any], index: int) -> Example:
         """Encodes a chat whose assistant turns the model learns to predict, including the tokens that end them.

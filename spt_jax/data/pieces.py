@@ -1,5 +1,8 @@
 """Encodes the pieces of a prompt, a target or a chat as token ids, some of them virtual."""
 
+import contextlib
+import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -8,6 +11,21 @@ from spt_jax.data.templates import Bos, Control, Cut, Field, Piece, Plain, Read,
 from spt_jax.data.tokenization import ControlTokens, tokenization_of
 from spt_jax.data.tokenization import adds_bos as tokenizer_adds_bos
 from spt_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class _Joined:
+    """A text that adjacent pieces form.
+
+    Attributes:
+      text: the text.
+      opens: whether it starts a sequence.
+      read: the start of the field whose spans are wanted, its length and its skipped characters; None for no field.
+    """
+
+    text: str
+    opens: bool
+    read: tuple[int, int, int] | None
 
 
 class PieceEncoder:
@@ -28,7 +46,7 @@ class PieceEncoder:
         self._vocab_size = vocab_size
         self._virtual_tokens = virtual_tokens
         self._tokenization = tokenization_of(tokenizer)
-        self._controls = ControlTokens(tokenizer)
+        self._split = functools.lru_cache(maxsize=64)(ControlTokens(tokenizer).split)  # the same text in every record
         self._bos_id = tokenizer.bos_token_id if bos_id is None else bos_id
         self._adds_bos = adds_bos and tokenizer_adds_bos(tokenizer, self._bos_id)
 
@@ -65,7 +83,7 @@ class PieceEncoder:
         """Splits literal text at the tokenizer's control tokens, which become ids."""
         for piece in pieces:
             if isinstance(piece, Text):
-                yield from (Text(part) if isinstance(part, str) else part for part in self._controls.split(piece.text))
+                yield from (Text(part) if isinstance(part, str) else part for part in self._split(piece.text))
             else:
                 yield piece
 
@@ -75,7 +93,31 @@ class PieceEncoder:
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         cuts: list[int] = []
-        run, next_virtual = "", 0
+        next_virtual = 0
+        for part in self._parts(pieces, fields, at_start, field):
+            if isinstance(part, _Joined):
+                more, covered = self._encoded(part.text, part.opens, aligned=part.read is not None)
+                spans += [(0, 0)] * (len(ids) - len(spans)) + (_within(covered, *part.read) if part.read else [])
+                ids += more
+            elif isinstance(part, Cut):
+                cuts.append(len(ids))
+            elif isinstance(part, Bos):
+                ids.append(self._bos())
+            elif isinstance(part, Control):
+                ids.append(part.id)
+            elif isinstance(part, int):
+                ids.append(part)
+            elif isinstance(part, Virtual):
+                count = self._count(part)
+                ids += range(self._vocab_size + next_virtual, self._vocab_size + next_virtual + count)
+                next_virtual += count
+        return ids, spans + [(0, 0)] * (len(ids) - len(spans)), cuts[:-1]
+
+    def _parts(
+        self, pieces: Sequence[Piece | int], fields: Mapping[Any, str], at_start: bool, field: str | None
+    ) -> Iterator["_Joined | Piece | int"]:
+        """Yields the texts that adjacent pieces form, and the pieces between them. The last one is a `Cut`."""
+        run, placed = "", 0
         read: tuple[int, int, int] | None = None  # the field's start in the run, its length, its skipped characters
         for piece in [*self.split_controls(pieces), Cut()]:
             if isinstance(piece, Field):
@@ -89,28 +131,36 @@ class PieceEncoder:
                 run += piece.text
             else:
                 if run:
-                    more, covered = self._encoded(run, at_start, aligned=read is not None)
-                    spans += [(0, 0)] * (len(ids) - len(spans)) + (_within(covered, *read) if read else [])
-                    ids += more
+                    yield _Joined(run, at_start, read)
                     at_start, run, read = False, "", None
-                if isinstance(piece, Cut):
-                    cuts.append(len(ids))
-                elif isinstance(piece, Bos):
-                    ids.append(self._bos())
+                yield piece
+                if isinstance(piece, Bos):
                     # PEFT puts virtual tokens before the ids of `tokenizer(text)`, where the text directly follows BOS.
-                    at_start = at_start or next_virtual > 0
+                    at_start = at_start or placed > 0
                 elif isinstance(piece, Control):
-                    ids.append(piece.id)
                     at_start = self._tokenization.opens_after_control
                 elif isinstance(piece, int):
-                    ids.append(piece)
                     at_start = False
                 elif isinstance(piece, Virtual):
-                    count = self._virtual_tokens if piece.count is None else piece.count
-                    ids += range(self._vocab_size + next_virtual, self._vocab_size + next_virtual + count)
-                    next_virtual += count
+                    placed += self._count(piece)
                     at_start = False
-        return ids, spans + [(0, 0)] * (len(ids) - len(spans)), cuts[:-1]
+
+    def _count(self, virtual: Virtual) -> int:
+        return self._virtual_tokens if virtual.count is None else virtual.count
+
+    def texts(self, pieces: Sequence[Piece | int], fields: Mapping[Any, str], *, opens: bool) -> list[str]:
+        """Returns the texts that the tokenizer encodes for `aligned`, for `prepared`. The arguments are those of it."""
+        parts = (part for part in self._parts(pieces, fields, opens, None) if isinstance(part, _Joined))
+        return [self._tokenization.first_tried(part.text, opens=part.opens) for part in parts]
+
+    def prepared(self, texts: Sequence[str], *, spans: bool) -> contextlib.AbstractContextManager[None]:
+        """Context manager in which these texts are already encoded, in one batch.
+
+        Args:
+          texts: the texts, as from `texts`.
+          spans: whether the character spans of ids will be asked for.
+        """
+        return self._tokenization.prepared(texts, spans=spans)
 
     def _encoded(self, run: str, at_start: bool, *, aligned: bool) -> tuple[list[int], list[tuple[int, int]]]:
         if aligned:

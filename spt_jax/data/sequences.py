@@ -24,9 +24,11 @@ class SequenceForm:
       causal: whether answers follow the prompt. Otherwise the base is an encoder, and answers replace a mask token.
       bos_id: the token that opens a sequence, such as BOS or [CLS]; None if the tokenizer has none.
       opens: whether the tokenizer itself puts it first.
-      closing: the ids that the tokenizer of an encoder puts last, such as [SEP].
+      closing: the ids that end a prompt: those that the tokenizer of an encoder puts last, such as [SEP], and of an
+        encoder-decoder also the token that begins the decoder's tokens.
       mask: the name and the id of an encoder's mask token; None if there is none.
       pooling: the hidden state that a class head reads, as in `Layout`.
+      decodes: whether the base is an encoder-decoder.
     """
 
     causal: bool
@@ -35,6 +37,12 @@ class SequenceForm:
     closing: tuple[int, ...] = ()
     mask: tuple[str, int] | None = None
     pooling: Literal["last", "first", "mean"] = "last"
+    decodes: bool = False
+
+    @property
+    def shares(self) -> bool:
+        """Whether hidden states of leading tokens that examples share depend on no example."""
+        return self.causal and not self.decodes
 
     @property
     def pooled(self) -> bool:
@@ -45,7 +53,7 @@ class SequenceForm:
         """Returns a prompt with the tokenizer's name of the mask token in place of `<mask>`."""
         return prompt if self.mask is None else prompt.replace(MASK, self.mask[0])
 
-    def class_position(self, ids: Sequence[int]) -> int:
+    def class_position(self, ids: Sequence[int] | Int[np.ndarray, " T"]) -> int:
         """Returns the position that a class head reads, or one of those whose mean it reads.
 
         Args:
@@ -61,7 +69,7 @@ class SequenceForm:
             raise ConfigError("a class head of this base reads its opening token, and the prompt has none; add <bos>")
         return int(found[0]) if len(found) else 0
 
-    def answer_position(self, ids: Sequence[int]) -> int | None:
+    def answer_position(self, ids: Sequence[int] | Int[np.ndarray, " T"]) -> int | None:
         """Returns the position of the mask that an answer replaces; None if answers follow the prompt.
 
         Args:
@@ -74,7 +82,7 @@ class SequenceForm:
         return int(position)
 
     def check(self, template: Template, has_head: bool, choices: Sequence[Int[np.ndarray, " _"]]) -> None:
-        """Checks that an encoder can do what a template asks for; a causal base always can.
+        """Checks that verbalizers differ, and that a base with an encoder can do what a template asks for.
 
         Args:
           template: the template.
@@ -82,8 +90,14 @@ class SequenceForm:
           choices: the ids of each verbalizer.
 
         Raises:
-          ConfigError: it cannot.
+          ConfigError: they do not, or it cannot.
         """
+        if any(len(choice) == 0 for choice in choices):
+            raise ConfigError("a verbalizer has no tokens; each class needs some text")
+        if len({tuple(choice) for choice in choices}) < len(choices):
+            raise ConfigError(f"two verbalizers have the same token ids: {dict(template.verbalizers)}")
+        if self.decodes and (template.chat or template.is_conversation or template.continues):
+            raise ConfigError("this base is an encoder-decoder: it answers no chats and continues no remembered text")
         if self.causal:
             return
         if template.chat or template.is_conversation or template.continues:
@@ -129,6 +143,8 @@ def form_of(tokenizer: Tokenizer, layout: Layout | None) -> SequenceForm:
     if len(front) > 1:
         raise ConfigError(f"the tokenizer puts {len(front)} tokens before a text; at most 1 is supported")
     bos_id = front[0] if front else tokenizer.bos_token_id
+    if layout.start_id is not None:
+        return SequenceForm(True, bos_id, bool(front), (*closing, layout.start_id), decodes=True)
     mask_id = tokenizer.mask_token_id
     mask = None if mask_id is None else (str(tokenizer.mask_token), mask_id)
     return SequenceForm(False, bos_id, bool(front), tuple(closing), mask, layout.pooling)

@@ -14,7 +14,7 @@ from spt_jax.data.reading import Spans
 from spt_jax.data.sequences import SequenceForm, form_of
 from spt_jax.data.templates import TEMPLATE_TASKS, Field, Template, parse
 from spt_jax.data.values import field_text
-from spt_jax.errors import ConfigError, did_you_mean
+from spt_jax.errors import ConfigError, DataError, did_you_mean
 
 Record = Mapping[str, Any]
 Scores = Sequence[Float[np.ndarray, "..."]]
@@ -331,3 +331,22 @@ def task_of(template: Template) -> Task:
       The task that its head names, with its classes.
     """
     return TASKS[template.head].with_classes(template.verbalizers)
+
+
+def prompt_index(template: Template, record: Record, index: int) -> int:
+    """Returns the index of the soft prompt of a record's task.
+
+    Args:
+      template: a template with tasks.
+      record: the record.
+      index: its number from 0, for messages.
+
+    Raises:
+      DataError: the record names no task, or one without a soft prompt.
+    """
+    name = field_text(record, template.task or "", index)
+    if name not in template.tasks:
+        raise DataError(
+            f"record {index + 1}: there is no prompt for the task {name!r}; {did_you_mean(name, template.tasks)}"
+        )
+    return template.tasks.index(name)

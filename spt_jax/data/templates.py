@@ -6,6 +6,7 @@ tokenizer adds one), and `{{` and `}}` for braces. Virtual token i has the id `v
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Protocol
@@ -79,6 +80,11 @@ def parse(template: str) -> list[Piece]:
     Raises:
       ConfigError: there is a `<soft:0>`, or a brace that is neither doubled nor part of a field.
     """
+    return [*_parsed(template)]
+
+
+@functools.lru_cache(maxsize=64)  # a template is parsed several times for each record
+def _parsed(template: str) -> tuple[Piece, ...]:
     pieces: list[Piece] = []
     text, last = "", 0
     for match in _MARKUP.finditer(template):
@@ -102,7 +108,7 @@ def parse(template: str) -> list[Piece]:
         else:
             pieces.append(Virtual(int(match["count"]) if match["count"] else None))
     text += template[last:]
-    return pieces + ([Text(text)] if text else [])
+    return (*pieces, *([Text(text)] if text else []))
 
 
 def virtual_length(template: str) -> int | None:

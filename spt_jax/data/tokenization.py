@@ -1,8 +1,11 @@
 """Encodes text as ids, both at the start of a sequence and as the continuation of other text."""
 
+import contextlib
 import functools
+import hashlib
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import tokenizers
@@ -29,6 +32,22 @@ class Tokenization:
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._ready: dict[str, tokenizers.Encoding] = {}
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The SHA-256 of all that ids depend on: the tokenizer, its control tokens and its chat template."""
+        whole = self._whole
+        more = [
+            control_tokens(whole),
+            whole.special_tokens_map,
+            whole.bos_token_id,
+            whole.eos_token_id,
+            whole.chat_template,
+        ]
+        flags = [[content.content, content.lstrip, content.rstrip] for content in whole.added_tokens_decoder.values()]
+        text = self._tokenizer.to_str() + json.dumps([more, flags, adds_bos(whole)], default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @functools.cached_property
     def opens_after_control(self) -> bool:
@@ -81,7 +100,38 @@ class Tokenization:
                 return whole.ids[len(front) :], [(first - len(anchor), last - len(anchor)) for first, last in offsets]
         raise DataError(f"the tokenizer cannot encode {text[:40]!r} as the continuation of a text")
 
+    def first_tried(self, text: str, *, opens: bool) -> str:
+        """Returns what the tokenizer is given for `aligned(text, opens=opens)`, unless that merges with the text.
+
+        Args:
+          text: the text.
+          opens: whether the text starts a sequence.
+        """
+        return text if opens or not self.adds_dummy_space else _ANCHORS[0] + text
+
+    @contextlib.contextmanager
+    def prepared(self, texts: Sequence[str], *, spans: bool) -> Iterator[None]:
+        """Context manager in which texts are already encoded: a batch is encoded faster, and on all cores.
+
+        Args:
+          texts: what `first_tried` returned. If the tokenizer cannot encode one of them, none is prepared, and
+            `aligned` raises the error for that text.
+          spans: whether `aligned` is asked for spans.
+        """
+        ready: dict[str, tokenizers.Encoding] = {}
+        with contextlib.suppress(DataError, TypeError), tokenizer_panics():
+            encode = self._tokenizer.encode_batch if spans else self._tokenizer.encode_batch_fast
+            unique = list(dict.fromkeys(texts))
+            ready = dict(zip(unique, encode(unique, add_special_tokens=False), strict=True))
+        self._ready = ready
+        try:
+            yield
+        finally:
+            self._ready = {}
+
     def _encoding(self, text: str) -> tokenizers.Encoding:
+        if (ready := self._ready.get(text)) is not None:
+            return ready
         try:
             with tokenizer_panics():
                 if len(text) >= _LONG:
@@ -120,7 +170,8 @@ def check_ids(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, vocab_size:
     Raises:
       DataError: another id is `vocab_size` or above.
     """
-    beyond = [int(id_) for id_ in ids if id_ >= vocab_size]
+    array = np.asarray(ids)
+    beyond = array[array >= vocab_size].tolist()
     for number, id_ in enumerate(beyond):
         if number >= virtual_tokens or id_ != vocab_size + number:
             raise DataError(

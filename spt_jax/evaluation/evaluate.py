@@ -15,10 +15,11 @@ from jaxtyping import Array, Float, Int
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import Batch, BatchPlan, Rows, multiples, place_batch, plan_batches
+from spt_jax.data.encoded import encode_records
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.examples import Example
 from spt_jax.data.shots import SEPARATOR
-from spt_jax.data.streams import evaluation_batches
+from spt_jax.data.streams import evaluation_batches, evaluation_plans
 from spt_jax.data.task import Evaluation, PairCriterion, task_of
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation import metrics
@@ -124,7 +125,7 @@ def make_evaluation_set(
       DataError: a record lacks a field, has an unknown label or is too long.
     """
     config = config or EvaluationConfig()
-    examples = encoder.encode_all(records)
+    examples = encode_records(encoder, records)
     plan = plan_batches(
         examples,
         lead=encoder.leads(examples),
@@ -133,6 +134,7 @@ def make_evaluation_set(
         **multiples(base.mesh),
         max_length=base.layout.max_positions,
     )
+    (plan,) = evaluation_plans([examples], [plan], config.batch_size)
     task = task_of(encoder.template)
     asked = len(records) if task.judged else config.generate if task.generates and not task.pairs else 0
     answered = zip(records[:asked], examples, strict=False)

@@ -81,6 +81,8 @@ def _parts(virtual: VirtualPrompt) -> str:
     if shift is not None:
         norm = float(np.linalg.norm(np.asarray(shift), axis=1).mean())
         parts.append(f"an update of the real tokens' embeddings at the first {len(shift)} positions, norm {norm:.3g}")
+    if virtual.replaced is not None:
+        parts.append(f"input embeddings of {len(virtual.replaced.rows)} tokens of the vocabulary")
     if prefix is not None:
         layers = sum(len(own.keys) for own in memory.keys_values(prefix.memory))
         recurrent = sum(len(jax.tree.leaves(own)[0]) for own in memory.states(prefix.memory))
@@ -91,6 +93,10 @@ def _parts(virtual: VirtualPrompt) -> str:
     if gated is not None:
         length = memory.length(gated.memory)
         parts.append(f"{length} gated keys and values in the last {len(gated.gates)} layers")
+    if virtual.linear is not None:
+        maps = virtual.linear.maps.values()
+        norm = np.sqrt(sum(float(np.square(np.asarray(own)).sum()) for own in maps))
+        parts.append(f"maps of the queries of {sum(map(len, maps))} layers, norm {norm:.3g}")
     if head is not None:
         parts.append(f"a head for {head.kernel.shape[1]} classes")
     return ", ".join(parts) + ("; sliding windows do not hide it" if virtual.pinned else "")

@@ -1,11 +1,14 @@
-"""Compares the soft prompt of an experiment with hand-written prompts and no prompt, at the end of a run."""
+"""Compares the soft prompt with hand-written prompts and no prompt at the end of a run."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from spt_jax.bases.base import FrozenBase
+from spt_jax.data.streams import evaluation_plans
 from spt_jax.data.task import Evaluation, works_bare
 from spt_jax.evaluation.evaluate import EvaluationSet, evaluate, selection_score, set_after_text
+from spt_jax.evaluation.kept import evaluate_without_prompt
 from spt_jax.experiment.run import Experiment, Records
 from spt_jax.prompts import VirtualPrompt
 from spt_jax.runtime.progress import Progress
@@ -42,22 +45,63 @@ def evaluation_sets(experiment: Experiment) -> dict[str, EvaluationSets]:
             text=None if soft.text is None else set_after_text(experiment.base, soft),
         )
 
-    return {split: encoded(records) for split, records in splits.items() if records is not None}
+    return _with_common_shapes({split: encoded(own) for split, own in splits.items() if own is not None})
+
+
+def _with_common_shapes(by_split: Mapping[str, EvaluationSets]) -> dict[str, EvaluationSets]:
+    """Gives the sets of one template the same shapes in all splits, so that they are evaluated by one program."""
+
+    def alike(sets: Sequence[EvaluationSet]) -> list[EvaluationSet]:
+        plans = evaluation_plans([s.examples for s in sets], [s.plan for s in sets], sets[0].config.batch_size)
+        return [dataclasses.replace(own, plan=plan) for own, plan in zip(sets, plans, strict=True)]
+
+    found = list(by_split.values())
+    if not found:
+        return {}
+    soft = alike([own.soft for own in found])
+    bare = (
+        alike([own.bare for own in found if own.bare is not None]) if found[0].bare is not None else [None] * len(found)
+    )
+    hard = {text: alike([own.hard[text] for own in found]) for text in found[0].hard}
+    return {
+        split: dataclasses.replace(
+            own, soft=soft[i], bare=bare[i], hard={text: of_text[i] for text, of_text in hard.items()}
+        )
+        for i, (split, own) in enumerate(by_split.items())
+    }
 
 
 def compare(
-    base: FrozenBase, sets: Mapping[str, EvaluationSets], virtual: VirtualPrompt
+    base: FrozenBase,
+    sets: Mapping[str, EvaluationSets],
+    virtual: VirtualPrompt,
+    validated: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, Evaluation | None]]:
     """Evaluates the soft prompt, the best hand-written prompt and no prompt on the same records, and a text if any.
 
     The best hand-written prompt is the one with the best validation score, or the first one without validation data;
-    its metrics include its text. Answers are generated only for the test split.
+    its metrics include its text. Answers are generated only for the test split. What is asked without a soft prompt is
+    kept on disk (`spt_jax.evaluation.kept`).
+
+    Args:
+      base: the frozen base.
+      sets: the encoded records of each split.
+      virtual: the soft prompt.
+      validated: the metrics of the soft prompt on "validation", if they are known from training.
+
+    Returns:
+      For each split, the evaluation of each way of asking; that of a validated soft prompt has no predictions.
     """
 
     def ask(data: EvaluationSet, virtual: VirtualPrompt | None, split: str, **more: str) -> Evaluation:
         name = "soft prompt" if virtual is not None else "hand-written prompt" if more else "no soft prompt"
         progress.begin(f"{name} on {split} data")
-        result = evaluate(base, data, virtual, generated=split == "test")
+        if virtual is None:
+            result = evaluate_without_prompt(base, data, generated=split == "test")
+        elif split == "validation" and validated is not None:
+            result = Evaluation(dict(validated), [])
+        else:
+            result = evaluate(base, data, virtual, generated=split == "test")
         progress.advance()
         return dataclasses.replace(result, metrics={**result.metrics, **more})
 

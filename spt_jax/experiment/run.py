@@ -13,19 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from spt_jax.bases.base import FrozenBase, load_base, read_tokenizer
+from spt_jax.bases.base import FrozenBase, check_base, load_base, read_tokenizer
 from spt_jax.data.batches import BatchPlan, multiples, plan_batches
+from spt_jax.data.encoded import encode_records
 from spt_jax.data.encoder import Encoder, encoder_for
-from spt_jax.data.examples import Example, digest
+from spt_jax.data.examples import CompactExamples, Example, digest
 from spt_jax.data.sources import check_fields, read_records
 from spt_jax.data.task import PairCriterion, task_of
 from spt_jax.data.templates import Template
 from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError, DataError
-from spt_jax.evaluation.evaluate import (
-    EvaluationSet,
-    make_evaluation_set,
-)
+from spt_jax.evaluation.evaluate import EvaluationSet, make_evaluation_set
 from spt_jax.evaluation.rewards import Judge, make_rewards, reward_fields
 from spt_jax.experiment.config import ExperimentConfig, make_template, resolve
 from spt_jax.experiment.distillation import check_answers, with_answers
@@ -143,7 +141,7 @@ class Experiment:
                 judge=self.judge,
             )
 
-    def training_set(self) -> tuple[list[Example], BatchPlan]:
+    def training_set(self) -> tuple[Sequence[Example], BatchPlan]:
         """Returns the encoded training examples and the shapes of their batches.
 
         Raises:
@@ -166,10 +164,10 @@ class Experiment:
             )
         encoder = self.encoder(self.template)
         with _located(config.data.train):
-            examples = encoder.encode_all(self.train)
+            examples: Sequence[Example] = encode_records(encoder, self.train)
         if not config.loss.uses_choices:
-            examples = [example.as_target() for example in examples]
-        examples = list(config.loss.objective(2).planned(examples))
+            examples = CompactExamples.of(example.as_target() for example in examples)
+        examples = config.loss.objective(2).planned(examples)
         plan = plan_batches(
             examples,
             lead=encoder.leads(examples),
@@ -218,12 +216,12 @@ class Experiment:
           together: the number of prompts that are trained in one step.
 
         Returns:
-          The experiment with the rematerialization set, and the estimated memory of a step on each device; for a base
-          from `from_flax`, the experiment as it is and None.
+          The experiment with the rematerialization set, and the estimated memory of a step on each device; None for a
+          base from `from_flax` and for an encoder-decoder, where "auto" leaves the base as it is.
         """
         config, base = self.config, self.base
         if not base.is_decoder:
-            return self, None
+            return dataclasses.replace(self, base=base.with_remat(config.base.remat)), None
 
         def estimate(remat: Remat) -> StepMemory:
             return step_memory(
@@ -239,8 +237,7 @@ class Experiment:
         limit = processes.from_first("memory limit", measure.memory_limit)
         remat = config.base.remat
         chosen = choose_remat(estimate, limit) if remat == "auto" else remat
-        base = dataclasses.replace(base, model=base.decoder.with_options(remat=chosen))
-        return dataclasses.replace(self, base=base), estimate(chosen)
+        return dataclasses.replace(self, base=base.with_remat(chosen)), estimate(chosen)
 
     def window_note(self, examples: Sequence[Example]) -> str | None:
         """Returns a note if examples are longer than a sliding window, since the soft prompt then leaves the window."""
@@ -270,7 +267,7 @@ def distillation_of(config: ExperimentConfig[Any]) -> Distillation | None:
 def load_experiment(
     config: ExperimentConfig[Any], base: FrozenBase | None = None, records: Mapping[str, Records] | None = None
 ) -> Experiment:
-    """Reads the data and the base of a resolved config. The data are read first, because errors in them show sooner.
+    """Reads the data and the base of a resolved config; the weights last, because errors elsewhere show sooner.
 
     Args:
       config: the resolved config.
@@ -292,6 +289,8 @@ def load_experiment(
             if not v
         ]
         raise ConfigError(f"{', '.join('--' + name for name in missing)} must be given")
+    if base is None:
+        check_base(config.base.path, config.base.revision)
     template = make_template(config)
     distillation = distillation_of(config)
     fields = task_of(template).required_fields(template)

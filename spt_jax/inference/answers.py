@@ -110,8 +110,8 @@ def token_text(tokenizer: Tokenizer, id_: int) -> str:
 
 
 def is_opening(base: FrozenBase, prompt: np.ndarray) -> bool:
-    """Whether the prompt consists only of BOS, so that the new text starts the sequence."""
-    return bool(np.all(prompt == base.tokenizer.bos_token_id))
+    """Whether the new text starts a sequence: after BOS only, and in the decoder of an encoder-decoder."""
+    return base.layout.encodes or bool(np.all(prompt == base.tokenizer.bos_token_id))
 
 
 def until_end(ids: list[int], end_ids: frozenset[int]) -> list[int]:

@@ -15,6 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from spt_jax.inference.forward import encode_prefix, pinned_ids, run_stream
 from spt_jax.models import memory
 from spt_jax.models.attention import Cache, Prefix, Stream
+from spt_jax.models.layout import CROSS, SELF
+from spt_jax.models.memory import Memory
 from spt_jax.models.model import Model
 from spt_jax.prompts.virtual import VirtualPrompt
 
@@ -107,7 +109,9 @@ def prefill(
     batch, length = rows.ids.shape
     lengths = rows.lengths[:, None]
     slots = jnp.arange(length + capacity, dtype=jnp.int32)[None]
-    positions = rows.starts[:, None] + jnp.where(slots < length, slots, lengths + slots - length)
+    # The decoder of an encoder-decoder counts from 0 again.
+    before = 0 if model.layout.encodes else lengths
+    positions = rows.starts[:, None] + jnp.where(slots < length, slots, before + slots - length)
     segments = (slots < lengths).astype(jnp.int32)
     stream = Stream(positions[:, :length], segments[:, :length], jnp.zeros_like(rows.ids), rows.prompt_index)
     _, found = run_stream(model, virtual, rows.ids, stream, prefix, return_memory=True, return_hidden=False)
@@ -119,8 +123,16 @@ def prefill(
         ids=jnp.pad(rows.last[:, None], [(0, 0), (0, capacity)]),
         log_probabilities=jnp.zeros((batch, capacity), jnp.float32),
         ended=jnp.zeros((batch,), bool),
-        cache=Cache(memory.to_cache(memory.pad(found, capacity)), positions, segments, pinned),
+        cache=Cache(_with_room(model, found, batch, capacity), positions, segments, pinned),
     )
+
+
+def _with_room(model: Model, found: Memory, rows: int, capacity: int) -> Memory:
+    """Returns the memory of the prompts as a cache with room for new tokens."""
+    if not model.layout.encodes:
+        return memory.to_cache(memory.pad(found, capacity))
+    empty = memory.empty_cache(model.layout, rows, capacity, model.dtype, [SELF])
+    return {**empty, **memory.to_cache({CROSS: found[CROSS]})}
 
 
 def decode(
@@ -151,6 +163,10 @@ def decode(
         positions = jax.lax.dynamic_slice_in_dim(cache.positions, slot, 1, axis=1)
         segments = jnp.ones_like(ids)
         stream = Stream(positions, segments, jnp.zeros_like(ids), prompt_index)
+        place = slot
+        if model.layout.encodes:
+            stream = dataclasses.replace(stream, decoder=jnp.zeros_like(ids))
+            place = state.step  # The memory of self-attention has no slots for the encoder's tokens.
         hidden, new = run_stream(model, virtual, ids, stream, prefix, cache, return_memory=True)
         chosen, found = next_tokens(model.logits(hidden[:, 0]), state.step, sampling)
         return DecodeState(
@@ -159,7 +175,7 @@ def decode(
             log_probabilities=put(state.log_probabilities, found[:, None], state.step, axis=1),
             ended=state.ended | jnp.any(chosen[:, None] == end_ids, axis=1) | (state.step + 1 >= limits),
             cache=Cache(
-                memory.put(cache.memory, memory.to_cache(new), slot),
+                {**cache.memory, **memory.put(cache.memory, memory.to_cache(new), place)},
                 cache.positions,
                 put(cache.segments, segments, slot, axis=1),
                 cache.pinned,

@@ -18,7 +18,7 @@ from spt_jax.models.attention import NEVER, Cache, Prefix, Stream
 from spt_jax.models.decoder import of_row
 from spt_jax.models.model import Model, TargetScores
 from spt_jax.models.ring import splits, take_tokens
-from spt_jax.prompts.virtual import VirtualPrompt
+from spt_jax.prompts.virtual import ReplacedRows, VirtualPrompt
 from spt_jax.runtime.sharding import ROWS, constrain
 
 
@@ -35,14 +35,30 @@ def embed_stream(
     vocab_size = model.layout.vocab_size
     is_virtual = ids >= vocab_size
     real = model.embed(jnp.where(is_virtual, 0, ids))
+    if virtual is not None and virtual.replaced is not None:
+        real = _replaced(real, virtual.replaced, ids, stream.prompt_index)
     if virtual is not None and virtual.shift is not None:
         reach = virtual.shift.shape[-2]
         shift = _rows(virtual.shift, jnp.minimum(stream.positions, reach - 1), stream.prompt_index)
-        real = real + jnp.where((stream.positions < reach)[..., None], shift, 0.0).astype(real.dtype)
+        reached = stream.positions < reach
+        if stream.decoder is not None:  # The shift is of the prompt, which the encoder reads.
+            reached = reached.at[jnp.arange(len(ids))[:, None], stream.decoder].set(False, mode="drop")
+        real = real + jnp.where(reached[..., None], shift, 0.0).astype(real.dtype)
     if virtual is None or virtual.tokens is None:
         return real
     rows = _rows(virtual.tokens, jnp.where(is_virtual, ids - vocab_size, 0), stream.prompt_index)
     return jnp.where(is_virtual[..., None], rows.astype(real.dtype), real)
+
+
+def _replaced(
+    real: Float[Array, "B T D"], replaced: ReplacedRows, ids: Int[Array, "B T"], prompt_index: Int[Array, " B"] | None
+) -> Float[Array, "B T D"]:
+    """Replaces the embeddings of the ids that a prompt has other rows for."""
+    own = of_row(prompt_index, replaced.ids).astype(jnp.int32)
+    own = own[None, None] if prompt_index is None else own[:, None]
+    matches = ids[..., None] == own
+    rows = _rows(replaced.rows, jnp.argmax(matches, axis=-1), prompt_index)
+    return jnp.where(matches.any(-1)[..., None], rows.astype(real.dtype), real)
 
 
 def _rows(
@@ -86,7 +102,7 @@ def run_stream(
 
     Args:
       model: the base.
-      virtual: the soft prompt; its token rows and gated prefix are applied.
+      virtual: the soft prompt; its token rows, replaced embeddings, gated prefix and linear memory are applied.
       ids: real and virtual ids.
       stream: positions and segments of the ids; virtual ids are pinned if the soft prompt says so.
       prefix: the memory of what precedes the stream, such as that from `encode_prefix`.
@@ -101,15 +117,10 @@ def run_stream(
     if stream.pinned is None:
         stream = dataclasses.replace(stream, pinned=pinned_ids(model, virtual, ids, stream.prompt_index))
     gated = None if virtual is None else virtual.gated
-    return model.run(
-        x,
-        stream,
-        prefix,
-        cache,
-        gated,
-        return_memory=return_memory,
-        return_hidden=return_hidden,
-    )
+    options: dict[str, Any] = {"return_memory": return_memory, "return_hidden": return_hidden}
+    if virtual is not None and virtual.linear is not None:
+        options["linear"] = virtual.linear  # a model of a user may lack the argument
+    return model.run(x, stream, prefix, cache, gated, **options)
 
 
 @jax.named_scope("prefix")

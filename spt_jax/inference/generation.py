@@ -109,7 +109,7 @@ def programs(mesh: Mesh, layout: Layout) -> Programs:
 
     def prefix(*axes: None) -> Any:
         heads = PartitionSpec(*axes, None, None, "tensor")
-        return Prefix(memory.shardings(layout, mesh, heads, PartitionSpec()), everywhere, everywhere)
+        return Prefix(memory.shardings(layout.groups, mesh, heads, PartitionSpec()), everywhere, everywhere)
 
     return Programs(
         encode_lead=jax.jit(encode_lead, out_shardings=prefix()),
@@ -124,7 +124,7 @@ def cache_sharding(mesh: Mesh, layout: Layout) -> Any:
     rows: Any = row_sharding(mesh)
     by_row = PartitionSpec(None, *rows.spec)
     heads = PartitionSpec(*by_row, "tensor")
-    return Cache(memory.shardings(layout, mesh, heads, by_row), rows, rows, rows)
+    return Cache(memory.shardings(layout.cached_groups, mesh, heads, by_row), rows, rows, rows)
 
 
 def generate(
@@ -157,9 +157,9 @@ def generate(
       What was generated after each prompt, in the order of the prompts.
 
     Raises:
-      ConfigError: a prompt needs more positions than the model has, the prompts do not share `lead` ids, there are
-        virtual ids without a soft prompt, the soft prompt has a task head, `batch_size` is below 1, the number of
-        `sampling` configs is wrong, or there are texts for a soft prompt with virtual tokens.
+      ConfigError: the base is an encoder, a prompt needs more positions than the model has, the prompts do not share
+        `lead` ids, there are virtual ids without a soft prompt, the soft prompt has a task head, `batch_size` is below
+        1, the number of `sampling` configs is wrong, or there are texts for a soft prompt with virtual tokens.
       DataError: a prompt is empty, or has an id that neither the base nor the soft prompt has.
     """
     sampling = sampling or SamplingConfig()
@@ -168,6 +168,8 @@ def generate(
         raise ConfigError(f"{len(samplings)} samplings for {len(prompts)} prompts; give one for all or one for each")
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
+    if not base.layout.generates:
+        raise ConfigError(f"{base.name} is an encoder, which generates no text")
     if not len(prompts):
         return []
     prompts = _prompt_ids(base, prompts, virtual)
@@ -179,7 +181,7 @@ def generate(
     rows = None if virtual is None else 0 if virtual.tokens is None else virtual.tokens.shape[-2]
     for number, prompt in enumerate(prompts):
         check_prompt(base, prompt, number, rows, firsts[number], samplings[number])
-    leads = _shared_leads(prompts, index, lead)
+    leads = _shared_leads(prompts, index, lead) if base.layout.causal else _no_leads(base, prompts, lead)
     numbers = range(len(prompts))
     requests = [_Request(*one) for one in zip(prompts, numbers, samplings, index, leads, firsts, strict=True)]
     if virtual is not None:
@@ -263,6 +265,24 @@ def _shared_leads(prompts: list[np.ndarray], index: list[int], lead: int | None)
     groups = {own: [ids for ids, other in zip(prompts, index, strict=True) if other == own] for own in set(index)}
     shared = {own: _shared_lead(group, lead) for own, group in groups.items()}
     return [shared[own] for own in index]
+
+
+def _no_leads(base: FrozenBase, prompts: list[np.ndarray], lead: int | None) -> list[int]:
+    """Returns 0 for each prompt of an encoder-decoder, whose encoder reads each prompt as a whole.
+
+    Raises:
+      ConfigError: leading ids were to be shared, or a prompt does not end as those of `Encoder.prompt_ids`.
+    """
+    if lead:
+        raise ConfigError(f"lead is {lead}; the encoder of {base.name} shares nothing among prompts, so leave it out")
+    start = base.layout.start_id
+    for number, ids in enumerate(prompts):
+        if ids[-1] != start:
+            raise ConfigError(
+                f"prompt {number} ends with id {ids[-1]}, and the decoder of {base.name} starts with {start}; use ids"
+                " from `Encoder.prompt_ids`, or texts"
+            )
+    return [0] * len(prompts)
 
 
 def _encoded_leads(

@@ -17,6 +17,7 @@ from spt_jax.models.attention import Stream
 from spt_jax.prompts import PromptTuning, VirtualPrompt
 from spt_jax.prompts.reading import check_finite, read_npy
 from spt_jax.prompts.storage import SavedPrompt
+from spt_jax.prompts.virtual import parts_of
 from spt_jax.runtime.files import write_bytes
 from spt_jax.runtime.remote import local_copy
 
@@ -122,7 +123,7 @@ def torch_file(array: Float[np.ndarray, "T D"]) -> bytes:
 
 def _token_rows(saved: SavedPrompt) -> Float[np.ndarray, "P D"]:
     virtual = saved.virtual
-    if virtual.tokens is None or any((virtual.prefix, virtual.gated, virtual.head)) or virtual.shift is not None:
+    if virtual.tokens is None or parts_of(virtual) != ["tokens"]:
         name = saved.info["method"]["name"]
         raise ConfigError(f"a {name} prompt does not consist only of token rows, as this format requires")
     if virtual.pinned:

@@ -6,6 +6,7 @@ from typing import Any
 
 from spt_jax.models.memory import states
 from spt_jax.prompts.storage import SavedPrompt
+from spt_jax.prompts.virtual import parts_of
 
 # Metrics in the order of the table.
 _MEASURES = ("accuracy", "macro_f1", "exact_match", "f1", "bleu", "rouge_l", "log_probability", "perplexity", "loss")
@@ -79,7 +80,7 @@ def _parts(saved: SavedPrompt) -> str:
         lengths.append(f"{virtual.tokens.shape[-2]} virtual tokens")
     if virtual.prefix is not None:
         lengths.append(f"a prefix of {virtual.prefix_length} positions")
-    lengths += [name for name in ("shift", "gated", "head") if getattr(virtual, name) is not None]
+    lengths += [name for name in ("shift", "replaced", "gated", "linear", "head") if getattr(virtual, name) is not None]
     return ", ".join(lengths)
 
 
@@ -113,7 +114,7 @@ def _metrics(found: Any) -> list[str]:
 
 def _peft(saved: SavedPrompt, repository: str, base: str, flag: str) -> list[str]:
     virtual, prompt = saved.virtual, saved.template.prompt
-    parts = [name for name in ("tokens", "shift", "prefix", "gated", "head") if getattr(virtual, name) is not None]
+    parts = parts_of(virtual)
     recurrent = virtual.prefix is not None and bool(states(virtual.prefix.memory))
     first = virtual.tokens is None or (prompt.startswith("<soft") and prompt.count("<soft") == 1)
     if parts not in _PEFT_PARTS or virtual.pinned or recurrent or not first:

@@ -22,11 +22,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.bases.tokenizer import Tokenizer
+from spt_jax.data.sequences import form_of
 from spt_jax.data.task import TASKS
-from spt_jax.data.tokenization import adds_bos, tokenization_of
+from spt_jax.data.tokenization import tokenization_of
 from spt_jax.errors import CheckpointError, ConfigError
 from spt_jax.models.decoder_model import host_table
+from spt_jax.models.encoder_decoder_model import EncoderDecoderModel
 from spt_jax.models.layout import SELF, Group
 from spt_jax.models.memory import KeysValues
 from spt_jax.models.quantized import TableArray
@@ -42,6 +43,8 @@ EMBEDDINGS = "prompt_embeddings"
 
 TOKEN_TYPES = ("PROMPT_TUNING", "P_TUNING", "CPT")
 PREFIX_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
+# The prompts of which PEFT puts rows before the input of an encoder-decoder's encoder, and nowhere else.
+ENCODER_TYPES = ("PROMPT_TUNING", "P_TUNING")
 MULTITASK_TYPE = "MULTITASK_PROMPT_TUNING"
 ADAPTER_TYPE = "ADAPTION_PROMPT"
 KNOWN_TYPES = (*TOKEN_TYPES, *PREFIX_TYPES, MULTITASK_TYPE, ADAPTER_TYPE)
@@ -84,7 +87,8 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
     """Reads a soft prompt that PEFT saved for this base.
 
     Token rows become a `PromptTuning` prompt, keys and values a `PrefixTuning` prompt (with a head, a `DeepPrompts`
-    prompt), and gated rows a `LlamaAdapter` prompt.
+    prompt), and gated rows a `LlamaAdapter` prompt. Of the 2P token rows of an encoder-decoder, PEFT uses the first P,
+    before the encoder's input; the others get no gradient, and are not read.
 
     Args:
       directory: the PEFT directory, or the URL or hub id of one.
@@ -97,8 +101,9 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
     Raises:
       CheckpointError: a file is missing or damaged, `peft_type` is not one of those above, or tensors are missing,
         unknown, of the wrong shape or not finite.
-      ConfigError: `task` is missing or does not exist, the prompt is not a multitask prompt, or PEFT's model of the
-        base computes another function.
+      ConfigError: `task` is missing or does not exist, the prompt is not a multitask prompt, PEFT's model of the base
+        computes another function, or the base is an encoder-decoder and the prompt not one of PROMPT_TUNING or
+        P_TUNING.
     """
     directory = prompt_directory(directory)
     config = _read_config(directory)
@@ -122,7 +127,10 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
     if kind == ADAPTER_TYPE:
         return _import_adapter(path, config, base)
     length = _count(config, "num_virtual_tokens", where, base.layout.max_positions)
-    if _count(config, "num_transformer_submodules", where, 2, default=1) != 1:
+    parts = _count(config, "num_transformer_submodules", where, 2, default=1)
+    if base.layout.encodes:
+        return _import_encoder_rows(path, kind, length, parts, base)
+    if parts != 1:
         raise CheckpointError(f"{where}: num_transformer_submodules is 2: the prompt is for an encoder-decoder model")
     sizes = base.config
     if kind in TOKEN_TYPES:
@@ -133,6 +141,11 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
         check_tokens_agree(base)
         return PromptTuning(length=length), VirtualPrompt(tokens=_task_rows(path, config, base, length, task))
     head = HEADS.get(str(config.get("task_type")))
+    if head is not None and not base.layout.causal:
+        raise ConfigError(
+            f"{where}: task_type is {config.get('task_type')}; of PEFT's prompts for encoders, this library reads those"
+            " without a head, whose task_type is FEATURE_EXTRACTION"
+        )
     group = plain_group(base)
     axes = len(group.layers), 2, group.kv_heads, group.key_size
     shapes: dict[str, tuple[int | None, ...]] = {EMBEDDINGS: (length, math.prod(axes))}
@@ -157,12 +170,27 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
     return method, VirtualPrompt(prefix=prefix, head=Head(jnp.asarray(kernel), jnp.asarray(bias)))
 
 
+def _import_encoder_rows(
+    path: Path, kind: str, length: int, parts: int, base: FrozenBase
+) -> tuple[Method, VirtualPrompt]:
+    """Reads the token rows of an encoder-decoder's encoder, the first of the `parts` that PEFT stores."""
+    if kind not in ENCODER_TYPES:
+        raise ConfigError(
+            f"{path.with_name(CONFIG_FILE)}: peft_type is {kind!r}; of the prompts of an encoder-decoder, such as"
+            f" {base.name}, {' and '.join(ENCODER_TYPES)} can be imported"
+        )
+    rows = _read_arrays(path, {EMBEDDINGS: (parts * length, base.layout.width)}, base)[EMBEDDINGS][:length]
+    return PromptTuning(length=length), VirtualPrompt(tokens=jnp.asarray(rows))
+
+
 def check_tokens_agree(base: FrozenBase) -> None:
     """Checks that PEFT's model of a base with virtual tokens is the base with these embeddings before the text.
 
     Raises:
       ConfigError: it is not.
     """
+    if base.layout.encodes:
+        return
     if base.config.per_layer is not None:
         raise ConfigError(f"{base.name} has embeddings by layer, for which PEFT has no virtual tokens")
     if base.config.family in UNSCALED and base.config.embedding_scale not in (None, 1.0):
@@ -258,8 +286,9 @@ def _check_extra(path: Path, name: str, found: tuple[str, tuple[int, ...]], base
     """Refuses a tensor outside the prompt, unless it is a copy of the base's embeddings or output matrix."""
     leaf = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
     where = f"{path}: {name[:200]!r}"
-    if leaf in ("embed_tokens", "wte", "lm_head"):
-        own = base.decoder.output_matrix if leaf == "lm_head" else base.decoder.input_matrix
+    if leaf in ("embed_tokens", "wte", "shared", "lm_head"):
+        model = base.model if isinstance(base.model, EncoderDecoderModel) else base.decoder
+        own = model.output_matrix if leaf == "lm_head" else model.input_matrix
         dtype, shape = found
         if shape != own.shape:
             raise CheckpointError(
@@ -292,13 +321,13 @@ def _count(config: Mapping[str, Any], name: str, where: Path, most: int, default
     return value
 
 
-def template_front(tokenizer: Tokenizer) -> str:
+def template_front(base: FrozenBase) -> str:
     """Returns the beginning of a template with PEFT's ids. Without BOS, a literal space replaces the dummy space."""
-    if adds_bos(tokenizer):
+    if form_of(base.tokenizer, base.layout).opens:
         return "<soft><bos>"
-    return "<soft> " if tokenization_of(tokenizer).adds_dummy_space else "<soft>"
+    return "<soft> " if tokenization_of(base.tokenizer).adds_dummy_space else "<soft>"
 
 
 def default_template(base: FrozenBase, method: Method) -> str:
     """Returns a template's prompt that gives the same ids as PEFT: virtual tokens, then `tokenizer(text)`."""
-    return f"{template_front(base.tokenizer) if method.token_count else ''}{{text}}"
+    return f"{template_front(base) if method.token_count else ''}{{text}}"

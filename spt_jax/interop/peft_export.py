@@ -29,10 +29,12 @@ from spt_jax.interop.peft import (
     template_front,
 )
 from spt_jax.models.config import DecoderConfig
+from spt_jax.models.encoder_decoder_model import EncoderDecoderModel
 from spt_jax.models.memory import keys_values, states
+from spt_jax.models.model_config import ModelConfig
 from spt_jax.prompts import Method, VirtualPrompt
 from spt_jax.prompts.storage import SavedPrompt
-from spt_jax.prompts.virtual import Head, shape
+from spt_jax.prompts.virtual import Head, parts_of, shape
 from spt_jax.prompts.writing import write_directory
 
 
@@ -53,12 +55,12 @@ def export_peft(directory: str | Path, saved: SavedPrompt, base: FrozenBase) -> 
       CheckpointError: the directory has other files, or cannot be written.
     """
     check_exportable(base, saved.method, saved.template, saved.virtual)
-    virtual, sizes, parts = saved.virtual, base.config, _parts(saved.virtual)
+    virtual, parts = saved.virtual, parts_of(saved.virtual)
     prompt_learning = _common(saved, base)
     if parts == ["tokens"]:
         assert virtual.tokens is not None
         length, width = virtual.tokens.shape
-        heads = {"token_dim": width, "num_attention_heads": sizes.heads}
+        heads = {"token_dim": width, "num_attention_heads": _sizes(base).heads}
         config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": length, **heads, **prompt_learning}
         tensors = {EMBEDDINGS: np.asarray(virtual.tokens)}
     elif parts in (["prefix"], ["prefix", "head"]):
@@ -71,11 +73,11 @@ def export_peft(directory: str | Path, saved: SavedPrompt, base: FrozenBase) -> 
         tensors = {EMBEDDINGS: both.transpose(2, 1, 0, 3, 4).reshape(length, -1)}
         if virtual.head is not None:
             task_type = _task_type(saved.template.head)
-            tensors |= _head_tensors(virtual.head, HEADS[task_type], sizes)
+            tensors |= _head_tensors(virtual.head, HEADS[task_type], base.config)
             config |= {"task_type": task_type}
     else:
         common = {k: v for k, v in prompt_learning.items() if not k.startswith("num_")}
-        config, tensors = _adapter_files(virtual, sizes, common)
+        config, tensors = _adapter_files(virtual, base.config, common)
     return _write(directory, config, tensors)
 
 
@@ -95,12 +97,25 @@ def check_exportable(base: FrozenBase, method: Method, template: Template, virtu
         raise ConfigError("this prompt was trained with method.pin_prefix, and PEFT has no such option")
     if virtual.prefix is not None and states(virtual.prefix.memory):
         raise ConfigError(f"this {method.name} prompt has states of recurrent layers, which PEFT does not have")
+    if virtual.replaced is not None:
+        raise ConfigError(f"this {method.name} prompt has embeddings of real tokens, which PEFT's prompts do not have")
+    if virtual.linear is not None:
+        raise ConfigError(f"this {method.name} prompt has maps outside the softmax, which PEFT does not have")
     _check_tokens(base, template, virtual)
-    parts = _parts(virtual)
+    parts = parts_of(virtual)
+    if base.layout.encodes and parts != ["tokens"]:
+        raise ConfigError(
+            "of the prompts of an encoder-decoder, only token rows can be exported to PEFT, which has no keys and"
+            " values of the encoder and of cross-attention"
+        )
     if parts not in (["tokens"], ["prefix"], ["prefix", "head"], ["gated"]):
         raise ConfigError(f"PEFT has no prompts with this combination of parts: {', '.join(parts)}")
     if virtual.prefix is not None:
         plain_group(base)
+    if virtual.head is not None and not base.layout.generates:
+        raise ConfigError(
+            "transformers' classifiers of encoders have other layers before the head, and PEFT pools a virtual token"
+        )
     if virtual.head is not None:
         _check_head(method, virtual.head, HEADS[_task_type(template.head)])
     if virtual.gated is not None:
@@ -137,10 +152,6 @@ def peft_note(base: FrozenBase, method: Method, template: Template) -> str:
     return f"this prompt can be exported to PEFT{weights}"
 
 
-def _parts(virtual: VirtualPrompt) -> list[str]:
-    return [name for name in ("tokens", "shift", "prefix", "gated", "head") if getattr(virtual, name) is not None]
-
-
 def export_peft_tasks(directory: str | Path, prompts: Sequence[SavedPrompt], base: FrozenBase) -> Path:
     """Writes prompts of token rows, all of one length, as the tasks 0, 1, ... of a PEFT multitask prompt.
 
@@ -165,6 +176,8 @@ def export_peft_tasks(directory: str | Path, prompts: Sequence[SavedPrompt], bas
             raise ConfigError(
                 f"a {saved.method.name} prompt does not consist only of token rows, as a PEFT multitask prompt requires"
             )
+        if base.layout.encodes:
+            raise ConfigError("PEFT puts multitask prompts of an encoder-decoder before the decoder's input, too")
         _check_tokens(base, saved.template, saved.virtual)
         rows.append(np.asarray(saved.virtual.tokens))
     if len({array.shape for array in rows}) > 1:
@@ -178,7 +191,7 @@ def export_peft_tasks(directory: str | Path, prompts: Sequence[SavedPrompt], bas
         "num_ranks": length,
         "num_virtual_tokens": length,
         "token_dim": width,
-        "num_attention_heads": base.config.heads,
+        "num_attention_heads": _sizes(base).heads,
         **_common(prompts[0], base),
     }
     tensors = {
@@ -193,11 +206,23 @@ def _common(saved: SavedPrompt, base: FrozenBase) -> dict[str, Any]:
     return {
         "base_model_name_or_path": saved.info["base"]["id"],
         "revision": saved.info["base"]["revision"],
-        "task_type": "CAUSAL_LM",
+        "task_type": _base_type(base),
         "inference_mode": True,
+        # With 2, PEFT stores as many rows again for the decoder, which it never uses.
         "num_transformer_submodules": 1,
-        "num_layers": base.config.layers,
+        "num_layers": _sizes(base).layers,
     }
+
+
+def _base_type(base: FrozenBase) -> str:
+    """Returns PEFT's task type of a prompt without a head."""
+    if base.layout.encodes:
+        return "SEQ_2_SEQ_LM"
+    return "CAUSAL_LM" if base.layout.causal else "FEATURE_EXTRACTION"
+
+
+def _sizes(base: FrozenBase) -> ModelConfig:
+    return base.model.config if isinstance(base.model, EncoderDecoderModel) else base.config
 
 
 def _task_type(task: str) -> str:
@@ -260,22 +285,24 @@ def _check_tokens(base: FrozenBase, template: Template, virtual: VirtualPrompt) 
         record[MESSAGES] = [{"role": "user", "content": "a"}]
     encoder = encoder_for(base, template)
     ids = encoder.prompt_ids(record).tolist()
+    ids = ids[:-1] if base.layout.encodes else ids  # without the decoder's first token
     own = list(range(vocab_size, vocab_size + template.virtual_tokens))
     front, ours = ids[: len(own)], ids[len(own) :]
-    text = "".join("a" if isinstance(piece, Field) else getattr(piece, "text", "") for piece in parse(template.prompt))
+    pieces = parse(encoder.form.marked(template.prompt))
+    text = "".join("a" if isinstance(piece, Field) else getattr(piece, "text", "") for piece in pieces)
     theirs = [tokenizer(words)["input_ids"] for words in (text, text.removeprefix(" "))]
     cause = f"the template {template.prompt!r} cannot be exported: PEFT puts"
     if front != own or any(id_ in ours for id_ in own):
         where = " inside the chat template" if chat else ""
         raise ConfigError(
             f"{cause} all virtual tokens before everything, but here they are elsewhere{where}; train with a prompt"
-            f" that begins with {template_front(tokenizer)!r}"
+            f" that begins with {template_front(base)!r}"
         )
     if not chat and not template.continues and ours not in theirs:
         raise ConfigError(
             f"{cause} the virtual tokens before the tokens of the whole text, {_tokens(tokenizer, theirs[0])}, but this"
             f" template has {_tokens(tokenizer, ours)} there; train with a prompt that begins with"
-            f" {template_front(tokenizer) if own else '{text}'!r}"
+            f" {template_front(base) if own else '{text}'!r}"
         )
 
 

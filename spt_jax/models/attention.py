@@ -7,7 +7,7 @@ merged by log-sum-exp, because JAX's attention stops its gradient, and a shared 
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ class Stream:
       prompt_index: which of S stacked prompts each row uses; None if all rows share one prompt.
       ids: id of each token; from V on, it is virtual. Only bases with embeddings by layer read them, and need them.
       pinned: the tokens that a sliding window never hides from later ones; None for none.
+      decoder: of an encoder-decoder, the indices in the row of the tokens that its decoder reads, with T for padding;
+        None if there are none. Their positions count from 0 again.
     """
 
     positions: Int[Array, "B T"]
@@ -42,6 +44,7 @@ class Stream:
     prompt_index: Int[Array, " B"] | None = None
     ids: Int[Array, "B T"] | None = None
     pinned: Bool[Array, "B T"] | None = None
+    decoder: Int[Array, "B U"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -85,10 +88,41 @@ class GatedPrefix:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class LinearMemory:
+    """A linear map of each layer that adds a term to the attention output outside the softmax.
+
+    Prefix-Tuning+ (Wang et al. 2025, arXiv 2506.13674): the output of a query head for the query q is that of attention
+    plus elu(q) M, where M is the map of its key/value head. No number of keys dilutes the term, and no position or mask
+    changes it. The query is that of the attention scores, after RoPE.
+
+    Attributes:
+      maps: the maps of the layers of each group, float32; Hv is the size of a value.
+    """
+
+    maps: Mapping[str, Float[Array, "*S L K H Hv"]]
+
+
+def linear_term(queries: Float[Array, "B T N H"], maps: Float[Array, "*B K H Hv"]) -> Float[Array, "B T N Hv"]:
+    """Returns the term that a `LinearMemory` adds to the attention output of one layer.
+
+    Args:
+      queries: the queries of the attention scores.
+      maps: the layer's map of each key/value head, which all rows share or with a B axis.
+    """
+    features = jax.nn.elu(grouped_heads(queries, maps.shape[-3]))
+    # Cast here, so that the cotangents of all rows are summed in float32.
+    product = jnp.matmul(features, maps.astype(queries.dtype), preferred_element_type=jnp.float32)
+    return ungrouped_heads(product.astype(queries.dtype), queries.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Cache:
     """What all layers remember of earlier tokens of each row. Empty slots have segment 0.
 
-    The capacity C may exceed the number of positions S; slots from S on are not read.
+    The capacity C may exceed the number of positions S; slots from S on are not read. Of an encoder-decoder, the first
+    slots are the encoder's tokens, and only cross-attention has keys and values for them; the others are the decoder's,
+    and only its self-attention has keys and values for those.
 
     Attributes:
       memory: keys [L B K H C] and values [L B K C H], or states [L B ...]. The axes are in the order in which the
@@ -116,9 +150,14 @@ def visible(
     seen = key_positions[:, None, :] <= last[:, :, None]
     if key_segments is None:
         return seen
+    return related(queries, key_segments) & seen
+
+
+def related(queries: Stream, key_segments: Int[Array, "B S"]) -> Bool[Array, "B T S"]:
+    """Returns a mask that is True where the segment of a key is the segment or the parent of the query."""
     same = key_segments[:, None, :] == queries.segments[:, :, None]
     parent = (key_segments[:, None, :] == queries.parents[:, :, None]) & (queries.parents[:, :, None] > 0)
-    return (same | parent) & seen
+    return same | parent
 
 
 def within_window(

@@ -14,15 +14,24 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from spt_jax.errors import ConfigError
-from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Stream, soft_capped, visible, within_window
+from spt_jax.models.attention import (
+    Cache,
+    GatedPrefix,
+    LinearMemory,
+    Prefix,
+    Stream,
+    soft_capped,
+    visible,
+    within_window,
+)
 from spt_jax.models.block import Block
 from spt_jax.models.config import DecoderConfig, Stack, group_names, kv_sources, layer_configs, periods
 from spt_jax.models.kernels import Kernel
 from spt_jax.models.layers import ACTIVATIONS, Linear, Norm, scaled, table_param, table_rows, take_rows
 from spt_jax.models.layout import Group, Layout, StateGroup
 from spt_jax.models.memory import KeysValues, Memory, keys_values
+from spt_jax.models.output_matrix import matrix_products
 from spt_jax.models.per_layer import PerLayerEmbedding
-from spt_jax.models.quantized import TableArray
 from spt_jax.models.recurrence import TokenOrder, token_order
 from spt_jax.models.ring import splits
 from spt_jax.models.rope import rotation
@@ -93,11 +102,7 @@ class Decoder(nn.Module):
         with jax.named_scope("logits"):
             hidden = self.before_output(hidden)
             matrix = self.embedding if config.tied else self.output
-            if isinstance(matrix, TableArray):
-                logits = matrix.products(hidden)
-            else:
-                kernel = matrix.T if config.tied else matrix
-                logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+            logits = matrix_products(hidden, matrix, by_token=config.tied)
             logits = logits if config.logit_scale is None else logits * config.logit_scale
             if config.logit_bias:
                 bias = self.logit_bias.astype(jnp.float32)
@@ -125,13 +130,14 @@ class Decoder(nn.Module):
         prefix: Prefix | None = None,
         cache: Cache | None = None,
         gated: GatedPrefix | None = None,
+        linear: LinearMemory | None = None,
         *,
         return_memory: bool = False,
         return_hidden: bool = True,
     ) -> tuple[Float[Array, "B T _"] | None, Memory | None]:
         """Runs the layers; arguments and results are those of `Model.run`."""
         config = self.config
-        remembered = _remembered(config, rows, prefix, cache, gated)
+        remembered = _remembered(config, rows, prefix, cache, gated, linear)
         ring = cache is None and splits(self.mesh, rows)
         by_layer = self.by_layer(x, rows)
         rows = dataclasses.replace(rows, ids=None)  # No layer reads them.
@@ -212,7 +218,12 @@ class Decoder(nn.Module):
 
 
 def _remembered(
-    config: DecoderConfig, rows: Stream, prefix: Prefix | None, cache: Cache | None, gated: GatedPrefix | None
+    config: DecoderConfig,
+    rows: Stream,
+    prefix: Prefix | None,
+    cache: Cache | None,
+    gated: GatedPrefix | None,
+    linear: LinearMemory | None,
 ) -> Remembered:
     def layers_first(tree: Any) -> Any:
         return tree if rows.prompt_index is None else jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), tree)
@@ -221,6 +232,7 @@ def _remembered(
         prefix=None if prefix is None else layers_first(prefix.memory),
         cache=None if cache is None else cache.memory,
         gated=None if gated is None else _for_all_layers(config, layers_first((gated.memory, gated.gates))),
+        linear=None if linear is None else layers_first(linear.maps),
     )
 
 

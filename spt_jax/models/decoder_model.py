@@ -1,7 +1,6 @@
 """A causal decoder with its weights, as the rest of the library uses it."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,17 +10,17 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Stream, soft_capped
+from spt_jax.models.attention import Cache, GatedPrefix, LinearMemory, Prefix, Stream
 from spt_jax.models.config import DecoderConfig, layer_configs, periods
 from spt_jax.models.decoder import Decoder, decoder_layout
 from spt_jax.models.latent_attention import LatentAttention
-from spt_jax.models.layers import dense, table_rows
+from spt_jax.models.layers import dense
 from spt_jax.models.layout import Layout, only_layers
 from spt_jax.models.memory import KeysValues, Memory
 from spt_jax.models.model import Params, TargetScores
+from spt_jax.models.output_matrix import matrix_rows, target_scores
 from spt_jax.models.quantized import KernelArray, TableArray
 from spt_jax.models.self_attention import ATTENTION, Attention
-from spt_jax.models.vocabulary import log_sum_exp
 from spt_jax.runtime.sharding import to_host
 
 
@@ -68,12 +67,13 @@ class DecoderModel:
         prefix: Prefix | None = None,
         cache: Cache | None = None,
         gated: GatedPrefix | None = None,
+        linear: LinearMemory | None = None,
         *,
         return_memory: bool = False,
         return_hidden: bool = True,
     ) -> tuple[Float[Array, "B T _"] | None, Memory | None]:
         options = {"return_memory": return_memory, "return_hidden": return_hidden}
-        return self._apply(x, stream, prefix, cache, gated, **options)
+        return self._apply(x, stream, prefix, cache, gated, linear, **options)
 
     def attention_weights(
         self, x: Float[Array, "B T D"], stream: Stream, prefix: Prefix | None
@@ -124,24 +124,8 @@ class DecoderModel:
         states = self._apply(states, method=Decoder.before_output)
         if config.logit_scale is not None:
             states = states * jnp.asarray(config.logit_scale, states.dtype)
-        matrix = jax.lax.stop_gradient(self.output_matrix)
-        matrix = matrix if isinstance(matrix, TableArray) else matrix.astype(states.dtype)
         bias = jax.lax.stop_gradient(self.params["logit_bias"].astype(jnp.float32)) if config.logit_bias else None
-        targets = jax.lax.stop_gradient(self._output_rows(ids)).astype(states.dtype)
-        at_targets = functools.partial(jnp.take_along_axis, indices=at, axis=1)
-        cap = config.logit_cap
-        log_sums = at_targets(log_sum_exp(states, matrix, cap, bias))
-        states_at_targets = jnp.take_along_axis(states, at[:, :, None], axis=1)
-        chosen = jnp.einsum("bmd,bmkd->bmk", states_at_targets, targets, preferred_element_type=jnp.float32)
-        chosen = chosen if bias is None else chosen + jnp.take(bias, ids)
-        log_probabilities = soft_capped(chosen, cap) - log_sums[:, :, None]
-        if cap is not None:
-            return TargetScores(log_probabilities, None)
-        means = at_targets(
-            jnp.dot(states, dense(matrix).mean(axis=0).astype(states.dtype), preferred_element_type=jnp.float32)
-        )
-        means = means if bias is None else means + bias.mean()
-        return TargetScores(log_probabilities, means - log_sums)
+        return target_scores(states, at, ids, self.output_matrix, self._output_rows, cap=config.logit_cap, bias=bias)
 
     @property
     def input_matrix(self) -> Float[Array, "V D"] | TableArray:
@@ -157,9 +141,7 @@ class DecoderModel:
     def _output_rows(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
         """Returns rows of `output_matrix`, without a transposed copy of it."""
         matrix = self.params["embedding"] if self.config.tied else self.params["output"]
-        if self.config.tied or isinstance(matrix, TableArray):
-            return table_rows(matrix, ids)
-        return jnp.moveaxis(jnp.take(matrix, ids, axis=1), 0, -1)
+        return matrix_rows(matrix, ids, by_token=self.config.tied)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         return self.module.apply({"params": self.params}, *args, **kwargs)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from spt_jax.errors import ConfigError
-from spt_jax.models.attention import NEVER, Cache, GatedPrefix, Prefix, Stream, visible
+from spt_jax.models.attention import NEVER, Cache, GatedPrefix, LinearMemory, Prefix, Stream, visible
 from spt_jax.models.layout import Group, Layout
 from spt_jax.models.memory import KeysValues, Memory, from_cache
 from spt_jax.models.model import TargetScores
@@ -101,12 +101,15 @@ class FunctionalModel:
         prefix: Prefix | None = None,
         cache: Cache | None = None,
         gated: GatedPrefix | None = None,
+        linear: LinearMemory | None = None,
         *,
         return_memory: bool = False,
         return_hidden: bool = True,
     ) -> tuple[Float[Array, "B T D"] | None, Memory | None]:
         if gated is not None:
             raise ConfigError("this model takes input embeddings only, no gated keys and values")
+        if linear is not None:
+            raise ConfigError("this model takes input embeddings only, no linear memory")
         memory = None
         if return_memory:
             keys = x[None, :, :, None]

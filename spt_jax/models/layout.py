@@ -8,6 +8,10 @@ from typing import Literal
 SELF = "self"
 # The group of the states of layers that have a recurrent part beside the attention of that group.
 RECURRENT = "recurrent"
+# The groups of an encoder-decoder beside the self-attention of its decoder: cross-attention, whose keys and values are
+# computed from the encoder's output, and the self-attention of the encoder.
+CROSS = "cross"
+ENCODER = "encoder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,15 +23,16 @@ class Group:
       kv_heads: number K of key and value heads.
       key_size: size of a key.
       value_size: size of a value.
-      site: "self" for self-attention; "inputs" if the keys are the input embeddings of the tokens, and there are no
-        values, for a model that recomputes its layers from them.
+      site: "self" for self-attention; "cross" for cross-attention to the encoder's tokens, and "encoder" for the
+        self-attention of an encoder that a decoder follows; "inputs" if the keys are the input embeddings of the
+        tokens, and there are no values, for a model that recomputes its layers from them.
     """
 
     layers: tuple[int, ...]
     kv_heads: int
     key_size: int
     value_size: int
-    site: Literal["self", "inputs"] = "self"
+    site: Literal["self", "cross", "encoder", "inputs"] = "self"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +61,12 @@ class Layout:
       windowed: whether some layers have a sliding window.
       packs: whether rows of several examples save time; the results are the same in either case.
       causal: whether a token sees only earlier tokens, so that the hidden states of leading tokens that all examples
-        share depend on no example, and text can be generated. Otherwise the base is an encoder.
+        share depend on no example, and text can be generated. Otherwise the base is an encoder, or has one that reads
+        the prompt.
       pooling: what a class head reads, as in `DecoderConfig`.
       predicts_tokens: whether the base has an output matrix, and so logits.
       hidden_width: size of a hidden state; None if it is that of an embedding.
+      start_id: of an encoder-decoder, the token that begins the decoder's tokens; None for a base with one side.
     """
 
     vocab_size: int
@@ -72,11 +79,22 @@ class Layout:
     pooling: Literal["last", "first", "mean"] = "last"
     predicts_tokens: bool = True
     hidden_width: int | None = None
+    start_id: int | None = None
 
     def __hash__(self) -> int:
-        sizes = self.vocab_size, self.width, self.max_positions
-        kinds = self.windowed, self.packs, self.causal, self.pooling, self.predicts_tokens, self.hidden_width
+        sizes = self.vocab_size, self.width, self.max_positions, self.hidden_width, self.start_id
+        kinds = self.windowed, self.packs, self.causal, self.pooling, self.predicts_tokens
         return hash((*sizes, frozenset(self.groups.items()), *kinds))
+
+    @property
+    def encodes(self) -> bool:
+        """Whether this is an encoder-decoder, whose encoder reads the prompt."""
+        return self.start_id is not None
+
+    @property
+    def generates(self) -> bool:
+        """Whether the base can generate text."""
+        return self.causal or self.encodes
 
     @property
     def head_width(self) -> int:
@@ -87,7 +105,13 @@ class Layout:
     def attention_groups(self) -> dict[str, Group]:
         """The groups with keys and values of attention layers, which a prompt may provide."""
         own = {name: group for name, group in self.groups.items() if isinstance(group, Group)}
-        return {name: group for name, group in own.items() if group.site == "self"}
+        return {name: group for name, group in own.items() if group.site != "inputs"}
+
+    @property
+    def cached_groups(self) -> dict[str, Group | StateGroup]:
+        """The groups whose memory later tokens read: all but the self-attention of an encoder."""
+        groups = self.groups.items()
+        return {name: group for name, group in groups if not isinstance(group, Group) or group.site != "encoder"}
 
     @property
     def only_tokens(self) -> bool:

@@ -113,8 +113,10 @@ def state_spec(groups: Mapping[str, StateGroup]) -> Memory:
     return {name: of_group(group) for name, group in groups.items()}
 
 
-def empty_cache(layout: Layout, rows: int, capacity: int, dtype: DTypeLike) -> Memory:
-    """Returns zeros for the cache of a model."""
+def empty_cache(
+    layout: Layout, rows: int, capacity: int, dtype: DTypeLike, names: Sequence[str] | None = None
+) -> Memory:
+    """Returns zeros for the cache of a model; only for the groups with these names, if they are given."""
 
     def of_group(name: str) -> KeysValues | State:
         group = layout.groups[name]
@@ -125,12 +127,12 @@ def empty_cache(layout: Layout, rows: int, capacity: int, dtype: DTypeLike) -> M
             return KeysValues(keys, jnp.zeros((*heads, capacity, group.value_size), dtype))
         return State({key: jnp.zeros((*axes, *shape), dtype) for key, shape in group.shapes})
 
-    return {name: of_group(name) for name in layout.groups}
+    return {name: of_group(name) for name in layout.groups if names is None or name in names}
 
 
-def shardings(layout: Layout, mesh: Mesh, heads: PartitionSpec, states: PartitionSpec) -> Any:
+def shardings(groups: Mapping[str, Group | StateGroup], mesh: Mesh, heads: PartitionSpec, states: PartitionSpec) -> Any:
     """Returns a prefix tree of a memory: the sharding `heads` for keys and values, `states` for recurrent states."""
-    kinds = {name: heads if isinstance(group, Group) else states for name, group in layout.groups.items()}
+    kinds = {name: heads if isinstance(group, Group) else states for name, group in groups.items()}
     return {name: NamedSharding(mesh, kind) for name, kind in kinds.items()}
 
 
@@ -143,7 +145,7 @@ def of_all_layers(memory: Memory, layout: Layout) -> Memory:
     """Adds to the memory of one prompt what it lacks: states of zeros, and keys and values at no positions."""
     states = {name: group for name, group in layout.state_groups.items() if name not in memory}
     pairs = {name: group for name, group in layout.attention_groups.items() if name not in memory}
-    absent = {**state_spec(states), **spec(pairs, length(memory))}
+    absent = {**state_spec(states), **spec(pairs, 0)}
     return {**memory, **jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), absent)}
 
 

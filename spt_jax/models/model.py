@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Stream
+from spt_jax.models.attention import Cache, GatedPrefix, LinearMemory, Prefix, Stream
 from spt_jax.models.layout import Layout
 from spt_jax.models.memory import Memory
 
@@ -75,6 +75,7 @@ class Model(Protocol):
         prefix: Prefix | None = None,
         cache: Cache | None = None,
         gated: GatedPrefix | None = None,
+        linear: LinearMemory | None = None,
         *,
         return_memory: bool = False,
         return_hidden: bool = True,
@@ -87,6 +88,7 @@ class Model(Protocol):
           prefix: memory that all rows share.
           cache: memory of earlier tokens of each row.
           gated: gated keys and values of the last layers.
+          linear: maps that add to the output of attention. It is passed only for a prompt that has it.
           return_memory: also return the memory of the tokens of x.
           return_hidden: if False, the last layer computes only its memory.
 

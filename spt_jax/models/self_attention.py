@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from spt_jax.models.attention import Scoring, Source, Stream, alibi_slopes, attend, attention_weights
+from spt_jax.models.attention import Scoring, Source, Stream, alibi_slopes, attend, attention_weights, linear_term
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.kernels import Kernel
 from spt_jax.models.layers import Linear, Norm, scaled
@@ -36,6 +36,7 @@ class LayerInputs:
       state: the state of a recurrent part before the rows: that after the cache, or that after the prefix; None for
         zeros.
       gated: keys and values of the gated prefix, and the gate, which is 0 for layers without one.
+      linear: the map of a `LinearMemory`.
       by_layer: the layer's embeddings of the tokens.
     """
 
@@ -46,6 +47,7 @@ class LayerInputs:
     cache: KeysValues | None = None
     state: State | None = None
     gated: tuple[KeysValues, Float[Array, "*L"]] | None = None
+    linear: Float[Array, "*L K H Hv"] | None = None
     by_layer: Float[Array, "*L B T d"] | None = None
 
 
@@ -208,10 +210,10 @@ class Attention(nn.Module):
     def attend(
         self, queries: Float[Array, "B T N H"], own: KeysValues, layer: LayerInputs, shared: SharedInputs
     ) -> Float[Array, "B T N Hv"]:
-        """Attends to prefix, cache and row, and adds what the gated prefix contributes."""
+        """Attends to prefix, cache and row, and adds what the gated prefix and the linear memory contribute."""
         config, stream = self.config, shared.stream
         scoring = Scoring(config.score_scale or config.head_size**-0.5, config.score_cap)
-        prefix, gated = of_row(stream.prompt_index, (layer.prefix, layer.gated))
+        prefix, gated, linear = of_row(stream.prompt_index, (layer.prefix, layer.gated, layer.linear))
         prefix, cache = jax.tree.map(lambda a: a.astype(queries.dtype), (prefix, layer.cache))
         if shared.masks is None:
             assert self.mesh is not None
@@ -239,7 +241,8 @@ class Attention(nn.Module):
             if self.is_mutable_collection(ATTENTION):
                 self.sow(ATTENTION, "weights", attention_weights(queries, sources, scoring, sinks))
                 self.sow(ATTENTION, "queries", queries.astype(jnp.float32))
-        return out if gated is None else out + _gated_attention(queries, *gated)
+        out = out if gated is None else out + _gated_attention(queries, *gated)
+        return out if linear is None else out + linear_term(queries, linear)
 
     def bias(self, key_positions: Int[Array, "B S"]) -> Float[Array, "B N 1 S"]:
         """Returns the ALiBi bias. A softmax does not change if all scores of a query do, so the keys are enough."""

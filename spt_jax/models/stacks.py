@@ -26,25 +26,28 @@ class Remembered:
       prefix: keys and values, or states, of the prefix.
       cache: keys and values, or states, of the cache.
       gated: keys and values of the gated prefix, and gates, which are 0 for layers without one.
+      linear: the maps of a `LinearMemory`.
     """
 
     prefix: Memory | None
     cache: Memory | None
     gated: dict[str, tuple[KeysValues, Float[Array, "L ..."]]] | None
+    linear: Mapping[str, Float[Array, "L ..."]] | None = None
 
     def of_layer(self, groups: Sequence[str], prompt_index: Int[Array, " B"] | None) -> dict[str, Any]:
         """Returns the fields of `LayerInputs` for a layer, from what that layer is given of its groups."""
         fields: dict[str, Any] = {}
         for group in groups:
-            prefix, cache, gated = (
-                None if field is None else field.get(group) for field in (self.prefix, self.cache, self.gated)
+            prefix, cache, gated, linear = (
+                None if field is None else field.get(group)
+                for field in (self.prefix, self.cache, self.gated, self.linear)
             )
             if isinstance(prefix, State) or isinstance(cache, State):
                 fields["state"] = of_row(prompt_index, prefix) if cache is None else cache
             else:
                 fields |= {
                     name: own
-                    for name, own in (("prefix", prefix), ("cache", cache), ("gated", gated))
+                    for name, own in (("prefix", prefix), ("cache", cache), ("gated", gated), ("linear", linear))
                     if own is not None
                 }
         return fields
@@ -124,7 +127,7 @@ def run_period(
         stack = stacks[i]
 
         def layer(x: Array, own: Any) -> tuple[Array, Any]:
-            place, weights, layer_inputs, prefix, gated = own
+            place, weights, layer_inputs, prefix, gated, linear = own
             # A scan over slices that an outer scan has made would copy each weight twice.
             weights = weights if stack.run == 1 else _at(of_stacks[i], repeat * stack.run + place)
             cache = remembered.cache and {
@@ -132,20 +135,20 @@ def run_period(
                 for name, first in zip(stack.groups, stack.places, strict=True)
                 if name in remembered.cache
             }
-            given = Remembered(prefix, cache, gated).of_layer(stack.groups, shared[i].stream.prompt_index)
+            given = Remembered(prefix, cache, gated, linear).of_layer(stack.groups, shared[i].stream.prompt_index)
             layer_inputs = dataclasses.replace(layer_inputs, **given)
             mutable = [ATTENTION] if return_weights else []
             (x, kept), sown = blocks[i].apply({"params": weights}, x, layer_inputs, shared[i], mutable=mutable)
             return x, (kept, sown)
 
-        return jax.checkpoint(layer, prevent_cse=False, policy=_POLICIES[remat])
+        return jax.checkpoint(layer, prevent_cse=False, policy=POLICIES[remat])
 
     def of_repeat(x: Array, given: Any) -> tuple[Array, Any]:
-        repeat, weights, own_inputs, prefix, gated = given
+        repeat, weights, own_inputs, prefix, gated, linear = given
         memory: dict[str, list[Any]] = {}
         read, attention = [], []
         for i, stack in enumerate(stacks):
-            own = own_inputs[i], _of_run(stack, prefix), _of_run(stack, gated)
+            own = own_inputs[i], *(_of_run(stack, field) for field in (prefix, gated, linear))
             if stack.run == 1:
                 x, outputs = layer_of(i, repeat)(x, (0, weights[i], *own))
                 kept, sown = jax.tree.map(lambda a: a[None], outputs)
@@ -174,6 +177,7 @@ def run_period(
         [own if stack.run == 1 else by_repeat(own, stack.run) for own, stack in zip(inputs, stacks, strict=True)],
         of_period(remembered.prefix),
         of_period(remembered.gated),
+        of_period(remembered.linear),
     )
     x, (memory, read, attention) = jax.lax.scan(of_repeat, x, xs)
     memory, read, attention = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (memory, read, attention))
@@ -211,7 +215,7 @@ def _saves_all_but_slices(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name not in ("dynamic_slice", "squeeze")
 
 
-_POLICIES = {
+POLICIES = {
     "none": _saves_all_but_slices,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": None,

@@ -11,9 +11,12 @@ from spt_jax.prompts.method import Method, PromptParams
 from spt_jax.prompts.multitask import MultitaskPromptTuning
 from spt_jax.prompts.p_tuning import PTuning
 from spt_jax.prompts.prefix_tuning import PrefixTuning
+from spt_jax.prompts.prefix_tuning_plus import PrefixTuningPlus
+from spt_jax.prompts.progressive import ProgressivePrompts
 from spt_jax.prompts.prompt_tuning import PromptTuning
 from spt_jax.prompts.residual import ResidualPromptTuning
 from spt_jax.prompts.state_tuning import StateTuning
+from spt_jax.prompts.trained_tokens import TrainedTokens
 from spt_jax.prompts.virtual import VirtualPrompt
 
 __all__ = [
@@ -27,16 +30,20 @@ __all__ = [
     "MultitaskPromptTuning",
     "PTuning",
     "PrefixTuning",
+    "PrefixTuningPlus",
+    "ProgressivePrompts",
     "PromptParams",
     "PromptTuning",
     "ResidualPromptTuning",
     "StateTuning",
+    "TrainedTokens",
     "VirtualPrompt",
 ]
 
 METHODS: dict[str, Any] = {
     "prompt_tuning": PromptTuning,
     "prefix_tuning": PrefixTuning,
+    "prefix_tuning_plus": PrefixTuningPlus,
     "p_tuning": PTuning,
     "residual_prompt_tuning": ResidualPromptTuning,
     "low_rank_prompt_tuning": LowRankPromptTuning,
@@ -46,4 +53,6 @@ METHODS: dict[str, Any] = {
     "deep_prompts": DeepPrompts,
     "multitask_prompt_tuning": MultitaskPromptTuning,
     "state_tuning": StateTuning,
+    "progressive_prompts": ProgressivePrompts,
+    "trained_tokens": TrainedTokens,
 }

@@ -68,6 +68,8 @@ TOKEN_METHODS = (
     "decomposed_prompt_tuning",
     "multitask_prompt_tuning",
     "cpt",
+    "progressive_prompts",
+    "trained_tokens",
 )
 
 
@@ -83,9 +85,9 @@ def check_method(method: "Method", base: FrozenBase) -> None:
         in `Method.check_base`.
     """
     virtual = method.spec(base.layout)
-    if base.layout.only_tokens and (virtual.prefix is not None or virtual.gated is not None):
+    if base.layout.only_tokens and any((virtual.prefix, virtual.gated, virtual.linear)):
         raise ConfigError(
-            f"{method.name} gives keys, values or states to layers, and {base.name} takes input embeddings only;"
+            f"{method.name} gives keys, values, states or maps to layers, and {base.name} takes input embeddings only;"
             f" methods that work: {', '.join(TOKEN_METHODS)}"
         )
     method.check_base(base)

@@ -13,7 +13,7 @@ from spt_jax.bases.base import FrozenBase
 from spt_jax.errors import ConfigError
 from spt_jax.models import memory
 from spt_jax.models.attention import Stream
-from spt_jax.models.layout import SELF, Layout
+from spt_jax.models.layout import SELF, Group, Layout
 from spt_jax.models.memory import KeysValues, Memory, State
 from spt_jax.models.model import Model
 from spt_jax.prompts.initializers import Initializer, initialize
@@ -43,6 +43,8 @@ class PrefixTuning(Method):
       states: also train the states of the recurrent layers before the first token, which are zeros otherwise (S0
         tuning, arXiv 2604.01168; the method `state_tuning` trains only these). They start from zeros, or from those of
         the prompt that `init` names.
+      sites: the attention layers that get keys and values, for an encoder-decoder: encoder for the encoder's
+        self-attention, self for the decoder's, and cross for cross-attention; default all three. Each has its own.
       pin_prefix: in layers with a sliding window, every token attends to all keys and values of the prefix, however far
         behind they are. By default the window hides them, as it hides tokens.
     """
@@ -58,6 +60,7 @@ class PrefixTuning(Method):
     hidden: int = 512
     sink: int = 0
     states: bool = False
+    sites: tuple[Literal["encoder", "self", "cross"], ...] = ()
     pin_prefix: bool = False
 
     def __post_init__(self) -> None:
@@ -69,6 +72,8 @@ class PrefixTuning(Method):
             raise ConfigError(
                 f"method.sink is {self.sink}; it must be in 0 to {self.prefix_length - 1}: the others are trained"
             )
+        if len(set(self.sites)) < len(self.sites):
+            raise ConfigError(f"method.sites names a site twice: {', '.join(self.sites)}")
 
     @property
     def pins(self) -> bool:
@@ -116,9 +121,21 @@ class PrefixTuning(Method):
         return VirtualPrompt(prefix=VirtualPrefix({**whole[0], **whole[1]}), pinned=self.pins)
 
     def spec(self, layout: Layout) -> VirtualPrompt:
-        prefix = memory.spec(layout.attention_groups, self.prefix_length)
+        prefix = memory.spec(self._groups(layout), self.prefix_length)
         states = memory.state_spec(layout.state_groups) if self.states else {}
         return VirtualPrompt(prefix=VirtualPrefix({**prefix, **states}), pinned=self.pins)
+
+    def check_base(self, base: FrozenBase) -> None:
+        super().check_base(base)
+        if self.sites and not base.layout.encodes:
+            raise ConfigError(
+                f"method.sites is {', '.join(self.sites)}, and {base.name} is no encoder-decoder; leave it out"
+            )
+
+    def _groups(self, layout: Layout) -> dict[str, Group]:
+        """Returns the groups of layers that get keys and values."""
+        groups = layout.attention_groups.items()
+        return {name: group for name, group in groups if not self.sites or group.site in self.sites}
 
     def trainable(self, params: PromptParams) -> dict[str, Any]:
         """The sink, the scale and the initial keys and values of the network are not trained."""
@@ -130,7 +147,7 @@ class PrefixTuning(Method):
     def _start(self, key: Key[Array, ""], base: FrozenBase) -> Packed:
         length = self.prefix_length
         if self.start == "zero":
-            spec = memory.spec(base.layout.attention_groups, length)
+            spec = memory.spec(self._groups(base.layout), length)
             return _packed(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), spec))
         saved = self._saved(base)
         if saved is not None:
@@ -142,7 +159,8 @@ class PrefixTuning(Method):
         if self.sink and bos is not None and self.start == "tokens":
             ids[0] = bos
             rows = rows.at[0].set(base.model.embed(jnp.asarray([bos]))[0].astype(jnp.float32))
-        both = _packed(memory_of_rows(base.model, rows, jnp.asarray(ids)))
+        found, groups = memory_of_rows(base.model, rows, jnp.asarray(ids)), self._groups(base.layout)
+        both = _packed({name: own for name, own in found.items() if name in groups or isinstance(own, State)})
         if self.start == "tokens":
             return both
         leaves, structure = jax.tree.flatten(both)
@@ -198,9 +216,21 @@ def memory_of_rows(model: Model, rows: Float[Array, "P D"], ids: Int[Array, " P"
     positions = jnp.arange(rows.shape[0], dtype=jnp.int32)[None]
     stream = Stream(positions, jnp.ones_like(positions), jnp.zeros_like(positions), ids=ids[None])
     x = rows[None].astype(model.dtype)
+    if model.layout.encodes:
+        return _memory_of_both_sides(model, x, stream)
     _, found = model.run(x, stream, return_memory=True, return_hidden=False)
     assert found is not None
     return jax.tree.map(lambda a: a[:, 0].astype(jnp.float32), found)
+
+
+def _memory_of_both_sides(model: Model, x: Float[Array, "1 P D"], stream: Stream) -> Memory:
+    """Returns what both sides of an encoder-decoder remember of embeddings that each of them reads."""
+    length = x.shape[1]
+    twice = jax.tree.map(lambda a: jnp.concatenate([a, a], axis=1), stream)
+    twice = dataclasses.replace(twice, decoder=length + stream.positions)
+    _, found = model.run(jnp.concatenate([x, x], axis=1), twice, return_memory=True, return_hidden=False)
+    assert found is not None
+    return jax.tree.map(lambda a: a[:, 0, :length].astype(jnp.float32), found)
 
 
 def _packed(whole: Memory) -> Packed:

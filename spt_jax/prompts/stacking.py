@@ -6,15 +6,15 @@ import jax.numpy as jnp
 
 from spt_jax.errors import ConfigError
 from spt_jax.models import memory
-from spt_jax.models.attention import GatedPrefix
-from spt_jax.prompts.virtual import Head, VirtualPrefix, VirtualPrompt
+from spt_jax.models.attention import GatedPrefix, LinearMemory
+from spt_jax.prompts.virtual import Head, ReplacedRows, VirtualPrefix, VirtualPrompt
 
 
 def stack_prompts(prompts: Sequence[VirtualPrompt]) -> VirtualPrompt:
     """Stacks S prompts, of any methods and lengths, along a new leading S axis.
 
     A part that only some of the prompts have is padded for the others: with token rows that no template uses, with an
-    empty prefix, or with a gate of 0.
+    empty prefix, a gate of 0, maps of zeros, or embeddings of no id.
 
     Args:
       prompts: prompts of one frozen base.
@@ -36,6 +36,8 @@ def stack_prompts(prompts: Sequence[VirtualPrompt]) -> VirtualPrompt:
         shift=memory.stack_padded([p.shift for p in prompts], axis=0),
         prefix=_stacked_prefix([p.prefix for p in prompts]),
         gated=_stacked_gated([p.gated for p in prompts]),
+        linear=_stacked_linear([p.linear for p in prompts]),
+        replaced=_stacked_replaced([p.replaced for p in prompts]),
         head=_stacked_head([p.head for p in prompts]),
         pinned=_stacked_pins([p.pinned for p in prompts]),
     )
@@ -61,6 +63,19 @@ def _stacked_gated(parts: Sequence[GatedPrefix | None]) -> GatedPrefix | None:
     gates = memory.stack_padded([part and part.gates for part in parts], axis=0, at_end=False)
     assert gates is not None
     return GatedPrefix(memory.stack_last_layers([part and part.memory for part in parts]), gates)
+
+
+def _stacked_linear(parts: Sequence[LinearMemory | None]) -> LinearMemory | None:
+    groups = sorted({name for part in parts if part is not None for name in part.maps})
+    maps = {name: memory.stack_padded([part and part.maps.get(name) for part in parts], axis=0) for name in groups}
+    return LinearMemory({name: own for name, own in maps.items() if own is not None}) if any(parts) else None
+
+
+def _stacked_replaced(parts: Sequence[ReplacedRows | None]) -> ReplacedRows | None:
+    rows = memory.stack_padded([part and part.rows for part in parts], axis=0)
+    # Padding is zeros, and the id of padding is -1.
+    ids = memory.stack_padded([None if part is None else part.ids + 1 for part in parts], axis=0)
+    return None if rows is None or ids is None else ReplacedRows(rows, ids - 1)
 
 
 def _stacked_head(parts: Sequence[Head | None]) -> Head | None:

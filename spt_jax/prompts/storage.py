@@ -28,6 +28,8 @@ from spt_jax.data.templates import Template
 from spt_jax.errors import CheckpointError, ConfigError, did_you_mean
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.decoder import decoder_layout
+from spt_jax.models.encoder_decoder import encoder_decoder_layout
+from spt_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from spt_jax.models.functional import functional_layout
 from spt_jax.models.layout import SELF, Layout
 from spt_jax.prompts.initializers import Initializer
@@ -53,7 +55,7 @@ INFO_FILE = "prompt.json"
 
 # The largest sizes of a base that a file may claim.
 MAX_SIZE = 2**31 - 1
-MAX_SIZES = {"layers": 2**16}
+MAX_SIZES: Mapping[str, int] = dict.fromkeys(("layers", "encoder_layers", "decoder_layers"), 2**16)
 
 _PACKAGES = ("spt_jax", "jax", "flax", "transformers")
 
@@ -292,6 +294,8 @@ def _read_info(directory: Path) -> dict[str, Any]:
     names = ["width", "vocab_size", "layers", "kv_heads", "head_size"]
     if fingerprint["config"].get("family") == FOREIGN:
         names = ["width", "vocab_size", "max_positions"]
+    elif "encoder_layers" in fingerprint["config"]:
+        names = ["width", "vocab_size", "encoder_layers", "decoder_layers", "heads", "head_size"]
     if fingerprint["config"].get("embedding_width") is not None:
         names.append("embedding_width")
     for name in names:
@@ -309,8 +313,16 @@ def _saved_layout(fingerprint: Fingerprint, where: str) -> Layout:
     if fingerprint.is_foreign:
         config = fingerprint.config
         return functional_layout(config["vocab_size"], config["width"], config["max_positions"])
-    sizes = {field.name for field in dataclasses.fields(DecoderConfig) if field.default is dataclasses.MISSING}
+    kind = fingerprint.kind or DecoderConfig
+    sizes = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
+    if kind is EncoderDecoderConfig:
+        try:
+            given = {name: value for name, value in fingerprint.config.items() if name in sizes}
+            return encoder_decoder_layout(_build(EncoderDecoderConfig, given, where))
+        except ConfigError as error:
+            raise CheckpointError(f"{where}: {str(error)[:1000]}") from error
     sizes |= {"embedding_width", "window", "window_layers", "delta_net", "mamba", "latent", "rope", "variants"}
+    sizes |= {"causal", "pooling", "output_head"}
     config = fingerprint.current.config
     try:
         return decoder_layout(_build(DecoderConfig, {k: v for k, v in config.items() if k in sizes}, where))

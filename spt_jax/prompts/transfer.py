@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.errors import ConfigError
-from spt_jax.prompts.virtual import VirtualPrompt
+from spt_jax.prompts.virtual import VirtualPrompt, parts_of
 
 
 def token_rows(virtual: VirtualPrompt) -> Float[Array, "P D"]:
@@ -23,8 +23,7 @@ def token_rows(virtual: VirtualPrompt) -> Float[Array, "P D"]:
     Raises:
       ConfigError: it has none, or has other parts too.
     """
-    others = (virtual.shift, virtual.prefix, virtual.gated, virtual.head)
-    if virtual.tokens is None or any(part is not None for part in others):
+    if virtual.tokens is None or parts_of(virtual) != ["tokens"]:
         raise ConfigError("this needs prompts that have only token rows")
     return virtual.tokens
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from spt_jax.models import memory
-from spt_jax.models.attention import GatedPrefix
+from spt_jax.models.attention import GatedPrefix, LinearMemory
 from spt_jax.models.memory import Memory
 from spt_jax.runtime.reprs import short_repr
 
@@ -38,6 +38,21 @@ class Head:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class ReplacedRows:
+    """Input embeddings that replace those of some real tokens wherever they occur, float32.
+
+    Attributes:
+      rows: the embeddings.
+      ids: the id that each replaces, below 2^24; -1 for padding of stacked prompts. They are float32, like all arrays
+        of a prompt, which are differentiated and stored as one tree.
+    """
+
+    rows: Float[Array, "*S N D"]
+    ids: Float[Array, "*S N"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class VirtualPrompt:
     """A soft prompt as the model sees it. Each part is optional.
 
@@ -45,9 +60,11 @@ class VirtualPrompt:
 
     Attributes:
       tokens: row i is the embedding of the virtual token with id `vocab_size + i`, float32.
+      replaced: embeddings of some real tokens, in place of the base's.
       shift: added to the embeddings of real tokens at the first T positions.
       prefix: memory of the positions before the first token.
       gated: gated keys and values of the last layers.
+      linear: maps of the queries that add to the output of attention.
       head: task head, used in place of the output matrix.
       pinned: whether layers with a sliding window never hide the prefix and the virtual tokens from later tokens; for S
         stacked prompts, one for all or one for each.
@@ -57,7 +74,9 @@ class VirtualPrompt:
     shift: Float[Array, "*S T D"] | None = None
     prefix: VirtualPrefix | None = None
     gated: GatedPrefix | None = None
+    linear: LinearMemory | None = None
     head: Head | None = None
+    replaced: ReplacedRows | None = None
     pinned: bool | tuple[bool, ...] = dataclasses.field(default=False, metadata={"static": True})
 
     __repr__ = short_repr
@@ -73,6 +92,12 @@ class VirtualPrompt:
         if self.prefix is None or self.prefix.length is None:
             return self.prefix_length
         return self.prefix.length
+
+
+def parts_of(virtual: VirtualPrompt) -> list[str]:
+    """Returns the names of the parts that a prompt has, such as "tokens" and "head"."""
+    names = (field.name for field in dataclasses.fields(virtual) if field.name != "pinned")
+    return [name for name in names if getattr(virtual, name) is not None]
 
 
 def shape(*sizes: int) -> Any:

@@ -8,6 +8,7 @@ thread also reads signal numbers from a pipe, which the C-level handler of Pytho
 
 import atexit
 import contextlib
+import functools
 import itertools
 import os
 import signal
@@ -30,6 +31,7 @@ _holding: Any = None  # handler of the innermost `held`
 _seen: list[int] = []  # signals since that `held` was entered
 
 
+@functools.cache  # With -m, only what is imported first can tell.
 def is_program() -> bool:
     """Says what this process is.
 

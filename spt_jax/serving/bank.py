@@ -37,7 +37,7 @@ class DevicePrompt:
 
     Attributes:
       prefix: the memory of the prompt and of the leading ids of its template; padding has the position NEVER.
-      virtual: the other parts of the prompt: rows for later virtual ids, shifts, gates, a head.
+      virtual: the other parts of the prompt: rows for later virtual ids, shifts, other embeddings, gates, maps, a head.
       rows: the number of virtual ids, including those among the leading ids.
       lead: the leading ids.
       start: the position after them.
@@ -51,14 +51,19 @@ class DevicePrompt:
 
     @property
     def generates(self) -> bool:
-        """Whether requests can share a decode step: they need no shifts, gates or head."""
-        virtual = self.virtual
-        return virtual is None or (virtual.shift is None and virtual.gated is None and virtual.head is None)
+        """Whether requests can share a decode step: they need no shifts, replaced embeddings, gates, maps or head."""
+        return can_generate(self.virtual)
 
     @property
     def bytes(self) -> int:
         """Size on the device."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves((self.prefix, self.virtual)))
+
+
+def can_generate(virtual: VirtualPrompt | None) -> bool:
+    """Whether the server can generate under a prompt: a decode step has its memory, but none of its other parts."""
+    parts = () if virtual is None else (virtual.shift, virtual.replaced, virtual.gated, virtual.linear, virtual.head)
+    return all(part is None for part in parts)
 
 
 class UnknownPromptError(ConfigError):
@@ -107,15 +112,27 @@ class PromptBank:
         Args:
           base: the frozen base.
           budget_bytes: device memory for prefixes and rows; None for no limit.
+
+        Raises:
+          ConfigError: the base is an encoder-decoder.
         """
+        if base.layout.encodes:
+            raise ConfigError(
+                f"the server does not support encoder-decoders, such as {base.name} ({base.family}); use"
+                " spt_jax.generate or python -m spt_jax ask"
+            )
         self.base = base
         self._budget = budget_bytes
         self._entries: dict[str | None, Entry] = {}
         self._held: collections.OrderedDict[str, DevicePrompt] = collections.OrderedDict()
         self._bytes = 0
         self._lock, self._making = threading.Lock(), threading.Lock()
+        self._chat: Entry | None = None
+        if not base.layout.generates:
+            return  # An encoder answers nothing without a prompt.
         self._entries[None] = self._entry(Template(prompt="{text}", target="{target}"), None)
-        self._chat = self._entry(Template(prompt=f"{{{MESSAGES}}}"), None) if base.tokenizer.chat_template else None
+        if base.tokenizer.chat_template:
+            self._chat = self._entry(Template(prompt=f"{{{MESSAGES}}}"), None)
 
     @property
     def names(self) -> list[str]:
@@ -302,6 +319,8 @@ class PromptBank:
         with self._lock:
             if name in self._entries:
                 return self._entries[name]
+        if name is None:
+            raise UnknownPromptError("the base is an encoder, which answers nothing without a prompt; name a prompt")
         raise UnknownPromptError(f"there is no prompt {name!r}; {did_you_mean(str(name), self.names)}")
 
 

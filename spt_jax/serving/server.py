@@ -271,7 +271,8 @@ def _shares(scores: Mapping[str, float]) -> dict[str, float]:
 async def models(request: Request) -> Any:
     """Lists the base and all prompts."""
     service = _service(request)
-    return api.Models(data=[service.model(name) for name in (None, *service.bank.names)])
+    bare = [None] if service.bank.base.layout.generates else []
+    return api.Models(data=[service.model(name) for name in (*bare, *service.bank.names)])
 
 
 @router.get("/v1/models/{name}", response_model=api.Model)

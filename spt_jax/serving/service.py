@@ -23,7 +23,7 @@ from spt_jax.inference.answers import continuation_text, is_opening
 from spt_jax.inference.generation import SamplingConfig
 from spt_jax.serving import protocol as api
 from spt_jax.serving.answers import Choice
-from spt_jax.serving.bank import DevicePrompt, Entry, PromptBank
+from spt_jax.serving.bank import DevicePrompt, Entry, PromptBank, can_generate
 from spt_jax.serving.classify import Classifier
 from spt_jax.serving.fairness import Lane, Sender, has_share
 from spt_jax.serving.lengths import size, text_bound, texts_of
@@ -176,7 +176,7 @@ class Service:
     def warm(self, name: str) -> None:
         """Computes the arrays that a prompt's requests share, and compiles the programs for the shortest requests."""
         held = self.bank.held(name)
-        if held.generates:
+        if held.generates and self.bank.base.layout.generates:
             self.worker.engine.warm(held, len(held.lead) + 1)
 
     def known(self, model: str) -> str | None:
@@ -433,7 +433,6 @@ class Service:
         """Returns the description of a model for /v1/models."""
         entry = self.bank.entry(name)
         template, virtual = entry.template, entry.virtual
-        parts = () if virtual is None else (virtual.shift, virtual.gated, virtual.head)
         model = name or self.name
         return api.Model(
             id=model,
@@ -445,6 +444,6 @@ class Service:
             examples=examples_for(self._examples.get(model, ()), template.prompt_fields),
             virtual_tokens=template.virtual_tokens or (0 if virtual is None else virtual.prefix_length),
             bytes=entry.bytes,
-            generates=all(part is None for part in parts) and not template.verbalizers,
+            generates=can_generate(virtual) and not template.verbalizers,
             classifies=entry.classifies,
         )

@@ -44,7 +44,7 @@ class Prepared:
     """A trial's experiment, its training examples, the shapes of their batches, and its evaluation sets by split."""
 
     experiment: Experiment
-    examples: list[Example]
+    examples: Sequence[Example]
     plan: BatchPlan
     asked: Mapping[str, EvaluationSet]
 

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint.experimental.v1 as ocp
 from jax.experimental import multihost_utils
 
 from spt_jax.errors import CheckpointError, ConfigError
@@ -70,6 +69,8 @@ class Checkpoints:
         self._keep = keep
         self._saving: tuple[int, Any] | None = None
         self._cleaned = False
+        import orbax.checkpoint.experimental.v1 as ocp
+
         registry = ocp.handlers.local_registry()
         registry.add(ocp.handlers.JsonHandler, checkpointable_name="data")
         context = ocp.Context()

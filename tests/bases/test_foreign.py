@@ -223,6 +223,8 @@ def test_the_embedding_table_and_the_sizes_are_those_of_the_decoder(native, line
 # What each method needs beside a length of 2.
 OPTIONS = {
     "state_tuning": {},
+    "prefix_tuning_plus": {},
+    "trained_tokens": {"tokens": ("a", "e")},
     "low_rank_prompt_tuning": {"length": 2, "rank": 1},
     "decomposed_prompt_tuning": {"length": 2, "rank": 1},
     "cpt": {"context": "Is it[[ yes]]?\n"},

@@ -130,7 +130,7 @@ def test_what_is_said_before_training_is_what_export_does(tmp_path, base, name):
     template = Template(prompt=prompt, target="{label}", virtual_tokens=count, verbalizers=classes, head=head)
     note = peft_note(base, method, template)
     exported = {"prompt_tuning", "prefix_tuning", "p_tuning", "residual_prompt_tuning", "low_rank_prompt_tuning", "cpt"}
-    exported |= {"llama_adapter", "multitask_prompt_tuning"}
+    exported |= {"llama_adapter", "multitask_prompt_tuning", "progressive_prompts"}
     assert (note == "this prompt can be exported to PEFT") == (name in exported), note
     if name in ("decomposed_prompt_tuning", "deep_prompts"):
         params = jax.tree.map(lambda leaf: leaf + 0.1, method.init_params(jax.random.key(0), base))

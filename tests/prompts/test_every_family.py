@@ -19,7 +19,15 @@ from spt_jax.inference.forward import encode_prefix, run_stream, target_scores
 from spt_jax.inference.generation import SamplingConfig
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.decoder_model import DecoderModel
-from spt_jax.prompts import METHODS, PrefixTuning, PromptTuning, VirtualPrompt, prefix_tuning, state_tuning
+from spt_jax.prompts import (
+    METHODS,
+    PrefixTuning,
+    PromptTuning,
+    VirtualPrompt,
+    prefix_tuning,
+    prefix_tuning_plus,
+    state_tuning,
+)
 from spt_jax.prompts.initializers import uniform
 from spt_jax.prompts.storage import load_prompt, save_prompt
 from spt_jax.runtime.sharding import make_mesh
@@ -69,14 +77,14 @@ def whole_prompt(base: FrozenBase, specs: dict[str, VirtualPrompt]) -> VirtualPr
     """The shapes of a prompt that has all parts which training and serving give to a model."""
     of_tokens = specs["decomposed_prompt_tuning"]
     prefix = PrefixTuning(length=VIRTUAL, states=bool(base.layout.state_groups)).spec(base.layout).prefix
-    gated = specs["llama_adapter"].gated
-    return dataclasses.replace(of_tokens, prefix=prefix, gated=gated, pinned=base.layout.windowed)
+    gated, linear = specs["llama_adapter"].gated, specs["prefix_tuning_plus"].linear
+    return dataclasses.replace(of_tokens, prefix=prefix, gated=gated, linear=linear, pinned=base.layout.windowed)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_shapes_and_a_loss_without_compilation(family, monkeypatch):
     base, specs, computed = zero_base(family), {}, prefix_tuning.memory_of_rows
-    for module in (prefix_tuning, state_tuning):
+    for module in (prefix_tuning, prefix_tuning_plus, state_tuning):
         monkeypatch.setattr(module, "memory_of_rows", lambda *inputs: zeros(jax.eval_shape(computed, *inputs)))
     for name in METHODS:
         method = method_of(name)

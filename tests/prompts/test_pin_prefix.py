@@ -128,7 +128,7 @@ def test_every_such_method_pins(name):
 
 
 def test_methods_without_positions_cannot():
-    assert set(METHODS) - set(PINNING) == {"llama_adapter", "state_tuning"}
+    assert set(METHODS) - set(PINNING) == {"llama_adapter", "prefix_tuning_plus", "state_tuning", "trained_tokens"}
 
 
 def examples_of(kind: str, count: int = 6) -> list[Example]:

@@ -13,10 +13,10 @@ from spt_jax.data.examples import Example
 from spt_jax.errors import ConfigError
 from spt_jax.inference.forward import encode_prefix, output_logits
 from spt_jax.inference.generation import SamplingConfig, generate
-from spt_jax.models.attention import GatedPrefix
+from spt_jax.models.attention import GatedPrefix, LinearMemory
 from spt_jax.models.memory import KeysValues
 from spt_jax.prompts.stacking import stack_prompts
-from spt_jax.prompts.virtual import Head, VirtualPrefix, VirtualPrompt
+from spt_jax.prompts.virtual import Head, ReplacedRows, VirtualPrefix, VirtualPrompt
 from spt_jax.runtime.sharding import MeshConfig, make_mesh
 from spt_jax.testing import tiny_base
 from tests.examples import QUICK_COMPILE, VOCAB
@@ -36,22 +36,33 @@ def memory(seed: int, shape: tuple[int, ...]) -> dict[str, KeysValues]:
 
 
 def prompts() -> list[VirtualPrompt]:
-    """Token rows of two lengths, two prefixes, a gated prefix of two layers, and nothing at all."""
+    """Prompts with every part that can be stacked, token rows and prefixes of two lengths, and nothing at all."""
     config = base_of().config
     keys = (config.layers, 6, config.kv_heads, config.head_size)
     short = (config.layers, 2, config.kv_heads, config.head_size)
+    heads = (config.kv_heads, config.head_size, config.head_size)
     gated = (2, 4, config.kv_heads, config.head_size)
     return [
         VirtualPrompt(tokens=noise(0, 5, config.width)),
         VirtualPrompt(prefix=VirtualPrefix(memory(1, keys))),
         VirtualPrompt(tokens=noise(3, 2, config.width), prefix=VirtualPrefix(memory(4, short))),
         VirtualPrompt(gated=GatedPrefix(memory(6, gated), noise(8, 2))),
+        VirtualPrompt(linear=LinearMemory({"self": noise(9, config.layers, *heads)})),
+        VirtualPrompt(replaced=ReplacedRows(noise(10, 2, config.width), jnp.asarray([5.0, 61.0]))),
         VirtualPrompt(),
     ]
 
 
 # What the examples of each prompt begin with: virtual tokens, and fixed text of various lengths.
-LEADS = ([1, VOCAB, VOCAB + 1, VOCAB + 2, 17], [1, 17, 18], [1, VOCAB, VOCAB + 1], [1], [1, 40, 41, 42, 43, 44, 45])
+LEADS = (
+    [1, VOCAB, VOCAB + 1, VOCAB + 2, 17],
+    [1, 17, 18],
+    [1, VOCAB, VOCAB + 1],
+    [1],
+    [1, 50],
+    [1, 5, 61],
+    [1, 40, 41, 42, 43, 44, 45],
+)
 
 
 def examples() -> list[Example]:
@@ -115,7 +126,7 @@ def test_rows_with_different_prompts_are_each_prompt_alone(packing, axes):
 def test_rows_hold_one_prompt_each():
     chosen = examples()
     batch = pack(chosen, plan_batches(chosen, lead=[len(lead) for lead in LEADS], batch_size=len(chosen)))
-    assert batch.lead_ids.shape == (5, 7)
+    assert batch.lead_ids.shape == (len(LEADS), 7)
     assert batch.lead_length.tolist() == [len(lead) for lead in LEADS]
     assert (batch.rows.examples >= 0).sum(1).max() > 1
     for row, prompt in zip(batch.rows.examples, batch.rows.stream.prompt_index, strict=True):
@@ -173,7 +184,7 @@ def test_what_does_not_go_together_is_refused():
         stack_prompts([VirtualPrompt(head=head), VirtualPrompt()])
     with pytest.raises(ConfigError, match="are not compatible"):
         stack_prompts([VirtualPrompt(head=head), VirtualPrompt(head=Head(jnp.zeros((width, 3)), jnp.zeros(3)))])
-    with pytest.raises(ConfigError, match=r"outside 0 to 4"):
-        generate(base_of(), [np.asarray([1, 5])], stack_prompts(prompts()), prompt_index=[5])
+    with pytest.raises(ConfigError, match=r"outside 0 to 6"):
+        generate(base_of(), [np.asarray([1, 5])], stack_prompts(prompts()), prompt_index=[7])
     with pytest.raises(ConfigError, match=r"prompt_index has 2 entries for 1 prompts"):
         generate(base_of(), [np.asarray([1, 5])], stack_prompts(prompts()), prompt_index=[0, 1])

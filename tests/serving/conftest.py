@@ -13,7 +13,14 @@ import pytest
 
 import spt_jax
 from spt_jax.inference.generation import SamplingConfig, generate
-from spt_jax.prompts import DecomposedPromptTuning, DeepPrompts, LlamaAdapter, PrefixTuning, PromptTuning
+from spt_jax.prompts import (
+    DecomposedPromptTuning,
+    DeepPrompts,
+    LlamaAdapter,
+    PrefixTuning,
+    PrefixTuningPlus,
+    PromptTuning,
+)
 from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.engine import Engine
 from spt_jax.serving.server import make_app, server_of
@@ -37,6 +44,7 @@ PROMPTS = {
     "verdict": (PromptTuning(length=3), "<soft>{text}\n", CLASSES),
     "shifted": (DecomposedPromptTuning(length=3, rank=2, span=16), "<soft>{text}\n", CLASSES),
     "gated": (LlamaAdapter(length=2, layers=1), "{text}\n", CLASSES),
+    "linear": (PrefixTuningPlus(), "{text}\n", CLASSES),
     "head": (DeepPrompts(length=3, classes=3), "{text}\n", CLASSES),
 }
 

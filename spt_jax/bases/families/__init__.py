@@ -8,7 +8,7 @@ from spt_jax.bases.families.deepseek import DeepseekV2, DeepseekV3
 from spt_jax.bases.families.exaone import Exaone4
 from spt_jax.bases.families.falcon import Falcon
 from spt_jax.bases.families.falcon_h1 import FalconH1
-from spt_jax.bases.families.family import Family, Origin, Part
+from spt_jax.bases.families.family import EncoderDecoderFamily, Family, Origin, Part
 from spt_jax.bases.families.gemma import Gemma, Gemma2, Gemma3, Gemma3Text
 from spt_jax.bases.families.gemma4 import Gemma4, Gemma4Text, Gemma4Unified, Gemma4UnifiedText
 from spt_jax.bases.families.glm import Glm, Glm4
@@ -40,9 +40,10 @@ from spt_jax.bases.families.seed_oss import SeedOss
 from spt_jax.bases.families.smollm import SmolLM3
 from spt_jax.bases.families.stablelm import StableLm
 from spt_jax.bases.families.starcoder2 import Starcoder2
+from spt_jax.bases.families.t5 import MT5, T5, UMT5
 from spt_jax.errors import ConfigError
 
-__all__ = ["FAMILIES", "Family", "Origin", "Part", "family_of"]
+__all__ = ["ENCODER_DECODERS", "FAMILIES", "EncoderDecoderFamily", "Family", "Origin", "Part", "family_of"]
 
 _REGISTERED: tuple[Family, ...] = (
     Albert(),
@@ -112,9 +113,11 @@ _REGISTERED: tuple[Family, ...] = (
 )
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _REGISTERED}
+# Those with an encoder and a decoder.
+ENCODER_DECODERS: dict[str, EncoderDecoderFamily] = {family.model_type: family for family in (MT5(), T5(), UMT5())}
 
 
-def family_of(model_type: str) -> Family:
+def family_of(model_type: str) -> Family | EncoderDecoderFamily:
     """The family of a `model_type` in `config.json`.
 
     Args:
@@ -126,6 +129,7 @@ def family_of(model_type: str) -> Family:
     Raises:
       ConfigError: there is none.
     """
-    if model_type not in FAMILIES:
-        raise ConfigError(f"architecture {model_type!r:.60} is not supported; supported are {', '.join(FAMILIES)}")
-    return FAMILIES[model_type]
+    families = {**FAMILIES, **ENCODER_DECODERS}
+    if model_type not in families:
+        raise ConfigError(f"architecture {model_type!r:.60} is not supported; supported are {', '.join(families)}")
+    return families[model_type]

@@ -8,6 +8,7 @@ import numpy as np
 
 from spt_jax.errors import ConfigError
 from spt_jax.models.config import DecoderConfig, Stack, periods
+from spt_jax.models.encoder_decoder_config import EncoderDecoderConfig
 
 OUTPUT_KEY = "lm_head.weight"
 OUTPUT_BIAS_KEY = "lm_head.bias"
@@ -138,6 +139,55 @@ class Family(Protocol):
 
     def tiny(self) -> Mapping[str, Any]:
         """Fields of the transformers config of a model with about 30,000 parameters that uses every feature.
+
+        Returns:
+          The fields, by name.
+        """
+        ...
+
+
+@runtime_checkable
+class EncoderDecoderFamily(Protocol):
+    """One architecture with an encoder and a decoder; see `Family`."""
+
+    model_type: ClassVar[str]
+    architecture: ClassVar[str]
+    prefix: ClassVar[str]
+
+    def config(self, hf: Any, max_length: int | None) -> EncoderDecoderConfig:
+        """Reads a transformers config object.
+
+        Args:
+          hf: the config, of this model type.
+          max_length: the longest sequence of the run.
+
+        Returns:
+          The config. Whether its output matrix is tied is decided again by the tensors in the files.
+
+        Raises:
+          ConfigError: for an option that `EncoderDecoder` does not have.
+        """
+        ...
+
+    def origins(self, config: EncoderDecoderConfig) -> Mapping[str, Origin | tuple[Origin, ...]]:
+        """Returns where each parameter of `EncoderDecoder(config)` is stored, by its path.
+
+        Args:
+          config: the result of `config`.
+        """
+        ...
+
+    def canonical(self, name: str, config: EncoderDecoderConfig) -> str | None:
+        """Returns the name in the table of a stored tensor; None for a tensor that is left out on purpose.
+
+        Args:
+          name: the stored name.
+          config: the result of `config`.
+        """
+        ...
+
+    def tiny(self) -> Mapping[str, Any]:
+        """Fields of the transformers config of a tiny model.
 
         Returns:
           The fields, by name.

@@ -77,10 +77,12 @@ class Distillation(Objective):
           base: the frozen base.
 
         Raises:
-          ConfigError: the vocabulary has fewer than `top_k` tokens, or the base's chat template does not begin a chat
-            with its system turn.
+          ConfigError: the base is an encoder, the vocabulary has fewer than `top_k` tokens, or the base's chat template
+            does not begin a chat with its system turn.
           DataError: the file cannot be read, or the text is empty or longer than the context.
         """
+        if not base.layout.causal:
+            raise ConfigError(f"{base.name} has an encoder: its memory of a text depends on what follows the text")
         if self.top_k > base.layout.vocab_size:
             raise ConfigError(
                 f"loss.top_k is {self.top_k:,}, and the vocabulary of {base.name} has {base.layout.vocab_size:,} tokens"

@@ -1,0 +1,232 @@
+"""An encoder-decoder in Flax Linen: embeddings, the scanned layers of both sides, and the output matrix."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from spt_jax.errors import ConfigError
+from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Stream, related, visible
+from spt_jax.models.encoder_decoder_config import EncoderDecoderConfig
+from spt_jax.models.layers import scaled, table_param, table_rows, take_rows
+from spt_jax.models.layout import CROSS, ENCODER, SELF, Group, Layout
+from spt_jax.models.memory import KeysValues, Memory
+from spt_jax.models.output_matrix import matrix_products
+from spt_jax.models.relative_bias import position_bucket
+from spt_jax.models.self_attention import of_row
+from spt_jax.models.side import Side, Site
+from spt_jax.models.stacks import Remat
+
+
+class DecoderTokens(NamedTuple):
+    """The decoder's tokens of each row.
+
+    Attributes:
+      at: their indices in the row, below T.
+      stream: their positions and segments, 0 for padding.
+    """
+
+    at: Int[Array, "B U"]
+    stream: Stream
+
+
+class EncoderDecoder(nn.Module):
+    """Embeddings, both sides' layers and norms, and the output matrix.
+
+    Its parameters are a plain dict: `embedding` [V, D], `output` [D, V] if untied, and for `encoder` and `decoder` each
+    `layers` with all leaves stacked [L, ...], `final_norm`, and `relative_bias` [buckets, N] if the layers share it.
+    """
+
+    config: EncoderDecoderConfig
+    remat: Remat = "dots"
+    mesh: Mesh | None = None
+
+    def setup(self) -> None:
+        config = self.config
+        self.embedding = table_param(self, "embedding", (config.vocab_size, config.width))
+        if not config.tied:
+            self.output = table_param(self, "output", (config.width, config.vocab_size))
+        self.encoder = Side(config, False, self.mesh, self.remat)
+        self.decoder = Side(config, True, self.mesh, self.remat)
+
+    def embed(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
+        """Returns rows of the embedding table; ids must be in [0, V)."""
+        return take_rows(self.mesh, self.embedding, ids) if ids.ndim == 2 else table_rows(self.embedding, ids)
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Returns next-token logits in float32 for hidden states of the decoder returned by `__call__`."""
+        with jax.named_scope("logits"):
+            matrix = self.embedding if self.config.tied else self.output
+            hidden = scaled(hidden, self.config.output_scale)
+            return matrix_products(hidden, matrix, by_token=self.config.tied)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rows: Stream,
+        prefix: Prefix | None = None,
+        cache: Cache | None = None,
+        gated: GatedPrefix | None = None,
+        *,
+        return_memory: bool = False,
+        return_hidden: bool = True,
+    ) -> tuple[Float[Array, "B T D"] | None, Memory | None]:
+        """Runs both sides on their tokens of the rows; arguments and results are those of `Model.run`.
+
+        The encoder tokens of an example must be next to each other and in order, as `pack` writes them. If all T tokens
+        are the decoder's (U = T), the encoder does not run, and a cache must hold the keys and values of its tokens.
+        The memory has the keys and values of the encoder's T tokens at two sites, and of the decoder's U tokens at one.
+
+        Raises:
+          ConfigError: there is a gated prefix, or a cache for rows with encoder tokens.
+        """
+        if gated is not None:
+            raise ConfigError("an encoder-decoder has no gated keys and values")
+        length = x.shape[1]
+        encodes = rows.decoder is None or rows.decoder.shape[1] < length
+        if encodes and cache is not None:
+            raise ConfigError("the rows that follow a cache must consist of the decoder's tokens")
+        given = _Given(self.config, rows.prompt_index, prefix, cache)
+        memory: Memory = {}
+        hidden = encoded = None
+        segments = jnp.zeros_like(rows.segments)
+        if encodes:
+            segments = rows.segments if rows.decoder is None else _without(rows.segments, rows.decoder)
+            encoded, memory = self.encoder(x, self._encoder_site(rows, segments, given), None, return_memory)
+            hidden = encoded
+        if rows.decoder is not None:
+            own = _decoder_tokens(rows, rows.decoder)
+            inputs = jnp.take_along_axis(x, own.at[:, :, None], axis=1)
+            sites = self._self_site(own.stream, given), self._cross_site(own.stream, segments, encoded, given)
+            outputs, found = self.decoder(inputs, *sites, return_memory)
+            memory = {**memory, **found}
+            # Padding has the index T, where nothing is written.
+            into = jnp.zeros_like(x) if hidden is None else hidden
+            hidden = into.at[jnp.arange(len(x))[:, None], rows.decoder].set(outputs, mode="drop")
+        elif return_memory and encoded is not None:
+            memory = {**memory, **self.decoder.cross_memory(encoded)}
+        return hidden if return_hidden else None, memory if return_memory else None
+
+    @nn.nowrap
+    def _encoder_site(self, rows: Stream, segments: Int[Array, "B T"], given: "_Given") -> Site:
+        """The encoder's self-attention: all encoder tokens of the same example, and a prefix before them."""
+        places = jnp.arange(rows.positions.shape[1])[None]
+        own = segments[:, None, :] == segments[:, :, None]
+        bucket = self._bucket(places, places, bidirectional=True)
+        masks, buckets = given.of_prefix(ENCODER, rows.positions, self._bucket, bidirectional=True)
+        return Site(given.prefix_of(ENCODER), None, (*masks, own), (*buckets, bucket))
+
+    @nn.nowrap
+    def _self_site(self, own: Stream, given: "_Given") -> Site:
+        """The decoder's self-attention: earlier decoder tokens of the same example or its parent."""
+        masks, buckets = given.of_prefix(SELF, own.positions, self._bucket, bidirectional=False)
+        keys = [(own.positions, own.segments)]
+        if given.cache is not None:
+            start = _encoded(given.cache)
+            keys.insert(0, (given.cache.positions[:, start:], given.cache.segments[:, start:]))
+        masks += [visible(own, positions, segments) for positions, segments in keys]
+        buckets += [self._bucket(own.positions, positions, bidirectional=False) for positions, _ in keys]
+        return Site(given.prefix_of(SELF), given.cached(SELF), tuple(masks), tuple(buckets))
+
+    @nn.nowrap
+    def _cross_site(
+        self, own: Stream, segments: Int[Array, "B T"], encoded: Float[Array, "B T D"] | None, given: "_Given"
+    ) -> Site:
+        """Cross-attention: the encoder tokens of the same example or its parent."""
+        masks, _ = given.of_prefix(CROSS, own.positions, None, bidirectional=False)
+        if given.cache is not None:
+            segments = given.cache.segments[:, : _encoded(given.cache)]
+        if encoded is not None or given.cache is not None:
+            masks.append(related(own, segments))
+        return Site(given.prefix_of(CROSS), given.cached(CROSS), tuple(masks), None, encoded)
+
+    @nn.nowrap
+    def _bucket(
+        self, queries: Int[Array, "B T"], keys: Int[Array, "B S"], *, bidirectional: bool
+    ) -> Int[Array, "B T S"]:
+        config = self.config
+        return position_bucket(
+            keys[:, None, :] - queries[:, :, None],
+            bidirectional=bidirectional,
+            buckets=config.bias_buckets,
+            max_distance=config.bias_max_distance,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """What rows are given of earlier tokens."""
+
+    config: EncoderDecoderConfig
+    prompt_index: Int[Array, " B"] | None
+    prefix: Prefix | None
+    cache: Cache | None
+
+    def prefix_of(self, site: str) -> KeysValues | None:
+        """The prefix's keys and values of a site's layers, with the layers first; None if it has none there."""
+        pairs = None if self.prefix is None else self.prefix.memory.get(site)
+        if not isinstance(pairs, KeysValues) or not pairs.keys.shape[-3]:
+            return None
+        if self.prompt_index is None:
+            return pairs
+        return jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1)[:, self.prompt_index], pairs)
+
+    def of_prefix(
+        self, site: str, positions: Int[Array, "B T"], bucket: Any, *, bidirectional: bool
+    ) -> tuple[list[Bool[Array, "B T P"]], list[Int[Array, "B T P"]]]:
+        """Returns the masks and the buckets of a site's prefix, one each, or none.
+
+        Every token follows the prefix's P positions, so that the distance to the last one is -1 for the first token.
+        """
+        if self.prefix is None or self.prefix_of(site) is None:
+            return [], []
+        places = of_row(self.prompt_index, self.prefix.positions)
+        places = jnp.broadcast_to(places, (positions.shape[0], places.shape[-1]))
+        queries = Stream(positions, positions, positions)
+        found = [] if bucket is None else [bucket(positions, places, bidirectional=bidirectional)]
+        return [visible(queries, places, None)], found
+
+    def cached(self, site: str) -> KeysValues | None:
+        """The cache's keys and values of a site's layers; None without a cache."""
+        pairs = None if self.cache is None else self.cache.memory[site]
+        return pairs if isinstance(pairs, KeysValues) else None
+
+
+def _encoded(cache: Cache) -> int:
+    """Returns the number of slots of a cache that are the encoder's tokens."""
+    pairs = cache.memory[CROSS]
+    assert isinstance(pairs, KeysValues)
+    return pairs.keys.shape[-1]
+
+
+def _without(segments: Int[Array, "B T"], decoder: Int[Array, "B U"]) -> Int[Array, "B T"]:
+    """Returns the segments of the encoder's tokens, with 0 for those of the decoder."""
+    return segments.at[jnp.arange(len(segments))[:, None], decoder].set(0, mode="drop")
+
+
+def _decoder_tokens(rows: Stream, decoder: Int[Array, "B U"]) -> DecoderTokens:
+    length = rows.positions.shape[1]
+    at = jnp.minimum(decoder, length - 1)
+    take = functools.partial(jnp.take_along_axis, indices=at, axis=1)
+    segments = jnp.where(decoder < length, take(rows.segments), 0)
+    return DecoderTokens(at, Stream(take(rows.positions), segments, take(rows.parents), rows.prompt_index))
+
+
+@functools.lru_cache(maxsize=64)
+def encoder_decoder_layout(config: EncoderDecoderConfig) -> Layout:
+    """Returns the layout of an encoder-decoder. The decoder's layers are numbered after the encoder's."""
+    encoder = tuple(range(config.encoder_layers))
+    decoder = tuple(range(config.encoder_layers, config.layers))
+    shape = config.heads, config.head_size, config.head_size
+    groups = {
+        SELF: Group(decoder, *shape),
+        CROSS: Group(decoder, *shape, site="cross"),
+        ENCODER: Group(encoder, *shape, site="encoder"),
+    }
+    sizes = config.vocab_size, config.width, config.max_positions
+    return Layout(*sizes, groups, causal=False, start_id=config.start_id)
