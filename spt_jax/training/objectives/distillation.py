@@ -77,7 +77,7 @@ class Distillation(Objective):
           base: the frozen base.
 
         Raises:
-          ConfigError: the base has an encoder, the vocabulary has fewer than `top_k` tokens, or the base's chat template
+          ConfigError: the base has an encoder, the vocabulary has fewer than `top_k` tokens, or its chat template
             does not begin a chat with its system turn.
           DataError: the file cannot be read, or the text is empty or longer than the context.
         """
