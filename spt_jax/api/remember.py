@@ -57,9 +57,9 @@ def remember(
       The prompt, of the method `prefix_tuning`, or `state_tuning` if no layer of the base has keys and values.
 
     Raises:
-      ConfigError: the base has an encoder, or its layers take no keys, values or states, or its chat template is missing
-        or does not begin every chat with the system turn; or `tokens` is not less than those of the text, or the
-        base's layers cannot be compacted.
+      ConfigError: the base has an encoder, or its layers take no keys, values or states, or its chat template is
+        missing or does not begin every chat with the system turn; or `tokens` is not less than those of the text, or
+        the base's layers cannot be compacted.
       DataError: the text is empty, cannot be encoded, or is too long for the base.
       CheckpointError: the base cannot be read.
     """

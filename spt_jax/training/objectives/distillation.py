@@ -76,8 +76,8 @@ class Distillation(Objective):
           base: the frozen base.
 
         Raises:
-          ConfigError: the base has an encoder, the vocabulary has fewer than `top_k` tokens, or the base's chat template
-            does not begin a chat with its system turn.
+          ConfigError: the base has an encoder, the vocabulary has fewer than `top_k` tokens, or the base's chat
+            template does not begin a chat with its system turn.
           DataError: the file cannot be read, or the text is empty or longer than the context.
         """
         if not base.layout.causal:
