@@ -45,8 +45,9 @@ TASKS = {
     "trec": _local("trec", ("person=H", "location=L", "number=N", "entity=E", "description=D", "abbreviation=A")),
     "sms_spam": _local("sms_spam", ("ham=H", "spam=S")),
 }
-# Without the method that needs several tasks, and the one that needs recurrent layers.
-SINGLE_TASK = [name for name in METHODS if name not in ("multitask_prompt_tuning", "state_tuning")]
+# Without methods that need several tasks, recurrent layers, or tokens chosen for the task.
+_OTHERS = ("multitask_prompt_tuning", "progressive_prompts", "state_tuning", "trained_tokens")
+SINGLE_TASK = [name for name in METHODS if name not in _OTHERS]
 STEPS = {"starter": 600, "trec": 1200, "sms_spam": 1200}
 
 

@@ -29,6 +29,10 @@ class TrainingError(SptError, RuntimeError):
     """Training cannot continue, for example because the loss is not finite."""
 
 
+class RewardError(TrainingError):
+    """Reward functions failed for too many answers."""
+
+
 class WriteError(SptError, OSError):
     """A file cannot be written."""
 

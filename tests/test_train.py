@@ -84,7 +84,7 @@ def test_it_is_the_prompt_of_fit_bit_for_bit(files: Path, finished: Path, tmp_pa
     assert result.validation == info["extra"]["validation"]
 
 
-@pytest.mark.parametrize("name", ["prefix_tuning", "deep_prompts", "llama_adapter", "prefix_tuning_plus"])
+@pytest.mark.parametrize("name", ["prefix_tuning", "deep_prompts", "llama_adapter"])
 def test_methods_without_token_rows(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture, name: str):
     """A bare <soft> is nothing to them; what they save is evaluated and classifies without a word more."""
     assert train.main(words(files, tmp_path / "run", "--method.name", name, "--train.steps", "20")) == 0

@@ -18,6 +18,7 @@ from spt_jax.data.records import RecordSource, gather_records
 from spt_jax.data.templates import TEXT, Template
 from spt_jax.errors import ConfigError
 from spt_jax.evaluation.evaluate import EvaluationConfig, EvaluationSet
+from spt_jax.evaluation.rewards import RewardFunction, reward_text
 from spt_jax.experiment.config import BaseConfig, DataConfig, ExperimentConfig, TaskConfig, resolve
 from spt_jax.experiment.run import Experiment, Records, input_digests, load_experiment
 from spt_jax.experiment.training import Prepared, claimed, prepare, tune
@@ -82,6 +83,7 @@ def fit(
     learning_rate: float | None = None,
     optimizer: OptimizerConfig | optax.GradientTransformation | None = None,
     objective: Objective | None = None,
+    rewards: Sequence[str | RewardFunction] = (),
     class_weights: Sequence[float] = (),
     evaluate_every: int | None = None,
     patience: int = 0,
@@ -115,6 +117,8 @@ def fit(
       learning_rate: the peak learning rate; None for the default of method and base.
       optimizer: the optimizer's options, or an Optax transformation, which then includes the learning rate.
       objective: the objective, registered or not; None for the default of the task.
+      rewards: for a template of the task "rewards", the functions that judge answers, each from the top of a module;
+        or names, as in `TaskConfig.reward`.
       class_weights: a weight per class, in the order of the verbalizers; empty weighs all equally.
       evaluate_every: steps between validations; default a tenth of the run.
       patience: stop after this many validations without improvement; 0 never stops early.
@@ -171,7 +175,9 @@ def fit(
             base=BaseConfig(path=base.name, revision=base.revision, remat=remat),
             data=_data(template, names, max_length=max_length, packing=packing),
             method=method,
-            task=TaskConfig(name=None if template.head == TEXT else template.head),
+            task=TaskConfig(
+                name=None if template.head == TEXT else template.head, reward=tuple(map(reward_text, rewards))
+            ),
             optimizer=recipe,
             loss=given(objective, tuple(class_weights)),
             train=options,

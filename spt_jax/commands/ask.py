@@ -17,6 +17,7 @@ from spt_jax.errors import ConfigError
 from spt_jax.evaluation.ensembles import evaluate_ensemble, score_together
 from spt_jax.evaluation.evaluate import EvaluationConfig, EvaluationSet, evaluate, from_scores, make_evaluation_set
 from spt_jax.evaluation.metrics import missing_note
+from spt_jax.evaluation.rewards import Judge, make_rewards, reward_fields
 from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.prompts import VirtualPrompt
 from spt_jax.prompts.stacking import stack_prompts
@@ -106,14 +107,17 @@ def evaluate_prompt(options: Evaluate) -> None:
         _evaluate_together(options, records, config)
         return
     template = read_prompt(options.prompt).template
-    check_fields(records, task_of(template).required_fields(template), options.data)
+    judge = _judge(options, template)
+    check_fields(records, (*task_of(template).required_fields(template), *reward_fields(options.reward)), options.data)
     if task_of(template).generates and (note := missing_note()):
         print(note)
     base, saved = load(options)
 
     def asked(template: Template, virtual: VirtualPrompt | None) -> EvaluationSet:
         taken = 0 if virtual is None else virtual.prefix_length
-        return make_evaluation_set(base, encoder_for(base, template, taken=taken), records, config, taken=taken)
+        return make_evaluation_set(
+            base, encoder_for(base, template, taken=taken), records, config, taken=taken, judge=judge
+        )
 
     def metrics(template: Template, virtual: VirtualPrompt | None) -> dict[str, Any]:
         return evaluate(base, asked(template, virtual), virtual).metrics
@@ -139,6 +143,16 @@ def _report(options: Evaluate, results: Mapping[str, Any]) -> None:
     print(comparison_table({"test": results}))
     if options.output is not None:
         write_json(options.output, results)
+
+
+def _judge(options: Evaluate, template: Template) -> Judge | None:
+    """Returns the reward functions of the options, for a prompt of the task rewards."""
+    judged = task_of(template).judged
+    if judged != bool(options.reward):
+        raise ConfigError("--reward and a prompt of the task rewards need each other: it judges the prompt's answers")
+    if not judged:
+        return None
+    return Judge(make_rewards(options.reward), max_new_tokens=options.max_new_tokens, temperature=options.temperature)
 
 
 def _evaluate_together(options: Evaluate, records: Sequence[Mapping[str, Any]], config: EvaluationConfig) -> None:

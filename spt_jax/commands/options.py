@@ -74,6 +74,8 @@ class Evaluate(Saved):
       combine: how the ensemble decides: by mean log-probability or by vote.
       batch_size: examples per batch.
       max_new_tokens: most tokens of a generated answer.
+      reward: for a prompt of the task rewards, what judges its answers, as for task.reward of a training run.
+      temperature: for such a prompt, that of the sampled answers.
       output: a JSON file for all metrics.
     """
 
@@ -85,6 +87,8 @@ class Evaluate(Saved):
     combine: Literal["mean", "vote"] = "mean"
     batch_size: int = 64
     max_new_tokens: int = 64
+    reward: Lines = ()
+    temperature: float = 1.0
     output: Path | None = None
 
 

@@ -10,5 +10,6 @@ from pathlib import Path
 from spt_jax.config import variant
 from spt_jax.prompts import TrainedTokens
 
-_TOPICS = ("money", "meeting", "film", "music", "cook", "weather")
+# Most words of the vocabulary include the space before them.
+_TOPICS = (" money", " meeting", " film", " music", " cook", " weather")
 get_config = variant(Path(__file__).with_name("quickstart.py"), TrainedTokens(tokens=("\n", *_TOPICS)))

@@ -125,7 +125,7 @@ _RAGGED = {"ids": np.int32, "predicted": np.bool_, "reads": np.int32, "classes":
 
 
 class CompactExamples(Sequence[Example]):
-    """Examples without `extra` in a few arrays: a million short ones take some 100 MB, and as objects ten times that.
+    """Examples without `extra` in a few arrays, of 5 bytes for each token and 64 for each example.
 
     An index returns an `Example` with views of these arrays, a slice a list of them.
     """

@@ -131,6 +131,7 @@ class Task:
       bare: whether the base can do the task without a soft prompt, so that it can be compared with other prompts.
       generates: whether the answer is text that the model generates.
       pairs: whether a record is a chosen and a rejected answer to one prompt, the two choices of its example.
+      judged: whether answers are sampled and judged by reward functions, so that records need no answer.
       targets: the default templates of the target and of the rejected answer.
     """
 
@@ -142,6 +143,7 @@ class Task:
     bare: ClassVar[bool] = True
     generates: ClassVar[bool] = False
     pairs: ClassVar[bool] = False
+    judged: ClassVar[bool] = False
     targets: ClassVar[tuple[str, str]] = ("", "")
 
     def with_classes(self, classes: Mapping[str, str]) -> "Task":

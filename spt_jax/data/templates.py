@@ -134,9 +134,11 @@ class TemplateTask(Protocol):
 
     Attributes:
       has_head: whether the soft prompt needs a head in place of the base's output matrix.
+      judged: whether answers are judged by reward functions, so that there is no target.
     """
 
     has_head: ClassVar[bool]
+    judged: ClassVar[bool]
 
     def check(self, template: "Template") -> None:
         """Raises a ConfigError if the template lacks what the task needs."""
@@ -218,7 +220,7 @@ class Template:
             raise ConfigError(
                 "continues is set for a chat without system, the rest of the system turn that it continues"
             )
-        if not self.target and not self.is_conversation:
+        if not self.target and not self.is_conversation and not TEMPLATE_TASKS[self.head].judged:
             raise ConfigError('the target is empty: set what the model should learn to generate, such as "{label}"')
 
     @property

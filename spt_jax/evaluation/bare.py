@@ -12,7 +12,7 @@ from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import Batch, BatchPlan, Rows, multiples, pack, place_batch, plan_batches, shared_length
 from spt_jax.data.examples import Example
 from spt_jax.errors import DataError
-from spt_jax.inference.forward import encode_prefix, output_states
+from spt_jax.inference.forward import encode_prefix, output_states, target_scores
 from spt_jax.models.attention import Prefix
 from spt_jax.models.model import Model
 from spt_jax.prompts import VirtualPrompt
@@ -142,3 +142,30 @@ def _batch_divergence(model: Model, virtual: VirtualPrompt, soft: Batch, bare: B
 
     values = jax.lax.map(of_target, (states(virtual, soft), states(None, bare)))
     return jnp.sum(jnp.where(soft.rows.target_weights > 0, values.T, 0.0), axis=-1)
+
+
+def token_log_probabilities(
+    base: FrozenBase, bare: Sequence[Example], plan: BatchPlan
+) -> list[list[Float[np.ndarray, " N"]]]:
+    """Returns the log-probability of each token of each choice under the bare base.
+
+    Args:
+      base: the frozen base.
+      bare: the result of `bare_examples`.
+      plan: that of `bare_plan`, for these examples or for longer ones.
+    """
+    batch = pack(bare, plan)
+    values = to_host(_token_scores(base.model, place_batch(batch, base.mesh)))
+    found: dict[int, list[Float[np.ndarray, " N"]]] = {}
+    for row, slot in zip(*np.nonzero(batch.rows.examples >= 0), strict=True):
+        groups, real = batch.rows.target_groups[row], batch.rows.target_weights[row] > 0
+        first = slot * plan.choices
+        own = [values[row, real & (groups == first + choice)] for choice in range(plan.choices)]
+        found[int(batch.rows.examples[row, slot])] = own
+    return [found[number] for number in range(len(bare))]
+
+
+@jax.jit
+def _token_scores(model: Model, batch: Batch) -> Float[Array, "B M"]:
+    prefix = encode_prefix(model, None, batch.lead_ids, batch.lead_length)
+    return target_scores(model, None, prefix, batch.rows).log_probabilities[:, :, 0]

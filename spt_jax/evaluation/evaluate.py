@@ -25,6 +25,8 @@ from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation import metrics
 from spt_jax.evaluation.after_text import agreement_with_text, examples_after_text, ids_after_text, plan_after_text
 from spt_jax.evaluation.bare import bare_examples, bare_plan, divergence
+from spt_jax.evaluation.rewarded import evaluate_rewards
+from spt_jax.evaluation.rewards import Judge
 from spt_jax.inference.forward import encode_prefix, group_scores, target_scores
 from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.models.attention import Prefix
@@ -68,6 +70,7 @@ class EvaluationSet:
       reference: for pairs, the log-probabilities of both answers under the bare base; None if they are not known.
       criterion: for pairs, the rewards and losses of the objective; None for those of `reference`.
       text: the ids of a text, whose predictions those of the set are compared with; None for none.
+      judge: the reward functions of the task `Rewards`; None for another task.
     """
 
     encoder: Encoder
@@ -79,6 +82,7 @@ class EvaluationSet:
     reference: Float[np.ndarray, "N 2"] | None = None
     criterion: PairCriterion | None = None
     text: Int[np.ndarray, " P"] | None = None
+    judge: Judge | None = None
 
     @property
     def max_new_tokens(self) -> int:
@@ -97,6 +101,7 @@ def make_evaluation_set(
     reference: bool = True,
     criterion: PairCriterion | None = None,
     text: Int[np.ndarray, " P"] | None = None,
+    judge: Judge | None = None,
 ) -> EvaluationSet:
     """Encodes records and the prompts to generate their answers from, and plans batches.
 
@@ -111,6 +116,7 @@ def make_evaluation_set(
       criterion: for pairs, the objective whose rewards and losses are reported; None for the log-probabilities relative
         to the bare base.
       text: the ids of a text, whose predictions those of the set will be compared with; None for none.
+      judge: the reward functions of the task `Rewards`.
 
     Returns:
       The encoded records in batches of equal shapes.
@@ -130,12 +136,14 @@ def make_evaluation_set(
     )
     (plan,) = evaluation_plans([examples], [plan], config.batch_size)
     task = task_of(encoder.template)
-    answered = zip(records[: config.generate] if task.generates and not task.pairs else [], examples, strict=False)
+    asked = len(records) if task.judged else config.generate if task.generates and not task.pairs else 0
+    answered = zip(records[:asked], examples, strict=False)
     unused = base.layout.max_positions - taken - encoder.max_length
-    prompts = [_prompt(encoder, *pair, room=config.max_new_tokens - unused) for pair in answered]
+    new_tokens = config.max_new_tokens if judge is None else judge.max_new_tokens
+    prompts = [_prompt(encoder, *pair, room=new_tokens - unused) for pair in answered]
     known = reference_scores(base, examples, config.batch_size, packing=packing) if task.pairs and reference else None
     return EvaluationSet(
-        encoder, records, examples, plan, config, prompts, known, criterion if task.pairs else None, text
+        encoder, records, examples, plan, config, prompts, known, criterion if task.pairs else None, text, judge
     )
 
 
@@ -276,6 +284,8 @@ def evaluate(
         of the chosen answers (`spt_jax.tasks.Preference.evaluate`, `spt_jax.evaluation.bare.divergence`).
       With a text, also the agreement with the base after it and the KL divergence from it, per target token of the
         correct answers (`spt_jax.evaluation.after_text.Agreement`).
+      Rewards: the mean reward of sampled answers (`spt_jax.evaluation.rewarded.evaluate_rewards`), also if not
+        `generated`.
       Text: loss per token and perplexity over the targets and, if `generated`, exact match, token F1, BLEU and ROUGE of
         greedily generated answers. BLEU and ROUGE are left out without the extra `metrics`.
 
@@ -294,6 +304,18 @@ def evaluate(
     task = task_of(data.encoder.template)
     if virtual is None:
         data = dataclasses.replace(data, reference=None, criterion=None)
+    if data.judge is not None:
+        count = len(data.prompts)
+        return evaluate_rewards(
+            base,
+            data.prompts,
+            data.records[:count],
+            data.judge,
+            virtual,
+            end_ids=data.encoder.end_ids,
+            prompt_index=[example.prompt for example in data.examples[:count]] if data.encoder.template.tasks else None,
+            batch_size=data.config.batch_size,
+        )
     if task.reads_field:
         if virtual is None:
             raise ConfigError(f"without a soft prompt, the base has no {task.name} head")
@@ -339,10 +361,13 @@ def _by_task(data: EvaluationSet, result: Evaluation) -> Evaluation:
 def selection_score(result: Mapping[str, Any]) -> float:
     """Returns the score that validation maximizes: accuracy, with ties broken by lower loss; otherwise minus the loss.
 
-    With a text to agree with, it is minus the KL divergence from it. A loss that is not finite scores -inf.
+    With reward functions, it is the mean reward. With a text to agree with, it is minus the KL divergence from it. A
+    loss that is not finite scores -inf.
     """
     if not math.isfinite(result["loss"]):
         return -math.inf
+    if "reward" in result:
+        return result["reward"]
     if "kl_to_text" in result:
         return -result["kl_to_text"]
     if "accuracy" not in result:

@@ -24,7 +24,7 @@ def evaluate_without_prompt(base: FrozenBase, data: EvaluationSet, *, generated:
     What is kept depends on the base's weights, tokenizer and precision, the records, the template, the shapes of
     batches, the options, the device, and the versions of this package and of those that results depend on. Nothing is
     read or written in a run of several processes, with a base from `from_flax` or a task that is not of this package,
-    or if records hold something else than JSON values.
+    with reward functions or an objective that compares answers, or if records hold something else than JSON values.
 
     Args:
       base: the frozen base.
@@ -37,8 +37,9 @@ def evaluate_without_prompt(base: FrozenBase, data: EvaluationSet, *, generated:
     Raises:
       ConfigError: the task needs a soft prompt.
     """
-    records = records_digest(data.records)
-    if jax.process_count() > 1 or not base.is_decoder or records is None or not is_ours(data.encoder.template):
+    records, judged = records_digest(data.records), data.judge is not None or data.criterion is not None
+    unknown = records is None or judged or not is_ours(data.encoder.template)
+    if jax.process_count() > 1 or not base.is_decoder or unknown:
         return evaluate(base, data, None, generated=generated)
     key = cache_key({**_facts(base, data, generated), "records": records})
     found = _read(key)

@@ -115,13 +115,25 @@ class TaskConfig:
     Attributes:
       name: a registered task, such as tagging. Defaults to method.head where the method has a head; otherwise to
         language_model, which is text or, with verbalizers, classification.
+      reward: with the task rewards, each a Python function, module:function, from the Python path or the working
+        directory, or the name of a field that the answer must be equal to.
+      reward_weights: the weight of each of them; by default all are 1.
+      reward_failures: the largest share of the answers of a rollout for which reward functions may fail; beyond it, the
+        run stops.
     """
 
     name: str | None = None
+    reward: Lines = ()
+    reward_weights: tuple[float, ...] = ()
+    reward_failures: float = 0.05
 
     def __post_init__(self) -> None:
         if self.name is not None and self.name not in TASKS:
             raise ConfigError(f"task.name is {self.name!r}; {did_you_mean(self.name, TASKS)}")
+        if not 0 <= self.reward_failures < 1:
+            raise ConfigError(f"task.reward_failures is {self.reward_failures}; it must be in [0, 1)")
+        if self.reward_weights and not self.reward:
+            raise ConfigError("task.reward_weights is given without task.reward")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,7 +204,11 @@ def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
             raise ConfigError(f"method.classes is {method.classes}, but there are {len(data.verbalizers)} verbalizers")
     if loss.pairs and not task.pairs:
         raise ConfigError(f"loss.over={loss.over} compares two answers of each record; it needs task.name=preference")
-    if loss.uses_choices and not task.pairs and len(data.verbalizers) < 2:
+    if loss.samples != task.judged:
+        raise ConfigError(f"task.name=rewards and loss.over=grpo need each other; loss.over is {loss.over}")
+    if bool(config.task.reward) != task.judged:
+        raise ConfigError("task.name=rewards and task.reward need each other: give both or neither")
+    if loss.uses_choices and not task.pairs and not task.judged and len(data.verbalizers) < 2:
         raise ConfigError(f"loss.over={loss.over} needs data.verbalizers with at least 2 classes")
     if loss.class_weights and len(loss.class_weights) != len(data.verbalizers):
         raise ConfigError(

@@ -24,6 +24,7 @@ from spt_jax.data.templates import Template
 from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation.evaluate import EvaluationSet, make_evaluation_set
+from spt_jax.evaluation.rewards import Judge, make_rewards, reward_fields
 from spt_jax.experiment.config import ExperimentConfig, make_template, resolve
 from spt_jax.experiment.distillation import check_answers, with_answers
 from spt_jax.models.stacks import Remat
@@ -34,8 +35,9 @@ from spt_jax.runtime import measure, processes
 from spt_jax.runtime.sharding import make_mesh, row_shards
 from spt_jax.runtime.waits import spoken
 from spt_jax.training.cost import StepMemory, choose_remat, plan_shape, step_memory
-from spt_jax.training.objectives import Distillation, Objective
+from spt_jax.training.objectives import Distillation, Grpo, Objective
 from spt_jax.training.optimizers import resolve_optimizer
+from spt_jax.training.rollouts import Questions
 
 Records = Sequence[Mapping[str, Any]]
 MAX_REPEATS = 100  # of a record in one batch; more is surely a mistake in the batch size
@@ -88,6 +90,21 @@ class Experiment:
         objective = distillation_of(self.config)
         return None if objective is None else objective.text_ids(self.base)
 
+    @functools.cached_property
+    def judge(self) -> Judge | None:
+        """The reward functions of the run; None for a task without any."""
+        task, objective = self.config.task, self.config.loss.objective(2)
+        if not isinstance(objective, Grpo):
+            return None
+        rewards = make_rewards(task.reward, task.reward_weights)
+        return Judge(rewards, task.reward_failures, objective.max_new_tokens, objective.temperature)
+
+    @property
+    def questions(self) -> Questions | None:
+        """What sampled answers to the training records are judged by; None for a task without reward functions."""
+        judge = self.judge
+        return None if judge is None else Questions(self.train, judge, self.encoder(self.template).end_ids)
+
     def with_answers(self) -> "Experiment":
         """Returns the experiment with answers of the base after the text for records without a target."""
         objective, text, data = distillation_of(self.config), self.text_ids, self.config.data
@@ -121,6 +138,7 @@ class Experiment:
                 reference=template == self.template,
                 criterion=objective if isinstance(objective, PairCriterion) else None,
                 text=self.text_ids if template in (self.template, self.template.bare()) else None,
+                judge=self.judge,
             )
 
     def training_set(self) -> tuple[Sequence[Example], BatchPlan]:
@@ -149,6 +167,7 @@ class Experiment:
             examples: Sequence[Example] = encode_records(encoder, self.train)
         if not config.loss.uses_choices:
             examples = CompactExamples.of(example.as_target() for example in examples)
+        examples = config.loss.objective(2).planned(examples)
         plan = plan_batches(
             examples,
             lead=encoder.leads(examples),
@@ -278,7 +297,9 @@ def load_experiment(
     if distillation is not None and distillation.answer_tokens:
         check_answers(template)
         fields = template.prompt_fields
-    fields = (*fields, *([] if data.task is None else [data.task]))
+    fields = (*fields, *([] if data.task is None else [data.task]), *reward_fields(config.task.reward))
+    if config.task.reward:
+        make_rewards(config.task.reward, config.task.reward_weights)  # errors in them show before the base is loaded
     for hard_prompt in data.hard_prompt:
         template.bare(hard_prompt)
 

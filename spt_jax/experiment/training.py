@@ -138,7 +138,7 @@ def tune(
             config.method,
             prepared.optimizer,
             experiment.objective(plan),
-            TrainingData(prepared.examples, plan, config.loss.class_weights or None),
+            TrainingData(prepared.examples, plan, config.loss.class_weights or None, experiment.questions),
             config.train,
             workdir=workdir,
             log=log,

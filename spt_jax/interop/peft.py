@@ -22,9 +22,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from spt_jax.bases.base import FrozenBase
-from spt_jax.bases.tokenizer import Tokenizer
+from spt_jax.data.sequences import form_of
 from spt_jax.data.task import TASKS
-from spt_jax.data.tokenization import adds_bos, tokenization_of
+from spt_jax.data.tokenization import tokenization_of
 from spt_jax.errors import CheckpointError, ConfigError
 from spt_jax.models.decoder_model import host_table
 from spt_jax.models.encoder_decoder_model import EncoderDecoderModel
@@ -141,6 +141,11 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
         check_tokens_agree(base)
         return PromptTuning(length=length), VirtualPrompt(tokens=_task_rows(path, config, base, length, task))
     head = HEADS.get(str(config.get("task_type")))
+    if head is not None and not base.layout.causal:
+        raise ConfigError(
+            f"{where}: task_type is {config.get('task_type')}; of PEFT's prompts for encoders, this library reads those"
+            " without a head, whose task_type is FEATURE_EXTRACTION"
+        )
     group = plain_group(base)
     axes = len(group.layers), 2, group.kv_heads, group.key_size
     shapes: dict[str, tuple[int | None, ...]] = {EMBEDDINGS: (length, math.prod(axes))}
@@ -316,13 +321,13 @@ def _count(config: Mapping[str, Any], name: str, where: Path, most: int, default
     return value
 
 
-def template_front(tokenizer: Tokenizer) -> str:
+def template_front(base: FrozenBase) -> str:
     """Returns the beginning of a template with PEFT's ids. Without BOS, a literal space replaces the dummy space."""
-    if adds_bos(tokenizer):
+    if form_of(base.tokenizer, base.layout).opens:
         return "<soft><bos>"
-    return "<soft> " if tokenization_of(tokenizer).adds_dummy_space else "<soft>"
+    return "<soft> " if tokenization_of(base.tokenizer).adds_dummy_space else "<soft>"
 
 
 def default_template(base: FrozenBase, method: Method) -> str:
     """Returns a template's prompt that gives the same ids as PEFT: virtual tokens, then `tokenizer(text)`."""
-    return f"{template_front(base.tokenizer) if method.token_count else ''}{{text}}"
+    return f"{template_front(base) if method.token_count else ''}{{text}}"

@@ -112,6 +112,10 @@ def check_exportable(base: FrozenBase, method: Method, template: Template, virtu
         raise ConfigError(f"PEFT has no prompts with this combination of parts: {', '.join(parts)}")
     if virtual.prefix is not None:
         plain_group(base)
+    if virtual.head is not None and not base.layout.generates:
+        raise ConfigError(
+            "transformers' classifiers of encoders have other layers before the head, and PEFT pools a virtual token"
+        )
     if virtual.head is not None:
         _check_head(method, virtual.head, HEADS[_task_type(template.head)])
     if virtual.gated is not None:
@@ -202,12 +206,19 @@ def _common(saved: SavedPrompt, base: FrozenBase) -> dict[str, Any]:
     return {
         "base_model_name_or_path": saved.info["base"]["id"],
         "revision": saved.info["base"]["revision"],
-        "task_type": "SEQ_2_SEQ_LM" if base.layout.encodes else "CAUSAL_LM",
+        "task_type": _base_type(base),
         "inference_mode": True,
         # With 2, PEFT stores as many rows again for the decoder, which it never uses.
         "num_transformer_submodules": 1,
         "num_layers": _sizes(base).layers,
     }
+
+
+def _base_type(base: FrozenBase) -> str:
+    """Returns PEFT's task type of a prompt without a head."""
+    if base.layout.encodes:
+        return "SEQ_2_SEQ_LM"
+    return "CAUSAL_LM" if base.layout.causal else "FEATURE_EXTRACTION"
 
 
 def _sizes(base: FrozenBase) -> ModelConfig:
@@ -277,20 +288,21 @@ def _check_tokens(base: FrozenBase, template: Template, virtual: VirtualPrompt) 
     ids = ids[:-1] if base.layout.encodes else ids  # without the decoder's first token
     own = list(range(vocab_size, vocab_size + template.virtual_tokens))
     front, ours = ids[: len(own)], ids[len(own) :]
-    text = "".join("a" if isinstance(piece, Field) else getattr(piece, "text", "") for piece in parse(template.prompt))
+    pieces = parse(encoder.form.marked(template.prompt))
+    text = "".join("a" if isinstance(piece, Field) else getattr(piece, "text", "") for piece in pieces)
     theirs = [tokenizer(words)["input_ids"] for words in (text, text.removeprefix(" "))]
     cause = f"the template {template.prompt!r} cannot be exported: PEFT puts"
     if front != own or any(id_ in ours for id_ in own):
         where = " inside the chat template" if chat else ""
         raise ConfigError(
             f"{cause} all virtual tokens before everything, but here they are elsewhere{where}; train with a prompt"
-            f" that begins with {template_front(tokenizer)!r}"
+            f" that begins with {template_front(base)!r}"
         )
     if not chat and not template.continues and ours not in theirs:
         raise ConfigError(
             f"{cause} the virtual tokens before the tokens of the whole text, {_tokens(tokenizer, theirs[0])}, but this"
             f" template has {_tokens(tokenizer, ours)} there; train with a prompt that begins with"
-            f" {template_front(tokenizer) if own else '{text}'!r}"
+            f" {template_front(base) if own else '{text}'!r}"
         )
 
 

@@ -13,6 +13,7 @@ from spt_jax.data.tokenization import Tokenization
 from spt_jax.errors import ConfigError
 from spt_jax.models.layout import Layout
 from spt_jax.models.model import Model
+from spt_jax.options import Lines
 from spt_jax.prompts.method import Method
 from spt_jax.prompts.virtual import ReplacedRows, VirtualPrompt, shape
 
@@ -32,7 +33,7 @@ class TrainedTokens(Method):
     """
 
     name: Literal["trained_tokens"] = "trained_tokens"
-    tokens: tuple[str, ...] = ()
+    tokens: Lines = ()
     ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

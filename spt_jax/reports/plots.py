@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from spt_jax.reports.report import curve_metric
 from spt_jax.runtime.extras import install_line, installed, load_extra
 from spt_jax.runtime.files import write_bytes
 from spt_jax.studies.plateau import Estimate
@@ -59,7 +60,7 @@ def plot_curves(
         left.plot(steps[window - 1 :], smooth, color=DARK, linewidth=1.6, label=f"mean of {window} steps")
     left.set(xlabel="step", ylabel="training loss", title="Training")
     if validation:
-        metric = "accuracy" if "accuracy" in validation[0]["validation"] else "loss"
+        metric = curve_metric(validation[0]["validation"])
         values = [line["validation"][metric] for line in validation]
         right.plot([line["step"] for line in validation], values, "o-", color=ACCENT, markersize=3, label="soft prompt")
         for (name, value), style in zip(references.items(), ("--", ":", "-."), strict=False):

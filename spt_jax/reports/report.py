@@ -22,6 +22,8 @@ def comparison_table(metrics: Mapping[str, Metrics]) -> str:
     results = {name: result for name, result in metrics[split].items() if result is not None}
     if any("win_rate" in result for result in results.values()):
         known = ("win_rate", "accuracy", "reward_margin", "kl_to_base")
+    elif any("reward" in result for result in results.values()):
+        known = ("reward", "completion_length")
     elif any("accuracy" in result for result in results.values()):
         known = ("accuracy", "macro_f1", "entity_f1")
     else:
@@ -74,11 +76,16 @@ def _cell(result: Mapping[str, Any], column: str, between: str = " ") -> str:
     return f"{result[column]:.3f}" + (f"{between}[{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
 
+def curve_metric(result: Mapping[str, Any]) -> str:
+    """Returns the name of the metric that curves of the validation show: reward, accuracy or loss."""
+    return next((name for name in ("reward", "accuracy") if name in result), "loss")
+
+
 def reference_lines(metrics: Metrics) -> dict[str, float]:
     """Returns the scores of the other prompts that the validation curve is compared with."""
     found = {}
     for name in ("hard_prompt", "no_prompt"):
         result = metrics.get(name)
         if result is not None:
-            found[ROWS[name]] = result["accuracy" if "accuracy" in result else "loss"]
+            found[ROWS[name]] = result[curve_metric(result)]
     return found

@@ -17,7 +17,7 @@ from spt_jax.reports.contents import (
     number,
     won_and_lost,
 )
-from spt_jax.reports.report import ROWS, reference_lines
+from spt_jax.reports.report import ROWS, curve_metric, reference_lines
 from spt_jax.reports.shared import (
     SHARES,
     difference_sentence,
@@ -97,7 +97,7 @@ def run_charts(lines: Sequence[Mapping[str, Any]], references: Mapping[str, floa
         charts.append(Chart("Training loss", svg, [*keys, *mark]))
     validated = [line for line in lines if "validation" in line]
     if validated:
-        measure = "accuracy" if "accuracy" in validated[0]["validation"] else "loss"
+        measure = curve_metric(validated[0]["validation"])
         points = [(line["step"], line["validation"][measure]) for line in validated]
         svg = line_chart(
             [Line(points, "accent", marked=len(points) <= 60)],

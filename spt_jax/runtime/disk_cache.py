@@ -93,7 +93,8 @@ def write_entry(kind: str, key: str, content: bytes) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".", delete=False) as file:
             try:
-                file.write(hashlib.sha256(content).digest() + content)
+                file.write(hashlib.sha256(content).digest())
+                file.write(content)
                 file.close()
                 os.replace(file.name, folder / key)
             except BaseException:

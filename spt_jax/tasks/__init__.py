@@ -3,6 +3,7 @@
 from spt_jax.data.task import TASKS, EncodedRecords, Evaluation, Task, register, task_of
 from spt_jax.tasks.class_head import ClassHead
 from spt_jax.tasks.preference import Preference
+from spt_jax.tasks.rewards import Rewards
 from spt_jax.tasks.span import Span
 from spt_jax.tasks.tagging import Tagging
 from spt_jax.tasks.text import Text
@@ -14,6 +15,7 @@ __all__ = [
     "EncodedRecords",
     "Evaluation",
     "Preference",
+    "Rewards",
     "Span",
     "Tagging",
     "Task",
@@ -23,4 +25,4 @@ __all__ = [
     "task_of",
 ]
 
-register(Text(), ClassHead(), Tagging(), Span(), Preference())
+register(Text(), ClassHead(), Tagging(), Span(), Preference(), Rewards())

@@ -144,13 +144,13 @@ class Clock:
 def validation_line(step: int, metrics: Sequence[Mapping[str, Any]], best: Mapping[str, Any], at: int) -> str:
     """Returns a line on a validation, such as "step 40: validation accuracy 0.750, loss 0.512 (best 0.800 at step 20)".
 
-    For pairs of answers, it also shows the win rate, the reward margin and the KL divergence to the base; for a text to
-    agree with, the agreement and the KL divergence from it.
+    With reward functions, it shows the mean reward. For pairs of answers, it also shows the win rate, the reward margin
+    and the KL divergence to the base; for a text to agree with, the agreement and the KL divergence from it.
 
     Of several members, it shows the lowest and the highest accuracy, or loss if there is none. The arguments are those
     of `Clock.say_validated`.
     """
-    name = "accuracy" if "accuracy" in best else "loss"
+    name = next((own for own in ("reward", "accuracy") if own in best), "loss")
     values = sorted(own[name] for own in metrics)
     if len(metrics) == 1:
         loss = f", loss {metrics[0]['loss']:.3f}" if name != "loss" else ""

@@ -24,8 +24,9 @@ class LossConfig:
       over: the name of a registered objective. "vocabulary" is the next-token cross-entropy of the target;
         "verbalizers" is the cross-entropy of the correct class, given the sequence probabilities of the verbalizers;
         "span" is over the positions of the text that a span head reads; "dpo", "ipo", "simpo" and "orpo" compare a
-        chosen with a rejected answer; "distillation" learns what the base says after a text. Defaults to that of the
-        task: "verbalizers" if there are any. With a task head it is set automatically.
+        chosen with a rejected answer; "distillation" learns what the base says after a text; "grpo" raises the rewards
+        of sampled answers. Defaults to that of the task: "verbalizers" if there are any. With a task head it is set
+        automatically.
       label_smoothing: the share of the target distribution that is spread evenly over the vocabulary or the classes.
       class_weights: a weight per class, in the order of the verbalizers; if empty, all classes have equal weight.
 
@@ -120,6 +121,11 @@ class LossConfig:
     def pairs(self) -> bool:
         """Whether each example must be a pair of a chosen and a rejected answer."""
         return self._objective.pairs
+
+    @property
+    def samples(self) -> bool:
+        """Whether the answers are sampled under the prompt being trained."""
+        return self._objective.samples
 
     @property
     def needs_head(self) -> bool:

@@ -28,6 +28,7 @@ from spt_jax.training.population import (
     own_params,
     stack_batches,
 )
+from spt_jax.training.rollouts import check_samples_alone
 from spt_jax.training.step import TrainState
 
 
@@ -133,6 +134,7 @@ def fit_population(
     method, size = common_method(members), group_size or default_group_size()
     if size < 1:
         raise ConfigError(f"group_size is {size}; it must be at least 1")
+    check_samples_alone(objective, "a population")
     config = config.resolved()
     rungs = [] if halving is None else halving.steps(config.steps)
     sources = {id(member.examples): member.examples for member in members}  # members may share their examples

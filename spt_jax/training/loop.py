@@ -6,7 +6,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import Batch
+from spt_jax.errors import RewardError
 from spt_jax.evaluation.evaluate import selection_score
 from spt_jax.prompts import PromptParams
 from spt_jax.runtime import measure, processes, signals
@@ -26,6 +27,7 @@ from spt_jax.training.cost import functional_flops, step_flops, step_shape
 from spt_jax.training.logs import MetricsLog
 from spt_jax.training.overflow import explain
 from spt_jax.training.step import TrainState
+from spt_jax.training.streams import Batches, SampledBatches
 
 
 class Stopped(Exception):  # noqa: N818 (not an error: the stop was requested)
@@ -75,17 +77,6 @@ class Standing:
     steps: int = 0
     score: float = -math.inf
     ended: str | None = None
-
-
-@runtime_checkable
-class Batches(Protocol):
-    """An endless stream of batches whose position is a JSON value."""
-
-    def __next__(self) -> Batch: ...
-
-    def get_state(self) -> Any: ...
-
-    def set_state(self, state: Any) -> None: ...
 
 
 # The metrics of G members, or of one.
@@ -240,10 +231,22 @@ def train(
 
         if done == 0:
             save()
+        saved = done
         while done < config.steps and (active := _active(standings)):
             trace.before_step(done - first, settle)
             dispatched, work = [], np.zeros(3)
             for numbers in _groups(active, run.group_size):
+                for number in numbers:
+                    stream = run.batches[number]
+                    if isinstance(stream, SampledBatches):
+                        try:
+                            stream.sample(states[number].params)
+                        except RewardError:
+                            settle()
+                            if done > saved:
+                                save()
+                            checkpoints.wait()
+                            raise
                 batches = [next(run.batches[number]) for number in numbers]
                 new, metrics = run.advance(numbers, [states[number] for number in numbers], batches)
                 for number, state in zip(numbers, new, strict=True):
@@ -273,7 +276,7 @@ def train(
                 standings = _halved(standings, run.keep, done)
             if done % config.checkpoint_every == 0 or last or stop is not None or not _active(standings):  # type: ignore[operator]
                 settle()
-                speed = save()
+                speed, saved = save(), done
             if stop is not None:
                 checkpoints.wait()
                 raise Stopped(stop, done)

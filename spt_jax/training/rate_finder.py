@@ -17,6 +17,7 @@ from spt_jax.training.objectives import Objective, prepare_examples
 from spt_jax.training.optimizers import OptimizerConfig
 from spt_jax.training.overflow import explain
 from spt_jax.training.population import Member, init_members, make_population_step, stack_batches
+from spt_jax.training.rollouts import check_samples_alone
 
 SMOOTHING = 0.9
 MAX_STEPS = 100_000
@@ -74,6 +75,7 @@ def range_test(
             f"a range test needs rates that rise from above 0, and 10 to {MAX_STEPS:,} steps, not {low} to {high} in"
             f" {steps} steps"
         )
+    check_samples_alone(objective, "a range test")
     optimizer = dataclasses.replace(optimizer, schedule="constant", warmup_steps=0)
     states = init_members(base, [member], optimizer, steps)
     step = make_population_step(base, member.method, optimizer, steps, objective, microbatches)

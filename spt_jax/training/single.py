@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Float
@@ -15,15 +16,17 @@ from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import Batch, BatchPlan, place_batch
 from spt_jax.data.examples import Example
 from spt_jax.data.streams import training_batches
-from spt_jax.errors import TrainingError
+from spt_jax.errors import ConfigError, TrainingError
 from spt_jax.prompts import Method, PromptParams
 from spt_jax.runtime.waits import spoken
 from spt_jax.training.clock import Rates
 from spt_jax.training.config import TrainConfig
 from spt_jax.training.logs import MetricsLog, shortest
 from spt_jax.training.loop import Best, Events, GroupMetrics, TrainingRun, train
-from spt_jax.training.objectives import Objective, prepare_examples
+from spt_jax.training.objectives import Grpo, Objective, prepare_examples
+from spt_jax.training.rollouts import Questions, RolloutBatches
 from spt_jax.training.step import TrainState, init_state, make_train_step
+from spt_jax.training.streams import Batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +37,13 @@ class TrainingData:
       examples: the examples.
       plan: the shapes of batches.
       class_weights: a weight per class; None weighs all classes equally.
+      questions: for an objective that samples answers, what they are judged by.
     """
 
     examples: Sequence[Example]
     plan: BatchPlan
     class_weights: Sequence[float] | None = None
+    questions: Questions | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +131,7 @@ def fit(
       Stopped: after SIGTERM or SIGINT, with the state saved.
     """
     state = init_state(jax.random.key(config.seed), base, method, optimizer)
-    examples = prepare_examples(objective, base, data.examples)
-    stream = training_batches(
-        examples, data.plan, batch_size=config.batch_size, seed=config.seed, class_weights=data.class_weights
-    )
+    stream = _stream(base, method, objective, data, config)
     step = make_train_step(base, method, optimizer, objective, config.microbatches)
     calls = itertools.count()
 
@@ -138,6 +140,8 @@ def fit(
     ) -> tuple[Sequence[TrainState], GroupMetrics]:
         with spoken("compiling the training step", shown=progress and next(calls) == 0):
             new, metrics = step(states[0], place_batch(batches[0], base.mesh))
+        if isinstance(stream, RolloutBatches):
+            metrics = {**metrics, **jax.tree.map(jnp.asarray, stream.metrics)}
         return [new], metrics
 
     run = TrainingRun(
@@ -157,3 +161,28 @@ def fit(
     )
     (standing,), seconds, rates = train(run, resume=resume, resume_from=resume_from)
     return Outcome(standing.best, standing.steps, seconds, rates)
+
+
+def _stream(base: FrozenBase, method: Method, objective: Objective, data: TrainingData, config: TrainConfig) -> Batches:
+    """Returns the stream of batches: of the examples, or of answers that the prompt samples.
+
+    Raises:
+      ConfigError: the objective samples answers, and there is nothing to judge them by.
+    """
+    if isinstance(objective, Grpo):
+        if data.questions is None:
+            raise ConfigError("Grpo samples answers, and there are no reward functions: use the task rewards")
+        return RolloutBatches(
+            base,
+            method,
+            objective,
+            data.examples,
+            data.plan,
+            data.questions,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        )
+    examples = prepare_examples(objective, base, data.examples)
+    return training_batches(
+        examples, data.plan, batch_size=config.batch_size, seed=config.seed, class_weights=data.class_weights
+    )

@@ -78,7 +78,8 @@ def whole_prompt(base: FrozenBase, specs: dict[str, VirtualPrompt]) -> VirtualPr
     of_tokens = specs["decomposed_prompt_tuning"]
     prefix = PrefixTuning(length=VIRTUAL, states=bool(base.layout.state_groups)).spec(base.layout).prefix
     gated, linear = specs["llama_adapter"].gated, specs["prefix_tuning_plus"].linear
-    return dataclasses.replace(of_tokens, prefix=prefix, gated=gated, linear=linear, pinned=base.layout.windowed)
+    parts = {"gated": gated, "linear": linear, "replaced": specs["trained_tokens"].replaced}
+    return dataclasses.replace(of_tokens, prefix=prefix, **parts, pinned=base.layout.windowed)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -2,6 +2,7 @@
 
 from spt_jax.training.objectives.cross_entropy import CrossEntropy
 from spt_jax.training.objectives.distillation import Distillation
+from spt_jax.training.objectives.grpo import Grpo
 from spt_jax.training.objectives.objective import Loss, Objective, prepare_examples
 from spt_jax.training.objectives.preference import Dpo, Ipo, Orpo, PairObjective, SimPo
 from spt_jax.training.objectives.span_cross_entropy import SpanCrossEntropy
@@ -12,6 +13,7 @@ __all__ = [
     "CrossEntropy",
     "Distillation",
     "Dpo",
+    "Grpo",
     "Ipo",
     "Loss",
     "Objective",
@@ -33,4 +35,5 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "simpo": SimPo,
     "orpo": Orpo,
     "distillation": Distillation,
+    "grpo": Grpo,
 }

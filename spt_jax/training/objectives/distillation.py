@@ -19,6 +19,7 @@ from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation.after_text import TopTokens, top_tokens
 from spt_jax.models.model import TargetScores
 from spt_jax.training.objectives.objective import Loss, Objective
+from spt_jax.training.objectives.targets import of_targets
 
 # float32 does not resolve 1 minus a probability that is nearer to 1.
 _LEAST_REST = 1e-6
@@ -101,15 +102,15 @@ class Distillation(Objective):
 
     def scored_ids(self, rows: Rows) -> Int[Array, "B M K"]:
         """Returns the teacher's most probable tokens at each target."""
-        return _of_targets(_prepared(rows)["ids"], rows)
+        return of_targets(_prepared(rows)["ids"], rows)
 
     def loss(self, scores: TargetScores, rows: Rows) -> Loss:
         """Returns the weighted sum of the divergences, and the sum of the weights of the target tokens."""
         prepared = _prepared(rows)
-        teacher = _of_targets(prepared["log_probabilities"], rows)
+        teacher = of_targets(prepared["log_probabilities"], rows)
         student = scores.log_probabilities
         if "log_rest" in prepared:
-            teacher = jnp.concatenate([teacher, _of_targets(prepared["log_rest"][..., None], rows)], axis=-1)
+            teacher = jnp.concatenate([teacher, of_targets(prepared["log_rest"][..., None], rows)], axis=-1)
             listed = jnp.minimum(jax.nn.logsumexp(student, axis=-1, keepdims=True), -_LEAST_REST)
             student = jnp.concatenate([student, jnp.log(-jnp.expm1(listed))], axis=-1)
         values = self.temperature**2 * _divergence(teacher / self.temperature, student / self.temperature)
@@ -141,16 +142,3 @@ def _padded(tokens: TopTokens, most: int, *, with_rest: bool) -> Mapping[str, np
         arrays["log_rest"] = np.maximum(tokens.log_rest, np.float32(-1e4))
     missing = most - len(tokens.ids)
     return {name: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) for name, array in arrays.items()}
-
-
-def _of_targets(values: Array, rows: Rows) -> Array:
-    """Returns the values [B, M, K] at the targets of the rows, from those [B, E, N, K] of the targets of examples.
-
-    The targets of an example are next to each other and in its order. Those of padding have any value.
-    """
-    groups = rows.target_groups
-    first = jnp.argmax(groups[:, :, None] == groups[:, None, :], axis=-1)
-    count = values.shape[2]
-    own = jnp.minimum(jnp.arange(groups.shape[1])[None] - first, count - 1)
-    flat = values.reshape(values.shape[0], -1, values.shape[-1])
-    return jnp.take_along_axis(flat, (groups * count + own)[:, :, None], axis=1)

@@ -26,13 +26,25 @@ class Objective:
       uses_choices: whether examples keep all their choices; otherwise the correct choice is their only target.
       needs_head: whether the loss needs the logits of a task head.
       pairs: whether each example must be a pair of a chosen and a rejected answer.
+      samples: whether the answers are sampled under the prompt being trained (`spt_jax.training.rollouts`).
       metric_names: the names of `metrics`, which are fixed so that a step can add them up.
     """
 
     uses_choices: ClassVar[bool] = False
     needs_head: ClassVar[bool] = False
     pairs: ClassVar[bool] = False
+    samples: ClassVar[bool] = False
     metric_names: ClassVar[tuple[str, ...]] = ()
+
+    def planned(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """Returns the examples that the shapes of batches are planned for; by default these.
+
+        An objective that samples answers returns examples with answers of the greatest length.
+
+        Args:
+          examples: the examples that the task encoded.
+        """
+        return examples
 
     def prepare(self, base: FrozenBase, examples: Sequence[Example]) -> Sequence[PyTree] | None:
         """Returns what the loss needs to know about each example, such as reference scores; None if nothing.
