@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from spt_jax.data.batches import Rows
+from spt_jax.errors import ConfigError
 from spt_jax.models import memory
 from spt_jax.models.attention import NEVER, Cache, Prefix, Stream
 from spt_jax.models.decoder import of_row
@@ -212,8 +213,17 @@ def _run_lead(
 def output_states(
     model: Model, virtual: VirtualPrompt | None, prefix: Prefix | None, rows: Rows
 ) -> Float[Array, "B Q D"]:
-    """Returns the hidden states at the output positions, after the final norm."""
+    """Returns the hidden states at the output positions, after the final norm.
+
+    Raises:
+      ConfigError: the base is an encoder-decoder, and the rows have no tokens for its decoder.
+    """
     stream = rows.stream
+    if model.layout.encodes and stream.decoder is None:
+        raise ConfigError(
+            "these rows have no tokens for the decoder of this encoder-decoder; encode the records with its `Encoder`,"
+            " or set Example.starts"
+        )
     if virtual is not None:
         start = virtual.first_position
         if not isinstance(start, int):

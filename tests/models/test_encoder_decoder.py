@@ -185,6 +185,12 @@ def test_what_is_refused(base, tmp_path):
         base.model.run(base.model.embed(row.ids), row.stream, None, cache)
 
 
+def test_rows_without_tokens_of_the_decoder(base):
+    example = dataclasses.replace(text(words(4), words(3)), starts=None)
+    with pytest.raises(ConfigError, match="no tokens for the decoder"):
+        scores(base.model, prompt_of(base), rows_of([example], packing=False))
+
+
 def test_an_example_that_was_not_planned_for():
     plan = plan_batches([text(words(20), words(3))], lead=0, batch_size=1)
     with pytest.raises(DataError, match="rows were planned for 96 and 3, 9 and 3 of them for the decoder"):
