@@ -121,6 +121,36 @@ def test_cartridge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the same loss after loading: True" in printed
 
 
+def test_remember(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = run("remember", tmp_path, monkeypatch)
+    assert "\nthe same: True" in printed
+    assert "positions become 16" in printed
+    assert "the same after loading: True" in printed
+
+
+def test_distillation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = run("distillation", tmp_path, monkeypatch, STEPS=12)
+    first, last = (float(word) for word in next(x for x in printed.splitlines() if "KL" in x).split() if "0." in word)
+    assert last < first
+    assert printed.count("accuracy 0.") == 3
+    assert "saved: ['prompt.json', 'prompt.safetensors']" in printed
+
+
+def test_preferences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = run("preferences", tmp_path, monkeypatch, STEPS=12)
+    first, last = losses(next(line for line in printed.splitlines() if line.startswith("loss")))
+    assert last < first
+    assert "win rate 0.547 without a prompt" in printed
+    assert "saved: ['prompt.json', 'prompt.safetensors']" in printed
+
+
+def test_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = run("rewards", tmp_path, monkeypatch, STEPS=2)
+    assert "[1.0, 0.0]" in printed
+    assert "mean reward 0." in printed
+    assert "saved: ['prompt.json', 'prompt.safetensors']" in printed
+
+
 def test_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = write_tiny_checkpoint(tmp_path / "model", "qwen3", max_position_embeddings=512)
     printed = run("accelerator", tmp_path, monkeypatch, BASE=base, STEPS=3, RECORDS=20, BATCH=4)
