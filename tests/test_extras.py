@@ -14,6 +14,7 @@ from spt_jax.commands.program import main
 from spt_jax.data.sources import read_records
 from spt_jax.errors import ConfigError
 from spt_jax.evaluation import metrics
+from spt_jax.testing import write_tiny_checkpoint
 from spt_jax.training.config import LogConfig
 from spt_jax.training.logs import publish
 from tests.jobs import words, write_task
@@ -136,7 +137,9 @@ def test_a_run_without_the_metrics_leaves_them_out(files, tmp_path, without, cap
 
 def test_a_hub_data_set_without_datasets_is_refused_before_the_base_is_loaded(files, tmp_path, without, capsys):
     without("datasets")
-    flags = ["--data.train", "owner/data", "--base.path", str(tmp_path / "no-base")]
+    base = write_tiny_checkpoint(tmp_path / "base")
+    (base / "model.safetensors").write_bytes(b"damaged")
+    flags = ["--data.train", "owner/data", "--base.path", str(base)]
     assert train.main(words(files, tmp_path / "run", *flags)) == 2
     said = (
         "error: the hub data set 'owner/data' needs datasets, which is not installed: pip install 'spt_jax[datasets]'"

@@ -1,4 +1,4 @@
-"""Answers to requests that begin with a question, by GRPO.
+"""Answers that are questions, by GRPO.
 
 spt-jax train rewards
 

@@ -95,7 +95,7 @@ def _parts(virtual: VirtualPrompt) -> str:
         parts.append(f"{length} gated keys and values in the last {len(gated.gates)} layers")
     if virtual.linear is not None:
         maps = virtual.linear.maps.values()
-        norm = np.sqrt(sum(float(np.square(np.asarray(own)).sum()) for own in maps))
+        norm = np.sqrt(sum(float(np.square(np.asarray(own, np.float64)).sum()) for own in maps))
         parts.append(f"maps of the queries of {sum(map(len, maps))} layers, norm {norm:.3g}")
     if head is not None:
         parts.append(f"a head for {head.kernel.shape[1]} classes")

@@ -22,12 +22,13 @@ from spt_jax.prompts.virtual import VirtualPrompt, shape
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefixTuningPlus(Method):
-    """A map of the queries of every layer, whose result is added to the output of attention.
+    """A map of the queries in the attention of each layer.
 
-    The output of a query head for the query q, after RoPE, is that of attention plus elu(q) M, where M [H, Hv] is the
-    trained map of its key/value head, without a bias and without a normalizer. It replaces the keys and values of
-    prefix tuning, whose weight in the softmax falls with every token of the input. The prompt takes no positions, and
-    its size does not depend on a length. With maps of zeros, training starts from the unchanged frozen base.
+    Its result is added to the output of attention: the output of a query head for the query q, after RoPE, is that of
+    attention plus elu(q) M, where M [H, Hv] is the trained map of its key/value head, without a bias and without a
+    normalizer. It replaces the keys and values of prefix tuning, whose weight in the softmax falls with every token of
+    the input. The prompt takes no positions, and its size does not depend on a length. With maps of zeros, training
+    starts from the unchanged frozen base.
 
     Layers that read the keys and values of another layer have no map, and neither have recurrent ones.
 

@@ -23,10 +23,10 @@ from spt_jax.prompts.virtual import VirtualPrompt
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProgressivePrompts(TokenMethod):
-    """Virtual tokens for a new task before those of earlier tasks, which stay as they are.
+    """Virtual tokens before those of earlier tasks.
 
-    The prompt is saved whole, as one of prompt tuning, so that it needs no other file and can be the earlier prompt of
-    the next task. As in the paper, the newest virtual tokens come first.
+    The earlier ones stay as they are. The prompt is saved whole, as one of prompt tuning, so that it needs no other
+    file and can be the earlier prompt of the next task. As in the paper, the newest virtual tokens come first.
 
     Attributes:
       name: the method.

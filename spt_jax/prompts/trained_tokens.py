@@ -20,7 +20,7 @@ from spt_jax.prompts.virtual import ReplacedRows, VirtualPrompt, shape
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainedTokens(Method):
-    """Input embeddings of chosen tokens of the base's vocabulary.
+    """Input embeddings of chosen tokens of the base.
 
     They replace the base's rows wherever these tokens occur: in templates, in records and in generated text. Training
     starts from the base's own rows, that is, from the unchanged base. The output matrix is not trained, also where the

@@ -77,7 +77,8 @@ def whole_prompt(base: FrozenBase, specs: dict[str, VirtualPrompt]) -> VirtualPr
     """The shapes of a prompt that has all parts which training and serving give to a model."""
     of_tokens = specs["decomposed_prompt_tuning"]
     prefix = PrefixTuning(length=VIRTUAL, states=bool(base.layout.state_groups)).spec(base.layout).prefix
-    gated, linear = specs["llama_adapter"].gated, specs["prefix_tuning_plus"].linear
+    gated = specs["llama_adapter"].gated if "llama_adapter" in specs else None  # of bases with wide embeddings
+    linear = specs["prefix_tuning_plus"].linear
     parts = {"gated": gated, "linear": linear, "replaced": specs["trained_tokens"].replaced}
     return dataclasses.replace(of_tokens, prefix=prefix, **parts, pinned=base.layout.windowed)
 
@@ -96,6 +97,10 @@ def test_shapes_and_a_loss_without_compilation(family, monkeypatch):
         if name == "state_tuning" and not base.layout.state_groups:
             with pytest.raises(ConfigError, match="needs recurrent layers"):
                 method.check_base(base)
+            continue
+        if name == "llama_adapter" and base.layout.width != base.config.width:
+            with pytest.raises(ConfigError, match="embeddings as wide as the layers"):
+                method.init_params(jax.random.key(0), base)
             continue
         method.check_base(base)
         params = method.init_params(jax.random.key(0), base)

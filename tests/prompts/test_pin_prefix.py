@@ -86,7 +86,8 @@ def masked(monkeypatch: pytest.MonkeyPatch):
     """Makes a base without windows hide what is far behind, except the positions that `pins` lists."""
 
     def reference(virtual: VirtualPrompt, ids: np.ndarray, pins: np.ndarray) -> np.ndarray:
-        def visible(queries, key_positions, key_segments):
+        def visible(queries, key_positions, key_segments, *, causal):
+            assert causal
             before = key_positions[:, None, :] <= queries.positions[:, :, None]
             near = queries.positions[:, :, None] - key_positions[:, None, :] < WINDOW
             return before & (near | jnp.isin(key_positions, pins)[:, None, :])
