@@ -241,3 +241,9 @@ def test_text_of_a_record_is_never_a_mask(base):
     assert example.ids.tolist().count(3) == 1
     with pytest.raises(DataError, match="no verbalizer"):
         encoder.encode({"text": "x", "label": "c"}, 0)
+
+
+def test_keys_and_values_of_encoders_have_a_lower_rate(base):
+    method = DeepPrompts(length=2, classes=2)
+    assert method.recipe_for(base.layout)["learning_rate"] < method.recipe["learning_rate"]
+    assert method.recipe_for(tiny_base().layout) == method.recipe

@@ -335,7 +335,7 @@ def load_experiment(
     taken = config.method.token_count + config.method.prefix_length
     if taken >= (data.max_length or positions):
         raise ConfigError(f"{taken} virtual tokens leave no room in {data.max_length or positions} positions")
-    optimizer = resolve_optimizer(config.optimizer, base.family, config.method.recipe)
+    optimizer = resolve_optimizer(config.optimizer, base.family, config.method.recipe_for(base.layout))
     config = dataclasses.replace(config, optimizer=optimizer)
     experiment = Experiment(config, base, template, train, validation, test)
     return experiment.with_answers() if distillation is not None and distillation.answer_tokens else experiment

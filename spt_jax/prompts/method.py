@@ -115,6 +115,15 @@ class Method:
 
     __repr__ = short_repr
 
+    def recipe_for(self, layout: Layout) -> Mapping[str, Any]:
+        """Returns the recipe for a base; by default `recipe`.
+
+        Args:
+          layout: that of the base.
+        """
+        del layout
+        return self.recipe
+
     @property
     def token_count(self) -> int:
         """Number of virtual tokens that a template must place; 0 for a method without token rows."""

@@ -20,6 +20,9 @@ from spt_jax.prompts.initializers import Initializer, initialize
 from spt_jax.prompts.method import DEFAULT_LENGTH, Method, PromptParams
 from spt_jax.prompts.virtual import VirtualPrefix, VirtualPrompt
 
+# The learning rate for encoders: of 0.05, 0.1 and 0.2, the best on the validation records of TREC with all-MiniLM-L6.
+ENCODER_RATE = 0.05
+
 # Keys and values as they are trained, see `_packed`.
 Packed = Float[Array, "2 L P K H"] | Mapping[str, Mapping[str, Float[Array, "L P K H"]]]
 
@@ -74,6 +77,10 @@ class PrefixTuning(Method):
             )
         if len(set(self.sites)) < len(self.sites):
             raise ConfigError(f"method.sites names a site twice: {', '.join(self.sites)}")
+
+    def recipe_for(self, layout: Layout) -> Mapping[str, Any]:
+        """Returns a lower rate for encoders."""
+        return self.recipe if layout.generates else {**self.recipe, "learning_rate": ENCODER_RATE}
 
     @property
     def pins(self) -> bool:

@@ -71,7 +71,7 @@ class Preparation:
             self._bases[place] = self._prepared[key].experiment.base
         found = self._prepared[key]
         loaded, base = found.experiment.config, found.experiment.base
-        optimizer = resolve_optimizer(config.optimizer, base.family, loaded.method.recipe)
+        optimizer = resolve_optimizer(config.optimizer, base.family, loaded.method.recipe_for(base.layout))
         updated = dataclasses.replace(loaded, train=config.train, optimizer=optimizer)
         return dataclasses.replace(found, experiment=dataclasses.replace(found.experiment, config=updated))
 
