@@ -45,7 +45,9 @@ def torch_model(directory, attention="eager"):
     # Old checkpoints hold the value of masked scores, which transformers names as unexpected, too.
     unexpected = [name for name in loading["unexpected_keys"] if not name.endswith(".masked_bias")]
     assert not unexpected and not loading["mismatched_keys"]
-    assert all(re.search(OTHER_PARTS, name) for name in loading["missing_keys"])
+    # A copy of another bias.
+    missing = [name for name in loading["missing_keys"] if name != "cls.predictions.decoder.bias"]
+    assert all(re.search(OTHER_PARTS, name) for name in missing)
     return precise(model.eval())
 
 
@@ -76,6 +78,8 @@ def test_logits_in_every_layout(case, tmp_path):
     worst = 0.0
     for layout, runs in rows.items():
         if case.depends_on_length and layout != "full":
+            continue
+        if layout == "children" and not base.layout.causal:  # A child sees its context, which does not see it.
             continue
         for run in runs:
             theirs = torch_logits(model, run.example)[len(run.context) :]
