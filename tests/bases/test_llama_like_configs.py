@@ -202,6 +202,7 @@ def test_names_of_the_hub_and_of_the_modules(family, tmp_path):
         ("roberta", {"hidden_act": "relu"}, "roberta with hidden_act .relu."),
         ("electra", {"hidden_act": "relu"}, "electra with hidden_act .relu."),
         ("bert", {"is_decoder": True}, "bert as a decoder"),
+        ("bert", {"tie_word_embeddings": False}, "bert with tie_word_embeddings false"),
         ("albert", {"num_hidden_groups": 2}, "several groups"),
         ("albert", {"embedding_size": 32}, "embedding_size equal to hidden_size"),
         ("modernbert", {"classifier_bias": True}, "modernbert needs the bias"),

@@ -26,6 +26,8 @@ def _config(hf: Any, **changes: Any) -> DecoderConfig:
     if getattr(hf, "is_decoder", False) or getattr(hf, "add_cross_attention", False):
         raise ConfigError(f"{hf.model_type} as a decoder (is_decoder, add_cross_attention) is not supported")
     head = output_head(hf)
+    if head == "masked" and not hf.tie_word_embeddings:
+        raise ConfigError(f"{hf.model_type} with tie_word_embeddings false is not supported")
     fields = {
         "causal": False,
         "pooling": "first",
