@@ -21,7 +21,7 @@ from spt_jax.prompts.method import DEFAULT_LENGTH, Method, PromptParams
 from spt_jax.prompts.virtual import VirtualPrefix, VirtualPrompt
 
 # The learning rate for encoders: of 0.05, 0.1 and 0.2, the best on the validation records of TREC with all-MiniLM-L6.
-ENCODER_RATE = 0.05
+ENCODER_RATE = 0.1
 
 # Keys and values as they are trained, see `_packed`.
 Packed = Float[Array, "2 L P K H"] | Mapping[str, Mapping[str, Float[Array, "L P K H"]]]
