@@ -11,6 +11,8 @@ import pytest
 import spt_jax
 from spt_jax.data.batches import multiples, pack, place_batch, plan_batches
 from spt_jax.data.encoder import encoder_for
+from spt_jax.data.examples import Example
+from spt_jax.data.sequences import packing_saves
 from spt_jax.data.templates import Template
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation.evaluate import evaluate, make_evaluation_set
@@ -247,3 +249,12 @@ def test_keys_and_values_of_encoders_have_a_lower_rate(base):
     method = DeepPrompts(length=2, classes=2)
     assert method.recipe_for(base.layout)["learning_rate"] < method.recipe["learning_rate"]
     assert method.recipe_for(tiny_base().layout) == method.recipe
+
+
+def test_examples_of_nearly_equal_length_are_not_packed(base):
+    def of(*lengths):
+        return [Example(np.zeros(length, np.int32), np.zeros(length, bool), (), 0, 0) for length in lengths]
+
+    assert packing_saves(of(10, 50, 12), base.layout)
+    assert not packing_saves(of(100, 110, 120), base.layout)
+    assert packing_saves(of(100, 110, 120), tiny_base().layout)

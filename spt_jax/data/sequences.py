@@ -8,12 +8,15 @@ import numpy as np
 from jaxtyping import Int
 
 from spt_jax.bases.tokenizer import Tokenizer
+from spt_jax.data.examples import Example
 from spt_jax.data.templates import Template
 from spt_jax.data.tokenization import adds_bos
 from spt_jax.errors import ConfigError
 from spt_jax.models.layout import Layout
 
 MASK = "<mask>"
+# The mean length over the greatest one, above which examples are of nearly equal length.
+NEARLY_EQUAL = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,3 +151,19 @@ def form_of(tokenizer: Tokenizer, layout: Layout | None) -> SequenceForm:
     mask_id = tokenizer.mask_token_id
     mask = None if mask_id is None else (str(tokenizer.mask_token), mask_id)
     return SequenceForm(False, bos_id, bool(front), tuple(closing), mask, layout.pooling)
+
+
+def packing_saves(examples: Sequence[Example], layout: Layout) -> bool:
+    """Returns whether rows of several examples save time in training.
+
+    Attention costs the square of a row's length, and a base that shares no leading tokens has the virtual tokens in
+    every example: if all examples are nearly as long as the longest, padding each costs less.
+
+    Args:
+      examples: the examples.
+      layout: that of the base.
+    """
+    if not layout.packs or layout.causal:
+        return layout.packs
+    lengths = [len(example.ids) for example in examples]
+    return sum(lengths) < NEARLY_EQUAL * len(lengths) * max(lengths)

@@ -18,6 +18,7 @@ from spt_jax.data.batches import BatchPlan, multiples, plan_batches
 from spt_jax.data.encoded import encode_records
 from spt_jax.data.encoder import Encoder, encoder_for
 from spt_jax.data.examples import CompactExamples, Example, digest
+from spt_jax.data.sequences import packing_saves
 from spt_jax.data.sources import check_fields, read_records
 from spt_jax.data.task import PairCriterion, task_of
 from spt_jax.data.templates import Template
@@ -172,7 +173,7 @@ class Experiment:
             examples,
             lead=encoder.leads(examples),
             batch_size=config.train.batch_size,
-            packing=config.data.packing and self.base.layout.packs,
+            packing=config.data.packing and packing_saves(examples, self.base.layout),
             **options,
             max_length=self.base.layout.max_positions,
         )
