@@ -15,6 +15,7 @@ from spt_jax.data.examples import Example
 from spt_jax.data.sequences import packing_saves
 from spt_jax.data.templates import Template
 from spt_jax.errors import ConfigError, DataError
+from spt_jax.evaluation.continuations import score_continuations
 from spt_jax.evaluation.evaluate import evaluate, make_evaluation_set
 from spt_jax.inference.forward import encode_prefix, target_scores
 from spt_jax.models.attention import Stream
@@ -258,3 +259,9 @@ def test_examples_of_nearly_equal_length_are_not_packed(base):
     assert packing_saves(of(10, 50, 12), base.layout)
     assert not packing_saves(of(100, 110, 120), base.layout)
     assert packing_saves(of(100, 110, 120), tiny_base().layout)
+
+
+def test_continuations_of_encoders_have_no_scores(base):
+    pair = (np.asarray([5, 6]), np.asarray([7]))
+    with pytest.raises(ConfigError, match="causal bases only"):
+        score_continuations(base, [pair])

@@ -16,7 +16,7 @@ def records_digest(records: Sequence[Mapping[str, Any]]) -> str | None:
       records: the records.
     """
     sha = hashlib.sha256()
-    encode = json.JSONEncoder(sort_keys=True, check_circular=False).encode
+    encode = json.JSONEncoder(check_circular=False).encode
     try:
         for record in records:
             sha.update(encode(dict(record)).encode())

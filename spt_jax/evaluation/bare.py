@@ -33,14 +33,17 @@ def bare_examples(base: FrozenBase, examples: Sequence[Example]) -> list[Example
     """
     bare = []
     for number, example in enumerate(examples):
-        ids = example.ids[example.ids < base.layout.vocab_size]
+        real = example.ids < base.layout.vocab_size
+        ids = example.ids[real]
         if len(ids) == 0:
             raise DataError(
                 f"record {example.index + 1}: without its virtual tokens the prompt is empty; the bare base, which it"
                 " is compared with, needs a token before the answers"
             )
         nothing = np.zeros(len(ids), bool)
-        bare.append(dataclasses.replace(example, ids=ids, predicted=nothing, index=number, prompt=0, extra=None))
+        starts, at = (None if old is None else int(real[:old].sum()) for old in (example.starts, example.answer_at))
+        moved = {"ids": ids, "predicted": nothing, "starts": starts, "answer_at": at}
+        bare.append(dataclasses.replace(example, **moved, index=number, prompt=0, extra=None))
     return bare
 
 

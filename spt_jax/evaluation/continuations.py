@@ -56,11 +56,13 @@ def score_continuations(
       The scores, in the order of the pairs.
 
     Raises:
-      ConfigError: the soft prompt has a task head, there are virtual ids without a soft prompt, or `batch_size` is
-        below 1.
+      ConfigError: the base is not causal, the soft prompt has a task head, there are virtual ids without a soft
+        prompt, or `batch_size` is below 1.
       DataError: a context or a continuation is empty, the two have more tokens than the base has positions, or an id
         does not exist.
     """
+    if not base.layout.causal:
+        raise ConfigError(f"{base.name} has an encoder, and continuations are scored with causal bases only")
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
     if virtual is not None and virtual.head is not None:

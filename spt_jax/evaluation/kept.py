@@ -63,6 +63,8 @@ def _facts(base: FrozenBase, data: EvaluationSet, generated: bool) -> dict[str, 
     ids = [*data.prompts, *([] if data.text is None else [data.text]), plan.lead_ids]
     return {
         "base": base.fingerprint.as_json(),
+        "end_ids": [list(base.end_ids), list(encoder.end_ids)],
+        "encoder": encoder.facts,
         "dtype": str(base.dtype),
         "attention": base.decoder.module.attention,
         "mesh": dict(base.mesh.shape),

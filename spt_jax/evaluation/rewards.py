@@ -204,6 +204,7 @@ def _values(reward: Reward, inputs: Mapping[str, list[Any]], problems: list[str]
                 value = one[0]
             else:
                 value = found[number]
+            value = getattr(value, "item", lambda own=value: own)()  # of an array
             if not isinstance(value, numbers.Real) or not math.isfinite(value):
                 raise ValueError(f"it returned {value!r}, which is not a finite number")
             values[number] = float(value)

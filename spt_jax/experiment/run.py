@@ -33,6 +33,7 @@ from spt_jax.prompts import Method, PromptParams, VirtualPrompt
 from spt_jax.prompts.method import check_method
 from spt_jax.prompts.storage import save_prompt
 from spt_jax.runtime import measure, processes
+from spt_jax.runtime.hf_library import keep_torch
 from spt_jax.runtime.sharding import make_mesh, row_shards
 from spt_jax.runtime.waits import spoken
 from spt_jax.training.cost import StepMemory, choose_remat, plan_shape, step_memory
@@ -290,6 +291,8 @@ def load_experiment(
             if not v
         ]
         raise ConfigError(f"{', '.join('--' + name for name in missing)} must be given")
+    if config.task.reward:
+        keep_torch()  # a reward function may use a model of transformers
     if base is None:
         check_base(config.base.path, config.base.revision)
     template = make_template(config)

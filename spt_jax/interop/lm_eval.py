@@ -79,8 +79,11 @@ class PromptModel:
           max_gen_toks: the number of new tokens of a task that does not set it.
 
         Raises:
-          ConfigError: the soft prompt has a task head, or the template does not have exactly one field.
+          ConfigError: the base is not causal, the soft prompt has a task head, or the template does not have exactly
+            one field.
         """
+        if not base.layout.causal:
+            raise ConfigError(f"{base.name} has an encoder, and lm-evaluation-harness runs on causal bases only here")
         template = template or Template(prompt="{text}", target="{target}")
         if virtual is not None and virtual.head is not None:
             raise ConfigError(f"this prompt has a {template.head} head and gives no probabilities of text")

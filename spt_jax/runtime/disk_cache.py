@@ -71,9 +71,10 @@ def read_entry(kind: str, key: str) -> bytes | None:
     file = folder / key
     try:
         content = file.read_bytes()
-        os.utime(file)  # it was used now
     except OSError:
         return None
+    with contextlib.suppress(OSError):  # of a folder that cannot be written
+        os.utime(file)  # it was used now
     digest, content = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
     return content if hashlib.sha256(content).digest() == digest else None
 
@@ -119,3 +120,7 @@ def _remove_oldest(folder: Path) -> None:
             break
         file.unlink(missing_ok=True)
         total -= size
+
+
+# At import, so that a change of the files while a program runs is not taken for its own code.
+code_digest()

@@ -13,6 +13,7 @@ from spt_jax.bases.base import load_base
 from spt_jax.bases.fingerprint import fingerprint_of
 from spt_jax.data.batches import pack, plan_batches
 from spt_jax.errors import CheckpointError, ConfigError, DataError
+from spt_jax.evaluation.bare import bare_examples
 from spt_jax.inference.forward import target_scores
 from spt_jax.models.attention import Cache
 from spt_jax.models.config import DecoderConfig
@@ -23,7 +24,7 @@ from spt_jax.runtime.mesh_config import MeshConfig
 from spt_jax.runtime.sharding import make_mesh
 from spt_jax.serving.bank import PromptBank
 from spt_jax.testing import tiny_base, write_tiny_checkpoint
-from tests.encoder_decoders import choice, rows_of, text, words
+from tests.encoder_decoders import START, choice, rows_of, text, words
 
 P = 3
 
@@ -195,3 +196,11 @@ def test_an_example_that_was_not_planned_for():
     plan = plan_batches([text(words(20), words(3))], lead=0, batch_size=1)
     with pytest.raises(DataError, match="rows were planned for 96 and 3, 9 and 3 of them for the decoder"):
         pack([text(words(5), words(9))], plan)
+
+
+def test_examples_without_virtual_tokens_keep_the_start_of_the_decoder():
+    """The bare base reads the same decoder tokens."""
+    base = tiny_base("t5")
+    prompt = np.concatenate([[base.layout.vocab_size, 5, 6], [base.layout.vocab_size + 1, 7]])
+    (bare,) = bare_examples(base, [choice(prompt, [words(2), words(3, seed=1)])])
+    assert bare.ids.tolist() == [5, 6, 7, START] and bare.starts == 3
