@@ -136,12 +136,16 @@ def form_of(tokenizer: Tokenizer, layout: Layout | None) -> SequenceForm:
       layout: that of the base; None for a causal one.
 
     Raises:
-      ConfigError: the tokenizer of an encoder puts several tokens before a text.
+      ConfigError: the tokenizer of a base with an encoder puts several tokens before a text, or changes it.
     """
     if layout is None or layout.causal:
         return SequenceForm(True, tokenizer.bos_token_id, adds_bos(tokenizer))
     whole, text = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (True, False))
-    start = next(i for i in range(len(whole)) if whole[i : i + len(text)] == text)
+    start = next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), None)
+    if start is None:
+        raise ConfigError(
+            "the tokenizer of this base has other tokens for a text between its special tokens than alone"
+        )
     front, closing = whole[:start], whole[start + len(text) :]
     if len(front) > 1:
         raise ConfigError(f"the tokenizer puts {len(front)} tokens before a text; at most 1 is supported")

@@ -201,10 +201,10 @@ def _values(reward: Reward, inputs: Mapping[str, list[Any]], problems: list[str]
                 one = list(reward.function(**{name: [column[number]] for name, column in inputs.items()}))
                 if len(one) != 1:
                     raise ValueError(f"it returned {len(one)} values for 1 answer")
-                value = one[0]
+                value: Any = one[0]
             else:
                 value = found[number]
-            value = getattr(value, "item", lambda own=value: own)()  # of an array
+            value = value.item() if hasattr(value, "item") else value  # of an array
             if not isinstance(value, numbers.Real) or not math.isfinite(value):
                 raise ValueError(f"it returned {value!r}, which is not a finite number")
             values[number] = float(value)

@@ -1,4 +1,4 @@
-"""A causal decoder with its weights, as the rest of the library uses it."""
+"""A decoder or an encoder with its weights, as the rest of the library uses it."""
 
 import dataclasses
 from collections.abc import Mapping

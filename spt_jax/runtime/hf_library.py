@@ -10,27 +10,26 @@ from spt_jax.runtime import signals
 _QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 
 
-_kept: list[bool] = []
-
-
 def keep_torch() -> None:
-    """Lets transformers find torch in this process, also in a program: for functions of the user that may need it."""
-    _kept.append(True)
+    """Lets transformers find torch in this process, also in a program: for functions of the user that may need it.
+
+    It has no effect after `import_transformers` in a program.
+    """
+    importlib.import_module("transformers")
 
 
 def import_transformers() -> ModuleType:
     """Imports transformers, of which this package uses configs, tokenizers and chat templates: none needs torch.
 
     Where torch is installed, transformers imports it with the first config, which takes seconds. In the programs of
-    this package, transformers is therefore made to find that torch is absent, unless one of them was imported before
-    or `keep_torch` was called.
+    this package, transformers is therefore made to find that torch is absent, unless one of them was imported before.
     In other processes, which may use the models of transformers, everything stays as it is. torch itself can be
     imported in either case.
 
     Returns:
       The module.
     """
-    if _kept or not signals.is_program() or {"torch", "transformers"} & sys.modules.keys():
+    if not signals.is_program() or {"torch", "transformers"} & sys.modules.keys():
         return importlib.import_module("transformers")
     sys.modules["torch"] = None  # type: ignore[assignment]  # documented: an import fails as if there were no torch
     shown = os.environ.get(_QUIET)
