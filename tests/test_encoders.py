@@ -12,7 +12,7 @@ import spt_jax
 from spt_jax.data.batches import multiples, pack, place_batch, plan_batches
 from spt_jax.data.encoder import encoder_for
 from spt_jax.data.examples import Example
-from spt_jax.data.sequences import packing_saves
+from spt_jax.data.sequences import form_of, packing_saves
 from spt_jax.data.templates import Template
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation.continuations import score_continuations
@@ -265,3 +265,11 @@ def test_continuations_of_encoders_have_no_scores(base):
     pair = (np.asarray([5, 6]), np.asarray([7]))
     with pytest.raises(ConfigError, match="causal bases only"):
         score_continuations(base, [pair])
+
+
+def test_a_tokenizer_that_changes_the_text_is_refused(base):
+    def tokenizer(text, *, add_special_tokens):
+        return {"input_ids": [1, 9, 2] if add_special_tokens else [8]}
+
+    with pytest.raises(ConfigError, match="other tokens beside its special tokens"):
+        form_of(tokenizer, base.layout)

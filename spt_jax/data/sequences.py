@@ -143,9 +143,7 @@ def form_of(tokenizer: Tokenizer, layout: Layout | None) -> SequenceForm:
     whole, text = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (True, False))
     start = next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), None)
     if start is None:
-        raise ConfigError(
-            "the tokenizer of this base has other tokens for a text between its special tokens than alone"
-        )
+        raise ConfigError("the tokenizer of this base gives a text other tokens beside its special tokens than alone")
     front, closing = whole[:start], whole[start + len(text) :]
     if len(front) > 1:
         raise ConfigError(f"the tokenizer puts {len(front)} tokens before a text; at most 1 is supported")

@@ -40,7 +40,7 @@ from spt_jax.models.stacks import Remat, Remembered, init_period, joined, run_pe
 
 
 class Decoder(nn.Module):
-    """Embeddings, scanned layers, final norm and output matrix of a causal language model or, by its config, an encoder.
+    """Embeddings, scanned layers, final norm and output matrix of a causal language model, or of an encoder.
 
     Its parameters are a plain dict: `embedding` [V, D], `positions` [max_positions, D] if learned, `layers` with all
     leaves stacked [L, ...], `final_norm`, and `output` [D, V] if untied. Of a quantized base, `embedding` and `output`
