@@ -26,9 +26,9 @@ from spt_jax.data.sequences import form_of
 from spt_jax.data.task import TASKS
 from spt_jax.data.tokenization import tokenization_of
 from spt_jax.errors import CheckpointError, ConfigError
-from spt_jax.models.decoder_model import host_table
 from spt_jax.models.encoder_decoder_model import EncoderDecoderModel
 from spt_jax.models.layout import SELF, Group
+from spt_jax.models.linen_model import host_table
 from spt_jax.models.memory import KeysValues
 from spt_jax.models.quantized import TableArray
 from spt_jax.prompts import DeepPrompts, LlamaAdapter, Method, PrefixTuning, PromptTuning, VirtualPrompt

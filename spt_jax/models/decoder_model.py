@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from spt_jax.models.attention import Cache, GatedPrefix, LinearMemory, Prefix, Stream
@@ -16,17 +15,17 @@ from spt_jax.models.decoder import Decoder, decoder_layout
 from spt_jax.models.latent_attention import LatentAttention
 from spt_jax.models.layers import dense
 from spt_jax.models.layout import Layout, only_layers
+from spt_jax.models.linen_model import LinenModel, host_table
 from spt_jax.models.memory import KeysValues, Memory
 from spt_jax.models.model import Params, TargetScores
-from spt_jax.models.output_matrix import matrix_rows, target_scores
-from spt_jax.models.quantized import KernelArray, TableArray
+from spt_jax.models.output_matrix import target_scores
+from spt_jax.models.quantized import KernelArray
 from spt_jax.models.self_attention import ATTENTION, Attention
-from spt_jax.runtime.sharding import to_host
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class DecoderModel:
+class DecoderModel(LinenModel):
     """Implements `Model`.
 
     Attributes:
@@ -44,18 +43,6 @@ class DecoderModel:
     @property
     def layout(self) -> Layout:
         return decoder_layout(self.config)
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.params["embedding"].dtype
-
-    @property
-    def mesh(self) -> Mesh | None:
-        return self.module.mesh
-
-    def with_options(self, **options: Any) -> "DecoderModel":
-        """Returns the same weights in a module with other options: `mesh`, `remat` or `attention`."""
-        return dataclasses.replace(self, module=self.module.clone(**options))
 
     def embed(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         return self._apply(ids, method=Decoder.embed)
@@ -126,33 +113,6 @@ class DecoderModel:
             states = states * jnp.asarray(config.logit_scale, states.dtype)
         bias = jax.lax.stop_gradient(self.params["logit_bias"].astype(jnp.float32)) if config.logit_bias else None
         return target_scores(states, at, ids, self.output_matrix, self._output_rows, cap=config.logit_cap, bias=bias)
-
-    @property
-    def input_matrix(self) -> Float[Array, "V D"] | TableArray:
-        """The embedding table as stored."""
-        return self.params["embedding"]
-
-    @property
-    def output_matrix(self) -> Float[Array, "V D"] | TableArray:
-        """The matrix that maps hidden states to logits; the embedding table if they are tied."""
-        matrix = self.params["embedding"] if self.config.tied else self.params["output"]
-        return matrix if self.config.tied or isinstance(matrix, TableArray) else matrix.T
-
-    def _output_rows(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-        """Returns rows of `output_matrix`, without a transposed copy of it."""
-        matrix = self.params["embedding"] if self.config.tied else self.params["output"]
-        return matrix_rows(matrix, ids, by_token=self.config.tied)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module.apply({"params": self.params}, *args, **kwargs)
-
-
-def host_table(table: Float[Array, "V D"] | TableArray) -> Float[np.ndarray, "V D"]:
-    """Returns an embedding table or output matrix in host memory, as float32."""
-    if isinstance(table, TableArray):
-        chunks = [to_host(table.chunk(i)) for i in range(table.chunk_count)]
-        return np.stack(chunks, axis=1).reshape(table.shape)
-    return to_host(table).astype(np.float32)
 
 
 def _at(tree: Mapping[str, Any], path: str, index: int) -> Any:

@@ -1,30 +1,26 @@
 """An encoder-decoder with its weights, as the rest of the library uses it."""
 
 import dataclasses
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from spt_jax.errors import ConfigError
 from spt_jax.models.attention import Cache, GatedPrefix, LinearMemory, Prefix, Stream
-from spt_jax.models.decoder_model import host_table
 from spt_jax.models.encoder_decoder import EncoderDecoder, encoder_decoder_layout
 from spt_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from spt_jax.models.layers import scaled
 from spt_jax.models.layout import Layout
+from spt_jax.models.linen_model import LinenModel, host_table
 from spt_jax.models.memory import Memory
 from spt_jax.models.model import Params, TargetScores
-from spt_jax.models.output_matrix import matrix_rows, target_scores
-from spt_jax.models.quantized import TableArray
+from spt_jax.models.output_matrix import target_scores
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class EncoderDecoderModel:
+class EncoderDecoderModel(LinenModel):
     """Implements `Model`. The rows' `Stream.decoder` tells which of their tokens the decoder reads.
 
     Attributes:
@@ -42,18 +38,6 @@ class EncoderDecoderModel:
     @property
     def layout(self) -> Layout:
         return encoder_decoder_layout(self.config)
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.params["embedding"].dtype
-
-    @property
-    def mesh(self) -> Mesh | None:
-        return self.module.mesh
-
-    def with_options(self, **options: Any) -> "EncoderDecoderModel":
-        """Returns the same weights in a module with other options: `mesh` or `remat`."""
-        return dataclasses.replace(self, module=self.module.clone(**options))
 
     def embed(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         return self._apply(ids, method=EncoderDecoder.embed)
@@ -93,21 +77,3 @@ class EncoderDecoderModel:
     def scores(self, states: Float[Array, "B Q D"], at: Int[Array, "B M"], ids: Int[Array, "B M K"]) -> TargetScores:
         states = scaled(states, self.config.output_scale)
         return target_scores(states, at, ids, self.output_matrix, self._output_rows)
-
-    @property
-    def input_matrix(self) -> Float[Array, "V D"] | TableArray:
-        """The embedding table as stored."""
-        return self.params["embedding"]
-
-    @property
-    def output_matrix(self) -> Float[Array, "V D"] | TableArray:
-        """The matrix that maps hidden states to logits; the embedding table if they are tied."""
-        matrix = self.params["embedding"] if self.config.tied else self.params["output"]
-        return matrix if self.config.tied or isinstance(matrix, TableArray) else matrix.T
-
-    def _output_rows(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-        matrix = self.params["embedding"] if self.config.tied else self.params["output"]
-        return matrix_rows(matrix, ids, by_token=self.config.tied)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module.apply({"params": self.params}, *args, **kwargs)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from spt_jax.models.decoder_model import host_table
+from spt_jax.models.linen_model import host_table
 from spt_jax.models.quantized import table as tables
 from spt_jax.models.quantized.table import Int8Table, TableEncoder, table_shapes
 from spt_jax.models.vocabulary import log_sum_exp
