@@ -28,7 +28,7 @@ ROWS = ("data", "fsdp")
 # L and E; "tensor" splits E, or the hidden width if it does not divide E.
 RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r"embedding$", (P(("fsdp", "tensor")), P("tensor", "fsdp"))),
-    (r"(positions|token_types)$", (P(None, "fsdp"),)),
+    (r"(positions|token_types|distances)$", (P(None, "fsdp"),)),
     (r"output$", (P(None, ("fsdp", "tensor")), P("fsdp", "tensor"))),
     (r"experts/(up|gate)/kernel$", (P(None, "tensor", "fsdp"), P(None, None, "fsdp", "tensor"))),
     (r"experts/down/kernel$", (P(None, "tensor", None, "fsdp"), P(None, None, "tensor", "fsdp"))),

@@ -308,6 +308,17 @@ CASES = (
     _case("electra", "electra"),
     _case("electra one width", "electra", embedding_size=32),
     _case("albert", "albert"),
+    _case("deberta-v2", "deberta-v2"),
+    _case(
+        "deberta-v2 maps of their own, no buckets, learned positions",
+        "deberta-v2",
+        share_att_key=False,
+        position_buckets=-1,
+        norm_rel_ebd="none",
+        position_biased_input=True,
+        type_vocab_size=2,
+    ),
+    _case("deberta-v2 one term", "deberta-v2", share_att_key=False, pos_att_type=["p2c"], max_relative_positions=-1),
     _case("modernbert", "modernbert"),
     _case(
         "modernbert untied, biases, every second full",
