@@ -26,7 +26,7 @@ from spt_jax.models.attention import (
 )
 from spt_jax.models.block import Block
 from spt_jax.models.config import DecoderConfig, Stack, group_names, kv_sources, layer_configs, periods
-from spt_jax.models.disentangled import Distances, distance_rows
+from spt_jax.models.disentangled import Distances, distances_of
 from spt_jax.models.kernels import Kernel
 from spt_jax.models.layers import ACTIVATIONS, Linear, Norm, scaled, table_param, table_rows, take_rows
 from spt_jax.models.layout import Group, Layout, StateGroup
@@ -225,7 +225,7 @@ class Decoder(nn.Module):
             return None
         embeddings = self.distance_embedding.astype(x.dtype)
         embeddings = self.distance_norm(embeddings) if config.disentangled.normed else embeddings
-        return Distances(embeddings, distance_rows(config.disentangled, config.max_positions, rows.positions))
+        return distances_of(config.disentangled, embeddings, rows.positions)
 
     def leave(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
         """Returns hidden states for `logits`."""

@@ -47,16 +47,23 @@ def row_by_distance(config: DisentangledConfig, reach: int) -> np.ndarray:
     return np.clip(bucket.astype(np.int64) + config.span, 0, 2 * config.span - 1).astype(np.int32)
 
 
-def distance_rows(config: DisentangledConfig, reach: int, positions: Int[Array, "B T"]) -> Int[Array, "B T T"]:
-    """Returns the index of the embedding of the distance of each query and key.
+def distances_of(
+    config: DisentangledConfig, embeddings: Float[Array, "E D"], positions: Int[Array, "B T"]
+) -> Distances:
+    """Returns the distances between the tokens of each row, and the embeddings of those that can occur.
 
     Args:
       config: of the attention.
-      reach: the largest distance.
-      positions: the positions of the tokens of each row.
+      embeddings: the embeddings of all distances.
+      positions: the positions of the tokens of each row; those of an example are consecutive.
     """
+    reach = positions.shape[1] - 1
+    by_distance = row_by_distance(config, reach)
+    first, last = int(by_distance.min()), int(by_distance.max())
     distances = positions[:, :, None] - positions[:, None, :]
-    return jnp.take(jnp.asarray(row_by_distance(config, reach)), distances + reach, mode="clip")
+    # Tokens of different examples may be further apart, but do not see each other.
+    rows = jnp.take(jnp.asarray(by_distance - first), distances + reach, mode="clip")
+    return Distances(embeddings[first : last + 1], rows)
 
 
 def distance_terms(
