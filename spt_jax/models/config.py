@@ -8,6 +8,7 @@ import math
 from typing import Literal
 
 from spt_jax.errors import ConfigError
+from spt_jax.models.convolution_config import ConvolutionConfig
 from spt_jax.models.delta_net_config import DeltaNetConfig
 from spt_jax.models.disentangled_config import DisentangledConfig
 from spt_jax.models.experts_config import ExpertsConfig
@@ -60,6 +61,7 @@ class DecoderConfig:
       positions: how a model without RoPE knows positions: a learned table that is added to the inputs, ALiBi (Press et
         al. 2022, arXiv 2108.12409), or not at all.
       disentangled: terms of attention scores between tokens and embeddings of distances, in an encoder.
+      convolution: whose result, of a layer's input, is added to its output before another norm, in an encoder.
       alibi_scale: factor of the ALiBi bias.
       alibi_rounded: whether slopes, positions and their products are rounded to bfloat16, whatever the precision of the
         model (Falcon).
@@ -133,6 +135,7 @@ class DecoderConfig:
     no_rope_layers: tuple[int, ...] = ()
     positions: Literal["learned", "alibi", "none"] = "learned"
     disentangled: DisentangledConfig | None = None
+    convolution: ConvolutionConfig | None = None
     alibi_scale: float = 1.0
     alibi_rounded: bool = False
     window: int = 0
@@ -268,6 +271,8 @@ class DecoderConfig:
             mlp += self.width * self.mlp_width * (3 if self.gated_mlp else 2)
         if self.per_layer is not None:
             mlp += 2 * self.width * self.per_layer.width
+        if self.convolution is not None:
+            mlp += self.convolution.size * self.width**2
         if self.recurrent is not None:
             mlp += self.recurrent.matmul_parameters(self.width)
         if not self.attends:

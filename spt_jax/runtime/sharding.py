@@ -38,6 +38,7 @@ RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r"(latent|rotated_key)/kernel$", (P(None, "fsdp"),)),
     (r"(latent|rotated_key)/bias$", (P(),)),
     (r"(query|key|value|up|gate|decay|beta|step)/kernel$", (P(None, "fsdp", "tensor"),)),
+    (r"tap_\d+/kernel$", (P(None, "fsdp", "tensor"),)),
     (r"(query|key|value|up|gate|step)/bias$", (P(None, "tensor"),)),
     (r"((attention|delta_net|mamba)/output|down)/kernel$", (P(None, "tensor", "fsdp"),)),
     (r"_convolution$", (P(None, None, "tensor"),)),
@@ -45,7 +46,10 @@ RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r"(input_map|output_map|head_map)/kernel$", (P("fsdp"),)),
     (r"per_layer/projection/kernel$", (P("fsdp", "tensor"),)),
     (r"logit_bias$", (P(("fsdp", "tensor")),)),
-    (r"(scale|norm/bias|relative_bias|sinks|((attention|mamba)/output|down|input_map|head_map)/bias)$", (P(),)),
+    (
+        r"(scale|norm/bias|relative_bias|sinks|((attention|mamba)/output|down|input_map|head_map|convolution)/bias)$",
+        (P(),),
+    ),
 )
 
 

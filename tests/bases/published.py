@@ -307,6 +307,10 @@ PUBLISHED: Mapping[str, Published] = {
         stated=False,
     ),
     "bert-base-uncased": Published("bert", _bert(30522, 768, 3072, 12, 12, 512), 109_514_298, stated=False),
+    "deberta-v2-xlarge": Published(
+        "deberta-v2", _bert(128100, 1536, 6144, 24, 24, 512, conv_kernel_size=3, conv_act="gelu", **_DEBERTA_V3),
+        887_085_156, stated=False,
+    ),
     "deberta-v3-base": Published(
         "deberta-v2", _bert(128100, 768, 3072, 12, 12, 512, **_DEBERTA_V3), 184_551_780, stated=False,
     ),

@@ -1,4 +1,4 @@
-"""Disentangled attention: its terms, keys of a prefix, and positions that matter only by their differences."""
+"""DeBERTa: terms of distances, keys of a prefix, positions that matter only by their differences, and convolutions."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,8 @@ import pytest
 from spt_jax.errors import ConfigError
 from spt_jax.inference.forward import encode_prefix
 from spt_jax.models.attention import Stream
-from spt_jax.models.disentangled import distance_terms, row_by_distance
+from spt_jax.models.convolution import shifted
+from spt_jax.models.disentangled import distance_terms, distances_of, row_by_distance
 from spt_jax.models.disentangled_config import DisentangledConfig
 from spt_jax.models.kernels import check_kernel
 from spt_jax.prompts import DeepPrompts
@@ -91,6 +92,26 @@ def test_only_differences_of_positions_matter(base):
     np.testing.assert_allclose(first, later, atol=1e-6)
     backwards = np.asarray(base.model.run(x[:, ::-1], stream_at(0))[0])[:, ::-1]
     assert np.abs(first - backwards).max() > 0.1
+
+
+def test_distances_that_occur_in_a_row(base):
+    """Embeddings of larger distances are left out, and those of the others are the same."""
+    own, reach = base.config.disentangled, base.config.max_positions
+    embeddings = jnp.arange(2.0 * own.span)[:, None]
+    positions = jnp.asarray([[3, 4, 5, 6], [0, 1, 0, 1]])
+    found = distances_of(own, embeddings, positions)
+    apart = np.asarray(positions[:, :, None] - positions[:, None, :])
+    expected = row_by_distance(own, reach)[apart + reach]
+    np.testing.assert_array_equal(np.asarray(found.embeddings)[np.asarray(found.rows), 0], expected)
+    assert found.embeddings.shape == (7, 1)
+
+
+def test_a_convolution_reads_zeros_beyond_its_example():
+    x = jnp.arange(1.0, 7.0).reshape(1, 6, 1)
+    segments = jnp.asarray([[1, 1, 1, 2, 2, 0]])
+    expected = {-1: [0, 1, 2, 0, 4, 0], 0: [1, 2, 3, 4, 5, 6], 1: [2, 3, 0, 5, 0, 0], 2: [3, 0, 0, 0, 0, 0]}
+    for by, values in expected.items():
+        assert shifted(x, segments, by)[0, :, 0].tolist() == values
 
 
 def test_fused_kernels_are_refused(base):

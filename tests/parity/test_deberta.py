@@ -1,5 +1,7 @@
 """DeBERTa against transformers: ranges of distances, names of heads, and gradients of virtual tokens at a mask."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +72,12 @@ def test_the_head_of_the_authors_files(tmp_path):
     with torch.no_grad():
         theirs = model(input_ids=torch.tensor(ids[None].astype(np.int64))).logits[0].numpy()
     np.testing.assert_allclose(row_logits(base, ids), theirs, atol=1e-4)
+
+    # As the documentation converts them.
+    model.save_pretrained(tmp_path / "saved")
+    for name in directory.glob("token*"):
+        shutil.copy(name, tmp_path / "saved")
+    np.testing.assert_allclose(row_logits(load_base(tmp_path / "saved", dtype="float32"), ids), theirs, atol=1e-4)
 
 
 def test_loss_and_gradient_at_a_mask(tmp_path):

@@ -6,11 +6,13 @@ from typing import Any, ClassVar
 
 from spt_jax.bases.families.bert import Bert
 from spt_jax.bases.families.encoder import linear_maps
-from spt_jax.bases.families.family import Origin
+from spt_jax.bases.families.family import Origin, Part, activation
 from spt_jax.bases.families.gpt import norms
 from spt_jax.errors import ConfigError
 from spt_jax.models.config import DecoderConfig
+from spt_jax.models.convolution_config import ConvolutionConfig
 from spt_jax.models.disentangled_config import DisentangledConfig
+from spt_jax.models.variant import Variant
 
 # The head by its name in the files of its authors, and in those of transformers.
 _HEAD = {
@@ -36,8 +38,6 @@ class DebertaV2(Bert):
     )
 
     def changes(self, hf: Any) -> Mapping[str, Any]:
-        if getattr(hf, "conv_kernel_size", 0) > 0:
-            raise ConfigError(f"{hf.model_type} with conv_kernel_size {hf.conv_kernel_size} is not supported")
         if getattr(hf, "embedding_size", hf.hidden_size) != hf.hidden_size:
             raise ConfigError(f"{hf.model_type} with an embedding_size other than hidden_size is not supported")
         if getattr(hf, "attention_head_size", hf.hidden_size // hf.num_attention_heads) * hf.num_attention_heads != (
@@ -52,25 +52,36 @@ class DebertaV2(Bert):
             "positions": "learned" if hf.position_biased_input else "none",
             "score_scale": (head_size * (1 + len(set(terms)))) ** -0.5,
             "disentangled": _disentangled(hf, terms) if hf.relative_attention else None,
+            "variants": _convolved(hf) if getattr(hf, "conv_kernel_size", 0) > 0 else (),
         }
 
-    def origins(self, config: DecoderConfig) -> Mapping[str, Origin]:
+    def layer_origins(self, config: DecoderConfig) -> Mapping[str, Origin]:
+        found, own = dict(super().layer_origins(config)), config.disentangled
+        if own is not None and not own.shared:
+            layer = f"{self.prefix}{self.layer}attention.self."
+            terms = [(own.content_to_position, "key"), (own.position_to_content, "query")]
+            maps = [(f"attention/distance_{name}", f"{layer}pos_{name}_proj") for has, name in terms if has]
+            found |= linear_maps(maps)
+        if config.convolution is not None:
+            module, size, shape = f"{self.prefix}encoder.conv.", config.convolution.size, (config.width, config.width)
+            for tap in range(size):
+                part = Part(2, tap, tap + 1)
+                found[f"convolution/tap_{tap}/kernel"] = Origin(
+                    module + "conv.weight", transpose=True, take=part, shape=(*shape, size)
+                )
+            found["convolution/bias"] = Origin(module + "conv.bias")
+            found |= norms(config, [("convolution_norm", module + "LayerNorm")])
+        return found
+
+    def origins(self, config: DecoderConfig) -> Mapping[str, Origin | tuple[Origin, ...]]:
         found = dict(super().origins(config))
         if not config.learned_positions:
             del found["positions"]
-        own = config.disentangled
-        if own is None:
-            return found
-        encoder = f"{self.prefix}encoder."
-        found["distances"] = Origin(encoder + "rel_embeddings.weight")
-        if own.normed:
-            found |= norms(config, [("distance_norm", encoder + "LayerNorm")])
-        if not own.shared:
-            layer = f"{self.prefix}{self.layer}attention.self."
-            terms = [(own.content_to_position, "key"), (own.position_to_content, "query")]
-            found |= linear_maps(
-                (f"layers/attention/distance_{name}", f"{layer}pos_{name}_proj") for has, name in terms if has
-            )
+        if config.disentangled is not None:
+            encoder = f"{self.prefix}encoder."
+            found["distances"] = Origin(encoder + "rel_embeddings.weight")
+            if config.disentangled.normed:
+                found |= norms(config, [("distance_norm", encoder + "LayerNorm")])
         return found
 
     def canonical(self, name: str, config: DecoderConfig) -> str | None:
@@ -113,3 +124,12 @@ def _disentangled(hf: Any, terms: tuple[str, ...]) -> DisentangledConfig:
         shared=bool(getattr(hf, "share_att_key", False)),
         normed=norm == "layer_norm",
     )
+
+
+def _convolved(hf: Any) -> tuple[Variant, ...]:
+    """The first layer, to whose output a convolution is added."""
+    groups, name = getattr(hf, "conv_groups", 1), getattr(hf, "conv_act", "tanh")
+    if groups != 1:
+        raise ConfigError(f"{hf.model_type} with conv_groups {groups} is not supported")
+    convolution = ConvolutionConfig(size=hf.conv_kernel_size, activation="tanh" if name == "tanh" else activation(name))
+    return (Variant(name="convolved", layers=(0,), convolution=convolution),)
