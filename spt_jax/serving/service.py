@@ -28,6 +28,7 @@ from spt_jax.serving.classify import Classifier
 from spt_jax.serving.fairness import Lane, Sender, has_share
 from spt_jax.serving.lengths import size, text_bound, texts_of
 from spt_jax.serving.metrics import Metrics
+from spt_jax.serving.prompt_directories import RefusedError, checked_directory
 from spt_jax.serving.prompt_examples import examples_for, read_examples
 from spt_jax.serving.requests import Request
 from spt_jax.serving.scoring import score_tokens
@@ -42,20 +43,6 @@ LONG = 2**15
 TOGETHER = 16
 
 T = TypeVar("T")
-
-
-class RefusedError(SptError):
-    """A request that is answered with an error.
-
-    Attributes:
-      status: the HTTP status.
-      code: the error code, as in OpenAI's API.
-      param: the field that is wrong.
-    """
-
-    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None):
-        super().__init__(message)
-        self.status, self.code, self.param = status, code, param
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +116,8 @@ class Service:
             raise RefusedError(422, f"{name!r} cannot name a prompt", param="name")
         try:
             self.refresh()
-            self._check_files(name)
-            examples = read_examples(folder := self.folder.resolve() / name)
+            folder = checked_directory(self.folder, name, self.max_prompt_bytes)
+            examples = read_examples(folder)
             self.bank.load(name, folder)
             self._examples[name] = examples
         except RefusedError:
@@ -142,26 +129,6 @@ class Service:
             why = f"{type(error).__name__}: {error}"
             raise RefusedError(400, f"prompt {name!r} cannot be read ({why})", code="invalid_prompt") from error
         self.created[name] = int(time.time())
-
-    def _check_files(self, name: str) -> None:
-        """Checks that a prompt's directory exists, is inside the directory of prompts and is not too large."""
-        assert self.folder is not None
-        root = self.folder.resolve()
-        folder = root / name
-        if not folder.resolve().is_relative_to(root):
-            raise RefusedError(403, f"{name!r} leads out of the directory of prompts")
-        files = list(folder.iterdir()) if folder.is_dir() else []
-        if not files:
-            raise RefusedError(404, f"there is no prompt directory {name!r} on the server", code="model_not_found")
-        if any(not path.resolve().is_relative_to(root) for path in files):
-            raise RefusedError(403, f"{name!r} leads out of the directory of prompts")
-        if any(path.exists() and not (path.is_file() or path.is_dir()) for path in files):
-            raise RefusedError(
-                400, f"prompt {name!r} contains something that is not a regular file", code="invalid_prompt"
-            )
-        total = sum(path.stat().st_size for path in files if path.is_file())
-        if total > self.max_prompt_bytes:
-            raise RefusedError(413, f"prompt {name!r} has {total} bytes; --max-prompt is {self.max_prompt_bytes} bytes")
 
     def remove(self, name: str) -> None:
         """Removes a prompt.
