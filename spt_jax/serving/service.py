@@ -191,7 +191,7 @@ class Service:
         if messages[-1].role == "assistant":
             raise RefusedError(422, "the last turn is the assistant's, so there is nothing to answer", param="messages")
         template = self.bank.entry(name).template
-        if name is None or template.is_conversation:
+        if template.is_conversation or (name is None and not self.bank.base.layout.encodes):
             turns = [{"role": turn.role, "content": turn.text} for turn in messages]
             return self._bounded(model, template, {MESSAGES: turns})
         if len(messages) > 1 or messages[0].role != "user":
@@ -313,7 +313,9 @@ class Service:
         unknown = next((id_ for id_ in given if id_ >= vocab_size), None)
         if unknown is not None:
             raise RefusedError(400, f"token id {unknown}: the base has {vocab_size} tokens", param="prompt")
-        return encoder.prompt_ids_around(given) if name else (np.asarray(given, np.int32), 0)
+        if name is None and not self.bank.base.layout.encodes:
+            return np.asarray(given, np.int32), 0
+        return encoder.prompt_ids_around(given)
 
     async def echo(
         self, model: str, records: Sequence[Mapping[str, Any]], alternatives: int | None, sender: Sender
@@ -333,6 +335,12 @@ class Service:
 
     def _to_echo(self, model: str, record: Mapping[str, Any]) -> _Echoed:
         name, entry, held = self._generator(model)
+        if self.bank.base.layout.encodes:
+            raise RefusedError(
+                400,
+                f"{self.name!r} is an encoder-decoder, which predicts no token of a prompt, so there is no echo",
+                param="echo",
+            )
         ids, place = self._prompt_ids(name, entry.encoder if name else self.bank.encoder(None, record), record)
         if place is None:
             if name is not None:
