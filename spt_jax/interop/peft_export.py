@@ -57,7 +57,7 @@ def export_peft(directory: str | Path, saved: SavedPrompt, base: FrozenBase) -> 
     check_exportable(base, saved.method, saved.template, saved.virtual)
     virtual, parts = saved.virtual, parts_of(saved.virtual)
     prompt_learning = _common(saved, base)
-    if parts == ["tokens"]:
+    if parts in (["tokens"], ["tokens", "head"]):
         assert virtual.tokens is not None
         length, width = virtual.tokens.shape
         heads = {"token_dim": width, "num_attention_heads": _sizes(base).heads}
@@ -71,13 +71,13 @@ def export_peft(directory: str | Path, saved: SavedPrompt, base: FrozenBase) -> 
         heads = {"token_dim": group.kv_heads * group.key_size, "num_attention_heads": group.kv_heads}
         config = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": length, **heads, **prompt_learning}
         tensors = {EMBEDDINGS: both.transpose(2, 1, 0, 3, 4).reshape(length, -1)}
-        if virtual.head is not None:
-            task_type = _task_type(saved.template.head)
-            tensors |= _head_tensors(virtual.head, HEADS[task_type], base.config)
-            config |= {"task_type": task_type}
     else:
         common = {k: v for k, v in prompt_learning.items() if not k.startswith("num_")}
         config, tensors = _adapter_files(virtual, base.config, common)
+    if virtual.head is not None:
+        task_type = _task_type(saved.template.head)
+        tensors |= _head_tensors(virtual.head, HEADS[task_type], base.config)
+        config |= {"task_type": task_type}
     return _write(directory, config, tensors)
 
 
@@ -108,7 +108,7 @@ def check_exportable(base: FrozenBase, method: Method, template: Template, virtu
             "of the prompts of an encoder-decoder, only token rows can be exported to PEFT, which has no keys and"
             " values of the encoder and of cross-attention"
         )
-    if parts not in (["tokens"], ["prefix"], ["prefix", "head"], ["gated"]):
+    if parts not in (["tokens"], ["tokens", "head"], ["prefix"], ["prefix", "head"], ["gated"]):
         raise ConfigError(f"PEFT has no prompts with this combination of parts: {', '.join(parts)}")
     if virtual.prefix is not None:
         plain_group(base)

@@ -48,7 +48,7 @@ def added(bank: PromptBank, folder, names) -> PromptBank:
             target="{label}",
             virtual_tokens=method.token_count,
             verbalizers=classes,
-            head=getattr(method, "head", "language_model"),
+            head=getattr(method, "head", None) or "language_model",
         )
         virtual = method.materialize(params, bank.base.model)
         spt_jax.save_prompt(folder / name, bank.base, method, virtual, template)
