@@ -16,9 +16,9 @@ from spt_jax.data.pieces import PieceEncoder, after_cut
 from spt_jax.data.reading import Spans
 from spt_jax.data.sequences import form_of
 from spt_jax.data.shortening import shorten, shortened
-from spt_jax.data.shots import SEPARATOR, solved
+from spt_jax.data.shots import with_shots
 from spt_jax.data.task import prompt_index, task_of
-from spt_jax.data.templates import MESSAGES, Bos, Control, Cut, Field, Piece, Plain, Template, Text, parse
+from spt_jax.data.templates import MESSAGES, Control, Cut, Field, Piece, Plain, Template, Text, parse
 from spt_jax.data.tokenization import check_ids, tokenization_of
 from spt_jax.data.turns import around_chat, check_turns, template_turns
 from spt_jax.errors import ConfigError, DataError
@@ -78,7 +78,7 @@ class Encoder:
         self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         check_turns(template, tokenizer, shots, self._task.has_head)
         written = parse(self.form.marked(template.prompt))
-        front = self._rendered(self._turns(None)) if template.chat else self._with_shots(written)
+        front = self._rendered(self._turns(None)) if template.chat else with_shots(template, shots, written, self._ids)
         self._prompt: list[Piece | int] = [*front, *self.form.closing]
         turn_ends = self._chat.turn_ends(self._turns(None) if template.chat else []) if is_chat else []
         self.end_ids = tuple(sorted({*self._eos, *turn_ends}))
@@ -375,16 +375,6 @@ class Encoder:
 
     def _ids(self, pieces: Sequence[Piece | int], fields: Mapping[Any, str], *, opens: bool) -> list[int]:
         return self._pieces.aligned(pieces, fields, opens=opens)[0]
-
-    def _with_shots(self, prompt: Sequence[Piece]) -> list[Piece | int]:
-        """Returns the prompt after the solved examples, whose targets are encoded separately."""
-        pieces: list[Piece | int] = []
-        for record in self.shots:
-            question = [piece for piece in solved(self.template, record, self.template.prompt) if piece != Bos()]
-            answer = self._ids(solved(self.template, record, self.template.target), {}, opens=False)
-            pieces += [*question, *answer, Text(SEPARATOR)]
-        front = 1 if prompt[:1] == [Bos()] else 0
-        return [*prompt[:front], *pieces, *prompt[front:]]
 
     def _rendered(self, turns: Sequence[Turn]) -> list[Piece]:
         pieces = self._chat.prompt(turns)
