@@ -82,6 +82,7 @@ class BatchPlan:
       row_buckets: the numbers of rows B to choose from, ascending.
       multiple: B is a multiple of this: row shards times microbatches.
       decoder: the number U of a row's tokens that the decoder of an encoder-decoder reads; 0 for other bases.
+      types: whether tokens have types.
     """
 
     lead_ids: Any
@@ -94,6 +95,7 @@ class BatchPlan:
     row_buckets: tuple[int, ...]
     multiple: int
     decoder: int = 0
+    types: bool = False
 
     def lead(self, example: Example) -> int:
         """Returns how many of an example's ids are leading ids."""
@@ -159,6 +161,7 @@ def plan_batches(
         row_buckets=(),
         multiple=multiple,
         decoder=10**9,
+        types=any(example.second_at is not None for example in examples),
     )
     chunks = [needs[i : i + batch_size] for i in range(0, len(needs), batch_size)]
     packed = [assign_rows(chunk, plan) for chunk in chunks]
@@ -271,6 +274,7 @@ def pack(examples: Sequence[Example], plan: BatchPlan, class_weights: Sequence[f
             zeros(plan.length),
             prompt_index,
             decoder=zeros(plan.decoder) + np.int32(plan.length) if plan.decoder else None,
+            types=zeros(plan.length) if plan.types else None,
         ),
         outputs=zeros(plan.outputs),
         target_outputs=zeros(plan.targets),
@@ -324,6 +328,8 @@ class _RowWriter:
         last = len(example.ids) - int(bool(len(example.predicted)) and example.predicted[-1])
         start = self._tokens(example.ids[lead:last], first_position=lead, parent=0)
         starts = example.starts or 0
+        if self.rows.stream.types is not None and example.second_at is not None:
+            self.rows.stream.types[self.row, start + example.second_at - lead : self.tokens] = 1
         if example.starts is not None:
             self._decoder(start + starts - lead, first_position=0)
         if example.reads is not None:

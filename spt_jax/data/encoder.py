@@ -12,6 +12,7 @@ from spt_jax.bases.base import FrozenBase
 from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.data.chats import ChatTemplate, Turn, turns_after, turns_of
 from spt_jax.data.examples import Example
+from spt_jax.data.pairs import separated
 from spt_jax.data.pieces import PieceEncoder, after_cut
 from spt_jax.data.reading import Spans
 from spt_jax.data.sequences import form_of
@@ -80,6 +81,8 @@ class Encoder:
         written = parse(self.form.marked(template.prompt))
         front = self._rendered(self._turns(None)) if template.chat else with_shots(template, shots, written, self._ids)
         self._prompt: list[Piece | int] = [*front, *self.form.closing]
+        if self.form.encodes:
+            self._prompt = separated(self._prompt, self.form.pairs)
         turn_ends = self._chat.turn_ends(self._turns(None) if template.chat else []) if is_chat else []
         self.end_ids = tuple(sorted({*self._eos, *turn_ends}))
         choices = [self._target({template.label_field: text}, ends=False) for text in template.verbalizers.values()]
@@ -266,6 +269,10 @@ class Encoder:
     def _encode(self, record: Mapping[str, Any], index: int) -> Example:
         encode = self._task.encode_chat if self.template.is_conversation else self._task.encode
         example = encode(self, record, index)
+        if Cut() in self._prompt and not self.form.decodes:
+            filled = self._filled(self._fields(record, self.template.prompt_fields, index))
+            (second,) = self._pieces.aligned(*filled, opens=self._opens)[2]
+            example = dataclasses.replace(example, second_at=second)
         return example.decoded() if self.form.decodes else example
 
     @property

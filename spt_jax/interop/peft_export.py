@@ -13,6 +13,8 @@ import safetensors.numpy
 from spt_jax.bases.base import FrozenBase
 from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.data.encoder import encoder_for
+from spt_jax.data.pairs import SEPARATOR
+from spt_jax.data.sequences import form_of
 from spt_jax.data.templates import MESSAGES, Field, Template, parse
 from spt_jax.errors import ConfigError, SptError
 from spt_jax.interop.peft import (
@@ -279,6 +281,9 @@ def _check_tokens(base: FrozenBase, template: Template, virtual: VirtualPrompt) 
     if virtual.tokens is not None:
         check_tokens_agree(base)
     tokenizer, vocab_size = base.tokenizer, base.layout.vocab_size
+    pairs = form_of(tokenizer, base.layout).pairs
+    if SEPARATOR in template.prompt and pairs is not None and pairs.first_type is not None:
+        raise ConfigError("the template has a <sep>, and PEFT gives all tokens after its prompts the first token type")
     chat = template.chat or template.is_conversation
     record: dict[str, Any] = dict.fromkeys(template.prompt_fields, "a")
     if template.is_conversation:
@@ -290,7 +295,7 @@ def _check_tokens(base: FrozenBase, template: Template, virtual: VirtualPrompt) 
     front, ours = ids[: len(own)], ids[len(own) :]
     pieces = parse(encoder.form.marked(template.prompt))
     text = "".join("a" if isinstance(piece, Field) else getattr(piece, "text", "") for piece in pieces)
-    theirs = [tokenizer(words)["input_ids"] for words in (text, text.removeprefix(" "))]
+    theirs = [tokenizer(*words.split(SEPARATOR))["input_ids"] for words in (text, text.removeprefix(" "))]
     cause = f"the template {template.prompt!r} cannot be exported: PEFT puts"
     if front != own or any(id_ in ours for id_ in own):
         where = " inside the chat template" if chat else ""
