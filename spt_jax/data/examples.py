@@ -138,7 +138,7 @@ _RAGGED = {"ids": np.int32, "predicted": np.bool_, "reads": np.int32, "classes":
 
 
 class CompactExamples(Sequence[Example]):
-    """Examples without `extra` in a few arrays, of 5 bytes for each token and 72 for each example.
+    """Examples without `extra` in a few arrays, of 5 bytes for each token and 96 for each example.
 
     An index returns an `Example` with views of these arrays, a slice a list of them.
     """

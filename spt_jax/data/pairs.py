@@ -32,7 +32,7 @@ def pair_form(tokenizer: Tokenizer, front: Sequence[int], closing: Sequence[int]
       closing: the ids that it puts after a text.
     """
     text = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    both = tokenizer("a", "a")
+    both = tokenizer(text="a", text_pair="a")
     ids = list(both["input_ids"])
     start, stop = len(front) + len(text), len(ids) - len(closing) - len(text)
     between = tuple(ids[start:stop])

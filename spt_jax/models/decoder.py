@@ -205,8 +205,8 @@ class Decoder(nn.Module):
             x = x + jnp.take(self.position_embedding, rows.positions, axis=0, mode="clip").astype(x.dtype)
         if config.token_types:
             table = self.token_types.astype(x.dtype)
-            plain = rows.types is None or config.token_types == 1
-            x = x + (table[0].reshape(1, 1, -1) if plain else jnp.take(table, rows.types, axis=0))
+            types = None if config.token_types == 1 else rows.types
+            x = x + (table[0].reshape(1, 1, -1) if types is None else jnp.take(table, types, axis=0))
         if not config.embedding_norm:
             return x
         x = self.embedding_norm(x)
