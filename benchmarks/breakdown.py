@@ -265,7 +265,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in options.shapes:
         if name == PLANNED:
             found = planned_step()
-            print(f"\n{name}, step: {found['flops'] / 1e12:.2f} TFLOP; by the formula {found['formula_flops'] / 1e12:.2f}")
+            print(
+                f"\n{name}, step: {found['flops'] / 1e12:.2f} TFLOP; by the formula {found['formula_flops'] / 1e12:.2f}"
+            )
         else:
             of, batch = SHAPES.get(name, (TINY, 4))
             found = measure(of, batch, options.parts, options.repeats)

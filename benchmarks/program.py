@@ -170,7 +170,9 @@ def _product(one: _Instruction, shapes: dict[tuple[str, str], str]) -> str:
     assert operand
     left, result = _sizes(shapes[one.computation, operand[1]]), _sizes(one.shape)
     batch, contracted = (
-        math.prod(left[int(i)] for found in re.findall(rf"{name}=\{{([\d,]*)\}}", one.rest) for i in found.split(",") if i)
+        math.prod(
+            left[int(i)] for found in re.findall(rf"{name}=\{{([\d,]*)\}}", one.rest) for i in found.split(",") if i
+        )
         for name in ("lhs_batch_dims", "lhs_contracting_dims")
     )
     rows = math.prod(left) // (batch * contracted)
