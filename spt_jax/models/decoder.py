@@ -212,7 +212,9 @@ class Decoder(nn.Module):
         if config.learned_positions:
             x = x + jnp.take(self.position_embedding, rows.positions, axis=0, mode="clip").astype(x.dtype)
         if config.token_types:
-            x = x + self.token_types[0].astype(x.dtype).reshape(1, 1, -1)
+            table = self.token_types.astype(x.dtype)
+            types = None if config.token_types == 1 else rows.types
+            x = x + (table[0].reshape(1, 1, -1) if types is None else jnp.take(table, types, axis=0))
         if not config.embedding_norm:
             return x
         x = self.embedding_norm(x)

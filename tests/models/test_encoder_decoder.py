@@ -22,7 +22,6 @@ from spt_jax.prompts import PrefixTuning
 from spt_jax.prompts.virtual import VirtualPrompt
 from spt_jax.runtime.mesh_config import MeshConfig
 from spt_jax.runtime.sharding import make_mesh
-from spt_jax.serving.bank import PromptBank
 from spt_jax.testing import tiny_base, write_tiny_checkpoint
 from tests.encoder_decoders import START, choice, rows_of, text, words
 
@@ -172,8 +171,6 @@ def test_what_is_refused(base, tmp_path):
         load_base(directory, attention="splash")
     with pytest.raises(ConfigError, match=r"mesh\.sequence > 1 does not work with encoder-decoders"):
         load_base(directory, mesh=make_mesh(MeshConfig(sequence=2)))
-    with pytest.raises(ConfigError, match="the server does not support encoder-decoders"):
-        PromptBank(base)
     with pytest.raises(ConfigError, match="is an encoder-decoder"):
         _ = base.decoder
     with pytest.raises(ConfigError, match="llama is no encoder-decoder; leave it out"):
