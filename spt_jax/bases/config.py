@@ -14,6 +14,9 @@ from spt_jax.runtime.hf_library import import_transformers
 # this library make lists as long as the model has layers, so that these are checked before either reads the rest.
 _SIZES = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), (1, 10_000)),
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), (1, 10_000)),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), (1, 1 << 16)),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), (1, 1 << 24)),
     **dict.fromkeys(
         ("hidden_size", "n_embd", "n_embed", "word_embed_proj_dim", "embedding_size", "dim", "d_model"), (1, 1 << 20)
     ),

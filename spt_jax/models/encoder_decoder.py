@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from spt_jax.errors import ConfigError
-from spt_jax.models.attention import Cache, GatedPrefix, Prefix, Stream, related, visible
+from spt_jax.models.attention import NEVER, Cache, GatedPrefix, Prefix, Stream, related, visible
 from spt_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from spt_jax.models.layers import scaled, table_param, table_rows, take_rows
 from spt_jax.models.layout import CROSS, ENCODER, SELF, Group, Layout
@@ -38,8 +38,9 @@ class DecoderTokens(NamedTuple):
 class EncoderDecoder(nn.Module):
     """Embeddings, both sides' layers and norms, and the output matrix.
 
-    Its parameters are a plain dict: `embedding` [V, D], `output` [D, V] if untied, and for `encoder` and `decoder` each
-    `layers` with all leaves stacked [L, ...], `final_norm`, and `relative_bias` [buckets, N] if the layers share it.
+    Its parameters are a plain dict: `embedding` [V, D], `output` [D, V] if untied, `logit_bias` [V] if there is one,
+    and for `encoder` and `decoder` each `layers` with all leaves stacked [L, ...], and what the config has of
+    `positions`, `embedding_norm`, `final_norm`, and `relative_bias` [buckets, N] that the layers share.
     """
 
     config: EncoderDecoderConfig
@@ -51,19 +52,26 @@ class EncoderDecoder(nn.Module):
         self.embedding = table_param(self, "embedding", (config.vocab_size, config.width))
         if not config.tied:
             self.output = table_param(self, "output", (config.width, config.vocab_size))
+        if config.logit_bias:
+            self.logit_bias = self.param("logit_bias", nn.initializers.zeros, (config.vocab_size,))
         self.encoder = Side(config, False, self.mesh, self.remat)
         self.decoder = Side(config, True, self.mesh, self.remat)
 
     def embed(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
-        """Returns rows of the embedding table; ids must be in [0, V)."""
-        return take_rows(self.mesh, self.embedding, ids) if ids.ndim == 2 else table_rows(self.embedding, ids)
+        """Returns rows of the embedding table, scaled in families that do; ids must be in [0, V)."""
+        rows = take_rows(self.mesh, self.embedding, ids) if ids.ndim == 2 else table_rows(self.embedding, ids)
+        return scaled(rows, self.config.embedding_scale)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Returns next-token logits in float32 for hidden states of the decoder returned by `__call__`."""
         with jax.named_scope("logits"):
             matrix = self.embedding if self.config.tied else self.output
             hidden = scaled(hidden, self.config.output_scale)
-            return matrix_products(hidden, matrix, by_token=self.config.tied)
+            logits = matrix_products(hidden, matrix, by_token=self.config.tied)
+            if not self.config.logit_bias:
+                return logits
+            bias = self.logit_bias.astype(jnp.float32)
+            return logits + bias.reshape((1,) * (logits.ndim - 1) + (-1,))
 
     def __call__(
         self,
@@ -97,13 +105,14 @@ class EncoderDecoder(nn.Module):
         segments = jnp.zeros_like(rows.segments)
         if encodes:
             segments = rows.segments if rows.decoder is None else _without(rows.segments, rows.decoder)
-            encoded, memory = self.encoder(x, self._encoder_site(rows, segments, given), None, return_memory)
+            site = self._encoder_site(rows, segments, given)
+            encoded, memory = self.encoder(x, rows.positions - given.length, site, None, return_memory)
             hidden = encoded
         if rows.decoder is not None:
             own = _decoder_tokens(rows, rows.decoder)
             inputs = jnp.take_along_axis(x, own.at[:, :, None], axis=1)
             sites = self._self_site(own.stream, given), self._cross_site(own.stream, segments, encoded, given)
-            outputs, found = self.decoder(inputs, *sites, return_memory)
+            outputs, found = self.decoder(inputs, own.stream.positions - given.length, *sites, return_memory)
             memory = {**memory, **found}
             # Padding has the index T, where nothing is written.
             into = jnp.zeros_like(x) if hidden is None else hidden
@@ -119,7 +128,8 @@ class EncoderDecoder(nn.Module):
         own = segments[:, None, :] == segments[:, :, None]
         bucket = self._bucket(places, places, bidirectional=True)
         masks, buckets = given.of_prefix(ENCODER, rows.positions, self._bucket, bidirectional=True)
-        return Site(given.prefix_of(ENCODER), None, (*masks, own), (*buckets, bucket))
+        by_source = (*buckets, bucket) if self.config.relative else None
+        return Site(given.prefix_of(ENCODER), None, (*masks, own), by_source)
 
     @nn.nowrap
     def _self_site(self, own: Stream, given: "_Given") -> Site:
@@ -131,7 +141,8 @@ class EncoderDecoder(nn.Module):
             keys.insert(0, (given.cache.positions[:, start:], given.cache.segments[:, start:]))
         masks += [visible(own, positions, segments) for positions, segments in keys]
         buckets += [self._bucket(own.positions, positions, bidirectional=False) for positions, _ in keys]
-        return Site(given.prefix_of(SELF), given.cached(SELF), tuple(masks), tuple(buckets))
+        by_source = tuple(buckets) if self.config.relative else None
+        return Site(given.prefix_of(SELF), given.cached(SELF), tuple(masks), by_source)
 
     @nn.nowrap
     def _cross_site(
@@ -166,6 +177,14 @@ class _Given:
     prompt_index: Int[Array, " B"] | None
     prefix: Prefix | None
     cache: Cache | None
+
+    @property
+    def length(self) -> Int[Array, "B 1"] | int:
+        """The number of positions before the rows' tokens, which the prefix takes."""
+        if self.prefix is None:
+            return 0
+        counts = (self.prefix.positions != NEVER).sum(axis=-1)
+        return of_row(self.prompt_index, counts).reshape(-1, 1)
 
     def prefix_of(self, site: str) -> KeysValues | None:
         """The prefix's keys and values of a site's layers, with the layers first; None if it has none there."""
@@ -229,4 +248,4 @@ def encoder_decoder_layout(config: EncoderDecoderConfig) -> Layout:
         ENCODER: Group(encoder, *shape, site="encoder"),
     }
     sizes = config.vocab_size, config.width, config.max_positions
-    return Layout(*sizes, groups, causal=False, start_id=config.start_id)
+    return Layout(*sizes, groups, causal=False, start_id=config.start_id, forced_id=config.forced_id)

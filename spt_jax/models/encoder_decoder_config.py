@@ -10,14 +10,25 @@ from spt_jax.models.config import DecoderConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderDecoderConfig:
-    """What defines the function of an encoder-decoder of T5's kind (Raffel et al. 2020, arXiv 1910.10683).
+    """What defines the function of an encoder-decoder. Defaults are those of T5 (Raffel et al. 2020, arXiv 1910.10683).
 
-    Sizes follow the letters of the array dimensions: V `vocab_size`, D `width`, N `heads`, H `head_size`. Layers
-    normalize the input of attention and MLP, linear maps have no bias, and attention scores are not scaled.
+    Sizes follow the letters of the array dimensions: V `vocab_size`, D `width`, N `heads`, H `head_size`.
 
     Attributes:
       encoder_layers, decoder_layers: the number of layers of each side.
       start_id: the token that begins the decoder's tokens.
+      forced_id: the first token of every answer, after `start_id`; None if the model chooses it.
+      norm: RMSNorm (Zhang & Sennrich 2019) or LayerNorm, which has a bias.
+      norm_place: where a layer normalizes: the input of attention and MLP ("before"), or the sum after the residual
+        addition ("sum").
+      final_norm: whether the output of the last layer of a side is normalized.
+      embedding_norm: whether a side normalizes its inputs, after it adds positions.
+      embedding_scale: factor of the rows of the embedding table, not of virtual tokens; None for none.
+      biases: whether the linear maps of attention and MLP have a bias.
+      logit_bias: whether the logits have one.
+      score_scale: factor of attention scores.
+      positions: how a side knows positions: by relative biases of attention scores, or by a learned table that is added
+        to its inputs.
       bias_buckets: the number of buckets of the relative position biases.
       bias_max_distance: the distance from which on all are in the last bucket.
       shared_bias: whether the layers of a side share one table of biases; otherwise each has its own.
@@ -35,7 +46,17 @@ class EncoderDecoderConfig:
     mlp_width: int
     max_positions: int
     start_id: int
+    forced_id: int | None = None
+    norm: Literal["rms", "layer"] = "rms"
     norm_epsilon: float = 1e-6
+    norm_place: Literal["before", "sum"] = "before"
+    final_norm: bool = True
+    embedding_norm: bool = False
+    embedding_scale: float | None = None
+    biases: bool = False
+    logit_bias: bool = False
+    score_scale: float = 1.0
+    positions: Literal["relative", "learned"] = "relative"
     activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "relu"
     gated_mlp: bool = False
     bias_buckets: int = 32
@@ -48,8 +69,10 @@ class EncoderDecoderConfig:
         for name in ("encoder_layers", "decoder_layers", "mlp_width"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.start_id < self.vocab_size:
-            raise ConfigError(f"start_id is {self.start_id}; it must be the id of one of the {self.vocab_size} tokens")
+        for name in ("start_id", "forced_id"):
+            id_ = getattr(self, name)
+            if id_ is not None and not 0 <= id_ < self.vocab_size:
+                raise ConfigError(f"{name} is {id_}; it must be the id of one of the {self.vocab_size} tokens")
         if self.bias_buckets < 4 or self.bias_buckets % 4:
             raise ConfigError(f"bias_buckets is {self.bias_buckets}; it must be a multiple of 4")
         if not self.bias_buckets // 2 < self.bias_max_distance < math.inf:
@@ -62,6 +85,11 @@ class EncoderDecoderConfig:
     def layers(self) -> int:
         """The number of layers of both sides."""
         return self.encoder_layers + self.decoder_layers
+
+    @property
+    def relative(self) -> bool:
+        """Whether attention scores have relative position biases."""
+        return self.positions == "relative"
 
     @property
     def input_width(self) -> int:
@@ -81,10 +109,16 @@ class EncoderDecoderConfig:
             head_size=self.head_size,
             mlp_width=self.mlp_width,
             max_positions=self.max_positions,
+            norm=self.norm,
             norm_epsilon=self.norm_epsilon,
+            norm_place=self.norm_place,
+            embedding_scale=self.embedding_scale,
+            qkv_bias=self.biases,
+            output_bias=self.biases,
+            mlp_bias=self.biases,
             activation=self.activation,
             gated_mlp=self.gated_mlp,
             positions="none",
-            score_scale=1.0,
+            score_scale=self.score_scale,
             tied=self.tied,
         )

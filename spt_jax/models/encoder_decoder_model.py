@@ -65,7 +65,7 @@ class EncoderDecoderModel(LinenModel):
         raise ConfigError("attention weights of an encoder-decoder are not supported")
 
     def embedding_table(self) -> Float[np.ndarray, "V D"]:
-        return host_table(self.params["embedding"])
+        return host_table(self.params["embedding"]) * np.float32(self.config.embedding_scale or 1.0)
 
     def gated_memory(self, rows: Float[Array, "G P D"]) -> Memory:
         raise ConfigError("an encoder-decoder has no gated keys and values; use another method")
@@ -76,4 +76,4 @@ class EncoderDecoderModel(LinenModel):
     @jax.named_scope("logits")
     def scores(self, states: Float[Array, "B Q D"], at: Int[Array, "B M"], ids: Int[Array, "B M K"]) -> TargetScores:
         states = scaled(states, self.config.output_scale)
-        return target_scores(states, at, ids, self.output_matrix, self._output_rows)
+        return target_scores(states, at, ids, self.output_matrix, self._output_rows, bias=self._logit_bias())

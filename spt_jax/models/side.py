@@ -43,15 +43,15 @@ class Site:
 
 
 class SiteAttention(nn.Module):
-    """Attention at one site, without biases of the linear maps and without a scale of the scores."""
+    """Attention at one site."""
 
     config: DecoderConfig
 
     def setup(self) -> None:
         config = self.config
         size = config.heads * config.head_size
-        self.query, self.key, self.value = Linear(size), Linear(size), Linear(size)
-        self.output = Linear(config.width)
+        self.query, self.key, self.value = (Linear(size, config.qkv_bias) for _ in range(3))
+        self.output = Linear(config.width, config.output_bias)
 
     def remembered(self, x: Float[Array, "B T D"]) -> KeysValues:
         """Returns the keys and values of tokens."""
@@ -87,7 +87,7 @@ class SiteAttention(nn.Module):
 
 
 class SideBlock(nn.Module):
-    """One layer: self-attention, in the decoder cross-attention, and an MLP, each with a norm before it."""
+    """One layer: self-attention, in the decoder cross-attention, and an MLP, each with norm and residual addition."""
 
     config: EncoderDecoderConfig
     crosses: bool
@@ -99,23 +99,37 @@ class SideBlock(nn.Module):
         if self.crosses:
             self.cross_norm, self.cross_attention = Norm(layer), SiteAttention(layer)
         self.mlp_norm, self.mlp = Norm(layer), Mlp(layer)
-        if not self.config.shared_bias:
+        if self._biased:
             self.relative_bias = bias_param(self, self.config)
+
+    @property
+    def _biased(self) -> bool:
+        """Whether the layer has relative position biases of its own."""
+        return self.config.relative and not self.config.shared_bias
 
     def __call__(
         self, x: Float[Array, "B T D"], own: Site, cross: Site | None
     ) -> tuple[Float[Array, "B T D"], dict[str, KeysValues]]:
         """Returns the layer's output, and the keys and values of the tokens of each site."""
         x = constrain(self.mesh, x, ROWS)
-        normed = self.attention_norm(x)
-        kept = {SELF if self.crosses else ENCODER: self.attention.remembered(normed)}
-        table = None if self.config.shared_bias else self.relative_bias
-        x = x + self.attention(normed, own, next(iter(kept.values())), table)
+        before = self.config.norm_place == "before"
+
+        def normed(norm: Norm, x: Array) -> Array:
+            return norm(x) if before else x
+
+        def added(norm: Norm, x: Array, y: Array) -> Array:
+            return x + y if before else norm(x + y)
+
+        inputs = normed(self.attention_norm, x)
+        kept = {SELF if self.crosses else ENCODER: self.attention.remembered(inputs)}
+        table = self.relative_bias if self._biased else None
+        x = added(self.attention_norm, x, self.attention(inputs, own, next(iter(kept.values())), table))
         if cross is not None:
             if cross.tokens is not None:
                 kept[CROSS] = self.cross_attention.remembered(cross.tokens)
-            x = x + self.cross_attention(self.cross_norm(x), cross, kept.get(CROSS), None)
-        return x + self.mlp(self.mlp_norm(x)), kept
+            inputs = normed(self.cross_norm, x)
+            x = added(self.cross_norm, x, self.cross_attention(inputs, cross, kept.get(CROSS), None))
+        return added(self.mlp_norm, x, self.mlp(normed(self.mlp_norm, x))), kept
 
     def cross_memory(self, encoded: Float[Array, "B T D"]) -> KeysValues:
         """Returns the keys and values of the encoder's tokens for cross-attention."""
@@ -136,9 +150,16 @@ class Side(nn.Module):
     remat: Remat
 
     def setup(self) -> None:
-        if self.config.shared_bias:
-            self.relative_bias = bias_param(self, self.config)
-        self.final_norm = Norm(self.config.layer)
+        config = self.config
+        if config.relative and config.shared_bias:
+            self.relative_bias = bias_param(self, config)
+        if config.positions == "learned":
+            shape = config.max_positions, config.width
+            self.position_embedding = self.param("positions", nn.initializers.normal(0.02), shape)
+        if config.embedding_norm:
+            self.embedding_norm = Norm(config.layer)
+        if config.final_norm:
+            self.final_norm = Norm(config.layer)
         # Linen checks the shapes of arrays, and a quantized kernel has several.
         stored = self.has_variable("params", "layers")
         self.layers = self.get_variable("params", "layers") if stored else self.param("layers", self._init_layers)
@@ -152,26 +173,31 @@ class Side(nn.Module):
         config = self.config
         count = config.decoder_layers if self.crosses else config.encoder_layers
         x, mask, bucket = jnp.zeros((1, 1, config.width)), jnp.ones((1, 1, 1), bool), jnp.zeros((1, 1, 1), jnp.int32)
-        own = Site(None, None, (mask,), (bucket,))
+        own = Site(None, None, (mask,), (bucket,) if config.relative else None)
         cross = Site(None, None, (mask,), None, x) if self.crosses else None
         return jax.vmap(lambda key: self._block().init(key, x, own, cross)["params"])(jax.random.split(key, count))
 
     def __call__(
-        self, x: Float[Array, "B T D"], own: Site, cross: Site | None, return_memory: bool
+        self, x: Float[Array, "B T D"], places: Int[Array, "B T"], own: Site, cross: Site | None, return_memory: bool
     ) -> tuple[Float[Array, "B T D"], Memory]:
         """Runs the layers.
 
         Args:
           x: the tokens' embeddings.
+          places: the position of each token in its sequence, from 0, without those of a prefix.
           own: what they attend to in self-attention.
           cross: what they attend to in cross-attention.
           return_memory: also return the keys and values of the tokens of each site.
 
         Returns:
-          Normalized hidden states, and the memory, empty if it is not requested.
+          Hidden states, normalized if the config says so, and the memory, empty if it is not requested.
         """
         if own.buckets is not None and self.config.shared_bias:
             own = dataclasses.replace(own, biases=tuple(bias_of(self.relative_bias, b) for b in own.buckets))
+        if self.config.positions == "learned":
+            x = x + jnp.take(self.position_embedding, places, axis=0, mode="clip").astype(x.dtype)
+        if self.config.embedding_norm:
+            x = self.embedding_norm(x)
         block, sites = self._block(), (own, cross)
         prefixes, caches = ([None if site is None else getattr(site, name) for site in sites] for name in _BY_LAYER)
 
@@ -188,7 +214,7 @@ class Side(nn.Module):
         run = jax.checkpoint(layer, prevent_cse=False, policy=POLICIES[self.remat])
         count = jax.tree.leaves(self.layers)[0].shape[0]
         x, memory = jax.lax.scan(run, x, (jnp.arange(count), self.layers, prefixes))
-        return self.final_norm(x), memory
+        return self.final_norm(x) if self.config.final_norm else x, memory
 
     def cross_memory(self, encoded: Float[Array, "B T D"]) -> Memory:
         """Returns the keys and values [L, B, T, K, H] of the encoder's tokens for cross-attention."""

@@ -168,7 +168,7 @@ def test_fingerprints_of_other_kinds_differ(base):
 
 def test_what_is_refused(base, tmp_path):
     directory = write_tiny_checkpoint(tmp_path, "t5")
-    with pytest.raises(ConfigError, match="attention 'splash' does not compute relative position biases"):
+    with pytest.raises(ConfigError, match="attention 'splash' is for decoders"):
         load_base(directory, attention="splash")
     with pytest.raises(ConfigError, match=r"mesh\.sequence > 1 does not work with encoder-decoders"):
         load_base(directory, mesh=make_mesh(MeshConfig(sequence=2)))

@@ -1,6 +1,7 @@
 """Families of bases: one file each, registered here."""
 
 from spt_jax.bases.families.arcee import Arcee
+from spt_jax.bases.families.bart import Bart, MBart
 from spt_jax.bases.families.bert import Albert, Bert, DistilBert, Electra, Roberta, XlmRoberta
 from spt_jax.bases.families.bloom import Bloom
 from spt_jax.bases.families.cohere import Cohere, Cohere2
@@ -114,7 +115,8 @@ _REGISTERED: tuple[Family, ...] = (
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _REGISTERED}
 # Those with an encoder and a decoder.
-ENCODER_DECODERS: dict[str, EncoderDecoderFamily] = {family.model_type: family for family in (MT5(), T5(), UMT5())}
+_BOTH_SIDES: tuple[EncoderDecoderFamily, ...] = (Bart(), MBart(), MT5(), T5(), UMT5())
+ENCODER_DECODERS: dict[str, EncoderDecoderFamily] = {family.model_type: family for family in _BOTH_SIDES}
 
 
 def family_of(model_type: str) -> Family | EncoderDecoderFamily:
