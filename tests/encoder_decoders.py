@@ -19,6 +19,19 @@ VARIANTS = {
     "umt5 tied": ("umt5", {}),
     "bart": ("bart", {"decoder_start_token_id": START}),
     "bart without a scale": ("bart", {"decoder_start_token_id": START, "scale_embedding": False}),
+    "t5gemma": ("t5gemma", {"decoder_start_token_id": START, "pad_token_id": 1}),
+    "t5gemma untied, no windows, linear rope": (
+        "t5gemma",
+        {
+            "decoder_start_token_id": START,
+            "pad_token_id": 1,
+            "tie_word_embeddings": False,
+            "layer_types": ["full_attention"] * 3,
+            "num_hidden_layers": 3,
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0},
+            "final_logit_softcapping": None,
+        },
+    ),
     "mbart": ("mbart", {"decoder_start_token_id": START}),
 }
 

@@ -51,8 +51,8 @@ _SIZES = {
 # What transformers builds for classifiers (a name for each of `num_labels`), code that it would ask to run, and the
 # configs of parts that are not loaded.
 _UNREAD = ("num_labels", "id2label", "label2id", "auto_map", "vision_config", "audio_config")
-# The config of the language model inside a model that also reads images.
-_TEXT = "text_config"
+# The config of the language model inside a model that also reads images, and those of the sides of T5Gemma.
+_INNER = ("text_config", "encoder", "decoder")
 
 
 def hf_config(fields: Mapping[str, Any]) -> Any:
@@ -87,7 +87,7 @@ def _checked(fields: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{name!r} is {value!r:.40}; it must be an integer from {least} to {most:,}")
     _check_repeats(fields.get("attention_types"))
     kept = {name: value for name, value in fields.items() if name not in _UNREAD}
-    return kept | {_TEXT: _checked(kept[_TEXT])} if isinstance(kept.get(_TEXT), Mapping) else kept
+    return kept | {name: _checked(kept[name]) for name in _INNER if isinstance(kept.get(name), Mapping)}
 
 
 def _check_repeats(types: Any) -> None:

@@ -70,4 +70,6 @@ def check_options(config: EncoderDecoderConfig, mesh: Mesh, attention: KernelCho
         raise ConfigError("quantize keep is for GGUF files, which encoder-decoders are not read from")
     if mesh.shape["sequence"] > 1:
         raise ConfigError("mesh.sequence > 1 does not work with encoder-decoders; use the axes data, fsdp and tensor")
-    check_divides(mesh, {"heads": config.heads, "MLP columns": config.mlp_width})
+    check_divides(
+        mesh, {"heads": config.heads, "key/value heads": config.layer.kv_heads, "MLP columns": config.mlp_width}
+    )

@@ -6,6 +6,7 @@ from typing import Literal
 
 from spt_jax.errors import ConfigError
 from spt_jax.models.config import DecoderConfig
+from spt_jax.models.rope import RopeConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,21 +20,29 @@ class EncoderDecoderConfig:
       start_id: the token that begins the decoder's tokens.
       forced_id: the first token of every answer, after `start_id`; None if the model chooses it.
       norm: RMSNorm (Zhang & Sennrich 2019) or LayerNorm, which has a bias.
-      norm_place: where a layer normalizes: the input of attention and MLP ("before"), or the sum after the residual
-        addition ("sum").
+      norm_offset: added to the stored scales of norms.
+      norm_place: where a layer normalizes: the input of attention and MLP ("before"), that and their output before the
+        residual addition ("around"), or the sum after it ("sum").
       final_norm: whether the output of the last layer of a side is normalized.
       embedding_norm: whether a side normalizes its inputs, after it adds positions.
       embedding_scale: factor of the rows of the embedding table, not of virtual tokens; None for none.
+      input_scale: factor of all inputs, virtual tokens among them; None for none.
+      decoder_embedding: whether the decoder has an embedding table of its own.
       biases: whether the linear maps of attention and MLP have a bias.
       logit_bias: whether the logits have one.
       score_scale: factor of attention scores.
-      positions: how a side knows positions: by relative biases of attention scores, or by a learned table that is added
-        to its inputs.
+      score_cap, logit_cap: soft caps of attention scores and logits; None for none.
+      kv_heads: the number of heads of keys and values; None if it is `heads`.
+      positions: how a side knows positions: by relative biases of attention scores, by a learned table that is added to
+        its inputs, or by the rotary embedding `rope` of self-attention.
+      window: the sliding window's width in tokens of self-attention, with the token itself; in the encoder, on both
+        sides of a token, and one more.
+      encoder_windows, decoder_windows: the layers of each side with a sliding window.
       bias_buckets: the number of buckets of the relative position biases.
       bias_max_distance: the distance from which on all are in the last bucket.
       shared_bias: whether the layers of a side share one table of biases; otherwise each has its own.
       output_scale: factor of the hidden states that the output matrix reads; None for none.
-      tied: whether the output matrix is the embedding table.
+      tied: whether the output matrix is the embedding table, that of the decoder if it has one.
     """
 
     family: str
@@ -49,14 +58,24 @@ class EncoderDecoderConfig:
     forced_id: int | None = None
     norm: Literal["rms", "layer"] = "rms"
     norm_epsilon: float = 1e-6
-    norm_place: Literal["before", "sum"] = "before"
+    norm_offset: float = 0.0
+    norm_place: Literal["before", "around", "sum"] = "before"
     final_norm: bool = True
     embedding_norm: bool = False
     embedding_scale: float | None = None
+    input_scale: float | None = None
+    decoder_embedding: bool = False
     biases: bool = False
     logit_bias: bool = False
     score_scale: float = 1.0
-    positions: Literal["relative", "learned"] = "relative"
+    score_cap: float | None = None
+    logit_cap: float | None = None
+    kv_heads: int | None = None
+    positions: Literal["relative", "learned", "rope"] = "relative"
+    rope: RopeConfig | None = None
+    window: int = 0
+    encoder_windows: tuple[int, ...] = ()
+    decoder_windows: tuple[int, ...] = ()
     activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "relu"
     gated_mlp: bool = False
     bias_buckets: int = 32
@@ -79,6 +98,16 @@ class EncoderDecoderConfig:
             raise ConfigError(
                 f"bias_max_distance is {self.bias_max_distance}; it must exceed half of the {self.bias_buckets} buckets"
             )
+        if (self.positions == "rope") != (self.rope is not None):
+            raise ConfigError(
+                f"positions are {self.positions!r}; a rope belongs to those that are 'rope', and to no other"
+            )
+        for side in ("encoder", "decoder"):
+            count, windowed = (getattr(self, f"{side}_{name}") for name in ("layers", "windows"))
+            if any(not 0 <= layer < count for layer in windowed):
+                raise ConfigError(f"{side}_windows names more than the {count} layers")
+            if windowed and self.window < 1:
+                raise ConfigError("layers with a sliding window need window >= 1")
         _ = self.layer
 
     @property
@@ -105,12 +134,13 @@ class EncoderDecoderConfig:
             width=self.width,
             layers=self.layers,
             heads=self.heads,
-            kv_heads=self.heads,
+            kv_heads=self.kv_heads or self.heads,
             head_size=self.head_size,
             mlp_width=self.mlp_width,
             max_positions=self.max_positions,
             norm=self.norm,
             norm_epsilon=self.norm_epsilon,
+            norm_offset=self.norm_offset,
             norm_place=self.norm_place,
             embedding_scale=self.embedding_scale,
             qkv_bias=self.biases,
@@ -118,7 +148,11 @@ class EncoderDecoderConfig:
             mlp_bias=self.biases,
             activation=self.activation,
             gated_mlp=self.gated_mlp,
+            rope=self.rope,
             positions="none",
+            input_scale=self.input_scale,
             score_scale=self.score_scale,
+            score_cap=self.score_cap,
+            logit_cap=self.logit_cap,
             tied=self.tied,
         )

@@ -1,6 +1,7 @@
 """An encoder-decoder with its weights, as the rest of the library uses it."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -76,4 +77,10 @@ class EncoderDecoderModel(LinenModel):
     @jax.named_scope("logits")
     def scores(self, states: Float[Array, "B Q D"], at: Int[Array, "B M"], ids: Int[Array, "B M K"]) -> TargetScores:
         states = scaled(states, self.config.output_scale)
-        return target_scores(states, at, ids, self.output_matrix, self._output_rows, bias=self._logit_bias())
+        options = {"cap": self.config.logit_cap, "bias": self._logit_bias()}
+        return target_scores(states, at, ids, self.output_matrix, self._output_rows, **options)
+
+    def _stored_output(self) -> tuple[Any, bool]:
+        if self.config.tied and self.config.decoder_embedding:
+            return self.params["decoder"]["embedding"], True
+        return super()._stored_output()

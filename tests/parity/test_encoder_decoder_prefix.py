@@ -24,12 +24,15 @@ SITES = ("encoder", "self", "cross")
 
 
 def attention_of(model, site, layer):
-    """The attention module of a site in transformers' T5 or BART."""
+    """The attention module of a site in transformers' T5, BART or T5Gemma."""
     side = model.get_decoder() if site in ("self", "cross") else model.get_encoder()
     if hasattr(side, "block"):
         part = side.block[layer].layer[1 if site == "cross" else 0]
         return part.EncDecAttention if site == "cross" else part.SelfAttention
-    return side.layers[layer].encoder_attn if site == "cross" else side.layers[layer].self_attn
+    own = side.layers[layer]
+    if site == "cross":
+        return own.cross_attn if hasattr(own, "cross_attn") else own.encoder_attn
+    return own.self_attn
 
 
 def random_prefix(base, sites):
@@ -41,6 +44,14 @@ def random_prefix(base, sites):
         return rng.normal(0, 0.5, (len(group.layers), P, group.kv_heads, group.key_size)).astype(np.float32)
 
     return {site: KeysValues(array(groups[site]), array(groups[site])) for site in sites}
+
+
+def places_after_prefix(model, prompt, target):
+    """Positions after the prefix, for models with RoPE."""
+    if not hasattr(model.get_encoder(), "rotary_emb"):
+        return {}
+    ids, decoder_ids = (P + torch.arange(len(one))[None] for one in (prompt, target))
+    return {"position_ids": ids, "decoder_position_ids": decoder_ids}
 
 
 def put_before(monkeypatch, model, prefix):
@@ -60,8 +71,16 @@ def put_before(monkeypatch, model, prefix):
             keys, values, site, first = by_module[module]
             key, value = (torch.cat([own, a], 2) for own, a in ((keys, key), (values, value)))
             count = query.shape[2]
+            window = getattr(module, "sliding_window", None)
+            if mask is None and window:
+                mask = query.new_zeros((1, 1, count, key.shape[2] - P))
             if mask is not None:
-                mask = torch.cat([mask.new_zeros((*mask.shape[:2], mask.shape[2], P)), mask], -1)
+                before = mask.new_zeros((*mask.shape[:2], mask.shape[2], P))
+                if window:
+                    first_place = 0 if site == "encoder" else key.shape[2] - P - count
+                    apart = torch.arange(count)[:, None] + P + first_place - torch.arange(P)[None]
+                    before = before + torch.where(apart < window + (site == "encoder"), 0.0, -torch.inf)
+                mask = torch.cat([before, mask], -1)
             if position_bias is not None:
                 before = position_bias.new_zeros((1, query.shape[1], count, P))
                 if site != "cross":
@@ -78,7 +97,12 @@ def put_before(monkeypatch, model, prefix):
 
 @pytest.mark.parametrize(
     ("variant", "sites"),
-    [*(("t5", sites) for sites in (("encoder",), ("self",), ("cross",), SITES)), ("bart", SITES), ("mbart", ("self",))],
+    [
+        *(("t5", sites) for sites in (("encoder",), ("self",), ("cross",), SITES)),
+        ("bart", SITES),
+        ("mbart", ("self",)),
+        ("t5gemma", SITES),
+    ],
 )
 def test_loss_and_gradient_of_prefixes(variant, sites, tmp_path, monkeypatch):
     """Each site alone, the others without a prefix, and all three; rows of several examples."""
@@ -99,7 +123,8 @@ def test_loss_and_gradient_of_prefixes(variant, sites, tmp_path, monkeypatch):
     for ids, target in pairs:
         inputs = torch.tensor([[START, *target[:-1]]]).long()
         labels = torch.tensor(target[None]).long()
-        found = model(input_ids=torch.tensor(ids[None]).long(), decoder_input_ids=inputs, labels=labels)
+        places = places_after_prefix(model, ids, target)
+        found = model(input_ids=torch.tensor(ids[None]).long(), decoder_input_ids=inputs, labels=labels, **places)
         total = total + found.loss * len(target)
     theirs = total / sum(len(target) for _, target in pairs)
     theirs.backward()
@@ -109,7 +134,7 @@ def test_loss_and_gradient_of_prefixes(variant, sites, tmp_path, monkeypatch):
             same_gradient(own, tensor.grad)
 
 
-@pytest.mark.parametrize("variant", ["t5", "bart"])
+@pytest.mark.parametrize("variant", ["t5", "bart", "t5gemma"])
 def test_generation_after_prefixes(variant, tmp_path, monkeypatch):
     """Greedy ids are the likeliest ones under transformers' logits of all ids so far."""
     base, model = load_both(tmp_path, variant)
@@ -121,6 +146,7 @@ def test_generation_after_prefixes(variant, tmp_path, monkeypatch):
     put_before(monkeypatch, model, prefix)
     for prompt, ours in zip(prompts, answers, strict=True):
         inputs = torch.tensor([[START, *ours.ids[:-1]]]).long()
+        places = places_after_prefix(model, prompt, ours.ids)
         with torch.no_grad():
-            found = model(input_ids=torch.tensor(prompt[None]).long(), decoder_input_ids=inputs, use_cache=False)
+            found = model(torch.tensor(prompt[None]).long(), decoder_input_ids=inputs, use_cache=False, **places)
         assert list(ours.ids) == found.logits[0].argmax(-1).tolist()

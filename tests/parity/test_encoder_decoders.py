@@ -93,7 +93,7 @@ def test_a_scaled_model_with_an_output_matrix_of_its_own(tmp_path):
     assert read.fingerprint == base.fingerprint
 
 
-@pytest.mark.parametrize("variant", ["t5", "t5 1.1", "umt5", "bart", "mbart"])
+@pytest.mark.parametrize("variant", ["t5", "t5 1.1", "umt5", "bart", "mbart", "t5gemma"])
 def test_loss_and_gradient_of_a_prompt(variant, tmp_path):
     """Alone and packed, against transformers' loss on `inputs_embeds` with the prompt before the text."""
     base, model = load_both(tmp_path, variant)
@@ -126,7 +126,7 @@ def test_loss_and_gradient_of_a_prompt(variant, tmp_path):
         same_gradient(gradient, rows_of_prompt.grad)
 
 
-@pytest.mark.parametrize("variant", ["t5", "umt5", "bart", "mbart"])
+@pytest.mark.parametrize("variant", ["t5", "umt5", "bart", "mbart", "t5gemma"])
 def test_generated_ids(variant, tmp_path):
     """Greedy and sampled, padded and in one batch, against transformers' `generate` on each prompt alone."""
     base, model = load_both(tmp_path, variant)
@@ -142,7 +142,7 @@ def test_generated_ids(variant, tmp_path):
         np.testing.assert_allclose(ours.log_probabilities, found, atol=1e-4)
 
 
-@pytest.mark.parametrize("variant", ["t5", "bart"])
+@pytest.mark.parametrize("variant", ["t5", "bart", "t5gemma"])
 def test_generation_after_a_soft_prompt(variant, tmp_path):
     """The same ids as transformers generates after the prompt's rows and the text's embeddings."""
     base, model = load_both(tmp_path, variant)
