@@ -374,7 +374,7 @@ class Encoder:
         pieces = parse(self.template.target if target is None else target)
         if not self.template.chat:
             # The decoder's tokens are a sequence of their own.
-            return self._ids(pieces, fields, opens=self.form.decodes) + (self._eos if ends else [])
+            return self.form.answer(self._ids(pieces, fields, opens=self.form.decodes)) + (self._eos if ends else [])
         content = [Plain(fields[piece.name]) if isinstance(piece, Field) else piece for piece in pieces]
         answer = self._chat.answer(self._turns(None), content)
         end = (answer.end or [Control(id_) for id_ in self._eos]) if ends else []
