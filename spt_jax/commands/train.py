@@ -26,6 +26,7 @@ from spt_jax.experiment.comparison import compare, evaluation_sets
 from spt_jax.experiment.config import resolve
 from spt_jax.experiment.distillation import savings
 from spt_jax.experiment.run import Experiment, input_digests, load_experiment
+from spt_jax.experiment.self_study import STUDY_FILE, write_study
 from spt_jax.experiment.shipped import config_path
 from spt_jax.experiment.training import Prepared, claimed, prepare, tune
 from spt_jax.experiment.workdir import check_workdir, in_workdir, input_paths
@@ -77,7 +78,8 @@ def run(command: Command[Any], argv: Sequence[str], program: str) -> None:
     check_log(command.config.log)
     if not command.dry_run and (note := missing_note("curves.png")):
         print(note)
-    experiment = load_experiment(resolve(command.config))
+    written = workdir / STUDY_FILE if command.resumes else None
+    experiment = load_experiment(resolve(command.config), study=written)
     config, base = experiment.config, experiment.base
     prepared = prepare(experiment)
     experiment, examples = prepared.experiment, prepared.examples
@@ -110,6 +112,8 @@ def run(command: Command[Any], argv: Sequence[str], program: str) -> None:
         return MetricsLog(workdir, config.log, from_step=step, run_config=prepared.settings)
 
     with claimed(workdir, prepared, digests, **mode, reads=reads), signals.advising("Continue with --resume"):
+        if experiment.study is not None and processes.leads():
+            write_study(workdir / STUDY_FILE, experiment.study)
         outcome = tune(
             prepared,
             asked["validation"].soft if "validation" in asked else None,

@@ -63,7 +63,38 @@ def with_answers(
     """
     field = check_answers(encoder.template)
     missing = [number for number, record in enumerate(records) if record.get(field) is None]
-    prompts = [ids_after_text(base, text, encoder.prompt_ids(records[number])) for number in missing]
+    asked = [records[number] for number in missing]
+    answers = answers_after_text(base, encoder, objective, text, asked, batch_size, missing)
+    found = list(records)
+    for number, answer in zip(missing, answers, strict=True):
+        found[number] = {**records[number], field: answer}
+    return found
+
+
+def answers_after_text(
+    base: FrozenBase,
+    encoder: Encoder,
+    objective: Distillation,
+    text: Int[np.ndarray, " P"],
+    records: Records,
+    batch_size: int,
+    seeds: Sequence[int] | None = None,
+) -> list[str]:
+    """Returns what the base generates after the text and the prompt of each record.
+
+    Args:
+      base: the frozen base.
+      encoder: that of the template.
+      objective: how answers are generated.
+      text: the ids of the text.
+      records: the records.
+      batch_size: answers that are generated together.
+      seeds: the random seed of each answer; None for the numbers of the records.
+
+    Raises:
+      ConfigError: the text and a prompt leave no position for an answer.
+    """
+    prompts = [ids_after_text(base, text, encoder.prompt_ids(record)) for record in records]
     sampling = [
         SamplingConfig(
             max_new_tokens=objective.answer_tokens,
@@ -71,13 +102,10 @@ def with_answers(
             end_ids=encoder.end_ids,
             seed=number,
         )
-        for number in missing
+        for number in (range(len(records)) if seeds is None else seeds)
     ]
     answers = generate(base, prompts, None, sampling, batch_size=batch_size) if prompts else []
-    found = list(records)
-    for number, answer in zip(missing, answers, strict=True):
-        found[number] = {**records[number], field: answer.text.strip()}
-    return found
+    return [answer.text.strip() for answer in answers]
 
 
 def savings(layout: Layout, text: Int[np.ndarray, " P"], positions: int) -> dict[str, int]:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import typing
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ from spt_jax.models.model import TargetScores
 from spt_jax.training.objectives.objective import Loss, Objective
 from spt_jax.training.objectives.targets import of_targets
 
+# What questions that the base writes about the text are about.
+Kind = Literal["facts", "summary", "structure", "use", "creative"]
 # float32 does not resolve 1 minus a probability that is nearer to 1.
 _LEAST_REST = 1e-6
 
@@ -46,6 +49,12 @@ class Distillation(Objective):
       answer_tokens: if positive, records without a target get one: what the base generates after the text, of at most
         this many tokens. 0 needs a target in every record.
       answer_temperature: the temperature of these answers; 0 takes the most probable tokens.
+      study: the number of questions about the text that the base writes and answers, as training records beside those
+        of data.train, or without any. It needs answer_tokens.
+      study_validation: further questions, as validation records, where no validation data is given.
+      study_kinds: the kinds of questions, which take turns.
+      study_tokens: the most tokens of a question.
+      study_temperature: the temperature of the questions.
 
     Raises:
       ConfigError: a field is out of its range.
@@ -57,6 +66,11 @@ class Distillation(Objective):
     chat_system: bool = False
     answer_tokens: int = 0
     answer_temperature: float = 0.0
+    study: int = 0
+    study_validation: int = 0
+    study_kinds: tuple[Kind, ...] = typing.get_args(Kind)
+    study_tokens: int = 48
+    study_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.text:
@@ -69,6 +83,22 @@ class Distillation(Objective):
             raise ConfigError(f"loss.answer_tokens is {self.answer_tokens}; it must be at least 0")
         if not 0 <= self.answer_temperature < math.inf:
             raise ConfigError(f"loss.answer_temperature is {self.answer_temperature}; it must be at least 0 and finite")
+        self._check_study()
+
+    def _check_study(self) -> None:
+        for name in ("study", "study_validation"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"loss.{name} is {getattr(self, name)}; it must be at least 0")
+        if self.study_validation and not self.study:
+            raise ConfigError(f"loss.study_validation is {self.study_validation}; it needs loss.study")
+        if self.study and not self.answer_tokens:
+            raise ConfigError(f"loss.study is {self.study}; it needs loss.answer_tokens, the most tokens of an answer")
+        if not self.study_kinds or len(set(self.study_kinds)) < len(self.study_kinds):
+            raise ConfigError(f"loss.study_kinds is {self.study_kinds}; it must name at least one kind, and none twice")
+        if self.study_tokens < 1:
+            raise ConfigError(f"loss.study_tokens is {self.study_tokens}; it must be at least 1")
+        if not 0 <= self.study_temperature < math.inf:
+            raise ConfigError(f"loss.study_temperature is {self.study_temperature}; it must be at least 0 and finite")
 
     def text_ids(self, base: FrozenBase) -> Int[np.ndarray, " P"]:
         """Returns the ids of the text.
