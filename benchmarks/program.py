@@ -1,4 +1,7 @@
-"""Counts the work of a compiled program on one device from XLA's text; XLA's own analysis counts a loop's body once."""
+"""Counts the work of a compiled program on one device from XLA's text; XLA's own analysis counts a loop's body once.
+
+`count` sums over a whole program, `operations` describes each of its instructions, to pair them with a trace.
+"""
 
 import dataclasses
 import math
@@ -12,6 +15,7 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_SCOPE = re.compile(r'op_name="([^"]*)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -59,6 +63,43 @@ class _Instruction:
     shape: str
     operation: str
     rest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """What one instruction does in one execution, with everything that it calls.
+
+    Attributes:
+      kinds: names of XLA's operations in it.
+      products: sizes of its matrix products, "batch x rows x contracted x columns" without sizes of 1.
+      flops: of its matrix products.
+      scope: the path of named scopes that it comes from; empty if XLA made it.
+    """
+
+    kinds: frozenset[str]
+    products: tuple[str, ...]
+    flops: int
+    scope: str
+
+
+def operations(text: str) -> dict[str, Operation]:
+    """Describes the instructions of `compiled.as_text()` by name, loops and conditionals excluded."""
+    computations, _ = _parse(text)
+    shapes = {(one.computation, one.name): one.shape for body in computations.values() for one in body}
+    found = {}
+    for one in (one for body in computations.values() for one in body):
+        if one.operation in ("while", "conditional"):
+            continue
+        inner = [part for part, _, _ in _executed({**computations, "": [one]}, "", 1.0, 0)]
+        dots = [part for part in inner if part.operation == "dot"]
+        scope = _SCOPE.search(one.rest)
+        found[one.name] = Operation(
+            frozenset(part.operation for part in inner),
+            tuple(_product(dot, shapes) for dot in dots),
+            sum(_dot_flops(dot, shapes) for dot in dots),
+            scope[1] if scope else "",
+        )
+    return found
 
 
 def count(text: str) -> Work:
@@ -122,6 +163,19 @@ def _dot_flops(one: _Instruction, shapes: dict[tuple[str, str], str]) -> int:
     assert operand and contracted
     sizes = _sizes(shapes[one.computation, operand[1]])
     return 2 * math.prod(_sizes(one.shape)) * math.prod(sizes[int(i)] for i in contracted[1].split(",") if i)
+
+
+def _product(one: _Instruction, shapes: dict[tuple[str, str], str]) -> str:
+    operand = re.search(r"%([\w.\-]+)", one.rest)
+    assert operand
+    left, result = _sizes(shapes[one.computation, operand[1]]), _sizes(one.shape)
+    batch, contracted = (
+        math.prod(left[int(i)] for found in re.findall(rf"{name}=\{{([\d,]*)\}}", one.rest) for i in found.split(",") if i)
+        for name in ("lhs_batch_dims", "lhs_contracting_dims")
+    )
+    rows = math.prod(left) // (batch * contracted)
+    sizes = (batch, rows, contracted, math.prod(result) // (batch * rows))
+    return " x ".join(str(size) for size in sizes if size > 1)
 
 
 def _sizes(shape: str) -> list[int]:
