@@ -27,7 +27,7 @@ from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation.evaluate import EvaluationSet, make_evaluation_set
 from spt_jax.evaluation.rewards import Judge, make_rewards, reward_fields
 from spt_jax.experiment.config import ExperimentConfig, make_template, resolve
-from spt_jax.experiment.distillation import check_answers, with_answers
+from spt_jax.experiment.distillation import check_answers, distillation_facts, with_answers
 from spt_jax.experiment.self_study import Study, check_study, read_study, self_study
 from spt_jax.models.stacks import Remat
 from spt_jax.prompts import Method, PromptParams, VirtualPrompt
@@ -44,6 +44,7 @@ from spt_jax.training.rollouts import Questions
 
 Records = Sequence[Mapping[str, Any]]
 STUDY = "self-study"  # the source of records that the base writes itself
+MEASURED = 64  # records of which one of middle length is asked to time first tokens
 MAX_REPEATS = 100  # of a record in one batch; more is surely a mistake in the batch size
 
 
@@ -148,6 +149,13 @@ class Experiment:
                 study = self_study(self.base, encoder, objective, text, size)
         validation = self.validation if self.validation is not None else study.validation or None
         return dataclasses.replace(self, train=[*self.train, *study.train], validation=validation, study=study)
+
+    def distilled(self, virtual: VirtualPrompt) -> dict[str, Any] | None:
+        """Returns what the soft prompt saves compared with the text of a distillation; None for another objective."""
+        if self.text_ids is None:
+            return None
+        records = (self.test or self.validation or self.train)[:MEASURED]
+        return distillation_facts(self.base, self.encoder(self.template), self.text_ids, virtual, records)
 
     def evaluation_set(self, records: Records, template: Template) -> EvaluationSet:
         """Returns the records encoded with a template."""
