@@ -228,12 +228,9 @@ class Side(nn.Module):
         def layer(x: Array, given: Any) -> tuple[Array, Any]:
             index, params, prefix, windowed = given
             cache = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), caches)
-            of_layer = [
-                site and dataclasses.replace(site, prefix=one, cache=two)
-                for site, one, two in zip(sites, prefix, cache, strict=True)
-            ]
-            of_layer[0] = _with_window(of_layer[0], windowed)
-            x, kept = block.apply({"params": params}, x, *of_layer)
+            own_site = _with_window(dataclasses.replace(own, prefix=prefix[0], cache=cache[0]), windowed)
+            cross_site = cross and dataclasses.replace(cross, prefix=prefix[1], cache=cache[1])
+            x, kept = block.apply({"params": params}, x, own_site, cross_site)
             return x, kept if return_memory else {}
 
         run = jax.checkpoint(layer, prevent_cse=False, policy=POLICIES[self.remat])
