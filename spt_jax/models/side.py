@@ -228,11 +228,7 @@ class Side(nn.Module):
         def layer(x: Array, given: Any) -> tuple[Array, Any]:
             index, params, prefix, windowed = given
             cache = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), caches)
-            of_layer = [
-                site and dataclasses.replace(site, prefix=one, cache=two)
-                for site, one, two in zip(sites, prefix, cache, strict=True)
-            ]
-            of_layer[0] = _with_window(of_layer[0], windowed)
+            of_layer = [_of_layer(*one, windowed) for one in zip(sites, prefix, cache, strict=True)]
             x, kept = block.apply({"params": params}, x, *of_layer)
             return x, kept if return_memory else {}
 
@@ -253,8 +249,13 @@ class Side(nn.Module):
         return {CROSS: jax.lax.map(of_layer, self.layers)}
 
 
-def _with_window(site: Site, windowed: Bool[Array, ""]) -> Site:
-    """Returns the site with the masks of a layer that has a sliding window, or not."""
+def _of_layer(
+    site: Site | None, prefix: KeysValues | None, cache: KeysValues | None, windowed: Bool[Array, ""]
+) -> Site | None:
+    """Returns the site of a layer, which may have a sliding window."""
+    if site is None:
+        return None
+    site = dataclasses.replace(site, prefix=prefix, cache=cache)
     if site.window_masks is None:
         return site
     masks = tuple(jnp.where(windowed, *both) for both in zip(site.window_masks, site.masks, strict=True))
