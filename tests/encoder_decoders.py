@@ -33,6 +33,7 @@ VARIANTS = {
             "final_logit_softcapping": None,
         },
     ),
+    "t5gemma2": ("t5gemma2", {"decoder_start_token_id": START, "bos_token_id": START, "pad_token_id": 1}),
     "mbart": ("mbart", {"decoder_start_token_id": START}),
 }
 

@@ -77,6 +77,8 @@ def test_options_that_are_refused():
         dataclasses.replace(config, encoder_windows=(3,))
     with pytest.raises(ConfigError, match="need window >= 1"):
         dataclasses.replace(config, window=0)
+    with pytest.raises(ConfigError, match="both numbers must be at least 0"):
+        dataclasses.replace(config, encoder_reach=(-1, 0))
 
 
 def test_the_first_token_of_the_decoder(directory, tmp_path):
