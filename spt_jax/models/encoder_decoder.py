@@ -49,10 +49,10 @@ class DecoderTokens(NamedTuple):
 class EncoderDecoder(nn.Module):
     """Embeddings, both sides' layers and norms, and the output matrix.
 
-    Its parameters are a plain dict: `embedding` [V, D], `output` [D, V] if untied, `logit_bias` [V] and `own_row` [D] if
-    there are any, and for `encoder` and `decoder` each `layers` with all leaves stacked [L, ...], and what the config
-    has of `positions`, `embedding` of the decoder, `embedding_norm`, `final_norm`, and `relative_bias` [buckets, N] that
-    the layers share.
+    Its parameters are a plain dict: `embedding` [V, D], `output` [D, V] if untied, `logit_bias` [V] and `own_row` [D]
+    if there are any, and for `encoder` and `decoder` each `layers` with all leaves stacked [L, ...], and what the
+    config has of `positions`, `embedding` of the decoder, `embedding_norm`, `final_norm`, and `relative_bias`
+    [buckets, N] that the layers share.
     """
 
     config: EncoderDecoderConfig

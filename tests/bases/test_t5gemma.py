@@ -1,4 +1,4 @@
-"""Files and options of T5Gemma, and that its decoder reads a table of its own."""
+"""Files and options of T5Gemma and T5Gemma 2, and that the decoder of the first reads a table of its own."""
 
 import dataclasses
 import json
@@ -111,3 +111,31 @@ def test_quantized_matrices_generate():
     ids = np.concatenate([words(9), [base.layout.start_id]]).astype(np.int32)
     (answer,) = generate(base, [ids], sampling=SamplingConfig(max_new_tokens=3))
     assert len(answer.ids) == 3 and np.isfinite(answer.log_probabilities).all()
+
+
+def test_files_of_t5gemma_2(tmp_path):
+    """Those of the model of images are left out, and so are copies of the table."""
+    directory = write_tiny_checkpoint(tmp_path / "model", "t5gemma2", seed=1)
+    tensors = safetensors.numpy.load_file(directory / "model.safetensors")
+    table = tensors["model.encoder.text_model.embed_tokens.weight"]
+    more = {
+        "model.encoder.vision_tower.post_layernorm.bias": np.zeros(16, np.float32),
+        "model.encoder.multi_modal_projector.mm_soft_emb_norm.weight": np.zeros(16, np.float32),
+        "model.decoder.embed_tokens.weight": table.copy(),
+        "model.decoder.embed_tokens.eoi_embedding": np.zeros(32, np.float32),
+        HEAD: table.copy(),
+    }
+    folder = tmp_path / "again"
+    folder.mkdir()
+    assert load_base(written(directory, folder, {**tensors, **more})).fingerprint == load_base(directory).fingerprint
+    with pytest.raises(CheckpointError, match="differ"):
+        load_base(written(directory, folder, {**tensors, HEAD: table + 1}))
+    tensors.pop("model.decoder.layers.0.self_attn.k_norm.weight")
+    with pytest.raises(CheckpointError, match="lacks 1 tensor"):
+        load_base(written(directory, folder, tensors))
+    for options, message in (
+        ({"attn_logit_softcapping": 5.0}, "transformers ignores it"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings false"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            model_config(tiny_config("t5gemma2", **options))

@@ -70,17 +70,22 @@ def test_logits_alone_packed_and_of_choices(variant, tmp_path):
             np.testing.assert_allclose(found[index, number], torch_logits(model, prompt, answer), atol=1e-4, rtol=0)
 
 
-def test_hidden_states_of_the_encoder(tmp_path):
-    """`run` returns those of the encoder at the encoder's tokens."""
-    base, model = load_both(tmp_path, "umt5")
+@pytest.mark.parametrize("variant", ["umt5", "t5gemma2"])
+def test_hidden_states_of_the_encoder(variant, tmp_path):
+    """`run` returns those of the encoder at the encoder's tokens, one of which has a row of its own in T5Gemma 2."""
+    base, model = load_both(tmp_path, variant)
     prompt = words(30, 1)
+    prompt[4] = 100
+    assert getattr(base.model.config, "own_row_id", None) in (None, 100)
     rows = rows_of([text(prompt, words(5, 2))], packing=False)
     hidden, _ = jax.jit(lambda model, ids, stream: model.run(model.embed(ids), stream))(
         base.model, rows.ids, rows.stream
     )
     with torch.no_grad():
-        theirs = model.encoder(input_ids=torch.tensor(prompt[None]).long()).last_hidden_state[0].numpy()
+        theirs = model.get_encoder()(input_ids=torch.tensor(prompt[None]).long()).last_hidden_state[0].numpy()
     np.testing.assert_allclose(np.asarray(hidden)[0, :30], theirs, atol=1e-4, rtol=0)
+    table = model.get_input_embeddings()(torch.arange(320)).detach().numpy()
+    np.testing.assert_allclose(base.model.embedding_table(), table, rtol=1e-6)
 
 
 def test_a_scaled_model_with_an_output_matrix_of_its_own(tmp_path):
