@@ -1,5 +1,6 @@
 """All names that the package exports."""
 
+from spt_jax.api.compose import compose
 from spt_jax.api.fit import Callback, fit
 from spt_jax.api.prompt import Prompt, load_prompt
 from spt_jax.api.remember import remember
@@ -122,6 +123,7 @@ __all__ = [
     "TrainingError",
     "VerbalizerCrossEntropy",
     "VirtualPrompt",
+    "compose",
     "encode_prefix",
     "evaluate",
     "evaluate_ensemble",

@@ -23,7 +23,6 @@ from spt_jax.prompts import PrefixTuning
 from spt_jax.prompts.virtual import VirtualPrompt
 from spt_jax.runtime.mesh_config import MeshConfig
 from spt_jax.runtime.sharding import make_mesh
-from spt_jax.serving.bank import PromptBank
 from spt_jax.testing import tiny_base, write_tiny_checkpoint
 from tests.encoder_decoders import START, choice, logits_by_target, rows_of, text, words
 from tests.golden import encoder_decoders as golden
@@ -189,8 +188,6 @@ def test_what_is_refused(base, tmp_path):
         load_base(directory, attention="splash")
     with pytest.raises(ConfigError, match=r"mesh\.sequence > 1 does not work with encoder-decoders"):
         load_base(directory, mesh=make_mesh(MeshConfig(sequence=2)))
-    with pytest.raises(ConfigError, match="the server does not support encoder-decoders"):
-        PromptBank(base)
     with pytest.raises(ConfigError, match="is an encoder-decoder"):
         _ = base.decoder
     with pytest.raises(ConfigError, match="llama is no encoder-decoder; leave it out"):

@@ -5,6 +5,7 @@ from spt_jax.bases.families.bart import Bart, MBart
 from spt_jax.bases.families.bert import Albert, Bert, DistilBert, Electra, Roberta, XlmRoberta
 from spt_jax.bases.families.bloom import Bloom
 from spt_jax.bases.families.cohere import Cohere, Cohere2
+from spt_jax.bases.families.deberta import DebertaV2
 from spt_jax.bases.families.deepseek import DeepseekV2, DeepseekV3
 from spt_jax.bases.families.exaone import Exaone4
 from spt_jax.bases.families.falcon import Falcon
@@ -54,6 +55,7 @@ _REGISTERED: tuple[Family, ...] = (
     Bloom(),
     Cohere(),
     Cohere2(),
+    DebertaV2(),
     DeepseekV2(),
     DeepseekV3(),
     DistilBert(),
