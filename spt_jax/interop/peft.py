@@ -213,7 +213,7 @@ def _import_decoder_prefix(
     where, group = path.with_name(CONFIG_FILE), base.layout.attention_groups[SELF]
     if parts != 2:
         raise ConfigError(f"{where}: num_transformer_submodules is {parts}; a prefix of an encoder-decoder has 2")
-    count = _count(config, "num_layers", where, base.model.config.layers)
+    count = _count(config, "num_layers", where, len(base.layout.attention_layers))
     if count < len(group.layers):
         raise ConfigError(f"{where}: num_layers is {count}, but the decoder of {base.name} has {len(group.layers)}")
     axes = count, 2, group.kv_heads, group.key_size
