@@ -9,7 +9,8 @@ of the target's tokens over the whole vocabulary. Each framework runs in a separ
 same cores.
 
 PEFT runs in its fastest configuration: sdpa attention, batches padded on the right to their longest example. spt_jax
-packs the same examples into rows and runs the prompt once per step. Batches are random; neither sorts by length.
+packs the same examples into rows and runs the prompt once per step. Batches are random; neither sorts by length. Both
+use huge pages where the kernel gives them to programs that ask, as the programs of spt_jax do.
 
 Times are of complete steps after warm-up (the warm-up includes compilation, which is reported separately). The losses
 of both frameworks' first steps must agree, or no figure is printed.
@@ -33,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 from spt_jax.data.examples import Example
+from spt_jax.runtime.huge_pages import environment_with_huge_pages
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 LEARNING_RATE = 0.03
@@ -179,6 +181,7 @@ class Memory:
 def run_spt_jax(options: Options) -> dict[str, Any]:
     """Runs spt_jax with packed rows."""
     os.environ["JAX_PLATFORMS"] = "cpu"
+    sys.modules["torch"] = None  # type: ignore[assignment]  # transformers would import it; spt_jax does not need it
     import jax
     import optax
 
@@ -278,7 +281,8 @@ def measure(framework: str, options: Options) -> dict[str, Any]:
     """Runs one framework in a separate process; returns its figures and the examples per second."""
     result = options.folder / f"{framework}.json"
     words = [f"--{field.name}={getattr(options, field.name)}" for field in dataclasses.fields(options)]
-    subprocess.run([sys.executable, __file__, f"--worker={framework}", f"--result={result}", *words], check=True)
+    command = [sys.executable, __file__, f"--worker={framework}", f"--result={result}", *words]
+    subprocess.run(command, check=True, env=environment_with_huge_pages())
     figures = json.loads(result.read_text())
     seconds = figures["step_seconds"][options.warmup :]
     figures["examples_per_second"] = options.batch_size * len(seconds) / sum(seconds)

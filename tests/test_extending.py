@@ -239,8 +239,9 @@ def test_the_task_and_the_head_agree(page, tmp_path):
     assert task([*deep[:-1], "--data.prompt", "{text}"]) == "classification"
     with pytest.raises(ConfigError, match=r"task\.name=rating and method\.head=classification differ"):
         task([*deep, "rating", "--method.head", "classification", "--data.prompt", "{text}"])
-    with pytest.raises(ConfigError, match=r"task\.name=rating needs a head, and prompt_tuning has none"):
-        task([*tokens[1:], "rating"])
+    with pytest.raises(ConfigError, match=r"task\.name=rating needs a head, and residual_prompt_tuning has none"):
+        task(["--method.name", "residual_prompt_tuning", *tokens[1:], "rating"])
+    assert task([*tokens[1:], "rating"]) == "rating"
 
 
 def test_the_task_trains_and_is_evaluated_saved_and_served(page, tmp_path):

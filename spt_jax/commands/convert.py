@@ -4,7 +4,7 @@ from spt_jax.bases.base import load_base
 from spt_jax.commands.options import Export, Import
 from spt_jax.commands.saved import load
 from spt_jax.data.sources import check_fields
-from spt_jax.data.templates import Template
+from spt_jax.data.templates import TEXT, Template
 from spt_jax.errors import ConfigError
 from spt_jax.evaluation.inspection import (
     describe_prompt,
@@ -32,7 +32,7 @@ def import_prompt(options: Import) -> None:
         target=options.template_target,
         virtual_tokens=method.token_count,
         verbalizers=options.verbalizers,
-        head=getattr(method, "head", "language_model"),
+        head=getattr(method, "head", None) or TEXT,
         reads=options.reads,
     )
     save_prompt(options.output, base, method, virtual, template, extra={"imported_from": shown(options.source)})

@@ -104,8 +104,8 @@ def _folder(prompts: Path | None, copies: Path | None) -> tuple[Path | None, Cal
 
 def _load_prompts(service: "Service", *, strict: bool) -> None:
     """Loads all prompts of the directory of prompts, and prints which are left out."""
+    from spt_jax.serving.prompt_directories import RefusedError
     from spt_jax.serving.protocol import NAME
-    from spt_jax.serving.service import RefusedError
 
     kinds: set[Any] = set()
     for folder in sorted(service.folder.iterdir()) if service.folder is not None else ():

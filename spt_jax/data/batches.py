@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from spt_jax.data.examples import Example, empty_extra
+from spt_jax.data.row_space import Slots, slots
 from spt_jax.errors import DataError
 from spt_jax.models.attention import Stream
 from spt_jax.runtime.sharding import ROWS, replicated, row_sharding, row_shards
@@ -69,46 +70,6 @@ class Batch:
     lead_length: Int[Array, "*S"] | None = None
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Slots:
-    """The space that an example takes up in a row, and the prompt that the whole row must have.
-
-    `decoder` is the number of those tokens that the decoder of an encoder-decoder reads.
-    """
-
-    tokens: int
-    outputs: int
-    targets: int
-    prompt: int
-    decoder: int = 0
-
-
-def slots(example: Example, lead: int) -> Slots:
-    """Returns the space that an example needs if its first `lead` ids are shared.
-
-    The last id of a sequence is only a target, never an input.
-
-    Raises:
-      DataError: the example has nothing to predict, or no id after the shared ones to predict it from.
-    """
-    if not example.choices and example.reads is None and not example.predicted.any():
-        raise DataError(f"record {example.index + 1}: nothing to predict: the target has no tokens")
-    if example.first_target <= lead:
-        raise DataError(
-            f"record {example.index + 1}: no token precedes the first token to predict; begin the prompt with text"
-        )
-    if example.choices:
-        extra = sum(len(choice) - 1 for choice in example.choices)
-        tokens, outputs, targets = len(example.ids) + extra, 1 + extra, sum(map(len, example.choices))
-    elif example.reads is not None:
-        tokens, outputs, targets = len(example.ids), len(example.reads), len(example.reads)
-    else:
-        outputs = targets = int(example.predicted.sum())
-        tokens = len(example.ids) - int(example.predicted[-1])
-    decoder = 0 if example.starts is None else tokens - example.starts
-    return Slots(tokens - lead, outputs, targets, example.prompt, decoder)
-
-
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
     """Static shapes for a set of examples.
@@ -121,6 +82,7 @@ class BatchPlan:
       row_buckets: the numbers of rows B to choose from, ascending.
       multiple: B is a multiple of this: row shards times microbatches.
       decoder: the number U of a row's tokens that the decoder of an encoder-decoder reads; 0 for other bases.
+      types: whether tokens have types.
     """
 
     lead_ids: Any
@@ -133,6 +95,7 @@ class BatchPlan:
     row_buckets: tuple[int, ...]
     multiple: int
     decoder: int = 0
+    types: bool = False
 
     def lead(self, example: Example) -> int:
         """Returns how many of an example's ids are leading ids."""
@@ -198,6 +161,7 @@ def plan_batches(
         row_buckets=(),
         multiple=multiple,
         decoder=10**9,
+        types=any(example.second_at is not None for example in examples),
     )
     chunks = [needs[i : i + batch_size] for i in range(0, len(needs), batch_size)]
     packed = [assign_rows(chunk, plan) for chunk in chunks]
@@ -310,6 +274,7 @@ def pack(examples: Sequence[Example], plan: BatchPlan, class_weights: Sequence[f
             zeros(plan.length),
             prompt_index,
             decoder=zeros(plan.decoder) + np.int32(plan.length) if plan.decoder else None,
+            types=zeros(plan.length) if plan.types else None,
         ),
         outputs=zeros(plan.outputs),
         target_outputs=zeros(plan.targets),
@@ -363,6 +328,8 @@ class _RowWriter:
         last = len(example.ids) - int(bool(len(example.predicted)) and example.predicted[-1])
         start = self._tokens(example.ids[lead:last], first_position=lead, parent=0)
         starts = example.starts or 0
+        if self.rows.stream.types is not None and example.second_at is not None:
+            self.rows.stream.types[self.row, start + example.second_at - lead : self.tokens] = 1
         if example.starts is not None:
             self._decoder(start + starts - lead, first_position=0)
         if example.reads is not None:

@@ -12,13 +12,14 @@ from spt_jax.bases.base import FrozenBase
 from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.data.chats import ChatTemplate, Turn, turns_after, turns_of
 from spt_jax.data.examples import Example
+from spt_jax.data.pairs import separated
 from spt_jax.data.pieces import PieceEncoder, after_cut
 from spt_jax.data.reading import Spans
 from spt_jax.data.sequences import form_of
 from spt_jax.data.shortening import shorten, shortened
-from spt_jax.data.shots import SEPARATOR, solved
+from spt_jax.data.shots import with_shots
 from spt_jax.data.task import prompt_index, task_of
-from spt_jax.data.templates import MESSAGES, Bos, Control, Cut, Field, Piece, Plain, Template, Text, parse
+from spt_jax.data.templates import MESSAGES, Control, Cut, Field, Piece, Plain, Template, Text, parse
 from spt_jax.data.tokenization import check_ids, tokenization_of
 from spt_jax.data.turns import around_chat, check_turns, template_turns
 from spt_jax.errors import ConfigError, DataError
@@ -78,8 +79,10 @@ class Encoder:
         self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         check_turns(template, tokenizer, shots, self._task.has_head)
         written = parse(self.form.marked(template.prompt))
-        front = self._rendered(self._turns(None)) if template.chat else self._with_shots(written)
+        front = self._rendered(self._turns(None)) if template.chat else with_shots(template, shots, written, self._ids)
         self._prompt: list[Piece | int] = [*front, *self.form.closing]
+        if self.form.encodes:
+            self._prompt = separated(self._prompt, self.form.pairs)
         turn_ends = self._chat.turn_ends(self._turns(None) if template.chat else []) if is_chat else []
         self.end_ids = tuple(sorted({*self._eos, *turn_ends}))
         choices = [self._target({template.label_field: text}, ends=False) for text in template.verbalizers.values()]
@@ -266,6 +269,10 @@ class Encoder:
     def _encode(self, record: Mapping[str, Any], index: int) -> Example:
         encode = self._task.encode_chat if self.template.is_conversation else self._task.encode
         example = encode(self, record, index)
+        if Cut() in self._prompt and not self.form.decodes:
+            filled = self._filled(self._fields(record, self.template.prompt_fields, index))
+            (second,) = self._pieces.aligned(*filled, opens=self._opens)[2]
+            example = dataclasses.replace(example, second_at=second)
         return example.decoded() if self.form.decodes else example
 
     @property
@@ -367,7 +374,7 @@ class Encoder:
         pieces = parse(self.template.target if target is None else target)
         if not self.template.chat:
             # The decoder's tokens are a sequence of their own.
-            return self._ids(pieces, fields, opens=self.form.decodes) + (self._eos if ends else [])
+            return self.form.answer(self._ids(pieces, fields, opens=self.form.decodes)) + (self._eos if ends else [])
         content = [Plain(fields[piece.name]) if isinstance(piece, Field) else piece for piece in pieces]
         answer = self._chat.answer(self._turns(None), content)
         end = (answer.end or [Control(id_) for id_ in self._eos]) if ends else []
@@ -375,16 +382,6 @@ class Encoder:
 
     def _ids(self, pieces: Sequence[Piece | int], fields: Mapping[Any, str], *, opens: bool) -> list[int]:
         return self._pieces.aligned(pieces, fields, opens=opens)[0]
-
-    def _with_shots(self, prompt: Sequence[Piece]) -> list[Piece | int]:
-        """Returns the prompt after the solved examples, whose targets are encoded separately."""
-        pieces: list[Piece | int] = []
-        for record in self.shots:
-            question = [piece for piece in solved(self.template, record, self.template.prompt) if piece != Bos()]
-            answer = self._ids(solved(self.template, record, self.template.target), {}, opens=False)
-            pieces += [*question, *answer, Text(SEPARATOR)]
-        front = 1 if prompt[:1] == [Bos()] else 0
-        return [*prompt[:front], *pieces, *prompt[front:]]
 
     def _rendered(self, turns: Sequence[Turn]) -> list[Piece]:
         pieces = self._chat.prompt(turns)

@@ -32,6 +32,7 @@ class Example:
       starts: of an encoder-decoder, the position in `ids` of the first token that the decoder reads.
       answer_at: the position of the mask token that the choices replace, each of one token; None if they follow `ids`.
       pooled: whether a task head reads the mean of the hidden states of the real ids, instead of one at `reads`.
+      second_at: the position of the first id that has the second token type; None if all have the first.
     """
 
     ids: np.ndarray
@@ -46,6 +47,7 @@ class Example:
     starts: int | None = None
     answer_at: int | None = None
     pooled: bool = False
+    second_at: int | None = None
 
     @property
     def length(self) -> int:
@@ -77,6 +79,17 @@ class Example:
             return dataclasses.replace(self, choices=(right,), label=0)
         predicted = np.arange(len(self.ids) + len(right)) >= len(self.ids)
         return dataclasses.replace(self, ids=np.concatenate([self.ids, right]), predicted=predicted, choices=())
+
+
+def moved_places(example: Example, kept: np.ndarray) -> dict[str, int | None]:
+    """Returns the fields of an example that are positions in its ids, if only some ids are kept.
+
+    Args:
+      example: the example.
+      kept: whether each id is kept.
+    """
+    places = {name: getattr(example, name) for name in ("starts", "answer_at", "second_at")}
+    return {name: None if at is None else int(kept[:at].sum()) for name, at in places.items()}
 
 
 def empty_extra(examples: Sequence[Example], rows: int, slots: int) -> PyTree[np.ndarray] | None:
@@ -119,13 +132,13 @@ def _digest(examples: Iterable[Example]) -> str:
 _FIELDS = [field.name for field in dataclasses.fields(Example)]
 _SHARED = 256  # tuples of choices that are kept as objects
 _TOGETHER = 1024  # examples that are made at once by an iteration
-_NUMBERS = ("label", "index", "prompt", "starts", "answer_at", "pooled")  # of an example; -1 for None
+_NUMBERS = ("label", "index", "prompt", "starts", "answer_at", "pooled", "second_at")  # of an example; -1 for None
 # The fields of `CompactExamples` that hold arrays of examples one after another, and the number of the first of each.
 _RAGGED = {"ids": np.int32, "predicted": np.bool_, "reads": np.int32, "classes": np.int32}
 
 
 class CompactExamples(Sequence[Example]):
-    """Examples without `extra` in a few arrays, of 5 bytes for each token and 64 for each example.
+    """Examples without `extra` in a few arrays, of 5 bytes for each token and 96 for each example.
 
     An index returns an `Example` with views of these arrays, a slice a list of them.
     """
@@ -216,15 +229,17 @@ class CompactExamples(Sequence[Example]):
 
     def _between(self, start: int, stop: int) -> list[Example]:
         """Returns the examples from `start` to before `stop`."""
-        label, index, prompt, starts, answers, pooled, sets = (
+        label, index, prompt, starts, answers, pooled, seconds, sets = (
             self.arrays[name][start:stop].tolist() for name in (*_NUMBERS, "choice_set")
         )
-        optional = ([None if value < 0 else value for value in own] for own in (starts, answers))
+        starts, answers, seconds = (
+            [None if value < 0 else value for value in own] for own in (starts, answers, seconds)
+        )
         ids, predicted, reads, classes = (self._parts(name, start, stop) for name in _RAGGED)
         choices = map(self._choices, sets)
         extra = itertools.repeat(None)
-        columns = ids, predicted, choices, label, index, prompt, reads, classes, extra, *optional, map(bool, pooled)
-        return list(map(Example, *columns))
+        columns = ids, predicted, choices, label, index, prompt, reads, classes, extra, starts, answers
+        return list(map(Example, *columns, map(bool, pooled), seconds))
 
     def _choices(self, number: int) -> tuple[np.ndarray, ...]:
         """Returns a tuple of choices. Those of classes are shared by all examples, those of pairs by none."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from spt_jax.bases.tokenizer import Tokenizer
-from spt_jax.data.templates import Bos, Control, Cut, Field, Piece, Plain, Read, Text, Virtual
+from spt_jax.data.templates import Bos, Control, Cut, Field, Piece, Plain, Read, Separator, Text, Virtual
 from spt_jax.data.tokenization import ControlTokens, tokenization_of
 from spt_jax.data.tokenization import adds_bos as tokenizer_adds_bos
 from spt_jax.errors import ConfigError
@@ -105,6 +105,8 @@ class PieceEncoder:
                 ids.append(self._bos())
             elif isinstance(part, Control):
                 ids.append(part.id)
+            elif isinstance(part, Separator):
+                ids += part.ids
             elif isinstance(part, int):
                 ids.append(part)
             elif isinstance(part, Virtual):
@@ -139,6 +141,8 @@ class PieceEncoder:
                     at_start = at_start or placed > 0
                 elif isinstance(piece, Control):
                     at_start = self._tokenization.opens_after_control
+                elif isinstance(piece, Separator):
+                    at_start = True
                 elif isinstance(piece, int):
                     at_start = False
                 elif isinstance(piece, Virtual):

@@ -9,6 +9,7 @@ from jaxtyping import Int
 
 from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.data.examples import Example
+from spt_jax.data.pairs import SEPARATOR, PairForm, pair_form
 from spt_jax.data.templates import Template
 from spt_jax.data.tokenization import adds_bos
 from spt_jax.errors import ConfigError
@@ -32,6 +33,8 @@ class SequenceForm:
       mask: the name and the id of an encoder's mask token; None if there is none.
       pooling: the hidden state that a class head reads, as in `Layout`.
       decodes: whether the base is an encoder-decoder.
+      pairs: how the tokenizer of a base with an encoder joins two texts; None if it does so in an unusual way.
+      forced_id: of an encoder-decoder, the first token of every answer; None if the tokenizer decides it.
     """
 
     causal: bool
@@ -41,6 +44,8 @@ class SequenceForm:
     mask: tuple[str, int] | None = None
     pooling: Literal["last", "first", "mean"] = "last"
     decodes: bool = False
+    pairs: PairForm | None = None
+    forced_id: int | None = None
 
     @property
     def shares(self) -> bool:
@@ -48,9 +53,25 @@ class SequenceForm:
         return self.causal and not self.decodes
 
     @property
+    def encodes(self) -> bool:
+        """Whether an encoder reads the prompt."""
+        return self.decodes or not self.causal
+
+    @property
     def pooled(self) -> bool:
         """Whether a class head reads the mean of hidden states."""
         return self.pooling == "mean"
+
+    def answer(self, ids: list[int]) -> list[int]:
+        """Returns the ids of an answer with the forced token first, in place of the one that opens a sequence.
+
+        Args:
+          ids: those that the tokenizer gives.
+        """
+        if self.forced_id is None:
+            return ids
+        opened = self.opens and ids[:1] == [self.bos_id]
+        return [self.forced_id, *(ids[1:] if opened else ids)]
 
     def marked(self, prompt: str) -> str:
         """Returns a prompt with the tokenizer's name of the mask token in place of `<mask>`."""
@@ -101,6 +122,8 @@ class SequenceForm:
             raise ConfigError(f"two verbalizers have the same token ids: {dict(template.verbalizers)}")
         if self.decodes and (template.chat or template.is_conversation or template.continues):
             raise ConfigError("this base is an encoder-decoder: it answers no chats and continues no remembered text")
+        if self.encodes and template.prompt.count(SEPARATOR) > 1:
+            raise ConfigError(f"template {template.prompt!r} has several <sep>; a tokenizer joins two texts at most")
         if self.causal:
             return
         if template.chat or template.is_conversation or template.continues:
@@ -148,11 +171,13 @@ def form_of(tokenizer: Tokenizer, layout: Layout | None) -> SequenceForm:
     if len(front) > 1:
         raise ConfigError(f"the tokenizer puts {len(front)} tokens before a text; at most 1 is supported")
     bos_id = front[0] if front else tokenizer.bos_token_id
+    pairs = pair_form(tokenizer, front, closing)
     if layout.start_id is not None:
-        return SequenceForm(True, bos_id, bool(front), (*closing, layout.start_id), decodes=True)
+        last, forced = (*closing, layout.start_id), layout.forced_id
+        return SequenceForm(True, bos_id, bool(front), last, decodes=True, pairs=pairs, forced_id=forced)
     mask_id = tokenizer.mask_token_id
     mask = None if mask_id is None else (str(tokenizer.mask_token), mask_id)
-    return SequenceForm(False, bos_id, bool(front), tuple(closing), mask, layout.pooling)
+    return SequenceForm(False, bos_id, bool(front), tuple(closing), mask, layout.pooling, pairs=pairs)
 
 
 def packing_saves(examples: Sequence[Example], layout: Layout) -> bool:

@@ -1,9 +1,9 @@
 """Solved examples that precede a prompt."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from spt_jax.data.templates import Field, Piece, Plain, Template, parse
+from spt_jax.data.templates import Bos, Field, Piece, Plain, Template, Text, parse
 from spt_jax.data.values import field_text
 from spt_jax.errors import DataError, did_you_mean
 
@@ -31,3 +31,29 @@ def solved(template: Template, record: Mapping[str, Any], side: str) -> list[Pie
             raise DataError(f"a solved example's label {label!r} has no verbalizer; {hint}")
         known[name] = template.verbalizers[label]
     return [Plain(field_text(known, p.name, 0)) if isinstance(p, Field) else p for p in parse(side)]
+
+
+def with_shots(
+    template: Template,
+    shots: Sequence[Mapping[str, Any]],
+    prompt: Sequence[Piece],
+    ids_of: Callable[..., list[int]],
+) -> list[Piece | int]:
+    """Returns the pieces of a prompt after those of solved examples, whose targets are encoded separately.
+
+    Args:
+      template: the template.
+      shots: the records of the solved examples.
+      prompt: the pieces of the prompt.
+      ids_of: encodes pieces, given the fields and whether they open a sequence.
+
+    Raises:
+      DataError: a field of a record is missing, or its label has no verbalizer.
+    """
+    pieces: list[Piece | int] = []
+    for record in shots:
+        question = [piece for piece in solved(template, record, template.prompt) if piece != Bos()]
+        answer = ids_of(solved(template, record, template.target), {}, opens=False)
+        pieces += [*question, *answer, Text(SEPARATOR)]
+    front = 1 if prompt[:1] == [Bos()] else 0
+    return [*prompt[:front], *pieces, *prompt[front:]]

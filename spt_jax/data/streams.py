@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from spt_jax.data.batches import Batch, BatchPlan, assign_rows, pack, round_up, slots
+from spt_jax.data.batches import Batch, BatchPlan, assign_rows, pack, round_up
 from spt_jax.data.examples import Example
+from spt_jax.data.row_space import slots
 
 if TYPE_CHECKING:
     import grain

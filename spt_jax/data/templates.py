@@ -2,7 +2,8 @@
 
 A template has a prompt and a target string. In them, `{field}` stands for a field of the record, `<soft>` for all
 virtual tokens, `<soft:5>` for the next five, `<bos>` for the tokenizer's BOS (which goes first by default, if the
-tokenizer adds one), and `{{` and `}}` for braces. Virtual token i has the id `vocab_size + i`.
+tokenizer adds one), and `{{` and `}}` for braces. On a base with an encoder, `<mask>` is the tokenizer's mask token,
+and `<sep>` what it puts between two texts (`spt_jax.data.pairs`). Virtual token i has the id `vocab_size + i`.
 """
 
 import dataclasses
@@ -70,7 +71,14 @@ class Cut:
     """A boundary: the text before it and the text after it are encoded separately."""
 
 
-Piece = Text | Plain | Field | Virtual | Bos | Control | Read | Cut
+@dataclasses.dataclass(frozen=True)
+class Separator:
+    """The ids that a tokenizer puts between two texts. The text after them is encoded as one of its own."""
+
+    ids: tuple[int, ...]
+
+
+Piece = Text | Plain | Field | Virtual | Bos | Control | Read | Cut | Separator
 _MARKUP = re.compile(r"<soft(?::(?P<count>\d+))?>|(?P<bos><bos>)|(?P<brace>\{\{|\}\})|\{(?P<field>\w+)\}|(?P<bad>[{}])")
 
 

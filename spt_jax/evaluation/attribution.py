@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import multiples, plan_batches
-from spt_jax.data.examples import Example
+from spt_jax.data.examples import Example, moved_places
 from spt_jax.errors import ConfigError
 from spt_jax.evaluation.evaluate import EvaluationSet, evaluate
 from spt_jax.evaluation.metrics import Difference, paired_bootstrap
@@ -98,7 +98,8 @@ def _without(
 def _without_id(example: Example, absent: int) -> Example:
     kept = example.ids != absent
     reads = None if example.reads is None else np.cumsum(kept)[example.reads].astype(np.int32) - 1
-    return dataclasses.replace(example, ids=example.ids[kept], predicted=example.predicted[kept], reads=reads)
+    moved = {"ids": example.ids[kept], "predicted": example.predicted[kept], **moved_places(example, kept)}
+    return dataclasses.replace(example, **moved, reads=reads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,9 +134,12 @@ def attention_received(
     for start in range(0, len(requests), batch_size):
         own = requests[start : start + batch_size]
         ids, last = np.zeros((batch_size, length), np.int32), np.zeros(batch_size, np.int32)
-        for row, request in enumerate(own):
+        types = np.zeros_like(ids) if any(e.second_at is not None for e in examples) else None
+        for row, (request, example) in enumerate(zip(own, examples[start : start + batch_size], strict=True)):
             ids[row, : len(request)], last[row] = request, len(request) - 1
-        found = np.asarray(_received(model, virtual, ids, last), np.float64)
+            if types is not None and example.second_at is not None:
+                types[row, example.second_at :] = 1
+        found = np.asarray(_received(model, virtual, ids, last, types), np.float64)
         sums.append(found[:, : len(own)].sum(axis=1))
         taken = found.shape[-1] if virtual.prefix is not None else 0
         shares += [found.shape[-1] / (taken + len(request)) for request in own]
@@ -144,12 +148,16 @@ def attention_received(
 
 @jax.jit
 def _received(
-    model: Model, virtual: VirtualPrompt, ids: Int[Array, "B T"], last: Int[Array, " B"]
+    model: Model,
+    virtual: VirtualPrompt,
+    ids: Int[Array, "B T"],
+    last: Int[Array, " B"],
+    types: Int[Array, "B T"] | None,
 ) -> Float[Array, "L B P"]:
     prefix = encode_prefix(model, virtual, jnp.zeros(0, jnp.int32))
     places = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
     real = (places <= last[:, None]).astype(jnp.int32)
-    stream = Stream(places + virtual.first_position, real, jnp.zeros_like(real), ids=ids)
+    stream = Stream(places + virtual.first_position, real, jnp.zeros_like(real), ids=ids, types=types)
     stream = dataclasses.replace(stream, pinned=pinned_ids(model, virtual, ids))
     weights = model.attention_weights(embed_stream(model, virtual, ids, stream), stream, prefix)
     at_last = jnp.take_along_axis(weights, last[None, :, None, None], axis=2)[:, :, 0]  # [L, B, keys]

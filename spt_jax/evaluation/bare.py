@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import Batch, BatchPlan, Rows, multiples, pack, place_batch, plan_batches, shared_length
-from spt_jax.data.examples import Example
+from spt_jax.data.examples import Example, moved_places
 from spt_jax.errors import DataError
 from spt_jax.inference.forward import encode_prefix, output_states, target_scores
 from spt_jax.models.attention import Prefix
@@ -41,8 +41,7 @@ def bare_examples(base: FrozenBase, examples: Sequence[Example]) -> list[Example
                 " is compared with, needs a token before the answers"
             )
         nothing = np.zeros(len(ids), bool)
-        starts, at = (None if old is None else int(real[:old].sum()) for old in (example.starts, example.answer_at))
-        moved = {"ids": ids, "predicted": nothing, "starts": starts, "answer_at": at}
+        moved = {"ids": ids, "predicted": nothing, **moved_places(example, real)}
         bare.append(dataclasses.replace(example, **moved, index=number, prompt=0, extra=None))
     return bare
 

@@ -127,7 +127,7 @@ def parse_job(kind: type[AnyJob], argv: Sequence[str], program: str) -> AnyJob:
     if name != config.method.name:
         config = dataclasses.replace(config, method=METHODS[name]())
     task = _last_value(words, "--task.name")
-    if task is not None and hasattr(config.method, "head") and _last_value(words, "--method.head") is None:
+    if task is not None and getattr(config.method, "head", None) and _last_value(words, "--method.head") is None:
         config = dataclasses.replace(config, method=dataclasses.replace(config.method, head=task))
     over = _last_value(words, "--loss.over") or config.loss.over
     config = dataclasses.replace(config, loss=config.loss.with_options(None if over == "None" else over))

@@ -197,11 +197,15 @@ def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
         raise ConfigError(f"data.hard_prompt is not compatible with a {task.name} head")
     if task.has_head or loss.over is None:
         loss = dataclasses.replace(loss, over=task.loss)
+    if task.has_head and method.head is None:
+        method = dataclasses.replace(method, head=task.name)
     if task.has_head and task.outputs is None:
         if method.classes is None and data.verbalizers:
             method = dataclasses.replace(method, classes=len(data.verbalizers))
         if data.verbalizers and method.classes != len(data.verbalizers):
             raise ConfigError(f"method.classes is {method.classes}, but there are {len(data.verbalizers)} verbalizers")
+    if not task.has_head and getattr(method, "classes", None) is not None:
+        raise ConfigError(f"method.classes is {method.classes}, but {task.name} has no head: set task.name")
     if loss.pairs and not task.pairs:
         raise ConfigError(f"loss.over={loss.over} compares two answers of each record; it needs task.name=preference")
     if loss.samples != task.judged:
@@ -229,7 +233,7 @@ def task_name(config: ExperimentConfig[Any]) -> str:
     head: str | None = getattr(method, "head", None)
     if name is None:
         return head or TEXT
-    if head is None and TASKS[name].has_head:
+    if not hasattr(method, "head") and TASKS[name].has_head:
         able = ", ".join(other for other, kind in METHODS.items() if hasattr(kind, "head"))
         raise ConfigError(f"task.name={name} needs a head, and {method.name} has none; methods with a head: {able}")
     if head not in (None, name):

@@ -271,17 +271,10 @@ def _no_leads(base: FrozenBase, prompts: list[np.ndarray], lead: int | None) -> 
     """Returns 0 for each prompt of an encoder-decoder, whose encoder reads each prompt as a whole.
 
     Raises:
-      ConfigError: leading ids were to be shared, or a prompt does not end as those of `Encoder.prompt_ids`.
+      ConfigError: leading ids were to be shared.
     """
     if lead:
         raise ConfigError(f"lead is {lead}; the encoder of {base.name} shares nothing among prompts, so leave it out")
-    start = base.layout.start_id
-    for number, ids in enumerate(prompts):
-        if ids[-1] != start:
-            raise ConfigError(
-                f"prompt {number} ends with id {ids[-1]}, and the decoder of {base.name} starts with {start}; use ids"
-                " from `Encoder.prompt_ids`, or texts"
-            )
     return [0] * len(prompts)
 
 
@@ -389,6 +382,12 @@ def check_prompt(
     if not len(prompt):
         raise DataError(f"prompt {number} is empty, so nothing predicts the first new token; begin it with BOS or text")
     check_ids(base, prompt, rows, f"prompt {number}")
+    start = base.layout.start_id
+    if start is not None and prompt[-1] != start:
+        raise ConfigError(
+            f"prompt {number} ends with id {prompt[-1]}, and the decoder of {base.name} starts with {start}; use ids"
+            " from `Encoder.prompt_ids`, or texts"
+        )
     length = len(prompt)
     total = prefix + length + sampling.max_new_tokens
     if total > base.layout.max_positions:

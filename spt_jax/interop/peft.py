@@ -132,11 +132,6 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
         return _import_encoder_rows(path, kind, length, parts, base)
     if parts != 1:
         raise CheckpointError(f"{where}: num_transformer_submodules is 2: the prompt is for an encoder-decoder model")
-    sizes = base.config
-    if kind in TOKEN_TYPES:
-        check_tokens_agree(base)
-        rows = _read_arrays(path, {EMBEDDINGS: (length, base.layout.width)}, base)[EMBEDDINGS]
-        return PromptTuning(length=length), VirtualPrompt(tokens=jnp.asarray(rows))
     if kind == MULTITASK_TYPE:
         check_tokens_agree(base)
         return PromptTuning(length=length), VirtualPrompt(tokens=_task_rows(path, config, base, length, task))
@@ -146,18 +141,40 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
             f"{where}: task_type is {config.get('task_type')}; of PEFT's prompts for encoders, this library reads those"
             " without a head, whose task_type is FEATURE_EXTRACTION"
         )
+    if kind in TOKEN_TYPES:
+        check_tokens_agree(base)
+        arrays = _read_arrays(path, {EMBEDDINGS: (length, base.layout.width), **_head_shapes(head, base)}, base)
+        virtual, options = _with_head(VirtualPrompt(tokens=jnp.asarray(arrays[EMBEDDINGS])), head, arrays, path, base)
+        return PromptTuning(length=length, **options), virtual
     group = plain_group(base)
     axes = len(group.layers), 2, group.kv_heads, group.key_size
-    shapes: dict[str, tuple[int | None, ...]] = {EMBEDDINGS: (length, math.prod(axes))}
-    name = "" if head is None else head.name(sizes.family)
-    if head is not None:
-        shapes |= {f"{name}.weight": (None, sizes.width)}
-        shapes |= {f"{name}.bias": (None,)} if head.has_bias else {}
-    arrays = _read_arrays(path, shapes, base)
+    arrays = _read_arrays(path, {EMBEDDINGS: (length, math.prod(axes)), **_head_shapes(head, base)}, base)
     keys, values = arrays[EMBEDDINGS].reshape(length, *axes).transpose(2, 1, 0, 3, 4)
     prefix = VirtualPrefix({SELF: KeysValues(jnp.asarray(keys), jnp.asarray(values))})
+    virtual, options = _with_head(VirtualPrompt(prefix=prefix), head, arrays, path, base)
+    return (PrefixTuning if head is None else DeepPrompts)(length=length, **options), virtual
+
+
+def _head_shapes(head: PeftHead | None, base: FrozenBase) -> dict[str, tuple[int | None, ...]]:
+    """Returns the names and shapes of a head's tensors."""
     if head is None:
-        return PrefixTuning(length=length), VirtualPrompt(prefix=prefix)
+        return {}
+    name = head.name(base.config.family)
+    weight: dict[str, tuple[int | None, ...]] = {f"{name}.weight": (None, base.config.width)}
+    return {**weight, f"{name}.bias": (None,)} if head.has_bias else weight
+
+
+def _with_head(
+    virtual: VirtualPrompt, head: PeftHead | None, arrays: Mapping[str, np.ndarray], path: Path, base: FrozenBase
+) -> tuple[VirtualPrompt, dict[str, Any]]:
+    """Returns a prompt with the head of these arrays, and the options of its method.
+
+    Raises:
+      CheckpointError: they are not such a head.
+    """
+    if head is None:
+        return virtual, {}
+    name = head.name(base.config.family)
     kernel = arrays[f"{name}.weight"].T
     bias = arrays.get(f"{name}.bias", np.zeros(kernel.shape[1], np.float32))
     outputs = TASKS[head.task].outputs
@@ -166,8 +183,8 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
             f"{path}: not a {head.task} head: the weight has {kernel.shape[1]} classes, the bias {len(bias)}"
         )
     classes = len(bias) if outputs is None else None
-    method = DeepPrompts(length=length, head=head.task, classes=classes, head_bias=head.has_bias)
-    return method, VirtualPrompt(prefix=prefix, head=Head(jnp.asarray(kernel), jnp.asarray(bias)))
+    options = {"head": head.task, "classes": classes, "head_bias": head.has_bias}
+    return dataclasses.replace(virtual, head=Head(jnp.asarray(kernel), jnp.asarray(bias))), options
 
 
 def _import_encoder_rows(

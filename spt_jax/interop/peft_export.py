@@ -13,6 +13,8 @@ import safetensors.numpy
 from spt_jax.bases.base import FrozenBase
 from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.data.encoder import encoder_for
+from spt_jax.data.pairs import SEPARATOR
+from spt_jax.data.sequences import form_of
 from spt_jax.data.templates import MESSAGES, Field, Template, parse
 from spt_jax.errors import ConfigError, SptError
 from spt_jax.interop.peft import (
@@ -57,7 +59,7 @@ def export_peft(directory: str | Path, saved: SavedPrompt, base: FrozenBase) -> 
     check_exportable(base, saved.method, saved.template, saved.virtual)
     virtual, parts = saved.virtual, parts_of(saved.virtual)
     prompt_learning = _common(saved, base)
-    if parts == ["tokens"]:
+    if parts in (["tokens"], ["tokens", "head"]):
         assert virtual.tokens is not None
         length, width = virtual.tokens.shape
         heads = {"token_dim": width, "num_attention_heads": _sizes(base).heads}
@@ -71,13 +73,13 @@ def export_peft(directory: str | Path, saved: SavedPrompt, base: FrozenBase) -> 
         heads = {"token_dim": group.kv_heads * group.key_size, "num_attention_heads": group.kv_heads}
         config = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": length, **heads, **prompt_learning}
         tensors = {EMBEDDINGS: both.transpose(2, 1, 0, 3, 4).reshape(length, -1)}
-        if virtual.head is not None:
-            task_type = _task_type(saved.template.head)
-            tensors |= _head_tensors(virtual.head, HEADS[task_type], base.config)
-            config |= {"task_type": task_type}
     else:
         common = {k: v for k, v in prompt_learning.items() if not k.startswith("num_")}
         config, tensors = _adapter_files(virtual, base.config, common)
+    if virtual.head is not None:
+        task_type = _task_type(saved.template.head)
+        tensors |= _head_tensors(virtual.head, HEADS[task_type], base.config)
+        config |= {"task_type": task_type}
     return _write(directory, config, tensors)
 
 
@@ -108,7 +110,7 @@ def check_exportable(base: FrozenBase, method: Method, template: Template, virtu
             "of the prompts of an encoder-decoder, only token rows can be exported to PEFT, which has no keys and"
             " values of the encoder and of cross-attention"
         )
-    if parts not in (["tokens"], ["prefix"], ["prefix", "head"], ["gated"]):
+    if parts not in (["tokens"], ["tokens", "head"], ["prefix"], ["prefix", "head"], ["gated"]):
         raise ConfigError(f"PEFT has no prompts with this combination of parts: {', '.join(parts)}")
     if virtual.prefix is not None:
         plain_group(base)
@@ -279,6 +281,9 @@ def _check_tokens(base: FrozenBase, template: Template, virtual: VirtualPrompt) 
     if virtual.tokens is not None:
         check_tokens_agree(base)
     tokenizer, vocab_size = base.tokenizer, base.layout.vocab_size
+    pairs = form_of(tokenizer, base.layout).pairs
+    if SEPARATOR in template.prompt and pairs is not None and pairs.first_type is not None:
+        raise ConfigError("the template has a <sep>, and PEFT gives all tokens after its prompts the first token type")
     chat = template.chat or template.is_conversation
     record: dict[str, Any] = dict.fromkeys(template.prompt_fields, "a")
     if template.is_conversation:
@@ -290,7 +295,7 @@ def _check_tokens(base: FrozenBase, template: Template, virtual: VirtualPrompt) 
     front, ours = ids[: len(own)], ids[len(own) :]
     pieces = parse(encoder.form.marked(template.prompt))
     text = "".join("a" if isinstance(piece, Field) else getattr(piece, "text", "") for piece in pieces)
-    theirs = [tokenizer(words)["input_ids"] for words in (text, text.removeprefix(" "))]
+    theirs = [tokenizer(*words.split(SEPARATOR))["input_ids"] for words in (text, text.removeprefix(" "))]
     cause = f"the template {template.prompt!r} cannot be exported: PEFT puts"
     if front != own or any(id_ in ours for id_ in own):
         where = " inside the chat template" if chat else ""

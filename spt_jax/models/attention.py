@@ -36,6 +36,7 @@ class Stream:
       pinned: the tokens that a sliding window never hides from later ones; None for none.
       decoder: of an encoder-decoder, the indices in the row of the tokens that its decoder reads, with T for padding;
         None if there are none. Their positions count from 0 again.
+      types: the token type of each token, in models that have some; None if all have the first.
     """
 
     positions: Int[Array, "B T"]
@@ -45,6 +46,7 @@ class Stream:
     ids: Int[Array, "B T"] | None = None
     pinned: Bool[Array, "B T"] | None = None
     decoder: Int[Array, "B U"] | None = None
+    types: Int[Array, "B T"] | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -15,14 +15,15 @@ from spt_jax.models.model import Model
 from spt_jax.prompts.initializers import initialize
 from spt_jax.prompts.method import TokenMethod
 from spt_jax.prompts.networks import init_linear, init_lstm, linear, lstm
+from spt_jax.prompts.task_head import HeadMethod
 from spt_jax.prompts.virtual import VirtualPrompt
 
 LSTM_LAYERS = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PTuning(TokenMethod):
-    """Virtual tokens that a small network computes.
+class PTuning(HeadMethod, TokenMethod):
+    """Virtual tokens that a small network computes, and a head if the task has one.
 
     Attributes:
       name: the method.
@@ -41,7 +42,8 @@ class PTuning(TokenMethod):
     hidden: int | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        TokenMethod.__post_init__(self)
+        HeadMethod.__post_init__(self)
         if self.init.name in ("prompt", "file", "array"):
             raise ConfigError(
                 f"method.init.name={self.init.name}: an encoder cannot start at given rows; continue from them"
@@ -51,7 +53,11 @@ class PTuning(TokenMethod):
             raise ConfigError(f"method.hidden is {self.hidden}; the encoder has at least 1 unit")
 
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Any]:
-        """Returns embeddings [P, D] and the layers of the encoder, float32."""
+        """Returns embeddings [P, D], the layers of the encoder, and the head; float32.
+
+        Raises:
+          ConfigError: the number of classes is unknown.
+        """
         row_key, embedding_key, *keys = jax.random.split(key, 9)
         width, hidden = base.layout.width, self.hidden or base.layout.width
         if self.encoder == "mlp":
@@ -75,12 +81,12 @@ class PTuning(TokenMethod):
         scale = rows.std() / jnp.maximum(_encode(params).std(), 1e-6)
         last["kernel"] = last["kernel"] * scale
         last["bias"] = rows.mean(0) - _encode(params).mean(0)
-        return params
+        return {**params, **self.init_head(base)}
 
     def materialize(self, params: Mapping[str, Any], model: Model) -> VirtualPrompt:
-        """Returns the outputs of the encoder as virtual tokens."""
+        """Returns the outputs of the encoder as virtual tokens, and the head."""
         del model
-        return VirtualPrompt(tokens=_encode(params), pinned=self.pins)
+        return self.with_head(VirtualPrompt(tokens=_encode(params), pinned=self.pins), params)
 
 
 def _encode(params: Mapping[str, Any]) -> Float[Array, "P D"]:

@@ -5,18 +5,19 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.models.model import Model
 from spt_jax.prompts.initializers import initialize
 from spt_jax.prompts.method import TokenMethod
+from spt_jax.prompts.task_head import HeadMethod
 from spt_jax.prompts.virtual import VirtualPrompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PromptTuning(TokenMethod):
-    """Trained rows among the input embeddings.
+class PromptTuning(HeadMethod, TokenMethod):
+    """Trained rows among the input embeddings, and a head if the task has one.
 
     Attributes:
       name: the method.
@@ -24,11 +25,19 @@ class PromptTuning(TokenMethod):
 
     name: Literal["prompt_tuning"] = "prompt_tuning"
 
-    def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Float[Array, "P D"]]:
-        """Returns initial rows, float32."""
-        return {"tokens": initialize(self.init, key, base, self.token_count)}
+    def __post_init__(self) -> None:
+        TokenMethod.__post_init__(self)
+        HeadMethod.__post_init__(self)
+
+    def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Any]:
+        """Returns initial rows [P, D], and the head; float32.
+
+        Raises:
+          ConfigError: the number of classes is unknown.
+        """
+        return {"tokens": initialize(self.init, key, base, self.token_count), **self.init_head(base)}
 
     def materialize(self, params: Mapping[str, Any], model: Model) -> VirtualPrompt:
-        """Returns the rows as virtual tokens."""
+        """Returns the rows as virtual tokens, and the head."""
         del model
-        return VirtualPrompt(tokens=jnp.asarray(params["tokens"]), pinned=self.pins)
+        return self.with_head(VirtualPrompt(tokens=jnp.asarray(params["tokens"]), pinned=self.pins), params)

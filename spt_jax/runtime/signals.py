@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from spt_jax.runtime.huge_pages import use_huge_pages
+
 PROGRAM = "spt-jax"  # the console script
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
@@ -176,4 +178,5 @@ def _end(number: int) -> NoReturn:
 
 
 if is_program():
+    use_huge_pages()
     install()

@@ -112,15 +112,7 @@ class PromptBank:
         Args:
           base: the frozen base.
           budget_bytes: device memory for prefixes and rows; None for no limit.
-
-        Raises:
-          ConfigError: the base is an encoder-decoder.
         """
-        if base.layout.encodes:
-            raise ConfigError(
-                f"the server does not support encoder-decoders, such as {base.name} ({base.family}); use"
-                " spt_jax.generate or python -m spt_jax ask"
-            )
         self.base = base
         self._budget = budget_bytes
         self._entries: dict[str | None, Entry] = {}
@@ -131,7 +123,7 @@ class PromptBank:
         if not base.layout.generates:
             return  # An encoder answers nothing without a prompt.
         self._entries[None] = self._entry(Template(prompt="{text}", target="{target}"), None)
-        if base.tokenizer.chat_template:
+        if base.tokenizer.chat_template and not base.layout.encodes:
             self._chat = self._entry(Template(prompt=f"{{{MESSAGES}}}"), None)
 
     @property

@@ -11,7 +11,8 @@ from pydantic import BaseModel
 
 from spt_jax.serving import protocol as api
 from spt_jax.serving.fairness import Sender
-from spt_jax.serving.service import RefusedError, Service
+from spt_jax.serving.prompt_directories import RefusedError
+from spt_jax.serving.service import Service
 
 
 def class_note(model: str) -> str:

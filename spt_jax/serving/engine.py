@@ -175,8 +175,8 @@ class Engine:
         busy = np.asarray([ticket is not None for ticket in self._busy])
         if busy.any() and not self._let_in:
             began, tickets = time.perf_counter(), [ticket for ticket in self._busy if ticket is not None]
-            filled = max(map(_filled, tickets))
-            reach = self._reach(filled + 1)
+            filled = max(_filled(ticket, base.layout) for ticket in tickets)
+            reach = self._reach(max(filled + 1, *(_read(ticket, base.layout) for ticket in tickets)))
             inputs = busy, _wanted(tickets), self._until(tickets, reach - filled), self._slots
             self._slots, new, steps = self._programs.decode(reach, base.model, *inputs)
             new = jax.tree.map(lambda a: np.asarray(a)[: int(steps)], new)
@@ -402,9 +402,18 @@ def _taken(held: DevicePrompt) -> int:
     return 0 if held.prefix is None else held.prefix.positions.shape[0]
 
 
-def _filled(ticket: Ticket) -> int:
-    """Returns the number of cache entries that a request has filled; its newest token is not among them yet."""
-    return _taken(ticket.held) + len(ticket.request.ids) - len(ticket.held.lead) + len(ticket.ids) - 1
+def _filled(ticket: Ticket, layout: Layout) -> int:
+    """Returns the number of cache entries that a request has filled; its newest token is not among them yet.
+
+    In an encoder-decoder, these are the decoder's: the start token and the new ones.
+    """
+    own = 1 if layout.encodes else len(ticket.request.ids) - len(ticket.held.lead)
+    return _taken(ticket.held) + own + len(ticket.ids) - 1
+
+
+def _read(ticket: Ticket, layout: Layout) -> int:
+    """Returns the number of cache entries of a request that cross-attention reads."""
+    return _taken(ticket.held) + len(ticket.request.ids) - 1 if layout.encodes else 0
 
 
 @dataclasses.dataclass(frozen=True)

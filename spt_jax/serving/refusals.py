@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from spt_jax.errors import CheckpointError, ConfigError, DataError, SptError
 from spt_jax.serving.bank import UnknownPromptError
 from spt_jax.serving.limits import error_body
-from spt_jax.serving.service import RefusedError
+from spt_jax.serving.prompt_directories import RefusedError
 from spt_jax.serving.worker import EngineFailedError, QueueFullError
 
 RETRY_SECONDS = 1

@@ -27,8 +27,9 @@ from spt_jax.serving.fairness import sender_of
 from spt_jax.serving.hosts import LOOPBACK, BrowserChecks
 from spt_jax.serving.limits import BodyLimits, error_body, timed_heads
 from spt_jax.serving.metrics import CountedResponses
+from spt_jax.serving.prompt_directories import RefusedError
 from spt_jax.serving.refusals import add_handlers
-from spt_jax.serving.service import RefusedError, Service
+from spt_jax.serving.service import Service
 
 
 class Events(StreamingResponse):

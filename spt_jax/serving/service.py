@@ -28,6 +28,7 @@ from spt_jax.serving.classify import Classifier
 from spt_jax.serving.fairness import Lane, Sender, has_share
 from spt_jax.serving.lengths import size, text_bound, texts_of
 from spt_jax.serving.metrics import Metrics
+from spt_jax.serving.prompt_directories import RefusedError, checked_directory
 from spt_jax.serving.prompt_examples import examples_for, read_examples
 from spt_jax.serving.requests import Request
 from spt_jax.serving.scoring import score_tokens
@@ -42,20 +43,6 @@ LONG = 2**15
 TOGETHER = 16
 
 T = TypeVar("T")
-
-
-class RefusedError(SptError):
-    """A request that is answered with an error.
-
-    Attributes:
-      status: the HTTP status.
-      code: the error code, as in OpenAI's API.
-      param: the field that is wrong.
-    """
-
-    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None):
-        super().__init__(message)
-        self.status, self.code, self.param = status, code, param
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +116,8 @@ class Service:
             raise RefusedError(422, f"{name!r} cannot name a prompt", param="name")
         try:
             self.refresh()
-            self._check_files(name)
-            examples = read_examples(folder := self.folder.resolve() / name)
+            folder = checked_directory(self.folder, name, self.max_prompt_bytes)
+            examples = read_examples(folder)
             self.bank.load(name, folder)
             self._examples[name] = examples
         except RefusedError:
@@ -142,26 +129,6 @@ class Service:
             why = f"{type(error).__name__}: {error}"
             raise RefusedError(400, f"prompt {name!r} cannot be read ({why})", code="invalid_prompt") from error
         self.created[name] = int(time.time())
-
-    def _check_files(self, name: str) -> None:
-        """Checks that a prompt's directory exists, is inside the directory of prompts and is not too large."""
-        assert self.folder is not None
-        root = self.folder.resolve()
-        folder = root / name
-        if not folder.resolve().is_relative_to(root):
-            raise RefusedError(403, f"{name!r} leads out of the directory of prompts")
-        files = list(folder.iterdir()) if folder.is_dir() else []
-        if not files:
-            raise RefusedError(404, f"there is no prompt directory {name!r} on the server", code="model_not_found")
-        if any(not path.resolve().is_relative_to(root) for path in files):
-            raise RefusedError(403, f"{name!r} leads out of the directory of prompts")
-        if any(path.exists() and not (path.is_file() or path.is_dir()) for path in files):
-            raise RefusedError(
-                400, f"prompt {name!r} contains something that is not a regular file", code="invalid_prompt"
-            )
-        total = sum(path.stat().st_size for path in files if path.is_file())
-        if total > self.max_prompt_bytes:
-            raise RefusedError(413, f"prompt {name!r} has {total} bytes; --max-prompt is {self.max_prompt_bytes} bytes")
 
     def remove(self, name: str) -> None:
         """Removes a prompt.
@@ -224,7 +191,7 @@ class Service:
         if messages[-1].role == "assistant":
             raise RefusedError(422, "the last turn is the assistant's, so there is nothing to answer", param="messages")
         template = self.bank.entry(name).template
-        if name is None or template.is_conversation:
+        if template.is_conversation or (name is None and not self.bank.base.layout.encodes):
             turns = [{"role": turn.role, "content": turn.text} for turn in messages]
             return self._bounded(model, template, {MESSAGES: turns})
         if len(messages) > 1 or messages[0].role != "user":
@@ -346,7 +313,9 @@ class Service:
         unknown = next((id_ for id_ in given if id_ >= vocab_size), None)
         if unknown is not None:
             raise RefusedError(400, f"token id {unknown}: the base has {vocab_size} tokens", param="prompt")
-        return encoder.prompt_ids_around(given) if name else (np.asarray(given, np.int32), 0)
+        if name is None and not self.bank.base.layout.encodes:
+            return np.asarray(given, np.int32), 0
+        return encoder.prompt_ids_around(given)
 
     async def echo(
         self, model: str, records: Sequence[Mapping[str, Any]], alternatives: int | None, sender: Sender
@@ -366,6 +335,12 @@ class Service:
 
     def _to_echo(self, model: str, record: Mapping[str, Any]) -> _Echoed:
         name, entry, held = self._generator(model)
+        if self.bank.base.layout.encodes:
+            raise RefusedError(
+                400,
+                f"{self.name!r} is an encoder-decoder, which predicts no token of a prompt, so there is no echo",
+                param="echo",
+            )
         ids, place = self._prompt_ids(name, entry.encoder if name else self.bank.encoder(None, record), record)
         if place is None:
             if name is not None:

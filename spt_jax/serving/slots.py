@@ -4,7 +4,8 @@
     a request's own ids ---+--admit--> its slot --decode--> a token per slot and step, for any mixture of prompts
 
 A slot's cache has the memory of its prompt, then of the request, then of new tokens, with their positions; entries of
-segment 0 are empty. The functions are pure and take the frozen parameters as an argument.
+segment 0 are empty. `two_sides` says what it has for an encoder-decoder. The functions are pure and take the frozen
+parameters as an argument.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from spt_jax.models import memory
 from spt_jax.models.attention import NEVER, Cache, Prefix, Stream
 from spt_jax.models.model import Model
 from spt_jax.prompts.virtual import VirtualPrompt
+from spt_jax.serving.two_sides import both_sides, crossed, nearest, put_requests, stacked
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +31,7 @@ class Slots:
 
     Attributes:
       cache: the memory of each slot's tokens so far.
-      filled: the index of the cache entry that each slot fills next.
+      filled: the index of the cache entry that each slot fills next; in an encoder-decoder, among the decoder's.
       ids: the id that each slot runs next.
       positions: the position of that id.
       steps: the number of tokens generated in each slot.
@@ -89,7 +91,7 @@ class RequestIds:
 
     Attributes:
       ids: the ids, right-padded.
-      lengths: the number of real ids of each request, at least 1.
+      lengths: the number of real ids of each request, at least 1. In an encoder-decoder, the last is the decoder's.
       starts: the position of each request's first id.
     """
 
@@ -99,10 +101,12 @@ class RequestIds:
 
 
 def empty_slots(model: Model, count: int, capacity: int) -> Slots:
-    """Returns `count` empty slots with `capacity` cache entries each."""
-    places = jnp.zeros((count, capacity), jnp.int32)
-    pinned = jnp.zeros((count, capacity), bool) if model.layout.windowed else None
-    cache = Cache(memory.empty_cache(model.layout, count, capacity, model.dtype), places, places, pinned)
+    """Returns `count` empty slots with `capacity` cache entries each, in an encoder-decoder at each of two sites."""
+    names = list(model.layout.cached_groups)
+    entries = count, capacity * (2 if model.layout.encodes else 1)
+    places = jnp.zeros(entries, jnp.int32)
+    pinned = jnp.zeros(entries, bool) if model.layout.windowed else None
+    cache = Cache(memory.empty_cache(model.layout, count, capacity, model.dtype, names), places, places, pinned)
     none = jnp.zeros(count, jnp.int32)
     sampling = RowSampling(jnp.zeros(count), none, jnp.ones(count), none.astype(jnp.uint32), none)
     return Slots(cache, none, none, none, none, sampling)
@@ -138,33 +142,56 @@ def admit(
     positions = requests.starts[:, None] + places
     numbers = jnp.arange(count)
     virtual = jax.tree.map(lambda *own: jnp.stack(own), *(virtual for virtual, _ in prompts))
-    lead = _side_by_side([prefix for _, prefix in prompts if prefix is not None])
     stream = Stream(positions, real, jnp.zeros_like(positions), numbers)
-    hidden, found = run_stream(model, virtual, requests.ids, stream, None, lead, return_memory=True)
+    cache = dataclasses.replace(slots.cache, segments=slots.cache.segments.at[at].set(0))
+    prefixes = [prefix for _, prefix in prompts if prefix is not None]
+    if model.layout.encodes:
+        prefix, stream = stacked(prefixes), both_sides(stream, requests.lengths)
+        hidden, found = run_stream(model, virtual, requests.ids, stream, prefix, return_memory=True)
+        if prefix is not None:
+            prefix = dataclasses.replace(prefix, memory=_finite(model, prefix.memory))
+        cache, filled = put_requests(cache, at, prefix, _finite(model, found), stream)
+        filled, nexts = jnp.full_like(requests.lengths, filled), requests.starts + 1
+    else:
+        lead = _side_by_side(prefixes)
+        hidden, found = run_stream(model, virtual, requests.ids, stream, None, lead, return_memory=True)
+        pinned = pinned_ids(model, virtual, requests.ids, numbers)
+        own = Cache(memory.to_cache(found), positions, real, pinned)
+        cache, taken = _put(model, cache, at, [own] if lead is None else [lead, own])
+        # New tokens take the padding's place.
+        filled, nexts = taken - length + requests.lengths, requests.starts + requests.lengths
     scores = model.logits(hidden[numbers, requests.lengths - 1])
     firsts = NewTokens(*next_tokens(scores, jnp.int32(0), sampling), likeliest(scores, wanted))
-    cache, taken = dataclasses.replace(slots.cache, segments=slots.cache.segments.at[at].set(0)), 0
-    pinned = pinned_ids(model, virtual, requests.ids, numbers)
-    for part in filter(None, (lead, Cache(memory.to_cache(found), positions, real, pinned))):
+    slots = Slots(
+        cache,
+        slots.filled.at[at].set(filled),
+        slots.ids.at[at].set(firsts.ids),
+        slots.positions.at[at].set(nexts),
+        slots.steps.at[at].set(1),
+        jax.tree.map(lambda all_slots, own: all_slots.at[at].set(own), slots.sampling, sampling),
+    )
+    return slots, firsts
+
+
+def _put(model: Model, cache: Cache, at: Int[Array, " N"], parts: Sequence[Cache]) -> tuple[Cache, int]:
+    """Stores caches of requests one after another in slots; returns the cache, and the number of filled entries."""
+    taken = 0
+    for part in parts:
         own = slice(taken, taken := taken + part.positions.shape[1])
         pins = cache.pinned
         if pins is not None:
             pins = pins.at[at, own].set(False if part.pinned is None else part.pinned)
         cache = Cache(
-            memory.put_rows(cache.memory, memory.finite(memory.cast(part.memory, model.dtype)), at, own),
+            memory.put_rows(cache.memory, _finite(model, part.memory), at, own),
             cache.positions.at[at, own].set(part.positions),
             cache.segments.at[at, own].set(part.segments),
             pins,
         )
-    slots = Slots(
-        cache,
-        slots.filled.at[at].set(taken - length + requests.lengths),  # new tokens take the padding's place
-        slots.ids.at[at].set(firsts.ids),
-        slots.positions.at[at].set(requests.starts + requests.lengths),
-        slots.steps.at[at].set(1),
-        jax.tree.map(lambda all_slots, own: all_slots.at[at].set(own), slots.sampling, sampling),
-    )
-    return slots, firsts
+    return cache, taken
+
+
+def _finite(model: Model, own: memory.Memory) -> memory.Memory:
+    return memory.finite(memory.cast(own, model.dtype))
 
 
 def _side_by_side(prefixes: Sequence[Prefix]) -> Cache | None:
@@ -190,7 +217,8 @@ def decode(
     """Generates tokens for all slots, step by step. The tokens of slots that are not busy have no meaning.
 
     Args:
-      reach: the number of cache entries per slot to read; it must cover all entries of busy slots, new ones included.
+      reach: the number of cache entries per slot (and site) to read; it must cover all entries of busy slots, new ones
+        included.
       model: the base.
       busy: whether each slot has a request.
       wanted: whether to find the likeliest tokens.
@@ -201,7 +229,7 @@ def decode(
       The new slots; the new tokens, with N = MAX_STEPS; the number of steps taken.
     """
     batch = slots.ids.shape[0]
-    numbers = jnp.arange(batch)
+    numbers, start = jnp.arange(batch), crossed(slots.cache, model.layout)
     found = min(ALTERNATIVES, model.layout.vocab_size)
     room = NewTokens(
         jnp.zeros((MAX_STEPS, batch), jnp.int32),
@@ -217,20 +245,19 @@ def decode(
         slots, chosen, step, ended = state
         own = jnp.ones_like(slots.ids)[:, None]
         stream = Stream(slots.positions[:, None], own, jnp.zeros_like(own))
+        if model.layout.encodes:
+            stream = dataclasses.replace(stream, decoder=jnp.zeros_like(own))
         cache = slots.cache
-        positions, segments, pinned = jax.tree.map(
-            lambda a: a[:, :reach], (cache.positions, cache.segments, cache.pinned)
-        )
-        near = Cache(cache.memory, positions, segments, pinned)
+        near = nearest(cache, start, reach)
         hidden, own_memory = run_stream(model, None, slots.ids[:, None], stream, None, near, return_memory=True)
         scores = model.logits(hidden[:, 0])
         new = NewTokens(*next_tokens(scores, slots.steps, slots.sampling), likeliest(scores, wanted))
         at = jnp.minimum(slots.filled, reach - 1)
         cache = Cache(
-            memory.put_each(cache.memory, memory.finite(own_memory), at),
-            cache.positions.at[numbers, at].set(slots.positions),
-            cache.segments.at[numbers, at].set(busy.astype(jnp.int32)),
-            None if cache.pinned is None else cache.pinned.at[numbers, at].set(False),
+            {**cache.memory, **memory.put_each(cache.memory, memory.finite(own_memory), at)},
+            cache.positions.at[numbers, start + at].set(slots.positions),
+            cache.segments.at[numbers, start + at].set(busy.astype(jnp.int32)),
+            None if cache.pinned is None else cache.pinned.at[numbers, start + at].set(False),
         )
         moved = Slots(cache, slots.filled + 1, new.ids, slots.positions + 1, slots.steps + 1, slots.sampling)
         chosen = jax.tree.map(lambda all_steps, own: all_steps.at[step].set(own), chosen, new)

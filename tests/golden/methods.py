@@ -68,7 +68,7 @@ def template_of(method: Method) -> Template:
         verbalizers=LABELS,
         task="task" if tasks else None,
         tasks=tasks,
-        head=getattr(method, "head", "language_model"),
+        head=getattr(method, "head", None) or "language_model",
     )
 
 

@@ -125,7 +125,7 @@ def test_what_is_said_before_training_is_what_export_does(tmp_path, base, name):
     if name == "deep_prompts":
         method = DeepPrompts(classes=2)
     prompt = "<soft><bos>{text}\n" if method.token_count else "{text}\n"
-    head = getattr(method, "head", "language_model")
+    head = getattr(method, "head", None) or "language_model"
     count = method.token_count
     template = Template(prompt=prompt, target="{label}", virtual_tokens=count, verbalizers=classes, head=head)
     note = peft_note(base, method, template)

@@ -41,11 +41,11 @@ def our_loss(model, virtual, rows):
     return -(found * rows.target_weights).sum() / rows.target_weights.sum()
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+@pytest.fixture(scope="module", params=["t5", "bart"])
+def trained(request, tmp_path_factory):
     """Our base, a prompt that PEFT trained a step and saved, its loss after that, and the gradient of all its rows."""
     folder = tmp_path_factory.mktemp("peft")
-    base, plain = load_both(folder, "t5")
+    base, plain = load_both(folder, request.param)
     prompt, target = words(9, 1), words(5, 2)
     config = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P)
     with warnings.catch_warnings():
@@ -81,7 +81,7 @@ def test_files_go_both_ways(trained):
     export_peft(folder / "again", saved, base)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loaded = peft.PeftModel.from_pretrained(torch_model(folder / "model", "t5"), folder / "again").eval()
+        loaded = peft.PeftModel.from_pretrained(torch_model(folder / "model", base.family), folder / "again").eval()
     with torch.no_grad():
         assert loss_in_peft(loaded, prompt, target).item() == pytest.approx(expected, rel=1e-5)
 

@@ -22,7 +22,6 @@ from spt_jax.interop.peft import default_template
 from spt_jax.models.attention import Stream
 from spt_jax.prompts import DeepPrompts, PromptTuning
 from spt_jax.prompts.storage import load_prompt, save_prompt
-from spt_jax.prompts.virtual import Head
 from spt_jax.testing import write_tiny_checkpoint
 from spt_jax.training.objectives import CrossEntropy
 from spt_jax.training.step import loss_and_gradient
@@ -31,7 +30,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 P = 3
 TEXT = "the question is it"
-FAMILIES = ("bert", "roberta", "modernbert")
+FAMILIES = ("bert", "roberta", "modernbert", "deberta-v2")
 
 
 def both(tmp_path, family, architecture="AutoModel"):
@@ -126,7 +125,7 @@ def test_peft_pools_a_virtual_token(tmp_path):
 
 
 @pytest.mark.parametrize("pooling", ["first", "mean"])
-@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "deberta-v2"])
 def test_loss_and_gradient_of_a_head(family, pooling, tmp_path):
     """Those of torch for rows among the embeddings and a linear head, with padding on torch's side."""
     base, model = both(tmp_path, family)
@@ -142,20 +141,16 @@ def test_loss_and_gradient_of_a_head(family, pooling, tmp_path):
         head="classification",
     )
     examples = encoder_for(base, template).encode_all(records)
-    kernel = np.random.default_rng(0).standard_normal((32, 2)).astype(np.float32)
-
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class WithHead(PromptTuning):
-        def materialize(self, params, model):
-            virtual = super().materialize(params, model)
-            return dataclasses.replace(virtual, head=Head(jnp.asarray(kernel), jnp.zeros(2)))
-
-    method = WithHead(length=P)
+    rng = np.random.default_rng(0)
+    kernel, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((32, 2), 2))
+    method = PromptTuning(length=P, head="classification", classes=2)
     params = method.init_params(jax.random.key(0), base)
+    params = {**params, "head": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}}
     batch = place_batch(pack(examples, plan_batches(examples, lead=0, batch_size=len(examples))), base.mesh)
     loss, gradient, _ = loss_and_gradient(method, CrossEntropy(), base.model, params, batch)
 
-    (rows,) = [torch.tensor(np.asarray(leaf), requires_grad=True) for leaf in jax.tree.leaves(params)]
+    # The kernel is in units of 32 / D, and D is 32.
+    rows, *head = (torch.tensor(np.asarray(a), requires_grad=True) for a in (params["tokens"], kernel, bias))
     table = model.get_input_embeddings().weight
     longest = max(len(example.ids) for example in examples)
     losses = []
@@ -166,13 +161,14 @@ def test_loss_and_gradient_of_a_head(family, pooling, tmp_path):
         states = model(inputs_embeds=embeds, attention_mask=mask)[0][0, : len(whole)]
         state = states[torch.tensor(example.ids < 320)].mean(0) if pooling == "mean" else states[0]
         losses.append(
-            torch.nn.functional.cross_entropy((state @ torch.tensor(kernel))[None], torch.tensor([example.label]))
+            torch.nn.functional.cross_entropy((state @ head[0] + head[1])[None], torch.tensor([example.label]))
         )
     total = torch.stack(losses).mean()
     total.backward()
     np.testing.assert_allclose(float(loss), float(total), rtol=1e-5)
-    (ours,) = jax.tree.leaves(gradient)
-    np.testing.assert_allclose(np.asarray(ours), rows.grad.numpy(), atol=1e-5, rtol=1e-5)
+    ours = gradient["tokens"], gradient["head"]["kernel"], gradient["head"]["bias"]
+    for own, other in zip(ours, (rows, *head), strict=True):
+        np.testing.assert_allclose(np.asarray(own), other.grad.numpy(), atol=1e-5, rtol=1e-5)
 
 
 def test_heads_are_not_exchanged(tmp_path):

@@ -58,7 +58,7 @@ def save(folder: Path, base, name: str, seed: int = 0) -> None:
         target="{label}",
         virtual_tokens=method.token_count,
         verbalizers=classes,
-        head=getattr(method, "head", "language_model"),
+        head=getattr(method, "head", None) or "language_model",
     )
     spt_jax.save_prompt(folder, base, method, method.materialize(params, base.model), template)
 

@@ -11,9 +11,10 @@ import spt_jax
 from spt_jax.data.templates import MESSAGES
 from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.engine import Engine
+from spt_jax.serving.prompt_directories import RefusedError
 from spt_jax.serving.protocol import ChatRequest, CompletionRequest
 from spt_jax.serving.requests import Request
-from spt_jax.serving.service import RefusedError, Service
+from spt_jax.serving.service import Service
 from spt_jax.serving.slots import MAX_ENDS
 from spt_jax.serving.worker import Worker
 from spt_jax.testing import EOS_ID, PAD_ID

@@ -1,0 +1,122 @@
+"""The slots of an encoder-decoder: the encoder's tokens at cross-attention, then the decoder's at self-attention.
+
+A slot's cache has positions and segments for both: first the entries of cross-attention, which `admit` fills, and then
+those of the decoder's self-attention, where new tokens go. A prompt's prefix is copied to the front of each. The keys
+and values of the encoder's own attention are not kept.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from spt_jax.models import memory
+from spt_jax.models.attention import NEVER, Cache, Prefix, Stream
+from spt_jax.models.layout import CROSS, SELF, Layout
+from spt_jax.models.memory import KeysValues, Memory
+
+
+def crossed(cache: Cache, layout: Layout) -> int:
+    """Returns the number of entries of a slot that are those of cross-attention; 0 for a base with one side."""
+    return _entries(cache.memory[CROSS], -1) if layout.encodes else 0
+
+
+def nearest(cache: Cache, crossed: int, reach: int) -> Cache:
+    """Returns the first entries of each site, which a decode step reads.
+
+    Args:
+      cache: the cache of all slots.
+      crossed: the result of the function of this name.
+      reach: the number of entries to read at each site.
+    """
+
+    def parts(values: Array) -> Array:
+        if not crossed:
+            return values[:, :reach]
+        return jnp.concatenate([values[:, :reach], values[:, crossed : crossed + reach]], axis=1)
+
+    found = dict(cache.memory)
+    if crossed:
+        pairs = found[CROSS]
+        assert isinstance(pairs, KeysValues)
+        # The model tells from the length of these where the decoder's entries begin.
+        found[CROSS] = KeysValues(pairs.keys[..., :reach], pairs.values[..., :reach, :])
+    positions, segments, pinned = jax.tree.map(parts, (cache.positions, cache.segments, cache.pinned))
+    return Cache(found, positions, segments, pinned)
+
+
+def both_sides(stream: Stream, lengths: Int[Array, " N"]) -> Stream:
+    """Returns the stream of requests whose last ids are the decoder's first; its positions begin again there.
+
+    Args:
+      stream: the stream of the requests' ids, right-padded.
+      lengths: the number of real ids of each.
+    """
+    last = lengths[:, None] - 1
+    places = jnp.arange(stream.positions.shape[1])[None]
+    positions = jnp.where(places == last, stream.positions[:, :1], stream.positions)
+    return dataclasses.replace(stream, positions=positions, decoder=last)
+
+
+def put_requests(
+    cache: Cache, at: Int[Array, " N"], prefix: Prefix | None, found: Memory, stream: Stream
+) -> tuple[Cache, int]:
+    """Stores requests in slots.
+
+    Args:
+      cache: the cache of all slots.
+      at: the slots, whose segments are 0.
+      prefix: the memory of the prompt of each request, stacked; None for none.
+      found: the memory of the requests' ids, in the precision of the cache.
+      stream: their stream, from `both_sides`.
+
+    Returns:
+      The cache, and the number of entries that are filled at the decoder's self-attention.
+    """
+    last = stream.decoder
+    assert last is not None
+    rows = jnp.arange(stream.positions.shape[0])[:, None]
+    encoder = stream.positions, stream.segments.at[rows, last].set(0)
+    decoder = tuple(jnp.take_along_axis(own, last, axis=1) for own in (stream.positions, stream.segments))
+    start = _entries(cache.memory[CROSS], -1)
+    filled = 0
+    for name, begin, own in ((CROSS, 0, encoder), (SELF, start, decoder)):
+        place = 0
+        for part, positions, segments in (*_of_prefix(prefix, name), (found[name], *own)):
+            count = positions.shape[1]
+            put = memory.put_rows({name: cache.memory[name]}, memory.to_cache({name: part}), at, _slice(place, count))
+            where = at, _slice(begin + place, count)
+            cache = dataclasses.replace(
+                cache,
+                memory={**cache.memory, **put},
+                positions=cache.positions.at[where].set(positions),
+                segments=cache.segments.at[where].set(segments),
+            )
+            place += count
+        filled = place
+    return cache, filled
+
+
+def stacked(prefixes: list[Prefix]) -> Prefix | None:
+    """Stacks the prefixes of several rows, of one length, along a new first axis; None if there are none."""
+    return jax.tree.map(lambda *own: jnp.stack(own), *prefixes) if prefixes else None
+
+
+def _of_prefix(prefix: Prefix | None, name: str) -> list[tuple[KeysValues, Int[Array, "N P"], Int[Array, "N P"]]]:
+    """Returns the keys and values, positions and segments of stacked prefixes at a site; nothing if it has none."""
+    pairs: Any = None if prefix is None else prefix.memory.get(name)
+    if prefix is None or pairs is None or not _entries(pairs, -3):
+        return []
+    by_layer: KeysValues = jax.tree.map(lambda array: jnp.swapaxes(array, 0, 1), pairs)
+    held = prefix.positions != NEVER
+    return [(by_layer, jnp.where(held, prefix.positions, 0), held.astype(jnp.int32))]
+
+
+def _entries(pairs: Any, axis: int) -> int:
+    return pairs.keys.shape[axis]
+
+
+def _slice(start: int, count: int) -> slice:
+    return slice(start, start + count)
