@@ -117,7 +117,7 @@ class EncoderDecoder(nn.Module):
         encodes = rows.decoder is None or rows.decoder.shape[1] < length
         if encodes and cache is not None:
             raise ConfigError("the rows that follow a cache must consist of the decoder's tokens")
-        given = _Given(self.config, rows.prompt_index, prefix, cache)
+        given = _Given(self.config, rows.prompt_index, prefix, cache, rows.before)
         memory: Memory = {}
         hidden = encoded = None
         segments = jnp.zeros_like(rows.segments)
@@ -171,15 +171,16 @@ class EncoderDecoder(nn.Module):
     def _self_site(self, own: Stream, given: "_Given") -> Site:
         """The decoder's self-attention: earlier decoder tokens of the same example or its parent."""
         masks, buckets = given.of_prefix(SELF, own.positions, self._bucket, bidirectional=False)
-        keys = [(own.positions, own.segments)]
+        keys: list[tuple[Any, Any, Any]] = [(own.positions, own.segments, None)]
         if given.cache is not None:
-            start = _encoded(given.cache)
-            keys.insert(0, (given.cache.positions[:, start:], given.cache.segments[:, start:]))
-        masks += [visible(own, positions, segments) for positions, segments in keys]
-        buckets += [self._bucket(own.positions, positions, bidirectional=False) for positions, _ in keys]
+            start, cache = _encoded(given.cache), given.cache
+            pinned = None if cache.pinned is None else cache.pinned[:, start:]
+            keys.insert(0, (cache.positions[:, start:], cache.segments[:, start:], pinned))
+        masks += [visible(own, positions, segments) for positions, segments, _ in keys]
+        buckets += [self._bucket(own.positions, positions, bidirectional=False) for positions, *_ in keys]
         windows = None
         if self.config.decoder_windows:
-            at = [*given.places_of(SELF, len(own.positions)), *((positions, None) for positions, _ in keys)]
+            at = [*given.places_of(SELF, len(own.positions)), *((positions, pinned) for positions, _, pinned in keys)]
             windows = _windowed(own, masks, at, (self.config.window - 1, NEVER))
         return self._site(given, SELF, own, masks, windows, buckets)
 
@@ -237,10 +238,13 @@ class _Given:
     prompt_index: Int[Array, " B"] | None
     prefix: Prefix | None
     cache: Cache | None
+    before: Int[Array, " B"] | None = None
 
     @property
     def length(self) -> Int[Array, "B 1"] | int:
         """The number of positions before the rows' tokens, which the prefix takes."""
+        if self.before is not None:
+            return self.before[:, None]
         if self.prefix is None:
             return 0
         counts = (self.prefix.positions != NEVER).sum(axis=-1)

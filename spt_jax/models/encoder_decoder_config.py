@@ -130,6 +130,11 @@ class EncoderDecoderConfig:
         return self.encoder_layers + self.decoder_layers
 
     @property
+    def window_layers(self) -> tuple[int, ...]:
+        """The layers with a sliding window; those of the decoder are numbered after the encoder's."""
+        return *self.encoder_windows, *(self.encoder_layers + layer for layer in self.decoder_windows)
+
+    @property
     def relative(self) -> bool:
         """Whether attention scores have relative position biases."""
         return self.positions == "relative"
