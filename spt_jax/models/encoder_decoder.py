@@ -124,13 +124,13 @@ class EncoderDecoder(nn.Module):
         if encodes:
             segments = rows.segments if rows.decoder is None else _without(rows.segments, rows.decoder)
             site = self._encoder_site(rows, segments, given)
-            encoded, memory = self.encoder(x, rows.positions - given.length, site, None, return_memory)
+            encoded, memory = self.encoder(x, rows.positions, site, None, return_memory)
             hidden = encoded
         if rows.decoder is not None:
             own = _decoder_tokens(rows, rows.decoder)
             inputs = self._decoder_inputs(x, rows, own.at)
             sites = self._self_site(own.stream, given), self._cross_site(own.stream, segments, encoded, given)
-            outputs, found = self.decoder(inputs, own.stream.positions - given.length, *sites, return_memory)
+            outputs, found = self.decoder(inputs, own.stream.positions, *sites, return_memory)
             memory = {**memory, **found}
             # Padding has the index T, where nothing is written.
             into = jnp.zeros_like(x) if hidden is None else hidden
@@ -237,14 +237,6 @@ class _Given:
     prompt_index: Int[Array, " B"] | None
     prefix: Prefix | None
     cache: Cache | None
-
-    @property
-    def length(self) -> Int[Array, "B 1"] | int:
-        """The number of positions before the rows' tokens, which the prefix takes."""
-        if self.prefix is None:
-            return 0
-        counts = (self.prefix.positions != NEVER).sum(axis=-1)
-        return of_row(self.prompt_index, counts).reshape(-1, 1)
 
     def prefix_of(self, site: str) -> KeysValues | None:
         """The prefix's keys and values of a site's layers, with the layers first; None if it has none there."""
