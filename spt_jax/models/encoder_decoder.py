@@ -171,15 +171,15 @@ class EncoderDecoder(nn.Module):
     def _self_site(self, own: Stream, given: "_Given") -> Site:
         """The decoder's self-attention: earlier decoder tokens of the same example or its parent."""
         masks, buckets = given.of_prefix(SELF, own.positions, self._bucket, bidirectional=False)
-        keys = [(own.positions, own.segments)]
+        keys: list[tuple[Any, Any, Any]] = [(own.positions, own.segments, None)]
         if given.cache is not None:
-            start = _encoded(given.cache)
-            keys.insert(0, (given.cache.positions[:, start:], given.cache.segments[:, start:]))
-        masks += [visible(own, positions, segments) for positions, segments in keys]
-        buckets += [self._bucket(own.positions, positions, bidirectional=False) for positions, _ in keys]
+            start, cache = _encoded(given.cache), given.cache
+            keys.insert(0, jax.tree.map(lambda a: a[:, start:], (cache.positions, cache.segments, cache.pinned)))
+        masks += [visible(own, positions, segments) for positions, segments, _ in keys]
+        buckets += [self._bucket(own.positions, positions, bidirectional=False) for positions, *_ in keys]
         windows = None
         if self.config.decoder_windows:
-            at = [*given.places_of(SELF, len(own.positions)), *((positions, None) for positions, _ in keys)]
+            at = [*given.places_of(SELF, len(own.positions)), *((positions, pinned) for positions, _, pinned in keys)]
             windows = _windowed(own, masks, at, (self.config.window - 1, NEVER))
         return self._site(given, SELF, own, masks, windows, buckets)
 
