@@ -73,8 +73,9 @@ class Encoder:
         self._chat = ChatTemplate(tokenizer)
         self._turns = functools.partial(template_turns, template, shots)
         self._around = functools.partial(around_chat, template, tokenizer.bos_token_id)
-        opening = {"adds_bos": not is_chat, "bos_id": self.form.bos_id}
+        opening = {"adds_bos": not is_chat, "bos_id": self.form.bos_id, "new_tokens": template.new_tokens}
         self._pieces = PieceEncoder(tokenizer, vocab_size, template.virtual_tokens, **opening)
+        self._virtual = template.virtual_tokens, len(template.new_tokens)
         self._opens = not template.continues
         self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         check_turns(template, tokenizer, shots, self._task.has_head)
@@ -103,7 +104,7 @@ class Encoder:
         """
         example = self._encode(record, index)
         try:
-            check_ids(self._tokenizer, example.ids, self._vocab_size, self.template.virtual_tokens)
+            check_ids(self._tokenizer, example.ids, self._vocab_size, *self._virtual)
         except DataError as error:
             raise DataError(f"record {index + 1}: {error}") from error
         if example.length <= self.max_length:
@@ -198,7 +199,7 @@ class Encoder:
         else:
             names = [piece.name for piece in self._prompt if isinstance(piece, Field)]
             ids = self._ids(*self._filled(self._fields(record, names, 0)), opens=self._opens)
-        check_ids(self._tokenizer, ids, self._vocab_size, self.template.virtual_tokens)
+        check_ids(self._tokenizer, ids, self._vocab_size, *self._virtual)
         return np.asarray(ids, np.int32)
 
     def up_to_answer(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
