@@ -78,9 +78,13 @@ def tiny_config(family: str = "llama", **overrides: Any) -> Any:
     if fields.keys() >= _SIDES:
         outer = {name: value for name, value in overrides.items() if name in _OF_BOTH}
         inner = {name: value for name, value in overrides.items() if name not in _OF_BOTH}
-        sides = {side: {**tokens, **fields[side], **inner} for side in _SIDES}
-        whole = {**tokens, **fields, **outer, **sides, "vocab_size": sides["encoder"]["vocab_size"]}
-        return transformers.AutoConfig.for_model(family, **whole)
+        encoder, decoder = fields["encoder"], {**tokens, **fields["decoder"], **inner}
+        if "text_config" in encoder:
+            encoder = {**encoder, "text_config": {**tokens, **encoder["text_config"], **inner}}
+        else:
+            encoder = {**tokens, **encoder, **inner}
+        ids = {name: decoder[name] for name in tokens}
+        return transformers.AutoConfig.for_model(family, **{**ids, **outer, "encoder": encoder, "decoder": decoder})
     if "text_config" in fields:
         outer = {name: value for name, value in overrides.items() if name in fields}
         text = {**tokens, **fields["text_config"], **overrides}

@@ -19,11 +19,12 @@ VARIANTS = {
     "umt5 tied": ("umt5", {}),
     "bart": ("bart", {"decoder_start_token_id": START}),
     "bart without a scale": ("bart", {"decoder_start_token_id": START, "scale_embedding": False}),
-    "t5gemma": ("t5gemma", {"decoder_start_token_id": START, "pad_token_id": 1}),
+    "t5gemma": ("t5gemma", {"decoder_start_token_id": START, "bos_token_id": START, "pad_token_id": 1}),
     "t5gemma untied, no windows, linear rope": (
         "t5gemma",
         {
             "decoder_start_token_id": START,
+            "bos_token_id": START,
             "pad_token_id": 1,
             "tie_word_embeddings": False,
             "layer_types": ["full_attention"] * 3,
@@ -32,6 +33,7 @@ VARIANTS = {
             "final_logit_softcapping": None,
         },
     ),
+    "t5gemma2": ("t5gemma2", {"decoder_start_token_id": START, "bos_token_id": START, "pad_token_id": 1}),
     "mbart": ("mbart", {"decoder_start_token_id": START}),
 }
 

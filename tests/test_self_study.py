@@ -112,6 +112,9 @@ def test_a_damaged_file_is_refused(tmp_path, folder, base):
     path = tmp_path / "study.jsonl"
     write_study(path, study)
     assert read_study(path) == study
+    lines = dataclasses.replace(study, train=({"question": "a\u2028b\x85c\u2029d", "answer": "e\rf\n"},))
+    write_study(path, dataclasses.replace(lines, kinds=("facts",)))
+    assert read_study(path).train == lines.train
     for damage in ("{", '{"split": "test", "kind": "facts", "record": {}}', '{"split": "train"}'):
         path.write_text(damage + "\n")
         with pytest.raises(CheckpointError, match=r"study.jsonl: damaged"):

@@ -80,7 +80,11 @@ class Encoder:
         self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         check_turns(template, tokenizer, shots, self._task.has_head)
         written = parse(self.form.marked(template.prompt))
-        front = self._rendered(self._turns(None)) if template.chat else with_shots(template, shots, written, self._ids)
+        front = (
+            self._rendered(self._turns(None))
+            if template.chat
+            else with_shots(template, shots, written, self._ids, self.form.answer_mask)
+        )
         self._prompt: list[Piece | int] = [*front, *self.form.closing]
         if self.form.encodes:
             self._prompt = separated(self._prompt, self.form.pairs)

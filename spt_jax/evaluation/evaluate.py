@@ -18,6 +18,7 @@ from spt_jax.data.batches import Batch, BatchPlan, Rows, multiples, place_batch,
 from spt_jax.data.encoded import encode_records
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.examples import Example
+from spt_jax.data.sequences import packing_saves
 from spt_jax.data.shots import SEPARATOR
 from spt_jax.data.streams import evaluation_batches, evaluation_plans
 from spt_jax.data.task import Evaluation, PairCriterion, task_of
@@ -113,7 +114,7 @@ def make_evaluation_set(
       encoder: how records are encoded.
       records: the records.
       config: how the evaluation is run.
-      packing: whether examples share rows.
+      packing: whether examples share rows where that saves time.
       taken: the number of positions that the soft prompt's keys and values take before each record.
       reference: for pairs, whether a soft prompt will be compared with the bare base, whose scores are computed here.
       criterion: for pairs, the objective whose rewards and losses are reported; None for the log-probabilities relative
@@ -133,7 +134,7 @@ def make_evaluation_set(
         examples,
         lead=encoder.leads(examples),
         batch_size=config.batch_size,
-        packing=packing and base.layout.packs,
+        packing=packing and packing_saves(examples, base.layout),
         **multiples(base.mesh),
         max_length=base.layout.max_positions,
     )
@@ -249,7 +250,7 @@ def reference_scores(
       DataError: without virtual tokens, an example has no token before its choices.
     """
     bare = bare_examples(base, examples)
-    plan = bare_plan(base, bare, batch_size, packing=packing and base.layout.packs)
+    plan = bare_plan(base, bare, batch_size, packing=packing and packing_saves(bare, base.layout))
     return _choice_scores(base, bare, plan, batch_size, None)
 
 

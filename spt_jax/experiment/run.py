@@ -280,12 +280,14 @@ class Experiment:
         """Returns a note if examples are longer than a sliding window, since the soft prompt then leaves the window."""
         if not self.base.layout.windowed:
             return None
-        sizes, longest, method = self.base.config, max(example.length for example in examples), self.config.method
+        model: Any = self.base.model
+        sizes, longest, method = model.config, max(example.length for example in examples), self.config.method
         leaves = (method.token_count or method.prefix_length) and not method.pins
         if not sizes.window_layers or not leaves or longest + method.prefix_length <= sizes.window:
             return None
+        near = "last" if self.base.is_decoder else "nearest"
         return (
-            f"note: {len(sizes.window_layers)} of {sizes.layers} layers see only the last {sizes.window} tokens, and"
+            f"note: {len(sizes.window_layers)} of {sizes.layers} layers see only the {near} {sizes.window} tokens, and"
             f" examples have up to {longest}; in those layers, later tokens do not attend to the soft prompt;"
             " with --method.pin-prefix they do"
         )

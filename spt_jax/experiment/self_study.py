@@ -172,7 +172,8 @@ def read_study(path: Path) -> Study:
     by_split: dict[str, list[Mapping[str, Any]]] = {"train": [], "validation": []}
     kinds = []
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        # JSON leaves some characters as they are at which `splitlines` would split.
+        for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n"):
             entry = json.loads(line)
             by_split[entry["split"]].append(dict(entry["record"]))
             kinds.append(str(entry["kind"]))

@@ -21,7 +21,6 @@ from spt_jax.models.attention import (
     related,
     soft_capped,
     visible,
-    within_window,
 )
 from spt_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from spt_jax.models.layers import scaled, table_param, table_rows, take_rows
@@ -50,9 +49,10 @@ class DecoderTokens(NamedTuple):
 class EncoderDecoder(nn.Module):
     """Embeddings, both sides' layers and norms, and the output matrix.
 
-    Its parameters are a plain dict: `embedding` [V, D], `output` [D, V] if untied, `logit_bias` [V] if there is one,
-    and for `encoder` and `decoder` each `layers` with all leaves stacked [L, ...], and what the config has of
-    `positions`, `embedding_norm`, `final_norm`, and `relative_bias` [buckets, N] that the layers share.
+    Its parameters are a plain dict: `embedding` [V, D], `output` [D, V] if untied, `logit_bias` [V] and `own_row` [D]
+    if there are any, and for `encoder` and `decoder` each `layers` with all leaves stacked [L, ...], and what the
+    config has of `positions`, `embedding` of the decoder, `embedding_norm`, `final_norm`, and `relative_bias`
+    [buckets, N] that the layers share.
     """
 
     config: EncoderDecoderConfig
@@ -64,6 +64,8 @@ class EncoderDecoder(nn.Module):
         self.embedding = table_param(self, "embedding", (config.vocab_size, config.width))
         if not config.tied:
             self.output = table_param(self, "output", (config.width, config.vocab_size))
+        if config.own_row_id is not None:
+            self.own_row = self.param("own_row", nn.initializers.normal(0.02), (config.width,))
         if config.logit_bias:
             self.logit_bias = self.param("logit_bias", nn.initializers.zeros, (config.vocab_size,))
         self.encoder = Side(config, False, self.mesh, self.remat)
@@ -72,7 +74,10 @@ class EncoderDecoder(nn.Module):
     def embed(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         """Returns rows of the embedding table, scaled in families that do; ids must be in [0, V)."""
         rows = take_rows(self.mesh, self.embedding, ids) if ids.ndim == 2 else table_rows(self.embedding, ids)
-        return scaled(rows, self.config.embedding_scale)
+        rows = scaled(rows, self.config.embedding_scale)
+        if self.config.own_row_id is None:
+            return rows
+        return jnp.where((ids == self.config.own_row_id)[..., None], self.own_row.astype(rows.dtype), rows)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Returns next-token logits in float32 for hidden states of the decoder returned by `__call__`."""
@@ -112,7 +117,7 @@ class EncoderDecoder(nn.Module):
         encodes = rows.decoder is None or rows.decoder.shape[1] < length
         if encodes and cache is not None:
             raise ConfigError("the rows that follow a cache must consist of the decoder's tokens")
-        given = _Given(self.config, rows.prompt_index, prefix, cache)
+        given = _Given(self.config, rows.prompt_index, prefix, cache, rows.before)
         memory: Memory = {}
         hidden = encoded = None
         segments = jnp.zeros_like(rows.segments)
@@ -159,23 +164,24 @@ class EncoderDecoder(nn.Module):
         masks, windows = [*masks, own], None
         if self.config.encoder_windows:
             keys = [*given.places_of(ENCODER, len(segments)), (rows.positions, rows.pinned)]
-            windows = _windowed(rows, masks, keys, self.config.window + 1, causal=False)
+            windows = _windowed(rows, masks, keys, self.config.encoder_reach)
         return self._site(given, ENCODER, rows, masks, windows, [*buckets, bucket])
 
     @nn.nowrap
     def _self_site(self, own: Stream, given: "_Given") -> Site:
         """The decoder's self-attention: earlier decoder tokens of the same example or its parent."""
         masks, buckets = given.of_prefix(SELF, own.positions, self._bucket, bidirectional=False)
-        keys = [(own.positions, own.segments)]
+        keys: list[tuple[Any, Any, Any]] = [(own.positions, own.segments, None)]
         if given.cache is not None:
-            start = _encoded(given.cache)
-            keys.insert(0, (given.cache.positions[:, start:], given.cache.segments[:, start:]))
-        masks += [visible(own, positions, segments) for positions, segments in keys]
-        buckets += [self._bucket(own.positions, positions, bidirectional=False) for positions, _ in keys]
+            start, cache = _encoded(given.cache), given.cache
+            pinned = None if cache.pinned is None else cache.pinned[:, start:]
+            keys.insert(0, (cache.positions[:, start:], cache.segments[:, start:], pinned))
+        masks += [visible(own, positions, segments) for positions, segments, _ in keys]
+        buckets += [self._bucket(own.positions, positions, bidirectional=False) for positions, *_ in keys]
         windows = None
         if self.config.decoder_windows:
-            at = [*given.places_of(SELF, len(own.positions)), *((positions, None) for positions, _ in keys)]
-            windows = _windowed(own, masks, at, self.config.window, causal=True)
+            at = [*given.places_of(SELF, len(own.positions)), *((positions, pinned) for positions, _, pinned in keys)]
+            windows = _windowed(own, masks, at, (self.config.window - 1, NEVER))
         return self._site(given, SELF, own, masks, windows, buckets)
 
     @nn.nowrap
@@ -183,12 +189,21 @@ class EncoderDecoder(nn.Module):
         self, given: "_Given", name: str, queries: Stream, masks: list[Any], windows: Any, buckets: list[Any]
     ) -> Site:
         """Self-attention of a side."""
-        rope, cos_sin = self.config.rope, None
-        if rope is not None:
-            cos_sin = rotation(rope, self.config.head_size, queries.positions)
+        ropes = self.config.rope, self.config.local_rope
+        cos_sin, local_cos_sin = (
+            None if rope is None else rotation(rope, self.config.head_size, queries.positions) for rope in ropes
+        )
         by_source = tuple(buckets) if self.config.relative else None
         cache = given.cached(name) if name == SELF else None
-        return Site(given.prefix_of(name), cache, tuple(masks), by_source, window_masks=windows, cos_sin=cos_sin)
+        return Site(
+            given.prefix_of(name),
+            cache,
+            tuple(masks),
+            by_source,
+            window_masks=windows,
+            cos_sin=cos_sin,
+            local_cos_sin=local_cos_sin,
+        )
 
     @nn.nowrap
     def _cross_site(
@@ -223,10 +238,13 @@ class _Given:
     prompt_index: Int[Array, " B"] | None
     prefix: Prefix | None
     cache: Cache | None
+    before: Int[Array, " B"] | None = None
 
     @property
     def length(self) -> Int[Array, "B 1"] | int:
         """The number of positions before the rows' tokens, which the prefix takes."""
+        if self.before is not None:
+            return self.before[:, None]
         if self.prefix is None:
             return 0
         counts = (self.prefix.positions != NEVER).sum(axis=-1)
@@ -274,7 +292,7 @@ class _Given:
 
 
 def _windowed(
-    queries: Stream, masks: list[Any], keys: Sequence[tuple[Any, Any]], window: int, *, causal: bool
+    queries: Stream, masks: list[Any], keys: Sequence[tuple[Any, Any]], reach: tuple[int, int]
 ) -> tuple[Any, ...]:
     """Returns the masks [B, T, S] of layers with a sliding window, given those of others.
 
@@ -282,11 +300,15 @@ def _windowed(
       queries: the tokens that attend.
       masks: those of each source.
       keys: the positions [B, S] of each source, and which of them a window never hides, or None.
-      window: its width.
-      causal: as in `within_window`.
+      reach: how many positions before and after a query it contains.
     """
-    near = [within_window(queries, places, window, pinned, causal=causal) for places, pinned in keys]
-    return tuple(mask & own for mask, own in zip(masks, near, strict=True))
+    before, after = reach
+    found = []
+    for mask, (places, pinned) in zip(masks, keys, strict=True):
+        apart = queries.positions[:, :, None] - places[:, None, :]
+        near = (apart <= before) & (-apart <= after)
+        found.append(mask & (near if pinned is None else near | pinned[:, None, :]))
+    return tuple(found)
 
 
 def _encoded(cache: Cache) -> int:

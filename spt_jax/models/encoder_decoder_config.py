@@ -35,9 +35,14 @@ class EncoderDecoderConfig:
       kv_heads: the number of heads of keys and values; None if it is `heads`.
       positions: how a side knows positions: by relative biases of attention scores, by a learned table that is added to
         its inputs, or by the rotary embedding `rope` of self-attention.
-      window: the sliding window's width in tokens of self-attention, with the token itself; in the encoder, on both
-        sides of a token, and one more.
+      local_rope: that of layers with a sliding window, if it differs.
+      window: the sliding window's width in tokens of the decoder's self-attention, with the token itself.
+      encoder_reach: how many tokens before and after a token its sliding window in the encoder contains.
       encoder_windows, decoder_windows: the layers of each side with a sliding window.
+      qk_norm: whether queries and keys of each head are normalized, before RoPE.
+      merged: whether a layer of the decoder attends to its own and the encoder's tokens with one softmax, by the same
+        linear maps, in place of self- and cross-attention.
+      own_row_id: a token whose embedding is a parameter of its own, without `embedding_scale`; None for none.
       bias_buckets: the number of buckets of the relative position biases.
       bias_max_distance: the distance from which on all are in the last bucket.
       shared_bias: whether the layers of a side share one table of biases; otherwise each has its own.
@@ -73,9 +78,14 @@ class EncoderDecoderConfig:
     kv_heads: int | None = None
     positions: Literal["relative", "learned", "rope"] = "relative"
     rope: RopeConfig | None = None
+    local_rope: RopeConfig | None = None
     window: int = 0
+    encoder_reach: tuple[int, int] = (0, 0)
     encoder_windows: tuple[int, ...] = ()
     decoder_windows: tuple[int, ...] = ()
+    qk_norm: bool = False
+    merged: bool = False
+    own_row_id: int | None = None
     activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "relu"
     gated_mlp: bool = False
     bias_buckets: int = 32
@@ -88,7 +98,7 @@ class EncoderDecoderConfig:
         for name in ("encoder_layers", "decoder_layers", "mlp_width"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("start_id", "forced_id"):
+        for name in ("start_id", "forced_id", "own_row_id"):
             id_ = getattr(self, name)
             if id_ is not None and not 0 <= id_ < self.vocab_size:
                 raise ConfigError(f"{name} is {id_}; it must be the id of one of the {self.vocab_size} tokens")
@@ -106,14 +116,23 @@ class EncoderDecoderConfig:
             count, windowed = (getattr(self, f"{side}_{name}") for name in ("layers", "windows"))
             if any(not 0 <= layer < count for layer in windowed):
                 raise ConfigError(f"{side}_windows names more than the {count} layers")
-            if windowed and self.window < 1:
-                raise ConfigError("layers with a sliding window need window >= 1")
+        if self.decoder_windows and self.window < 1:
+            raise ConfigError("layers with a sliding window need window >= 1")
+        if min(self.encoder_reach) < 0:
+            raise ConfigError(f"encoder_reach is {self.encoder_reach}; both numbers must be at least 0")
+        if self.merged and self.relative:
+            raise ConfigError("merged attention has no relative position biases; set other positions")
         _ = self.layer
 
     @property
     def layers(self) -> int:
         """The number of layers of both sides."""
         return self.encoder_layers + self.decoder_layers
+
+    @property
+    def window_layers(self) -> tuple[int, ...]:
+        """The layers with a sliding window; those of the decoder are numbered after the encoder's."""
+        return *self.encoder_windows, *(self.encoder_layers + layer for layer in self.decoder_windows)
 
     @property
     def relative(self) -> bool:
@@ -149,6 +168,8 @@ class EncoderDecoderConfig:
             activation=self.activation,
             gated_mlp=self.gated_mlp,
             rope=self.rope,
+            local_rope=self.local_rope,
+            qk_norm="head" if self.qk_norm else "none",
             positions="none",
             input_scale=self.input_scale,
             score_scale=self.score_scale,

@@ -1,7 +1,8 @@
 """One side of an encoder-decoder: its layers, and what they attend to."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -36,6 +37,7 @@ class Site:
       biases: the relative position biases of each source, if the layers share them.
       window_masks: the masks of the sources in layers with a sliding window; None if there are none.
       cos_sin: cosines and sines of the RoPE of the tokens; None for none.
+      local_cos_sin: those of layers with a sliding window, if they differ.
     """
 
     prefix: KeysValues | None
@@ -46,10 +48,11 @@ class Site:
     biases: tuple[Float[Array, "#B N T S"], ...] | None = None
     window_masks: tuple[Bool[Array, "B T S"], ...] | None = None
     cos_sin: tuple[Float[Array, "B T R"], Float[Array, "B T R"]] | None = None
+    local_cos_sin: tuple[Float[Array, "B T R"], Float[Array, "B T R"]] | None = None
 
 
 class SiteAttention(nn.Module):
-    """Attention at one site."""
+    """Attention at one site, or with one softmax at several."""
 
     config: DecoderConfig
 
@@ -58,41 +61,55 @@ class SiteAttention(nn.Module):
         heads = config.heads, config.kv_heads, config.kv_heads
         self.query, self.key, self.value = (Linear(n * config.head_size, config.qkv_bias) for n in heads)
         self.output = Linear(config.width, config.output_bias)
+        if config.qk_norm == "head":
+            self.query_norm, self.key_norm = Norm(config), Norm(config)
 
     def remembered(self, x: Float[Array, "B T D"], cos_sin: tuple[Array, Array] | None = None) -> KeysValues:
-        """Returns the keys, after RoPE if there is one, and values of tokens."""
+        """Returns the keys, normalized and after RoPE where the config says so, and values of tokens."""
         shape = (*x.shape[:2], self.config.kv_heads, self.config.head_size)
         keys = self.key(x).reshape(shape)
+        keys = self.key_norm(keys) if self.config.qk_norm == "head" else keys
         return KeysValues(keys if cos_sin is None else rotate(keys, cos_sin), self.value(x).reshape(shape))
 
     def __call__(
-        self, x: Float[Array, "B T D"], site: Site, own: KeysValues | None, table: Float[Array, "buckets N"] | None
+        self,
+        x: Float[Array, "B T D"],
+        parts: Sequence[tuple[Site, KeysValues | None]],
+        table: Float[Array, "buckets N"] | None,
     ) -> Float[Array, "B T D"]:
-        """Attends to the sources of a site.
+        """Attends to the sources of the sites.
 
         Args:
           x: the tokens that attend.
-          site: the sources.
-          own: the keys and values of the tokens that the site is about, its last source; None for none.
+          parts: the sites, the first of which has the RoPE of x, each with the keys and values of the tokens that the
+            site is about, its last source; None for none.
           table: the layer's relative position biases, if the layers do not share them.
         """
-        config = self.config
+        config, (first, _) = self.config, parts[0]
         queries = self.query(x).reshape(*x.shape[:2], config.heads, config.head_size)
-        queries = queries if site.cos_sin is None else rotate(queries, site.cos_sin)
-        prefix, cache = jax.tree.map(lambda a: a.astype(queries.dtype), (site.prefix, site.cache))
-        if cache is not None:
-            cache = from_cache(cache, site.masks[0 if prefix is None else 1].shape[-1])
-        pairs = [pair for pair in (prefix, cache, own) if pair is not None]
-        biases: Any = site.biases
-        if biases is None and site.buckets is not None and table is not None:
-            biases = [bias_of(table, bucket) for bucket in site.buckets]
-        sources = [
-            Source(pair.keys, pair.values, mask, bias)
-            for pair, mask, bias in zip(pairs, site.masks, biases or [None] * len(pairs), strict=True)
-        ]
+        queries = self.query_norm(queries) if config.qk_norm == "head" else queries
+        queries = queries if first.cos_sin is None else rotate(queries, first.cos_sin)
+        sources = [source for site, own in parts for source in _sources(site, own, table, queries.dtype)]
         scoring = Scoring(config.score_scale or config.head_size**-0.5, config.score_cap)
         out = attend(queries, sources, scoring)
         return self.output(out.reshape(*x.shape[:2], config.heads * config.head_size))
+
+
+def _sources(
+    site: Site, own: KeysValues | None, table: Float[Array, "buckets N"] | None, dtype: jnp.dtype
+) -> list[Source]:
+    """Returns the sources of a site, whose prefix and cache get the dtype of the queries."""
+    prefix, cache = jax.tree.map(lambda a: a.astype(dtype), (site.prefix, site.cache))
+    if cache is not None:
+        cache = from_cache(cache, site.masks[0 if prefix is None else 1].shape[-1])
+    pairs = [pair for pair in (prefix, cache, own) if pair is not None]
+    biases: Any = site.biases
+    if biases is None and site.buckets is not None and table is not None:
+        biases = [bias_of(table, bucket) for bucket in site.buckets]
+    return [
+        Source(pair.keys, pair.values, mask, bias)
+        for pair, mask, bias in zip(pairs, site.masks, biases or [None] * len(pairs), strict=True)
+    ]
 
 
 class SideBlock(nn.Module):
@@ -105,15 +122,20 @@ class SideBlock(nn.Module):
     def setup(self) -> None:
         layer = self.config.layer
         self.attention_norm, self.attention = Norm(layer), SiteAttention(layer)
-        if self.crosses:
+        if self._apart:
             self.cross_norm, self.cross_attention = Norm(layer), SiteAttention(layer)
         self.mlp_norm, self.mlp = Norm(layer), Mlp(layer)
         if layer.norm_place == "around":
             self.attention_out_norm, self.mlp_out_norm = Norm(layer), Norm(layer)
-            if self.crosses:
+            if self._apart:
                 self.cross_out_norm = Norm(layer)
         if self._biased:
             self.relative_bias = bias_param(self, self.config)
+
+    @property
+    def _apart(self) -> bool:
+        """Whether the layer has cross-attention beside its self-attention."""
+        return self.crosses and not self.config.merged
 
     @property
     def _biased(self) -> bool:
@@ -127,19 +149,21 @@ class SideBlock(nn.Module):
         x = constrain(self.mesh, x, ROWS)
         kept: dict[str, KeysValues] = {}
 
+        def encoded(attention: SiteAttention) -> list[tuple[Site, KeysValues | None]]:
+            if cross is None:
+                return []
+            if cross.tokens is not None:
+                kept[CROSS] = attention.remembered(cross.tokens)
+            return [(cross, kept.get(CROSS))]
+
         def attended(x: Array) -> Array:
             found = kept[SELF if self.crosses else ENCODER] = self.attention.remembered(x, own.cos_sin)
-            return self.attention(x, own, found, self.relative_bias if self._biased else None)
-
-        def crossed(x: Array) -> Array:
-            assert cross is not None
-            if cross.tokens is not None:
-                kept[CROSS] = self.cross_attention.remembered(cross.tokens)
-            return self.cross_attention(x, cross, kept.get(CROSS), None)
+            merged = encoded(self.attention) if self.config.merged else []
+            return self.attention(x, [(own, found), *merged], self.relative_bias if self._biased else None)
 
         x = self._added("attention", x, attended)
-        if cross is not None:
-            x = self._added("cross", x, crossed)
+        if cross is not None and self._apart:
+            x = self._added("cross", x, lambda x: self.cross_attention(x, encoded(self.cross_attention), None))
         return self._added("mlp", x, self.mlp), kept
 
     def _added(self, part: str, x: Float[Array, "B T D"], function: Callable[[Array], Array]) -> Float[Array, "B T D"]:
@@ -152,7 +176,7 @@ class SideBlock(nn.Module):
 
     def cross_memory(self, encoded: Float[Array, "B T D"]) -> KeysValues:
         """Returns the keys and values of the encoder's tokens for cross-attention."""
-        return self.cross_attention.remembered(encoded)
+        return (self.cross_attention if self._apart else self.attention).remembered(encoded)
 
 
 def bias_param(module: nn.Module, config: EncoderDecoderConfig) -> Float[Array, "buckets N"]:
@@ -228,9 +252,8 @@ class Side(nn.Module):
         def layer(x: Array, given: Any) -> tuple[Array, Any]:
             index, params, prefix, windowed = given
             cache = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), caches)
-            own_site = _with_window(dataclasses.replace(own, prefix=prefix[0], cache=cache[0]), windowed)
-            cross_site = cross and dataclasses.replace(cross, prefix=prefix[1], cache=cache[1])
-            x, kept = block.apply({"params": params}, x, own_site, cross_site)
+            of_layer = [_of_layer(*one, windowed) for one in zip(sites, prefix, cache, strict=True)]
+            x, kept = block.apply({"params": params}, x, *of_layer)
             return x, kept if return_memory else {}
 
         run = jax.checkpoint(layer, prevent_cse=False, policy=POLICIES[self.remat])
@@ -250,12 +273,20 @@ class Side(nn.Module):
         return {CROSS: jax.lax.map(of_layer, self.layers)}
 
 
-def _with_window(site: Site, windowed: Bool[Array, ""]) -> Site:
-    """Returns the site with the masks of a layer that has a sliding window, or not."""
+def _of_layer(
+    site: Site | None, prefix: KeysValues | None, cache: KeysValues | None, windowed: Bool[Array, ""]
+) -> Site | None:
+    """Returns the site of a layer, which may have a sliding window."""
+    if site is None:
+        return None
+    site = dataclasses.replace(site, prefix=prefix, cache=cache)
     if site.window_masks is None:
         return site
     masks = tuple(jnp.where(windowed, *both) for both in zip(site.window_masks, site.masks, strict=True))
-    return dataclasses.replace(site, masks=masks)
+    cos_sin = site.cos_sin
+    if cos_sin is not None and site.local_cos_sin is not None:
+        cos_sin = jax.tree.map(functools.partial(jnp.where, windowed), site.local_cos_sin, cos_sin)
+    return dataclasses.replace(site, masks=masks, cos_sin=cos_sin)
 
 
 _BY_LAYER = ("prefix", "cache")

@@ -32,6 +32,27 @@ _OLD_MBART = {
     "scale_embedding": True,
 }
 
+_GEMMA = {
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+}
+
+_GEMMA_3 = {
+    "vocab_size": 262144,
+    "hidden_size": 640,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "sliding_window": 512,
+}
+
 # Model type, fields, the number of parameters with tied matrices counted once, and how many of them no token uses: the
 # first two rows of the positions of each side.
 PUBLISHED: dict[str, tuple[str, dict[str, Any], int, int]] = {
@@ -41,6 +62,16 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "umt5-small": ("umt5", _t5(256384, 512, 64, 1024, 8, 6, **_GATED), 306_601_984, 0),
     "bart-base": ("bart", _bart(50265, 768, 6, 12, normalize_before=False), 139_470_681, 4 * 768),
     "bart-large-cnn": ("bart", _bart(50264, 1024, 12, 16, forced_bos_token_id=0), 406_340_696, 4 * 1024),
+    "t5gemma-2b-2b-ul2": ("t5gemma", {"encoder": _GEMMA, "decoder": _GEMMA}, 5_596_853_760, 0),
+    "t5gemma-2-270m-270m": (
+        "t5gemma2",
+        {
+            "encoder": {"text_config": _GEMMA_3, "vision_config": {"model_type": "siglip_vision_model"}},
+            "decoder": _GEMMA_3,
+        },
+        368_424_832,
+        0,
+    ),
     "mbart-large-50": ("mbart", _bart(250054, 1024, 12, 16, decoder_start_token_id=2, **_OLD_MBART), 611_129_542, 4096),
 }
 

@@ -66,7 +66,7 @@ def test_buckets():
     assert found.tolist() == [0, 1, 7, 8, 11, 12, 26, 31, 31, 31, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("name", ["t5 1.1", "umt5 tied", "bart", "mbart"])
+@pytest.mark.parametrize("name", ["t5 1.1", "umt5 tied", "bart", "mbart", "t5gemma", "t5gemma2"])
 def test_logits_equal_stored_ones_of_transformers(name):
     """The other cases are compared with transformers itself, in tests/parity."""
     family, overrides = golden.CASES[name]

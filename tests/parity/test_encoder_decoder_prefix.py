@@ -1,5 +1,6 @@
 """Prefixes at the three attention sites, against transformers' models with keys and values put before their own."""
 
+import collections
 import importlib
 
 import jax
@@ -26,11 +27,12 @@ SITES = ("encoder", "self", "cross")
 def attention_of(model, site, layer):
     """The attention module of a site in transformers' T5, BART or T5Gemma."""
     side = model.get_decoder() if site in ("self", "cross") else model.get_encoder()
+    side = getattr(side, "text_model", side)
     if hasattr(side, "block"):
         part = side.block[layer].layer[1 if site == "cross" else 0]
         return part.EncDecAttention if site == "cross" else part.SelfAttention
     own = side.layers[layer]
-    if site == "cross":
+    if site == "cross" and model.config.model_type != "t5gemma2":  # It has one module for both sites of the decoder.
         return own.cross_attn if hasattr(own, "cross_attn") else own.encoder_attn
     return own.self_attn
 
@@ -48,7 +50,7 @@ def random_prefix(base, sites):
 
 def places_after_prefix(model, prompt, target):
     """Positions after the prefix, for models with RoPE."""
-    if not hasattr(model.get_encoder(), "rotary_emb"):
+    if not hasattr(model.get_decoder(), "rotary_emb"):
         return {}
     ids, decoder_ids = (P + torch.arange(len(one))[None] for one in (prompt, target))
     return {"position_ids": ids, "decoder_position_ids": decoder_ids}
@@ -57,37 +59,38 @@ def places_after_prefix(model, prompt, target):
 def put_before(monkeypatch, model, prefix):
     """Makes transformers' attention see the keys and values; returns them as tensors with gradients."""
     modeling = importlib.import_module(type(model).__module__)
-    tensors, by_module = {}, {}
+    tensors, by_module = {}, collections.defaultdict(list)
     for site, pair in prefix.items():
         tensors[site] = [torch.tensor(np.asarray(a), requires_grad=True) for a in (pair.keys, pair.values)]
         first = attention_of(model, site, 0)
         for layer in range(len(pair.keys)):
             keys, values = (a[layer].transpose(0, 1)[None] for a in tensors[site])
-            by_module[attention_of(model, site, layer)] = keys, values, site, first
+            by_module[attention_of(model, site, layer)].append((keys, values, site, first))
     plain = modeling.eager_attention_forward
 
+    def reach(module, site):
+        """How many positions before a token its sliding window contains; None for all."""
+        window = None if site == "cross" else getattr(module, "sliding_window", None)
+        if window is None or site == "self":
+            return window and window - 1
+        return (window + 1) // 2 - 1 if model.config.model_type == "t5gemma2" else window
+
     def attention(module, query, key, value, mask, position_bias=None, **kwargs):
-        if module in by_module:
-            keys, values, site, first = by_module[module]
+        for keys, values, site, first in by_module[module]:
             key, value = (torch.cat([own, a], 2) for own, a in ((keys, key), (values, value)))
-            count = query.shape[2]
-            window = getattr(module, "sliding_window", None)
-            if mask is None and window:
+            count, before = query.shape[2], reach(module, site)
+            apart = torch.arange(count)[:, None] + P - torch.arange(P)[None]
+            if mask is None and before is not None:
                 mask = query.new_zeros((1, 1, count, key.shape[2] - P))
             if mask is not None:
-                before = mask.new_zeros((*mask.shape[:2], mask.shape[2], P))
-                if window:
-                    first_place = 0 if site == "encoder" else key.shape[2] - P - count
-                    apart = torch.arange(count)[:, None] + P + first_place - torch.arange(P)[None]
-                    before = before + torch.where(apart < window + (site == "encoder"), 0.0, -torch.inf)
-                mask = torch.cat([before, mask], -1)
+                seen = torch.where(apart <= (P + count if before is None else before), 0.0, -torch.inf)
+                mask = torch.cat([seen.expand(*mask.shape[:2], count, P), mask], -1)
             if position_bias is not None:
-                before = position_bias.new_zeros((1, query.shape[1], count, P))
+                own_bias = position_bias.new_zeros((1, query.shape[1], count, P))
                 if site != "cross":
-                    apart = torch.arange(P)[None] - P - torch.arange(count)[:, None]
-                    buckets = first._relative_position_bucket(apart, site == "encoder", 8, 16)
-                    before = first.relative_attention_bias(buckets).permute(2, 0, 1)[None]
-                position_bias = torch.cat([before, position_bias], -1)
+                    buckets = first._relative_position_bucket(-apart, site == "encoder", 8, 16)
+                    own_bias = first.relative_attention_bias(buckets).permute(2, 0, 1)[None]
+                position_bias = torch.cat([own_bias, position_bias], -1)
         biased = {} if position_bias is None else {"position_bias": position_bias}
         return plain(module, query, key, value, mask, **biased, **kwargs)
 
@@ -102,6 +105,7 @@ def put_before(monkeypatch, model, prefix):
         ("bart", SITES),
         ("mbart", ("self",)),
         ("t5gemma", SITES),
+        ("t5gemma2", SITES),
     ],
 )
 def test_loss_and_gradient_of_prefixes(variant, sites, tmp_path, monkeypatch):
@@ -134,7 +138,7 @@ def test_loss_and_gradient_of_prefixes(variant, sites, tmp_path, monkeypatch):
             same_gradient(own, tensor.grad)
 
 
-@pytest.mark.parametrize("variant", ["t5", "bart", "t5gemma"])
+@pytest.mark.parametrize("variant", ["t5", "bart", "t5gemma", "t5gemma2"])
 def test_generation_after_prefixes(variant, tmp_path, monkeypatch):
     """Greedy ids are the likeliest ones under transformers' logits of all ids so far."""
     base, model = load_both(tmp_path, variant)

@@ -1,6 +1,7 @@
 """Encoder-decoders equal transformers', whose torch models read the very same checkpoint."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -27,7 +28,8 @@ def torch_model(directory, family):
     model, loading = architecture.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
-    assert not any(loading[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any(loading[name] for name in ("unexpected_keys", "mismatched_keys"))
+    assert all(re.search(r"\.(vision_tower|multi_modal_projector)\.", name) for name in loading["missing_keys"])
     model.generation_config.forced_eos_token_id = None  # BART's, which replaces the last token at a limit.
     return model.eval()
 
@@ -68,17 +70,22 @@ def test_logits_alone_packed_and_of_choices(variant, tmp_path):
             np.testing.assert_allclose(found[index, number], torch_logits(model, prompt, answer), atol=1e-4, rtol=0)
 
 
-def test_hidden_states_of_the_encoder(tmp_path):
-    """`run` returns those of the encoder at the encoder's tokens."""
-    base, model = load_both(tmp_path, "umt5")
+@pytest.mark.parametrize("variant", ["umt5", "t5gemma2"])
+def test_hidden_states_of_the_encoder(variant, tmp_path):
+    """`run` returns those of the encoder at the encoder's tokens, one of which has a row of its own in T5Gemma 2."""
+    base, model = load_both(tmp_path, variant)
     prompt = words(30, 1)
+    prompt[4] = 100
+    assert getattr(base.model.config, "own_row_id", None) in (None, 100)
     rows = rows_of([text(prompt, words(5, 2))], packing=False)
     hidden, _ = jax.jit(lambda model, ids, stream: model.run(model.embed(ids), stream))(
         base.model, rows.ids, rows.stream
     )
     with torch.no_grad():
-        theirs = model.encoder(input_ids=torch.tensor(prompt[None]).long()).last_hidden_state[0].numpy()
+        theirs = model.get_encoder()(input_ids=torch.tensor(prompt[None]).long()).last_hidden_state[0].numpy()
     np.testing.assert_allclose(np.asarray(hidden)[0, :30], theirs, atol=1e-4, rtol=0)
+    table = model.get_input_embeddings()(torch.arange(320)).detach().numpy()
+    np.testing.assert_allclose(base.model.embedding_table(), table, rtol=1e-6)
 
 
 def test_a_scaled_model_with_an_output_matrix_of_its_own(tmp_path):
@@ -93,7 +100,7 @@ def test_a_scaled_model_with_an_output_matrix_of_its_own(tmp_path):
     assert read.fingerprint == base.fingerprint
 
 
-@pytest.mark.parametrize("variant", ["t5", "t5 1.1", "umt5", "bart", "mbart", "t5gemma"])
+@pytest.mark.parametrize("variant", ["t5", "t5 1.1", "umt5", "bart", "mbart", "t5gemma", "t5gemma2"])
 def test_loss_and_gradient_of_a_prompt(variant, tmp_path):
     """Alone and packed, against transformers' loss on `inputs_embeds` with the prompt before the text."""
     base, model = load_both(tmp_path, variant)
@@ -126,7 +133,7 @@ def test_loss_and_gradient_of_a_prompt(variant, tmp_path):
         same_gradient(gradient, rows_of_prompt.grad)
 
 
-@pytest.mark.parametrize("variant", ["t5", "umt5", "bart", "mbart", "t5gemma"])
+@pytest.mark.parametrize("variant", ["t5", "umt5", "bart", "mbart", "t5gemma", "t5gemma2"])
 def test_generated_ids(variant, tmp_path):
     """Greedy and sampled, padded and in one batch, against transformers' `generate` on each prompt alone."""
     base, model = load_both(tmp_path, variant)

@@ -43,7 +43,7 @@ from spt_jax.bases.families.smollm import SmolLM3
 from spt_jax.bases.families.stablelm import StableLm
 from spt_jax.bases.families.starcoder2 import Starcoder2
 from spt_jax.bases.families.t5 import MT5, T5, UMT5
-from spt_jax.bases.families.t5gemma import T5Gemma
+from spt_jax.bases.families.t5gemma import T5Gemma, T5Gemma2
 from spt_jax.errors import ConfigError
 
 __all__ = ["ENCODER_DECODERS", "FAMILIES", "EncoderDecoderFamily", "Family", "Origin", "Part", "family_of"]
@@ -118,7 +118,7 @@ _REGISTERED: tuple[Family, ...] = (
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _REGISTERED}
 # Those with an encoder and a decoder.
-_BOTH_SIDES: tuple[EncoderDecoderFamily, ...] = (Bart(), MBart(), MT5(), T5(), T5Gemma(), UMT5())
+_BOTH_SIDES: tuple[EncoderDecoderFamily, ...] = (Bart(), MBart(), MT5(), T5(), T5Gemma(), T5Gemma2(), UMT5())
 ENCODER_DECODERS: dict[str, EncoderDecoderFamily] = {family.model_type: family for family in _BOTH_SIDES}
 
 
