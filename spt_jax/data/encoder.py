@@ -67,16 +67,14 @@ class Encoder:
         self._task = task_of(template)
         self.max_length = max_length
         self.shots = shots
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
         is_chat = template.chat or template.is_conversation
         self._chat = ChatTemplate(tokenizer)
         self._turns = functools.partial(template_turns, template, shots)
         self._around = functools.partial(around_chat, template, tokenizer.bos_token_id)
         opening = {"adds_bos": not is_chat, "bos_id": self.form.bos_id, "new_tokens": template.new_tokens}
         self._pieces = PieceEncoder(tokenizer, vocab_size, template.virtual_tokens, **opening)
-        self._virtual = template.virtual_tokens, len(template.new_tokens)
-        self._opens = not template.continues
+        self._virtual, self._opens = (template.virtual_tokens, len(template.new_tokens)), not template.continues
         self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         check_turns(template, tokenizer, shots, self._task.has_head)
         written = parse(self.form.marked(template.prompt))
