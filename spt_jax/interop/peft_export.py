@@ -104,6 +104,8 @@ def check_exportable(base: FrozenBase, method: Method, template: Template, virtu
         raise ConfigError("this prompt was trained with method.pin_prefix, and PEFT has no such option")
     if virtual.prefix is not None and states(virtual.prefix.memory):
         raise ConfigError(f"this {method.name} prompt has states of recurrent layers, which PEFT does not have")
+    if template.new_tokens:
+        raise ConfigError(f"this {method.name} prompt has new tokens in its template, which PEFT's prompts do not have")
     if virtual.replaced is not None:
         raise ConfigError(f"this {method.name} prompt has embeddings of real tokens, which PEFT's prompts do not have")
     if virtual.linear is not None:
