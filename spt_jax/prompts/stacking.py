@@ -28,9 +28,12 @@ def stack_prompts(prompts: Sequence[VirtualPrompt]) -> VirtualPrompt:
     """
     if not prompts:
         raise ConfigError("there are no prompts to stack")
-    sizes = {a.shape[-1] for p in prompts for a in (p.tokens, p.head and p.head.kernel.T) if a is not None}
-    if len(sizes) > 1:
-        raise ConfigError(f"these prompts are for bases of different width: {sorted(sizes)}")
+    # Hidden states may be wider than embeddings, as in ALBERT.
+    of_tokens = {p.tokens.shape[-1] for p in prompts if p.tokens is not None}
+    of_heads = {p.head.kernel.shape[0] for p in prompts if p.head is not None}
+    for sizes in (of_tokens, of_heads):
+        if len(sizes) > 1:
+            raise ConfigError(f"these prompts are for bases of different width: {sorted(sizes)}")
     return VirtualPrompt(
         tokens=memory.stack_padded([p.tokens for p in prompts], axis=0),
         shift=memory.stack_padded([p.shift for p in prompts], axis=0),

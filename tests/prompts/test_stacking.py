@@ -173,6 +173,13 @@ def test_gradients_go_to_each_prompt_alone():
         np.testing.assert_allclose(together[prompt], apart, atol=1e-5 * float(jnp.abs(apart).max()))
 
 
+def test_rows_may_be_narrower_than_heads():
+    """The embeddings of ALBERT and of small ELECTRAs are narrower than their hidden states."""
+    rows, head = jnp.ones((2, 16)), Head(jnp.ones((32, 3)), jnp.ones(3))
+    stacked = stack_prompts([VirtualPrompt(rows, head=head), VirtualPrompt(rows[:1], head=head)])
+    assert stacked.tokens.shape == (2, 2, 16) and stacked.head.kernel.shape == (2, 32, 3)
+
+
 def test_what_does_not_go_together_is_refused():
     width = base_of().config.width
     head = Head(jnp.zeros((width, 2)), jnp.zeros(2))
@@ -180,6 +187,8 @@ def test_what_does_not_go_together_is_refused():
         stack_prompts([])
     with pytest.raises(ConfigError, match=r"different width: \[16, 32\]"):
         stack_prompts([VirtualPrompt(jnp.zeros((2, 16))), VirtualPrompt(jnp.zeros((2, 32)))])
+    with pytest.raises(ConfigError, match=r"different width: \[16, 32\]"):
+        stack_prompts([VirtualPrompt(head=Head(jnp.zeros((size, 2)), jnp.zeros(2))) for size in (16, 32)])
     with pytest.raises(ConfigError, match="some of these prompts have a head"):
         stack_prompts([VirtualPrompt(head=head), VirtualPrompt()])
     with pytest.raises(ConfigError, match="are not compatible"):

@@ -145,8 +145,9 @@ def test_learned_positions_and_a_forced_token(tmp_path):
     assert found.ids[0] == 17 and found.alternatives[0] == {17: 0.0} and len(found.alternatives[1]) == 3
 
 
-def test_a_pinned_prefix_is_seen_from_beyond_the_window(tmp_path):
-    answered(tiny_base("t5gemma", seed=3), tmp_path, "pinned")
+@pytest.mark.parametrize("family", ["t5gemma", "t5gemma2"])
+def test_a_pinned_prefix_is_seen_from_beyond_the_window(tmp_path, family):
+    answered(tiny_base(family, seed=3), tmp_path, "pinned")
 
 
 def test_ids_without_the_decoder_s_first_are_refused(bank):
