@@ -169,12 +169,12 @@ def _product(one: _Instruction, shapes: dict[tuple[str, str], str]) -> str:
     operand = re.search(r"%([\w.\-]+)", one.rest)
     assert operand
     left, result = _sizes(shapes[one.computation, operand[1]]), _sizes(one.shape)
-    batch, contracted = (
-        math.prod(
-            left[int(i)] for found in re.findall(rf"{name}=\{{([\d,]*)\}}", one.rest) for i in found.split(",") if i
-        )
-        for name in ("lhs_batch_dims", "lhs_contracting_dims")
-    )
+
+    def size(name: str) -> int:
+        found = re.search(rf"{name}=\{{([\d,]*)\}}", one.rest)
+        return math.prod(left[int(i)] for i in found[1].split(",") if i) if found else 1
+
+    batch, contracted = size("lhs_batch_dims"), size("lhs_contracting_dims")
     rows = math.prod(left) // (batch * contracted)
     sizes = (batch, rows, contracted, math.prod(result) // (batch * rows))
     return " x ".join(str(size) for size in sizes if size > 1)

@@ -1,4 +1,6 @@
-"""Writes tests/golden/logits.safetensors: the logits of transformers' torch models for every case of the tests.
+"""Writes the logits of transformers' torch models for every case of the tests to tests/golden.
+
+Those of encoder-decoders are in encoder_decoders.safetensors, all others in logits.safetensors.
 
 Run it from the repository root, with the `parity` extra installed, when a case is added:
 
@@ -10,8 +12,10 @@ or "all", it computes these again.
 Checkpoints are not stored: `spt_jax.testing` recreates them from their seeds.
 """
 
+import functools
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +26,10 @@ import transformers
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from spt_jax.bases.families import FAMILIES  # noqa: E402
+from spt_jax.bases.families import ENCODER_DECODERS, FAMILIES  # noqa: E402
 from spt_jax.testing import write_tiny_checkpoint  # noqa: E402
+from tests.encoder_decoders import START  # noqa: E402
+from tests.golden import encoder_decoders  # noqa: E402
 from tests.golden.cases import CASES, GOLDEN, KEPT, precise, token_ids  # noqa: E402
 
 
@@ -37,15 +43,35 @@ def reference_logits(case) -> np.ndarray:
         return np.ascontiguousarray(precise(model.eval())(input_ids=ids, use_cache=False).logits[0, list(KEPT)].numpy())
 
 
-def main(again: list[str]) -> None:
-    stored = safetensors.numpy.load_file(GOLDEN) if GOLDEN.is_file() else {}
+def decoder_logits(name: str) -> np.ndarray:
+    """Returns the logits of the decoder of transformers' encoder-decoder, float32 [len(KEPT), V]."""
+    family, overrides = encoder_decoders.CASES[name]
+    with tempfile.TemporaryDirectory() as directory, torch.no_grad():
+        write_tiny_checkpoint(directory, family, seed=encoder_decoders.SEED, **overrides)
+        architecture = getattr(transformers, ENCODER_DECODERS[family].architecture)
+        model = architecture.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+        prompt, target = encoder_decoders.PROMPT, encoder_decoders.TARGET
+        inputs = np.concatenate([[START], target[:-1]])
+        ids, decoder_ids = (torch.tensor(one[None].astype(np.int64)) for one in (prompt, inputs))
+        return encoder_decoders.kept(model(input_ids=ids, decoder_input_ids=decoder_ids).logits[0].numpy())
+
+
+def write(file: Path, cases: Mapping[str, Callable[[], np.ndarray]], again: list[str]) -> None:
+    """Writes the logits of the cases, computing those that are not stored and those in `again`."""
+    stored = safetensors.numpy.load_file(file) if file.is_file() else {}
     kept = {} if "all" in again else {name: rows for name, rows in stored.items() if name not in again}
-    tensors = {case.name: kept[case.name] if case.name in kept else reference_logits(case) for case in CASES}
+    tensors = {name: kept[name] if name in kept else logits() for name, logits in cases.items()}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    temporary = GOLDEN.with_suffix(".tmp")
+    temporary = file.with_suffix(".tmp")
     safetensors.numpy.save_file(tensors, temporary, metadata=versions)
-    temporary.replace(GOLDEN)
-    print(f"{GOLDEN}: {len(tensors)} cases, {GOLDEN.stat().st_size:,} bytes")
+    temporary.replace(file)
+    print(f"{file}: {len(tensors)} cases, {file.stat().st_size:,} bytes")
+
+
+def main(again: list[str]) -> None:
+    write(GOLDEN, {case.name: functools.partial(reference_logits, case) for case in CASES}, again)
+    both = {name: functools.partial(decoder_logits, name) for name in encoder_decoders.CASES}
+    write(encoder_decoders.GOLDEN, both, again)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,10 @@ _WORDS = (
     "▁label", "▁good", "▁bad", "Question", "▁kind", "▁answer", "▁in", "▁is", "▁positive", "▁negative", "▁message",
 )  # fmt: skip
 
+# The configs of T5Gemma's sides, and the fields that it has beside them.
+_SIDES = {"encoder", "decoder"}
+_OF_BOTH = ("tie_word_embeddings", "decoder_start_token_id", "is_encoder_decoder")
+
 
 def tiny_config(family: str = "llama", **overrides: Any) -> Any:
     """Returns a transformers config for a model with about 30,000 parameters.
@@ -56,7 +60,7 @@ def tiny_config(family: str = "llama", **overrides: Any) -> Any:
         heads larger than width / heads; SmolLM3 has no RoPE in every second layer; Gemma 2 has soft caps low enough to
         matter.
       **overrides: fields of the family's transformers config, such as `rope_parameters` or `tie_word_embeddings`; if
-        the language model has a config of its own in it, they are fields of that one.
+        the language model, or each side, has a config of its own in it, they are fields of that.
 
     Returns:
       The config object of transformers.
@@ -71,6 +75,16 @@ def tiny_config(family: str = "llama", **overrides: Any) -> Any:
         raise ConfigError(f"no tiny model of the family {family!r}; {did_you_mean(family, families)}")
     tokens = {"vocab_size": _SIZES["byte"], "pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
     fields = families[family].tiny()
+    if fields.keys() >= _SIDES:
+        outer = {name: value for name, value in overrides.items() if name in _OF_BOTH}
+        inner = {name: value for name, value in overrides.items() if name not in _OF_BOTH}
+        encoder, decoder = fields["encoder"], {**tokens, **fields["decoder"], **inner}
+        if "text_config" in encoder:
+            encoder = {**encoder, "text_config": {**tokens, **encoder["text_config"], **inner}}
+        else:
+            encoder = {**tokens, **encoder, **inner}
+        ids = {name: decoder[name] for name in tokens}
+        return transformers.AutoConfig.for_model(family, **{**ids, **outer, "encoder": encoder, "decoder": decoder})
     if "text_config" in fields:
         outer = {name: value for name, value in overrides.items() if name in fields}
         text = {**tokens, **fields["text_config"], **overrides}

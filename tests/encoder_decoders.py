@@ -9,13 +9,32 @@ from spt_jax.data.examples import Example
 from spt_jax.inference.forward import output_logits
 
 START = 0
-# The variants that differ: the relative biases of each layer or of all, the MLP, and the output matrix.
+# The variants that differ: the relative biases of each layer or of all, the MLP, and the output matrix; learned
+# positions, the scale of the embedding table, and the places of norms.
 VARIANTS = {
     "t5": ("t5", {}),
     "t5 1.1": ("t5", {"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}),
     "mt5": ("mt5", {}),
     "umt5": ("umt5", {"tie_word_embeddings": False}),
     "umt5 tied": ("umt5", {}),
+    "bart": ("bart", {"decoder_start_token_id": START}),
+    "bart without a scale": ("bart", {"decoder_start_token_id": START, "scale_embedding": False}),
+    "t5gemma": ("t5gemma", {"decoder_start_token_id": START, "bos_token_id": START, "pad_token_id": 1}),
+    "t5gemma untied, no windows, linear rope": (
+        "t5gemma",
+        {
+            "decoder_start_token_id": START,
+            "bos_token_id": START,
+            "pad_token_id": 1,
+            "tie_word_embeddings": False,
+            "layer_types": ["full_attention"] * 3,
+            "num_hidden_layers": 3,
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0},
+            "final_logit_softcapping": None,
+        },
+    ),
+    "t5gemma2": ("t5gemma2", {"decoder_start_token_id": START, "bos_token_id": START, "pad_token_id": 1}),
+    "mbart": ("mbart", {"decoder_start_token_id": START}),
 }
 
 

@@ -69,6 +69,10 @@ def test_results_compare_the_prompt_the_base_and_the_text(folder, finished):
     base = spt_jax.load_base(str(folder / "model"), dtype="float32")
     config, ids = base.config, text_ids(base, TEXT)
     per_token = config.layers * config.kv_heads * config.head_size * 2 * 4
+    seconds = results["distillation"].pop("first_token_seconds")
+    assert seconds.keys() == {"with_text", "soft_prompt", "no_prompt"} and min(seconds.values()) > 0
+    report = (finished / "report.html").read_text()
+    assert "Distillation of the text" in report and f"{results['distillation']['text_bytes']:,}" in report
     assert results["distillation"] == {
         "text_tokens": len(ids),
         "prompt_tokens": 3,

@@ -12,9 +12,13 @@ from spt_jax.experiment.config_files import load_config_file
 from spt_jax.testing import write_tiny_checkpoint
 from tests.jobs import ROOT
 
-FINANCE, TASKS, MRPC = (
-    ROOT / "configs" / f"{name}.py" for name in ("finance_t5_large", "sst2_mnli_flan_t5_base", "mrpc_roberta_large")
-)
+FINANCE, TASKS, MRPC, CONLL, SQUAD = (
+    ROOT / "configs" / f"{name}.py"
+    for name in (
+        "finance_t5_large", "sst2_mnli_flan_t5_base", "mrpc_roberta_large", "conll2003_roberta_large",
+        "squad_modernbert_base",
+    )
+)  # fmt: skip
 
 
 def run(config: Path, folder: Path, family: str, records: list[dict], *words: str) -> dict:
@@ -63,6 +67,27 @@ def test_mrpc_with_a_classifier(tmp_path):
     results = run(MRPC, tmp_path, "roberta", records, *words, "--data.prompt", "{sentence1}<eos>{sentence2}")
     assert results["test"]["no_prompt"] is None
     assert results["test"]["soft_prompt"]["examples"] == 16
+
+
+def test_conll(tmp_path):
+    records = [
+        {"tokens": ["Ann", "was", "in", "New", "York"], "tags": ["B-PER", "O", "O", "B-LOC", "I-LOC"]},
+        {"tokens": "the question", "tags": "O O"},
+    ]
+    soft = run(CONLL, tmp_path, "roberta", records)["test"]["soft_prompt"]
+    assert soft["words"] == 7 * 8 and 0 <= soft["entity_f1"] <= 1
+    stored = json.loads((tmp_path / "run" / "prompt" / "prompt.json").read_text())
+    assert list(stored["template"]["verbalizers"]) == ["B-LOC", "B-PER", "I-LOC", "O"]
+
+
+def test_squad(tmp_path):
+    context = "a good text is the answer"
+    answers = {"text": ["the answer"], "answer_start": [15]}
+    records = [{"question": "what is it", "context": context, "answers": answers}]
+    soft = run(SQUAD, tmp_path, "modernbert", records)["test"]["soft_prompt"]
+    assert soft["examples"] == 8 and soft["token_f1"] >= soft["exact_match"]
+    predictions = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["prediction"] in context for line in predictions)
 
 
 def test_the_settings_are_those_of_the_sources():

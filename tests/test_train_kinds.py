@@ -98,12 +98,16 @@ def test_tasks_that_only_their_own_prompts_tell_apart(folder, tmp_path, capsys):
     assert adapted["steps"] == 2
 
 
-def test_a_prompt_that_slides_out_of_the_window_is_spoken_of(folder, tmp_path, capsys):
-    write_tiny_checkpoint(tmp_path / "model", "mistral")  # a window of 7
+@pytest.mark.parametrize(
+    ("family", "note"),
+    [("mistral", "note: 3 of 3 layers see only the last 7"), ("t5gemma", "note: 3 of 5 layers see only the nearest 7")],
+)
+def test_a_prompt_that_slides_out_of_the_window_is_spoken_of(folder, tmp_path, capsys, family, note):
+    write_tiny_checkpoint(tmp_path / "model", family)  # a window of 7
     line = [str(ROOT / "configs" / "local_files.py"), "--base.path", str(tmp_path / "model"), "--dry-run"]
     line += ["--data.train", str(folder / "train.jsonl"), "--data.target", "{label}"]
     assert train.main([*line, "--data.prompt", "<soft:4>{text}"]) == 0
-    assert "note: 3 of 3 layers see only the last 7 tokens" in capsys.readouterr().out
+    assert f"{note} tokens" in capsys.readouterr().out
     assert train.main([*line, "--data.prompt", "<soft:2>{task}"]) == 0
     assert "layers see only" not in capsys.readouterr().out
 

@@ -21,6 +21,7 @@ from spt_jax.evaluation.evaluate import EvaluationConfig, EvaluationSet
 from spt_jax.evaluation.rewards import RewardFunction, reward_text
 from spt_jax.experiment.config import BaseConfig, DataConfig, ExperimentConfig, TaskConfig, resolve
 from spt_jax.experiment.run import Experiment, Records, input_digests, load_experiment
+from spt_jax.experiment.self_study import STUDY_FILE, write_study
 from spt_jax.experiment.training import Prepared, claimed, prepare, tune
 from spt_jax.experiment.workdir import check_workdir, input_paths
 from spt_jax.interop import peft_note
@@ -193,7 +194,8 @@ def fit(
         if folder is not None and processes.leads():
             check_workdir(folder, resume=resume, overwrite=overwrite, reads=reads)
         with spoken(f"encoding {len(records['train']):,} records", shown=progress):
-            experiment = load_experiment(config, base, records)
+            written = folder / STUDY_FILE if folder is not None and resume else None
+            experiment = load_experiment(config, base, records, written)
             tuned = experiment.config.method
             if template.virtual_tokens not in (0, tuned.token_count):
                 raise ConfigError(
@@ -202,8 +204,8 @@ def fit(
                 )
             prepared = prepare(experiment, transformation)
             asked = None
-            if validation is not None:
-                asked = prepared.experiment.evaluation_set(records["validation"], experiment.template)
+            if experiment.validation is not None:
+                asked = prepared.experiment.evaluation_set(experiment.validation, experiment.template)
         if progress and processes.leads():
             notes = experiment.window_note(prepared.examples), peft_note(experiment.base, tuned, experiment.template)
             print("\n".join(note for note in notes if note is not None), file=sys.stderr)
@@ -212,6 +214,8 @@ def fit(
             encoded = {"train": prepared.examples, **({} if asked is None else {"validation": asked.examples})}
             inputs = input_digests([(prepared.experiment, encoded)])
             stack.enter_context(claimed(folder, prepared, inputs, resume=resume, overwrite=overwrite, reads=reads))
+            if experiment.study is not None and processes.leads():
+                write_study(folder / STUDY_FILE, experiment.study)
         return _run(prepared, asked, folder, events, resume=resume, progress=progress)
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from spt_jax.bases.checkpoint import parameter_shapes, read_params
 from spt_jax.bases.config import hf_config, model_config
-from spt_jax.bases.encoder_decoders import check_options, with_stored_head
+from spt_jax.bases.encoder_decoders import check_options, completed
 from spt_jax.bases.ends import declared_ends
 from spt_jax.bases.files import CONFIG_BYTES, checkpoint_files, config_file, gguf_source, model_directory, read_json
 from spt_jax.bases.fingerprint import Fingerprint, fingerprint_of
@@ -248,7 +248,7 @@ def load_base(
     quantization = read_file_quantization(directory)
     if isinstance(config, EncoderDecoderConfig):
         check_options(config, mesh, attention, quantize)
-        config = with_stored_head(config, directory, quantization)
+        config = completed(config, directory, quantization)
         kernel, note = "xla", ""
     else:
         kernel, note = _kernel(attention, config, DTYPES[dtype], mesh)

@@ -340,7 +340,8 @@ def _cast(values: np.ndarray, target: np.ndarray, at: Stored) -> None:
 
 
 def _check_tied(output: str, digests: Mapping[str, str], directory: Path, config: ModelConfig) -> None:
-    key = origins(config)["embedding",][0].key
+    table = origins(config)
+    key = table.get(("decoder", "embedding"), table["embedding",])[0].key
     if output != digests[key]:
         raise CheckpointError(
             f"{directory}: the config ties the output matrix to the embedding, but {OUTPUT_KEY!r} and {key!r} differ;"
@@ -390,7 +391,9 @@ def parameter_shapes(config: ModelConfig) -> Params:
         stream = Stream(place, place, place, ids=place)
         if isinstance(config, EncoderDecoderConfig):
             x, two = jnp.zeros((1, 2, config.width)), jnp.zeros((1, 2), jnp.int32)
-            return EncoderDecoder(config).init(jax.random.key(0), x, Stream(two, two, two, decoder=place))["params"]
+            return EncoderDecoder(config).init(jax.random.key(0), x, Stream(two, two, two, ids=two, decoder=place))[
+                "params"
+            ]
         return Decoder(config).init(jax.random.key(0), x, stream, method=_whole)["params"]
 
     return jax.eval_shape(init)

@@ -14,6 +14,9 @@ from spt_jax.runtime.hf_library import import_transformers
 # this library make lists as long as the model has layers, so that these are checked before either reads the rest.
 _SIZES = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), (1, 10_000)),
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), (1, 10_000)),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), (1, 1 << 16)),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), (1, 1 << 24)),
     **dict.fromkeys(
         ("hidden_size", "n_embd", "n_embed", "word_embed_proj_dim", "embedding_size", "dim", "d_model"), (1, 1 << 20)
     ),
@@ -48,8 +51,8 @@ _SIZES = {
 # What transformers builds for classifiers (a name for each of `num_labels`), code that it would ask to run, and the
 # configs of parts that are not loaded.
 _UNREAD = ("num_labels", "id2label", "label2id", "auto_map", "vision_config", "audio_config")
-# The config of the language model inside a model that also reads images.
-_TEXT = "text_config"
+# The config of the language model inside a model that also reads images, and those of the sides of T5Gemma.
+_INNER = ("text_config", "encoder", "decoder")
 
 
 def hf_config(fields: Mapping[str, Any]) -> Any:
@@ -84,7 +87,7 @@ def _checked(fields: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{name!r} is {value!r:.40}; it must be an integer from {least} to {most:,}")
     _check_repeats(fields.get("attention_types"))
     kept = {name: value for name, value in fields.items() if name not in _UNREAD}
-    return kept | {_TEXT: _checked(kept[_TEXT])} if isinstance(kept.get(_TEXT), Mapping) else kept
+    return kept | {name: _checked(kept[name]) for name in _INNER if isinstance(kept.get(name), Mapping)}
 
 
 def _check_repeats(types: Any) -> None:

@@ -1,5 +1,6 @@
 """All names that the package exports."""
 
+from spt_jax.api.compose import compose
 from spt_jax.api.fit import Callback, fit
 from spt_jax.api.prompt import Prompt, load_prompt
 from spt_jax.api.remember import remember
@@ -50,6 +51,7 @@ from spt_jax.training.config import TrainConfig
 from spt_jax.training.halving import Halving, fit_population
 from spt_jax.training.loop import Standing
 from spt_jax.training.objectives import (
+    ClassDistillation,
     CrossEntropy,
     Distillation,
     Dpo,
@@ -71,6 +73,7 @@ __all__ = [
     "Batch",
     "Callback",
     "CheckpointError",
+    "ClassDistillation",
     "ConfigError",
     "ContextPromptTuning",
     "CrossEntropy",
@@ -122,6 +125,7 @@ __all__ = [
     "TrainingError",
     "VerbalizerCrossEntropy",
     "VirtualPrompt",
+    "compose",
     "encode_prefix",
     "evaluate",
     "evaluate_ensemble",

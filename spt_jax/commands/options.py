@@ -255,6 +255,22 @@ class Remember:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Compose(Saved):
+    """Makes one prompt of the prefixes of several, one after the other, without training.
+
+    Attributes:
+      others: the prompts that follow `prompt`, in their order. The template is that of the last.
+      output: the prompt directory to write; replaced if it holds a prompt. A path or a URL.
+      skip: positions left out at the start of every prefix but the first: 1 leaves out the BOS token of a remembered
+        text. By default all stay.
+    """
+
+    others: tuple[Path, ...]
+    output: Path
+    skip: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Export(Saved):
     """Converts a saved prompt to the format of another library.
 

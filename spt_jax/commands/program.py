@@ -65,6 +65,7 @@ COMMANDS: dict[str, Entry] = {
     "compare": Entry("compare saved prompts with the alternatives to them", "compare", job="Compare"),
     "report": Entry("write the report of a work directory again", "report", "make_report", options="MakeReport"),
     "remember": Entry("make a prompt of a text, without training", "remember", "remember_text", options="Remember"),
+    "compose": Entry("put the prefixes of several prompts into one", "compose", "compose_prompts", options="Compose"),
     "serve": Entry("serve a base and a directory of prompts over HTTP", "serve", "serve", options="Serve"),
     "import": Entry("convert a prompt of another library", "convert", "import_prompt", options="Import"),
     "export": Entry(

@@ -24,15 +24,17 @@ from spt_jax.evaluation.predictions import Prediction, compared, predictions_jso
 from spt_jax.experiment.command_line import Command, config_json, first_command, parse_train
 from spt_jax.experiment.comparison import compare, evaluation_sets
 from spt_jax.experiment.config import resolve
-from spt_jax.experiment.distillation import savings
 from spt_jax.experiment.run import Experiment, input_digests, load_experiment
+from spt_jax.experiment.self_study import STUDY_FILE, write_study
 from spt_jax.experiment.shipped import config_path
 from spt_jax.experiment.training import Prepared, claimed, prepare, tune
 from spt_jax.experiment.workdir import check_workdir, in_workdir, input_paths
 from spt_jax.interop import peft_note
+from spt_jax.reports.distilled import distillation_table, savings_sentence
 from spt_jax.reports.html import write_report
 from spt_jax.reports.plots import can_draw, missing_note, plot_curves
 from spt_jax.reports.report import comparison_table, reference_lines
+from spt_jax.reports.tables import text_table
 from spt_jax.runtime import measure, processes, signals
 from spt_jax.runtime.files import shown, write_json, write_text
 from spt_jax.runtime.mirror import check_shared
@@ -77,7 +79,8 @@ def run(command: Command[Any], argv: Sequence[str], program: str) -> None:
     check_log(command.config.log)
     if not command.dry_run and (note := missing_note("curves.png")):
         print(note)
-    experiment = load_experiment(resolve(command.config))
+    written = workdir / STUDY_FILE if command.resumes else None
+    experiment = load_experiment(resolve(command.config), study=written)
     config, base = experiment.config, experiment.base
     prepared = prepare(experiment)
     experiment, examples = prepared.experiment, prepared.examples
@@ -110,6 +113,8 @@ def run(command: Command[Any], argv: Sequence[str], program: str) -> None:
         return MetricsLog(workdir, config.log, from_step=step, run_config=prepared.settings)
 
     with claimed(workdir, prepared, digests, **mode, reads=reads), signals.advising("Continue with --resume"):
+        if experiment.study is not None and processes.leads():
+            write_study(workdir / STUDY_FILE, experiment.study)
         outcome = tune(
             prepared,
             asked["validation"].soft if "validation" in asked else None,
@@ -124,8 +129,10 @@ def run(command: Command[Any], argv: Sequence[str], program: str) -> None:
         virtual = experiment.virtual(outcome.best.params)
         results = compare(base, asked, virtual, outcome.best.metrics)
         words = nearest_words(base, virtual, NEAREST)
+        distilled = experiment.distilled(virtual)
         if processes.leads():
             facts = {
+                **({} if distilled is None else {"distillation": distilled}),
                 "nearest_tokens": words,
                 "compile_seconds": round(compile_seconds(), 2),
                 "data": digests["data"],
@@ -163,10 +170,7 @@ def finish(
     if answered:
         fields = experiment.template.prompt_fields
         answered = {name: with_fields(own, experiment.test or (), fields) for name, own in answered.items()}
-    saved = None
-    if experiment.text_ids is not None:
-        method = experiment.config.method
-        saved = savings(experiment.base.layout, experiment.text_ids, method.token_count + method.prefix_length)
+    saved = facts.get("distillation")
     write_text(workdir / "predictions.jsonl", predictions_jsonl(answered))
     if can_draw():
         references = reference_lines(scores.get("validation", {}))
@@ -177,7 +181,6 @@ def finish(
         {
             **scores,
             **details(answered, list(experiment.template.verbalizers)),
-            **({} if saved is None else {"distillation": saved}),
             "steps": outcome.steps,
             "best_step": outcome.best.step,
             "trainable_parameters": experiment.config.method.trainable_count(outcome.best.params),
@@ -198,11 +201,9 @@ def finish(
     )
     write_report(workdir)
     print(comparison_table(scores))
-    if saved is not None:
-        print(
-            f"the text has {saved['text_tokens']:,} tokens, whose keys and values take {saved['text_bytes']:,} bytes in"
-            f" float32; the soft prompt has {saved['prompt_tokens']:,}, which take {saved['prompt_bytes']:,}"
-        )
+    if table := distillation_table(saved, scores.get("test", scores.get("validation", {}))):
+        print(text_table(table.columns, table.rows))
+        print(savings_sentence(saved or {}))
     files = ["report.html", "results.json", *(["curves.png"] if can_draw() else []), "metrics.jsonl"]
     where = shown(workdir)
     print(f"{where}/prompt: the soft prompt, {prompt_bytes:,} bytes. {where}: {', '.join(files)}")

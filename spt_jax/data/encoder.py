@@ -79,7 +79,11 @@ class Encoder:
         self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         check_turns(template, tokenizer, shots, self._task.has_head)
         written = parse(self.form.marked(template.prompt))
-        front = self._rendered(self._turns(None)) if template.chat else with_shots(template, shots, written, self._ids, self.form.answer_mask)
+        front = (
+            self._rendered(self._turns(None))
+            if template.chat
+            else with_shots(template, shots, written, self._ids, self.form.answer_mask)
+        )
         self._prompt: list[Piece | int] = [*front, *self.form.closing]
         if self.form.encodes:
             self._prompt = separated(self._prompt, self.form.pairs)
@@ -374,7 +378,7 @@ class Encoder:
         pieces = parse(self.template.target if target is None else target)
         if not self.template.chat:
             # The decoder's tokens are a sequence of their own.
-            return self._ids(pieces, fields, opens=self.form.decodes) + (self._eos if ends else [])
+            return self.form.answer(self._ids(pieces, fields, opens=self.form.decodes)) + (self._eos if ends else [])
         content = [Plain(fields[piece.name]) if isinstance(piece, Field) else piece for piece in pieces]
         answer = self._chat.answer(self._turns(None), content)
         end = (answer.end or [Control(id_) for id_ in self._eos]) if ends else []

@@ -35,27 +35,34 @@ def words_of(value: Any, what: str) -> list[str]:
     return [text_of(word, f"{what}: word {number}") for number, word in enumerate(value, 1)]
 
 
-def tag_reads(words: Sequence[str], tags: Sequence[str], classes: Sequence[str], spans: Spans) -> Reads:
-    """Returns for each word its last token, whose hidden state depends on the whole word, and the class of its tag.
+def tag_reads(
+    words: Sequence[str], tags: Sequence[str], classes: Sequence[str], spans: Spans, *, causal: bool = True
+) -> Reads:
+    """Returns for each word the token that a head reads, and the class of its tag.
+
+    Of a causal base that is the last token, whose hidden state depends on the whole word. Of an encoder it is the
+    first, as in BERT (Devlin et al. 2019, arXiv 1810.04805).
 
     Args:
       words: the words of the field; in its text they are separated by single spaces.
       tags: a tag per word.
       classes: the names of the classes, in order.
       spans: see the module docstring.
+      causal: whether a token sees only itself and earlier tokens.
 
     Raises:
       DataError: there are not as many tags as words, there are no words, a tag is unknown, or a word has no tokens.
     """
     if len(words) != len(tags) or not words:
         raise DataError(f"{len(words)} words and {len(tags)} tags; each word needs a tag, and there must be a word")
-    reads, end = [], -1
+    reads, start = [], 0
     for word in words:
-        end += len(word) + (1 if reads else 0)
-        covering = [i for i, (first, last) in enumerate(spans) if first <= end < last]
+        place = start + len(word) - 1 if causal else start
+        covering = [i for i, (first, last) in enumerate(spans) if first <= place < last]
         if not word or not covering:
             raise DataError(f"the tokenizer makes no token of the word {word!r}")
-        reads.append(covering[-1])
+        reads.append(covering[-1] if causal else covering[0])
+        start += len(word) + 1
     for tag in tags:
         if tag not in classes:
             raise DataError(

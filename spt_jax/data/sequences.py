@@ -34,6 +34,7 @@ class SequenceForm:
       pooling: the hidden state that a class head reads, as in `Layout`.
       decodes: whether the base is an encoder-decoder.
       pairs: how the tokenizer of a base with an encoder joins two texts; None if it does so in an unusual way.
+      forced_id: of an encoder-decoder, the first token of every answer; None if the tokenizer decides it.
     """
 
     causal: bool
@@ -44,6 +45,7 @@ class SequenceForm:
     pooling: Literal["last", "first", "mean"] = "last"
     decodes: bool = False
     pairs: PairForm | None = None
+    forced_id: int | None = None
 
     @property
     def shares(self) -> bool:
@@ -64,6 +66,17 @@ class SequenceForm:
     def pooled(self) -> bool:
         """Whether a class head reads the mean of hidden states."""
         return self.pooling == "mean"
+
+    def answer(self, ids: list[int]) -> list[int]:
+        """Returns the ids of an answer with the forced token first, in place of the one that opens a sequence.
+
+        Args:
+          ids: those that the tokenizer gives.
+        """
+        if self.forced_id is None:
+            return ids
+        opened = self.opens and ids[:1] == [self.bos_id]
+        return [self.forced_id, *(ids[1:] if opened else ids)]
 
     def marked(self, prompt: str) -> str:
         """Returns a prompt with the tokenizer's name of the mask token in place of `<mask>`."""
@@ -165,7 +178,8 @@ def form_of(tokenizer: Tokenizer, layout: Layout | None) -> SequenceForm:
     bos_id = front[0] if front else tokenizer.bos_token_id
     pairs = pair_form(tokenizer, front, closing)
     if layout.start_id is not None:
-        return SequenceForm(True, bos_id, bool(front), (*closing, layout.start_id), decodes=True, pairs=pairs)
+        last, forced = (*closing, layout.start_id), layout.forced_id
+        return SequenceForm(True, bos_id, bool(front), last, decodes=True, pairs=pairs, forced_id=forced)
     mask_id = tokenizer.mask_token_id
     mask = None if mask_id is None else (str(tokenizer.mask_token), mask_id)
     return SequenceForm(False, bos_id, bool(front), tuple(closing), mask, layout.pooling, pairs=pairs)

@@ -5,7 +5,8 @@ The text takes the place of the soft prompt, at the beginning of the context. Al
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -133,19 +134,44 @@ def top_tokens(
     size = base.layout.vocab_size
     if count > size:
         raise ConfigError(f"{count:,} tokens are asked for, and the vocabulary of {base.name} has {size:,}")
+    arrays = _of_targets(base, text, examples, functools.partial(_top_tokens, count=count), batch_size)
+    return [TopTokens(*own) for own in arrays]
+
+
+def states_after_text(
+    base: FrozenBase, text: Ids, examples: Sequence[Example], batch_size: int = 64
+) -> list[Float[np.ndarray, "M D"]]:
+    """Returns the hidden states after the text that predict the target tokens of each example, float32.
+
+    Args:
+      base: the frozen base.
+      text: the ids of the text.
+      examples: examples without choices.
+      batch_size: examples per batch.
+
+    Raises:
+      DataError: the text and an example are longer than the context of the base.
+    """
+    return [states for (states,) in _of_targets(base, text, examples, _states, batch_size)]
+
+
+def _of_targets(
+    base: FrozenBase, text: Ids, examples: Sequence[Example], function: Callable[..., Any], batch_size: int
+) -> list[tuple[np.ndarray, ...]]:
+    """Returns for each example the rows of the arrays [B, M, ...] of a function at its targets, after the text."""
     longer = examples_after_text(base, text, examples)
     plan = plan_after_text(base, longer, batch_size, packing=True)
     prefix = _prefix(base.model, None, _placed_lead(base, plan))
     pending = [
-        (batch.rows, _top_tokens(base.model, prefix, count, place_batch(batch, base.mesh).rows))
+        (batch.rows, function(base.model, prefix, rows=place_batch(batch, base.mesh).rows))
         for batch in evaluation_batches(longer, plan, batch_size)
     ]
-    found: dict[int, TopTokens] = {}
+    found: dict[int, tuple[np.ndarray, ...]] = {}
     for rows, values in pending:
         arrays = [to_host(value) for value in values]
         for row, slot in zip(*np.nonzero(rows.examples >= 0), strict=True):
             mask = (rows.target_groups[row] == slot) & (rows.target_weights[row] > 0)
-            found[int(rows.examples[row, slot])] = TopTokens(*(array[row, mask] for array in arrays))
+            found[int(rows.examples[row, slot])] = tuple(array[row, mask] for array in arrays)
     return [found[number] for number in range(len(examples))]
 
 
@@ -218,7 +244,7 @@ def _prefix(model: Model, virtual: VirtualPrompt | None, lead: tuple[Array, Arra
 
 
 @functools.partial(jax.jit, static_argnames="count")
-def _top_tokens(model: Model, prefix: Prefix | None, count: int, rows: Rows) -> tuple[Array, Array, Array]:
+def _top_tokens(model: Model, prefix: Prefix | None, rows: Rows, count: int) -> tuple[Array, Array, Array]:
     """Returns the ids [B, M, K], their log-probabilities, and the log of the rest [B, M]."""
 
     def of_target(hidden: Float[Array, "B D"]) -> tuple[Array, Array, Array]:
@@ -231,6 +257,11 @@ def _top_tokens(model: Model, prefix: Prefix | None, count: int, rows: Rows) -> 
 
     values = jax.lax.map(of_target, target_states(model, None, prefix, rows))
     return jax.tree.map(lambda array: jnp.swapaxes(array, 0, 1), values)
+
+
+@jax.jit
+def _states(model: Model, prefix: Prefix | None, rows: Rows) -> tuple[Float[Array, "B M D"]]:
+    return (jnp.swapaxes(target_states(model, None, prefix, rows), 0, 1).astype(jnp.float32),)
 
 
 @jax.jit

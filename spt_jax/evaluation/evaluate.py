@@ -26,6 +26,7 @@ from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation import metrics
 from spt_jax.evaluation.after_text import agreement_with_text, examples_after_text, ids_after_text, plan_after_text
 from spt_jax.evaluation.bare import bare_examples, bare_plan, divergence
+from spt_jax.evaluation.classes import class_agreement
 from spt_jax.evaluation.rewarded import evaluate_rewards
 from spt_jax.evaluation.rewards import Judge
 from spt_jax.inference.forward import encode_prefix, group_scores, target_scores
@@ -72,6 +73,7 @@ class EvaluationSet:
       criterion: for pairs, the rewards and losses of the objective; None for those of `reference`.
       text: the ids of a text, whose predictions those of the set are compared with; None for none.
       judge: the reward functions of the task `Rewards`; None for another task.
+      text_scores: the log-probability of each choice after the text, to compare classes with; None for none.
     """
 
     encoder: Encoder
@@ -84,6 +86,7 @@ class EvaluationSet:
     criterion: PairCriterion | None = None
     text: Int[np.ndarray, " P"] | None = None
     judge: Judge | None = None
+    text_scores: Float[np.ndarray, "N C"] | None = None
 
     @property
     def max_new_tokens(self) -> int:
@@ -162,7 +165,7 @@ def set_after_text(base: FrozenBase, data: EvaluationSet) -> EvaluationSet:
     examples = examples_after_text(base, data.text, data.examples)
     plan = plan_after_text(base, examples, data.config.batch_size, packing=data.plan.examples > 1)
     prompts = [ids_after_text(base, data.text, ids) for ids in data.prompts]
-    return dataclasses.replace(data, examples=examples, plan=plan, prompts=prompts, text=None)
+    return dataclasses.replace(data, examples=examples, plan=plan, prompts=prompts, text=None, text_scores=None)
 
 
 def _prompt(encoder: Encoder, record: Mapping[str, Any], example: Example, room: int) -> np.ndarray:
@@ -210,6 +213,24 @@ def score(base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt | None) 
     if virtual is not None and virtual.head is not None:
         return log_softmax(np.concatenate(head_logits(base, data, virtual)))
     return _choice_scores(base, data.examples, data.plan, data.config.batch_size, virtual)
+
+
+def scores_after_text(
+    base: FrozenBase, text: Int[np.ndarray, " P"], examples: Sequence[Example], batch_size: int = 64
+) -> Float[np.ndarray, "N C"]:
+    """Returns the summed log-probability of each choice of each example under the bare base after a text.
+
+    Args:
+      base: the frozen base.
+      text: the ids of the text.
+      examples: examples with choices.
+      batch_size: examples per batch.
+
+    Raises:
+      DataError: the text and an example are longer than the context of the base.
+    """
+    longer = examples_after_text(base, text, examples)
+    return _choice_scores(base, longer, plan_after_text(base, longer, batch_size, packing=True), batch_size, None)
 
 
 def reference_scores(
@@ -321,7 +342,8 @@ def evaluate(
         if virtual is None:
             raise ConfigError(f"without a soft prompt, the base has no {task.name} head")
         return _by_task(data, from_scores(data, head_logits(base, data, virtual)))
-    result = from_scores(data, list(score(base, data, virtual)))
+    scores = score(base, data, virtual)
+    result = from_scores(data, list(scores))
     if data.reference is not None and virtual is not None:
         lead = data.encoder.leads(data.examples)
         distance = divergence(base, data.examples, lead, virtual, data.config.batch_size)
@@ -330,6 +352,8 @@ def evaluate(
         lead, size = data.encoder.leads(data.examples), data.config.batch_size
         found = agreement_with_text(base, data.text, data.examples, lead, virtual, size)
         more = {"agreement": found.agreement, "kl_to_text": found.divergence}
+        if data.text_scores is not None:
+            more |= class_agreement(scores, data.text_scores)
         result = dataclasses.replace(result, metrics={**result.metrics, **more})
     generated = generated and task.generates and not task.pairs
     return _by_task(data, _with_answers(base, data, virtual, result) if generated else result)
@@ -363,14 +387,14 @@ def selection_score(result: Mapping[str, Any]) -> float:
     """Returns the score that validation maximizes: accuracy, with ties broken by lower loss; otherwise minus the loss.
 
     With reward functions, it is the mean reward. With a text to agree with, it is minus the KL divergence from it. A
-    loss that is not finite scores -inf.
+    loss that is not finite scores -inf; the divergence of the classes counts where they are compared.
     """
     if not math.isfinite(result["loss"]):
         return -math.inf
     if "reward" in result:
         return result["reward"]
     if "kl_to_text" in result:
-        return -result["kl_to_text"]
+        return -result.get("class_kl", result["kl_to_text"])
     if "accuracy" not in result:
         return -result["loss"]
     tie_break = 1 / (1 + result["loss"]) / (2 * result["examples"])  # less than half an example

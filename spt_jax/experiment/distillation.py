@@ -12,9 +12,11 @@ from spt_jax.data.encoder import Encoder
 from spt_jax.data.templates import MESSAGES, Template
 from spt_jax.errors import ConfigError
 from spt_jax.evaluation.after_text import ids_after_text
+from spt_jax.evaluation.first_token import Request, first_token_seconds
 from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.models import memory
 from spt_jax.models.layout import Layout
+from spt_jax.prompts import VirtualPrompt
 from spt_jax.training.objectives import Distillation
 
 Records = Sequence[Mapping[str, Any]]
@@ -63,7 +65,38 @@ def with_answers(
     """
     field = check_answers(encoder.template)
     missing = [number for number, record in enumerate(records) if record.get(field) is None]
-    prompts = [ids_after_text(base, text, encoder.prompt_ids(records[number])) for number in missing]
+    asked = [records[number] for number in missing]
+    answers = answers_after_text(base, encoder, objective, text, asked, batch_size, missing)
+    found = list(records)
+    for number, answer in zip(missing, answers, strict=True):
+        found[number] = {**records[number], field: answer}
+    return found
+
+
+def answers_after_text(
+    base: FrozenBase,
+    encoder: Encoder,
+    objective: Distillation,
+    text: Int[np.ndarray, " P"],
+    records: Records,
+    batch_size: int,
+    seeds: Sequence[int] | None = None,
+) -> list[str]:
+    """Returns what the base generates after the text and the prompt of each record.
+
+    Args:
+      base: the frozen base.
+      encoder: that of the template.
+      objective: how answers are generated.
+      text: the ids of the text.
+      records: the records.
+      batch_size: answers that are generated together.
+      seeds: the random seed of each answer; None for the numbers of the records.
+
+    Raises:
+      ConfigError: the text and a prompt leave no position for an answer.
+    """
+    prompts = [ids_after_text(base, text, encoder.prompt_ids(record)) for record in records]
     sampling = [
         SamplingConfig(
             max_new_tokens=objective.answer_tokens,
@@ -71,13 +104,39 @@ def with_answers(
             end_ids=encoder.end_ids,
             seed=number,
         )
-        for number in missing
+        for number in (range(len(records)) if seeds is None else seeds)
     ]
     answers = generate(base, prompts, None, sampling, batch_size=batch_size) if prompts else []
-    found = list(records)
-    for number, answer in zip(missing, answers, strict=True):
-        found[number] = {**records[number], field: answer.text.strip()}
-    return found
+    return [answer.text.strip() for answer in answers]
+
+
+def distillation_facts(
+    base: FrozenBase, encoder: Encoder, text: Int[np.ndarray, " P"], virtual: VirtualPrompt, records: Records
+) -> dict[str, Any]:
+    """Returns the facts of `savings`, and the times to the first token for a record of middle length.
+
+    Args:
+      base: the frozen base.
+      encoder: that of the template.
+      text: the ids of the text.
+      virtual: the soft prompt.
+      records: the records that one is chosen from.
+
+    Returns:
+      "text_tokens", "prompt_tokens", "text_bytes" and "prompt_bytes"; and "first_token_seconds" by the way of asking,
+      "with_text", "soft_prompt" and "no_prompt".
+    """
+    tokens = 0 if virtual.tokens is None else virtual.tokens.shape[-2]
+    ids = sorted((encoder.prompt_ids(record) for record in records), key=len)[len(records) // 2]
+    bare = ids[ids < base.layout.vocab_size]
+    requests = {
+        "with_text": Request(ids_after_text(base, text, ids)),
+        "soft_prompt": Request(ids, virtual, len(encoder.fixed_lead())),
+        "no_prompt": Request(bare),
+    }
+    seconds = {name: round(value, 6) for name, value in first_token_seconds(base, requests).items()}
+    sizes = savings(base.layout, text, tokens + virtual.prefix_length)
+    return {**sizes, "first_token_seconds": seconds}
 
 
 def savings(layout: Layout, text: Int[np.ndarray, " P"], positions: int) -> dict[str, int]:

@@ -24,10 +24,11 @@ from spt_jax.data.task import PairCriterion, task_of
 from spt_jax.data.templates import Template
 from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError, DataError
-from spt_jax.evaluation.evaluate import EvaluationSet, make_evaluation_set
+from spt_jax.evaluation.evaluate import EvaluationSet, make_evaluation_set, scores_after_text
 from spt_jax.evaluation.rewards import Judge, make_rewards, reward_fields
 from spt_jax.experiment.config import ExperimentConfig, make_template, resolve
-from spt_jax.experiment.distillation import check_answers, with_answers
+from spt_jax.experiment.distillation import check_answers, distillation_facts, with_answers
+from spt_jax.experiment.self_study import Study, check_study, read_study, self_study
 from spt_jax.models.stacks import Remat
 from spt_jax.prompts import Method, PromptParams, VirtualPrompt
 from spt_jax.prompts.method import check_method
@@ -37,11 +38,13 @@ from spt_jax.runtime.hf_library import keep_torch
 from spt_jax.runtime.sharding import make_mesh, row_shards
 from spt_jax.runtime.waits import spoken
 from spt_jax.training.cost import StepMemory, choose_remat, plan_shape, step_memory
-from spt_jax.training.objectives import Distillation, Grpo, Objective
+from spt_jax.training.objectives import ClassDistillation, Distillation, Grpo, Objective
 from spt_jax.training.optimizers import resolve_optimizer
 from spt_jax.training.rollouts import Questions
 
 Records = Sequence[Mapping[str, Any]]
+STUDY = "self-study"  # the source of records that the base writes itself
+MEASURED = 64  # records of which one of middle length is asked to time first tokens
 MAX_REPEATS = 100  # of a record in one batch; more is surely a mistake in the batch size
 
 
@@ -66,7 +69,10 @@ class Artifact:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A config in which every field is resolved, with its base loaded and its records read."""
+    """A config in which every field is resolved, with its base loaded and its records read.
+
+    `study` has the records that the base wrote itself, which are also in `train` and `validation`.
+    """
 
     config: ExperimentConfig[Any]
     base: FrozenBase
@@ -74,6 +80,7 @@ class Experiment:
     train: Records
     validation: Records | None
     test: Records | None
+    study: Study | None = None
 
     @property
     def hard_prompts(self) -> tuple[str, ...]:
@@ -126,11 +133,35 @@ class Experiment:
             test=answered(self.test, data.test),
         )
 
+    def with_study(self, saved: Path | None) -> "Experiment":
+        """Returns the experiment with the records of the self-study, from a file if it exists.
+
+        Args:
+          saved: the file of an earlier part of the run; None if there is none.
+        """
+        objective, text = distillation_of(self.config), self.text_ids
+        assert objective is not None and text is not None
+        if saved is not None and saved.exists():
+            study = read_study(saved)
+        else:
+            with spoken(f"writing and answering {objective.study + objective.study_validation:,} questions"):
+                encoder, size = self.encoder(self.template), self.config.evaluation.batch_size
+                study = self_study(self.base, encoder, objective, text, size)
+        validation = self.validation if self.validation is not None else study.validation or None
+        return dataclasses.replace(self, train=[*self.train, *study.train], validation=validation, study=study)
+
+    def distilled(self, virtual: VirtualPrompt) -> dict[str, Any] | None:
+        """Returns what the soft prompt saves compared with the text of a distillation; None for another objective."""
+        if self.text_ids is None:
+            return None
+        records = (self.test or self.validation or self.train)[:MEASURED]
+        return distillation_facts(self.base, self.encoder(self.template), self.text_ids, virtual, records)
+
     def evaluation_set(self, records: Records, template: Template) -> EvaluationSet:
         """Returns the records encoded with a template."""
         data, objective = self.config.data, self.config.loss.objective(2)
         with _located(data.validation if records is self.validation else data.test):
-            return make_evaluation_set(
+            found = make_evaluation_set(
                 self.base,
                 self.encoder(template),
                 records,
@@ -142,6 +173,10 @@ class Experiment:
                 text=self.text_ids if template in (self.template, self.template.bare()) else None,
                 judge=self.judge,
             )
+            if found.text is None or not isinstance(objective, ClassDistillation):
+                return found
+            scores = scores_after_text(self.base, found.text, found.examples, self.config.evaluation.batch_size)
+            return dataclasses.replace(found, text_scores=scores)
 
     def training_set(self) -> tuple[Sequence[Example], BatchPlan]:
         """Returns the encoded training examples and the shapes of their batches.
@@ -245,12 +280,14 @@ class Experiment:
         """Returns a note if examples are longer than a sliding window, since the soft prompt then leaves the window."""
         if not self.base.layout.windowed:
             return None
-        sizes, longest, method = self.base.config, max(example.length for example in examples), self.config.method
+        model: Any = self.base.model
+        sizes, longest, method = model.config, max(example.length for example in examples), self.config.method
         leaves = (method.token_count or method.prefix_length) and not method.pins
         if not sizes.window_layers or not leaves or longest + method.prefix_length <= sizes.window:
             return None
+        near = "last" if self.base.is_decoder else "nearest"
         return (
-            f"note: {len(sizes.window_layers)} of {sizes.layers} layers see only the last {sizes.window} tokens, and"
+            f"note: {len(sizes.window_layers)} of {sizes.layers} layers see only the {near} {sizes.window} tokens, and"
             f" examples have up to {longest}; in those layers, later tokens do not attend to the soft prompt;"
             " with --method.pin-prefix they do"
         )
@@ -267,7 +304,10 @@ def distillation_of(config: ExperimentConfig[Any]) -> Distillation | None:
 
 
 def load_experiment(
-    config: ExperimentConfig[Any], base: FrozenBase | None = None, records: Mapping[str, Records] | None = None
+    config: ExperimentConfig[Any],
+    base: FrozenBase | None = None,
+    records: Mapping[str, Records] | None = None,
+    study: Path | None = None,
 ) -> Experiment:
     """Reads the data and the base of a resolved config; the weights last, because errors elsewhere show sooner.
 
@@ -276,10 +316,12 @@ def load_experiment(
       base: the base, if it is already loaded with the config's base, mesh and maximum length.
       records: the records of "train" and, if there are any, "validation" and "test", in place of those of the config's
         sources, which are then only names in error messages.
+      study: the file of the questions that an earlier part of the run wrote about the text of a distillation.
 
     Raises:
       ConfigError, DataError, CheckpointError: the config, the data or the base is invalid.
     """
+    config = _with_study_sources(config)
     data = config.data
     if config.base.path and config.method.needs_tokenizer:
         tokenizer = base.tokenizer if base is not None else read_tokenizer(config.base.path, config.base.revision)
@@ -298,7 +340,12 @@ def load_experiment(
     template = make_template(config)
     distillation = distillation_of(config)
     fields = task_of(template).required_fields(template)
+    if distillation is not None and distillation.study:
+        check_study(template)
+    answers = False
     if distillation is not None and distillation.answer_tokens:
+        answers = not (distillation.study and template.is_conversation)
+    if answers:
         check_answers(template)
         fields = template.prompt_fields
     fields = (*fields, *([] if data.task is None else [data.task]), *reward_fields(config.task.reward))
@@ -310,6 +357,8 @@ def load_experiment(
     def read(name: str, source: str | None, split: str) -> Records | None:
         if source is None:
             return None
+        if source == STUDY:
+            return [] if name == "train" else None
         if records is not None:
             found = records[name]
         else:
@@ -342,7 +391,18 @@ def load_experiment(
     optimizer = resolve_optimizer(config.optimizer, base.family, config.method.recipe_for(base.layout))
     config = dataclasses.replace(config, optimizer=optimizer)
     experiment = Experiment(config, base, template, train, validation, test)
-    return experiment.with_answers() if distillation is not None and distillation.answer_tokens else experiment
+    if answers:
+        experiment = experiment.with_answers()
+    return experiment.with_study(study) if distillation is not None and distillation.study else experiment
+
+
+def _with_study_sources(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
+    """Names the self-study as the source of the records that only it gives."""
+    distillation, data = distillation_of(config), config.data
+    if distillation is None or not distillation.study:
+        return config
+    validation = data.validation or (STUDY if distillation.study_validation else None)
+    return dataclasses.replace(config, data=dataclasses.replace(data, train=data.train or STUDY, validation=validation))
 
 
 def _with_names(config: ExperimentConfig[Any], train: Records) -> ExperimentConfig[Any]:

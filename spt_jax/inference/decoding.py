@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from spt_jax.inference.forward import encode_prefix, pinned_ids, run_stream
 from spt_jax.models import memory
 from spt_jax.models.attention import Cache, Prefix, Stream
-from spt_jax.models.layout import CROSS, SELF
+from spt_jax.models.layout import CROSS, SELF, Layout
 from spt_jax.models.memory import Memory
 from spt_jax.models.model import Model
 from spt_jax.prompts.virtual import VirtualPrompt
@@ -168,7 +168,8 @@ def decode(
             stream = dataclasses.replace(stream, decoder=jnp.zeros_like(ids))
             place = state.step  # The memory of self-attention has no slots for the encoder's tokens.
         hidden, new = run_stream(model, virtual, ids, stream, prefix, cache, return_memory=True)
-        chosen, found = next_tokens(model.logits(hidden[:, 0]), state.step, sampling)
+        scores = with_forced(model.layout, model.logits(hidden[:, 0]), state.step)
+        chosen, found = next_tokens(scores, state.step, sampling)
         return DecodeState(
             step=state.step + 1,
             ids=put(state.ids, chosen[:, None], state.step + 1, axis=1),
@@ -183,6 +184,21 @@ def decode(
         )
 
     return jax.lax.while_loop(continues, advance, state)
+
+
+def with_forced(layout: Layout, scores: Float[Array, "B V"], step: Int[Array, "*B"]) -> Float[Array, "B V"]:
+    """Returns scores with -inf for all first tokens of an answer except the one that the base forces, if it does.
+
+    Args:
+      layout: that of the base.
+      scores: the logits of the next token.
+      step: the number of tokens of each row's answer so far.
+    """
+    if layout.forced_id is None:
+        return scores
+    forced = jnp.arange(scores.shape[1]) == layout.forced_id
+    first = jnp.broadcast_to(step, scores.shape[:1]) == 0
+    return jnp.where(first[:, None] & ~forced[None], -jnp.inf, scores)
 
 
 def next_tokens(

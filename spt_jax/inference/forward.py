@@ -17,7 +17,8 @@ from spt_jax.errors import ConfigError
 from spt_jax.models import memory
 from spt_jax.models.attention import NEVER, Cache, Prefix, Stream
 from spt_jax.models.decoder import of_row
-from spt_jax.models.model import Model, TargetScores
+from spt_jax.models.divergence import divergences
+from spt_jax.models.model import Model, TargetScores, TeacherStates
 from spt_jax.models.ring import splits, take_tokens
 from spt_jax.prompts.virtual import ReplacedRows, VirtualPrompt
 from spt_jax.runtime.sharding import ROWS, constrain
@@ -292,6 +293,7 @@ def target_scores(
     prefix: Prefix | None,
     rows: Rows,
     ids: Int[Array, "B M K"] | None = None,
+    teacher: TeacherStates | None = None,
 ) -> TargetScores:
     """Returns the TargetScores at the output positions, by a chunked log-sum-exp over a large vocabulary.
 
@@ -301,13 +303,24 @@ def target_scores(
       prefix: keys and values before the rows, from `encode_prefix`.
       rows: the rows.
       ids: the ids to score at each target; by default the target.
+      teacher: hidden states of a teacher at each target, for `TargetScores.divergences`.
+
+    Raises:
+      ConfigError: the soft prompt has a task head, and there is a teacher.
     """
     ids = rows.target_ids[:, :, None] if ids is None else ids
+    if virtual is not None and virtual.head is not None and teacher is not None:
+        raise ConfigError("a task head has no distribution over the vocabulary that a teacher could be compared with")
     if virtual is not None and virtual.head is not None:
         return scores_of_logits(output_logits(model, virtual, prefix, rows), rows, ids)
     states = output_states(model, virtual, prefix, rows)
     with jax.named_scope("logits"):
-        return model.scores(states, rows.target_outputs, ids)
+        scores = model.scores(states, rows.target_outputs, ids)
+        if teacher is None:
+            return scores
+        own = jnp.take_along_axis(states, rows.target_outputs[:, :, None], axis=1)
+        found = divergences(model, own, teacher.states.astype(own.dtype), teacher.temperature)
+        return dataclasses.replace(scores, divergences=found)
 
 
 def group_scores(scores: TargetScores, rows: Rows, choices: int) -> Float[Array, "B E C"]:

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from spt_jax.models.config import DecoderConfig
+from spt_jax.models.convolution import TokenConvolution
 from spt_jax.models.delta_net import GatedDeltaNet
 from spt_jax.models.experts import Experts
 from spt_jax.models.kernels import Kernel
@@ -33,7 +34,7 @@ class Block(nn.Module):
         self, x: Float[Array, "B T D"], layer: LayerInputs, shared: SharedInputs
     ) -> tuple[Float[Array, "B T D"], tuple[KeysValues | State, ...]]:
         config = self.config
-        x = constrain(self.mesh, x, ROWS, "sequence")
+        x = given = constrain(self.mesh, x, ROWS, "sequence")
         normed = self.norm("attention_norm", x, ("before", "around")) if config.attention_norm else x
         attended, own = self.mixed(normed, layer, shared)
 
@@ -57,7 +58,7 @@ class Block(nn.Module):
             return mlp(module, normed)
 
         x = self.norm("mlp_sum_norm", x + unless_last(self, layer, normed_mlp, x), ("sum",))
-        return self.layer_scaled(self.with_per_layer(x, layer)), own
+        return self.convolved(self.layer_scaled(self.with_per_layer(x, layer)), given, shared), own
 
     def mixed(
         self, x: Float[Array, "B T D"], layer: LayerInputs, shared: SharedInputs
@@ -105,6 +106,16 @@ class Block(nn.Module):
             return x + PerLayerInput(self.config, name="per_layer")(x, y)
 
         return unless_last(self, layer, added, x)
+
+    def convolved(
+        self, x: Float[Array, "B T D"], given: Float[Array, "B T D"], shared: SharedInputs
+    ) -> Float[Array, "B T D"]:
+        """Adds the convolution of the layer's input to its output and normalizes the sum, in layers that have one."""
+        own = self.config.convolution
+        if own is None:
+            return x
+        convolved = TokenConvolution(own, name="convolution")(given, shared.stream.segments)
+        return Norm(self.config, name="convolution_norm")(x + convolved)
 
     def layer_scaled(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Multiplies the output of a layer by its number, in families that have one."""

@@ -8,7 +8,9 @@ import math
 from typing import Literal
 
 from spt_jax.errors import ConfigError
+from spt_jax.models.convolution_config import ConvolutionConfig
 from spt_jax.models.delta_net_config import DeltaNetConfig
+from spt_jax.models.disentangled_config import DisentangledConfig
 from spt_jax.models.experts_config import ExpertsConfig
 from spt_jax.models.latent_config import LatentConfig
 from spt_jax.models.layout import RECURRENT, SELF, Group, StateGroup
@@ -58,6 +60,8 @@ class DecoderConfig:
       no_rope_layers: layers without RoPE.
       positions: how a model without RoPE knows positions: a learned table that is added to the inputs, ALiBi (Press et
         al. 2022, arXiv 2108.12409), or not at all.
+      disentangled: terms of attention scores between tokens and embeddings of distances, in an encoder.
+      convolution: whose result, of a layer's input, is added to its output before another norm, in an encoder.
       alibi_scale: factor of the ALiBi bias.
       alibi_rounded: whether slopes, positions and their products are rounded to bfloat16, whatever the precision of the
         model (Falcon).
@@ -130,6 +134,8 @@ class DecoderConfig:
     local_rope: RopeConfig | None = None
     no_rope_layers: tuple[int, ...] = ()
     positions: Literal["learned", "alibi", "none"] = "learned"
+    disentangled: DisentangledConfig | None = None
+    convolution: ConvolutionConfig | None = None
     alibi_scale: float = 1.0
     alibi_rounded: bool = False
     window: int = 0
@@ -185,6 +191,8 @@ class DecoderConfig:
                 rope.check(self.head_size)
         if self.latent is not None and (self.rope is None or self.latent.rotated_size != self.head_size):
             raise ConfigError("latent attention needs a RoPE, and head_size must be the size of the rotated part")
+        if self.disentangled is not None and (self.causal or self.kv_heads != self.heads):
+            raise ConfigError("disentangled attention needs an encoder with as many key/value heads as query heads")
         if self.delta_net is not None and self.mamba is not None:
             raise ConfigError("a layer cannot have both Gated DeltaNet and Mamba-2")
         if self.latent is not None and any((self.attention_input_scale, self.attention_output_scale, self.key_scale)):
@@ -263,6 +271,8 @@ class DecoderConfig:
             mlp += self.width * self.mlp_width * (3 if self.gated_mlp else 2)
         if self.per_layer is not None:
             mlp += 2 * self.width * self.per_layer.width
+        if self.convolution is not None:
+            mlp += self.convolution.size * self.width**2
         if self.recurrent is not None:
             mlp += self.recurrent.matmul_parameters(self.width)
         if not self.attends:

@@ -26,6 +26,7 @@ from spt_jax.models.attention import (
 )
 from spt_jax.models.block import Block
 from spt_jax.models.config import DecoderConfig, Stack, group_names, kv_sources, layer_configs, periods
+from spt_jax.models.disentangled import Distances, distances_of
 from spt_jax.models.kernels import Kernel
 from spt_jax.models.layers import ACTIVATIONS, Linear, Norm, scaled, table_param, table_rows, take_rows
 from spt_jax.models.layout import Group, Layout, StateGroup
@@ -77,6 +78,12 @@ class Decoder(nn.Module):
             self.token_types = self.param(
                 "token_types", nn.initializers.normal(0.02), (config.token_types, self.entry_width)
             )
+        if config.disentangled is not None:
+            self.distance_embedding = self.param(
+                "distances", nn.initializers.normal(0.02), (2 * config.disentangled.span, config.width)
+            )
+            if config.disentangled.normed:
+                self.distance_norm = Norm(config)
         if config.output_head == "masked":
             self.head_map = Linear(config.input_width, config.mlp_bias)
             self.head_norm = Norm(config)
@@ -142,7 +149,7 @@ class Decoder(nn.Module):
         by_layer = self.by_layer(x, rows)
         rows = dataclasses.replace(rows, ids=None)  # No layer reads them.
         x, own = self.enter(x, rows), []
-        orders = _orders(config, rows)
+        orders, distances = _orders(config, rows), self.distances(x, rows)
         sources: dict[int, KeysValues] = {}
         before: collections.Counter[str] = collections.Counter()  # Layers of each group in earlier periods.
         for period in periods(config):
@@ -153,6 +160,7 @@ class Decoder(nn.Module):
                 dataclasses.replace(
                     _shared_inputs(stack, rows, prefix, cache, orders, ring=ring),
                     source=_source_layer(config, stack, sources, remembered),
+                    distances=distances,
                 )
                 for stack in period.stacks
             )
@@ -211,6 +219,15 @@ class Decoder(nn.Module):
             return x
         x = self.embedding_norm(x)
         return self.input_map(x) if mapped else x
+
+    def distances(self, x: Float[Array, "B T D"], rows: Stream) -> Distances | None:
+        """Returns the distances between the tokens of a row, in the dtype of x, in families that embed them."""
+        config = self.config
+        if config.disentangled is None:
+            return None
+        embeddings = self.distance_embedding.astype(x.dtype)
+        embeddings = self.distance_norm(embeddings) if config.disentangled.normed else embeddings
+        return distances_of(config.disentangled, embeddings, rows.positions)
 
     def leave(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
         """Returns hidden states for `logits`."""

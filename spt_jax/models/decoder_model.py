@@ -111,8 +111,8 @@ class DecoderModel(LinenModel):
         states = self._apply(states, method=Decoder.before_output)
         if config.logit_scale is not None:
             states = states * jnp.asarray(config.logit_scale, states.dtype)
-        bias = jax.lax.stop_gradient(self.params["logit_bias"].astype(jnp.float32)) if config.logit_bias else None
-        return target_scores(states, at, ids, self.output_matrix, self._output_rows, cap=config.logit_cap, bias=bias)
+        options = {"cap": config.logit_cap, "bias": self._logit_bias()}
+        return target_scores(states, at, ids, self.output_matrix, self._output_rows, **options)
 
 
 def _at(tree: Mapping[str, Any], path: str, index: int) -> Any:

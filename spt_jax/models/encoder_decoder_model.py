@@ -1,6 +1,7 @@
 """An encoder-decoder with its weights, as the rest of the library uses it."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from spt_jax.models.linen_model import LinenModel, host_table
 from spt_jax.models.memory import Memory
 from spt_jax.models.model import Params, TargetScores
 from spt_jax.models.output_matrix import target_scores
+from spt_jax.runtime.sharding import to_host
 
 
 @jax.tree_util.register_dataclass
@@ -65,7 +67,10 @@ class EncoderDecoderModel(LinenModel):
         raise ConfigError("attention weights of an encoder-decoder are not supported")
 
     def embedding_table(self) -> Float[np.ndarray, "V D"]:
-        return host_table(self.params["embedding"])
+        table = host_table(self.params["embedding"]) * np.float32(self.config.embedding_scale or 1.0)
+        if self.config.own_row_id is not None:
+            table[self.config.own_row_id] = to_host(self.params["own_row"]).astype(np.float32)
+        return table
 
     def gated_memory(self, rows: Float[Array, "G P D"]) -> Memory:
         raise ConfigError("an encoder-decoder has no gated keys and values; use another method")
@@ -76,4 +81,10 @@ class EncoderDecoderModel(LinenModel):
     @jax.named_scope("logits")
     def scores(self, states: Float[Array, "B Q D"], at: Int[Array, "B M"], ids: Int[Array, "B M K"]) -> TargetScores:
         states = scaled(states, self.config.output_scale)
-        return target_scores(states, at, ids, self.output_matrix, self._output_rows)
+        options = {"cap": self.config.logit_cap, "bias": self._logit_bias()}
+        return target_scores(states, at, ids, self.output_matrix, self._output_rows, **options)
+
+    def _stored_output(self) -> tuple[Any, bool]:
+        if self.config.tied and self.config.decoder_embedding:
+            return self.params["decoder"]["embedding"], True
+        return super()._stored_output()

@@ -39,6 +39,8 @@ def unsupported_reason(kernel: Kernel, config: DecoderConfig, dtype: Any, mesh: 
     device = mesh.devices.flat[0]
     if config.sinks or config.biased:
         return f"{kernel} attention takes neither ALiBi nor sinks, which this base has"
+    if config.disentangled is not None:
+        return f"{kernel} attention does not support disentangled attention, which this base has"
     if config.latent is not None:
         return f"{kernel} attention does not support latent attention, which this base has"
     if any(one.head_size != config.head_size for one in layer_configs(config)):

@@ -67,6 +67,7 @@ class Layout:
       predicts_tokens: whether the base has an output matrix, and so logits.
       hidden_width: size of a hidden state; None if it is that of an embedding.
       start_id: of an encoder-decoder, the token that begins the decoder's tokens; None for a base with one side.
+      forced_id: of an encoder-decoder, the first token of every answer, after `start_id`; None if the model chooses it.
     """
 
     vocab_size: int
@@ -80,9 +81,10 @@ class Layout:
     predicts_tokens: bool = True
     hidden_width: int | None = None
     start_id: int | None = None
+    forced_id: int | None = None
 
     def __hash__(self) -> int:
-        sizes = self.vocab_size, self.width, self.max_positions, self.hidden_width, self.start_id
+        sizes = self.vocab_size, self.width, self.max_positions, self.hidden_width, self.start_id, self.forced_id
         kinds = self.windowed, self.packs, self.causal, self.pooling, self.predicts_tokens
         return hash((*sizes, frozenset(self.groups.items()), *kinds))
 

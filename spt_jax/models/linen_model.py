@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -17,7 +18,10 @@ Own = TypeVar("Own", bound="LinenModel")
 
 
 class LinenModel:
-    """Base class of frozen dataclasses with the fields `params` and `module`, whose config has the field `tied`."""
+    """Base class of frozen dataclasses with the fields `params` and `module`.
+
+    The config of the module has the fields `tied` and `logit_bias`.
+    """
 
     params: Params
     module: Any
@@ -49,6 +53,12 @@ class LinenModel:
         """Returns rows of `output_matrix`, without a transposed copy of it."""
         matrix, tied = self._stored_output()
         return matrix_rows(matrix, ids, by_token=tied)
+
+    def _logit_bias(self) -> Float[Array, " V"] | None:
+        """Returns the bias of the logits, float32, without a gradient; None for none."""
+        if not self.module.config.logit_bias:
+            return None
+        return jax.lax.stop_gradient(self.params["logit_bias"].astype(jnp.float32))
 
     def _stored_output(self) -> tuple[Any, bool]:
         tied = self.module.config.tied

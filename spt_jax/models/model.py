@@ -29,11 +29,27 @@ class TargetScores:
       log_probabilities: the log-probabilities of K ids at each target: the target itself (K = 1), or several.
       means: for each target, the mean log-probability of all V tokens or C classes; None if logits are capped.
       logits: for each target, the logits of a task head's classes; None for a vocabulary.
+      divergences: for each target, the KL divergence from a teacher over the whole vocabulary; None without a teacher.
     """
 
     log_probabilities: Float[Array, "B M K"]
     means: Float[Array, "B M"] | None
     logits: Float[Array, "B M C"] | None = None
+    divergences: Float[Array, "B M"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TeacherStates:
+    """What a soft prompt is compared with at each target, over the whole vocabulary.
+
+    Attributes:
+      states: normalized hidden states of the same model, whose logits are the teacher's.
+      temperature: the number that both logits are divided by.
+    """
+
+    states: Float[Array, "B M D"]
+    temperature: float = dataclasses.field(default=1.0, metadata={"static": True})
 
 
 @runtime_checkable

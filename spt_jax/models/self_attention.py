@@ -11,8 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spt_jax.models.attention import Scoring, Source, Stream, alibi_slopes, attend, attention_weights, linear_term
 from spt_jax.models.config import DecoderConfig
+from spt_jax.models.disentangled import Distances, distance_terms
 from spt_jax.models.kernels import Kernel
-from spt_jax.models.layers import Linear, Norm, scaled
+from spt_jax.models.layers import Linear, Norm, linear, scaled
 from spt_jax.models.memory import KeysValues, State, from_cache
 from spt_jax.models.recurrence import TokenOrder
 from spt_jax.models.ring import ring_attend
@@ -83,6 +84,7 @@ class SharedInputs:
       masks: attention masks of the sources in the order prefix, cache, row; None if rows are split over devices.
       window_masks: the same with the sliding window, if some layers of the stack have it and some do not.
       source: the layer whose keys and values the layers of the stack read in place of their own.
+      distances: between the tokens of the rows, for disentangled attention.
     """
 
     cos_sin: tuple[Array, Array] | None
@@ -95,6 +97,7 @@ class SharedInputs:
     masks: tuple[Array, ...] | None
     window_masks: tuple[Array, ...] | None
     source: SourceLayer | None = None
+    distances: Distances | None = None
 
 
 def of_row(prompt_index: Int[Array, " B"] | None, tree: Any) -> Any:
@@ -229,7 +232,11 @@ class Attention(nn.Module):
             if shared.window_masks is not None:
                 masks = _choose(layer.windowed, shared.window_masks, masks)
             pairs = [pair for pair in (prefix, cache, own) if pair is not None]
-            biases = [self.bias(positions) for positions in shared.key_positions]
+            biases: list[Array | None] = [self.bias(positions) for positions in shared.key_positions]
+            if shared.distances is not None:
+                # Keys of a prefix are at no distance from a token: their scores have no terms of distances.
+                terms = self.distance_terms(queries, own.keys, shared.distances, scoring.scale)
+                biases = [None] * (len(pairs) - 1) + [terms]
             sources = [
                 Source(pair.keys, pair.values, mask, bias)
                 for pair, mask, bias in zip(pairs, masks, biases or [None] * len(pairs), strict=True)
@@ -250,6 +257,31 @@ class Attention(nn.Module):
         slopes = rounded(jnp.asarray(alibi_slopes(self.config.heads)))[None, :, None, None]
         positions = rounded(key_positions.astype(jnp.float32))[:, None, None, :]
         return rounded(slopes * positions) * self.config.alibi_scale
+
+    def distance_terms(
+        self, queries: Float[Array, "B T N H"], keys: Float[Array, "B T N H"], distances: Distances, scale: float
+    ) -> Float[Array, "B N T T"]:
+        """Returns the terms of the scores between the tokens of a row that depend on their distances."""
+        config, own = self.config, self.config.disentangled
+        assert own is not None
+
+        def of_distances(name: str) -> Float[Array, "R N H"]:
+            if own.shared:
+                params = self.get_variable("params", name)
+                y = linear(distances.embeddings, params["kernel"], params.get("bias"))
+            else:
+                size = config.heads * config.head_size
+                y = Linear(size, config.qkv_bias, name=f"distance_{name}")(distances.embeddings)
+            return y.reshape(-1, config.heads, config.head_size)
+
+        return distance_terms(
+            queries,
+            keys,
+            distances.rows,
+            key=of_distances("key") if own.content_to_position else None,
+            query=of_distances("query") if own.position_to_content else None,
+            scale=scale,
+        )
 
 
 def _to_bfloat16(x: Float[Array, "..."]) -> Float[Array, "..."]:

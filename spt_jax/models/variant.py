@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from spt_jax.models.convolution_config import ConvolutionConfig
 from spt_jax.models.delta_net_config import DeltaNetConfig
 from spt_jax.models.experts_config import ExpertsConfig
 from spt_jax.models.mamba_config import MambaConfig
@@ -15,7 +16,7 @@ class Variant:
     Attributes:
       name: of the group of their keys and values, if these have other sizes than the other layers'.
       layers: indices of the layers. A layer may be in several variants.
-      attention_norm, value_is_key, kv_source, experts, delta_net, mamba: see `DecoderConfig`.
+      attention_norm, value_is_key, kv_source, convolution, experts, delta_net, mamba: see `DecoderConfig`.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Variant:
     attention_norm: bool | None = None
     value_is_key: bool | None = None
     kv_source: int | None = None
+    convolution: ConvolutionConfig | None = None
     experts: ExpertsConfig | None = None
     delta_net: DeltaNetConfig | None = None
     mamba: MambaConfig | None = None

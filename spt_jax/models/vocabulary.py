@@ -42,7 +42,7 @@ def log_sum_exp(
             return _over_table(chunk, matrix, cap, bias)[0]
         return _log_sums(chunk, matrix, cap, bias)[0]
 
-    return _by_chunks(log_sums, states, matrix.shape[0])
+    return by_chunks(log_sums, states, matrix.shape[0])
 
 
 def _forward(states: Array, matrix: Array | TableArray, cap: float | None, bias: Array | None) -> tuple[Array, Array]:
@@ -53,7 +53,7 @@ def _forward(states: Array, matrix: Array | TableArray, cap: float | None, bias:
         weights = (jnp.exp(logits - log_sums[..., None]) * soft_cap_slope(logits, cap)).astype(matrix.dtype)
         return log_sums, jnp.dot(weights, matrix, preferred_element_type=jnp.float32).astype(chunk.dtype)
 
-    return _by_chunks(sums_and_means, states, matrix.shape[0])
+    return by_chunks(sums_and_means, states, matrix.shape[0])
 
 
 def _backward(cap: float | None, means: Array, cotangent: Array) -> tuple[Array, None, None]:
@@ -91,8 +91,14 @@ def _over_table(states: Array, table: TableArray, cap: float | None, bias: Array
     return highest + jnp.log(total), (mean / total[..., None]).astype(states.dtype)
 
 
-def _by_chunks(function: Any, states: Array, vocabulary: int) -> Any:
-    """Applies `function` to chunks [B, q, D] of Q, one after another. Rows stay on their devices."""
+def by_chunks(function: Any, states: Array, vocabulary: int) -> Any:
+    """Applies a function to chunks [B, q, D] of states [B, Q, D], one after another. Rows stay on their devices.
+
+    Args:
+      function: a function of a chunk, whose results begin with the axes B and q.
+      states: the states.
+      vocabulary: the number of logits that the function computes for each state.
+    """
     batch, outputs, width = states.shape
     rows = max(CHUNK_ROWS, CHUNK_LOGITS // vocabulary)
     count = max(1, math.ceil(batch * outputs / rows))

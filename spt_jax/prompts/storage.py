@@ -316,6 +316,7 @@ def _saved_layout(fingerprint: Fingerprint, where: str) -> Layout:
     kind = fingerprint.kind or DecoderConfig
     sizes = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
     if kind is EncoderDecoderConfig:
+        sizes |= {"kv_heads"}
         try:
             given = {name: value for name, value in fingerprint.config.items() if name in sizes}
             return encoder_decoder_layout(_build(EncoderDecoderConfig, given, where))

@@ -17,6 +17,7 @@ from spt_jax.reports.contents import (
     number,
     won_and_lost,
 )
+from spt_jax.reports.distilled import distillation_table
 from spt_jax.reports.report import ROWS, curve_metric, reference_lines
 from spt_jax.reports.shared import (
     SHARES,
@@ -69,7 +70,7 @@ def run_report(workdir: Path, config: Mapping[str, Any], results: Mapping[str, A
         summary=difference_sentence(against),
         figures=figures if soft else figures[-2:],
         bars=present([bars]),
-        tables=present([all_scores(scores, split)]),
+        tables=present([distillation_table(results.get("distillation"), scores), all_scores(scores, split)]),
         charts=run_charts(lines, reference_lines(results.get("validation", {})), results.get("best_step")),
         confusions=present([confusion_of(f"Classes of {split} records, soft prompt", classes.get("soft_prompt"))]),
         examples=present([mistakes(ours, "the soft prompt")]) if examples is None else examples,

@@ -28,7 +28,7 @@ ROWS = ("data", "fsdp")
 # L and E; "tensor" splits E, or the hidden width if it does not divide E.
 RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r"embedding$", (P(("fsdp", "tensor")), P("tensor", "fsdp"))),
-    (r"(positions|token_types)$", (P(None, "fsdp"),)),
+    (r"(positions|token_types|distances)$", (P(None, "fsdp"),)),
     (r"output$", (P(None, ("fsdp", "tensor")), P("fsdp", "tensor"))),
     (r"experts/(up|gate)/kernel$", (P(None, "tensor", "fsdp"), P(None, None, "fsdp", "tensor"))),
     (r"experts/down/kernel$", (P(None, "tensor", None, "fsdp"), P(None, None, "tensor", "fsdp"))),
@@ -38,6 +38,7 @@ RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r"(latent|rotated_key)/kernel$", (P(None, "fsdp"),)),
     (r"(latent|rotated_key)/bias$", (P(),)),
     (r"(query|key|value|up|gate|decay|beta|step)/kernel$", (P(None, "fsdp", "tensor"),)),
+    (r"tap_\d+/kernel$", (P(None, "fsdp", "tensor"),)),
     (r"(query|key|value|up|gate|step)/bias$", (P(None, "tensor"),)),
     (r"((attention|delta_net|mamba)/output|down)/kernel$", (P(None, "tensor", "fsdp"),)),
     (r"_convolution$", (P(None, None, "tensor"),)),
@@ -45,7 +46,10 @@ RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r"(input_map|output_map|head_map)/kernel$", (P("fsdp"),)),
     (r"per_layer/projection/kernel$", (P("fsdp", "tensor"),)),
     (r"logit_bias$", (P(("fsdp", "tensor")),)),
-    (r"(scale|norm/bias|relative_bias|sinks|((attention|mamba)/output|down|input_map|head_map)/bias)$", (P(),)),
+    (
+        r"(scale|norm/bias|own_row|relative_bias|sinks|((attention|mamba)/output|down|input_map|head_map|convolution)/bias)$",
+        (P(),),
+    ),
 )
 
 

@@ -376,7 +376,9 @@ class Engine:
             ticket.log_probabilities.append(log_probability)
             if count := ticket.request.alternatives:
                 likeliest = (values[step, column, :count].tolist() for values in new.likeliest)
-                ticket.alternatives.append(dict(zip(*likeliest, strict=True)))
+                # A token that the base forces has no alternatives: all others have a probability of 0.
+                finite = {id_: value for id_, value in zip(*likeliest, strict=True) if math.isfinite(value)}
+                ticket.alternatives.append(finite)
             last = id_ in ends.ids or len(ticket.ids) == ticket.request.sampling.max_new_tokens
             if last:
                 break

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from spt_jax.inference.decoding import ALTERNATIVES, RowSampling, likeliest, next_tokens
+from spt_jax.inference.decoding import ALTERNATIVES, RowSampling, likeliest, next_tokens, with_forced
 from spt_jax.inference.forward import pinned_ids, run_stream
 from spt_jax.models import memory
 from spt_jax.models.attention import NEVER, Cache, Prefix, Stream
@@ -160,7 +160,7 @@ def admit(
         cache, taken = _put(model, cache, at, [own] if lead is None else [lead, own])
         # New tokens take the padding's place.
         filled, nexts = taken - length + requests.lengths, requests.starts + requests.lengths
-    scores = model.logits(hidden[numbers, requests.lengths - 1])
+    scores = with_forced(model.layout, model.logits(hidden[numbers, requests.lengths - 1]), jnp.int32(0))
     firsts = NewTokens(*next_tokens(scores, jnp.int32(0), sampling), likeliest(scores, wanted))
     slots = Slots(
         cache,
@@ -246,7 +246,8 @@ def decode(
         own = jnp.ones_like(slots.ids)[:, None]
         stream = Stream(slots.positions[:, None], own, jnp.zeros_like(own))
         if model.layout.encodes:
-            stream = dataclasses.replace(stream, decoder=jnp.zeros_like(own))
+            # A prompt's prefix is in the cache; a request's first token was at the position after it.
+            stream = dataclasses.replace(stream, decoder=jnp.zeros_like(own), before=slots.positions - slots.steps)
         cache = slots.cache
         near = nearest(cache, start, reach)
         hidden, own_memory = run_stream(model, None, slots.ids[:, None], stream, None, near, return_memory=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from spt_jax.models import memory
 from spt_jax.models.attention import NEVER, Cache, Prefix, Stream
@@ -84,7 +84,7 @@ def put_requests(
     filled = 0
     for name, begin, own in ((CROSS, 0, encoder), (SELF, start, decoder)):
         place = 0
-        for part, positions, segments in (*_of_prefix(prefix, name), (found[name], *own)):
+        for part, positions, segments, pinned in (*_of_prefix(prefix, name), (found[name], *own, None)):
             count = positions.shape[1]
             put = memory.put_rows({name: cache.memory[name]}, memory.to_cache({name: part}), at, _slice(place, count))
             where = at, _slice(begin + place, count)
@@ -93,6 +93,9 @@ def put_requests(
                 memory={**cache.memory, **put},
                 positions=cache.positions.at[where].set(positions),
                 segments=cache.segments.at[where].set(segments),
+                pinned=None
+                if cache.pinned is None
+                else cache.pinned.at[where].set(False if pinned is None else pinned),
             )
             place += count
         filled = place
@@ -104,14 +107,16 @@ def stacked(prefixes: list[Prefix]) -> Prefix | None:
     return jax.tree.map(lambda *own: jnp.stack(own), *prefixes) if prefixes else None
 
 
-def _of_prefix(prefix: Prefix | None, name: str) -> list[tuple[KeysValues, Int[Array, "N P"], Int[Array, "N P"]]]:
-    """Returns the keys and values, positions and segments of stacked prefixes at a site; nothing if it has none."""
+def _of_prefix(
+    prefix: Prefix | None, name: str
+) -> list[tuple[KeysValues, Int[Array, "N P"], Int[Array, "N P"], Bool[Array, "N P"] | None]]:
+    """Returns keys and values, positions, segments and pins of stacked prefixes at a site; nothing if it has none."""
     pairs: Any = None if prefix is None else prefix.memory.get(name)
     if prefix is None or pairs is None or not _entries(pairs, -3):
         return []
     by_layer: KeysValues = jax.tree.map(lambda array: jnp.swapaxes(array, 0, 1), pairs)
     held = prefix.positions != NEVER
-    return [(by_layer, jnp.where(held, prefix.positions, 0), held.astype(jnp.int32))]
+    return [(by_layer, jnp.where(held, prefix.positions, 0), held.astype(jnp.int32), prefix.pinned)]
 
 
 def _entries(pairs: Any, axis: int) -> int:

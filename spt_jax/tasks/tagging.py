@@ -43,13 +43,14 @@ class Tagging(Task):
         return " ".join(_words(record, name, index)) if name == template.reads else field_text(record, name, index)
 
     def encode(self, encoder: RecordEncoder, record: Record, index: int) -> Example:
-        """Encodes the prompt; the head reads the last token of each word."""
+        """Encodes the prompt; the head reads a token of each word, the last or, with an encoder, the first."""
         template = encoder.template
         ids, spans = encoder.encode_read(record, index)
         tags = _words(record, template.label_field or "", index)
         words = _words(record, template.reads or "", index)
         try:
-            reads, classes = tag_reads(words, tags, list(template.verbalizers), spans)
+            names, causal = list(template.verbalizers), encoder.form.causal
+            reads, classes = tag_reads(words, tags, names, spans, causal=causal)
         except DataError as error:
             raise DataError(f"record {index + 1}: {error}") from error
         return Example(np.asarray(ids, np.int32), np.zeros(len(ids), bool), (), 0, index, reads=reads, classes=classes)

@@ -189,7 +189,7 @@ def _scaled_loss_and_gradient(
 
     def rows_loss(memory: Memory | None, virtual: VirtualPrompt, rows: Rows) -> tuple[Array, tuple[Array, Any]]:
         prefix = None if memory is None else Prefix(memory, *places)
-        scores = target_scores(model, virtual, prefix, rows, objective.scored_ids(rows))
+        scores = target_scores(model, virtual, prefix, rows, objective.scored_ids(rows), objective.teacher(rows))
         loss, weight = objective.loss(scores, rows)
         return loss, (weight, dict(objective.metrics(scores, rows)))
 

@@ -87,6 +87,11 @@ _GEMMA_4_31B = _sizes(
     262144, 5376, 21504, 60, 32, 16, head_dim=256, global_head_dim=512, num_global_key_value_heads=4,
     attention_k_eq_v=True, hidden_size_per_layer_input=0, **_TIED,
 )  # fmt: skip
+_DEBERTA_V3 = {
+    "relative_attention": True, "position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True,
+    "pos_att_type": "p2c|c2p", "max_relative_positions": -1, "position_biased_input": False, "type_vocab_size": 0,
+    "layer_norm_eps": 1e-7,
+}  # fmt: skip
 _QWEN35_9B = _sizes(
     248320, 4096, 12288, 32, 16, 4, head_dim=256, linear_num_key_heads=16, linear_num_value_heads=32,
     linear_key_head_dim=128, linear_value_head_dim=128, linear_conv_kernel_dim=4, model_type="qwen3_5_text", **_UNTIED,
@@ -302,6 +307,13 @@ PUBLISHED: Mapping[str, Published] = {
         stated=False,
     ),
     "bert-base-uncased": Published("bert", _bert(30522, 768, 3072, 12, 12, 512), 109_514_298, stated=False),
+    "deberta-v2-xlarge": Published(
+        "deberta-v2", _bert(128100, 1536, 6144, 24, 24, 512, conv_kernel_size=3, conv_act="gelu", **_DEBERTA_V3),
+        887_085_156, stated=False,
+    ),
+    "deberta-v3-base": Published(
+        "deberta-v2", _bert(128100, 768, 3072, 12, 12, 512, **_DEBERTA_V3), 184_551_780, stated=False,
+    ),
     "distilbert-base-uncased": Published(
         "distilbert", {"vocab_size": 30522, "dim": 768, "hidden_dim": 3072, "n_layers": 6, "n_heads": 12}, 66_985_530,
         stated=False,

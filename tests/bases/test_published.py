@@ -16,7 +16,7 @@ LARGE = 1 << 20
 # The axis that "tensor" splits: outputs of the maps into heads and hidden units, inputs of the maps out of them.
 COLUMNS = (
     r"(^output|(attention|delta_net|mamba)/(query|key|value|gate|beta|decay|step|key_up|value_up)/kernel"
-    r"|(mlp|shared)/(up|gate)/kernel|per_layer/(gate|projection)/kernel)$"
+    r"|(mlp|shared)/(up|gate)/kernel|per_layer/(gate|projection)/kernel|tap_\d/kernel)$"
 )
 ROWS = (
     r"(^embedding|(attention|delta_net|mamba)/output/kernel"

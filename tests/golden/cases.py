@@ -63,6 +63,7 @@ _TWICE = ["sliding_attention", "sliding_attention", "full_attention"] * 2
 # softmax, and the rounding errors of float32 on either side reach 1e-4 on some processors. A larger divisor of
 # the scores helps as well.
 NARROW = {"hidden_size": 16, "num_hidden_layers": 2}
+_OWN_TERMS = {"share_att_key": False, "norm_rel_ebd": "none"}
 # As Gemma 4 E2B: each layer has embeddings of its own, and the last two read the keys and values of layers 2 and 3.
 # With a smaller epsilon, norms of the few numbers of an embedding amplify the rounding errors of both sides.
 E2B = {
@@ -308,6 +309,19 @@ CASES = (
     _case("electra", "electra"),
     _case("electra one width", "electra", embedding_size=32),
     _case("albert", "albert"),
+    _case("deberta-v2", "deberta-v2"),
+    _case(
+        "deberta-v2 maps of their own, no buckets, learned positions",
+        "deberta-v2",
+        share_att_key=False,
+        position_buckets=-1,
+        norm_rel_ebd="none",
+        position_biased_input=True,
+        type_vocab_size=2,
+    ),
+    _case("deberta-v2 convolution", "deberta-v2", conv_kernel_size=3, conv_act="gelu"),
+    _case("deberta-v2 wide convolution", "deberta-v2", conv_kernel_size=5, num_hidden_layers=1, **_OWN_TERMS),
+    _case("deberta-v2 one term", "deberta-v2", share_att_key=False, pos_att_type=["p2c"], max_relative_positions=-1),
     _case("modernbert", "modernbert"),
     _case(
         "modernbert untied, biases, every second full",

@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy
 
 from spt_jax.bases.base import load_base
+from spt_jax.bases.families import ENCODER_DECODERS
 from spt_jax.bases.fingerprint import fingerprint_of
 from spt_jax.data.batches import pack, plan_batches
 from spt_jax.errors import CheckpointError, ConfigError, DataError
@@ -23,7 +24,8 @@ from spt_jax.prompts.virtual import VirtualPrompt
 from spt_jax.runtime.mesh_config import MeshConfig
 from spt_jax.runtime.sharding import make_mesh
 from spt_jax.testing import tiny_base, write_tiny_checkpoint
-from tests.encoder_decoders import START, choice, rows_of, text, words
+from tests.encoder_decoders import START, choice, logits_by_target, rows_of, text, words
+from tests.golden import encoder_decoders as golden
 
 P = 3
 
@@ -62,6 +64,21 @@ def test_buckets():
     assert found.tolist() == [0, 1, 7, 8, 8, 9, 14, 15, 15, 15, 17, 23, 24, 31]
     found = position_bucket(apart, bidirectional=False, buckets=32, max_distance=128)
     assert found.tolist() == [0, 1, 7, 8, 11, 12, 26, 31, 31, 31, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["t5 1.1", "umt5 tied", "bart", "mbart", "t5gemma", "t5gemma2"])
+def test_logits_equal_stored_ones_of_transformers(name):
+    """The other cases are compared with transformers itself, in tests/parity."""
+    family, overrides = golden.CASES[name]
+    base = tiny_base(family, seed=golden.SEED, **overrides)
+    rows = rows_of([text(golden.PROMPT, golden.TARGET)], packing=False)
+    found = golden.kept(logits_by_target(base, rows)[0, 0])
+    np.testing.assert_allclose(found, safetensors.numpy.load_file(golden.GOLDEN)[name], atol=1e-4, rtol=0)
+
+
+def test_every_case_is_stored():
+    assert set(safetensors.numpy.load_file(golden.GOLDEN)) == set(golden.CASES)
+    assert {family for family, _ in golden.CASES.values()} == set(ENCODER_DECODERS)
 
 
 def test_rows_of_one_and_of_several_examples_agree(base, examples):
@@ -167,7 +184,7 @@ def test_fingerprints_of_other_kinds_differ(base):
 
 def test_what_is_refused(base, tmp_path):
     directory = write_tiny_checkpoint(tmp_path, "t5")
-    with pytest.raises(ConfigError, match="attention 'splash' does not compute relative position biases"):
+    with pytest.raises(ConfigError, match="attention 'splash' is for decoders"):
         load_base(directory, attention="splash")
     with pytest.raises(ConfigError, match=r"mesh\.sequence > 1 does not work with encoder-decoders"):
         load_base(directory, mesh=make_mesh(MeshConfig(sequence=2)))

@@ -1,4 +1,7 @@
-"""Prefixes at the three attention sites of T5, against transformers' model with keys and values put before its own."""
+"""Prefixes at the three attention sites, against transformers' models with keys and values put before their own."""
+
+import collections
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +21,20 @@ from tests.parity.test_encoder_decoders import load_both
 pytestmark = pytest.mark.parity
 
 P = 4
-SITES = {"encoder": ("encoder", 0, "SelfAttention"), "self": ("decoder", 0, "SelfAttention")}
-SITES["cross"] = ("decoder", 1, "EncDecAttention")
+SITES = ("encoder", "self", "cross")
+
+
+def attention_of(model, site, layer):
+    """The attention module of a site in transformers' T5, BART or T5Gemma."""
+    side = model.get_decoder() if site in ("self", "cross") else model.get_encoder()
+    side = getattr(side, "text_model", side)
+    if hasattr(side, "block"):
+        part = side.block[layer].layer[1 if site == "cross" else 0]
+        return part.EncDecAttention if site == "cross" else part.SelfAttention
+    own = side.layers[layer]
+    if site == "cross" and model.config.model_type != "t5gemma2":  # It has one module for both sites of the decoder.
+        return own.cross_attn if hasattr(own, "cross_attn") else own.encoder_attn
+    return own.self_attn
 
 
 def random_prefix(base, sites):
@@ -33,43 +48,69 @@ def random_prefix(base, sites):
     return {site: KeysValues(array(groups[site]), array(groups[site])) for site in sites}
 
 
+def places_after_prefix(model, prompt, target):
+    """Positions after the prefix, for models with RoPE."""
+    if not hasattr(model.get_decoder(), "rotary_emb"):
+        return {}
+    ids, decoder_ids = (P + torch.arange(len(one))[None] for one in (prompt, target))
+    return {"position_ids": ids, "decoder_position_ids": decoder_ids}
+
+
 def put_before(monkeypatch, model, prefix):
     """Makes transformers' attention see the keys and values; returns them as tensors with gradients."""
-    from transformers.models.t5 import modeling_t5
-
-    tensors, by_module = {}, {}
+    modeling = importlib.import_module(type(model).__module__)
+    tensors, by_module = {}, collections.defaultdict(list)
     for site, pair in prefix.items():
-        side, place, name = SITES[site]
         tensors[site] = [torch.tensor(np.asarray(a), requires_grad=True) for a in (pair.keys, pair.values)]
-        for layer, block in enumerate(getattr(model, side).block):
+        first = attention_of(model, site, 0)
+        for layer in range(len(pair.keys)):
             keys, values = (a[layer].transpose(0, 1)[None] for a in tensors[site])
-            by_module[getattr(block.layer[place], name)] = keys, values, site, getattr(model, side).block[0]
-    plain = modeling_t5.eager_attention_forward
+            by_module[attention_of(model, site, layer)].append((keys, values, site, first))
+    plain = modeling.eager_attention_forward
 
-    def attention(module, query, key, value, mask, scaling=None, dropout=0.0, position_bias=None, **kwargs):
-        if module in by_module:
-            keys, values, site, first = by_module[module]
+    def reach(module, site):
+        """How many positions before a token its sliding window contains; None for all."""
+        window = None if site == "cross" else getattr(module, "sliding_window", None)
+        if window is None or site == "self":
+            return window and window - 1
+        return (window + 1) // 2 - 1 if model.config.model_type == "t5gemma2" else window
+
+    def attention(module, query, key, value, mask, position_bias=None, **kwargs):
+        for keys, values, site, first in by_module[module]:
             key, value = (torch.cat([own, a], 2) for own, a in ((keys, key), (values, value)))
-            count = query.shape[2]
+            count, before = query.shape[2], reach(module, site)
+            apart = torch.arange(count)[:, None] + P - torch.arange(P)[None]
+            if mask is None and before is not None:
+                mask = query.new_zeros((1, 1, count, key.shape[2] - P))
             if mask is not None:
-                mask = torch.cat([mask.new_zeros((*mask.shape[:2], mask.shape[2], P)), mask], -1)
-            before = position_bias.new_zeros((1, query.shape[1], count, P))
-            if site != "cross":
-                owner = first.layer[0].SelfAttention
-                apart = torch.arange(P)[None] - P - torch.arange(count)[:, None]
-                buckets = owner._relative_position_bucket(apart, site == "encoder", 8, 16)
-                before = owner.relative_attention_bias(buckets).permute(2, 0, 1)[None]
-            position_bias = torch.cat([before, position_bias], -1)
-        return plain(module, query, key, value, mask, scaling, dropout, position_bias, **kwargs)
+                seen = torch.where(apart <= (P + count if before is None else before), 0.0, -torch.inf)
+                mask = torch.cat([seen.expand(*mask.shape[:2], count, P), mask], -1)
+            if position_bias is not None:
+                own_bias = position_bias.new_zeros((1, query.shape[1], count, P))
+                if site != "cross":
+                    buckets = first._relative_position_bucket(-apart, site == "encoder", 8, 16)
+                    own_bias = first.relative_attention_bias(buckets).permute(2, 0, 1)[None]
+                position_bias = torch.cat([own_bias, position_bias], -1)
+        biased = {} if position_bias is None else {"position_bias": position_bias}
+        return plain(module, query, key, value, mask, **biased, **kwargs)
 
-    monkeypatch.setattr(modeling_t5, "eager_attention_forward", attention)
+    monkeypatch.setattr(modeling, "eager_attention_forward", attention)
     return tensors
 
 
-@pytest.mark.parametrize("sites", [("encoder",), ("self",), ("cross",), ("encoder", "self", "cross")], ids="+".join)
-def test_loss_and_gradient_of_prefixes(sites, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("variant", "sites"),
+    [
+        *(("t5", sites) for sites in (("encoder",), ("self",), ("cross",), SITES)),
+        ("bart", SITES),
+        ("mbart", ("self",)),
+        ("t5gemma", SITES),
+        ("t5gemma2", SITES),
+    ],
+)
+def test_loss_and_gradient_of_prefixes(variant, sites, tmp_path, monkeypatch):
     """Each site alone, the others without a prefix, and all three; rows of several examples."""
-    base, model = load_both(tmp_path, "t5")
+    base, model = load_both(tmp_path, variant)
     prefix = random_prefix(base, sites)
     pairs = [(words(20, 1), words(6, 2)), (words(5, 3), words(3, 4)), (words(11, 5), words(9, 6))]
     rows = rows_of([text(*pair, index) for index, pair in enumerate(pairs)], packing=True)
@@ -84,7 +125,10 @@ def test_loss_and_gradient_of_prefixes(sites, tmp_path, monkeypatch):
     tensors = put_before(monkeypatch, model, prefix)
     total = torch.zeros(())
     for ids, target in pairs:
-        found = model(input_ids=torch.tensor(ids[None]).long(), labels=torch.tensor(target[None]).long())
+        inputs = torch.tensor([[START, *target[:-1]]]).long()
+        labels = torch.tensor(target[None]).long()
+        places = places_after_prefix(model, ids, target)
+        found = model(input_ids=torch.tensor(ids[None]).long(), decoder_input_ids=inputs, labels=labels, **places)
         total = total + found.loss * len(target)
     theirs = total / sum(len(target) for _, target in pairs)
     theirs.backward()
@@ -94,9 +138,10 @@ def test_loss_and_gradient_of_prefixes(sites, tmp_path, monkeypatch):
             same_gradient(own, tensor.grad)
 
 
-def test_generation_after_prefixes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("variant", ["t5", "bart", "t5gemma", "t5gemma2"])
+def test_generation_after_prefixes(variant, tmp_path, monkeypatch):
     """Greedy ids are the likeliest ones under transformers' logits of all ids so far."""
-    base, model = load_both(tmp_path, "t5")
+    base, model = load_both(tmp_path, variant)
     prefix = random_prefix(base, SITES)
     prompts = [words(11, 1), words(5, 2)]
     ids = [np.concatenate([prompt, [START]]).astype(np.int32) for prompt in prompts]
@@ -105,6 +150,7 @@ def test_generation_after_prefixes(tmp_path, monkeypatch):
     put_before(monkeypatch, model, prefix)
     for prompt, ours in zip(prompts, answers, strict=True):
         inputs = torch.tensor([[START, *ours.ids[:-1]]]).long()
+        places = places_after_prefix(model, prompt, ours.ids)
         with torch.no_grad():
-            found = model(input_ids=torch.tensor(prompt[None]).long(), decoder_input_ids=inputs, use_cache=False)
+            found = model(torch.tensor(prompt[None]).long(), decoder_input_ids=inputs, use_cache=False, **places)
         assert list(ours.ids) == found.logits[0].argmax(-1).tolist()

@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 P = 3
 TEXT = "the question is it"
-FAMILIES = ("bert", "roberta", "modernbert")
+FAMILIES = ("bert", "roberta", "modernbert", "deberta-v2")
 
 
 def both(tmp_path, family, architecture="AutoModel"):
@@ -125,7 +125,7 @@ def test_peft_pools_a_virtual_token(tmp_path):
 
 
 @pytest.mark.parametrize("pooling", ["first", "mean"])
-@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "deberta-v2"])
 def test_loss_and_gradient_of_a_head(family, pooling, tmp_path):
     """Those of torch for rows among the embeddings and a linear head, with padding on torch's side."""
     base, model = both(tmp_path, family)

@@ -1,5 +1,7 @@
 """A server of an encoder-decoder answers as the library does without one, under prompts of all sites."""
 
+import json
+
 import jax
 import numpy as np
 import openai
@@ -7,8 +9,10 @@ import pytest
 from starlette.testclient import TestClient
 
 import spt_jax
+from spt_jax.bases.base import load_base
 from spt_jax.errors import ConfigError
 from spt_jax.evaluation.evaluate import make_evaluation_set, score
+from spt_jax.inference.answers import Generated
 from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.prompts import DeepPrompts, PrefixTuning, PromptTuning
 from spt_jax.serving.bank import PromptBank
@@ -17,13 +21,14 @@ from spt_jax.serving.requests import Request
 from spt_jax.serving.server import make_app
 from spt_jax.serving.service import Service
 from spt_jax.serving.worker import Worker
-from spt_jax.testing import tiny_base
+from spt_jax.testing import tiny_base, write_tiny_checkpoint
 
 CLASSES = {"good": "good", "bad": "a bad one"}
 TEXTS = ("a question", "the", "and one more")
 PROMPTS = {
     "tokens": (PromptTuning(length=3), "<soft>{text}", {}),
     "sites": (PrefixTuning(length=4), "a word: {text}", {}),
+    "pinned": (PrefixTuning(length=4, pin_prefix=True), "{text}", {}),
     "longer": (PrefixTuning(length=7), "{text}", {}),
     "encoder": (PrefixTuning(length=2, sites=("encoder",)), "{text}", {}),
     "cross": (PrefixTuning(length=2, sites=("cross",)), "{text}", {}),
@@ -59,7 +64,7 @@ def added(bank: PromptBank, folder, names) -> PromptBank:
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory) -> PromptBank:
     base = tiny_base("t5", seed=3)
-    return added(PromptBank(base), tmp_path_factory.mktemp("prompts"), PROMPTS)
+    return added(PromptBank(base), tmp_path_factory.mktemp("prompts"), [name for name in PROMPTS if name != "pinned"])
 
 
 @pytest.fixture(scope="module")
@@ -110,17 +115,38 @@ def test_a_mixture_is_answered_as_each_alone(bank, slots, names):
 
 def test_each_site_changes_the_answer(bank):
     """Otherwise the test above would pass with prompts that are not applied."""
-    found = {name: alone(bank, name, "the", SAMPLINGS[0])[1].log_probabilities[0] for name in PROMPTS if name != "head"}
+    found = {
+        name: alone(bank, name, "the", SAMPLINGS[0])[1].log_probabilities[0] for name in bank.names if name != "head"
+    }
     assert len({round(value, 4) for value in found.values()}) == len(found)
 
 
-def test_layers_with_biases_of_their_own(tmp_path):
-    bank = added(PromptBank(tiny_base("umt5", seed=3)), tmp_path, ["sites"])
-    request = Request(bank.request_ids("sites", {"text": TEXTS[2]}), "sites", SamplingConfig(max_new_tokens=20))
+def answered(base, folder, name) -> Generated:
+    """Checks that a server answers as the library does, and returns the answer."""
+    bank = added(PromptBank(base), folder, [name])
+    sampling = SamplingConfig(max_new_tokens=20)
+    request = Request(bank.request_ids(name, {"text": TEXTS[2]}), name, sampling, alternatives=3)
     (ours,) = Engine(bank, slots=1, context=96).generate([request])
-    _, theirs = alone(bank, "sites", TEXTS[2], request.sampling)
+    _, theirs = alone(bank, name, TEXTS[2], sampling)
     assert ours.ids == theirs.ids
     np.testing.assert_allclose(ours.log_probabilities, theirs.log_probabilities, atol=1e-4)
+    return ours
+
+
+def test_layers_with_biases_of_their_own(tmp_path):
+    answered(tiny_base("umt5", seed=3), tmp_path, "sites")
+
+
+def test_learned_positions_and_a_forced_token(tmp_path):
+    """Positions count from 0 after a prefix; the first token is forced, so that it is certain and has no others."""
+    write_tiny_checkpoint(tmp_path / "base", "bart", seed=3)
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"forced_bos_token_id": 17}))
+    found = answered(load_base(str(tmp_path / "base"), dtype="float32"), tmp_path, "sites")
+    assert found.ids[0] == 17 and found.alternatives[0] == {17: 0.0} and len(found.alternatives[1]) == 3
+
+
+def test_a_pinned_prefix_is_seen_from_beyond_the_window(tmp_path):
+    answered(tiny_base("t5gemma", seed=3), tmp_path, "pinned")
 
 
 def test_ids_without_the_decoder_s_first_are_refused(bank):

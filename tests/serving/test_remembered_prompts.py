@@ -12,7 +12,9 @@ SYSTEM = "Answer the question in the world.\n"
 @pytest.fixture(scope="module")
 def remembered(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("remembered")
-    spt_jax.remember(base, TEXT, progress=False).save(folder / "text")
+    text = spt_jax.remember(base, TEXT, progress=False)
+    text.save(folder / "text")
+    spt_jax.compose([text, text], skip=1).save(folder / "twice")
     spt_jax.remember(base, SYSTEM, chat_system=True, progress=False).save(folder / "system")
     with serving(base, folder) as server:
         yield server
@@ -49,6 +51,14 @@ def test_a_chat_continues_the_system_turn(remembered):
         without = answer(remembered, path, model="tiny", messages=chat)
         texts = [found["choices"][0]["message"]["content"] for found in (own, whole, without)]
         assert texts[0] == texts[1] != texts[2]
+
+
+def test_composed_texts_are_served(remembered, base):
+    """The answer is that of the prompt without a server."""
+    text = spt_jax.remember(base, TEXT, progress=False)
+    expected = spt_jax.compose([text, text], skip=1).generate(["ld and"], max_new_tokens=12)
+    own = answer(remembered, "/v1/completions", model="twice", prompt="ld and")
+    assert [own["choices"][0]["text"]] == expected
 
 
 def test_a_second_system_turn_is_refused(remembered):

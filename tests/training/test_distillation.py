@@ -89,12 +89,12 @@ def layout_of(file, k, temperature, packing=True, shared=True, microbatches=1, a
     return jax.device_get(_gradient(objective, base.model, params, place_batch(batch, base.mesh), microbatches))
 
 
-@pytest.mark.parametrize(("k", "temperature"), [(5, 2.0), (VOCAB, 1.0)])
+@pytest.mark.parametrize(("k", "temperature"), [(5, 2.0), (VOCAB, 1.0), (0, 1.0)])
 def test_loss_is_that_of_whole_distributions(file, k, temperature):
     base, examples = base_of(), random_examples("spans", 6)
     pairs = distributions(base, examples, text_ids(base, TEXT), tokens(base))
     loss, _, weight, _ = layout_of(file, k, temperature)
-    np.testing.assert_allclose(loss, expected_loss(*pairs, k, temperature), rtol=2e-5)
+    np.testing.assert_allclose(loss, expected_loss(*pairs, k or VOCAB, temperature), rtol=2e-5)
     assert weight == sum(example.predicted.sum() for example in examples)
 
 
@@ -121,10 +121,10 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_every_layout_has_the_same_loss_and_gradient(file, layout):
-    loss, gradient, weight, _ = layout_of(file, 5, 2.0)
-    theirs = layout_of(file, 5, 2.0, **layout)
+@pytest.mark.parametrize(("k", "layout"), [*((5, layout) for layout in LAYOUTS), (0, LAYOUTS[1])], ids=str)
+def test_every_layout_has_the_same_loss_and_gradient(file, k, layout):
+    loss, gradient, weight, _ = layout_of(file, k, 2.0)
+    theirs = layout_of(file, k, 2.0, **layout)
     np.testing.assert_allclose(theirs[0], loss, rtol=1e-5)
     np.testing.assert_allclose(theirs[1]["tokens"], gradient["tokens"], atol=1e-5 * np.abs(gradient["tokens"]).max())
     assert theirs[2] == weight
@@ -183,7 +183,7 @@ def test_the_text_comes_first_and_has_the_only_bos():
 @pytest.mark.parametrize(
     ("make", "problem"),
     [
-        (lambda file: Distillation(text=file, top_k=0), "top_k is 0; it must be at least 1"),
+        (lambda file: Distillation(text=file, top_k=-1), "top_k is -1; it must be at least 0"),
         (lambda file: Distillation(text=file, temperature=0.0), "temperature is 0.0; it must be positive"),
         (lambda file: Distillation(text=""), "loss.text is empty"),
         (lambda file: Distillation(text=file, answer_tokens=-1), "answer_tokens is -1"),

@@ -1,9 +1,11 @@
 """Families of bases: one file each, registered here."""
 
 from spt_jax.bases.families.arcee import Arcee
+from spt_jax.bases.families.bart import Bart, MBart
 from spt_jax.bases.families.bert import Albert, Bert, DistilBert, Electra, Roberta, XlmRoberta
 from spt_jax.bases.families.bloom import Bloom
 from spt_jax.bases.families.cohere import Cohere, Cohere2
+from spt_jax.bases.families.deberta import DebertaV2
 from spt_jax.bases.families.deepseek import DeepseekV2, DeepseekV3
 from spt_jax.bases.families.exaone import Exaone4
 from spt_jax.bases.families.falcon import Falcon
@@ -41,6 +43,7 @@ from spt_jax.bases.families.smollm import SmolLM3
 from spt_jax.bases.families.stablelm import StableLm
 from spt_jax.bases.families.starcoder2 import Starcoder2
 from spt_jax.bases.families.t5 import MT5, T5, UMT5
+from spt_jax.bases.families.t5gemma import T5Gemma, T5Gemma2
 from spt_jax.errors import ConfigError
 
 __all__ = ["ENCODER_DECODERS", "FAMILIES", "EncoderDecoderFamily", "Family", "Origin", "Part", "family_of"]
@@ -52,6 +55,7 @@ _REGISTERED: tuple[Family, ...] = (
     Bloom(),
     Cohere(),
     Cohere2(),
+    DebertaV2(),
     DeepseekV2(),
     DeepseekV3(),
     DistilBert(),
@@ -114,7 +118,8 @@ _REGISTERED: tuple[Family, ...] = (
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _REGISTERED}
 # Those with an encoder and a decoder.
-ENCODER_DECODERS: dict[str, EncoderDecoderFamily] = {family.model_type: family for family in (MT5(), T5(), UMT5())}
+_BOTH_SIDES: tuple[EncoderDecoderFamily, ...] = (Bart(), MBart(), MT5(), T5(), T5Gemma(), T5Gemma2(), UMT5())
+ENCODER_DECODERS: dict[str, EncoderDecoderFamily] = {family.model_type: family for family in _BOTH_SIDES}
 
 
 def family_of(model_type: str) -> Family | EncoderDecoderFamily:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from spt_jax.bases.families.encoder import EncoderLike, linear_maps, output_head
-from spt_jax.bases.families.family import Origin, Part, activation
+from spt_jax.bases.families.family import Origin, Part, activation, by_stack
 from spt_jax.bases.families.gpt import gpt_config, norms
 from spt_jax.errors import ConfigError
 from spt_jax.models.config import DecoderConfig
@@ -91,33 +91,37 @@ class Bert(EncoderLike):
         del hf
         return {}
 
-    def origins(self, config: DecoderConfig) -> Mapping[str, Origin]:
+    def layer_origins(self, config: DecoderConfig) -> Mapping[str, Origin]:
+        """Returns where the parameters of a layer are stored, by their paths in the layer.
+
+        Args:
+          config: of the layer.
+        """
         layer, names = self.prefix + self.layer, self.modules
         layers = tuple(range(config.layers)) if self.shared_layers else None
         maps = [
-            ("layers/attention/query", layer + names.query),
-            ("layers/attention/key", layer + names.key),
-            ("layers/attention/value", layer + names.value),
-            ("layers/attention/output", layer + names.output),
-            ("layers/mlp/up", layer + names.up),
-            ("layers/mlp/down", layer + names.down),
+            ("attention/query", layer + names.query),
+            ("attention/key", layer + names.key),
+            ("attention/value", layer + names.value),
+            ("attention/output", layer + names.output),
+            ("mlp/up", layer + names.up),
+            ("mlp/down", layer + names.down),
         ]
-        of_layer = norms(
-            config,
-            [
-                ("layers/attention_sum_norm", layer + names.attention_norm),
-                ("layers/mlp_sum_norm", layer + names.mlp_norm),
-            ],
-        )
+        normed = [("attention_sum_norm", layer + names.attention_norm), ("mlp_sum_norm", layer + names.mlp_norm)]
+        return {
+            **linear_maps(maps, layers),
+            **{path: dataclasses.replace(origin, layers=layers) for path, origin in norms(config, normed).items()},
+        }
+
+    def origins(self, config: DecoderConfig) -> Mapping[str, Origin | tuple[Origin, ...]]:
         embeddings = f"{self.prefix}embeddings."
         first, last = self.first_position, self.first_position + config.max_positions
         used = Part(0, first, last) if first else None
-        found = {
+        found: dict[str, Origin | tuple[Origin, ...]] = {
             "embedding": Origin(embeddings + "word_embeddings.weight"),
             "positions": Origin(embeddings + "position_embeddings.weight", take=used),
             **norms(config, [("embedding_norm", embeddings + "LayerNorm")]),
-            **linear_maps(maps, layers),
-            **{path: dataclasses.replace(origin, layers=layers) for path, origin in of_layer.items()},
+            **by_stack(config, self.layer_origins),
             **self.head_origins(config),
         }
         if config.token_types:

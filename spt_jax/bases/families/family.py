@@ -1,7 +1,7 @@
 """What a family of bases is: how its config and its tensors' names map to a `DecoderConfig` and our parameters."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -162,10 +162,25 @@ class EncoderDecoderFamily(Protocol):
           max_length: the longest sequence of the run.
 
         Returns:
-          The config. Whether its output matrix is tied is decided again by the tensors in the files.
+          The config.
 
         Raises:
           ConfigError: for an option that `EncoderDecoder` does not have.
+        """
+        ...
+
+    def stored(self, config: EncoderDecoderConfig, names: Collection[str]) -> EncoderDecoderConfig:
+        """Returns the config with what only the tensors in the files tell.
+
+        Args:
+          config: the result of `config`.
+          names: the names of all stored tensors.
+
+        Returns:
+          The config.
+
+        Raises:
+          ConfigError: the files hold a part that `EncoderDecoder` does not have.
         """
         ...
 

@@ -1,6 +1,7 @@
 """T5 and its variants."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 from spt_jax.bases.families.family import OUTPUT_KEY, Origin, activation
@@ -97,6 +98,14 @@ class T5:
         else:
             found[f"{side}/layers/relative_bias"] = Origin(table, layers=layers)
         return found
+
+    def stored(self, config: EncoderDecoderConfig, names: Collection[str]) -> EncoderDecoderConfig:
+        """Returns the config with an output matrix of its own if the files hold one.
+
+        `tie_word_embeddings` does not tell: transformers sets it for all T5 models, and original files have it false
+        where they mean that hidden states are not scaled.
+        """
+        return dataclasses.replace(config, tied=OUTPUT_KEY not in names)
 
     def canonical(self, name: str, config: EncoderDecoderConfig) -> str | None:
         """Leaves out copies of the embedding table and a table of biases that no layer reads."""

@@ -11,7 +11,7 @@ from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import Rows
 from spt_jax.data.examples import Example
 from spt_jax.errors import ConfigError
-from spt_jax.models.model import TargetScores
+from spt_jax.models.model import TargetScores, TeacherStates
 
 Loss = tuple[Float[Array, ""], Float[Array, ""]]
 
@@ -69,6 +69,15 @@ class Objective:
           rows: the rows of a batch.
         """
         return rows.target_ids[:, :, None]
+
+    def teacher(self, rows: Rows) -> TeacherStates | None:
+        """Returns the hidden states of a teacher at each target, for `TargetScores.divergences`; None if there is none.
+
+        Args:
+          rows: the rows of a batch.
+        """
+        del rows
+        return None
 
     def loss(self, scores: TargetScores, rows: Rows) -> Loss:
         """Returns the weighted sum of the losses of some rows, and the sum of the weights. Differentiable.
