@@ -26,7 +26,7 @@ from spt_jax.data.sequences import form_of
 from spt_jax.data.task import TASKS
 from spt_jax.data.tokenization import tokenization_of
 from spt_jax.errors import CheckpointError, ConfigError
-from spt_jax.interop.peft_decoder_prefixes import from_stored
+from spt_jax.interop.peft_decoder_prefixes import check_family, from_stored
 from spt_jax.models.encoder_decoder_model import EncoderDecoderModel
 from spt_jax.models.layout import SELF, Group
 from spt_jax.models.linen_model import host_table
@@ -134,6 +134,7 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
     parts = _count(config, "num_transformer_submodules", where, 2, default=1)
     if base.layout.encodes:
         if kind == DECODER_TYPE:
+            check_family(base)
             return _import_decoder_prefix(path, config, length, parts, base)
         return _import_encoder_rows(path, kind, length, parts, base)
     if parts != 1:

@@ -8,7 +8,27 @@ different ones. With an even L, half of what is stored is never used, and layers
 import numpy as np
 from jaxtyping import Float
 
+from spt_jax.bases.base import FrozenBase
 from spt_jax.errors import ConfigError
+
+# The families for which a prefix moves tokens in PEFT as it does here. BART's positions count the prefix in PEFT only.
+FAMILIES = ("t5", "mt5", "umt5")
+
+
+def check_family(base: FrozenBase) -> None:
+    """Checks that a prefix of the decoder's self-attention is the same function in PEFT as here.
+
+    Args:
+      base: an encoder-decoder.
+
+    Raises:
+      ConfigError: it is not, or not known to be.
+    """
+    if base.family not in FAMILIES:
+        raise ConfigError(
+            f"prefixes of {base.name} ({base.family}) are not exchanged with PEFT, which may give its tokens other"
+            f" positions after a prefix; those of {', '.join(FAMILIES)} are"
+        )
 
 
 def used_layers(stored: int, layers: int) -> list[int]:

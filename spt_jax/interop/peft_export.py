@@ -30,7 +30,7 @@ from spt_jax.interop.peft import (
     plain_group,
     template_front,
 )
-from spt_jax.interop.peft_decoder_prefixes import to_stored
+from spt_jax.interop.peft_decoder_prefixes import check_family, to_stored
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.encoder_decoder_model import EncoderDecoderModel
 from spt_jax.models.layout import SELF, Group
@@ -121,6 +121,8 @@ def check_exportable(base: FrozenBase, method: Method, template: Template, virtu
         raise ConfigError(f"PEFT has no prompts with this combination of parts: {', '.join(parts)}")
     if virtual.prefix is not None:
         group = prefix_group(base)
+        if base.layout.encodes:
+            check_family(base)
         if base.layout.encodes and _only_shapes(virtual) and len(group.layers) % 2 == 0:
             raise ConfigError(
                 f"PEFT gives layers {len(group.layers) // 2} apart of this decoder the same keys and values of a prefix"

@@ -12,10 +12,12 @@ from spt_jax.data.templates import Template
 from spt_jax.errors import ConfigError
 from spt_jax.inference.forward import encode_prefix, target_scores
 from spt_jax.interop import export_peft, import_peft
+from spt_jax.interop.peft_decoder_prefixes import check_family
 from spt_jax.interop.peft_export import peft_note
 from spt_jax.prompts import PrefixTuning, VirtualPrompt
 from spt_jax.prompts.storage import load_prompt, save_prompt
 from spt_jax.prompts.virtual import VirtualPrefix
+from spt_jax.testing import tiny_base
 from tests.encoder_decoders import rows_of, text, words
 from tests.parity.test_encoder_decoder_peft import loss_in_peft
 from tests.parity.test_encoder_decoder_prefix import random_prefix
@@ -95,6 +97,8 @@ def test_what_is_refused_says_why(tmp_path):
     with pytest.raises(ConfigError, match="layers 1 apart of a decoder with 2 layers the same keys and values"):
         export_peft(tmp_path / "out", saved, base)
     assert "cannot be exported to PEFT: PEFT gives layers 1 apart" in peft_note(base, method, TEMPLATE)
+    with pytest.raises(ConfigError, match="may give its tokens other positions"):
+        check_family(tiny_base("bart"))
     model.peft_config["default"].num_transformer_submodules = 1
     model.save_pretrained(tmp_path / "theirs")
     with pytest.raises(ConfigError, match="num_transformer_submodules is 1; a prefix of an encoder-decoder has 2"):
