@@ -62,13 +62,15 @@ def lower_step(
     compiler_options: Any = None,
     quantize: str | None = None,
 ) -> Any:
-    """Lowers a step with Adam: prefix tuning if the shape has a prefix, else prompt tuning of its leading ids.
+    """Lowers a step with Adam: prefix tuning if the shape has a prefix, else prompt tuning.
+
+    The virtual tokens are the leading ids; without any, there is one, which may be in the rows.
 
     `quantize` is as for `load_base`.
     """
     mesh = mesh or make_mesh()
-    method: Method = PromptTuning(length=shape.lead)
-    own: dict[str, Shape] = {"tokens": Shape((shape.lead, config.width), jnp.float32)}
+    method: Method = PromptTuning(length=shape.lead or 1)
+    own: dict[str, Shape] = {"tokens": Shape((shape.lead or 1, config.width), jnp.float32)}
     if shape.prefix:
         method = PrefixTuning(length=shape.prefix)
         free = Shape((2, config.layers, shape.prefix, config.kv_heads, config.head_size), jnp.float32)

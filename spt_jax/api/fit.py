@@ -202,6 +202,11 @@ def fit(
                     f"template.virtual_tokens is {template.virtual_tokens}, but {tuned!r} has {tuned.token_count};"
                     " leave it out"
                 )
+            new_tokens = experiment.template.new_tokens
+            if template.new_tokens not in ((), new_tokens):
+                raise ConfigError(
+                    f"template.new_tokens is {template.new_tokens}, but the method has {new_tokens}; leave it out"
+                )
             prepared = prepare(experiment, transformation)
             asked = None
             if experiment.validation is not None:

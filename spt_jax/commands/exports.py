@@ -51,6 +51,7 @@ from spt_jax.training.config import TrainConfig
 from spt_jax.training.halving import Halving, fit_population
 from spt_jax.training.loop import Standing
 from spt_jax.training.objectives import (
+    ClassDistillation,
     CrossEntropy,
     Distillation,
     Dpo,
@@ -72,6 +73,7 @@ __all__ = [
     "Batch",
     "Callback",
     "CheckpointError",
+    "ClassDistillation",
     "ConfigError",
     "ContextPromptTuning",
     "CrossEntropy",

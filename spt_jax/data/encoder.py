@@ -67,19 +67,22 @@ class Encoder:
         self._task = task_of(template)
         self.max_length = max_length
         self.shots = shots
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
         is_chat = template.chat or template.is_conversation
         self._chat = ChatTemplate(tokenizer)
         self._turns = functools.partial(template_turns, template, shots)
         self._around = functools.partial(around_chat, template, tokenizer.bos_token_id)
-        opening = {"adds_bos": not is_chat, "bos_id": self.form.bos_id}
+        opening = {"adds_bos": not is_chat, "bos_id": self.form.bos_id, "new_tokens": template.new_tokens}
         self._pieces = PieceEncoder(tokenizer, vocab_size, template.virtual_tokens, **opening)
-        self._opens = not template.continues
+        self._virtual, self._opens = (template.virtual_tokens, len(template.new_tokens)), not template.continues
         self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         check_turns(template, tokenizer, shots, self._task.has_head)
         written = parse(self.form.marked(template.prompt))
-        front = self._rendered(self._turns(None)) if template.chat else with_shots(template, shots, written, self._ids)
+        front = (
+            self._rendered(self._turns(None))
+            if template.chat
+            else with_shots(template, shots, written, self._ids, self.form.answer_mask)
+        )
         self._prompt: list[Piece | int] = [*front, *self.form.closing]
         if self.form.encodes:
             self._prompt = separated(self._prompt, self.form.pairs)
@@ -103,7 +106,7 @@ class Encoder:
         """
         example = self._encode(record, index)
         try:
-            check_ids(self._tokenizer, example.ids, self._vocab_size, self.template.virtual_tokens)
+            check_ids(self._tokenizer, example.ids, self._vocab_size, *self._virtual)
         except DataError as error:
             raise DataError(f"record {index + 1}: {error}") from error
         if example.length <= self.max_length:
@@ -198,7 +201,7 @@ class Encoder:
         else:
             names = [piece.name for piece in self._prompt if isinstance(piece, Field)]
             ids = self._ids(*self._filled(self._fields(record, names, 0)), opens=self._opens)
-        check_ids(self._tokenizer, ids, self._vocab_size, self.template.virtual_tokens)
+        check_ids(self._tokenizer, ids, self._vocab_size, *self._virtual)
         return np.asarray(ids, np.int32)
 
     def up_to_answer(self, record: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,7 +33,14 @@ class PieceEncoder:
     """Encodes pieces with one tokenizer. Adjacent text and fields are encoded as one text."""
 
     def __init__(
-        self, tokenizer: Tokenizer, vocab_size: int, virtual_tokens: int, *, adds_bos: bool, bos_id: int | None = None
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        virtual_tokens: int,
+        *,
+        adds_bos: bool,
+        bos_id: int | None = None,
+        new_tokens: Sequence[str] = (),
     ):
         """Args:
         tokenizer: the base's tokenizer.
@@ -41,12 +49,16 @@ class PieceEncoder:
         adds_bos: whether BOS goes first in a sequence that has no `Bos` piece, if the tokenizer itself adds one. False
           for chats, which have BOS only where the chat template writes it.
         bos_id: the token that opens a sequence; default the tokenizer's BOS.
+        new_tokens: names in literal text that stand for the ids after those of the virtual tokens.
         """
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._virtual_tokens = virtual_tokens
         self._tokenization = tokenization_of(tokenizer)
         self._split = functools.lru_cache(maxsize=64)(ControlTokens(tokenizer).split)  # the same text in every record
+        self._new = {name: vocab_size + virtual_tokens + i for i, name in enumerate(new_tokens)}
+        longest_first = sorted(self._new, key=len, reverse=True)
+        self._new_name = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if self._new else None
         self._bos_id = tokenizer.bos_token_id if bos_id is None else bos_id
         self._adds_bos = adds_bos and tokenizer_adds_bos(tokenizer, self._bos_id)
 
@@ -80,12 +92,16 @@ class PieceEncoder:
         return [bos, *ids], [(0, 0), *spans], [cut + 1 for cut in cuts]
 
     def split_controls(self, pieces: Sequence[Piece | int]) -> Iterator[Piece | int]:
-        """Splits literal text at the tokenizer's control tokens, which become ids."""
+        """Splits literal text at the tokenizer's control tokens and at new tokens, which become ids."""
         for piece in pieces:
-            if isinstance(piece, Text):
-                yield from (Text(part) if isinstance(part, str) else part for part in self._split(piece.text))
-            else:
+            if not isinstance(piece, Text):
                 yield piece
+                continue
+            for part in [piece.text] if self._new_name is None else self._new_name.split(piece.text):
+                if part in self._new:
+                    yield self._new[part]
+                else:
+                    yield from (Text(own) if isinstance(own, str) else own for own in self._split(part))
 
     def _run(
         self, pieces: Sequence[Piece | int], fields: Mapping[Any, str], at_start: bool, field: str | None

@@ -10,12 +10,12 @@ from jaxtyping import Int
 from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.data.examples import Example
 from spt_jax.data.pairs import SEPARATOR, PairForm, pair_form
+from spt_jax.data.shots import MASK
 from spt_jax.data.templates import Template
 from spt_jax.data.tokenization import adds_bos
 from spt_jax.errors import ConfigError
 from spt_jax.models.layout import Layout
 
-MASK = "<mask>"
 # The mean length over the greatest one, above which examples are of nearly equal length.
 NEARLY_EQUAL = 0.8
 
@@ -56,6 +56,11 @@ class SequenceForm:
     def encodes(self) -> bool:
         """Whether an encoder reads the prompt."""
         return self.decodes or not self.causal
+
+    @property
+    def answer_mask(self) -> str | None:
+        """The name of the mask token that an answer replaces; None if answers follow the prompt."""
+        return None if self.causal or self.mask is None else self.mask[0]
 
     @property
     def pooled(self) -> bool:
@@ -181,7 +186,7 @@ def form_of(tokenizer: Tokenizer, layout: Layout | None) -> SequenceForm:
 
 
 def packing_saves(examples: Sequence[Example], layout: Layout) -> bool:
-    """Returns whether rows of several examples save time in training.
+    """Returns whether rows of several examples save time.
 
     Attention costs the square of a row's length, and a base that shares no leading tokens has the virtual tokens in
     every example: if all examples are nearly as long as the longest, padding each costs less.

@@ -7,6 +7,8 @@ from spt_jax.data.templates import Bos, Field, Piece, Plain, Template, Text, par
 from spt_jax.data.values import field_text
 from spt_jax.errors import DataError, did_you_mean
 
+# The mask token in a prompt, whatever the tokenizer calls it.
+MASK = "<mask>"
 # Follows each solved example of a few-shot prompt, and so also ends a generated answer.
 SEPARATOR = "\n\n"
 
@@ -38,6 +40,7 @@ def with_shots(
     shots: Sequence[Mapping[str, Any]],
     prompt: Sequence[Piece],
     ids_of: Callable[..., list[int]],
+    mask: str | None = None,
 ) -> list[Piece | int]:
     """Returns the pieces of a prompt after those of solved examples, whose targets are encoded separately.
 
@@ -46,14 +49,18 @@ def with_shots(
       shots: the records of the solved examples.
       prompt: the pieces of the prompt.
       ids_of: encodes pieces, given the fields and whether they open a sequence.
+      mask: the name of the mask token that answers replace; None if they follow the prompt.
 
     Raises:
       DataError: a field of a record is missing, or its label has no verbalizer.
     """
     pieces: list[Piece | int] = []
     for record in shots:
-        question = [piece for piece in solved(template, record, template.prompt) if piece != Bos()]
-        answer = ids_of(solved(template, record, template.target), {}, opens=False)
+        prompt_side = template.prompt
+        if mask is not None:
+            prompt_side = prompt_side.replace(MASK, template.target).replace(mask, template.target)
+        question = [piece for piece in solved(template, record, prompt_side) if piece != Bos()]
+        answer = [] if mask is not None else ids_of(solved(template, record, template.target), {}, opens=False)
         pieces += [*question, *answer, Text(SEPARATOR)]
     front = 1 if prompt[:1] == [Bos()] else 0
     return [*prompt[:front], *pieces, *prompt[front:]]

@@ -180,6 +180,8 @@ class Template:
       reads: the prompt field that a tagging or span head reads.
       chat: whether to render prompt and target as a user and an assistant turn with the tokenizer's chat template.
       system: the system turn of such a chat.
+      new_tokens: tokens that the vocabulary lacks, by name. Where the prompt names one, it has the id `vocab_size +
+        virtual_tokens + i`, for the i-th of them; in records, the names are plain text.
       continues: whether the prefix of the soft prompt holds text that the prompt continues, such as one that
         `spt_jax.remember` encoded: there is no BOS and no dummy space before it. The prefix of a chat ends inside its
         system turn, and `system` is the rest of that turn, for {messages} too.
@@ -199,6 +201,7 @@ class Template:
     chat: bool = False
     system: str | None = None
     continues: bool = False
+    new_tokens: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         placed = virtual_length(self.prompt)
@@ -211,6 +214,7 @@ class Template:
         for name, text in (("target", self.target), ("rejected", self.rejected)):
             if any(isinstance(piece, Virtual) for piece in parse(text)):
                 raise ConfigError(f"{name} {text!r}: virtual tokens belong to the prompt")
+        self._check_new_tokens()
         if self.verbalizers and self.label_field is None:
             raise ConfigError(
                 f"target {self.target!r}: with verbalizers, the target needs exactly one field, the label"
@@ -230,6 +234,21 @@ class Template:
             )
         if not self.target and not self.is_conversation and not TEMPLATE_TASKS[self.head].judged:
             raise ConfigError('the target is empty: set what the model should learn to generate, such as "{label}"')
+
+    def _check_new_tokens(self) -> None:
+        if self.new_tokens and (self.chat or self.is_conversation):
+            raise ConfigError("new tokens are names in the prompt's own text, which a chat template would change")
+        for name in self.new_tokens:
+            if not name.strip() or _MARKUP.search(name):
+                raise ConfigError(
+                    f"the new token {name!r:.200} must have text other than blanks, and no {{, }} or <soft>"
+                )
+            if name in self.target or name in self.rejected:
+                raise ConfigError(f"target {self.target!r}: the base cannot generate the new token {name!r}")
+            if name not in self.prompt:
+                raise ConfigError(
+                    f"template {self.prompt!r} does not have the new token {name!r}; put it in the prompt"
+                )
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -254,7 +273,7 @@ class Template:
         return Field(MESSAGES) in parse(self.prompt)
 
     def bare(self, prompt: str | None = None) -> "Template":
-        """Returns the template without virtual tokens and head, with `prompt` in place of its own prompt if given.
+        """Returns the template without virtual and new tokens and head, with `prompt` in place of its own if given.
 
         Without its head, the task is text or classification by verbalizers. Without its prefix, it continues nothing.
 
@@ -263,7 +282,7 @@ class Template:
         """
         prompt = without_virtual(self.prompt if prompt is None else prompt)
         truncate = self.truncate if Field(self.truncate or "") in parse(prompt) else None
-        changes: dict[str, Any] = {"task": None, "tasks": ()}
+        changes: dict[str, Any] = {"task": None, "tasks": (), "new_tokens": ()}
         if TEMPLATE_TASKS[self.head].has_head:
             changes |= {"head": TEXT, "reads": None}
         if self.continues:

@@ -158,7 +158,13 @@ def tokenization_of(tokenizer: Tokenizer) -> Tokenization:
     return Tokenization(tokenizer)
 
 
-def check_ids(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, vocab_size: int, virtual_tokens: int = 0) -> None:
+def check_ids(
+    tokenizer: Tokenizer,
+    ids: Sequence[int] | np.ndarray,
+    vocab_size: int,
+    virtual_tokens: int = 0,
+    new_tokens: int = 0,
+) -> None:
     """Checks that the model has an embedding for each id; a padding token that was added later may not have one.
 
     Args:
@@ -166,12 +172,14 @@ def check_ids(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, vocab_size:
       ids: the ids of a text or an example.
       vocab_size: the number of rows of the embedding table; virtual token i has the id `vocab_size + i`.
       virtual_tokens: the number of virtual tokens among the ids, which must be in order.
+      new_tokens: the number of new tokens, whose ids follow those of the virtual ones, and may occur anywhere.
 
     Raises:
       DataError: another id is `vocab_size` or above.
     """
     array = np.asarray(ids)
-    beyond = array[array >= vocab_size].tolist()
+    first = vocab_size + virtual_tokens
+    beyond = array[(array >= vocab_size) & ~((array >= first) & (array < first + new_tokens))].tolist()
     for number, id_ in enumerate(beyond):
         if number >= virtual_tokens or id_ != vocab_size + number:
             raise DataError(

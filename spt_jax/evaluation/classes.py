@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from spt_jax.evaluation import metrics
 from spt_jax.evaluation.predictions import Prediction
@@ -54,3 +55,22 @@ def class_scores(counts: np.ndarray, classes: Sequence[str]) -> dict[str, Mappin
 def _flat(predictions: Sequence[Prediction], field: str) -> list[Any]:
     values = [own[field] for own in predictions]
     return [tag for own in values for tag in own] if isinstance(values[0], list) else values
+
+
+def class_agreement(scores: Float[np.ndarray, "N C"], others: Float[np.ndarray, "N C"]) -> dict[str, float]:
+    """Compares the distributions over the classes of two classifiers.
+
+    Args:
+      scores: the log-probability of each class of each record, up to a constant of the record.
+      others: those that they are compared with.
+
+    Returns:
+      "class_agreement", the share of records with the same most probable class, and "class_kl", the mean over the
+      records of KL(p || q) in nats, where p and q are the softmax of `others` and of `scores`.
+    """
+    both = (own.astype(np.float64) for own in (others, scores))
+    log_p, log_q = (own - np.logaddexp.reduce(own, axis=-1, keepdims=True) for own in both)
+    return {
+        "class_agreement": float(np.mean(scores.argmax(-1) == others.argmax(-1))),
+        "class_kl": float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1))),
+    }

@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import multiples, plan_batches
+from spt_jax.data.sequences import packing_saves
 from spt_jax.data.task import task_of
 from spt_jax.errors import ConfigError
 from spt_jax.evaluation.evaluate import Evaluation, EvaluationSet, from_scores, score
@@ -51,7 +52,7 @@ def score_together(
         examples,
         lead=[data.plan.lead_ids.shape[-1] for data in sets],
         batch_size=sets[0].config.batch_size,
-        packing=base.layout.packs,
+        packing=packing_saves(examples, base.layout),
         **multiples(base.mesh),
         max_length=base.layout.max_positions,
     )

@@ -18,6 +18,7 @@ from spt_jax.data.batches import Batch, BatchPlan, Rows, multiples, place_batch,
 from spt_jax.data.encoded import encode_records
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.examples import Example
+from spt_jax.data.sequences import packing_saves
 from spt_jax.data.shots import SEPARATOR
 from spt_jax.data.streams import evaluation_batches, evaluation_plans
 from spt_jax.data.task import Evaluation, PairCriterion, task_of
@@ -25,6 +26,7 @@ from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation import metrics
 from spt_jax.evaluation.after_text import agreement_with_text, examples_after_text, ids_after_text, plan_after_text
 from spt_jax.evaluation.bare import bare_examples, bare_plan, divergence
+from spt_jax.evaluation.classes import class_agreement
 from spt_jax.evaluation.rewarded import evaluate_rewards
 from spt_jax.evaluation.rewards import Judge
 from spt_jax.inference.forward import encode_prefix, group_scores, target_scores
@@ -71,6 +73,7 @@ class EvaluationSet:
       criterion: for pairs, the rewards and losses of the objective; None for those of `reference`.
       text: the ids of a text, whose predictions those of the set are compared with; None for none.
       judge: the reward functions of the task `Rewards`; None for another task.
+      text_scores: the log-probability of each choice after the text, to compare classes with; None for none.
     """
 
     encoder: Encoder
@@ -83,6 +86,7 @@ class EvaluationSet:
     criterion: PairCriterion | None = None
     text: Int[np.ndarray, " P"] | None = None
     judge: Judge | None = None
+    text_scores: Float[np.ndarray, "N C"] | None = None
 
     @property
     def max_new_tokens(self) -> int:
@@ -110,7 +114,7 @@ def make_evaluation_set(
       encoder: how records are encoded.
       records: the records.
       config: how the evaluation is run.
-      packing: whether examples share rows.
+      packing: whether examples share rows where that saves time.
       taken: the number of positions that the soft prompt's keys and values take before each record.
       reference: for pairs, whether a soft prompt will be compared with the bare base, whose scores are computed here.
       criterion: for pairs, the objective whose rewards and losses are reported; None for the log-probabilities relative
@@ -130,7 +134,7 @@ def make_evaluation_set(
         examples,
         lead=encoder.leads(examples),
         batch_size=config.batch_size,
-        packing=packing and base.layout.packs,
+        packing=packing and packing_saves(examples, base.layout),
         **multiples(base.mesh),
         max_length=base.layout.max_positions,
     )
@@ -161,7 +165,7 @@ def set_after_text(base: FrozenBase, data: EvaluationSet) -> EvaluationSet:
     examples = examples_after_text(base, data.text, data.examples)
     plan = plan_after_text(base, examples, data.config.batch_size, packing=data.plan.examples > 1)
     prompts = [ids_after_text(base, data.text, ids) for ids in data.prompts]
-    return dataclasses.replace(data, examples=examples, plan=plan, prompts=prompts, text=None)
+    return dataclasses.replace(data, examples=examples, plan=plan, prompts=prompts, text=None, text_scores=None)
 
 
 def _prompt(encoder: Encoder, record: Mapping[str, Any], example: Example, room: int) -> np.ndarray:
@@ -211,6 +215,24 @@ def score(base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt | None) 
     return _choice_scores(base, data.examples, data.plan, data.config.batch_size, virtual)
 
 
+def scores_after_text(
+    base: FrozenBase, text: Int[np.ndarray, " P"], examples: Sequence[Example], batch_size: int = 64
+) -> Float[np.ndarray, "N C"]:
+    """Returns the summed log-probability of each choice of each example under the bare base after a text.
+
+    Args:
+      base: the frozen base.
+      text: the ids of the text.
+      examples: examples with choices.
+      batch_size: examples per batch.
+
+    Raises:
+      DataError: the text and an example are longer than the context of the base.
+    """
+    longer = examples_after_text(base, text, examples)
+    return _choice_scores(base, longer, plan_after_text(base, longer, batch_size, packing=True), batch_size, None)
+
+
 def reference_scores(
     base: FrozenBase, examples: Sequence[Example], batch_size: int = 64, *, packing: bool = True
 ) -> Float[np.ndarray, "N C"]:
@@ -228,7 +250,7 @@ def reference_scores(
       DataError: without virtual tokens, an example has no token before its choices.
     """
     bare = bare_examples(base, examples)
-    plan = bare_plan(base, bare, batch_size, packing=packing and base.layout.packs)
+    plan = bare_plan(base, bare, batch_size, packing=packing and packing_saves(bare, base.layout))
     return _choice_scores(base, bare, plan, batch_size, None)
 
 
@@ -320,7 +342,8 @@ def evaluate(
         if virtual is None:
             raise ConfigError(f"without a soft prompt, the base has no {task.name} head")
         return _by_task(data, from_scores(data, head_logits(base, data, virtual)))
-    result = from_scores(data, list(score(base, data, virtual)))
+    scores = score(base, data, virtual)
+    result = from_scores(data, list(scores))
     if data.reference is not None and virtual is not None:
         lead = data.encoder.leads(data.examples)
         distance = divergence(base, data.examples, lead, virtual, data.config.batch_size)
@@ -329,6 +352,8 @@ def evaluate(
         lead, size = data.encoder.leads(data.examples), data.config.batch_size
         found = agreement_with_text(base, data.text, data.examples, lead, virtual, size)
         more = {"agreement": found.agreement, "kl_to_text": found.divergence}
+        if data.text_scores is not None:
+            more |= class_agreement(scores, data.text_scores)
         result = dataclasses.replace(result, metrics={**result.metrics, **more})
     generated = generated and task.generates and not task.pairs
     return _by_task(data, _with_answers(base, data, virtual, result) if generated else result)
@@ -362,14 +387,14 @@ def selection_score(result: Mapping[str, Any]) -> float:
     """Returns the score that validation maximizes: accuracy, with ties broken by lower loss; otherwise minus the loss.
 
     With reward functions, it is the mean reward. With a text to agree with, it is minus the KL divergence from it. A
-    loss that is not finite scores -inf.
+    loss that is not finite scores -inf; the divergence of the classes counts where they are compared.
     """
     if not math.isfinite(result["loss"]):
         return -math.inf
     if "reward" in result:
         return result["reward"]
     if "kl_to_text" in result:
-        return -result["kl_to_text"]
+        return -result.get("class_kl", result["kl_to_text"])
     if "accuracy" not in result:
         return -result["loss"]
     tie_break = 1 / (1 + result["loss"]) / (2 * result["examples"])  # less than half an example

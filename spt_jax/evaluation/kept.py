@@ -60,7 +60,7 @@ def _read(key: str) -> Evaluation | None:
 def _facts(base: FrozenBase, data: EvaluationSet, generated: bool) -> dict[str, object]:
     """Returns all that an evaluation depends on beside the records."""
     encoder, plan = data.encoder, data.plan
-    ids = [*data.prompts, *([] if data.text is None else [data.text]), plan.lead_ids]
+    ids = [*data.prompts, *(own for own in (data.text, data.text_scores) if own is not None), plan.lead_ids]
     return {
         "base": base.fingerprint.as_json(),
         "end_ids": [list(base.end_ids), list(encoder.end_ids)],

@@ -259,4 +259,5 @@ def make_template(config: ExperimentConfig[Any]) -> Template:
         chat=data.chat,
         system=data.system,
         continues=data.continues,
+        new_tokens=getattr(config.method, "new_tokens", ()),
     )

@@ -24,7 +24,7 @@ from spt_jax.data.task import PairCriterion, task_of
 from spt_jax.data.templates import Template
 from spt_jax.data.values import field_text
 from spt_jax.errors import ConfigError, DataError
-from spt_jax.evaluation.evaluate import EvaluationSet, make_evaluation_set
+from spt_jax.evaluation.evaluate import EvaluationSet, make_evaluation_set, scores_after_text
 from spt_jax.evaluation.rewards import Judge, make_rewards, reward_fields
 from spt_jax.experiment.config import ExperimentConfig, make_template, resolve
 from spt_jax.experiment.distillation import check_answers, distillation_facts, with_answers
@@ -38,7 +38,7 @@ from spt_jax.runtime.hf_library import keep_torch
 from spt_jax.runtime.sharding import make_mesh, row_shards
 from spt_jax.runtime.waits import spoken
 from spt_jax.training.cost import StepMemory, choose_remat, plan_shape, step_memory
-from spt_jax.training.objectives import Distillation, Grpo, Objective
+from spt_jax.training.objectives import ClassDistillation, Distillation, Grpo, Objective
 from spt_jax.training.optimizers import resolve_optimizer
 from spt_jax.training.rollouts import Questions
 
@@ -161,7 +161,7 @@ class Experiment:
         """Returns the records encoded with a template."""
         data, objective = self.config.data, self.config.loss.objective(2)
         with _located(data.validation if records is self.validation else data.test):
-            return make_evaluation_set(
+            found = make_evaluation_set(
                 self.base,
                 self.encoder(template),
                 records,
@@ -173,6 +173,10 @@ class Experiment:
                 text=self.text_ids if template in (self.template, self.template.bare()) else None,
                 judge=self.judge,
             )
+            if found.text is None or not isinstance(objective, ClassDistillation):
+                return found
+            scores = scores_after_text(self.base, found.text, found.examples, self.config.evaluation.batch_size)
+            return dataclasses.replace(found, text_scores=scores)
 
     def training_set(self) -> tuple[Sequence[Example], BatchPlan]:
         """Returns the encoded training examples and the shapes of their batches.

@@ -123,7 +123,7 @@ def torch_file(array: Float[np.ndarray, "T D"]) -> bytes:
 
 def _token_rows(saved: SavedPrompt) -> Float[np.ndarray, "P D"]:
     virtual = saved.virtual
-    if virtual.tokens is None or parts_of(virtual) != ["tokens"]:
+    if virtual.tokens is None or parts_of(virtual) != ["tokens"] or saved.template.new_tokens:
         name = saved.info["method"]["name"]
         raise ConfigError(f"a {name} prompt does not consist only of token rows, as this format requires")
     if virtual.pinned:

@@ -26,6 +26,7 @@ from spt_jax.data.sequences import form_of
 from spt_jax.data.task import TASKS
 from spt_jax.data.tokenization import tokenization_of
 from spt_jax.errors import CheckpointError, ConfigError
+from spt_jax.interop.peft_decoder_prefixes import check_family, from_stored
 from spt_jax.models.encoder_decoder_model import EncoderDecoderModel
 from spt_jax.models.layout import SELF, Group
 from spt_jax.models.linen_model import host_table
@@ -45,6 +46,8 @@ TOKEN_TYPES = ("PROMPT_TUNING", "P_TUNING", "CPT")
 PREFIX_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
 # The prompts of which PEFT puts rows before the input of an encoder-decoder's encoder, and nowhere else.
 ENCODER_TYPES = ("PROMPT_TUNING", "P_TUNING")
+# The prompt that PEFT gives to the self-attention of an encoder-decoder's decoder.
+DECODER_TYPE = "PREFIX_TUNING"
 MULTITASK_TYPE = "MULTITASK_PROMPT_TUNING"
 ADAPTER_TYPE = "ADAPTION_PROMPT"
 KNOWN_TYPES = (*TOKEN_TYPES, *PREFIX_TYPES, MULTITASK_TYPE, ADAPTER_TYPE)
@@ -88,7 +91,8 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
 
     Token rows become a `PromptTuning` prompt, keys and values a `PrefixTuning` prompt (with a head, a `DeepPrompts`
     prompt), and gated rows a `LlamaAdapter` prompt. Of the 2P token rows of an encoder-decoder, PEFT uses the first P,
-    before the encoder's input; the others get no gradient, and are not read.
+    before the encoder's input; the others get no gradient, and are not read. Its prefixes are for the decoder's
+    self-attention (`peft_decoder_prefixes`).
 
     Args:
       directory: the PEFT directory, or the URL or hub id of one.
@@ -102,8 +106,8 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
       CheckpointError: a file is missing or damaged, `peft_type` is not one of those above, or tensors are missing,
         unknown, of the wrong shape or not finite.
       ConfigError: `task` is missing or does not exist, the prompt is not a multitask prompt, PEFT's model of the base
-        computes another function, or the base is an encoder-decoder and the prompt not one of PROMPT_TUNING or
-        P_TUNING.
+        computes another function, or the base is an encoder-decoder and the prompt not one of PROMPT_TUNING, P_TUNING
+        or PREFIX_TUNING.
     """
     directory = prompt_directory(directory)
     config = _read_config(directory)
@@ -129,6 +133,9 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
     length = _count(config, "num_virtual_tokens", where, base.layout.max_positions)
     parts = _count(config, "num_transformer_submodules", where, 2, default=1)
     if base.layout.encodes:
+        if kind == DECODER_TYPE:
+            check_family(base)
+            return _import_decoder_prefix(path, config, length, parts, base)
         return _import_encoder_rows(path, kind, length, parts, base)
     if parts != 1:
         raise CheckpointError(f"{where}: num_transformer_submodules is 2: the prompt is for an encoder-decoder model")
@@ -194,10 +201,28 @@ def _import_encoder_rows(
     if kind not in ENCODER_TYPES:
         raise ConfigError(
             f"{path.with_name(CONFIG_FILE)}: peft_type is {kind!r}; of the prompts of an encoder-decoder, such as"
-            f" {base.name}, {' and '.join(ENCODER_TYPES)} can be imported"
+            f" {base.name}, {', '.join(ENCODER_TYPES)} and {DECODER_TYPE} can be imported"
         )
     rows = _read_arrays(path, {EMBEDDINGS: (parts * length, base.layout.width)}, base)[EMBEDDINGS][:length]
     return PromptTuning(length=length), VirtualPrompt(tokens=jnp.asarray(rows))
+
+
+def _import_decoder_prefix(
+    path: Path, config: Mapping[str, Any], length: int, parts: int, base: FrozenBase
+) -> tuple[Method, VirtualPrompt]:
+    """Reads the keys and values of the self-attention of an encoder-decoder's decoder."""
+    where, group = path.with_name(CONFIG_FILE), base.layout.attention_groups[SELF]
+    if parts != 2:
+        raise ConfigError(f"{where}: num_transformer_submodules is {parts}; a prefix of an encoder-decoder has 2")
+    count = _count(config, "num_layers", where, len(base.layout.attention_layers))
+    if count < len(group.layers):
+        raise ConfigError(f"{where}: num_layers is {count}, but the decoder of {base.name} has {len(group.layers)}")
+    axes = count, 2, group.kv_heads, group.key_size
+    stored = _read_arrays(path, {EMBEDDINGS: (length, math.prod(axes))}, base)[EMBEDDINGS].reshape(length, *axes)
+    parts_of_layers = stored.transpose(2, 1, 0, 3, 4)
+    keys, values = (jnp.asarray(from_stored(part, len(group.layers))) for part in parts_of_layers)
+    prefix = VirtualPrefix({SELF: KeysValues(keys, values)})
+    return PrefixTuning(length=length, sites=(SELF,)), VirtualPrompt(prefix=prefix)
 
 
 def check_tokens_agree(base: FrozenBase) -> None:

@@ -30,8 +30,10 @@ from spt_jax.interop.peft import (
     plain_group,
     template_front,
 )
+from spt_jax.interop.peft_decoder_prefixes import check_family, to_stored
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.encoder_decoder_model import EncoderDecoderModel
+from spt_jax.models.layout import SELF, Group
 from spt_jax.models.memory import keys_values, states
 from spt_jax.models.model_config import ModelConfig
 from spt_jax.prompts import Method, VirtualPrompt
@@ -67,8 +69,11 @@ def export_peft(directory: str | Path, saved: SavedPrompt, base: FrozenBase) -> 
         tensors = {EMBEDDINGS: np.asarray(virtual.tokens)}
     elif parts in (["prefix"], ["prefix", "head"]):
         assert virtual.prefix is not None
-        group, (own,) = plain_group(base), keys_values(virtual.prefix.memory)
+        group, (own,) = prefix_group(base), keys_values(virtual.prefix.memory)
         both = np.stack([own.keys, own.values])
+        if base.layout.encodes:
+            both = np.stack([to_stored(part) for part in both])
+            prompt_learning |= {"num_layers": len(group.layers), "num_transformer_submodules": 2}
         length = both.shape[2]
         heads = {"token_dim": group.kv_heads * group.key_size, "num_attention_heads": group.kv_heads}
         config = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": length, **heads, **prompt_learning}
@@ -99,21 +104,29 @@ def check_exportable(base: FrozenBase, method: Method, template: Template, virtu
         raise ConfigError("this prompt was trained with method.pin_prefix, and PEFT has no such option")
     if virtual.prefix is not None and states(virtual.prefix.memory):
         raise ConfigError(f"this {method.name} prompt has states of recurrent layers, which PEFT does not have")
+    if template.new_tokens:
+        raise ConfigError(f"this {method.name} prompt has new tokens in its template, which PEFT's prompts do not have")
     if virtual.replaced is not None:
         raise ConfigError(f"this {method.name} prompt has embeddings of real tokens, which PEFT's prompts do not have")
     if virtual.linear is not None:
         raise ConfigError(f"this {method.name} prompt has maps outside the softmax, which PEFT does not have")
     _check_tokens(base, template, virtual)
     parts = parts_of(virtual)
-    if base.layout.encodes and parts != ["tokens"]:
+    if base.layout.encodes and parts != ["tokens"] and not _is_of_decoder(virtual):
         raise ConfigError(
-            "of the prompts of an encoder-decoder, only token rows can be exported to PEFT, which has no keys and"
-            " values of the encoder and of cross-attention"
+            "of the prompts of an encoder-decoder, only token rows and prefixes with method.sites=self can be exported"
+            " to PEFT, which has no keys and values of the encoder and of cross-attention, and no heads"
         )
     if parts not in (["tokens"], ["tokens", "head"], ["prefix"], ["prefix", "head"], ["gated"]):
         raise ConfigError(f"PEFT has no prompts with this combination of parts: {', '.join(parts)}")
     if virtual.prefix is not None:
-        plain_group(base)
+        group = prefix_group(base)
+        if base.layout.encodes:
+            check_family(base)
+        if base.layout.encodes and _only_shapes(virtual) and len(group.layers) % 2 == 0:
+            raise ConfigError(
+                f"PEFT gives layers {len(group.layers) // 2} apart of this decoder the same keys and values of a prefix"
+            )
     if virtual.head is not None and not base.layout.generates:
         raise ConfigError(
             "transformers' classifiers of encoders have other layers before the head, and PEFT pools a virtual token"
@@ -127,6 +140,24 @@ def check_exportable(base: FrozenBase, method: Method, template: Template, virtu
             raise ConfigError(
                 f"for the family {base.config.family}, PEFT's adaption prompts differ from this library's"
             )
+
+
+def prefix_group(base: FrozenBase) -> Group:
+    """Returns the group of layers that PEFT has prefixes for.
+
+    Raises:
+      ConfigError: as in `plain_group`.
+    """
+    return base.layout.attention_groups[SELF] if base.layout.encodes else plain_group(base)
+
+
+def _is_of_decoder(virtual: VirtualPrompt) -> bool:
+    """Whether a prompt consists of keys and values of the decoder's self-attention."""
+    return parts_of(virtual) == ["prefix"] and virtual.prefix is not None and set(virtual.prefix.memory) == {SELF}
+
+
+def _only_shapes(virtual: VirtualPrompt) -> bool:
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(virtual))
 
 
 def peft_note(base: FrozenBase, method: Method, template: Template) -> str:

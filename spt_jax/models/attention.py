@@ -37,8 +37,6 @@ class Stream:
       decoder: of an encoder-decoder, the indices in the row of the tokens that its decoder reads, with T for padding;
         None if there are none. Their positions count from 0 again.
       types: the token type of each token, in models that have some; None if all have the first.
-      before: of an encoder-decoder, the number of positions of each row's prefix, if the cache holds the prefix; None
-        if the prefix is given as such.
     """
 
     positions: Int[Array, "B T"]
@@ -49,7 +47,6 @@ class Stream:
     pinned: Bool[Array, "B T"] | None = None
     decoder: Int[Array, "B U"] | None = None
     types: Int[Array, "B T"] | None = None
-    before: Int[Array, " B"] | None = None
 
 
 @jax.tree_util.register_dataclass

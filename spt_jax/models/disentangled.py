@@ -47,6 +47,17 @@ def row_by_distance(config: DisentangledConfig, reach: int) -> np.ndarray:
     return np.clip(bucket.astype(np.int64) + config.span, 0, 2 * config.span - 1).astype(np.int32)
 
 
+def occurring(config: DisentangledConfig, length: int) -> range:
+    """Returns the indices of the embeddings of the distances in rows of this many tokens.
+
+    Args:
+      config: of the attention.
+      length: the number of tokens.
+    """
+    by_distance = row_by_distance(config, max(length - 1, 0))
+    return range(int(by_distance.min()), int(by_distance.max()) + 1)
+
+
 def distances_of(
     config: DisentangledConfig, embeddings: Float[Array, "E D"], positions: Int[Array, "B T"]
 ) -> Distances:
@@ -57,13 +68,11 @@ def distances_of(
       embeddings: the embeddings of all distances.
       positions: the positions of the tokens of each row; those of an example are consecutive.
     """
-    reach = positions.shape[1] - 1
-    by_distance = row_by_distance(config, reach)
-    first, last = int(by_distance.min()), int(by_distance.max())
+    reach, used = positions.shape[1] - 1, occurring(config, positions.shape[1])
     distances = positions[:, :, None] - positions[:, None, :]
     # Tokens of different examples may be further apart, but do not see each other.
-    rows = jnp.take(jnp.asarray(by_distance - first), distances + reach, mode="clip")
-    return Distances(embeddings[first : last + 1], rows)
+    rows = jnp.take(jnp.asarray(row_by_distance(config, reach)), distances + reach, mode="clip") - used.start
+    return Distances(embeddings[used.start : used.stop], rows)
 
 
 def distance_terms(

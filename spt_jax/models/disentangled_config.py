@@ -43,3 +43,8 @@ class DisentangledConfig:
             )
         if not (self.content_to_position or self.position_to_content):
             raise ConfigError("disentangled attention: the scores have no term for distances")
+
+    @property
+    def terms(self) -> int:
+        """The number of terms for distances in a score."""
+        return self.content_to_position + self.position_to_content

@@ -117,20 +117,20 @@ class EncoderDecoder(nn.Module):
         encodes = rows.decoder is None or rows.decoder.shape[1] < length
         if encodes and cache is not None:
             raise ConfigError("the rows that follow a cache must consist of the decoder's tokens")
-        given = _Given(self.config, rows.prompt_index, prefix, cache, rows.before)
+        given = _Given(self.config, rows.prompt_index, prefix, cache)
         memory: Memory = {}
         hidden = encoded = None
         segments = jnp.zeros_like(rows.segments)
         if encodes:
             segments = rows.segments if rows.decoder is None else _without(rows.segments, rows.decoder)
             site = self._encoder_site(rows, segments, given)
-            encoded, memory = self.encoder(x, rows.positions - given.length, site, None, return_memory)
+            encoded, memory = self.encoder(x, rows.positions, site, None, return_memory)
             hidden = encoded
         if rows.decoder is not None:
             own = _decoder_tokens(rows, rows.decoder)
             inputs = self._decoder_inputs(x, rows, own.at)
             sites = self._self_site(own.stream, given), self._cross_site(own.stream, segments, encoded, given)
-            outputs, found = self.decoder(inputs, own.stream.positions - given.length, *sites, return_memory)
+            outputs, found = self.decoder(inputs, own.stream.positions, *sites, return_memory)
             memory = {**memory, **found}
             # Padding has the index T, where nothing is written.
             into = jnp.zeros_like(x) if hidden is None else hidden
@@ -174,8 +174,7 @@ class EncoderDecoder(nn.Module):
         keys: list[tuple[Any, Any, Any]] = [(own.positions, own.segments, None)]
         if given.cache is not None:
             start, cache = _encoded(given.cache), given.cache
-            pinned = None if cache.pinned is None else cache.pinned[:, start:]
-            keys.insert(0, (cache.positions[:, start:], cache.segments[:, start:], pinned))
+            keys.insert(0, jax.tree.map(lambda a: a[:, start:], (cache.positions, cache.segments, cache.pinned)))
         masks += [visible(own, positions, segments) for positions, segments, _ in keys]
         buckets += [self._bucket(own.positions, positions, bidirectional=False) for positions, *_ in keys]
         windows = None
@@ -238,17 +237,6 @@ class _Given:
     prompt_index: Int[Array, " B"] | None
     prefix: Prefix | None
     cache: Cache | None
-    before: Int[Array, " B"] | None = None
-
-    @property
-    def length(self) -> Int[Array, "B 1"] | int:
-        """The number of positions before the rows' tokens, which the prefix takes."""
-        if self.before is not None:
-            return self.before[:, None]
-        if self.prefix is None:
-            return 0
-        counts = (self.prefix.positions != NEVER).sum(axis=-1)
-        return of_row(self.prompt_index, counts).reshape(-1, 1)
 
     def prefix_of(self, site: str) -> KeysValues | None:
         """The prefix's keys and values of a site's layers, with the layers first; None if it has none there."""

@@ -231,7 +231,7 @@ class Side(nn.Module):
 
         Args:
           x: the tokens' embeddings.
-          places: the position of each token in its sequence, from 0, without those of a prefix.
+          places: the position of each token in its sequence, after those of a prefix.
           own: what they attend to in self-attention.
           cross: what they attend to in cross-attention.
           return_memory: also return the keys and values of the tokens of each site.

@@ -428,6 +428,8 @@ def _check_tensors(
     expected = {name: tuple(leaf.shape) for name, leaf in named_leaves(method.spec(layout)).items()}
     _refuse_unknown(found, expected, f"{directory}: tensors")
     check_tensors(directory, found, expected, ("float32",))
+    if template.new_tokens != getattr(method, "new_tokens", ()):
+        raise CheckpointError(f"{directory}: the new tokens of the template are not those of the method")
     placed = template.virtual_tokens
     if placed != method.token_count:
         raise CheckpointError(

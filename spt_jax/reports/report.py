@@ -20,6 +20,7 @@ def comparison_table(metrics: Mapping[str, Metrics]) -> str:
     if split not in metrics:
         return "no comparison, because there is no validation or test data"
     results = {name: result for name, result in metrics[split].items() if result is not None}
+    first = next(iter(results.values()))
     if any("win_rate" in result for result in results.values()):
         known = ("win_rate", "accuracy", "reward_margin", "kl_to_base")
     elif any("reward" in result for result in results.values()):
@@ -28,8 +29,7 @@ def comparison_table(metrics: Mapping[str, Metrics]) -> str:
         known = ("accuracy", "macro_f1", "entity_f1")
     else:
         known = ("perplexity", "exact_match", "token_f1", "bleu", "rougeL")
-    known = (*known, "agreement", "kl_to_text")
-    first = next(iter(results.values()))
+    known = (*known, *(("class_agreement",) if "class_agreement" in first else ("agreement",)), "kl_to_text")
     columns = [column for column in known if column in first]
     rows = []
     for name, result in results.items():

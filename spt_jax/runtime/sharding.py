@@ -47,7 +47,8 @@ RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r"per_layer/projection/kernel$", (P("fsdp", "tensor"),)),
     (r"logit_bias$", (P(("fsdp", "tensor")),)),
     (
-        r"(scale|norm/bias|own_row|relative_bias|sinks|((attention|mamba)/output|down|input_map|head_map|convolution)/bias)$",
+        r"(scale|norm/bias|own_row|relative_bias|sinks"
+        r"|((attention|mamba)/output|down|input_map|head_map|convolution)/bias)$",
         (P(),),
     ),
 )

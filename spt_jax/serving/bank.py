@@ -283,7 +283,8 @@ class PromptBank:
                 held = self._found(name, entry)
                 if held is None:
                     assert entry.virtual is not None
-                    held = hold(self.base, entry.virtual, entry.encoder.fixed_lead())
+                    new = len(entry.encoder.template.new_tokens)
+                    held = hold(self.base, entry.virtual, entry.encoder.fixed_lead(), new)
         with self._lock:
             if self._entries.get(name) is not entry:
                 return held  # replaced meanwhile; this request still uses the old one
@@ -330,8 +331,15 @@ def overflow(base: FrozenBase, name: str | None) -> ConfigError:
     return ConfigError(f"{source} produces values that overflow {jnp.dtype(base.dtype).name}; use another dtype")
 
 
-def hold(base: FrozenBase, virtual: VirtualPrompt, lead: np.ndarray) -> DevicePrompt:
-    """Runs a prompt and the leading ids of its template through the base."""
+def hold(base: FrozenBase, virtual: VirtualPrompt, lead: np.ndarray, new_tokens: int = 0) -> DevicePrompt:
+    """Runs a prompt and the leading ids of its template through the base.
+
+    Args:
+      base: the frozen base.
+      virtual: the prompt.
+      lead: the leading ids.
+      new_tokens: the number of new tokens, which may also occur after the leading ids.
+    """
     padded = jax.device_put(_padded(stack_prompts([virtual])), replicated(base.mesh))
     first = virtual.prefix_length
     prefix = None
@@ -342,7 +350,7 @@ def hold(base: FrozenBase, virtual: VirtualPrompt, lead: np.ndarray) -> DevicePr
         prefix = encode(base.model, padded, ids, np.asarray([len(lead)], np.int32))
         prefix = jax.tree.map(lambda array: array[0], prefix)
     count = 0 if virtual.tokens is None else virtual.tokens.shape[0]
-    all_in_lead = count == int((lead >= base.layout.vocab_size).sum())
+    all_in_lead = not new_tokens and count == int((lead >= base.layout.vocab_size).sum())
     remaining = dataclasses.replace(padded, prefix=None, tokens=None if all_in_lead else padded.tokens)
     remaining = jax.tree.map(lambda array: array[0], remaining) if jax.tree.leaves(remaining) else None
     return DevicePrompt(prefix, remaining, count, lead, first + len(lead))

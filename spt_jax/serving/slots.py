@@ -246,8 +246,7 @@ def decode(
         own = jnp.ones_like(slots.ids)[:, None]
         stream = Stream(slots.positions[:, None], own, jnp.zeros_like(own))
         if model.layout.encodes:
-            # A prompt's prefix is in the cache; a request's first token was at the position after it.
-            stream = dataclasses.replace(stream, decoder=jnp.zeros_like(own), before=slots.positions - slots.steps)
+            stream = dataclasses.replace(stream, decoder=jnp.zeros_like(own))
         cache = slots.cache
         near = nearest(cache, start, reach)
         hidden, own_memory = run_stream(model, None, slots.ids[:, None], stream, None, near, return_memory=True)

@@ -110,7 +110,7 @@ def stacked(prefixes: list[Prefix]) -> Prefix | None:
 def _of_prefix(
     prefix: Prefix | None, name: str
 ) -> list[tuple[KeysValues, Int[Array, "N P"], Int[Array, "N P"], Bool[Array, "N P"] | None]]:
-    """Returns keys and values, positions, segments and pins of stacked prefixes at a site; nothing if it has none."""
+    """Returns keys and values, positions, segments and what is pinned of stacked prefixes at a site, if it has some."""
     pairs: Any = None if prefix is None else prefix.memory.get(name)
     if prefix is None or pairs is None or not _entries(pairs, -3):
         return []

@@ -14,6 +14,7 @@ from spt_jax.data.batches import Batch, BatchPlan
 from spt_jax.models import delta_net_config, mamba_config
 from spt_jax.models.config import DecoderConfig, layer_configs
 from spt_jax.models.decoder import decoder_layout
+from spt_jax.models.disentangled import occurring
 from spt_jax.models.memory import state_spec
 from spt_jax.models.model import Params
 from spt_jax.models.quantized import KERNEL_ARRAYS, KernelArray, TableArray
@@ -98,12 +99,13 @@ def step_flops(config: DecoderConfig, shape: StepShape) -> StepFlops:
     leading = shape.prompts * shape.lead
     tokens = shape.rows * shape.length
     pairs = [_pair_flops(one) for one in layers]
+    distances = sum(_distance_flops(one, shape.length, tokens) for one in layers)
     by_layer = 0 if config.per_layer is None else config.width * config.layers * config.per_layer.width
     seen = shape.prefix + shape.lead
     return StepFlops(
         lead=4 * leading * (sum(one.matmul_parameters_of_layer for one in others) + keys_values + by_layer),
         rows=4 * tokens * config.matmul_parameters,
-        attention=sum(pairs[: len(others)]) * leading * seen + sum(pairs) * tokens * (seen + shape.length),
+        attention=sum(pairs[: len(others)]) * leading * seen + sum(pairs) * tokens * (seen + shape.length) + distances,
         output=4 * shape.rows * shape.outputs * config.input_width * config.vocab_size,
     )
 
@@ -138,6 +140,18 @@ def _pair_flops(config: DecoderConfig) -> int:
     elif config.attends:
         operations += 12 * config.heads * config.head_size
     return operations
+
+
+def _distance_flops(config: DecoderConfig, length: int, tokens: int) -> int:
+    """Returns the operations of one layer for terms of distances, with rows of `length` and `tokens` in all.
+
+    Each token is multiplied with the embeddings of distances, of which maps are computed in the forward pass only.
+    """
+    own = config.disentangled
+    if own is None:
+        return 0
+    size = config.heads * config.head_size
+    return own.terms * len(occurring(own, length)) * (4 * tokens * size + 2 * config.width * size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +238,10 @@ def step_memory(
     seen = shape.prefix + shape.lead
 
     def layer(tokens: int, keys: int) -> int:
-        return max(_layer_bytes(one, tokens, keys, itemsize, tensor) for one in layers)
+        return max(
+            _layer_bytes(one, tokens, keys, itemsize, tensor) + _distance_bytes(one, tokens, keys, tensor)
+            for one in layers
+        )
 
     def kept(tokens: int, keys: int) -> int:
         return sum(_kept_bytes(one, tokens, keys, remat, itemsize, tensor) for one in layers)
@@ -326,6 +343,12 @@ def _layer_bytes(config: DecoderConfig, tokens: int, keys: int, itemsize: int, t
         per_token += 2 * min(keys, mamba_config.CHUNK) * config.mamba.heads
     scores = scores * 4 * tokens * per_token // tensor
     return tokens * (2 * itemsize * _linear_outputs(config, tensor) + 4 * 4 * config.width) + scores
+
+
+def _distance_bytes(config: DecoderConfig, tokens: int, keys: int, tensor: int) -> int:
+    """Returns the bytes of the products of tokens and embeddings of distances, and of those that scores take."""
+    own = config.disentangled
+    return 0 if own is None else 4 * own.terms * (len(occurring(own, keys)) + keys) * tokens * config.heads // tensor
 
 
 def _kept_bytes(config: DecoderConfig, tokens: int, keys: int, remat: Remat, itemsize: int, tensor: int) -> int:

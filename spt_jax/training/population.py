@@ -82,7 +82,8 @@ def aligned_plans(members: Sequence[Member]) -> list[BatchPlan]:
     plans = [member.plan for member in members]
     if len({plan.choices for plan in plans}) > 1:
         raise ConfigError("members whose tasks have unequal numbers of classes cannot share a population")
-    sizes = {name: max(getattr(plan, name) for plan in plans) for name in ("length", "outputs", "targets", "examples")}
+    names = "length", "outputs", "targets", "examples", "decoder", "types"
+    sizes = {name: max(getattr(plan, name) for plan in plans) for name in names}
     buckets = tuple(sorted({bucket for plan in plans for bucket in plan.row_buckets}))
     return [dataclasses.replace(plan, **sizes, row_buckets=buckets) for plan in plans]
 
@@ -106,7 +107,8 @@ def init_members(
         check_method(member.method, base)
         params = member.method.init_params(jax.random.key(member.seed), base)
         if member.method.token_count < longest:
-            params = {"tokens": jnp.pad(params["tokens"], ((0, longest - member.method.token_count), (0, 0)))}
+            missing = longest - member.method.token_count
+            params = {**params, "tokens": jnp.pad(params["tokens"], ((0, missing), (0, 0)))}
         states.append(TrainState(jnp.zeros((), jnp.int32), params, make.init(params)))
     return jax.device_put(states, replicated(base.mesh))
 
@@ -114,7 +116,7 @@ def init_members(
 def own_params(params: PromptParams, method: Method) -> PromptParams:
     """Returns a member's parameters on the host, without padding."""
     host = jax.tree.map(np.asarray, params)
-    return {"tokens": host["tokens"][: method.token_count]} if isinstance(method, PromptTuning) else host
+    return {**host, "tokens": host["tokens"][: method.token_count]} if isinstance(method, PromptTuning) else host
 
 
 def stack_batches(batches: Sequence[Batch]) -> Batch:

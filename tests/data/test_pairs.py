@@ -96,6 +96,9 @@ def test_only_a_pair_has_types(base):
     masked = Template(prompt="{a}<sep>{b}<mask>", target="{label}", verbalizers=words)
     alone, after = (encoder_for(base, masked, shots=shots).encode(RECORDS[1], 0) for shots in ((), RECORDS[:1]))
     assert types_of(after).count(1) == types_of(alone).count(1) and len(after.ids) > len(alone.ids)
+    solved = base.tokenizer("the question", "is itthe")["input_ids"]  # the first record, its answer in place of a mask
+    assert after.ids[: len(solved) - 1].tolist() == solved[:-1]
+    assert after.ids.tolist().count(4) == 1 and after.ids[after.answer_at] == 4
     with pytest.raises(ConfigError, match="has several <sep>"):
         encoder_for(base, dataclasses.replace(PAIR, prompt="{a}<sep>{b}<sep>"))
 

@@ -13,6 +13,8 @@ from spt_jax.models.disentangled import distance_terms, distances_of, row_by_dis
 from spt_jax.models.disentangled_config import DisentangledConfig
 from spt_jax.models.kernels import check_kernel
 from spt_jax.prompts import DeepPrompts
+from spt_jax.runtime.mesh_config import MeshConfig
+from spt_jax.runtime.sharding import make_mesh
 from spt_jax.testing import tiny_base
 
 P, T = 3, 12
@@ -112,6 +114,18 @@ def test_a_convolution_reads_zeros_beyond_its_example():
     expected = {-1: [0, 1, 2, 0, 4, 0], 0: [1, 2, 3, 4, 5, 6], 1: [2, 3, 0, 5, 0, 0], 2: [3, 0, 0, 0, 0, 0]}
     for by, values in expected.items():
         assert shifted(x, segments, by)[0, :, 0].tolist() == values
+
+
+def test_a_mesh_changes_nothing():
+    """Weights and rows split over devices, the maps of distances and of the convolution among them."""
+    options = {"share_att_key": False, "conv_kernel_size": 3, "num_hidden_layers": 2}
+    positions = jnp.tile(jnp.arange(T), (4, 1))
+    ids, stream = 20 + positions, Stream(positions, jnp.ones_like(positions), jnp.zeros_like(positions))
+    found = []
+    for mesh in (None, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        model = tiny_base("deberta-v2", mesh=mesh, **options).model
+        found.append(np.asarray(model.run(model.embed(ids), stream)[0]))
+    np.testing.assert_allclose(found[1], found[0], atol=1e-5)
 
 
 def test_fused_kernels_are_refused(base):

@@ -94,7 +94,7 @@ def test_what_is_refused(trained, tmp_path):
     with pytest.raises(CheckpointError, match="the prompt is for an encoder-decoder model"):
         import_peft(source, tiny_base("llama"))
     config = json.loads((source / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "PREFIX_TUNING"}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "CARTRIDGE"}))
     safetensors.numpy.save_file(
         {"prompt_embeddings": np.zeros((P, 8), np.float32)}, tmp_path / "adapter_model.safetensors"
     )
@@ -104,5 +104,5 @@ def test_what_is_refused(trained, tmp_path):
     template = Template(prompt="{text}", target="{label}")
     method = PrefixTuning(length=P, sites=("encoder",))
     saved = load_prompt(save_prompt(tmp_path / "ours", base, method, virtual, template), base)
-    with pytest.raises(ConfigError, match="only token rows can be exported to PEFT"):
+    with pytest.raises(ConfigError, match=r"only token rows and prefixes with method\.sites=self can be exported"):
         export_peft(tmp_path / "out", saved, base)

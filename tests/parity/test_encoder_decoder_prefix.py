@@ -94,6 +94,10 @@ def put_before(monkeypatch, model, prefix):
         biased = {} if position_bias is None else {"position_bias": position_bias}
         return plain(module, query, key, value, mask, **biased, **kwargs)
 
+    for side in (model.get_encoder(), model.get_decoder()):
+        if hasattr(side, "embed_positions"):  # The prefix takes the first positions.
+            table = side.embed_positions.weight
+            table.data = torch.roll(table.data, -P, 0)
     monkeypatch.setattr(modeling, "eager_attention_forward", attention)
     return tensors
 

@@ -1,5 +1,6 @@
 """Objectives, one file each, and their registry."""
 
+from spt_jax.training.objectives.class_distillation import ClassDistillation
 from spt_jax.training.objectives.cross_entropy import CrossEntropy
 from spt_jax.training.objectives.distillation import Distillation
 from spt_jax.training.objectives.grpo import Grpo
@@ -10,6 +11,7 @@ from spt_jax.training.objectives.verbalizer_cross_entropy import VerbalizerCross
 
 __all__ = [
     "OBJECTIVES",
+    "ClassDistillation",
     "CrossEntropy",
     "Distillation",
     "Dpo",
@@ -35,5 +37,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "simpo": SimPo,
     "orpo": Orpo,
     "distillation": Distillation,
+    "class_distillation": ClassDistillation,
     "grpo": Grpo,
 }
