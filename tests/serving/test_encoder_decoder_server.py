@@ -138,7 +138,7 @@ def test_layers_with_biases_of_their_own(tmp_path):
 
 
 def test_learned_positions_and_a_forced_token(tmp_path):
-    """Positions count from 0 after a prefix; the first token is forced, so that it is certain and has no others."""
+    """Each new token has the position after the last; the first is forced, so that it is certain and has no others."""
     write_tiny_checkpoint(tmp_path / "base", "bart", seed=3)
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"forced_bos_token_id": 17}))
     found = answered(load_base(str(tmp_path / "base"), dtype="float32"), tmp_path, "sites")
