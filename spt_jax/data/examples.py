@@ -99,11 +99,13 @@ def empty_extra(examples: Sequence[Example], rows: int, slots: int) -> PyTree[np
       DataError: two examples have extras of different structures, shapes or dtypes.
     """
     first = examples[0]
+    expected = _extra_kind(first)
     for example in examples:
-        if _extra_kind(example) != _extra_kind(first):
+        found = _extra_kind(example)
+        if found != expected:
             raise DataError(
-                f"record {example.index + 1}: what the objective prepared is {_extra_kind(example)}, for record"
-                f" {first.index + 1} it is {_extra_kind(first)}; all examples need the same structure, shapes and dtypes"
+                f"record {example.index + 1}: what the objective prepared is {found}, for record {first.index + 1} it is"
+                f" {expected}; all examples need the same structure, shapes and dtypes"
             )
     return jax.tree.map(lambda leaf: np.zeros((rows, slots, *np.shape(leaf)), np.result_type(leaf)), first.extra)
 
