@@ -142,3 +142,17 @@ def test_records_without_targets_get_the_answers_of_the_base_after_the_text(fold
 def test_mistakes_end_the_run_before_it_starts(folder, tmp_path, capsys, more, data, problem):
     assert train.main(words(folder, tmp_path / "run", *more, data=data)) in (1, 2)
     assert problem in capsys.readouterr().err
+
+
+def test_prompts_of_several_tasks_are_compared_with_the_text(folder, tmp_path):
+    """Without a soft prompt there is none to choose, and the first token of one record is timed under its own."""
+    records = [{**record, "task": "ab"[number % 2]} for number, record in enumerate(RECORDS[:4])]
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    data = [word for split in ("train", "test") for word in (f"--data.{split}", str(tmp_path / "tasks.jsonl"))]
+    method = ["--method.name", "multitask_prompt_tuning", "--data.task", "task", "--train.steps", "1"]
+    line = words(folder, tmp_path / "run", *data, *method, "--train.batch-size", "4", splits=())
+    assert train.main(line) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["test"]["with_text"]["examples"] == 4
+    assert set(results["distillation"]["first_token_seconds"]) == {"with_text", "soft_prompt", "no_prompt"}
+    assert results["distillation"]["prompt_tokens"] == 3

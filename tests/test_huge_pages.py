@@ -36,6 +36,19 @@ def test_nothing_is_done_otherwise(environment: dict[str, str], setting: str, li
     assert with_huge_pages(environment, setting, library) is None
 
 
+def test_a_program_inside_another_is_not_executed_again(tmp_path: Path):
+    train = str(Path(__file__).parents[1] / "train.py")
+    host = tmp_path / "host.py"
+    host.write_text(
+        "import runpy, sys\nprint('start', flush=True)\n"
+        f"sys.argv = [{train!r}, 'no-such-config']\nrunpy.run_path({train!r}, run_name='__main__')\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    environment["PYTHONPATH"] = str(Path(train).parent)
+    done = subprocess.run([sys.executable, str(host)], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "no-such-config" in done.stderr and done.stdout.split() == ["start"]
+
+
 def test_the_program_keeps_its_process_its_arguments_and_its_exit_code(tmp_path: Path):
     # Python imports sitecustomize at each start.
     (tmp_path / "sitecustomize.py").write_text(

@@ -416,7 +416,8 @@ def _with_answers(
         )
         for prompt in prompts
     ]
-    index = [example.prompt for example in data.examples[: len(prompts)]] if encoder.template.tasks else None
+    several = virtual is not None and encoder.template.tasks
+    index = [example.prompt for example in data.examples[: len(prompts)]] if several else None
     answers = generate(base, prompts, virtual, sampling, prompt_index=index, batch_size=data.config.batch_size)
     texts = [answer.text.strip() for answer in answers]
     matches = metrics.bootstrap_interval(metrics.exact_match_values(texts, references))

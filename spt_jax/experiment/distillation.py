@@ -9,6 +9,7 @@ from jaxtyping import Int
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.encoder import Encoder
+from spt_jax.data.task import prompt_index
 from spt_jax.data.templates import MESSAGES, Template
 from spt_jax.errors import ConfigError
 from spt_jax.evaluation.after_text import ids_after_text
@@ -119,7 +120,7 @@ def distillation_facts(
       base: the frozen base.
       encoder: that of the template.
       text: the ids of the text.
-      virtual: the soft prompt.
+      virtual: the soft prompt; with tasks, those of all of them, of which the record's is timed.
       records: the records that one is chosen from.
 
     Returns:
@@ -127,7 +128,11 @@ def distillation_facts(
       "with_text", "soft_prompt" and "no_prompt".
     """
     tokens = 0 if virtual.tokens is None else virtual.tokens.shape[-2]
-    ids = sorted((encoder.prompt_ids(record) for record in records), key=len)[len(records) // 2]
+    asked = [(encoder.prompt_ids(record), record) for record in records]
+    ids, record = sorted(asked, key=lambda one: len(one[0]))[len(records) // 2]
+    if encoder.template.tasks:
+        number = prompt_index(encoder.template, record, 0)
+        virtual = jax.tree.map(lambda array: array[number], virtual)
     bare = ids[ids < base.layout.vocab_size]
     requests = {
         "with_text": Request(ids_after_text(base, text, ids)),

@@ -20,8 +20,11 @@ _FIRST_GLIBC = (2, 35)  # the first with this tunable
 def use_huge_pages() -> None:
     """Executes this program again with huge pages, if they are available to programs that ask and are not in use.
 
-    Call it before importing what takes time. Setting the tunable in `GLIBC_TUNABLES`, to any value, prevents it.
+    Call it before importing what takes time. Setting the tunable in `GLIBC_TUNABLES`, to any value, prevents it. A
+    program that another one runs in its own process, such as a notebook with %run, is not executed again.
     """
+    if sys.argv[0] not in ("-m", *sys.orig_argv[1:]):
+        return
     environment = environment_with_huge_pages()
     if environment is not None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)

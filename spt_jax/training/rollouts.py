@@ -244,11 +244,14 @@ class RolloutBatches:
         advantages, weights = objective.advantages(rollout.rewards)
         examples = []
         for number, example in enumerate(answered):
+            old = _padded(rollout.log_probabilities[number], objective.max_new_tokens)
+            if self._base.layout.forced_id is not None:
+                old[:, 0] = np.nan
             extra = group_extra(
                 advantages[number],
                 weights[number],
                 np.asarray([len(choice) for choice in example.choices]),
-                _padded(rollout.log_probabilities[number], objective.max_new_tokens),
+                old,
                 _padded(reference[number], objective.max_new_tokens),
             )
             examples.append(dataclasses.replace(example, extra=extra))

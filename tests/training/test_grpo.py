@@ -1,5 +1,6 @@
 """GRPO on packed rows: every layout has the same loss; rollouts are functions of seed, number and prompt."""
 
+import dataclasses
 import functools
 import json
 
@@ -8,14 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spt_jax.bases.base import load_base
 from spt_jax.data.batches import multiples, pack, place_batch, plan_batches
+from spt_jax.data.encoder import encoder_for
 from spt_jax.data.examples import Example
+from spt_jax.data.templates import Template
 from spt_jax.errors import ConfigError
 from spt_jax.evaluation.rewards import Judge, Reward
 from spt_jax.inference.generation import programs
 from spt_jax.prompts import PromptTuning
 from spt_jax.runtime.sharding import MeshConfig, make_mesh
-from spt_jax.testing import tiny_base
+from spt_jax.testing import tiny_base, write_tiny_checkpoint
 from spt_jax.training.objectives import Grpo
 from spt_jax.training.objectives.grpo import group_extra
 from spt_jax.training.rollouts import Questions, RolloutBatches, check_samples_alone
@@ -133,6 +137,29 @@ def test_rollouts_are_functions_of_the_seed_their_number_and_the_prompt():
     assert metrics["clip_share"] == 0
     moved = gradient_of(objective, base.model, other, place_batch(batches[0], base.mesh), 1)[3]
     assert moved["clip_share"] > 0
+
+
+def test_a_forced_first_token_has_no_ratio(tmp_path):
+    """The prompt that samples an answer does not choose it, so that nothing is clipped or learned for it."""
+    write_tiny_checkpoint(tmp_path, "bart")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"forced_bos_token_id": 17}))
+    base = load_base(str(tmp_path), dtype="float32")
+    encoder = encoder_for(base, Template(prompt="<soft>{text}", target="{label}", virtual_tokens=VIRTUAL))
+    ids, objective = encoder.prompt_ids({"text": "the"}), dataclasses.replace(OBJECTIVE, beta=0.0)
+    question = Example(ids, np.zeros(len(ids), bool), (np.zeros(1, np.int32),), 0, 0, starts=len(ids) - 1)
+    planned = objective.planned([question])
+    judge = Judge((Reward("length", ids_of),), 0.0, LONGEST, 1.0)
+    plan = plan_batches(planned, lead=0, batch_size=1)
+    found = RolloutBatches(
+        base, PromptTuning(length=VIRTUAL), objective, planned, plan, Questions([{}], judge), batch_size=1, seed=0
+    )
+    params = tokens(base)
+    found.sample(params)
+    batch = next(found)
+    old = batch.rows.extra["old"][0, 0]
+    assert old.shape == (GROUP, LONGEST) and np.isnan(old[:, 0]).all() and np.isfinite(old[:, 1:]).all()
+    loss, gradient, _, metrics = gradient_of(objective, base.model, params, place_batch(batch, base.mesh), 1)
+    assert metrics["clip_share"] == 0 and np.isfinite(loss) and np.isfinite(gradient["tokens"]).all()
 
 
 def test_several_prompts_and_long_prompts_are_refused():

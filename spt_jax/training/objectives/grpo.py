@@ -163,7 +163,8 @@ class Grpo(Objective):
             values = extra[name].reshape(len(rows.ids), -1, self.max_new_tokens, 1)
             return of_targets(values, rows)[..., 0]
 
-        real = rows.target_weights > 0
+        # The prompt does not choose a token that the base forces: its ratio is 1.
+        real = (rows.target_weights > 0) & ~jnp.isnan(of_tokens("old"))
         own = jnp.where(real, scores.log_probabilities[..., 0], 0.0)
         old, reference = (jnp.where(real, of_tokens(name), 0.0) for name in ("old", "reference"))
         length = jnp.maximum(of_answers("lengths"), 1).astype(jnp.float32)
@@ -185,7 +186,7 @@ def group_extra(
       advantages: the advantages.
       weights: the weights.
       lengths: the numbers of tokens.
-      old: the log-probability of each token under the prompt that sampled it, padded.
+      old: the log-probability of each token under the prompt that sampled it, padded; NaN for one that the base forces.
       reference: that under the bare base.
     """
     arrays = {"advantages": advantages, "weights": weights, "old": old, "reference": reference}
