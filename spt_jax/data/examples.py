@@ -104,8 +104,8 @@ def empty_extra(examples: Sequence[Example], rows: int, slots: int) -> PyTree[np
         found = _extra_kind(example)
         if found != expected:
             raise DataError(
-                f"record {example.index + 1}: what the objective prepared is {found}, for record {first.index + 1} it is"
-                f" {expected}; all examples need the same structure, shapes and dtypes"
+                f"record {example.index + 1}: what the objective prepared is {found}, for record {first.index + 1}"
+                f" it is {expected}; all examples need the same structure, shapes and dtypes"
             )
     return jax.tree.map(lambda leaf: np.zeros((rows, slots, *np.shape(leaf)), np.result_type(leaf)), first.extra)
 
