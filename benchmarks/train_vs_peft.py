@@ -181,7 +181,6 @@ class Memory:
 def run_spt_jax(options: Options) -> dict[str, Any]:
     """Runs spt_jax with packed rows."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    sys.modules["torch"] = None  # type: ignore[assignment]  # transformers would import it; spt_jax does not need it
     import jax
     import optax
 
@@ -189,8 +188,10 @@ def run_spt_jax(options: Options) -> dict[str, Any]:
     from spt_jax.data.batches import pack, place_batch, plan_batches
     from spt_jax.prompts import PromptTuning
     from spt_jax.prompts.initializers import array
+    from spt_jax.runtime.hf_library import import_without_torch
     from spt_jax.training.step import init_state, make_train_step
 
+    import_without_torch()  # as in the programs of spt_jax
     base = spt_jax.load_base(options.folder / "base", dtype="float32")
     task = read_task(options.folder)
     plan = plan_batches(task.examples, lead=task.lead, batch_size=options.batch_size)

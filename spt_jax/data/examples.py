@@ -98,18 +98,20 @@ def empty_extra(examples: Sequence[Example], rows: int, slots: int) -> PyTree[np
     Raises:
       DataError: two examples have extras of different structures, shapes or dtypes.
     """
-
-    def kind(example: Example) -> PyTree[tuple[tuple[int, ...], str]]:
-        return jax.tree.map(lambda leaf: (np.shape(leaf), np.result_type(leaf).name), example.extra)
-
     first = examples[0]
+    expected = _extra_kind(first)
     for example in examples:
-        if kind(example) != kind(first):
+        found = _extra_kind(example)
+        if found != expected:
             raise DataError(
-                f"record {example.index + 1}: what the objective prepared is {kind(example)}, for record"
-                f" {first.index + 1} it is {kind(first)}; all examples need the same structure, shapes and dtypes"
+                f"record {example.index + 1}: what the objective prepared is {found}, for record {first.index + 1}"
+                f" it is {expected}; all examples need the same structure, shapes and dtypes"
             )
     return jax.tree.map(lambda leaf: np.zeros((rows, slots, *np.shape(leaf)), np.result_type(leaf)), first.extra)
+
+
+def _extra_kind(example: Example) -> PyTree[tuple[tuple[int, ...], str]]:
+    return jax.tree.map(lambda leaf: (np.shape(leaf), np.result_type(leaf).name), example.extra)
 
 
 def digest(examples: Sequence[Example]) -> str:

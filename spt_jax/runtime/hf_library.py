@@ -31,6 +31,15 @@ def import_transformers() -> ModuleType:
     """
     if not signals.is_program() or {"torch", "transformers"} & sys.modules.keys():
         return importlib.import_module("transformers")
+    return import_without_torch()
+
+
+def import_without_torch() -> ModuleType:
+    """Imports transformers, for the first time in this process, as where torch is not installed.
+
+    Returns:
+      The module.
+    """
     sys.modules["torch"] = None  # type: ignore[assignment]  # documented: an import fails as if there were no torch
     shown = os.environ.get(_QUIET)
     os.environ[_QUIET] = "1"  # otherwise it says that there is no torch
