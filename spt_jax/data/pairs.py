@@ -41,6 +41,8 @@ def pair_form(tokenizer: Tokenizer, front: Sequence[int], closing: Sequence[int]
     types = list(both.get("token_type_ids", []))
     if not any(types):
         return PairForm(between, None)
+    if 1 not in types:
+        return None
     second = types.index(1)
     if not start <= second <= stop or types != [0] * second + [1] * (len(ids) - second):
         return None

@@ -4,13 +4,14 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tokenizers.processors
 import transformers
 
 import spt_jax
 from spt_jax.data.batches import pack, plan_batches
 from spt_jax.data.encoder import Encoder, encoder_for
 from spt_jax.data.examples import CompactExamples
-from spt_jax.data.pairs import PairForm
+from spt_jax.data.pairs import PairForm, pair_form
 from spt_jax.data.templates import Template
 from spt_jax.errors import ConfigError
 from spt_jax.evaluation.bare import bare_examples
@@ -123,3 +124,17 @@ def test_a_prompt_of_pairs_is_trained_and_saved(base, tmp_path):
     assert loaded.classify(inputs) == result.prompt.classify(inputs)
     swapped = [{"a": record["b"], "b": record["a"]} for record in RECORDS]
     assert loaded.classify(swapped) != loaded.classify(inputs) or loaded.virtual.head is not None
+
+
+def test_token_types_that_are_not_those_of_two_texts(tmp_path):
+    """A template of a tokenizer may number them in any way."""
+    tokenizer = word_pieces(tmp_path)
+    special = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("[CLS]", "[SEP]")]
+    forms = []
+    for first, second in ((0, 1), (0, 2), (2, 1)):
+        pair = f"[CLS]:{first} $A:0 [SEP]:0 $B:{second} [SEP]:{second}"
+        tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair=pair, special_tokens=special
+        )
+        forms.append(pair_form(tokenizer, *([id_] for _, id_ in special)))
+    assert forms == [PairForm((special[1][1],), 1), None, None]
