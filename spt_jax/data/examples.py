@@ -110,7 +110,7 @@ def empty_extra(examples: Sequence[Example], rows: int, slots: int) -> PyTree[np
     return jax.tree.map(lambda leaf: np.zeros((rows, slots, *np.shape(leaf)), np.result_type(leaf)), first.extra)
 
 
-def _extra_kind(example: Example) -> PyTree[tuple[tuple[int, ...], str]]:
+def _extra_kind(example: Example) -> object:
     return jax.tree.map(lambda leaf: (np.shape(leaf), np.result_type(leaf).name), example.extra)
 
 
