@@ -177,6 +177,12 @@ def test_options_out_of_range(folder, options, problem):
         objective(folder, **options)
 
 
+def test_two_sources_of_validation_records_are_refused(folder, tmp_path, capsys):
+    both = "--loss.study-validation", "2", "--data.validation", str(folder / "text.txt")
+    assert train.main(words(folder, tmp_path / "run", *both)) == 2
+    assert "loss.study_validation and data.validation both give validation records" in capsys.readouterr().err
+
+
 def test_a_template_with_two_fields_is_refused(folder, base):
     template = Template(prompt="<soft>{question} {more}: ", target=" {answer}", virtual_tokens=3)
     with pytest.raises(ConfigError, match="into the only field"):

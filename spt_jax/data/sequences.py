@@ -127,6 +127,11 @@ class SequenceForm:
             raise ConfigError(f"two verbalizers have the same token ids: {dict(template.verbalizers)}")
         if self.decodes and (template.chat or template.is_conversation or template.continues):
             raise ConfigError("this base is an encoder-decoder: it answers no chats and continues no remembered text")
+        reserved = [name for name in template.new_tokens if SEPARATOR in name or MASK in name]
+        if self.encodes and reserved:
+            raise ConfigError(
+                f"the new token {reserved[0]!r} contains {SEPARATOR} or {MASK}, which is markup; rename it"
+            )
         if self.encodes and template.prompt.count(SEPARATOR) > 1:
             raise ConfigError(f"template {template.prompt!r} has several <sep>; a tokenizer joins two texts at most")
         if self.causal:

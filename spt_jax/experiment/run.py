@@ -401,6 +401,8 @@ def _with_study_sources(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
     distillation, data = distillation_of(config), config.data
     if distillation is None or not distillation.study:
         return config
+    if distillation.study_validation and data.validation not in (None, STUDY):
+        raise ConfigError("loss.study_validation and data.validation both give validation records; set one of them")
     validation = data.validation or (STUDY if distillation.study_validation else None)
     return dataclasses.replace(config, data=dataclasses.replace(data, train=data.train or STUDY, validation=validation))
 

@@ -145,6 +145,8 @@ def array(rows: Any) -> Initializer:
 def prompt(directory: str | Path) -> Initializer:
     """The virtual tokens of a saved prompt (a directory, URL or hub id) of the same frozen base and length.
 
+    A task head starts at zeros in any case, since the classes may be others.
+
     Args:
       directory: where the prompt is.
 

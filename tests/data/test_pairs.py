@@ -102,6 +102,8 @@ def test_only_a_pair_has_types(base):
     assert after.ids.tolist().count(4) == 1 and after.ids[after.answer_at] == 4
     with pytest.raises(ConfigError, match="has several <sep>"):
         encoder_for(base, dataclasses.replace(PAIR, prompt="{a}<sep>{b}<sep>"))
+    with pytest.raises(ConfigError, match="new token '<sep>' contains <sep> or <mask>"):
+        encoder_for(base, dataclasses.replace(PAIR, new_tokens=("<sep>",)))
 
 
 def test_the_encoder_of_an_encoder_decoder_has_pairs_without_types():
