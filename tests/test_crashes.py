@@ -31,9 +31,9 @@ def job(tmp_path_factory: pytest.TempPathFactory):
     patch, loaded, steps = pytest.MonkeyPatch(), [], []
     load, make = spt_jax.commands.train.load_experiment, single.make_train_step
 
-    def load_once(config):
+    def load_once(config, **study):
         if not loaded:
-            loaded.append(load(config))
+            loaded.append(load(config, **study))
         return dataclasses.replace(loaded[0], config=dataclasses.replace(loaded[0].config, train=config.train))
 
     def make_once(*arguments):

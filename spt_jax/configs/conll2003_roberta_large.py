@@ -1,6 +1,7 @@
-"""Names of persons, places and organizations (CoNLL-2003) with RoBERTa large.
+"""Names in a text (CoNLL-2003) with RoBERTa large.
 
-Deep prompts and a tagging head, as in P-tuning v2 (Liu et al. 2022, arXiv 2110.07602).
+The names are of persons, places, organizations and others. Deep prompts and a tagging head, as in P-tuning v2 (Liu et
+al. 2022, arXiv 2110.07602).
 
     spt-jax train conll2003_roberta_large --data.train train.jsonl --data.validation validation.jsonl
 

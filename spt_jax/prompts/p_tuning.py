@@ -23,7 +23,9 @@ LSTM_LAYERS = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PTuning(HeadMethod, TokenMethod):
-    """Virtual tokens that a small network computes, and a head if the task has one.
+    """Virtual tokens that a small network computes.
+
+    The prompt has a head if the task has one.
 
     Attributes:
       name: the method.

@@ -17,7 +17,9 @@ from spt_jax.prompts.virtual import VirtualPrompt
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptTuning(HeadMethod, TokenMethod):
-    """Trained rows among the input embeddings, and a head if the task has one.
+    """Trained rows among the input embeddings.
+
+    The prompt has a head if the task has one.
 
     Attributes:
       name: the method.
