@@ -7,6 +7,7 @@ finds a tunable in the environment when the process starts, so the program is ex
 anything that takes time.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Mapping
@@ -21,13 +22,14 @@ def use_huge_pages() -> None:
     """Executes this program again with huge pages, if they are available to programs that ask and are not in use.
 
     Call it before importing what takes time. Setting the tunable in `GLIBC_TUNABLES`, to any value, prevents it. A
-    program that another one runs in its own process, such as a notebook with %run, is not executed again.
+    program that another one runs in its own process, such as a notebook with %run or a debugger, is not executed again.
     """
-    if sys.argv[0] not in ("-m", *sys.orig_argv[1:]):
+    if not sys.executable or sys.orig_argv[1:2] != sys.argv[:1]:
         return
     environment = environment_with_huge_pages()
     if environment is not None:
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+        with contextlib.suppress(OSError):  # It also works as it is.
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def environment_with_huge_pages() -> dict[str, str] | None:
