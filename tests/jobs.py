@@ -1,12 +1,18 @@
 """A small classification job for `train.py`: its files, its command line, and what it left."""
 
+import contextlib
 import json
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
 from spt_jax.testing import write_tiny_checkpoint
+from spt_jax.training import single
 
 ROOT = Path(__file__).parents[1]
 # Fields of results.json and metrics.jsonl that differ between two runs of one job.
@@ -24,6 +30,22 @@ def unmeasured(value: object) -> object:
 def history(workdir: Path) -> object:
     """The lines of metrics.jsonl, without what is measured."""
     return unmeasured([json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()])
+
+
+@contextlib.contextmanager
+def stopped_at_batch(number: int, by: signal.Signals = signal.SIGTERM) -> Iterator[None]:
+    """Inside it, this process gets a signal when a run places its batch of this number, from 1."""
+    place, calls = single.place_batch, []
+
+    def place_and_stop(batch, mesh):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), by)
+        return place(batch, mesh)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(single, "place_batch", place_and_stop)
+        yield
 
 
 WORDS = {"good": ("good", "nice", "fine", "great"), "bad": ("bad", "poor", "awful", "sad")}

@@ -1,8 +1,6 @@
 """Distillation runs, end to end on a tiny model: what is reported, resuming, a sweep, and answers of the base."""
 
 import json
-import os
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,9 +17,8 @@ from spt_jax.evaluation.after_text import ids_after_text
 from spt_jax.experiment.distillation import with_answers
 from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.testing import write_tiny_checkpoint
-from spt_jax.training import single
 from spt_jax.training.objectives import Distillation
-from tests.jobs import ROOT, arrays, history
+from tests.jobs import ROOT, arrays, history, stopped_at_batch
 
 TEXT = "the good and the nice, the bad and the sad: good\n"
 LAST = 12
@@ -86,19 +83,10 @@ def test_results_compare_the_prompt_the_base_and_the_text(folder, finished):
     assert len(losses) == LAST and losses[-1] < losses[0] and min(losses) > 0
 
 
-def test_a_stopped_run_resumes_bit_for_bit(folder, finished, tmp_path, monkeypatch):
-    place, calls = single.place_batch, []
-
-    def place_and_signal(batch, mesh):
-        calls.append(1)
-        if len(calls) == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return place(batch, mesh)
-
+def test_a_stopped_run_resumes_bit_for_bit(folder, finished, tmp_path):
     workdir = tmp_path / "stopped"
-    monkeypatch.setattr(single, "place_batch", place_and_signal)
-    assert train.main(words(folder, workdir)) == 143
-    monkeypatch.undo()
+    with stopped_at_batch(5):
+        assert train.main(words(folder, workdir)) == 143
     assert train.main(words(folder, workdir, "--resume")) == 0
     assert history(workdir) == history(finished)
     assert arrays(workdir).tobytes() == arrays(finished).tobytes()

@@ -2,8 +2,6 @@
 
 import functools
 import json
-import os
-import signal
 
 import jax
 import numpy as np
@@ -18,7 +16,6 @@ from spt_jax.prompts import PrefixTuning, PromptTuning
 from spt_jax.runtime.mesh_config import MeshConfig
 from spt_jax.runtime.sharding import make_mesh
 from spt_jax.testing import tiny_base, write_tiny_checkpoint
-from spt_jax.training import single
 from spt_jax.training.objectives import CrossEntropy, VerbalizerCrossEntropy
 from spt_jax.training.optimizers import OptimizerConfig, make_optimizer, resolve_optimizer
 from spt_jax.training.population import (
@@ -31,7 +28,7 @@ from spt_jax.training.population import (
     stack_batches,
 )
 from spt_jax.training.step import init_state, loss_and_gradient, make_train_step
-from tests.jobs import ROOT, arrays, losses
+from tests.jobs import ROOT, arrays, losses, stopped_at_batch
 
 TEXTS = [("the question", "a"), ("who", "b"), ("and what of it", "a"), ("is", "b"), ("a b c d e f g", "b")]
 RECORDS = [{"text": text, "label": label} for text, label in TEXTS]
@@ -47,7 +44,7 @@ def base_of(family, **axes):
 
 
 @pytest.mark.parametrize("family", ["t5"])
-def test_a_run_is_resumed_bit_for_bit(family, tmp_path, monkeypatch):
+def test_a_run_is_resumed_bit_for_bit(family, tmp_path):
     """Stopped by a signal at its third batch, and continued."""
     base = write_tiny_checkpoint(tmp_path / "base", family)
     data = tmp_path / "data.jsonl"
@@ -58,17 +55,8 @@ def test_a_run_is_resumed_bit_for_bit(family, tmp_path, monkeypatch):
     line += ["--train.checkpoint-every", "2", "--data.validation", "None", "--data.test", "None"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert train.main([*line, "--workdir", str(whole)]) == 0
-    place, calls = single.place_batch, []
-
-    def place_and_stop(batch, mesh):
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return place(batch, mesh)
-
-    monkeypatch.setattr(single, "place_batch", place_and_stop)
-    assert train.main([*line, "--workdir", str(stopped)]) == 143
-    monkeypatch.undo()
+    with stopped_at_batch(3):
+        assert train.main([*line, "--workdir", str(stopped)]) == 143
     assert not (stopped / "results.json").exists()
     assert train.main([*line, "--workdir", str(stopped), "--resume"]) == 0
     assert losses(stopped) == losses(whole)

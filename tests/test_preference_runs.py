@@ -1,8 +1,6 @@
 """Runs on pairs of answers, end to end on a tiny model: what is reported, resuming, and the same run in a sweep."""
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +13,8 @@ from spt_jax.data.encoder import encoder_for
 from spt_jax.evaluation.evaluate import evaluate, make_evaluation_set
 from spt_jax.prompts.storage import load_prompt
 from spt_jax.testing import write_tiny_checkpoint
-from spt_jax.training import single
 from tests.examples import VOCAB, sequence_logits
-from tests.jobs import ROOT, arrays, history
+from tests.jobs import ROOT, arrays, history, stopped_at_batch
 
 LAST = 12
 RECORDS = [
@@ -96,19 +93,10 @@ def test_the_reported_distance_is_that_of_whole_distributions(folder, finished):
     np.testing.assert_allclose(found["chosen_log_ratio"], np.mean(ratios), rtol=1e-4)
 
 
-def test_a_stopped_run_resumes_bit_for_bit(folder, finished, tmp_path, monkeypatch):
-    place, calls = single.place_batch, []
-
-    def place_and_signal(batch, mesh):
-        calls.append(1)
-        if len(calls) == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return place(batch, mesh)
-
+def test_a_stopped_run_resumes_bit_for_bit(folder, finished, tmp_path):
     workdir = tmp_path / "stopped"
-    monkeypatch.setattr(single, "place_batch", place_and_signal)
-    assert train.main(words(folder, workdir)) == 143
-    monkeypatch.undo()
+    with stopped_at_batch(5):
+        assert train.main(words(folder, workdir)) == 143
     assert train.main(words(folder, workdir, "--resume")) == 0
     assert history(workdir) == history(finished)
     assert arrays(workdir).tobytes() == arrays(finished).tobytes()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import train
 from spt_jax.__main__ import main
 from spt_jax.testing import write_tiny_checkpoint
 from spt_jax.training import single
-from tests.jobs import ROOT, arrays, history
+from tests.jobs import ROOT, arrays, history, stopped_at_batch
 
 LAST = 6
 MODULE = """
@@ -94,19 +93,10 @@ def test_results_metrics_and_the_prompt(folder, finished, tmp_path):
     assert main(["generate", "--prompt", str(finished / "prompt"), "the 3", "--max-new-tokens", "3"]) == 0
 
 
-def test_a_stopped_run_resumes_bit_for_bit_in_the_middle_of_a_rollout(folder, finished, tmp_path, monkeypatch):
-    place, calls = single.place_batch, []
-
-    def place_and_signal(batch, mesh):
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return place(batch, mesh)
-
+def test_a_stopped_run_resumes_bit_for_bit_in_the_middle_of_a_rollout(folder, finished, tmp_path):
     workdir = tmp_path / "stopped"
-    monkeypatch.setattr(single, "place_batch", place_and_signal)
-    assert train.main(words(folder, workdir)) == 143
-    monkeypatch.setattr(single, "place_batch", place)
+    with stopped_at_batch(3):
+        assert train.main(words(folder, workdir)) == 143
     assert train.main(words(folder, workdir, "--resume")) == 0
     assert history(workdir) == history(finished)
     assert arrays(workdir).tobytes() == arrays(finished).tobytes()

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -18,10 +16,9 @@ from spt_jax.evaluation.after_text import ids_after_text
 from spt_jax.experiment.self_study import SEEDS, _normalized, _problem, read_study, self_study, write_study
 from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.testing import tiny_base, write_tiny_checkpoint
-from spt_jax.training import single
 from spt_jax.training.objectives import Distillation
 from tests.chat_layouts import LAYOUTS
-from tests.jobs import ROOT, arrays, history
+from tests.jobs import ROOT, arrays, history, stopped_at_batch
 
 TEXT = "The question is a text of the world. The answer is good and positive.\n"
 TEMPLATE = Template(prompt="<soft>{question}: ", target=" {answer}", virtual_tokens=3)
@@ -136,18 +133,9 @@ def test_a_run_without_data_trains_on_its_questions_and_resumes(folder, tmp_path
     assert [line["split"] for line in lines] == ["train"] * 8 + ["validation"] * 3
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["validation"]["soft_prompt"]["examples"] == 3
-    place, calls = single.place_batch, []
-
-    def place_and_signal(batch, mesh):
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return place(batch, mesh)
-
     workdir = tmp_path / "stopped"
-    monkeypatch.setattr(single, "place_batch", place_and_signal)
-    assert train.main(words(folder, workdir)) == 143
-    monkeypatch.undo()
+    with stopped_at_batch(2):
+        assert train.main(words(folder, workdir)) == 143
 
     def never(*_, **__):
         raise AssertionError("a resumed run reads its questions")

@@ -22,7 +22,7 @@ from spt_jax.experiment import training
 from spt_jax.experiment.command_line import parse_train
 from spt_jax.experiment.workdir import MARKER, prepare_workdir
 from spt_jax.training import loop, single
-from tests.jobs import ROOT, arrays, history, losses, unmeasured, words, write_task
+from tests.jobs import ROOT, arrays, history, losses, stopped_at_batch, unmeasured, words, write_task
 
 
 @pytest.fixture(scope="module")
@@ -167,20 +167,11 @@ train.main({words(files, workdir)!r})
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_and_resume_goes_on(files, finished, tmp_path, monkeypatch, capsys, number):
-    place, calls = single.place_batch, []
-
-    def place_and_signal(batch, mesh):
-        calls.append(1)
-        if len(calls) == 14:
-            os.kill(os.getpid(), number)
-        return place(batch, mesh)
-
+def test_signal_saves_and_resume_goes_on(files, finished, tmp_path, capsys, number):
     workdir = tmp_path / "stopped"
-    monkeypatch.setattr(single, "place_batch", place_and_signal)
-    assert train.main(words(files, workdir)) == 128 + number
+    with stopped_at_batch(14, number):
+        assert train.main(words(files, workdir)) == 128 + number
     assert "--resume" in capsys.readouterr().err
-    monkeypatch.undo()
     assert train.main(words(files, workdir, "--resume")) == 0
     assert losses(workdir) == losses(finished)
     assert arrays(workdir).tobytes() == arrays(finished).tobytes()
@@ -240,20 +231,11 @@ def test_overwriting_leaves_nothing_of_a_run(finished: Path, tmp_path: Path):
     assert os.listdir(tmp_path / "run") == [MARKER]
 
 
-def test_resumes_on_another_mesh(files: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_resumes_on_another_mesh(files: Path, finished: Path, tmp_path: Path):
     """20 steps on one device, 20 on four: the same to float tolerance."""
-    place, calls = single.place_batch, []
-
-    def stop_at_20(batch, mesh):
-        calls.append(1)
-        if len(calls) == 20:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return place(batch, mesh)
-
     workdir = tmp_path / "moved"
-    monkeypatch.setattr(single, "place_batch", stop_at_20)
-    assert train.main(words(files, workdir)) == 143
-    monkeypatch.undo()
+    with stopped_at_batch(20):
+        assert train.main(words(files, workdir)) == 143
     assert train.main(words(files, workdir, "--resume", "--mesh.data", "2", "--mesh.tensor", "2")) == 0
     np.testing.assert_allclose(np.asarray(losses(workdir)), np.asarray(losses(finished)), rtol=2e-3)
 
