@@ -38,7 +38,7 @@ def check_composable(base: FrozenBase) -> None:
     elif base.config.qk_norm_after_rope:
         reason = "it normalizes keys after RoPE"
     if reason is not None:
-        raise ConfigError(f"prefixes of {base.name} cannot be composed, because {reason}")
+        raise ConfigError(f"prefixes of the base {base.name} cannot be composed: {reason}")
 
 
 def composed(base: FrozenBase, parts: Sequence[Memory], skip: int = 0) -> Memory:
