@@ -1,10 +1,10 @@
 """Huge pages for the arrays of this package's programs on Linux.
 
 XLA allocates the temporaries of a program anew at every call on the CPU. Above a few MiB, glibc gets such memory from
-the kernel and returns it afterwards, and the kernel clears each page of 4 KiB when it is first touched: up to a fifth
-of the processor time of a training step. With pages of 2 MiB, almost none of it remains. glibc asks for them if it
-finds a tunable in the environment when the process starts, so the program is executed once more, before it imports
-anything that takes time.
+the kernel and returns it afterwards, and the kernel clears each page of 4 KiB when it is first touched, which takes a
+tenth to a fifth of a step or an evaluation (docs/devices.md). With pages of 2 MiB, little of it remains. glibc asks for
+them if it finds a tunable in the environment when the process starts, so the program is executed once more, before it
+imports anything that takes time.
 """
 
 import contextlib

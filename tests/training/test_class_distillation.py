@@ -118,9 +118,18 @@ def test_a_run_reports_and_chooses_by_the_classes(tmp_path):
     assert results["best_step"] == min(validated, key=lambda step: validated[step])
 
 
-@pytest.mark.parametrize("options", [{"answer_tokens": 3}, {"answer_tokens": 3, "study": 2}, {"choices": 0}])
-def test_options_that_do_not_fit(file, options):
-    with pytest.raises(ConfigError, match=r"class_distillation|at least 1"):
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"answer_tokens": 3}, "loss.answer_tokens is not for class_distillation"),
+        ({"answer_temperature": 0.5}, "loss.answer_temperature is not for class_distillation"),
+        ({"answer_tokens": 3, "study": 2}, "loss.answer_tokens is not for class_distillation"),
+        ({"study_tokens": 9}, "loss.study_tokens is not for class_distillation"),
+        ({"choices": 0}, "at least 1"),
+    ],
+)
+def test_options_that_do_not_fit(file, options, problem):
+    with pytest.raises(ConfigError, match=problem):
         ClassDistillation(text=file, **options)
 
 

@@ -19,6 +19,9 @@ from spt_jax.models.model import TargetScores, TeacherStates
 from spt_jax.training.objectives.distillation import Distillation
 from spt_jax.training.objectives.objective import Loss, Objective
 
+# The fields of `Distillation` that may be set.
+_ALLOWED = ("text", "top_k", "temperature", "chat_system")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassDistillation(Distillation):
@@ -29,13 +32,13 @@ class ClassDistillation(Distillation):
     log-probabilities of their verbalizers, divided by the temperature T. The loss is the mean over the examples of
     T^2 KL(p || q), in nats. Which class is correct plays no part.
 
-    The teacher's C log-probabilities are computed once, before training. `top_k` is not used.
+    The teacher's C log-probabilities are computed once, before training.
 
     Attributes:
       text, temperature, chat_system: as in `Distillation`.
-      top_k: not used.
-      answer_tokens, answer_temperature, study, study_validation, study_kinds, study_tokens, study_temperature: not for
-        classes, which are given.
+      top_k: without effect, so that a config of `Distillation` can be changed to this objective.
+      answer_tokens, answer_temperature, study, study_validation, study_kinds, study_tokens, study_temperature: must
+        have their defaults, because the classes are given.
       choices: the number of scored sequences per example, `BatchPlan.choices`.
 
     Raises:
@@ -48,8 +51,9 @@ class ClassDistillation(Distillation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.answer_tokens or self.study:
-            raise ConfigError("loss.answer_tokens and loss.study are not for class_distillation: the classes are given")
+        for field in dataclasses.fields(Distillation):
+            if field.name not in _ALLOWED and getattr(self, field.name) != field.default:
+                raise ConfigError(f"loss.{field.name} is not for class_distillation, whose answers are the classes")
         if self.choices < 1:
             raise ConfigError(f"ClassDistillation.choices is {self.choices}; it must be at least 1")
 
