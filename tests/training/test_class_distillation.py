@@ -121,6 +121,7 @@ def test_a_run_reports_and_chooses_by_the_classes(tmp_path):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
+        ({"top_k": 8}, "loss.top_k is not for class_distillation"),
         ({"answer_tokens": 3}, "loss.answer_tokens is not for class_distillation"),
         ({"answer_temperature": 0.5}, "loss.answer_temperature is not for class_distillation"),
         ({"answer_tokens": 3, "study": 2}, "loss.answer_tokens is not for class_distillation"),

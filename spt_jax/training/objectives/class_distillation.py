@@ -20,7 +20,7 @@ from spt_jax.training.objectives.distillation import Distillation
 from spt_jax.training.objectives.objective import Loss, Objective
 
 # The fields of `Distillation` that may be set.
-_ALLOWED = ("text", "top_k", "temperature", "chat_system")
+_ALLOWED = ("text", "temperature", "chat_system")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,9 +36,8 @@ class ClassDistillation(Distillation):
 
     Attributes:
       text, temperature, chat_system: as in `Distillation`.
-      top_k: without effect, so that a config of `Distillation` can be changed to this objective.
-      answer_tokens, answer_temperature, study, study_validation, study_kinds, study_tokens, study_temperature: must
-        have their defaults, because the classes are given.
+      top_k, answer_tokens, answer_temperature, study, study_validation, study_kinds, study_tokens, study_temperature:
+        must have their defaults, because the classes are given, and all of them are compared.
       choices: the number of scored sequences per example, `BatchPlan.choices`.
 
     Raises:
