@@ -41,7 +41,7 @@ def check_decoder_ids(layout: Layout, ids: Int[np.ndarray, " T"], count: int) ->
         )
 
 
-def decoder_ids(lengths: Sequence[int], counts: Sequence[int], length: int) -> Int[np.ndarray, "N U"]:
+def decoder_ids(lengths: Int[np.ndarray, " N"], counts: Sequence[int], length: int) -> Int[np.ndarray, "N U"]:
     """Returns the indices of the ids that the decoder reads of requests, with T for padding.
 
     Args:
@@ -49,7 +49,7 @@ def decoder_ids(lengths: Sequence[int], counts: Sequence[int], length: int) -> I
       counts: how many of these the decoder reads.
       length: the number T of ids of each request, with padding.
     """
-    return decoder_indices(lengths, counts, decoder_width(max(counts), length), length)
+    return decoder_indices(lengths.tolist(), counts, decoder_width(max(counts), length), length)
 
 
 def crossed(cache: Cache, layout: Layout) -> int:
