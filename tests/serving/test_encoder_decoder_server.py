@@ -68,7 +68,9 @@ def added(bank: PromptBank, folder, names) -> PromptBank:
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory) -> PromptBank:
     base = tiny_base("t5", seed=3)
-    return added(PromptBank(base), tmp_path_factory.mktemp("prompts"), [name for name in PROMPTS if "pinned" not in name])
+    return added(
+        PromptBank(base), tmp_path_factory.mktemp("prompts"), [name for name in PROMPTS if "pinned" not in name]
+    )
 
 
 @pytest.fixture(scope="module")
