@@ -16,6 +16,7 @@ from spt_jax.evaluation.bare import bare_examples
 from spt_jax.evaluation.evaluate import make_evaluation_set, score
 from spt_jax.inference.forward import target_scores
 from spt_jax.inference.generation import SamplingConfig, generate
+from spt_jax.interop.peft_export import peft_note
 from spt_jax.prompts.virtual import VirtualPrompt
 from spt_jax.testing import tiny_base, tiny_tokenizer, write_tiny_checkpoint
 from tests.encoder_decoders import START, VARIANTS
@@ -95,6 +96,11 @@ def test_heads_that_read_the_encoder_are_refused(base):
     options = {"target": "{tags}", "reads": "text", "head": "tagging", "verbalizers": CLASSES, "virtual_tokens": 3}
     with pytest.raises(ConfigError, match="reads hidden states of the encoder, which nothing after <decoder> changes"):
         encoder_for(base, spt_jax.Template(prompt="{text}<decoder><soft>", **options))
+
+
+def test_peft_has_no_prompts_there(base):
+    note = peft_note(base, spt_jax.PromptTuning(length=5), BOTH)
+    assert note.endswith("the template has <decoder>, and PEFT has no prompts in the decoder's input")
 
 
 def test_training_microbatches_and_files(base, tmp_path):

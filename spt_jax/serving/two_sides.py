@@ -97,9 +97,9 @@ def put_requests(
       The cache, and the number of entries that are filled at the decoder's self-attention, padding included.
     """
     encoder_segments, *decoder = of_sides(stream)
-    pins = None
-    if stream.pinned is not None and stream.decoder is not None:
-        pins = jnp.take_along_axis(stream.pinned, jnp.minimum(stream.decoder, stream.pinned.shape[1] - 1), axis=1)
+    pins, pinned_tokens, indices = None, stream.pinned, stream.decoder
+    if pinned_tokens is not None and indices is not None:
+        pins = jnp.take_along_axis(pinned_tokens, jnp.minimum(indices, pinned_tokens.shape[1] - 1), axis=1)
     sites = (
         (CROSS, 0, (stream.positions, encoder_segments, None)),
         (SELF, _entries(cache.memory[CROSS], -1), (*decoder, pins)),
