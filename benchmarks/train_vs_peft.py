@@ -67,7 +67,7 @@ def write_base(folder: Path, tokenizer: Path) -> None:
     import transformers
     from flax import traverse_util
 
-    from spt_jax.bases.checkpoint import write_checkpoint
+    from spt_jax.bases.checkpoint_writing import write_checkpoint
     from spt_jax.bases.config import decoder_config
     from spt_jax.testing import random_params
 

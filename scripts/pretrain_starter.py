@@ -24,7 +24,7 @@ import tokenizers
 import transformers
 from flax import serialization
 
-from spt_jax.bases.checkpoint import write_checkpoint
+from spt_jax.bases.checkpoint_writing import write_checkpoint
 from spt_jax.bases.config import decoder_config
 from spt_jax.models.attention import Stream
 from spt_jax.models.decoder import Decoder

@@ -20,7 +20,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from spt_jax.bases.base import FrozenBase, load_base
-from spt_jax.bases.checkpoint import parameter_shapes, write_checkpoint
+from spt_jax.bases.checkpoint import parameter_shapes
+from spt_jax.bases.checkpoint_writing import write_checkpoint
 from spt_jax.bases.config import model_config
 from spt_jax.bases.families import ENCODER_DECODERS, FAMILIES, family_of
 from spt_jax.bases.places import places as filled

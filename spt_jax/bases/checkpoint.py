@@ -9,29 +9,34 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spt_jax.bases.families import ENCODER_DECODERS, FAMILIES
 from spt_jax.bases.families.family import OUTPUT_BIAS_KEY, OUTPUT_KEY, RenamedFamily, with_prefix
 from spt_jax.bases.files import checkpoint_files, listed
-from spt_jax.bases.gguf import Blocks, GgufTensors
-from spt_jax.bases.kernel_buffers import BlockBuffer, BlockTableBuffer, KernelBuffer
-from spt_jax.bases.places import LeafPath, Place, all_places, origins, places
+from spt_jax.bases.float_values import chunks, is_finite
+from spt_jax.bases.leaf_buffers import (
+    Fill,
+    FloatBuffer,
+    KernelBuffer,
+    LeafBuffer,
+    TableBuffer,
+    kept_kernel,
+    kept_table,
+)
+from spt_jax.bases.packed import Packed
+from spt_jax.bases.places import LeafPath, Place, all_places, origins, stored_shape
 from spt_jax.bases.quantized_files import FileQuantization, methods_of
-from spt_jax.bases.tensors import Opener, block_type, opener_of
+from spt_jax.bases.tensors import Opener, form_of, opener_of, read_packed
 from spt_jax.errors import CheckpointError, ConfigError
 from spt_jax.models.attention import Stream
 from spt_jax.models.decoder import Decoder
@@ -40,13 +45,9 @@ from spt_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from spt_jax.models.model import Params
 from spt_jax.models.model_config import ModelConfig
 from spt_jax.models.quantized import KernelArray, TableArray
-from spt_jax.models.quantized.gguf_blocks import BLOCK_TYPES
-from spt_jax.models.quantized.table import TableEncoder
-from spt_jax.runtime.host_arrays import aligned_empty, put_on_devices
 
 _OUTPUT = ("output",)
 Quantization = type[KernelArray] | Literal["keep"] | None
-_Buffer = np.ndarray | KernelBuffer | TableEncoder | BlockBuffer | BlockTableBuffer
 
 
 # Buffers that older libraries stored beside the weights; nothing is lost by passing over them.
@@ -79,6 +80,9 @@ class Stored:
 
     file: Path
     name: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: tensor {self.name!r}"
 
 
 def _find_tensors(
@@ -182,33 +186,36 @@ def read_params(
         found = _find_tensors(stored_in, config, expected, shapes, opener)
         used = {at.file for at in found.values()}
         opened = {file: stack.enter_context(opener(file, list(found))) for file in used}
-        if quantize == "keep" and not any(block_type(opened[at.file], at.name) for at in found.values()):
-            raise ConfigError(f"base.quantize keep is for GGUF files with quantized matrices; {directory} has none")
+        forms = {key: form_of(opened[at.file], at.name) for key, at in found.items()}
+        if quantize == "keep" and not any(forms.values()):
+            raise ConfigError(
+                f"base.quantize keep is for GGUF files and quantized checkpoints whose matrices can stay packed;"
+                f" {directory} has none{'' if quantization is None else f' ({quantization.how})'}"
+            )
         for paths, keys in _groups(expected, shapes):
-            buffers: dict[LeafPath, _Buffer] = {}
+            buffers: dict[LeafPath, LeafBuffer] = {}
             for path in paths:
-                fills = [(place, key) for key in keys for place in expected[key] if place.path == path]
-                types = [block_type(opened[found[key].file], found[key].name) for _, key in fills]
-                buffers[path] = _buffer(path, shapes[path].shape, dtype, quantize, [place for place, _ in fills], types)
+                fills = [
+                    Fill(place, forms[key], opened[found[key].file].shape(found[key].name))
+                    for key in keys
+                    for place in expected[key]
+                    if place.path == path
+                ]
+                buffers[path] = _buffer(path, shapes[path].shape, dtype, quantize, fills)
             # By layer, so that few layers of a quantized kernel are incomplete.
             for key in sorted(keys, key=lambda key: min(place.index for place in expected[key])):
                 at, targets = found[key], [buffers[place.path] for place in expected[key]]
-                file, blocks = opened[at.file], None
-                if isinstance(file, GgufTensors) and any(
-                    isinstance(buffer, BlockBuffer | BlockTableBuffer) for buffer in targets
-                ):
-                    blocks = file.read_blocks(at.name)
-                tensor = file.read(at.name) if blocks is None else blocks.values()
-                digests[key] = _digest(tensor, at)
+                file = opened[at.file]
+                packed = any(buffer.packed for buffer in targets)
+                tensor = read_packed(file, at.name) if packed else Packed(file.read(at.name))
+                digests[key] = _digest(tensor.values, at)
                 for place, buffer in zip(expected[key], targets, strict=True):
-                    _fill(buffer, place, tensor, blocks, at)
-                del tensor, blocks, targets, buffer
+                    buffer.fill(place, tensor, str(at))
+                del tensor, targets, buffer
             for path, buffer in buffers.items():
                 sharding = sharding_of(path)
-                if isinstance(buffer, np.ndarray):
-                    leaves[path] = put_on_devices(buffer, sharding)
-                else:
-                    leaves[path] = buffer.placed(table_sharding(path, sharding) if is_table(path) else sharding)
+                packed_table = is_table(path) and not isinstance(buffer, FloatBuffer)
+                leaves[path] = buffer.placed(table_sharding(path, sharding) if packed_table else sharding)
             del buffers, buffer
         if config.tied and OUTPUT_KEY in found:
             at = found[OUTPUT_KEY]
@@ -218,56 +225,19 @@ def read_params(
 
 
 def _buffer(
-    path: LeafPath,
-    shape: tuple[int, ...],
-    dtype: Any,
-    quantize: Quantization,
-    fills: list[Place],
-    types: list[str | None],
-) -> _Buffer:
-    """Returns host memory for a leaf, given what fills it and in which types of blocks that is stored."""
-    if quantize is None or not (is_table(path) or quantizable(path)) or (quantize == "keep" and not any(types)):
-        return aligned_empty(shape, dtype)
+    path: LeafPath, shape: tuple[int, ...], dtype: Any, quantize: Quantization, fills: Sequence[Fill]
+) -> LeafBuffer:
+    """Returns host memory for a leaf, given what fills it."""
+    forms = [fill.form for fill in fills]
+    if quantize is None or not (is_table(path) or quantizable(path)) or (quantize == "keep" and not any(forms)):
+        return FloatBuffer(shape, jnp.dtype(dtype))
     if quantize != "keep":
         if is_table(path):
-            return TableEncoder(table_shape(path, shape), jnp.dtype(dtype))
-        return KernelBuffer(quantize, shape, [place.index for place in fills])
-    kinds = [kind for kind in types if kind in BLOCK_TYPES]
-    if len(kinds) < len(types):
-        names = ", ".join(sorted({kind or "floats" for kind in types}))
-        raise ConfigError(
-            f"base.quantize keep: {'/'.join(path)} is stored as {names}; kept are {', '.join(BLOCK_TYPES)}. Set another"
-            " base.quantize"
-        )
-    for place in fills:
-        origin = place.origin
-        reordered = origin.view is not None or origin.into is not None or (origin.take and origin.take.axis % 2)
-        if reordered or not (origin.transpose or is_table(path)):
-            raise ConfigError(
-                f"base.quantize keep does not support tensors like {origin.key!r}, whose rows are not the output"
-                " features of one matrix; set another base.quantize, such as int8"
-            )
+            return TableBuffer(table_shape(path, shape), jnp.dtype(dtype))
+        return KernelBuffer(quantize, shape, [fill.place.index for fill in fills])
     if is_table(path):
-        return BlockTableBuffer(table_shape(path, shape)[1], jnp.dtype(dtype))
-    return BlockBuffer(shape, kinds)
-
-
-def _fill(buffer: _Buffer, place: Place, tensor: np.ndarray, blocks: Blocks | None, at: Stored) -> None:
-    """Fills what a stored tensor is for; `tensor` are the values of `blocks`, if there are any."""
-    if isinstance(buffer, BlockBuffer | BlockTableBuffer):
-        assert blocks is not None
-        if isinstance(buffer, BlockBuffer):
-            buffer.fill(place.index, blocks.kind, place.origin.taken(blocks.rows))
-        else:
-            buffer.fill(blocks.kind, place.origin.taken(blocks.rows))
-        return
-    if isinstance(buffer, TableEncoder):
-        buffer.fill(place.origin.taken(tensor))
-        return
-    target = place.stored(buffer)
-    _cast(place.origin.taken(tensor).reshape(target.shape), target, at)
-    if isinstance(buffer, KernelBuffer):
-        buffer.filled(place.index)
+        return kept_table(table_shape(path, shape), jnp.dtype(dtype), fills)
+    return kept_kernel(shape, fills)
 
 
 def is_table(path: LeafPath) -> bool:
@@ -312,33 +282,6 @@ def _flat(params: Params) -> dict[LeafPath, Any]:
     return dict(traverse_util.flatten_dict(params))
 
 
-def _chunks(tensor: np.ndarray) -> Iterator[np.ndarray]:
-    """Yields the values in order, in chunks that fit in a processor's cache."""
-    flat, step = np.ascontiguousarray(tensor).reshape(-1), (128 << 10) // tensor.dtype.itemsize
-    return (flat[start : start + step] for start in range(0, flat.size, step))
-
-
-def _finite(chunk: np.ndarray) -> bool:
-    """Returns whether all values are finite. Compares the largest bit patterns, which is faster than `np.isfinite`."""
-    size = chunk.dtype.itemsize
-    bits, infinity = chunk.view(f"u{size}"), int(np.asarray(np.inf, chunk.dtype).view(f"u{size}"))
-    return bool(bits.max() < infinity + (1 << 8 * size - 1) and bits.view(f"i{size}").max() < infinity)
-
-
-def _cast(values: np.ndarray, target: np.ndarray, at: Stored) -> None:
-    """Fills `target`, whose precision may be lower.
-
-    Raises:
-      CheckpointError: a value is beyond the range of that precision.
-    """
-    with np.errstate(over="ignore"):
-        target[...] = values
-    if jnp.finfo(target.dtype).max < jnp.finfo(values.dtype).max and not all(map(_finite, _chunks(target))):
-        raise CheckpointError(
-            f"{at.file}: tensor {at.name!r} holds values beyond the range of {target.dtype}; set another base.dtype"
-        )
-
-
 def _check_tied(output: str, digests: Mapping[str, str], directory: Path, config: ModelConfig) -> None:
     table = origins(config)
     key = table.get(("decoder", "embedding"), table["embedding",])[0].key
@@ -351,33 +294,20 @@ def _check_tied(output: str, digests: Mapping[str, str], directory: Path, config
 
 def _check_shape(stored: tuple[int, ...], at: Stored, fills: list[Place], shapes: Mapping[LeafPath, Any]) -> None:
     """Checks that the leaves that a tensor fills cover it exactly."""
-    shape = _stored_shape(fills, shapes)
+    shape = stored_shape(fills, shapes)
     if stored != shape:
         raise CheckpointError(f"tensor {at.name!r} in {at.file.name} has shape {stored}; the config asks for {shape}")
-
-
-def _stored_shape(fills: list[Place], shapes: Mapping[LeafPath, Any]) -> tuple[int, ...]:
-    """Returns the shape of a stored tensor."""
-    first = fills[0]
-    if first.origin.shape is not None:
-        return first.origin.shape
-    shape = list(first.stored(np.broadcast_to(np.float32(0), shapes[first.path].shape)).shape)
-    for place in fills:
-        if place.origin.take is not None:
-            shape[place.origin.take.axis] = max(p.origin.take.stop for p in fills if p.origin.take is not None)
-    return tuple(shape)
 
 
 def _digest(tensor: np.ndarray, at: Stored) -> str:
     """Returns the SHA-256 of a tensor after checking that its values are finite."""
     digest, finite = hashlib.sha256(f"{tensor.dtype} {tensor.shape} ".encode()), True
-    for chunk in _chunks(tensor):
+    for chunk in chunks(tensor):
         digest.update(chunk.view(np.uint8).data)
-        finite = finite and _finite(chunk)
+        finite = finite and is_finite(chunk)
     if not finite:
         raise CheckpointError(
-            f"{at.file}: tensor {at.name!r} holds NaN or infinity; the file is damaged, or the model was saved after"
-            " its training diverged"
+            f"{at} holds NaN or infinity; the file is damaged, or the model was saved after its training diverged"
         )
     return digest.hexdigest()
 
@@ -404,42 +334,3 @@ def _whole(module: Decoder, x: jax.Array, stream: Stream) -> Any:
     hidden, _ = module(x, stream)
     assert hidden is not None
     return hidden if module.config.output_head == "none" else module.before_output(hidden)
-
-
-def write_checkpoint(directory: Path, config: ModelConfig, params: Params, dtype: Any, *, shards: int = 1) -> None:
-    """Writes a checkpoint with Hugging Face's names and layouts: the inverse of `read_params`.
-
-    One file is `model.safetensors`; several, with equal numbers of tensors, come with `model.safetensors.index.json`.
-    Each file is written under a temporary name first.
-    """
-    leaves = _flat(params)
-    tensors = {}
-    for key, fills in places(config).items():
-        tensor = np.zeros(_stored_shape(fills, leaves), dtype)
-        for place in fills:
-            target = place.origin.taken(tensor)
-            target[...] = place.stored(np.asarray(leaves[place.path])).reshape(target.shape)
-        tensors[key] = tensor
-    directory.mkdir(parents=True, exist_ok=True)
-    if shards == 1:
-        _save(tensors, directory / "model.safetensors")
-        return
-    weight_map = {}
-    for i in range(shards):
-        name = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        part = dict(list(tensors.items())[i::shards])
-        _save(part, directory / name)
-        weight_map |= dict.fromkeys(part, name)
-    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": weight_map}
-    temporary = directory / "model.safetensors.index.json.tmp"
-    temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    os.replace(temporary, directory / "model.safetensors.index.json")
-
-
-def _save(tensors: dict[str, np.ndarray], file: Path) -> None:
-    temporary = file.with_name(file.name + ".tmp")
-    try:
-        safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
 """GGUF files as bases: config, tokenizer and tensors as Hugging Face's files would hold them."""
 
 import atexit
-import dataclasses
 import functools
 import json
 import os
@@ -17,6 +16,7 @@ from spt_jax.bases.gguf_architectures import ROPE_TENSORS, Facts, architecture_o
 from spt_jax.bases.gguf_header import read_bytes, read_tensor
 from spt_jax.bases.gguf_parts import read_model
 from spt_jax.bases.gguf_tokenizer import write_tokenizer
+from spt_jax.bases.packed import Packed
 from spt_jax.errors import CheckpointError
 from spt_jax.runtime.extras import load_extra
 
@@ -88,24 +88,6 @@ def _runs(process: int) -> bool:
     return True
 
 
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """A matrix in the blocks of a GGUF file.
-
-    Attributes:
-      kind: name of the type.
-      rows: the blocks of each row, uint8 [F, bytes].
-    """
-
-    kind: str
-    rows: np.ndarray
-
-    def values(self) -> np.ndarray:
-        """Returns the values, float32 [F, D]."""
-        gguf = load_extra("gguf.quants", "reading GGUF files")
-        return gguf.dequantize(self.rows, gguf.GGMLQuantizationType[self.kind])
-
-
 class GgufTensors:
     """Implements `TensorFile`: tensors by the keys of a family's table, with the shapes and values of transformers."""
 
@@ -124,22 +106,19 @@ class GgufTensors:
         shape = self._facts.header.tensors[stored].shape
         return shape[::-1] if self._architecture.exchanges(stored) else shape
 
-    def block_type(self, name: str) -> str | None:
+    def form(self, name: str) -> str | None:
         """Returns the name of the type of a tensor that is stored in blocks, and None for one of floats."""
         kind = self._facts.header.tensors[self._stored[name]].kind
         return None if kind in FLOATS else kind
 
-    def read_blocks(self, name: str) -> Blocks:
-        """Returns a tensor that is stored in blocks.
-
-        Raises:
-          CheckpointError: it cannot be read.
-        """
+    def read_packed(self, name: str) -> Packed:
+        gguf = load_extra("gguf.quants", "reading GGUF files")
         stored = self._stored[name]
         tensor = self._facts.header.tensors[stored]
         rows = read_bytes(tensor).reshape(tensor.shape[0], -1)
         # All that an architecture restores in a matrix is the order of its rows.
-        return Blocks(tensor.kind, self._architecture.restored(rows, stored, self._facts))
+        rows = self._architecture.restored(rows, stored, self._facts)
+        return Packed(gguf.dequantize(rows, gguf.GGMLQuantizationType[tensor.kind]), tensor.kind, {"blocks": rows})
 
     def read(self, name: str) -> np.ndarray:
         stored = self._stored[name]

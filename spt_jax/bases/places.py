@@ -3,16 +3,25 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from spt_jax.bases.families import ENCODER_DECODERS, FAMILIES, Origin
 from spt_jax.bases.families.family import SeveralTables
-from spt_jax.bases.kernel_buffers import KernelBuffer
 from spt_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from spt_jax.models.model_config import ModelConfig
 
 LeafPath = tuple[str, ...]
+
+
+@runtime_checkable
+class Indexed(Protocol):
+    """A leaf, or host memory for one."""
+
+    def __getitem__(self, index: tuple[int, ...], /) -> np.ndarray:
+        """Returns a view of the part at an index of the leading axes."""
+        ...
 
 
 def origins(config: ModelConfig) -> dict[LeafPath, tuple[Origin, ...]]:
@@ -40,7 +49,7 @@ class Place:
     origin: Origin
     index: tuple[int, ...]
 
-    def stored(self, leaf: np.ndarray | KernelBuffer) -> np.ndarray:
+    def stored(self, leaf: Indexed) -> np.ndarray:
         """Returns a view of the part of the leaf that the tensor fills, with its axes in their stored order."""
         return self.origin.filled(leaf[self.index])
 
@@ -70,3 +79,20 @@ def all_places(config: ModelConfig) -> list[dict[str, list[Place]]]:
     family = FAMILIES[config.family]
     others = family.alternatives(config) if isinstance(family, SeveralTables) else ()
     return [places(config), *(_places(config, _by_path(other)) for other in others)]
+
+
+def stored_shape(fills: list[Place], shapes: Mapping[LeafPath, Any]) -> tuple[int, ...]:
+    """Returns the shape of a stored tensor.
+
+    Args:
+      fills: all places that it fills.
+      shapes: leaves, or their shapes, by path.
+    """
+    first = fills[0]
+    if first.origin.shape is not None:
+        return first.origin.shape
+    shape = list(first.stored(np.broadcast_to(np.float32(0), shapes[first.path].shape)).shape)
+    for place in fills:
+        if place.origin.take is not None:
+            shape[place.origin.take.axis] = max(p.origin.take.stop for p in fills if p.origin.take is not None)
+    return tuple(shape)

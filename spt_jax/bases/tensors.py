@@ -10,6 +10,7 @@ import safetensors
 
 from spt_jax.bases.files import open_safetensors
 from spt_jax.bases.gguf import GgufTensors
+from spt_jax.bases.packed import Form, Packed
 from spt_jax.bases.quantized_files import FileQuantization
 from spt_jax.bases.quantized_files.opened import QuantizedCheckpoint
 from spt_jax.bases.quantized_files.stored import FLOAT8, StoredTensors
@@ -35,6 +36,23 @@ class TensorFile(Protocol):
 
         Raises:
           CheckpointError: it cannot be read, or holds something else.
+        """
+        ...
+
+
+@runtime_checkable
+class PackedFile(TensorFile, Protocol):
+    """An open file of tensors some of which are stored in few bits."""
+
+    def form(self, name: str) -> Form:
+        """Returns how a tensor is stored that can stay packed, and None for others."""
+        ...
+
+    def read_packed(self, name: str) -> Packed:
+        """Returns a tensor that has a form, as floats and as stored.
+
+        Raises:
+          CheckpointError: it cannot be read.
         """
         ...
 
@@ -104,6 +122,26 @@ def open_tensors(file: Path, keys: Sequence[str]) -> Iterator[TensorFile]:
         yield SafetensorsFile(file, opened)
 
 
-def block_type(file: TensorFile, name: str) -> str | None:
-    """Returns the name of the type of a tensor that a GGUF file holds in blocks, and None for other tensors."""
-    return file.block_type(name) if isinstance(file, GgufTensors) else None
+def form_of(file: TensorFile, name: str) -> Form:
+    """Returns how a tensor is stored that can stay packed, and None for others.
+
+    Args:
+      file: holds the tensor.
+      name: of the tensor.
+    """
+    return file.form(name) if isinstance(file, PackedFile) else None
+
+
+def read_packed(file: TensorFile, name: str) -> Packed:
+    """Returns a tensor, with its form and arrays if `form_of` has one.
+
+    Args:
+      file: holds the tensor.
+      name: of the tensor.
+
+    Raises:
+      CheckpointError: it cannot be read.
+    """
+    if isinstance(file, PackedFile) and file.form(name) is not None:
+        return file.read_packed(name)
+    return Packed(file.read(name))

@@ -12,7 +12,8 @@ import safetensors.numpy
 from jax.sharding import SingleDeviceSharding
 
 from spt_jax.bases.base import read_config
-from spt_jax.bases.checkpoint import read_params, write_checkpoint
+from spt_jax.bases.checkpoint import read_params
+from spt_jax.bases.checkpoint_writing import write_checkpoint
 from spt_jax.bases.config import decoder_config
 from spt_jax.bases.tensors import SafetensorsFile
 from spt_jax.errors import CheckpointError

@@ -61,7 +61,7 @@ def test_meshes(axes, tmp_path):
 def test_what_cannot_be_kept_is_refused(tmp_path):
     directory, file = write_gguf(tmp_path, "llama", Kind.F16)
     for base in (directory, file):
-        with pytest.raises(ConfigError, match=r"keep is for GGUF files with quantized matrices; .* has none"):
+        with pytest.raises(ConfigError, match=r"keep is for GGUF files and quantized checkpoints .*; .* has none"):
             load_base(base, quantize="keep")
     _, gpt2 = write_gguf(tmp_path / "gpt2", "gpt2", Kind.Q8_0)
     with pytest.raises(

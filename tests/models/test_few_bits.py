@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spt_jax.bases.base import load_base
-from spt_jax.bases.kernel_buffers import KernelBuffer
+from spt_jax.bases.leaf_buffers import KernelBuffer
 from spt_jax.errors import ConfigError
 from spt_jax.models.attention import Stream
 from spt_jax.models.decoder_model import DecoderModel

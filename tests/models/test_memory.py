@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from spt_jax.bases.checkpoint import parameter_shapes, write_checkpoint
+from spt_jax.bases.checkpoint import parameter_shapes
+from spt_jax.bases.checkpoint_writing import write_checkpoint
 from spt_jax.bases.config import decoder_config
 from spt_jax.testing import tiny_config, write_tiny_checkpoint
 

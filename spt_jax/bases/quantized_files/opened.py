@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from spt_jax.bases.packed import Form, Packed
 from spt_jax.bases.quantized_files import FileQuantization
 from spt_jax.bases.quantized_files.stored import FLOATS, PackedWeight, StoredTensors
 from spt_jax.errors import CheckpointError
@@ -73,7 +74,7 @@ class QuantizedCheckpoint:
 
 
 class QuantizedFile:
-    """Implements `TensorFile`."""
+    """Implements `PackedFile`."""
 
     def __init__(self, stored: StoredTensors, packed: dict[str, PackedWeight], plain: Sequence[str]) -> None:
         self._stored, self._packed, self._plain = stored, packed, plain
@@ -92,7 +93,19 @@ class QuantizedFile:
     def read(self, name: str) -> np.ndarray:
         if name not in self._packed:
             return self._stored.read(name)
-        packed = self._packed[name]
-        parts = map(self._stored.read, packed.parts)
+        return self._values(self._packed[name], self._parts(name))
+
+    def form(self, name: str) -> Form:
+        return self._packed[name].kept if name in self._packed else None
+
+    def read_packed(self, name: str) -> Packed:
+        packed, parts = self._packed[name], self._parts(name)
+        assert packed.kept is not None
+        return Packed(self._values(packed, parts), packed.kept, packed.kept.arrays(*parts))
+
+    def _parts(self, name: str) -> list[np.ndarray]:
+        return [self._stored.read(part) for part in self._packed[name].parts]
+
+    def _values(self, packed: PackedWeight, parts: Sequence[np.ndarray]) -> np.ndarray:
         with np.errstate(over="ignore", invalid="ignore"):  # Weights that are not finite are refused by the caller.
             return packed.values(*parts)

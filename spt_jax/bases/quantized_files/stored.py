@@ -13,6 +13,7 @@ import numpy as np
 import safetensors
 
 from spt_jax.bases.files import open_safetensors
+from spt_jax.bases.packed import Kept
 from spt_jax.errors import CheckpointError
 
 FLOATS = ("F64", "F32", "BF16", "F16")
@@ -43,11 +44,13 @@ class PackedWeight:
       shape: of the weight.
       parts: names of the tensors; the weight counts as one of the file that holds the first.
       values: returns the weight, in C order, from the tensors as stored, in the order of `parts`.
+      kept: how the weight stays packed on the devices, if it can.
     """
 
     shape: tuple[int, ...]
     parts: tuple[str, ...]
     values: Callable[..., np.ndarray]
+    kept: Kept | None = None
 
 
 class StoredTensors:

@@ -76,14 +76,22 @@ class Encoder:
             self._arrays[name][index] = array
 
     def placed(self, sharding: NamedSharding) -> KernelArray:
-        """Returns the kernel on devices, given the sharding of a float kernel.
+        """Returns the kernel on devices, given the sharding of a float kernel."""
+        return self._kind(**placed_arrays(self._arrays, len(self._leading) + 2, sharding))
 
-        Each array is split as the axes that it has in common with the kernel. One with too few rows, such as the scales
-        of groups of rows, is replicated along them.
-        """
-        rank = len(self._leading) + 2
-        put = {name: put_on_devices(a, _sharding(a.shape, rank, sharding)) for name, a in self._arrays.items()}
-        return self._kind(**put)
+
+def placed_arrays(arrays: Mapping[str, np.ndarray], rank: int, sharding: NamedSharding) -> dict[str, jax.Array]:
+    """Returns the arrays of a kernel on devices.
+
+    Each array is split as the axes that it has in common with the kernel. One with too few rows, such as the scales of
+    groups of rows, is replicated along them.
+
+    Args:
+      arrays: by the names of the fields, in host memory.
+      rank: the number of axes of the kernel.
+      sharding: that of a float kernel.
+    """
+    return {name: put_on_devices(a, _sharding(a.shape, rank, sharding)) for name, a in arrays.items()}
 
 
 def encoded_shapes(
