@@ -100,7 +100,7 @@ def put_requests(
     pins, pinned_tokens, indices = None, stream.pinned, stream.decoder
     if pinned_tokens is not None and indices is not None:
         pins = jnp.take_along_axis(pinned_tokens, jnp.minimum(indices, pinned_tokens.shape[1] - 1), axis=1)
-    sites = (
+    sites: tuple[tuple[str, int, Any], ...] = (
         (CROSS, 0, (stream.positions, encoder_segments, None)),
         (SELF, _entries(cache.memory[CROSS], -1), (*decoder, pins)),
     )
