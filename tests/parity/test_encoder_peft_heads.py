@@ -34,7 +34,9 @@ def with_head(tmp_path, family, task, config):
     for name, parameter in model.named_parameters():
         if name.startswith(("classifier.", "qa_outputs.")):
             torch.nn.init.normal_(parameter)
-    theirs = peft.get_peft_model(model, config(task_type=task, num_virtual_tokens=P)).eval()
+    # PEFT does not find the sizes of DistilBERT, and takes the width of hidden states for that of ALBERT's embeddings.
+    sizes = {"token_dim": base.layout.width, "num_layers": 2, "num_attention_heads": 4}
+    theirs = peft.get_peft_model(model, config(task_type=task, num_virtual_tokens=P, **sizes)).eval()
     for parameter in theirs.prompt_encoder.parameters():
         parameter.data.normal_(std=0.5)
     return base, theirs
