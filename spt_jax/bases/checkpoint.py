@@ -164,7 +164,8 @@ def read_params(
       dtype: what every leaf is cast to.
       sharding_of: the sharding of each leaf, by its path.
       quantize: what kernels become, from the tensors as stored, except those of routers and of gates of shared MLPs;
-        embeddings and the output matrix become `Int8Table`s. "keep" for matrices in the blocks of a GGUF file.
+        embeddings and the output matrix become `Int8Table`s. "keep" for what a GGUF file or a quantized checkpoint has
+        packed.
       quantization: how the files are quantized; their weights are dequantized one at a time.
 
     Returns:
@@ -190,7 +191,7 @@ def read_params(
         if quantize == "keep" and not any(forms.values()):
             raise ConfigError(
                 f"base.quantize keep is for GGUF files and quantized checkpoints whose matrices can stay packed;"
-                f" {directory} has none{'' if quantization is None else f' ({quantization.how})'}"
+                f" {directory} has none"
             )
         for paths, keys in _groups(expected, shapes):
             buffers: dict[LeafPath, LeafBuffer] = {}

@@ -295,8 +295,8 @@ def _block_types(fills: Sequence[Fill], transposed: bool) -> list[str]:
         names = ", ".join(sorted({_name(fill.form) for fill in fills}))
         raise ConfigError(
             f"base.quantize keep: {'/'.join(fills[0].place.path)} is stored as {names}; kept are"
-            f" {', '.join(BLOCK_TYPES)}, and matrices of quantized checkpoints that are all stored alike. Set another"
-            " base.quantize"
+            f" {', '.join(BLOCK_TYPES)}, and weights of quantized checkpoints of 4 or 8 bits with a scale for each of"
+            " some equally large groups of the inputs of an output feature, all layers alike. Set another base.quantize"
         )
     for fill in fills:
         origin = fill.place.origin
