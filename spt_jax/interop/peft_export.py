@@ -15,7 +15,7 @@ from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.data.encoder import encoder_for
 from spt_jax.data.pairs import SEPARATOR
 from spt_jax.data.sequences import form_of
-from spt_jax.data.templates import MESSAGES, Field, Template, parse
+from spt_jax.data.templates import DECODER, MESSAGES, Field, Template, parse
 from spt_jax.errors import ConfigError, SptError
 from spt_jax.interop.peft import (
     ADAPTER_PLACE,
@@ -106,6 +106,8 @@ def check_exportable(base: FrozenBase, method: Method, template: Template, virtu
         raise ConfigError(f"this {method.name} prompt has states of recurrent layers, which PEFT does not have")
     if template.new_tokens:
         raise ConfigError(f"this {method.name} prompt has new tokens in its template, which PEFT's prompts do not have")
+    if DECODER in template.prompt:
+        raise ConfigError(f"the template has {DECODER}, and PEFT has no prompts in the decoder's input")
     if virtual.replaced is not None:
         raise ConfigError(f"this {method.name} prompt has embeddings of real tokens, which PEFT's prompts do not have")
     if virtual.linear is not None:
