@@ -11,6 +11,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -182,6 +183,7 @@ def read_params(
     leaves: dict[LeafPath, jax.Array | KernelArray | TableArray] = {}
     digests: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
+        hashing = stack.enter_context(ThreadPoolExecutor(1))
         opener = stack.enter_context(opener_of(stored_in, quantization))
         expected = _places_in(stored_in, config, opener)
         found = _find_tensors(stored_in, config, expected, shapes, opener)
@@ -209,9 +211,12 @@ def read_params(
                 file = opened[at.file]
                 packed = any(buffer.packed for buffer in targets)
                 tensor = read_packed(file, at.name) if packed else Packed(file.read(at.name))
-                digests[key] = _digest(tensor.values, at)
-                for place, buffer in zip(expected[key], targets, strict=True):
-                    buffer.fill(place, tensor, str(at))
+                hashed = hashing.submit(_digest, tensor.values, at)
+                try:
+                    for place, buffer in zip(expected[key], targets, strict=True):
+                        buffer.fill(place, tensor, str(at))
+                finally:  # A tensor that is not finite may not fit the leaf's dtype either.
+                    digests[key] = hashed.result()
                 del tensor, targets, buffer
             for path, buffer in buffers.items():
                 sharding = sharding_of(path)
