@@ -147,7 +147,8 @@ def _digest(examples: Iterable[Example]) -> str:
 _FIELDS = [field.name for field in dataclasses.fields(Example)]
 _SHARED = 256  # tuples of choices that are kept as objects
 _TOGETHER = 1024  # examples that are made at once by an iteration
-_NUMBERS = ("label", "index", "prompt", "starts", "answer_at", "pooled", "second_at", "input_end")  # of an example; -1 for None
+# Numbers of an example; -1 for None.
+_NUMBERS = ("label", "index", "prompt", "starts", "answer_at", "pooled", "second_at", "input_end")
 # The fields of `CompactExamples` that hold arrays of examples one after another, and the number of the first of each.
 _RAGGED = {"ids": np.int32, "predicted": np.bool_, "reads": np.int32, "classes": np.int32}
 

@@ -185,7 +185,7 @@ class Template:
       continues: whether the prefix of the soft prompt holds text that the prompt continues, such as one that
         `spt_jax.remember` encoded: there is no BOS and no dummy space before it. The prefix of a chat ends inside its
         system turn, and `system` is the rest of that turn, for {messages} too.
-      per_input: whether the embeddings of the virtual tokens depend on the input of each record, as in the method `lopa`.
+      per_input: whether the virtual tokens depend on the input of each record, as in the method `lopa`.
     """
 
     prompt: str

@@ -48,8 +48,8 @@ def ablate(base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt) -> tup
       than without.
 
     Raises:
-      ConfigError: the prompt has no positions or only one; its virtual tokens depend on the input; or it shifts embeddings by position (DePT), and its virtual
-        tokens are not at fixed positions.
+      ConfigError: the prompt has no positions or only one; its virtual tokens depend on the input; or it shifts
+        embeddings by position (DePT), and its virtual tokens are not at fixed positions.
     """
     if virtual.instance is not None:
         raise ConfigError("the networks of this prompt need all of its virtual tokens, so none can be removed")

@@ -279,7 +279,9 @@ def _no_leads(base: FrozenBase, prompts: list[np.ndarray], lead: int | None) -> 
       ConfigError: leading ids were to be shared.
     """
     if lead:
-        raise ConfigError(f"lead is {lead}; this soft prompt or {base.name} reads each prompt as a whole, so leave it out")
+        raise ConfigError(
+            f"lead is {lead}; this soft prompt or {base.name} reads each prompt as a whole, so leave it out"
+        )
     return [0] * len(prompts)
 
 

@@ -32,9 +32,7 @@ class InstanceGate:
     columns: Mapping[str, Linear]
 
 
-def instance_factors(
-    gate: InstanceGate, inputs: Float[Array, "N D"], length: int
-) -> Float[Array, "N {length} D"]:
+def instance_factors(gate: InstanceGate, inputs: Float[Array, "N D"], length: int) -> Float[Array, "N {length} D"]:
     """Returns the factors sigmoid(U V^T) for representations of N inputs.
 
     Args:

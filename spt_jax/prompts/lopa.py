@@ -39,7 +39,7 @@ class LowRankPromptAdaptation(HeadMethod, TokenMethod):
       hidden: width of the networks; default that of the base, at most 256.
     """
 
-    recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.01, "schedule": "linear"}
+    recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.003, "schedule": "linear"}
 
     name: Literal["lopa"] = "lopa"
     rank: int = 4

@@ -24,7 +24,8 @@ def stack_prompts(prompts: Sequence[VirtualPrompt]) -> VirtualPrompt:
 
     Raises:
       ConfigError: there are no prompts; only some have a head, or their heads have different numbers of classes; gated
-        prefixes differ in length; the virtual tokens of one depend on each input; or the prompts are for bases of different sizes.
+        prefixes differ in length; the virtual tokens of one depend on each input; or the prompts are for bases of
+        different sizes.
     """
     if not prompts:
         raise ConfigError("there are no prompts to stack")

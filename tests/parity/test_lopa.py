@@ -26,7 +26,7 @@ def network(layers, x):
 
 
 def loss_of_torch(model, params, inputs):
-    """The virtual tokens Z * sigmoid(U V^T) before each input, whose last token and targets the networks do not read."""
+    """The virtual tokens Z * sigmoid(U V^T) before each input; the networks do not read its last token."""
     total, table = 0.0, model.get_input_embeddings().weight
     for row in inputs:
         ids = torch.tensor(row)

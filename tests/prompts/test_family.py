@@ -129,9 +129,7 @@ def test_what_is_saved_is_the_whole_prompt(name, tmp_path):
     whole = trained.materialize(params, base.model)
     for part, (method, virtual) in trained.artifacts(whole, params).items():
         prompt = "<soft>{a}" if method.token_count else "{a}"
-        template = Template(
-            prompt=prompt, target="{b}", virtual_tokens=method.token_count, per_input=method.per_input
-        )
+        template = Template(prompt=prompt, target="{b}", virtual_tokens=method.token_count, per_input=method.per_input)
         save_prompt(tmp_path / "prompt" / part, base, method, virtual, template)
         saved = load_prompt(tmp_path / "prompt" / part, base)
         assert saved.method == method
