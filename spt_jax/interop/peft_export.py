@@ -111,6 +111,10 @@ def check_exportable(base: FrozenBase, method: Method, template: Template, virtu
         raise ConfigError(f"the template has {DECODER}, and PEFT has no prompts in the decoder's input")
     if virtual.replaced is not None:
         raise ConfigError(f"this {method.name} prompt has embeddings of real tokens, which PEFT's prompts do not have")
+    if virtual.instance is not None:
+        raise ConfigError(
+            f"the virtual tokens of this {method.name} prompt depend on each input, and those of PEFT's prompts do not"
+        )
     if virtual.linear is not None:
         raise ConfigError(f"this {method.name} prompt has maps outside the softmax, which PEFT does not have")
     _check_tokens(base, template, virtual)

@@ -82,7 +82,7 @@ def aligned_plans(members: Sequence[Member]) -> list[BatchPlan]:
     plans = [member.plan for member in members]
     if len({plan.choices for plan in plans}) > 1:
         raise ConfigError("members whose tasks have unequal numbers of classes cannot share a population")
-    names = "length", "outputs", "targets", "examples", "decoder", "types"
+    names = "length", "outputs", "targets", "examples", "decoder", "types", "inputs"
     sizes = {name: max(getattr(plan, name) for plan in plans) for name in names}
     buckets = tuple(sorted({bucket for plan in plans for bucket in plan.row_buckets}))
     return [dataclasses.replace(plan, **sizes, row_buckets=buckets) for plan in plans]
