@@ -142,6 +142,7 @@ def train_population(
             trial.config.train.seed,
             prepared.experiment.config.optimizer.learning_rate or 0.0,  # resolved, never 0
             config.loss.class_weights or None,
+            prepared.experiment.questions,
         )
         for trial, prepared in zip(trials, all_prepared, strict=True)
     ]
