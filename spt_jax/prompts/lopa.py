@@ -39,7 +39,8 @@ class LowRankPromptAdaptation(HeadMethod, TokenMethod):
       hidden: width of the networks; default that of the base, at most 256.
     """
 
-    recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.003, "schedule": "linear"}
+    # The best of 0.001, 0.003 and 0.01 on the validation records of the shipped task.
+    recipe: ClassVar[Mapping[str, Any]] = {"name": "adam", "learning_rate": 0.001, "schedule": "linear"}
 
     name: Literal["lopa"] = "lopa"
     rank: int = 4
