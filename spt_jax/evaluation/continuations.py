@@ -70,6 +70,8 @@ def score_continuations(
     if not pairs:
         return []
     examples = [_example(*pair, number) for number, pair in enumerate(pairs)]
+    per_input = virtual is not None and virtual.instance is not None
+    examples = [example.reading(causal=True) for example in examples] if per_input else examples
     prefix = 0 if virtual is None else virtual.prefix_length
     rows = None if virtual is None else 0 if virtual.tokens is None else len(virtual.tokens)
     for example in examples:
@@ -83,7 +85,9 @@ def score_continuations(
     plan = plan_batches(
         examples,
         # The last id of a context, which predicts, stays in the rows.
-        lead=shared_length([example.ids for example in examples], min(e.first_target for e in examples) - 1),
+        lead=0
+        if per_input
+        else shared_length([example.ids for example in examples], min(e.first_target for e in examples) - 1),
         batch_size=batch_size,
         packing=base.layout.packs,
         max_length=base.layout.max_positions,

@@ -14,9 +14,10 @@ from spt_jax.data.examples import CompactExamples
 from spt_jax.data.templates import Template
 from spt_jax.errors import CheckpointError, ConfigError
 from spt_jax.evaluation.attribution import ablate
+from spt_jax.evaluation.continuations import score_continuations
 from spt_jax.evaluation.evaluate import make_evaluation_set
 from spt_jax.evaluation.inspection import describe_prompt
-from spt_jax.inference.forward import embed_stream, encode_prefix, output_states
+from spt_jax.inference.forward import embed_stream, encode_prefix, output_states, run_stream
 from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.interop.arrays import export_embeddings
 from spt_jax.interop.peft_export import export_peft
@@ -139,6 +140,30 @@ def test_what_would_share_or_leak_is_refused(base):
         generate(base, prompts, virtual, lead=2)
     with pytest.raises(ConfigError, match="prompt 0 ends with a virtual token"):
         generate(base, [prompts[0][:2]], virtual, SamplingConfig(max_new_tokens=2))
+
+
+def test_continuations_are_scored_as_targets(base):
+    """The contexts share leading ids, which virtual tokens of their own follow."""
+    virtual = virtual_of(base)
+    pairs = [([1, VOCAB, VOCAB + 1, *context], [9, 10]) for context in ([7, 8], [7, 11], [12])]
+    found = [own.log_probability for own in score_continuations(base, pairs, virtual)]
+    alone = [score_continuations(base, [pair], virtual)[0].log_probability for pair in pairs]
+    np.testing.assert_allclose(found, alone, rtol=1e-5)
+    for (context, target), own in zip(pairs, found, strict=True):
+        ids = jnp.asarray([[*context, *target]], jnp.int32)
+        places = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
+        stream = Stream(places, jnp.ones_like(ids), jnp.zeros_like(ids), inputs=places < len(context) - 1)
+        states, _ = run_stream(base.model, virtual, ids, stream)
+        values = jax.nn.log_softmax(base.model.logits(states[0, len(context) - 1 : -1]))
+        assert own == pytest.approx(float(values[[0, 1], target].sum()), rel=1e-4)
+
+
+def test_no_answer_can_follow_virtual_tokens_at_the_end(base):
+    """Refused before training, and not when the first answer is generated."""
+    template = Template(prompt="{text}<soft>", target=" {label}", virtual_tokens=2, per_input=True)
+    with pytest.raises(ConfigError, match="ends with virtual tokens that depend on the input"):
+        encoder_for(base, template)
+    encoder_for(base, dataclasses.replace(template, verbalizers={"a": "good", "b": "bad"}))
 
 
 def test_options_and_bases_that_are_refused():
