@@ -67,7 +67,7 @@ def check_options(config: EncoderDecoderConfig, mesh: Mesh, attention: KernelCho
     if attention not in ("auto", "xla"):
         raise ConfigError(f"attention {attention!r} is for decoders; use xla for {config.family}, an encoder-decoder")
     if quantize == "keep":
-        raise ConfigError("quantize keep is for GGUF files, which encoder-decoders are not read from")
+        raise ConfigError("base.quantize keep does not support encoder-decoders; set another, such as int8")
     if mesh.shape["sequence"] > 1:
         raise ConfigError("mesh.sequence > 1 does not work with encoder-decoders; use the axes data, fsdp and tensor")
     check_divides(

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from spt_jax.bases.float_values import cast_into
 from spt_jax.bases.packed import Form, Kept, Packed
 from spt_jax.bases.places import Place
-from spt_jax.errors import ConfigError
+from spt_jax.errors import CheckpointError, ConfigError
 from spt_jax.models.quantized import Int8Table, KernelArray
 from spt_jax.models.quantized.gguf_blocks import BLOCK_TYPES, GgufKernel, GgufTable, packed_units
 from spt_jax.models.quantized.kernel_array import Encoder, placed_arrays
@@ -239,7 +239,13 @@ class KeptBuffer:
             if name not in self._arrays:
                 leading = self._shape[: len(place.index)]
                 self._arrays[name] = aligned_empty((*leading, *own.shape), own.dtype)
-            self._arrays[name][place.index] = own
+            others = self._arrays[name][place.index]
+            if (own.shape, own.dtype) != (others.shape, others.dtype):
+                raise CheckpointError(
+                    f"{source}: base.quantize keep needs every {name!r} of a kernel alike, and this one has shape"
+                    f" {own.shape} in {own.dtype}, others {others.shape} in {others.dtype}; set another base.quantize"
+                )
+            others[...] = own
 
     def placed(self, sharding: NamedSharding) -> KernelArray:
         arrays = placed_arrays(self._arrays, len(self._shape), sharding)

@@ -130,12 +130,12 @@ class SequenceForm:
         if len({tuple(choice) for choice in choices}) < len(choices):
             raise ConfigError(f"two verbalizers have the same token ids: {dict(template.verbalizers)}")
         check_decoder_input(template, self.start_name)
-        if template.per_input and not has_head and not template.verbalizers and not template.chat:
-            if isinstance(parse(template.prompt)[-1], Virtual):
-                raise ConfigError(
-                    f"template {template.prompt!r} ends with virtual tokens that depend on the input, and no answer can"
-                    " be generated after those; put text after <soft>"
-                )
+        generates = not (has_head or template.verbalizers or template.chat)
+        if template.per_input and generates and isinstance(parse(template.prompt)[-1], Virtual):
+            raise ConfigError(
+                f"template {template.prompt!r} ends with virtual tokens that depend on the input, and no answer can be"
+                " generated after those; put text after <soft>"
+            )
         if self.decodes and (template.chat or template.is_conversation or template.continues):
             raise ConfigError("this base is an encoder-decoder: it answers no chats and continues no remembered text")
         for name, mark in itertools.product(template.new_tokens, (SEPARATOR, MASK, DECODER)):

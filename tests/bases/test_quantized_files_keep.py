@@ -1,5 +1,6 @@
 """`--base.quantize keep`: weights of quantized checkpoints stay packed on the device."""
 
+import itertools
 import math
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from spt_jax.bases.base import load_base
-from spt_jax.errors import ConfigError
+from spt_jax.errors import CheckpointError, ConfigError
 from spt_jax.models.layers import dense
 from spt_jax.models.quantized import Fp8, KernelArray
 from spt_jax.models.quantized.codebook import Codebook
@@ -102,3 +103,18 @@ def test_what_cannot_be_kept_is_named(name, tmp_path):
     packed, _ = write_quantized(tmp_path, pack, quantization, num_hidden_layers=1, **{"hidden_size": 64} | sizes)
     with pytest.raises(ConfigError, match=rf"keep: layers/.*/kernel is stored as {how}; kept are .*Set another"):
         load_base(packed, quantize="keep")
+
+
+def test_layers_that_are_stored_in_different_ways_are_refused(tmp_path):
+    """Half of the weights have scales in float32, which the float16 ones of the first layer cannot hold."""
+    pack, quantization, _ = FORMATS["gptq"]
+    written = itertools.count()
+
+    def packed(weight):
+        stored, values = pack(weight)
+        dtype = np.float32 if next(written) >= 7 else np.float16
+        return stored | {".scales": stored[".scales"].astype(dtype)}, values
+
+    folder, _ = write_quantized(tmp_path, packed, quantization, num_hidden_layers=2)
+    with pytest.raises(CheckpointError, match=r"layers\.1.*keep needs every 'scale' of a kernel alike.* float32"):
+        load_base(folder, quantize="keep")
