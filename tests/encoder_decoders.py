@@ -7,6 +7,7 @@ from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import Rows, pack, plan_batches
 from spt_jax.data.examples import Example
 from spt_jax.inference.forward import output_logits
+from spt_jax.prompts.virtual import VirtualPrompt
 
 START = 0
 # The variants that differ: the relative biases of each layer or of all, the MLP, and the output matrix; learned
@@ -47,13 +48,13 @@ def text(prompt: np.ndarray, target: np.ndarray, index: int = 0) -> Example:
     """A prompt for the encoder, and a target for the decoder to predict."""
     ids = np.concatenate([prompt, [START], target]).astype(np.int32)
     predicted = np.arange(len(ids)) > len(prompt)
-    return Example(ids, predicted, (), 0, index).decoded()
+    return Example(ids, predicted, (), 0, index).decoded(START)
 
 
 def choice(prompt: np.ndarray, choices: list[np.ndarray], label: int = 0, index: int = 0) -> Example:
     """A prompt for the encoder, and verbalizers for the decoder to score."""
     ids = np.concatenate([prompt, [START]]).astype(np.int32)
-    return Example(ids, np.zeros(len(ids), bool), tuple(choices), label, index).decoded()
+    return Example(ids, np.zeros(len(ids), bool), tuple(choices), label, index).decoded(START)
 
 
 def rows_of(examples: list[Example], *, packing: bool, batch_size: int = 8) -> Rows:
@@ -62,9 +63,11 @@ def rows_of(examples: list[Example], *, packing: bool, batch_size: int = 8) -> R
     return pack(examples, plan).rows
 
 
-def logits_by_target(base: FrozenBase, rows: Rows) -> dict[tuple[int, int], np.ndarray]:
+def logits_by_target(
+    base: FrozenBase, rows: Rows, virtual: VirtualPrompt | None = None
+) -> dict[tuple[int, int], np.ndarray]:
     """The logits [M, V] that predict the targets of each scored sequence, by record number and choice."""
-    logits = np.asarray(jax.jit(output_logits)(base.model, None, None, rows))
+    logits = np.asarray(jax.jit(output_logits)(base.model, virtual, None, rows))
     choices = int(np.max(rows.target_groups)) + 1
     choices = max(1, choices // max(1, rows.examples.shape[1]))
     found: dict[tuple[int, int], list[np.ndarray]] = {}

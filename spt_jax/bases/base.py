@@ -227,7 +227,7 @@ def load_base(
       quantize: how the matrices are stored, by a name of `spt_jax.models.quantized.KERNEL_ARRAYS`: "int8" or "fp8" with
         a scale per output channel, "int4" with a scale and an offset per 128 rows and channel, "nf4" with a scale per
         64 rows and channel; with each of these, embeddings and the output matrix are int8 with a scale per token.
-        "keep": the blocks of a GGUF file as they are. All sums stay in `dtype`.
+        "keep": the matrices of a GGUF file or a quantized checkpoint as they are. All sums stay in `dtype`.
 
     On an accelerator, XLA's persistent compilation cache is turned on, unless its directory is already set.
 
@@ -278,8 +278,13 @@ def load_base(
         end_ids=declared_ends(directory, tokenizer, config.vocab_size),
         fingerprint=fingerprint_of(config, digest, hashed.result(), None if quantize == "keep" else quantize),
         attention_note=note,
-        files_note="" if quantization is None else f"{quantization.how}; kept in {quantize or dtype}",
+        files_note="" if quantization is None else f"{quantization.how}; kept {_kept_as(quantize, dtype)}",
     )
+
+
+def _kept_as(quantize: str | None, dtype: str) -> str:
+    """Returns the end of the line of how a checkpoint's quantized weights are kept."""
+    return "packed" if quantize == "keep" else f"in {quantize or dtype}"
 
 
 def _kernel(attention: KernelChoice, config: DecoderConfig, dtype: Any, mesh: Mesh) -> tuple[Kernel, str]:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -164,7 +165,8 @@ def read_params(
       dtype: what every leaf is cast to.
       sharding_of: the sharding of each leaf, by its path.
       quantize: what kernels become, from the tensors as stored, except those of routers and of gates of shared MLPs;
-        embeddings and the output matrix become `Int8Table`s. "keep" for matrices in the blocks of a GGUF file.
+        embeddings and the output matrix become `Int8Table`s. "keep" for what a GGUF file or a quantized checkpoint has
+        packed.
       quantization: how the files are quantized; their weights are dequantized one at a time.
 
     Returns:
@@ -181,6 +183,7 @@ def read_params(
     leaves: dict[LeafPath, jax.Array | KernelArray | TableArray] = {}
     digests: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
+        hashing = stack.enter_context(ThreadPoolExecutor(1))
         opener = stack.enter_context(opener_of(stored_in, quantization))
         expected = _places_in(stored_in, config, opener)
         found = _find_tensors(stored_in, config, expected, shapes, opener)
@@ -190,7 +193,7 @@ def read_params(
         if quantize == "keep" and not any(forms.values()):
             raise ConfigError(
                 f"base.quantize keep is for GGUF files and quantized checkpoints whose matrices can stay packed;"
-                f" {directory} has none{'' if quantization is None else f' ({quantization.how})'}"
+                f" {directory} has none"
             )
         for paths, keys in _groups(expected, shapes):
             buffers: dict[LeafPath, LeafBuffer] = {}
@@ -208,9 +211,12 @@ def read_params(
                 file = opened[at.file]
                 packed = any(buffer.packed for buffer in targets)
                 tensor = read_packed(file, at.name) if packed else Packed(file.read(at.name))
-                digests[key] = _digest(tensor.values, at)
-                for place, buffer in zip(expected[key], targets, strict=True):
-                    buffer.fill(place, tensor, str(at))
+                hashed = hashing.submit(_digest, tensor.values, at)
+                try:
+                    for place, buffer in zip(expected[key], targets, strict=True):
+                        buffer.fill(place, tensor, str(at))
+                finally:  # A tensor that is not finite may not fit the leaf's dtype either.
+                    digests[key] = hashed.result()
                 del tensor, targets, buffer
             for path, buffer in buffers.items():
                 sharding = sharding_of(path)

@@ -118,7 +118,9 @@ class GgufTensors:
         rows = read_bytes(tensor).reshape(tensor.shape[0], -1)
         # All that an architecture restores in a matrix is the order of its rows.
         rows = self._architecture.restored(rows, stored, self._facts)
-        return Packed(gguf.dequantize(rows, gguf.GGMLQuantizationType[tensor.kind]), tensor.kind, {"blocks": rows})
+        values = gguf.dequantize(rows, gguf.GGMLQuantizationType[tensor.kind])
+        values = values.T if self._architecture.exchanges(stored) else values
+        return Packed(values, tensor.kind, {"blocks": rows})
 
     def read(self, name: str) -> np.ndarray:
         stored = self._stored[name]

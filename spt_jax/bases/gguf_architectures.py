@@ -274,6 +274,31 @@ def _gpt2(facts: Facts) -> dict[str, Any]:
     }
 
 
+def _falcon(facts: Facts) -> dict[str, Any]:
+    heads = facts.size("attention.head_count")
+    groups = facts.size("attention.head_count_kv", heads)
+    two_norms = "blk.0.attn_norm_2.weight" in facts.header.tensors
+    return {
+        "model_type": "falcon",
+        "vocab_size": _vocabulary(facts),
+        "max_position_embeddings": facts.size("context_length"),
+        "hidden_size": facts.size("embedding_length"),
+        "ffn_hidden_size": facts.size("feed_forward_length"),
+        "num_hidden_layers": facts.layers(),
+        "num_attention_heads": heads,
+        "num_kv_heads": groups,
+        "multi_query": groups == 1,
+        "new_decoder_architecture": groups > 1 or two_norms,
+        "num_ln_in_parallel_attn": 2 if two_norms else 1,
+        "parallel_attn": True,
+        "bias": False,
+        "alibi": False,
+        "layer_norm_epsilon": facts.get("attention.layer_norm_epsilon", float),
+        "rope_parameters": _rope(facts, facts.size("embedding_length") // heads),
+        "tie_word_embeddings": "output.weight" not in facts.header.tensors,
+    }
+
+
 def _as_stored(tensor: np.ndarray, name: str, facts: Facts) -> np.ndarray:
     return tensor
 
@@ -289,6 +314,26 @@ def _halves(tensor: np.ndarray, name: str, facts: Facts) -> np.ndarray:
         raise CheckpointError(f"{facts.file}: tensor {name!r} of shape {tensor.shape} does not have {count} heads")
     rows = tensor.reshape(count, tensor.shape[0] // count // 2, 2, *tensor.shape[1:])
     return rows.swapaxes(1, 2).reshape(tensor.shape)
+
+
+def _grouped_heads(tensor: np.ndarray, name: str, facts: Facts) -> np.ndarray:
+    """Falcon has the query heads of each group, then its key and value; llama.cpp stores all queries, keys and values.
+
+    Returns the rows in Falcon's order.
+    """
+    if not name.endswith("attn_qkv.weight"):
+        return tensor
+    heads = facts.size("attention.head_count")
+    groups = facts.size("attention.head_count_kv", heads)
+    count = heads + 2 * groups
+    if heads % groups or tensor.shape[0] % count:
+        raise CheckpointError(
+            f"{facts.file}: tensor {name!r} of shape {tensor.shape} does not have {heads} heads in {groups} groups"
+        )
+    parts = tensor.reshape(count, tensor.shape[0] // count, *tensor.shape[1:])
+    queries, keys, values = np.split(parts, [heads, heads + groups])
+    queries = queries.reshape(groups, heads // groups, *queries.shape[1:])
+    return np.concatenate([queries, keys[:, None], values[:, None]], axis=1).reshape(tensor.shape)
 
 
 def _minus_one(tensor: np.ndarray, name: str, facts: Facts) -> np.ndarray:
@@ -316,6 +361,7 @@ class Architecture:
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
+    "falcon": Architecture(_falcon, _grouped_heads),
     "gemma": Architecture(_gemma, _minus_one),
     "gemma2": Architecture(_gemma2, _minus_one),
     "gemma3": Architecture(_gemma3, _minus_one),

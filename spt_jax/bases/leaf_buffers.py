@@ -154,13 +154,18 @@ class BlockBuffer:
 
     packed = True
 
-    def __init__(self, shape: tuple[int, ...], kinds: Iterable[str]):
+    def __init__(self, shape: tuple[int, ...], kinds: Iterable[str], fills: Sequence[Fill]):
         """Prepares for tensors of these types.
 
         Args:
           shape: of the kernel.
           kinds: names in `BLOCK_TYPES`; every type's block divides the rows.
+          fills: the tensors.
+
+        Raises:
+          ConfigError: the kernel is not made of whole columns of one tensor.
         """
+        self._columns = {fill.place.origin: _columns(fill, shape) for fill in fills}
         self._leading, (self._rows, columns) = shape[:-2], shape[-2:]
         self._kinds = tuple(sorted(set(kinds)))
         blocks = [BLOCK_TYPES[kind] for kind in self._kinds]
@@ -171,7 +176,8 @@ class BlockBuffer:
 
     def fill(self, place: Place, tensor: Packed, source: str) -> None:
         assert isinstance(tensor.form, str)
-        self._blocks[place.index] = packed_units(place.origin.taken(tensor.arrays["blocks"]), *self._units)
+        blocks = tensor.arrays["blocks"][self._columns[place.origin]]
+        self._blocks[place.index] = packed_units(blocks, *self._units)
         self._kind[place.index] = self._kinds.index(tensor.form)
 
     def placed(self, sharding: NamedSharding) -> GgufKernel:
@@ -197,7 +203,7 @@ class BlockTableBuffer:
 
     def fill(self, place: Place, tensor: Packed, source: str) -> None:
         assert isinstance(tensor.form, str)
-        stored = place.origin.taken(tensor.arrays["blocks"])
+        stored = tensor.arrays["blocks"]
         self._kind, self._blocks = tensor.form, aligned_empty(stored.shape, np.uint8)
         self._blocks[...] = stored
 
@@ -242,19 +248,22 @@ class KeptBuffer:
 
 def _columns(fill: Fill, shape: tuple[int, ...]) -> np.ndarray:
     """Returns which output features of a stored weight a kernel of this shape takes, in the kernel's order."""
-    origin = fill.place.origin
-    target = fill.place.stored(np.broadcast_to(np.float32(0), shape)).shape
-    found = []
-    for axis in (-1, -2) if origin.transpose else (-2, -1):
-        indices = np.arange(fill.shape[axis]).reshape(-1, *(1,) * (-1 - axis))
-        taken = np.moveaxis(origin.taken(np.broadcast_to(indices, fill.shape)).reshape(target), axis, -1)
-        # A view that mixes axes has become a copy, whose values differ along the other axes.
-        if any(size > 1 and step for size, step in zip(taken.shape[:-1], taken.strides[:-1], strict=True)):
-            break
-        found.append(taken[(0,) * (taken.ndim - 1)])
-    if origin.into is not None or len(found) < 2 or not np.array_equal(found[0], np.arange(shape[-2])):
+    axes = (-2, -1) if fill.place.origin.transpose else (-1, -2)
+    (columns, column_axes), (rows, row_axes) = (_indices(fill, axis) for axis in axes)
+    first, second = (column_axes, row_axes) if axes[0] < axes[1] else (row_axes, column_axes)
+    in_order = all(i < j for i in first for j in second)
+    whole = np.array_equal(rows, np.arange(shape[-2])) and columns.size == shape[-1]
+    if fill.place.origin.into is not None or not in_order or not whole:
         raise _unsupported(fill.place, "columns are not the output features of one matrix")
-    return found[1]
+    return columns
+
+
+def _indices(fill: Fill, axis: int) -> tuple[np.ndarray, list[int]]:
+    """Returns the indices along an axis of a tensor that a leaf takes, and the axes of the view that have them."""
+    indices = np.arange(fill.shape[axis]).reshape(-1, *(1,) * (-1 - axis))
+    taken = fill.place.origin.taken(np.broadcast_to(indices, fill.shape))
+    axes = [i for i in range(taken.ndim) if taken.shape[i] > 1 and taken.strides[i]]
+    return taken[tuple(slice(None) if i in axes else 0 for i in range(taken.ndim))].reshape(-1), axes
 
 
 def kept_kernel(shape: tuple[int, ...], fills: Sequence[Fill]) -> LeafBuffer:
@@ -270,7 +279,7 @@ def kept_kernel(shape: tuple[int, ...], fills: Sequence[Fill]) -> LeafBuffer:
     first = fills[0].form
     if isinstance(first, Kept) and all(isinstance(fill.form, Kept) and first.matches(fill.form) for fill in fills):
         return KeptBuffer(shape, first, fills)
-    return BlockBuffer(shape, _block_types(fills, transposed=True))
+    return BlockBuffer(shape, _block_types(fills), fills)
 
 
 def kept_table(shape: tuple[int, int], dtype: jnp.dtype, fills: Sequence[Fill]) -> LeafBuffer:
@@ -282,27 +291,24 @@ def kept_table(shape: tuple[int, int], dtype: jnp.dtype, fills: Sequence[Fill]) 
       fills: the tensor that it is made of.
 
     Raises:
-      ConfigError: its form cannot be kept, or it is stored in another order.
+      ConfigError: its form cannot be kept, or only a part of it is taken.
     """
-    _block_types(fills, transposed=False)
+    _block_types(fills)
+    if any(fill.place.origin.take or fill.place.origin.view or fill.place.origin.into for fill in fills):
+        raise _unsupported(fills[0].place, "rows are not those of the table")
     return BlockTableBuffer(shape[1], dtype)
 
 
-def _block_types(fills: Sequence[Fill], transposed: bool) -> list[str]:
+def _block_types(fills: Sequence[Fill]) -> list[str]:
     """Returns the types of tensors in blocks, after checking that they can stay so."""
     kinds = [fill.form for fill in fills if isinstance(fill.form, str) and fill.form in BLOCK_TYPES]
     if len(kinds) < len(fills):
         names = ", ".join(sorted({_name(fill.form) for fill in fills}))
         raise ConfigError(
             f"base.quantize keep: {'/'.join(fills[0].place.path)} is stored as {names}; kept are"
-            f" {', '.join(BLOCK_TYPES)}, and matrices of quantized checkpoints that are all stored alike. Set another"
-            " base.quantize"
+            f" {', '.join(BLOCK_TYPES)}, and weights of quantized checkpoints of 4 or 8 bits with a scale for each of"
+            " some equally large groups of the inputs of an output feature, all layers alike. Set another base.quantize"
         )
-    for fill in fills:
-        origin = fill.place.origin
-        reordered = origin.view is not None or origin.into is not None or (origin.take and origin.take.axis % 2)
-        if reordered or (transposed and not origin.transpose):
-            raise _unsupported(fill.place, "rows are not the output features of one matrix")
     return kinds
 
 

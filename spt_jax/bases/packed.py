@@ -34,7 +34,7 @@ class Kept:
         return (self.kind, self.names, self.options) == (other.kind, other.names, other.options)
 
 
-# The name of a type of a GGUF file's blocks, how a weight of a quantized checkpoint is kept, or None for floats.
+# How a weight of a quantized checkpoint is kept, the name of the type of another one's blocks, or None for floats.
 Form = str | Kept | None
 
 

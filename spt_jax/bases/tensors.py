@@ -45,11 +45,11 @@ class PackedFile(TensorFile, Protocol):
     """An open file of tensors some of which are stored in few bits."""
 
     def form(self, name: str) -> Form:
-        """Returns how a tensor is stored that can stay packed, and None for others."""
+        """Returns how a tensor is stored, and None if as floats."""
         ...
 
     def read_packed(self, name: str) -> Packed:
-        """Returns a tensor that has a form, as floats and as stored.
+        """Returns a tensor that can stay packed, as floats and as stored.
 
         Raises:
           CheckpointError: it cannot be read.
@@ -123,7 +123,7 @@ def open_tensors(file: Path, keys: Sequence[str]) -> Iterator[TensorFile]:
 
 
 def form_of(file: TensorFile, name: str) -> Form:
-    """Returns how a tensor is stored that can stay packed, and None for others.
+    """Returns how a tensor is stored, and None if as floats.
 
     Args:
       file: holds the tensor.
@@ -133,7 +133,9 @@ def form_of(file: TensorFile, name: str) -> Form:
 
 
 def read_packed(file: TensorFile, name: str) -> Packed:
-    """Returns a tensor, with its form and arrays if `form_of` has one.
+    """Returns a tensor as floats, and as it is stored unless that is as floats.
+
+    One whose form is a name must be of a GGUF file.
 
     Args:
       file: holds the tensor.

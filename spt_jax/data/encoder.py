@@ -10,6 +10,7 @@ import numpy as np
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.bases.tokenizer import Tokenizer
+from spt_jax.data.both_sides import with_closing
 from spt_jax.data.chats import ChatTemplate, Turn, turns_after, turns_of
 from spt_jax.data.examples import Example
 from spt_jax.data.pairs import separated
@@ -83,9 +84,8 @@ class Encoder:
             if template.chat
             else with_shots(template, shots, written, self._ids, self.form.answer_mask)
         )
-        self._prompt: list[Piece | int] = [*front, *self.form.closing]
-        if self.form.encodes:
-            self._prompt = separated(self._prompt, self.form.pairs)
+        front = separated(front, self.form.pairs) if self.form.encodes else front
+        self._prompt: list[Piece | int] = with_closing(front, self.form.closing, self.form.decodes)
         turn_ends = self._chat.turn_ends(self._turns(None) if template.chat else []) if is_chat else []
         self.end_ids = tuple(sorted({*self._eos, *turn_ends}))
         choices = [self._target({template.label_field: text}, ends=False) for text in template.verbalizers.values()]
@@ -277,7 +277,7 @@ class Encoder:
             (second,) = self._pieces.aligned(*filled, opens=self._opens)[2]
             example = dataclasses.replace(example, second_at=second)
         example = example.reading(causal=self.form.causal) if self.template.per_input else example
-        return example.decoded() if self.form.decodes else example
+        return example.decoded(self.form.closing[-1]) if self.form.decodes else example
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from spt_jax.data.both_sides import decoder_start
 from spt_jax.errors import DataError
 
 
@@ -78,10 +79,20 @@ class Example:
         end = self.first_target if generated else len(self.ids)
         return dataclasses.replace(self, input_end=end - int(causal))
 
-    def decoded(self) -> "Example":
-        """Returns the example for an encoder-decoder: the last token of its prompt is the decoder's first one."""
-        last = len(self.ids) if self.reads is not None else self.first_target
-        return dataclasses.replace(self, starts=last - 1)
+    def decoded(self, start_id: int) -> "Example":
+        """Returns the example for an encoder-decoder, whose decoder reads from the last start token of the prompt.
+
+        Args:
+          start_id: the id of the start token.
+
+        Raises:
+          DataError: the prompt has none.
+        """
+        prompt = self.ids if self.reads is not None else self.ids[: self.first_target]
+        starts = decoder_start(prompt, start_id)
+        if starts is None:
+            raise DataError(f"record {self.index + 1}: its prompt lacks the decoder's start token, id {start_id}")
+        return dataclasses.replace(self, starts=starts)
 
     def as_target(self) -> "Example":
         """Returns the example with its correct choice as its only target; unchanged if it has no choices."""

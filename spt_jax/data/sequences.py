@@ -1,6 +1,7 @@
 """How the token sequences of a base begin and end, and where its answers are read."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -8,10 +9,11 @@ import numpy as np
 from jaxtyping import Int
 
 from spt_jax.bases.tokenizer import Tokenizer
+from spt_jax.data.both_sides import check_decoder_input
 from spt_jax.data.examples import Example
 from spt_jax.data.pairs import SEPARATOR, PairForm, pair_form
 from spt_jax.data.shots import MASK
-from spt_jax.data.templates import Template
+from spt_jax.data.templates import DECODER, Template
 from spt_jax.data.tokenization import adds_bos
 from spt_jax.errors import ConfigError
 from spt_jax.models.layout import Layout
@@ -29,12 +31,13 @@ class SequenceForm:
       bos_id: the token that opens a sequence, such as BOS or [CLS]; None if the tokenizer has none.
       opens: whether the tokenizer itself puts it first.
       closing: the ids that end a prompt: those that the tokenizer of an encoder puts last, such as [SEP], and of an
-        encoder-decoder also the token that begins the decoder's tokens.
+        encoder-decoder also the token that begins the decoder's tokens. What a template has after `<decoder>` follows.
       mask: the name and the id of an encoder's mask token; None if there is none.
       pooling: the hidden state that a class head reads, as in `Layout`.
       decodes: whether the base is an encoder-decoder.
       pairs: how the tokenizer of a base with an encoder joins two texts; None if it does so in an unusual way.
       forced_id: of an encoder-decoder, the first token of every answer; None if the tokenizer decides it.
+      start_name: of an encoder-decoder, the name of the token that begins the decoder's tokens.
     """
 
     causal: bool
@@ -46,6 +49,7 @@ class SequenceForm:
     decodes: bool = False
     pairs: PairForm | None = None
     forced_id: int | None = None
+    start_name: str | None = None
 
     @property
     def shares(self) -> bool:
@@ -125,13 +129,12 @@ class SequenceForm:
             raise ConfigError("a verbalizer has no tokens; each class needs some text")
         if len({tuple(choice) for choice in choices}) < len(choices):
             raise ConfigError(f"two verbalizers have the same token ids: {dict(template.verbalizers)}")
+        check_decoder_input(template, self.start_name)
         if self.decodes and (template.chat or template.is_conversation or template.continues):
             raise ConfigError("this base is an encoder-decoder: it answers no chats and continues no remembered text")
-        reserved = [name for name in template.new_tokens if SEPARATOR in name or MASK in name]
-        if self.encodes and reserved:
-            raise ConfigError(
-                f"the new token {reserved[0]!r} contains {SEPARATOR} or {MASK}, which is markup; rename it"
-            )
+        for name, mark in itertools.product(template.new_tokens, (SEPARATOR, MASK, DECODER)):
+            if self.encodes and mark in name:
+                raise ConfigError(f"the new token {name!r} contains {mark}, which is markup; rename it")
         if self.encodes and template.prompt.count(SEPARATOR) > 1:
             raise ConfigError(f"template {template.prompt!r} has several <sep>; a tokenizer joins two texts at most")
         if self.causal:
@@ -184,7 +187,9 @@ def form_of(tokenizer: Tokenizer, layout: Layout | None) -> SequenceForm:
     pairs = pair_form(tokenizer, front, closing)
     if layout.start_id is not None:
         last, forced = (*closing, layout.start_id), layout.forced_id
-        return SequenceForm(True, bos_id, bool(front), last, decodes=True, pairs=pairs, forced_id=forced)
+        name = str(tokenizer.convert_ids_to_tokens(layout.start_id))
+        options = {"decodes": True, "pairs": pairs, "forced_id": forced, "start_name": name}
+        return SequenceForm(True, bos_id, bool(front), last, **options)
     mask_id = tokenizer.mask_token_id
     mask = None if mask_id is None else (str(tokenizer.mask_token), mask_id)
     return SequenceForm(False, bos_id, bool(front), tuple(closing), mask, layout.pooling, pairs=pairs)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from spt_jax.data.templates import Bos, Field, Piece, Plain, Template, Text, parse
+from spt_jax.data.templates import DECODER, Bos, Field, Piece, Plain, Template, Text, parse
 from spt_jax.data.values import field_text
 from spt_jax.errors import DataError, did_you_mean
 
@@ -56,7 +56,7 @@ def with_shots(
     """
     pieces: list[Piece | int] = []
     for record in shots:
-        prompt_side = template.prompt
+        prompt_side = template.prompt.replace(DECODER, "")
         if mask is not None:
             prompt_side = prompt_side.replace(MASK, template.target).replace(mask, template.target)
         question = [piece for piece in solved(template, record, prompt_side) if piece != Bos()]

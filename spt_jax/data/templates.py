@@ -3,7 +3,9 @@
 A template has a prompt and a target string. In them, `{field}` stands for a field of the record, `<soft>` for all
 virtual tokens, `<soft:5>` for the next five, `<bos>` for the tokenizer's BOS (which goes first by default, if the
 tokenizer adds one), and `{{` and `}}` for braces. On a base with an encoder, `<mask>` is the tokenizer's mask token,
-and `<sep>` what it puts between two texts (`spt_jax.data.pairs`). Virtual token i has the id `vocab_size + i`.
+and `<sep>` what it puts between two texts (`spt_jax.data.pairs`). On an encoder-decoder, what follows `<decoder>` goes
+after the decoder's start token, before the target (`spt_jax.data.both_sides`). Virtual token i has the id
+`vocab_size + i`.
 """
 
 import dataclasses
@@ -15,6 +17,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from spt_jax.errors import ConfigError, did_you_mean
 
 MESSAGES = "messages"
+DECODER = "<decoder>"
 TEXT = "language_model"  # the task of templates that name no other
 
 

@@ -37,8 +37,8 @@ class BaseConfig:
         device's fused kernel if it can run, otherwise xla.
       quantize: how the matrices are stored. int8: in one byte per weight; fp8: in one byte with an exponent; int4: in
         4.25 bits, with a scale and an offset per group of 128 rows; nf4: in 4.5 bits, with 16 normally distributed
-        levels; keep: in the blocks of a GGUF file. Embeddings and the output matrix are int8 with all but keep.
-        Default: in dtype.
+        levels; keep: as a GGUF file or quantized checkpoint packs them. Embeddings and the output matrix are int8 with
+        all but keep. Default: in dtype.
     """
 
     path: str

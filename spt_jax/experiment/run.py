@@ -38,7 +38,8 @@ from spt_jax.runtime import measure, processes
 from spt_jax.runtime.hf_library import keep_torch
 from spt_jax.runtime.sharding import make_mesh, row_shards
 from spt_jax.runtime.waits import spoken
-from spt_jax.training.cost import StepMemory, choose_remat, plan_shape, step_memory
+from spt_jax.training.cost import StepMemory, choose_remat, plan_shape
+from spt_jax.training.encoder_decoder_memory import step_memory_of
 from spt_jax.training.objectives import ClassDistillation, Distillation, Grpo, Objective
 from spt_jax.training.optimizers import resolve_optimizer
 from spt_jax.training.rollouts import Questions
@@ -250,15 +251,15 @@ class Experiment:
 
         Returns:
           The experiment with the rematerialization set, and the estimated memory of a step on each device; None for a
-          base from `from_flax` and for an encoder-decoder, where "auto" leaves the base as it is.
+          base from `from_flax`, where "auto" leaves the base as it is.
         """
         config, base = self.config, self.base
-        if not base.is_decoder:
+        memory_of = step_memory_of(base.model)
+        if memory_of is None:
             return dataclasses.replace(self, base=base.with_remat(config.base.remat)), None
 
         def estimate(remat: Remat) -> StepMemory:
-            return step_memory(
-                base.config,
+            return memory_of(
                 plan_shape(plan, config.method.prefix_length),
                 remat=remat,
                 itemsize=base.dtype.itemsize,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from spt_jax.inference.forward import encode_prefix, pinned_ids, run_stream
+from spt_jax.inference.two_sides import both_sides, of_both_sides
 from spt_jax.models import memory
 from spt_jax.models.attention import Cache, Prefix, Stream
 from spt_jax.models.layout import CROSS, SELF, Layout
@@ -32,6 +33,8 @@ class PromptRows:
       last: the last id of each prompt.
       starts: the position of each row's first id, after the soft prompt's prefix and the leading ids.
       prompt_index: the index of each row's soft prompt; None if all rows have the same.
+      decoder: of an encoder-decoder, the indices of the ids that its decoder reads, with T for padding, U < T; None if
+        the first one to decode is also the decoder's first.
     """
 
     ids: Int[Array, "B T"]
@@ -39,6 +42,7 @@ class PromptRows:
     last: Int[Array, " B"]
     starts: Int[Array, " B"]
     prompt_index: Int[Array, " B"] | None = None
+    decoder: Int[Array, "B U"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -64,7 +68,8 @@ class DecodeState:
       log_probabilities: the log-probabilities of the new ids.
       ended: whether the row has ended.
       cache: slots [0, T) hold the prompts, and slot T + i holds id i. Slots are the same in all rows, whatever the
-        tokens' positions, so a step writes a single slice.
+        tokens' positions, so a step writes a single slice. In an encoder-decoder, slots [0, T) are those of
+        cross-attention, and self-attention has U for ids of the prompt before those of the other ids.
     """
 
     step: Int[Array, ""]
@@ -107,17 +112,27 @@ def prefill(
       The state before the first new token.
     """
     batch, length = rows.ids.shape
-    lengths = rows.lengths[:, None]
+    lengths, starts = rows.lengths[:, None], rows.starts[:, None]
     slots = jnp.arange(length + capacity, dtype=jnp.int32)[None]
-    # The decoder of an encoder-decoder counts from 0 again.
-    before = 0 if model.layout.encodes else lengths
-    positions = rows.starts[:, None] + jnp.where(slots < length, slots, before + slots - length)
+    positions = starts + jnp.where(slots < length, slots, lengths + slots - length)
     segments = (slots < lengths).astype(jnp.int32)
-    stream = Stream(positions[:, :length], segments[:, :length], jnp.zeros_like(rows.ids), rows.prompt_index)
-    _, found = run_stream(model, virtual, rows.ids, stream, prefix, return_memory=True, return_hidden=False)
     pinned = pinned_ids(model, virtual, rows.ids, rows.prompt_index)
+    stream = Stream(
+        positions[:, :length],
+        segments[:, :length],
+        jnp.zeros_like(rows.ids),
+        rows.prompt_index,
+        pinned=pinned,
+    )
+    if rows.decoder is not None:
+        stream = both_sides(stream, rows.decoder, starts)
+    _, found = run_stream(model, virtual, rows.ids, stream, prefix, return_memory=True, return_hidden=False)
     if pinned is not None:
-        pinned = jnp.pad(pinned, [(0, 0), (0, capacity)])
+        last = pinned_ids(model, virtual, rows.last[:, None], rows.prompt_index)
+        assert last is not None
+        pinned = jnp.concatenate([pinned, jnp.pad(last, [(0, 0), (0, capacity - 1)])], axis=1)
+    if model.layout.encodes:
+        positions, segments, pinned = of_both_sides(stream, starts, segments, pinned)
     return DecodeState(
         step=jnp.zeros((), jnp.int32),
         ids=jnp.pad(rows.last[:, None], [(0, 0), (0, capacity)]),
@@ -131,8 +146,10 @@ def _with_room(model: Model, found: Memory, rows: int, capacity: int) -> Memory:
     """Returns the memory of the prompts as a cache with room for new tokens."""
     if not model.layout.encodes:
         return memory.to_cache(memory.pad(found, capacity))
-    empty = memory.empty_cache(model.layout, rows, capacity, model.dtype, [SELF])
-    return {**empty, **memory.to_cache({CROSS: found[CROSS]})}
+    crossed = memory.to_cache({CROSS: found[CROSS]})
+    if SELF in found:
+        return {**crossed, **memory.to_cache(memory.pad({SELF: found[SELF]}, capacity))}
+    return {**crossed, **memory.empty_cache(model.layout, rows, capacity, model.dtype, [SELF])}
 
 
 def decode(
@@ -166,7 +183,8 @@ def decode(
         place = slot
         if model.layout.encodes:
             stream = dataclasses.replace(stream, decoder=jnp.zeros_like(ids))
-            place = state.step  # The memory of self-attention has no slots for the encoder's tokens.
+            # The memory of self-attention has no slots for the encoder's tokens.
+            place = _entries(cache.memory[SELF]) - state.log_probabilities.shape[1] + state.step
         hidden, new = run_stream(model, virtual, ids, stream, prefix, cache, return_memory=True)
         scores = with_forced(model.layout, model.logits(hidden[:, 0]), state.step)
         chosen, found = next_tokens(scores, state.step, sampling)
@@ -184,6 +202,11 @@ def decode(
         )
 
     return jax.lax.while_loop(continues, advance, state)
+
+
+def _entries(pairs: memory.KeysValues | memory.State) -> int:
+    assert isinstance(pairs, memory.KeysValues)
+    return pairs.keys.shape[-1]
 
 
 def with_forced(layout: Layout, scores: Float[Array, "B V"], step: Int[Array, "*B"]) -> Float[Array, "B V"]:

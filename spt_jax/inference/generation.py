@@ -31,6 +31,7 @@ from spt_jax.inference.answers import (
     until_end,
 )
 from spt_jax.inference.decoding import DecodeState, PromptRows, RowSampling, decode, encode_lead, prefill
+from spt_jax.inference.two_sides import decoder_length, prefilled_indices
 from spt_jax.models import memory
 from spt_jax.models.attention import Cache, Prefix
 from spt_jax.models.layout import Layout
@@ -317,12 +318,14 @@ def _generate_batch(
     prompts = [request.ids for request in requests]
     cached = [request.ids[request.lead : -1] for request in requests]
     length = round_up(max(1, *map(len, cached)), BUCKET)
+    decoder = prefilled_indices(prompts, base.layout.start_id, size, length)
     rows = PromptRows(
         ids=place(np.stack([_padded(row, length) for row in cached + [np.zeros(0)] * (size - len(cached))])),
         lengths=place(_padded([len(row) for row in cached], size)),
         last=place(_padded([int(prompt[-1]) for prompt in prompts], size)),
         starts=place(_padded([request.first_position + request.lead for request in requests], size)),
         prompt_index=place(_padded([request.prompt for request in requests], size)) if mixed else None,
+        decoder=None if decoder is None else place(decoder),
     )
     samplings = [request.sampling for request in requests]
     filler = [SamplingConfig()] * (size - len(samplings))
@@ -390,10 +393,12 @@ def check_prompt(
         raise DataError(f"prompt {number} is empty, so nothing predicts the first new token; begin it with BOS or text")
     check_ids(base, prompt, rows, f"prompt {number}")
     start = base.layout.start_id
-    if start is not None and prompt[-1] != start:
+    own = len(prompt) if start is None else decoder_length(prompt, start)
+    if start is not None and not 0 < own < len(prompt):
+        lacks = "nothing precedes" if own else "it lacks"
         raise ConfigError(
-            f"prompt {number} ends with id {prompt[-1]}, and the decoder of {base.name} starts with {start}; use ids"
-            " from `Encoder.prompt_ids`, or texts"
+            f"prompt {number}: {lacks} id {start}, with which the decoder of {base.name} starts after the ids of the"
+            " encoder; use ids from `Encoder.prompt_ids`, or texts"
         )
     length = len(prompt)
     total = prefix + length + sampling.max_new_tokens

@@ -15,7 +15,7 @@ from spt_jax.bases.tokenizer import Tokenizer
 from spt_jax.data.encoder import encoder_for
 from spt_jax.data.pairs import SEPARATOR
 from spt_jax.data.sequences import form_of
-from spt_jax.data.templates import MESSAGES, Field, Template, parse
+from spt_jax.data.templates import DECODER, MESSAGES, Field, Template, parse
 from spt_jax.errors import ConfigError, SptError
 from spt_jax.interop.peft import (
     ADAPTER_PLACE,
@@ -26,6 +26,7 @@ from spt_jax.interop.peft import (
     MULTITASK_TYPE,
     WEIGHTS_FILE,
     PeftHead,
+    check_encoder_head,
     check_tokens_agree,
     plain_group,
     template_front,
@@ -106,6 +107,8 @@ def check_exportable(base: FrozenBase, method: Method, template: Template, virtu
         raise ConfigError(f"this {method.name} prompt has states of recurrent layers, which PEFT does not have")
     if template.new_tokens:
         raise ConfigError(f"this {method.name} prompt has new tokens in its template, which PEFT's prompts do not have")
+    if DECODER in template.prompt:
+        raise ConfigError(f"the template has {DECODER}, and PEFT has no prompts in the decoder's input")
     if virtual.replaced is not None:
         raise ConfigError(f"this {method.name} prompt has embeddings of real tokens, which PEFT's prompts do not have")
     if virtual.instance is not None:
@@ -132,9 +135,7 @@ def check_exportable(base: FrozenBase, method: Method, template: Template, virtu
                 f"PEFT gives layers {len(group.layers) // 2} apart of this decoder the same keys and values of a prefix"
             )
     if virtual.head is not None and not base.layout.generates:
-        raise ConfigError(
-            "transformers' classifiers of encoders have other layers before the head, and PEFT pools a virtual token"
-        )
+        check_encoder_head(base, template.head, has_prefix=virtual.prefix is not None)
     if virtual.head is not None:
         _check_head(method, virtual.head, HEADS[_task_type(template.head)])
     if virtual.gated is not None:

@@ -78,7 +78,8 @@ class DecoderModel(LinenModel):
         return jnp.stack([kept[ATTENTION][places[i][0]][name][places[i][1]] for i in layers])
 
     def embedding_table(self) -> Float[np.ndarray, "V D"]:
-        return host_table(self.params["embedding"]) * np.float32(self.config.embedding_scale or 1.0)
+        table, scale = host_table(self.params["embedding"]), self.config.embedding_scale
+        return table * np.float32(scale) if scale else table
 
     def gated_memory(self, rows: Float[Array, "G P D"]) -> Memory:
         layout, places, configs = self.layout, self._places(), layer_configs(self.config)

@@ -141,18 +141,21 @@ class EncoderDecoder(nn.Module):
 
     @nn.nowrap
     def _decoder_inputs(self, x: Float[Array, "B T D"], rows: Stream, at: Int[Array, "B U"]) -> Float[Array, "B U D"]:
-        """Returns the embeddings of the decoder's tokens: of its own table, if it has one.
+        """Returns the embeddings of the decoder's tokens: of its own table, if it has one, and else those in x.
 
         Raises:
           ValueError: the decoder has a table of its own, and the stream has no ids.
         """
+        given = jnp.take_along_axis(x, at[:, :, None], axis=1)
         if not self.config.decoder_embedding:
-            return jnp.take_along_axis(x, at[:, :, None], axis=1)
+            return given
         if rows.ids is None:
             raise ValueError("the decoder embeds its tokens itself, so that Stream.ids must hold the ids of the tokens")
-        # Padding may be at a virtual token.
-        ids = jnp.minimum(jnp.take_along_axis(rows.ids, at, axis=1), self.config.vocab_size - 1)
-        return take_rows(self.mesh, self.decoder.embedding, ids).astype(x.dtype)
+        ids = jnp.take_along_axis(rows.ids, at, axis=1)
+        # The table has no rows of virtual tokens.
+        is_virtual = ids >= self.config.vocab_size
+        own = take_rows(self.mesh, self.decoder.embedding, jnp.where(is_virtual, 0, ids)).astype(x.dtype)
+        return jnp.where(is_virtual[:, :, None], given, own)
 
     @nn.nowrap
     def _encoder_site(self, rows: Stream, segments: Int[Array, "B T"], given: "_Given") -> Site:
@@ -171,7 +174,7 @@ class EncoderDecoder(nn.Module):
     def _self_site(self, own: Stream, given: "_Given") -> Site:
         """The decoder's self-attention: earlier decoder tokens of the same example or its parent."""
         masks, buckets = given.of_prefix(SELF, own.positions, self._bucket, bidirectional=False)
-        keys: list[tuple[Any, Any, Any]] = [(own.positions, own.segments, None)]
+        keys: list[tuple[Any, Any, Any]] = [(own.positions, own.segments, own.pinned)]
         if given.cache is not None:
             start, cache = _encoded(given.cache), given.cache
             keys.insert(0, jax.tree.map(lambda a: a[:, start:], (cache.positions, cache.segments, cache.pinned)))
@@ -316,7 +319,9 @@ def _decoder_tokens(rows: Stream, decoder: Int[Array, "B U"]) -> DecoderTokens:
     at = jnp.minimum(decoder, length - 1)
     take = functools.partial(jnp.take_along_axis, indices=at, axis=1)
     segments = jnp.where(decoder < length, take(rows.segments), 0)
-    return DecoderTokens(at, Stream(take(rows.positions), segments, take(rows.parents), rows.prompt_index))
+    pinned = None if rows.pinned is None else take(rows.pinned)
+    stream = Stream(take(rows.positions), segments, take(rows.parents), rows.prompt_index, pinned=pinned)
+    return DecoderTokens(at, stream)
 
 
 @functools.lru_cache(maxsize=64)

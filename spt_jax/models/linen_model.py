@@ -69,8 +69,8 @@ class LinenModel:
 
 
 def host_table(table: Float[Array, "V D"] | TableArray) -> Float[np.ndarray, "V D"]:
-    """Returns an embedding table or output matrix in host memory, as float32."""
+    """Returns an embedding table or output matrix in host memory, as float32; it may be the memory of the device."""
     if isinstance(table, TableArray):
         chunks = [to_host(table.chunk(i)) for i in range(table.chunk_count)]
         return np.stack(chunks, axis=1).reshape(table.shape)
-    return to_host(table).astype(np.float32)
+    return to_host(table).astype(np.float32, copy=False)

@@ -19,6 +19,7 @@ from spt_jax.data.encoder import Encoder, encoder_for
 from spt_jax.data.templates import MESSAGES, Template
 from spt_jax.errors import CheckpointError, ConfigError, did_you_mean
 from spt_jax.inference.generation import BUCKET, programs
+from spt_jax.inference.two_sides import decoder_length
 from spt_jax.interop.peft import CONFIG_FILE as PEFT_CONFIG
 from spt_jax.interop.peft import default_template, import_peft
 from spt_jax.models import memory
@@ -41,6 +42,7 @@ class DevicePrompt:
       rows: the number of virtual ids, including those among the leading ids.
       lead: the leading ids.
       start: the position after them.
+      decoder: of an encoder-decoder, the number of ids of the template that its decoder reads, with its start token.
     """
 
     prefix: Prefix | None
@@ -48,6 +50,7 @@ class DevicePrompt:
     rows: int
     lead: np.ndarray
     start: int
+    decoder: int = 1
 
     @property
     def generates(self) -> bool:
@@ -200,7 +203,7 @@ class PromptBank:
         template, positions = entry.template, self.base.layout.max_positions
         if template.is_conversation:
             return  # a chat template may reject an empty chat
-        ids = entry.encoder.prompt_ids(dict.fromkeys(template.prompt_fields, ""))
+        ids = _without_text(entry)
         taken = len(ids) + (0 if entry.virtual is None else entry.virtual.prefix_length)
         if taken >= positions:
             raise CheckpointError(
@@ -290,6 +293,9 @@ class PromptBank:
                     assert entry.virtual is not None
                     new = len(entry.encoder.template.new_tokens)
                     held = hold(self.base, entry.virtual, entry.encoder.fixed_lead(), new)
+                    if (start := self.base.layout.start_id) is not None:
+                        count = decoder_length(_without_text(entry), start)
+                        held = dataclasses.replace(held, decoder=count)
         with self._lock:
             if self._entries.get(name) is not entry:
                 return held  # replaced meanwhile; this request still uses the old one
@@ -320,6 +326,11 @@ class PromptBank:
         if name is None:
             raise UnknownPromptError("the base is an encoder, which answers nothing without a prompt; name a prompt")
         raise UnknownPromptError(f"there is no prompt {name!r}; {did_you_mean(str(name), self.names)}")
+
+
+def _without_text(entry: Entry) -> np.ndarray:
+    """Returns the ids of a prompt whose fields are empty."""
+    return entry.encoder.prompt_ids(dict.fromkeys(entry.template.prompt_fields, ""))
 
 
 def _is_text(text: str) -> bool:

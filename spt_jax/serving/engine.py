@@ -35,6 +35,7 @@ from spt_jax.serving.slots import (
     decode,
     empty_slots,
 )
+from spt_jax.serving.two_sides import check_decoder_ids, decoder_ids
 
 # Target seconds per decode call; between calls the host admits new requests and collects finished ones.
 POLL_SECONDS = 0.02
@@ -134,6 +135,7 @@ class Engine:
         own_ids = ids[len(held.lead) :]
         if held.virtual is None and own_ids.max() >= base.layout.vocab_size:
             raise DataError(f"id {own_ids.max()}: {request.prompt!r} has no virtual ids after its leading ids")
+        check_decoder_ids(base.layout, ids, held.decoder)
         needed = held.start + len(own_ids) + request.sampling.max_new_tokens
         if needed > self.context:
             raise ConfigError(f"the request needs {needed} positions, but a slot has {self.context}")
@@ -225,7 +227,7 @@ class Engine:
         Returns:
           Whether both exist.
         """
-        key = self._key(held, max(length, len(held.lead) + 1))
+        key = self._key(held, _warmed(held, length))
         return all((size, key) in self._compiled for size in self._sizes(key))
 
     def warm(self, held: DevicePrompt, length: int) -> None:
@@ -237,7 +239,7 @@ class Engine:
         """
         if self.is_warm(held, length):
             return
-        base, request = self.bank.base, Request(np.zeros(max(length, len(held.lead) + 1), np.int32))
+        base, request = self.bank.base, Request(np.zeros(_warmed(held, length), np.int32))
         key = self._key(held, len(request.ids))
         with self._compiling:
             for size in self._sizes(key):
@@ -320,7 +322,7 @@ class Engine:
     def _key(self, held: DevicePrompt, length: int) -> tuple[Any, ...]:
         """Returns the key of the program that admits requests of `length` ids, apart from the number of requests."""
         leaves, structure = jax.tree.flatten((held.virtual, held.prefix))
-        return structure, tuple(leaf.shape for leaf in leaves), self._bucket(held, length)
+        return structure, tuple(leaf.shape for leaf in leaves), held.decoder, self._bucket(held, length)
 
     def _sizes(self, key: tuple[Any, ...]) -> list[int]:
         """Returns the numbers of requests that the programs of this key admit at a time."""
@@ -349,6 +351,8 @@ class Engine:
         )
         prompts = [(ticket.held.virtual, ticket.held.prefix) for ticket in tickets]
         requests: Any = padded, lengths, starts
+        if self.bank.base.layout.encodes:
+            requests += (decoder_ids(lengths, [ticket.held.decoder for ticket in tickets], padded.shape[1]),)
         at = np.asarray(slots, np.int32)
         return prompts, RequestIds(*requests), RowSampling(*sampling), at, _wanted(tickets)
 
@@ -399,6 +403,11 @@ def _wanted(tickets: Iterable[Ticket]) -> np.ndarray:
     return np.asarray(any(ticket.request.alternatives for ticket in tickets))
 
 
+def _warmed(held: DevicePrompt, length: int) -> int:
+    """Returns `length`, or the fewest ids of a request under this prompt if these are more."""
+    return max(length, len(held.lead) + 1, held.decoder + 1)
+
+
 def _taken(held: DevicePrompt) -> int:
     """Returns the number of cache entries that a prompt takes, padding included."""
     return 0 if held.prefix is None else held.prefix.positions.shape[0]
@@ -407,15 +416,15 @@ def _taken(held: DevicePrompt) -> int:
 def _filled(ticket: Ticket, layout: Layout) -> int:
     """Returns the number of cache entries that a request has filled; its newest token is not among them yet.
 
-    In an encoder-decoder, these are the decoder's: the start token and the new ones.
+    In an encoder-decoder, these are the decoder's: those of the template, such as the start token, and the new ones.
     """
-    own = 1 if layout.encodes else len(ticket.request.ids) - len(ticket.held.lead)
+    own = ticket.held.decoder if layout.encodes else len(ticket.request.ids) - len(ticket.held.lead)
     return _taken(ticket.held) + own + len(ticket.ids) - 1
 
 
 def _read(ticket: Ticket, layout: Layout) -> int:
     """Returns the number of cache entries of a request that cross-attention reads."""
-    return _taken(ticket.held) + len(ticket.request.ids) - 1 if layout.encodes else 0
+    return _taken(ticket.held) + len(ticket.request.ids) - ticket.held.decoder if layout.encodes else 0
 
 
 @dataclasses.dataclass(frozen=True)

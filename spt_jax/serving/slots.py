@@ -17,11 +17,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spt_jax.inference.decoding import ALTERNATIVES, RowSampling, likeliest, next_tokens, with_forced
 from spt_jax.inference.forward import pinned_ids, run_stream
+from spt_jax.inference.two_sides import both_sides
 from spt_jax.models import memory
 from spt_jax.models.attention import NEVER, Cache, Prefix, Stream
 from spt_jax.models.model import Model
 from spt_jax.prompts.virtual import VirtualPrompt
-from spt_jax.serving.two_sides import both_sides, crossed, nearest, put_requests, stacked
+from spt_jax.serving.two_sides import crossed, nearest, put_requests, stacked
 
 
 @jax.tree_util.register_dataclass
@@ -91,13 +92,16 @@ class RequestIds:
 
     Attributes:
       ids: the ids, right-padded.
-      lengths: the number of real ids of each request, at least 1. In an encoder-decoder, the last is the decoder's.
+      lengths: the number of real ids of each request, at least 1.
       starts: the position of each request's first id.
+      decoder: of an encoder-decoder, the indices of the ids that its decoder reads, which are the last ones, with T for
+        padding; None for other bases.
     """
 
     ids: Int[Array, "N T"]
     lengths: Int[Array, " N"]
     starts: Int[Array, " N"]
+    decoder: Int[Array, "N U"] | None = None
 
 
 def empty_slots(model: Model, count: int, capacity: int) -> Slots:
@@ -145,13 +149,17 @@ def admit(
     stream = Stream(positions, real, jnp.zeros_like(positions), numbers)
     cache = dataclasses.replace(slots.cache, segments=slots.cache.segments.at[at].set(0))
     prefixes = [prefix for _, prefix in prompts if prefix is not None]
-    if model.layout.encodes:
-        prefix, stream = stacked(prefixes), both_sides(stream, requests.lengths)
+    if requests.decoder is not None:
+        prefix = stacked(prefixes)
+        stream = both_sides(stream, requests.decoder, requests.starts[:, None])
+        stream = dataclasses.replace(stream, pinned=pinned_ids(model, virtual, requests.ids, numbers))
         hidden, found = run_stream(model, virtual, requests.ids, stream, prefix, return_memory=True)
         if prefix is not None:
             prefix = dataclasses.replace(prefix, memory=_finite(model, prefix.memory))
         cache, filled = put_requests(cache, at, prefix, _finite(model, found), stream)
-        filled, nexts = jnp.full_like(requests.lengths, filled), requests.starts + 1
+        own_length = jnp.sum(requests.decoder < length, axis=1)
+        # New tokens take the padding's place.
+        filled, nexts = filled - requests.decoder.shape[1] + own_length, requests.starts + own_length
     else:
         lead = _side_by_side(prefixes)
         hidden, found = run_stream(model, virtual, requests.ids, stream, None, lead, return_memory=True)

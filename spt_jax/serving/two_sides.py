@@ -6,16 +6,50 @@ and values of the encoder's own attention are not kept.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from spt_jax.errors import ConfigError
+from spt_jax.inference.two_sides import decoder_indices, decoder_length, decoder_width, of_sides
 from spt_jax.models import memory
 from spt_jax.models.attention import NEVER, Cache, Prefix, Stream
 from spt_jax.models.layout import CROSS, SELF, Layout
 from spt_jax.models.memory import KeysValues, Memory
+
+
+def check_decoder_ids(layout: Layout, ids: Int[np.ndarray, " T"], count: int) -> None:
+    """Checks that the decoder of an encoder-decoder reads as many ids of a request as of its template.
+
+    Args:
+      layout: that of the base.
+      ids: the ids of the request.
+      count: how many ids of the template the decoder reads.
+
+    Raises:
+      ConfigError: it does not.
+    """
+    own = count if layout.start_id is None else decoder_length(ids, layout.start_id)
+    if own != count:
+        raise ConfigError(
+            f"the last {own} of the ids begin with the decoder's start token, {layout.start_id}, but {count} of the"
+            " template do; use ids from `PromptBank.request_ids`"
+        )
+
+
+def decoder_ids(lengths: Int[np.ndarray, " N"], counts: Sequence[int], length: int) -> Int[np.ndarray, "N U"]:
+    """Returns the indices of the ids that the decoder reads of requests, with T for padding.
+
+    Args:
+      lengths: the number of ids of each request.
+      counts: how many of these the decoder reads.
+      length: the number T of ids of each request, with padding.
+    """
+    return decoder_indices(lengths.tolist(), counts, decoder_width(max(counts), length), length)
 
 
 def crossed(cache: Cache, layout: Layout) -> int:
@@ -47,19 +81,6 @@ def nearest(cache: Cache, crossed: int, reach: int) -> Cache:
     return Cache(found, positions, segments, pinned)
 
 
-def both_sides(stream: Stream, lengths: Int[Array, " N"]) -> Stream:
-    """Returns the stream of requests whose last ids are the decoder's first; its positions begin again there.
-
-    Args:
-      stream: the stream of the requests' ids, right-padded.
-      lengths: the number of real ids of each.
-    """
-    last = lengths[:, None] - 1
-    places = jnp.arange(stream.positions.shape[1])[None]
-    positions = jnp.where(places == last, stream.positions[:, :1], stream.positions)
-    return dataclasses.replace(stream, positions=positions, decoder=last)
-
-
 def put_requests(
     cache: Cache, at: Int[Array, " N"], prefix: Prefix | None, found: Memory, stream: Stream
 ) -> tuple[Cache, int]:
@@ -73,18 +94,20 @@ def put_requests(
       stream: their stream, from `both_sides`.
 
     Returns:
-      The cache, and the number of entries that are filled at the decoder's self-attention.
+      The cache, and the number of entries that are filled at the decoder's self-attention, padding included.
     """
-    last = stream.decoder
-    assert last is not None
-    rows = jnp.arange(stream.positions.shape[0])[:, None]
-    encoder = stream.positions, stream.segments.at[rows, last].set(0)
-    decoder = tuple(jnp.take_along_axis(own, last, axis=1) for own in (stream.positions, stream.segments))
-    start = _entries(cache.memory[CROSS], -1)
+    encoder_segments, *decoder = of_sides(stream)
+    pins, pinned_tokens, indices = None, stream.pinned, stream.decoder
+    if pinned_tokens is not None and indices is not None:
+        pins = jnp.take_along_axis(pinned_tokens, jnp.minimum(indices, pinned_tokens.shape[1] - 1), axis=1)
+    sites: tuple[tuple[str, int, Any], ...] = (
+        (CROSS, 0, (stream.positions, encoder_segments, None)),
+        (SELF, _entries(cache.memory[CROSS], -1), (*decoder, pins)),
+    )
     filled = 0
-    for name, begin, own in ((CROSS, 0, encoder), (SELF, start, decoder)):
+    for name, begin, own in sites:
         place = 0
-        for part, positions, segments, pinned in (*_of_prefix(prefix, name), (found[name], *own, None)):
+        for part, positions, segments, pinned in (*_of_prefix(prefix, name), (found[name], *own)):
             count = positions.shape[1]
             put = memory.put_rows({name: cache.memory[name]}, memory.to_cache({name: part}), at, _slice(place, count))
             where = at, _slice(begin + place, count)

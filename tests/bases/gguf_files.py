@@ -15,10 +15,11 @@ from spt_jax.testing import write_tiny_checkpoint
 
 # Sizes that blocks of 32 values fit.
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
-ARCHITECTURES = ("gemma", "gemma2", "gemma3", "gpt2", "llama", "olmo2", "phi3", "qwen2", "qwen3")
+ARCHITECTURES = ("falcon", "gemma", "gemma2", "gemma3", "gpt2", "llama", "olmo2", "phi3", "qwen2", "qwen3")
 MODEL_TYPES = {"gemma3": "gemma3_text"}
 # What the files do not hold, or only for the sizes of published models.
 OVERRIDES = {
+    "falcon": {"hidden_size": 64, "num_hidden_layers": 2, "ffn_hidden_size": 96, "bias": False},
     "gemma2": {"query_pre_attn_scalar": 16},
     "gemma3": {
         "query_pre_attn_scalar": 16,
@@ -57,6 +58,10 @@ def _stored(architecture: str, name: str, weight: np.ndarray, config) -> np.ndar
         return side_by_side(weight, config.heads if ".attn_q." in name else config.kv_heads)
     if architecture.startswith("gemma") and name.endswith("norm.weight"):
         return weight + np.float32(1)
+    if architecture == "falcon" and name.endswith("attn_qkv.weight"):
+        groups = weight.reshape(config.kv_heads, config.heads // config.kv_heads + 2, -1, weight.shape[1])
+        parts = groups[:, :-2], groups[:, -2:-1], groups[:, -1:]
+        return np.concatenate([part.reshape(-1, weight.shape[1]) for part in parts])
     if architecture == "gpt2" and name.startswith("blk.") and weight.ndim == 2:
         return np.ascontiguousarray(weight.T)
     return weight
@@ -69,6 +74,9 @@ def _restored(architecture: str, name: str, weight: np.ndarray, config) -> np.nd
         return weight.reshape(heads, -1, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
     if architecture.startswith("gemma") and name.endswith("norm.weight"):
         return weight - np.float32(1)
+    if architecture == "falcon" and name.endswith("attn_qkv.weight"):
+        places = _stored(architecture, name, np.arange(len(weight))[:, None], config)[:, 0]
+        return weight[np.argsort(places)]
     return _stored(architecture, name, weight, config)
 
 
@@ -109,6 +117,16 @@ def _add_gpt2(writer: gguf.GGUFWriter, hf: dict) -> None:
     writer.add_layer_norm_eps(hf["layer_norm_epsilon"])
 
 
+def _add_falcon(writer: gguf.GGUFWriter, hf: dict) -> None:
+    writer.add_context_length(hf["max_position_embeddings"])
+    writer.add_embedding_length(hf["hidden_size"])
+    writer.add_block_count(hf["num_hidden_layers"])
+    writer.add_feed_forward_length(hf["ffn_hidden_size"])
+    writer.add_head_count(hf["num_attention_heads"])
+    writer.add_head_count_kv(hf["num_kv_heads"] if hf["new_decoder_architecture"] else 1)
+    writer.add_layer_norm_eps(hf["layer_norm_epsilon"])
+
+
 def write_gguf(
     folder: Path,
     architecture: str = "llama",
@@ -120,13 +138,15 @@ def write_gguf(
 
     Matrices of the directory are rounded as those of the file.
     """
-    sizes = {**({} if architecture == "gpt2" else SIZES), **OVERRIDES.get(architecture, {}), **overrides}
+    sizes = {**({} if architecture in ("falcon", "gpt2") else SIZES), **OVERRIDES.get(architecture, {}), **overrides}
     directory = write_tiny_checkpoint(folder / "hf", MODEL_TYPES.get(architecture, architecture), **sizes)
     hf, config = read_json(directory / "config.json", 1 << 20), read_config(directory)
     file = folder / "model.gguf"
     writer = gguf.GGUFWriter(file, architecture)
     if architecture == "gpt2":
         _add_gpt2(writer, hf)
+    elif architecture == "falcon":
+        _add_falcon(writer, hf)
     else:
         _add_decoder(writer, architecture, hf)
     write_vocabulary(writer, config.vocab_size)

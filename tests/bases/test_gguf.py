@@ -225,7 +225,7 @@ def named(key: str) -> bytes:
         (named("general.architecture"), struct.pack("<Q", 1 << 60) + b"general.architecture", "length of a metadata"),
         (named("llama.block_count"), named("llama.block_cOunt"), "no 'llama.block_count'"),
         (named("llama.block_count") + b"\x04", named("llama.block_count") + b"\x63", "has the unknown type 99"),
-        (named("llama"), named("mamba"), "'mamba' is not supported for GGUF files; supported are gemma"),
+        (named("llama"), named("mamba"), "'mamba' is not supported for GGUF files; supported are falcon"),
         (named("gpt-2"), named("gpt-9"), "the pre-tokenizer 'gpt-9' is not supported"),
         (named("gpt2"), named("gpt9"), "the tokenizer 'gpt9' is not supported"),
         (named("output_norm.weight"), named("output_norm.wEight"), "lacks 1 tensors of a llama .*: model.norm.weight"),

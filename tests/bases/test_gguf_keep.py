@@ -17,13 +17,14 @@ from tests.layouts import row_logits
 IDS = np.arange(3, 43)
 
 
-@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "gpt2"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_function_is_that_of_the_dequantized_base(architecture, tmp_path):
     """The fingerprints too, so that prompts are exchanged."""
     _, file = write_gguf(tmp_path, architecture, Kind.Q4_1)
     ours, theirs = load_base(file, dtype="float32", quantize="keep"), load_base(file, dtype="float32")
     packed = [leaf for leaf in leaves(ours) if isinstance(leaf, GgufKernel)]
-    assert len(packed) == 7 and isinstance(ours.params["embedding"], GgufTable)
+    assert len(packed) == (6 if architecture in ("falcon", "gpt2") else 7)
+    assert isinstance(ours.params["embedding"], GgufTable)
     np.testing.assert_allclose(row_logits(ours, IDS), row_logits(theirs, IDS), atol=1e-4, rtol=0)
     assert ours.fingerprint == theirs.fingerprint
     assert ours.parameter_count == theirs.parameter_count and ours.dtype == theirs.dtype
@@ -63,11 +64,6 @@ def test_what_cannot_be_kept_is_refused(tmp_path):
     for base in (directory, file):
         with pytest.raises(ConfigError, match=r"keep is for GGUF files and quantized checkpoints .*; .* has none"):
             load_base(base, quantize="keep")
-    _, gpt2 = write_gguf(tmp_path / "gpt2", "gpt2", Kind.Q8_0)
-    with pytest.raises(
-        ConfigError, match=r"keep does not support tensors like 'transformer.h.\{i\}.attn.c_attn.weight'"
-    ):
-        load_base(gpt2, quantize="keep")
     write_tiny_checkpoint(tmp_path / "tiny")
     with pytest.raises(ConfigError, match="'kept' is not supported; known: int8, int4, nf4, fp8, keep"):
         load_base(tmp_path / "tiny", quantize="kept")

@@ -33,6 +33,10 @@ PROMPTS = {
     "encoder": (PrefixTuning(length=2, sites=("encoder",)), "{text}", {}),
     "cross": (PrefixTuning(length=2, sites=("cross",)), "{text}", {}),
     "self": (PrefixTuning(length=2, sites=("self",)), "{text}", {}),
+    "decoder": (PromptTuning(length=2), "{text}<decoder>a word<soft>", {}),
+    "inputs": (PromptTuning(length=12), "<soft:3>{text}<decoder><soft:9>", {}),
+    "pinned inputs": (PromptTuning(length=5, pin_prefix=True), "<soft:2>{text}<decoder><soft:3>", {}),
+    "decided": (PromptTuning(length=5), "<soft:2>{text}<decoder><soft:3>", CLASSES),
     "verdict": (PromptTuning(length=3), "<soft>{text}", CLASSES),
     "head": (DeepPrompts(length=3, classes=2), "{text}", CLASSES),
 }
@@ -64,7 +68,9 @@ def added(bank: PromptBank, folder, names) -> PromptBank:
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory) -> PromptBank:
     base = tiny_base("t5", seed=3)
-    return added(PromptBank(base), tmp_path_factory.mktemp("prompts"), [name for name in PROMPTS if name != "pinned"])
+    return added(
+        PromptBank(base), tmp_path_factory.mktemp("prompts"), [name for name in PROMPTS if "pinned" not in name]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +106,7 @@ def requests_of(bank: PromptBank, names) -> list[Request]:
 
 @pytest.mark.parametrize(
     ("slots", "names"),
-    [(2, ["tokens", "longer", "encoder", "cross", "self", None]), (12, ["sites", "longer"])],
+    [(2, ["tokens", "longer", "decoder", "encoder", "cross", "self", None]), (12, ["sites", "longer", "inputs"])],
 )
 def test_a_mixture_is_answered_as_each_alone(bank, slots, names):
     """Through two slots, each request starts where another has just ended; with twelve, they start in groups."""
@@ -141,18 +147,25 @@ def test_learned_positions_and_a_forced_token(tmp_path):
     """Each new token has the position after the last; the first is forced, so that it is certain and has no others."""
     write_tiny_checkpoint(tmp_path / "base", "bart", seed=3)
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"forced_bos_token_id": 17}))
+    answered(load_base(str(tmp_path / "base"), dtype="float32"), tmp_path, "inputs")
     found = answered(load_base(str(tmp_path / "base"), dtype="float32"), tmp_path, "sites")
     assert found.ids[0] == 17 and found.alternatives[0] == {17: 0.0} and len(found.alternatives[1]) == 3
 
 
-@pytest.mark.parametrize("family", ["t5gemma", "t5gemma2"])
-def test_a_pinned_prefix_is_seen_from_beyond_the_window(tmp_path, family):
-    answered(tiny_base(family, seed=3), tmp_path, "pinned")
+@pytest.mark.parametrize(
+    ("family", "name"), [("t5gemma", "pinned"), ("t5gemma2", "pinned"), ("t5gemma", "pinned inputs")]
+)
+def test_a_pinned_prompt_is_seen_from_beyond_the_window(tmp_path, family, name):
+    answered(tiny_base(family, seed=3), tmp_path, name)
 
 
 def test_ids_without_the_decoder_s_first_are_refused(bank):
-    with pytest.raises(ConfigError, match="ends with id 5, and the decoder of tiny-t5 starts with 0"):
+    with pytest.raises(ConfigError, match="lacks id 0, with which the decoder of tiny-t5 starts"):
         Engine(bank, slots=1, context=96).submit(Request(np.asarray([4, 5], np.int32)))
+    with pytest.raises(ConfigError, match="the last 3 of the ids begin with the decoder's start token, 0, but 1 of"):
+        Engine(bank, slots=1, context=96).submit(Request(np.asarray([4, 0, 7, 8], np.int32)))
+    with pytest.raises(ConfigError, match="nothing precedes id 0"):
+        generate(bank.base, [np.asarray([0, 7], np.int32)])
 
 
 @pytest.mark.parametrize("name", ["tiny", "tokens", "sites"])
@@ -194,7 +207,7 @@ def test_what_is_refused(client):
         client.completions.create(model="tiny", prompt=[4, 100000], max_tokens=2)
 
 
-@pytest.mark.parametrize("name", ["verdict", "head"])
+@pytest.mark.parametrize("name", ["verdict", "decided", "head"])
 def test_classes_are_those_of_the_evaluation(bank, http, name):
     entry = bank.entry(name)
     asked = [entry.encoder.with_any_label({"text": text}) for text in TEXTS]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from spt_jax.bases.quantized_files.gptq import check_group_size, group_note
+from spt_jax.bases.quantized_files.grouped import Groups, Parts, with_kept
 from spt_jax.bases.quantized_files.stored import FLOATS, PackedWeight, StoredTensors, check_parts, setting, unpacked
 from spt_jax.errors import ConfigError
 
@@ -56,9 +57,9 @@ class Awq:
     def weights(self, stored: StoredTensors) -> dict[str, PackedWeight]:
         modules = stored.modules(".qweight")
         check_parts(stored, modules, ".qweight", (".qzeros", ".scales"))
-        return {f"{module}.weight": self._weight(stored, module) for module in modules}
+        return with_kept({f"{module}.weight": self._weight(stored, module) for module in modules}, 4)
 
-    def _weight(self, stored: StoredTensors, module: str) -> PackedWeight:
+    def _weight(self, stored: StoredTensors, module: str) -> tuple[PackedWeight, Groups]:
         rows, words = stored.part(module, ".qweight", ".qweight", ("I32",), 2).shape
         stored.part(module, ".scales", ".qweight", FLOATS, 2)
         stored.part(module, ".qzeros", ".qweight", ("I32",), 2)
@@ -69,7 +70,12 @@ class Awq:
         stored.check_shape(f"{module}.scales", (rows // size, columns), why)
         stored.check_shape(f"{module}.qzeros", (rows // size, words), why)
         parts = tuple(module + suffix for suffix in (".qweight", ".qzeros", ".scales"))
-        return PackedWeight((columns, rows), parts, partial(_values, size))
+        groups = Groups(np.arange(rows) // size, rows // size, _parts)
+        return PackedWeight((columns, rows), parts, partial(_values, size)), groups
+
+
+def _parts(qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray) -> Parts:
+    return _codes(qweight), _codes(qzeros), scales
 
 
 def _values(size: int, qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray) -> np.ndarray:

@@ -10,8 +10,10 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from spt_jax.bases.packed import Kept
 from spt_jax.bases.quantized_files.stored import FLOATS, PackedWeight, StoredTensors, check_parts
 from spt_jax.errors import ConfigError
+from spt_jax.models.quantized.codebook import Codebook
 
 _STATE = ".weight.quant_state.bitsandbytes__"
 _ABSMAX, _CODES = ".weight.absmax", ".weight.quant_map"
@@ -105,7 +107,13 @@ class BitsAndBytes:
             parts = (*parts, module + _NESTED_CODES, module + _NESTED_ABSMAX)
         elif module + _NESTED_ABSMAX in stored.headers:
             raise stored.refused(module + _NESTED_ABSMAX, "is in the file, and the quantization state is not nested")
-        return PackedWeight(state.shape, parts, partial(_four_bit_values, state))
+        kept = None
+        if state.shape[1] % state.blocksize == 0:
+            levels = tuple(stored.read(module + _CODES).tolist())
+            rounded = None if state.dtype == "float32" else jnp.dtype(_DTYPES[state.dtype])
+            options = (("levels", levels), ("rounded", rounded))
+            kept = Kept(Codebook, ("packed", "scale"), partial(_four_bit_arrays, state), options)
+        return PackedWeight(state.shape, parts, partial(_four_bit_values, state), kept)
 
 
 def setting_flag(fields: Mapping[str, Any], *names: str) -> bool:
@@ -177,9 +185,7 @@ def _four_bit_values(
     nested_absmax: np.ndarray | None = None,
 ) -> np.ndarray:
     """Returns the weight [out, in], rounded as bitsandbytes rounds it."""
-    if nested_levels is not None and nested_absmax is not None:
-        outer = np.repeat(nested_absmax, state.nested_blocksize)[: absmax.size]
-        absmax = nested_levels[absmax] * outer + np.float32(state.nested_offset)
+    absmax = _scales(state, absmax, nested_levels, nested_absmax)
     octets, count = np.ascontiguousarray(packed).reshape(-1).view(np.uint8), math.prod(state.shape)
     weight = np.empty(count, _DTYPES[state.dtype])
     for start in range(0, count, _CHUNK):
@@ -188,3 +194,25 @@ def _four_bit_values(
         scales = absmax[start // state.blocksize : (start + _CHUNK) // state.blocksize]
         weight[start : start + codes.size] = levels[codes] * np.repeat(scales, state.blocksize)[: codes.size]
     return weight.reshape(state.shape)
+
+
+def _four_bit_arrays(
+    state: _QuantState, packed: np.ndarray, levels: np.ndarray, absmax: np.ndarray, *nested: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Returns the arrays of a `Codebook` kernel, whose pairs of rows are those of the file, the other way around."""
+    octets = np.ascontiguousarray(packed).reshape(-1).view(np.uint8).reshape(state.shape[0], -1)
+    scales = _scales(state, absmax, *nested).reshape(state.shape[0], -1)
+    return {"packed": ((octets >> 4) | (octets << 4)).T, "scale": scales.T}
+
+
+def _scales(
+    state: _QuantState,
+    absmax: np.ndarray,
+    nested_levels: np.ndarray | None = None,
+    nested_absmax: np.ndarray | None = None,
+) -> np.ndarray:
+    """Returns the float32 scale of each block."""
+    if nested_levels is None or nested_absmax is None:
+        return absmax
+    outer = np.repeat(nested_absmax, state.nested_blocksize)[: absmax.size]
+    return nested_levels[absmax] * outer + np.float32(state.nested_offset)

@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from spt_jax.bases.quantized_files.fp8 import KEPT
+from spt_jax.bases.quantized_files.grouped import Groups, Parts, with_kept
 from spt_jax.bases.quantized_files.stored import (
     FLOAT8,
     FLOATS,
@@ -91,9 +93,9 @@ class CompressedTensors:
             module for module in stored.modules(main) if dtype is None or stored.headers[module + main].dtype == dtype
         ]
         check_parts(stored, modules, main, (_SCALE, _SHAPE, _ZERO, _INDEX))
-        return {f"{module}.weight": self._weight(stored, module, main) for module in modules}
+        return with_kept({f"{module}.weight": self._weight(stored, module, main) for module in modules}, self.bits)
 
-    def _weight(self, stored: StoredTensors, module: str, main: str) -> PackedWeight:
+    def _weight(self, stored: StoredTensors, module: str, main: str) -> tuple[PackedWeight, Groups | None]:
         dtype = {"packed": "I32", "int": "I8", "float": FLOAT8}[self.kind]
         rows, columns = stored.part(module, main, main, (dtype,), 2).shape
         if self.kind == "packed":
@@ -120,7 +122,12 @@ class CompressedTensors:
             if index.min() < 0 or index.max() >= tiles[1]:
                 what = f"names groups {index.min()} to {index.max()}; there are {tiles[1]}"
                 raise stored.refused(module + _INDEX, what)
-        return PackedWeight((rows, columns), parts, partial(_values, self, (rows, columns), height, index))
+        weight = PackedWeight((rows, columns), parts, partial(_values, self, (rows, columns), height, index))
+        if tiles[0] not in (1, rows) or (self.kind == "packed" and columns * self.bits % 32):
+            return weight, None
+        if self.kind == "float":
+            return dataclasses.replace(weight, kept=KEPT if tiles[1] == 1 else None), None
+        return weight, Groups(index, tiles[1], partial(_parts, self, height))
 
     def _packed_shape(self, stored: StoredTensors, module: str) -> tuple[int, int]:
         """Returns the shape of a packed weight, after checking that it agrees with the words."""
@@ -189,3 +196,22 @@ def _values(
             values -= zeros[at][:, index]
         weight[start : start + len(own)] = values * scales[at][:, index]
     return weight
+
+
+def _parts(
+    how: CompressedTensors, height: int, stored: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None = None
+) -> Parts:
+    """Returns the codes and groups of a weight of which each row, or all `height` rows, have scales of their own."""
+    rows = len(stored)
+    scales = scales.reshape(rows // height, -1)
+    if how.kind == "packed":
+        codes = unpacked(stored, how.bits).reshape(rows, -1)
+        if zeros is not None:
+            zeros = unpacked(zeros, how.bits).swapaxes(1, 2).reshape(-1, zeros.shape[1])[: len(scales)]
+    else:
+        codes, zeros = (None if a is None else (a.astype(np.int16) + 128).astype(np.uint8) for a in (stored, zeros))
+    if zeros is None:
+        zeros = np.full(scales.shape, 1 << (how.bits - 1), np.uint8)
+    zeros, scales = (np.broadcast_to(a, (rows, a.shape[1])).T for a in (zeros, scales))
+    assert codes is not None
+    return codes.T, zeros, scales

@@ -5,10 +5,13 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
 import numpy as np
 
+from spt_jax.bases.packed import Kept
 from spt_jax.bases.quantized_files.stored import FLOAT8, FLOATS, PackedWeight, StoredTensors, check_parts, float8_values
 from spt_jax.errors import ConfigError
+from spt_jax.models.quantized import Fp8 as Fp8Kernel
 
 _SCALES = ".weight_scale_inv"
 
@@ -60,11 +63,21 @@ class Fp8:
             stored.part(module, _SCALES, ".weight", FLOATS, 0 if header is None else len(header.shape))
             if stored.headers[parts[1]].shape not in ((), (1,), (1, 1)):
                 raise stored.refused(parts[1], f"has shape {stored.headers[parts[1]].shape}; it must be one number")
-            return PackedWeight((rows, columns), parts, partial(_values, (rows, columns)))
+            return PackedWeight((rows, columns), parts, partial(_values, (rows, columns)), KEPT)
         stored.part(module, _SCALES, ".weight", FLOATS, 2)
         blocks = (-(-rows // self.block[0]), -(-columns // self.block[1]))
         stored.check_shape(parts[1], blocks, f"the weight has shape {(rows, columns)}, blocks {self.block}")
         return PackedWeight((rows, columns), parts, partial(_values, self.block))
+
+
+def _arrays(weight: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the arrays of a kernel of which each output channel, or all of them, have a scale of their own."""
+    scale = np.broadcast_to(scales.astype(np.float32).reshape(-1), len(weight))
+    return {"values": weight.view(jnp.float8_e4m3fn).T, "scale": scale}
+
+
+# How weights stay packed that have no groups of inputs.
+KEPT = Kept(Fp8Kernel, ("values", "scale"), _arrays)
 
 
 def _values(block: tuple[int, int], weight: np.ndarray, scales: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from spt_jax.bases.quantized_files.grouped import Groups, Parts, with_kept
 from spt_jax.bases.quantized_files.stored import (
     FLOATS,
     PackedWeight,
@@ -63,9 +64,9 @@ class Gptq:
     def weights(self, stored: StoredTensors) -> dict[str, PackedWeight]:
         modules = stored.modules(".qweight")
         check_parts(stored, modules, ".qweight", (".qzeros", ".scales", ".g_idx"))
-        return {f"{module}.weight": self._weight(stored, module) for module in modules}
+        return with_kept({f"{module}.weight": self._weight(stored, module) for module in modules}, self.bits)
 
-    def _weight(self, stored: StoredTensors, module: str) -> PackedWeight:
+    def _weight(self, stored: StoredTensors, module: str) -> tuple[PackedWeight, Groups]:
         per_word = 32 // self.bits
         packed_rows, columns = stored.part(module, ".qweight", ".qweight", ("I32",), 2).shape
         rows = packed_rows * per_word
@@ -78,6 +79,7 @@ class Gptq:
         stored.check_shape(f"{module}.scales", (groups, columns), why)
         stored.check_shape(f"{module}.qzeros", (groups, columns // per_word), why)
         parts = tuple(module + suffix for suffix in (".qweight", ".qzeros", ".scales"))
+        index = np.arange(rows) // (rows if self.group_size == -1 else self.group_size)
         if f"{module}.g_idx" in stored.headers:
             stored.part(module, ".g_idx", ".qweight", ("I32", "I64"), 1)
             stored.check_shape(f"{module}.g_idx", (rows,), why)
@@ -86,7 +88,9 @@ class Gptq:
                 what = f"names groups {index.min()} to {index.max()}; there are {groups}"
                 raise stored.refused(f"{module}.g_idx", what)
             parts = (*parts, f"{module}.g_idx")
-        return PackedWeight((columns, rows), parts, partial(_values, self))
+        return PackedWeight((columns, rows), parts, partial(_values, self)), Groups(
+            index, groups, partial(_parts, self)
+        )
 
 
 def check_group_size(size: object) -> None:
@@ -104,6 +108,22 @@ def group_note(size: int) -> str:
     return "one group" if size == -1 else f"groups of {size}"
 
 
+def _zeros(how: Gptq, qzeros: np.ndarray) -> np.ndarray:
+    """Returns the zero points, uint8 [groups, out]."""
+    zeros = unpacked(qzeros, how.bits).reshape(len(qzeros), -1)
+    # AutoGPTQ takes the sum modulo 2^bits: it stores the zero point 0 as the largest code.
+    return (zeros + np.uint8(how.zero_offset)) & np.uint8((1 << how.bits) - 1)
+
+
+def _codes(how: Gptq, qweight: np.ndarray) -> np.ndarray:
+    """Returns the codes, uint8 [in, out]."""
+    return unpacked(qweight, how.bits).swapaxes(1, 2).reshape(-1, qweight.shape[1])
+
+
+def _parts(how: Gptq, qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray, *_: np.ndarray) -> Parts:
+    return _codes(how, qweight), _zeros(how, qzeros), scales
+
+
 def _values(
     how: Gptq, qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray, g_idx: np.ndarray | None = None
 ) -> np.ndarray:
@@ -112,14 +132,10 @@ def _values(
     rows, columns = qweight.shape[0] * per_word, qweight.shape[1]
     size = rows if how.group_size == -1 else how.group_size
     groups = np.arange(rows) // size if g_idx is None else g_idx
-    zeros = unpacked(qzeros, how.bits).reshape(scales.shape)
-    # AutoGPTQ takes the sum modulo 2^bits: it stores the zero point 0 as the largest code.
-    zeros = ((zeros + np.uint8(how.zero_offset)) & np.uint8((1 << how.bits) - 1)).astype(np.float32)
-    scales = scales.astype(np.float32)
+    zeros, scales = _zeros(how, qzeros).astype(np.float32), scales.astype(np.float32)
     weight = np.empty((columns, rows), np.float32)
     for start in range(0, rows, _ROWS):
-        words = qweight[start // per_word : -(-min(start + _ROWS, rows) // per_word)]
-        codes = unpacked(words, how.bits).swapaxes(1, 2).reshape(-1, columns)
+        codes = _codes(how, qweight[start // per_word : -(-min(start + _ROWS, rows) // per_word)])
         own = groups[start : start + len(codes)]
         weight[:, start : start + len(codes)] = ((codes - zeros[own]) * scales[own]).T
     return weight

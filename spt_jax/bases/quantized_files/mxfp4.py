@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
+from spt_jax.bases.packed import Kept
 from spt_jax.bases.quantized_files.stored import PackedWeight, StoredTensors, check_parts
+from spt_jax.models.quantized.codebook import Codebook
 
 BLOCK = 32
 # The values of E2M1, by code: a sign, two bits of exponent, one of mantissa.
@@ -47,7 +49,15 @@ class Mxfp4:
             raise stored.refused(f"{name}_blocks", f"has blocks of {size} bytes; those of MXFP4 have {BLOCK // 2}")
         stored.part(name, "_scales", "_blocks", ("U8",), 3)
         stored.check_shape(f"{name}_scales", (experts, rows, blocks), "one for each block")
-        return PackedWeight((experts, blocks * BLOCK, rows), (f"{name}_blocks", f"{name}_scales"), _values)
+        kept = Kept(Codebook, ("packed", "scale"), _arrays, (("levels", tuple(_VALUES.tolist())),))
+        return PackedWeight((experts, blocks * BLOCK, rows), (f"{name}_blocks", f"{name}_scales"), _values, kept)
+
+
+def _arrays(blocks: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the arrays of a `Codebook` kernel, whose pairs of rows are those of the file."""
+    packed = blocks.reshape(*blocks.shape[:2], -1).swapaxes(1, 2)
+    exponents = scales.swapaxes(1, 2).astype(np.int32) - _EXPONENT_BIAS
+    return {"packed": packed, "scale": np.ldexp(np.float32(1), exponents).astype(jnp.bfloat16)}
 
 
 def _values(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ class QuantizedCheckpoint:
             not quantized.
         """
         how = quantization.how
-        self._stored, self._packed = stored, how.weights(stored)
+        self._stored, self._how, self._packed = stored, how, how.weights(stored)
         if not self._packed:
             directory = next(iter(stored.headers.values())).file.parent if stored.headers else "the checkpoint"
             raise CheckpointError(
@@ -42,7 +42,6 @@ class QuantizedCheckpoint:
                 raise stored.refused(name, f"and {packed.parts[0]!r} are both in the checkpoint")
         self._parts = {part for packed in self._packed.values() for part in packed.parts}
         self._files = {name: stored.headers[packed.parts[0]].file for name, packed in self._packed.items()}
-        self._suffixes = how.suffixes
 
     @contextlib.contextmanager
     def open(self, file: Path, keys: Sequence[str]) -> Iterator["QuantizedFile"]:
@@ -58,13 +57,15 @@ class QuantizedCheckpoint:
             for name, header in self._stored.headers.items()
             if header.file == file and not self._is_part(name) and not self._is_empty_bias(name, keys)
         ]
-        yield QuantizedFile(self._stored, packed, plain)
+        yield QuantizedFile(self._stored, packed, plain, str(self._how))
 
     def _is_part(self, name: str) -> bool:
         """Returns whether a tensor belongs to a quantized weight, also where its values are not needed."""
         if name in self._parts:
             return True
-        return any(name.endswith(end) and f"{name.removesuffix(end)}.weight" in self._packed for end in self._suffixes)
+        return any(
+            name.endswith(end) and f"{name.removesuffix(end)}.weight" in self._packed for end in self._how.suffixes
+        )
 
     def _is_empty_bias(self, name: str, keys: Sequence[str]) -> bool:
         """Returns whether a tensor is one of the zero biases that AutoGPTQ adds to modules that have none."""
@@ -76,8 +77,8 @@ class QuantizedCheckpoint:
 class QuantizedFile:
     """Implements `PackedFile`."""
 
-    def __init__(self, stored: StoredTensors, packed: dict[str, PackedWeight], plain: Sequence[str]) -> None:
-        self._stored, self._packed, self._plain = stored, packed, plain
+    def __init__(self, stored: StoredTensors, packed: dict[str, PackedWeight], plain: Sequence[str], how: str) -> None:
+        self._stored, self._packed, self._plain, self._how = stored, packed, plain, how
 
     def names(self) -> Iterable[str]:
         return [*self._packed, *self._plain]
@@ -96,7 +97,7 @@ class QuantizedFile:
         return self._values(self._packed[name], self._parts(name))
 
     def form(self, name: str) -> Form:
-        return self._packed[name].kept if name in self._packed else None
+        return (self._packed[name].kept or self._how) if name in self._packed else None
 
     def read_packed(self, name: str) -> Packed:
         packed, parts = self._packed[name], self._parts(name)

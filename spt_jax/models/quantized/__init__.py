@@ -17,6 +17,6 @@ def quantizations() -> tuple[str, ...]:
     """Lists what `--base.quantize` takes.
 
     Returns:
-      The names in `KERNEL_ARRAYS`, and "keep" for matrices that are stored in blocks already.
+      The names in `KERNEL_ARRAYS`, and "keep" for matrices that are stored packed already.
     """
     return (*KERNEL_ARRAYS, "keep")

@@ -4,12 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped, UInt8
+from jaxtyping import Float, Shaped
 
-from spt_jax.models.quantized.kernel_array import KernelArray
-from spt_jax.models.quantized.packing import group_rows, pack, unpack
+from spt_jax.models.quantized.codebook import Codebook
+from spt_jax.models.quantized.packing import group_rows, pack
 
 BLOCK = 64
 # The levels of QLoRA's appendix E: quantiles of the normal distribution, with an exact 0, scaled to [-1, 1].
@@ -21,16 +20,10 @@ LEVELS = (
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Nf4(KernelArray):
-    """LEVELS[code] * scale. G blocks of at most 64 of the D rows share the scale of an output channel.
+class Nf4(Codebook):
+    """LEVELS[code] * scale. Blocks have at most 64 rows, and the scale is the largest absolute value of one."""
 
-    Attributes:
-      packed: the codes, two rows per byte.
-      scale: the largest absolute value of each block and output channel.
-    """
-
-    packed: UInt8[Array, "*L Dh F"]
-    scale: Float[Array, "*L G F"]
+    levels: tuple[float, ...] = dataclasses.field(default=LEVELS, metadata={"static": True})
 
     @classmethod
     def encode(cls, kernel: Float[np.ndarray, "D F"]) -> Mapping[str, Shaped[np.ndarray, "..."]]:
@@ -47,15 +40,3 @@ class Nf4(KernelArray):
             codes = np.searchsorted(limits, block / scale[i]).astype(np.uint8)
             packed[start // 2 : (start + size) // 2] = pack(codes)
         return {"packed": packed, "scale": scale}
-
-    def dense(self) -> Float[Array, "*L D F"]:
-        """Returns the kernel as a float32 array."""
-        codes = unpack(self.packed)
-        *leading, groups, columns = self.scale.shape
-        values = _level(codes).reshape(*leading, groups, -1, columns) * self.scale[..., None, :]
-        return values.reshape(codes.shape)
-
-
-def _level(codes: UInt8[Array, "..."]) -> Float[Array, "..."]:
-    """Returns the level of each code."""
-    return jnp.take(jnp.asarray(LEVELS, jnp.float32), codes, axis=0, mode="clip")
