@@ -13,8 +13,12 @@ from spt_jax.models.attention import Stream
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.decoder_model import DecoderModel
+from spt_jax.models.encoder_decoder import EncoderDecoder
+from spt_jax.models.encoder_decoder_config import EncoderDecoderConfig
+from spt_jax.models.encoder_decoder_model import EncoderDecoderModel
 from spt_jax.models.kernels import Kernel
-from spt_jax.models.model import Params
+from spt_jax.models.model import Model, Params
+from spt_jax.models.model_config import ModelConfig
 from spt_jax.models.quantized import KERNEL_ARRAYS, KernelArray
 from spt_jax.models.quantized.kernel_array import encoded_shapes
 from spt_jax.models.stacks import Remat
@@ -36,7 +40,7 @@ def batch_shapes(shape: StepShape, mesh: Mesh) -> Batch:
     tokens, outputs, examples = array(shape.length), array(shape.outputs), array(4)
     rows = Rows(
         ids=tokens,
-        stream=Stream(tokens, tokens, tokens),
+        stream=Stream(tokens, tokens, tokens, decoder=array(shape.decoder) if shape.decoder else None),
         outputs=outputs,
         target_outputs=outputs,
         target_ids=outputs,
@@ -51,7 +55,7 @@ def batch_shapes(shape: StepShape, mesh: Mesh) -> Batch:
 
 
 def lower_step(
-    config: DecoderConfig,
+    config: ModelConfig,
     shape: StepShape,
     *,
     mesh: Mesh | None = None,
@@ -72,6 +76,7 @@ def lower_step(
     method: Method = PromptTuning(length=shape.lead or 1)
     own: dict[str, Shape] = {"tokens": Shape((shape.lead or 1, config.width), jnp.float32)}
     if shape.prefix:
+        assert isinstance(config, DecoderConfig)
         method = PrefixTuning(length=shape.prefix)
         free = Shape((2, config.layers, shape.prefix, config.kv_heads, config.head_size), jnp.float32)
         own = {"free": free, "scale": Shape((), jnp.float32)}
@@ -88,7 +93,10 @@ def lower_step(
     params, batch = sharded_shapes(mesh, parameter_shapes(config), dtype), batch_shapes(shape, mesh)
     if quantize is not None:
         params = _quantized(params, KERNEL_ARRAYS[quantize])
-    model = DecoderModel(params, Decoder(config, remat=remat, mesh=mesh, attention=attention))
+    if isinstance(config, EncoderDecoderConfig):
+        model: Model = EncoderDecoderModel(params, EncoderDecoder(config, remat=remat, mesh=mesh))
+    else:
+        model = DecoderModel(params, Decoder(config, remat=remat, mesh=mesh, attention=attention))
     return step.lower(method, CrossEntropy(), optimizer, model, state, batch, microbatches)
 
 

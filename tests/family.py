@@ -21,6 +21,7 @@ OPTIONS: dict[str, dict] = {
     "trained_tokens": {"ids": (5, 17, 40, 99, 120)},
     "cpt": {"kinds": (1, 2, 2, 3, 4)},
     "multitask_prompt_tuning": {"tasks": ("first", "second"), "rank": 2},
+    "lopa": {"rank": 2, "hidden": 8},
 }
 
 
@@ -71,6 +72,8 @@ def examples_of(method: Any, base: FrozenBase) -> list[Example]:
     plain = [
         dataclasses.replace(e, ids=ids, predicted=np.zeros(len(ids), bool), prompt=task) for e, ids, task in examples
     ]
+    if method.per_input:
+        plain = [e.reading(causal=True) for e in plain]
     if not has_head(method, base):
         return plain
     return [
@@ -86,7 +89,7 @@ def objective_of(method: Any, base: FrozenBase) -> Objective:
 def batch_of(method: Any, base: FrozenBase, *, shared: bool, packing: bool, microbatches: int = 1) -> Batch:
     """The examples, placed on the base's mesh."""
     examples = examples_of(method, base)
-    lead = len(fit_ids(method, HEAD)) if shared else 0
+    lead = len(fit_ids(method, HEAD)) if shared and not method.per_input else 0
     plan = plan_batches(
         examples,
         lead=[lead] * tasks_of(method) or lead,

@@ -68,3 +68,10 @@ def test_classes_are_right_or_wrong():
     assert record_values(predictions, "accuracy").tolist() == [1.0, 0.0]
     answers = [{"prediction": "The cat", "reference": "cat"}, {"log_probability": -1.0, "tokens": 1}]
     assert record_values(answers, "exact_match").tolist() == [1.0]  # the second was not generated
+
+
+def test_an_answer_without_a_reward_counts_as_the_mean_of_the_others():
+    answers = [{"prediction": "", "reward": reward} for reward in (1.0, None, 0.5)]
+    assert measures(answers) == ("reward",)
+    np.testing.assert_array_equal(record_values(answers, "reward"), [1.0, 0.75, 0.5])
+    np.testing.assert_array_equal(record_values(answers[1:2], "reward"), [0.0])

@@ -8,12 +8,15 @@ import pytest
 
 import spt_jax
 import train
+from spt_jax.__main__ import main
 from spt_jax.data.encoder import encoder_for
 from spt_jax.data.remembered import system_ids, text_ids
 from spt_jax.data.templates import MESSAGES, Template
 from spt_jax.errors import CheckpointError, ConfigError, DataError
 from spt_jax.evaluation.after_text import ids_after_text
+from spt_jax.experiment import shared_studies
 from spt_jax.experiment.self_study import SEEDS, _normalized, _problem, read_study, self_study, write_study
+from spt_jax.experiment.shared_studies import study_key
 from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.testing import tiny_base, write_tiny_checkpoint
 from spt_jax.training.objectives import Distillation
@@ -140,7 +143,7 @@ def test_a_run_without_data_trains_on_its_questions_and_resumes(folder, tmp_path
     def never(*_, **__):
         raise AssertionError("a resumed run reads its questions")
 
-    monkeypatch.setattr("spt_jax.experiment.run.self_study", never)
+    monkeypatch.setattr("spt_jax.experiment.shared_studies.self_study", never)
     assert train.main(words(folder, workdir, "--resume")) == 0
     assert history(workdir) == history(tmp_path / "run")
     assert arrays(workdir).tobytes() == arrays(tmp_path / "run").tobytes()
@@ -175,3 +178,43 @@ def test_a_template_with_two_fields_is_refused(folder, base):
     template = Template(prompt="<soft>{question} {more}: ", target=" {answer}", virtual_tokens=3)
     with pytest.raises(ConfigError, match="into the only field"):
         self_study(base, encoder_for(base, template), objective(folder), text_ids(base, TEXT), 8)
+
+
+def test_trials_of_a_sweep_share_their_questions(folder, tmp_path, monkeypatch, capsys):
+    calls, write = [], shared_studies.self_study
+
+    def counted(*inputs):
+        calls.append(1)
+        return write(*inputs)
+
+    monkeypatch.setattr(shared_studies, "self_study", counted)
+    workdir = tmp_path / "sweep"
+    line = ["sweep", str(ROOT / "configs" / "local_files.py"), "--workdir", str(workdir)]
+    line += ["--base.path", str(folder / "model"), "--data.prompt", "<soft>{question}: ", "--data.target", "{answer}"]
+    line += ["--train.steps", "1", "--train.batch-size", "4", "--loss.over", "distillation", "--loss.study", "6"]
+    line += ["--loss.text", str(folder / "text.txt"), "--loss.study-validation", "2", "--loss.study-tokens", "10"]
+    line += ["--loss.answer-tokens", "4", "--lengths", "2", "3", "--patience", "0", "--seeds", "0", "1"]
+    line += ["--evaluation.generate", "0"]
+    assert main(line) == 0, capsys.readouterr().err
+    (file,) = (workdir / "self_studies").iterdir()
+    assert len(calls) == 1 and len(read_study(file).train) == 6
+    (workdir / "results.json").unlink()
+    assert main([*line, "--resume"]) == 0 and len(calls) == 1
+    file.write_text("{")
+    assert main([*line, "--resume"]) == 1
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_studies_are_shared_if_nothing_they_depend_on_differs(folder, base):
+    text, own = text_ids(base, TEXT), objective(folder)
+    key = study_key(base, encoder_for(base, TEMPLATE), own, text)
+    longer = dataclasses.replace(TEMPLATE, virtual_tokens=9)
+    assert study_key(base, encoder_for(base, longer), dataclasses.replace(own, temperature=2.0), text) == key
+    others = [
+        study_key(base, encoder_for(base, dataclasses.replace(TEMPLATE, target="{answer}")), own, text),
+        study_key(base, encoder_for(base, TEMPLATE), objective(folder, study=11), text),
+        study_key(base, encoder_for(base, TEMPLATE), objective(folder, answer_tokens=5), text),
+        study_key(base, encoder_for(base, TEMPLATE), own, text[1:]),
+        study_key(base, encoder_for(base, TEMPLATE, max_length=100), own, text),
+    ]
+    assert len({key, *others}) == 6

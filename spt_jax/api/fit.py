@@ -169,7 +169,7 @@ def fit(
         with spoken(f"loading {base}", shown=progress):
             base, remat = load_base(base, max_length=max_length), "auto"
     else:
-        remat = base.remat if base.is_decoder else "auto"
+        remat = "auto" if base.family == "flax" else base.remat
     method = _with_tasks(method, template)
     config = resolve(
         ExperimentConfig(

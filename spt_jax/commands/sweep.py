@@ -15,7 +15,8 @@ from spt_jax.errors import ConfigError, TrainingError
 from spt_jax.evaluation import metrics
 from spt_jax.experiment.command_line import Job, config_json, first_command, parse_job
 from spt_jax.experiment.config import AnyMethod, resolve
-from spt_jax.experiment.run import input_digests
+from spt_jax.experiment.run import distillation_of, input_digests
+from spt_jax.experiment.shared_studies import FOLDER
 from spt_jax.experiment.shipped import config_path
 from spt_jax.experiment.workdir import check_workdir, held, in_workdir, input_paths, open_workdir
 from spt_jax.reports.html import write_report
@@ -104,7 +105,9 @@ class Sweep(Job[AnyMethod]):
             raise ConfigError(
                 "--halving is not compatible with --lengths: lengths are compared by trials that run to the end"
             )
-        if self.config.data.validation is None:
+        distillation = distillation_of(self.config)
+        written = distillation is not None and distillation.study_validation
+        if self.config.data.validation is None and not written:
             raise ConfigError("a sweep compares trials by validation; give --data.validation")
 
 
@@ -130,7 +133,7 @@ def run(command: Sweep[Any], argv: Sequence[str]) -> None:
     check_log(command.config.log)
     if note := missing_note("sweep.png"):
         print(note)
-    stages, prepare = plan_stages(command, argv), Preparation()
+    stages, prepare = plan_stages(command, argv), Preparation(workdir / FOLDER if command.resume else None)
     planned = {trial.number: trial for stage in stages for trial in stage}
     if command.ensemble > len(planned):
         raise ConfigError(f"--ensemble is {command.ensemble}; there are {len(planned)} trials")
@@ -166,6 +169,7 @@ def run(command: Sweep[Any], argv: Sequence[str]) -> None:
         settings = {**config_json(command.config), "sweep": options}
         digests = input_digests(examples)
         open_workdir(workdir, settings, digests, **mode, reads=reads)
+        prepare.studies.write(workdir / FOLDER)
         rows = read_rows(workdir, planned)
         for described in dict.fromkeys(describe_base(prepared.experiment.base) for prepared in all_prepared):
             print(described)

@@ -83,6 +83,7 @@ class BatchPlan:
       multiple: B is a multiple of this: row shards times microbatches.
       decoder: the number U of a row's tokens that the decoder of an encoder-decoder reads; 0 for other bases.
       types: whether tokens have types.
+      inputs: whether virtual tokens depend on the tokens of the input, `Stream.inputs`.
     """
 
     lead_ids: Any
@@ -96,6 +97,7 @@ class BatchPlan:
     multiple: int
     decoder: int = 0
     types: bool = False
+    inputs: bool = False
 
     def lead(self, example: Example) -> int:
         """Returns how many of an example's ids are leading ids."""
@@ -162,6 +164,7 @@ def plan_batches(
         multiple=multiple,
         decoder=10**9,
         types=any(example.second_at is not None for example in examples),
+        inputs=any(example.input_end is not None for example in examples),
     )
     chunks = [needs[i : i + batch_size] for i in range(0, len(needs), batch_size)]
     packed = [assign_rows(chunk, plan) for chunk in chunks]
@@ -275,6 +278,7 @@ def pack(examples: Sequence[Example], plan: BatchPlan, class_weights: Sequence[f
             prompt_index,
             decoder=zeros(plan.decoder) + np.int32(plan.length) if plan.decoder else None,
             types=zeros(plan.length) if plan.types else None,
+            inputs=zeros(plan.length, bool) if plan.inputs else None,
         ),
         outputs=zeros(plan.outputs),
         target_outputs=zeros(plan.targets),
@@ -330,6 +334,8 @@ class _RowWriter:
         starts = example.starts or 0
         if self.rows.stream.types is not None and example.second_at is not None:
             self.rows.stream.types[self.row, start + example.second_at - lead : self.tokens] = 1
+        if self.rows.stream.inputs is not None and example.input_end is not None:
+            self.rows.stream.inputs[self.row, start : start + example.input_end - lead] = True
         if example.starts is not None:
             self._decoder(start + starts - lead, first_position=0)
         if example.reads is not None:

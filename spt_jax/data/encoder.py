@@ -240,7 +240,7 @@ class Encoder:
 
         Text next to a field may merge with it, so it is not included.
         """
-        if self.template.is_conversation or not self.form.shares:
+        if self.template.is_conversation or self.template.per_input or not self.form.shares:
             return np.zeros(0, np.int32)
         pieces = list(self._pieces.split_controls(self._prompt))
         first = next((i for i, piece in enumerate(pieces) if isinstance(piece, Field)), len(pieces))
@@ -251,14 +251,14 @@ class Encoder:
         return ids[:-1] if all(isinstance(piece, Field) for piece in pieces[first:]) else ids
 
     def head_length(self, examples: Sequence[Example]) -> int:
-        """Returns how many leading ids all examples share, independently of their fields; 0 if the base has an encoder.
+        """Returns how many leading ids all examples share, independently of their fields; 0 if none can be shared.
 
         An id whose output predicts an example's first target is not counted: it stays in the rows.
 
         Args:
           examples: encoded records.
         """
-        if not self.form.shares:
+        if not self.form.shares or self.template.per_input:
             return 0
         constant = list(itertools.takewhile(lambda piece: not isinstance(piece, Field), self._prompt))
         head = np.asarray(self._ids(constant, {}, opens=self._opens), np.int32)
@@ -276,6 +276,7 @@ class Encoder:
             filled = self._filled(self._fields(record, self.template.prompt_fields, index))
             (second,) = self._pieces.aligned(*filled, opens=self._opens)[2]
             example = dataclasses.replace(example, second_at=second)
+        example = example.reading(causal=self.form.causal) if self.template.per_input else example
         return example.decoded(self.form.closing[-1]) if self.form.decodes else example
 
     @property

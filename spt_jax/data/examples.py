@@ -34,6 +34,8 @@ class Example:
       answer_at: the position of the mask token that the choices replace, each of one token; None if they follow `ids`.
       pooled: whether a task head reads the mean of the hidden states of the real ids, instead of one at `reads`.
       second_at: the position of the first id that has the second token type; None if all have the first.
+      input_end: how many of the first ids virtual tokens depend on, where they depend on the input. The last id of the
+        prompt is not one of them if the base is causal, because a generated answer begins with it.
     """
 
     ids: np.ndarray
@@ -49,6 +51,7 @@ class Example:
     answer_at: int | None = None
     pooled: bool = False
     second_at: int | None = None
+    input_end: int | None = None
 
     @property
     def length(self) -> int:
@@ -65,6 +68,16 @@ class Example:
         if self.answer_at is not None:
             return self.answer_at + 1
         return len(self.ids) if self.choices else int(np.argmax(self.predicted))
+
+    def reading(self, *, causal: bool) -> "Example":
+        """Returns the example with the `input_end` of its whole prompt.
+
+        Args:
+          causal: whether the base is causal.
+        """
+        generated = not self.choices and self.reads is None and bool(self.predicted.any())
+        end = self.first_target if generated else len(self.ids)
+        return dataclasses.replace(self, input_end=end - int(causal))
 
     def decoded(self, start_id: int) -> "Example":
         """Returns the example for an encoder-decoder, whose decoder reads from the last start token of the prompt.
@@ -99,7 +112,7 @@ def moved_places(example: Example, kept: np.ndarray) -> dict[str, int | None]:
       example: the example.
       kept: whether each id is kept.
     """
-    places = {name: getattr(example, name) for name in ("starts", "answer_at", "second_at")}
+    places = {name: getattr(example, name) for name in ("starts", "answer_at", "second_at", "input_end")}
     return {name: None if at is None else int(kept[:at].sum()) for name, at in places.items()}
 
 
@@ -145,7 +158,8 @@ def _digest(examples: Iterable[Example]) -> str:
 _FIELDS = [field.name for field in dataclasses.fields(Example)]
 _SHARED = 256  # tuples of choices that are kept as objects
 _TOGETHER = 1024  # examples that are made at once by an iteration
-_NUMBERS = ("label", "index", "prompt", "starts", "answer_at", "pooled", "second_at")  # of an example; -1 for None
+# Numbers of an example; -1 for None.
+_NUMBERS = ("label", "index", "prompt", "starts", "answer_at", "pooled", "second_at", "input_end")
 # The fields of `CompactExamples` that hold arrays of examples one after another, and the number of the first of each.
 _RAGGED = {"ids": np.int32, "predicted": np.bool_, "reads": np.int32, "classes": np.int32}
 
@@ -242,17 +256,17 @@ class CompactExamples(Sequence[Example]):
 
     def _between(self, start: int, stop: int) -> list[Example]:
         """Returns the examples from `start` to before `stop`."""
-        label, index, prompt, starts, answers, pooled, seconds, sets = (
+        label, index, prompt, starts, answers, pooled, seconds, inputs, sets = (
             self.arrays[name][start:stop].tolist() for name in (*_NUMBERS, "choice_set")
         )
-        starts, answers, seconds = (
-            [None if value < 0 else value for value in own] for own in (starts, answers, seconds)
+        starts, answers, seconds, inputs = (
+            [None if value < 0 else value for value in own] for own in (starts, answers, seconds, inputs)
         )
         ids, predicted, reads, classes = (self._parts(name, start, stop) for name in _RAGGED)
         choices = map(self._choices, sets)
         extra = itertools.repeat(None)
         columns = ids, predicted, choices, label, index, prompt, reads, classes, extra, starts, answers
-        return list(map(Example, *columns, map(bool, pooled), seconds))
+        return list(map(Example, *columns, map(bool, pooled), seconds, inputs))
 
     def _choices(self, number: int) -> tuple[np.ndarray, ...]:
         """Returns a tuple of choices. Those of classes are shared by all examples, those of pairs by none."""

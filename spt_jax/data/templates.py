@@ -188,6 +188,7 @@ class Template:
       continues: whether the prefix of the soft prompt holds text that the prompt continues, such as one that
         `spt_jax.remember` encoded: there is no BOS and no dummy space before it. The prefix of a chat ends inside its
         system turn, and `system` is the rest of that turn, for {messages} too.
+      per_input: whether the virtual tokens depend on the input of each record, as in the method `lopa`.
     """
 
     prompt: str
@@ -205,6 +206,7 @@ class Template:
     system: str | None = None
     continues: bool = False
     new_tokens: tuple[str, ...] = ()
+    per_input: bool = False
 
     def __post_init__(self) -> None:
         placed = virtual_length(self.prompt)
@@ -285,7 +287,7 @@ class Template:
         """
         prompt = without_virtual(self.prompt if prompt is None else prompt)
         truncate = self.truncate if Field(self.truncate or "") in parse(prompt) else None
-        changes: dict[str, Any] = {"task": None, "tasks": (), "new_tokens": ()}
+        changes: dict[str, Any] = {"task": None, "tasks": (), "new_tokens": (), "per_input": False}
         if TEMPLATE_TASKS[self.head].has_head:
             changes |= {"head": TEXT, "reads": None}
         if self.continues:

@@ -48,9 +48,11 @@ def ablate(base: FrozenBase, data: EvaluationSet, virtual: VirtualPrompt) -> tup
       than without.
 
     Raises:
-      ConfigError: the prompt has no positions or only one; or it shifts embeddings by position (DePT), and its virtual
-        tokens are not at fixed positions.
+      ConfigError: the prompt has no positions or only one; its virtual tokens depend on the input; or it shifts
+        embeddings by position (DePT), and its virtual tokens are not at fixed positions.
     """
+    if virtual.instance is not None:
+        raise ConfigError("the networks of this prompt need all of its virtual tokens, so none can be removed")
     count = position_count(virtual)
     if count == 1:
         raise ConfigError("this prompt has only one position, so it cannot be evaluated without it")
@@ -158,7 +160,8 @@ def _received(
     places = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
     real = (places <= last[:, None]).astype(jnp.int32)
     stream = Stream(places + virtual.first_position, real, jnp.zeros_like(real), ids=ids, types=types)
-    stream = dataclasses.replace(stream, pinned=pinned_ids(model, virtual, ids))
+    read = places < last[:, None] + (not model.layout.causal)
+    stream = dataclasses.replace(stream, pinned=pinned_ids(model, virtual, ids), inputs=read)
     weights = model.attention_weights(embed_stream(model, virtual, ids, stream), stream, prefix)
     at_last = jnp.take_along_axis(weights, last[None, :, None, None], axis=2)[:, :, 0]  # [L, B, keys]
     if prefix is not None:

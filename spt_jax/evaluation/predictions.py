@@ -14,7 +14,7 @@ from spt_jax.evaluation import metrics
 Prediction = Mapping[str, Any]
 
 # Each measure of predictions, and the field that must be present to compute it.
-SHOWN_BY = {"accuracy": "label", "log_probability": "tokens", "exact_match": "reference"}
+SHOWN_BY = {"accuracy": "label", "log_probability": "tokens", "exact_match": "reference", "reward": "reward"}
 # The measure by which systems are compared: the first of these that they have.
 PREFERRED = ("accuracy", "exact_match", "log_probability")
 Values = Float[np.ndarray, " N"]
@@ -83,8 +83,13 @@ def record_values(predictions: Sequence[Prediction], measure: str) -> Float[np.n
     """Returns one value per record, higher for better ones, whose mean is the measure over all records.
 
     If each word has a class, accuracy is that over words. The log-probability is per token, so its mean is minus the
-    loss. Exact match covers only the records for which an answer was generated.
+    loss. Exact match covers only the records for which an answer was generated. An answer that a reward function failed
+    for counts as the mean of the others, and as 0 if there are none.
     """
+    if measure == "reward":
+        rewards = np.asarray([np.nan if p["reward"] is None else p["reward"] for p in predictions], float)
+        known = rewards[np.isfinite(rewards)]
+        return np.where(np.isfinite(rewards), rewards, known.mean() if len(known) else 0.0)
     if measure == "accuracy":
         pairs = [(_listed(p["label"]), _listed(p["prediction"])) for p in predictions]
         right = [sum(a == b for a, b in zip(*pair, strict=True)) for pair in pairs]

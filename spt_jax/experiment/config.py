@@ -260,4 +260,5 @@ def make_template(config: ExperimentConfig[Any]) -> Template:
         system=data.system,
         continues=data.continues,
         new_tokens=getattr(config.method, "new_tokens", ()),
+        per_input=config.method.per_input,
     )

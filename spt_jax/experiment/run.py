@@ -28,7 +28,8 @@ from spt_jax.evaluation.evaluate import EvaluationSet, make_evaluation_set, scor
 from spt_jax.evaluation.rewards import Judge, make_rewards, reward_fields
 from spt_jax.experiment.config import ExperimentConfig, make_template, resolve
 from spt_jax.experiment.distillation import check_answers, distillation_facts, with_answers
-from spt_jax.experiment.self_study import Study, check_study, read_study, self_study
+from spt_jax.experiment.self_study import Study, check_study
+from spt_jax.experiment.shared_studies import SharedStudies, study_of
 from spt_jax.models.stacks import Remat
 from spt_jax.prompts import Method, PromptParams, VirtualPrompt
 from spt_jax.prompts.method import check_method
@@ -37,7 +38,8 @@ from spt_jax.runtime import measure, processes
 from spt_jax.runtime.hf_library import keep_torch
 from spt_jax.runtime.sharding import make_mesh, row_shards
 from spt_jax.runtime.waits import spoken
-from spt_jax.training.cost import StepMemory, choose_remat, plan_shape, step_memory
+from spt_jax.training.cost import StepMemory, choose_remat, plan_shape
+from spt_jax.training.encoder_decoder_memory import step_memory_of
 from spt_jax.training.objectives import ClassDistillation, Distillation, Grpo, Objective
 from spt_jax.training.optimizers import resolve_optimizer
 from spt_jax.training.rollouts import Questions
@@ -133,20 +135,15 @@ class Experiment:
             test=answered(self.test, data.test),
         )
 
-    def with_study(self, saved: Path | None) -> "Experiment":
+    def with_study(self, saved: Path | SharedStudies | None) -> "Experiment":
         """Returns the experiment with the records of the self-study, from a file if it exists.
 
         Args:
-          saved: the file of an earlier part of the run; None if there is none.
+          saved: the file of an earlier part of the run, or the studies of a sweep; None if there are none.
         """
-        objective, text = distillation_of(self.config), self.text_ids
+        objective, text, encoder = distillation_of(self.config), self.text_ids, self.encoder(self.template)
         assert objective is not None and text is not None
-        if saved is not None and saved.exists():
-            study = read_study(saved)
-        else:
-            with spoken(f"writing and answering {objective.study + objective.study_validation:,} questions"):
-                encoder, size = self.encoder(self.template), self.config.evaluation.batch_size
-                study = self_study(self.base, encoder, objective, text, size)
+        study = study_of(saved, self.base, encoder, objective, text, self.config.evaluation.batch_size)
         validation = self.validation if self.validation is not None else study.validation or None
         return dataclasses.replace(self, train=[*self.train, *study.train], validation=validation, study=study)
 
@@ -254,15 +251,15 @@ class Experiment:
 
         Returns:
           The experiment with the rematerialization set, and the estimated memory of a step on each device; None for a
-          base from `from_flax` and for an encoder-decoder, where "auto" leaves the base as it is.
+          base from `from_flax`, where "auto" leaves the base as it is.
         """
         config, base = self.config, self.base
-        if not base.is_decoder:
+        memory_of = step_memory_of(base.model)
+        if memory_of is None:
             return dataclasses.replace(self, base=base.with_remat(config.base.remat)), None
 
         def estimate(remat: Remat) -> StepMemory:
-            return step_memory(
-                base.config,
+            return memory_of(
                 plan_shape(plan, config.method.prefix_length),
                 remat=remat,
                 itemsize=base.dtype.itemsize,
@@ -307,7 +304,7 @@ def load_experiment(
     config: ExperimentConfig[Any],
     base: FrozenBase | None = None,
     records: Mapping[str, Records] | None = None,
-    study: Path | None = None,
+    study: Path | SharedStudies | None = None,
 ) -> Experiment:
     """Reads the data and the base of a resolved config; the weights last, because errors elsewhere show sooner.
 
@@ -316,7 +313,8 @@ def load_experiment(
       base: the base, if it is already loaded with the config's base, mesh and maximum length.
       records: the records of "train" and, if there are any, "validation" and "test", in place of those of the config's
         sources, which are then only names in error messages.
-      study: the file of the questions that an earlier part of the run wrote about the text of a distillation.
+      study: the file of the questions that an earlier part of the run wrote about the text of a distillation, or those
+        that trials share.
 
     Raises:
       ConfigError, DataError, CheckpointError: the config, the data or the base is invalid.

@@ -33,7 +33,7 @@ OUTPUTS = (
     CONFIG_FILE, "results.json", "checkpoints", "metrics.jsonl", "prompt", "predictions.jsonl", "curves.png",
     "profile", "tensorboard", "wandb", "wandb-id", "populations", "trials", "trials.jsonl", "trials.csv",
     "trials.parquet", "sweep.png", "compare.json", "compare.md", "compare.png", "rates.json", "rates.png",
-    "report.html", "self_study.jsonl",
+    "report.html", "self_study.jsonl", "self_studies",
 )  # fmt: skip
 _LEFT_BY_A_KILL = [name for own in OUTPUTS for name in (f".{own}.tmp", f".{own}.new", f".{own}.old")]
 _CONFIG_KEYS = {"base", "data", "method", "optimizer", "loss", "train", "evaluation", "mesh"}

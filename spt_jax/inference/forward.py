@@ -20,6 +20,7 @@ from spt_jax.models.decoder import of_row
 from spt_jax.models.divergence import divergences
 from spt_jax.models.model import Model, TargetScores, TeacherStates
 from spt_jax.models.ring import splits, take_tokens
+from spt_jax.prompts.instance import instance_rows
 from spt_jax.prompts.virtual import ReplacedRows, VirtualPrompt
 from spt_jax.runtime.sharding import ROWS, constrain
 
@@ -48,6 +49,11 @@ def embed_stream(
         real = real + jnp.where(reached[..., None], shift, 0.0).astype(real.dtype)
     if virtual is None or virtual.tokens is None:
         return real
+    if virtual.instance is not None:
+        if ids.shape[1] < len(virtual.tokens):  # one token of a decode step, which `generate` checks
+            return real
+        rows = instance_rows(virtual.instance, virtual.tokens, ids, real, stream, vocab_size)
+        return jnp.where(is_virtual[..., None], rows.astype(real.dtype), real)
     rows = _rows(virtual.tokens, jnp.where(is_virtual, ids - vocab_size, 0), stream.prompt_index)
     return jnp.where(is_virtual[..., None], rows.astype(real.dtype), real)
 
@@ -115,7 +121,7 @@ def run_stream(
       The hidden states and the memory, as `Model.run` returns them.
     """
     x = embed_stream(model, virtual, ids, stream)
-    stream = dataclasses.replace(stream, ids=ids)
+    stream = dataclasses.replace(stream, ids=ids, inputs=None)
     if stream.pinned is None:
         stream = dataclasses.replace(stream, pinned=pinned_ids(model, virtual, ids, stream.prompt_index))
     gated = None if virtual is None else virtual.gated
@@ -189,6 +195,8 @@ def _run_lead(
         prefix = Prefix(whole, jnp.where(places < start, places, NEVER), of_prefix)
     if length == 0:
         return prefix, None
+    if virtual is not None and virtual.instance is not None:
+        raise ConfigError("the virtual tokens of this prompt depend on each input, so no leading ids can be shared")
     positions = start + jnp.arange(length, dtype=jnp.int32)
     real = jnp.ones(length, bool) if lead_length is None else jnp.arange(length) < lead_length
     segments = real.astype(jnp.int32)[None]
@@ -224,6 +232,11 @@ def output_states(
         raise ConfigError(
             "these rows have no tokens for the decoder of this encoder-decoder; encode the records with its `Encoder`,"
             " or set Example.starts"
+        )
+    if virtual is not None and virtual.instance is not None and stream.inputs is None:
+        raise ConfigError(
+            "these rows do not say what the input is that the virtual tokens depend on; encode the records with a"
+            " template with per_input=True, or set Example.input_end"
         )
     if virtual is not None:
         start = virtual.first_position

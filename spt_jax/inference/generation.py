@@ -182,7 +182,12 @@ def generate(
     rows = None if virtual is None else 0 if virtual.tokens is None else virtual.tokens.shape[-2]
     for number, prompt in enumerate(prompts):
         check_prompt(base, prompt, number, rows, firsts[number], samplings[number])
-    leads = _shared_leads(prompts, index, lead) if base.layout.causal else _no_leads(base, prompts, lead)
+    per_input = virtual is not None and virtual.instance is not None
+    shares = base.layout.causal and not per_input
+    leads = _shared_leads(prompts, index, lead) if shares else _no_leads(base, prompts, lead)
+    last = next((number for number, prompt in enumerate(prompts) if prompt[-1] >= base.layout.vocab_size), None)
+    if per_input and last is not None:
+        raise ConfigError(f"prompt {last} ends with a virtual token that depends on the input; put text after <soft>")
     numbers = range(len(prompts))
     requests = [_Request(*one) for one in zip(prompts, numbers, samplings, index, leads, firsts, strict=True)]
     if virtual is not None:
@@ -269,13 +274,15 @@ def _shared_leads(prompts: list[np.ndarray], index: list[int], lead: int | None)
 
 
 def _no_leads(base: FrozenBase, prompts: list[np.ndarray], lead: int | None) -> list[int]:
-    """Returns 0 for each prompt of an encoder-decoder, whose encoder reads each prompt as a whole.
+    """Returns 0 for each prompt, if the base or the soft prompt reads each as a whole.
 
     Raises:
       ConfigError: leading ids were to be shared.
     """
     if lead:
-        raise ConfigError(f"lead is {lead}; the encoder of {base.name} shares nothing among prompts, so leave it out")
+        raise ConfigError(
+            f"lead is {lead}; this soft prompt or {base.name} reads each prompt as a whole, so leave it out"
+        )
     return [0] * len(prompts)
 
 

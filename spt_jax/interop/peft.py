@@ -76,9 +76,12 @@ class PeftHead:
         return self.layers.get(family, self.layer)
 
 
+# The encoders whose token classifiers and question answerers in transformers are a linear map of hidden states.
+LINEAR_HEADS = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "albert", "deberta-v2")
+
 HEADS = {
     "SEQ_CLS": PeftHead("classification", has_bias=False),
-    "TOKEN_CLS": PeftHead("tagging", layers={"gpt2": "base_model.classifier"}),
+    "TOKEN_CLS": PeftHead("tagging", layers=dict.fromkeys(("gpt2", *LINEAR_HEADS), "base_model.classifier")),
     "QUESTION_ANS": PeftHead("span", "base_model.qa_outputs"),
 }
 
@@ -144,10 +147,7 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
         return PromptTuning(length=length), VirtualPrompt(tokens=_task_rows(path, config, base, length, task))
     head = HEADS.get(str(config.get("task_type")))
     if head is not None and not base.layout.causal:
-        raise ConfigError(
-            f"{where}: task_type is {config.get('task_type')}; of PEFT's prompts for encoders, this library reads those"
-            " without a head, whose task_type is FEATURE_EXTRACTION"
-        )
+        check_encoder_head(base, head.task, has_prefix=kind in PREFIX_TYPES)
     if kind in TOKEN_TYPES:
         check_tokens_agree(base)
         arrays = _read_arrays(path, {EMBEDDINGS: (length, base.layout.width), **_head_shapes(head, base)}, base)
@@ -160,6 +160,34 @@ def import_peft(directory: str | Path, base: FrozenBase, *, task: int | None = N
     prefix = VirtualPrefix({SELF: KeysValues(jnp.asarray(keys), jnp.asarray(values))})
     virtual, options = _with_head(VirtualPrompt(prefix=prefix), head, arrays, path, base)
     return (PrefixTuning if head is None else DeepPrompts)(length=length, **options), virtual
+
+
+def check_encoder_head(base: FrozenBase, task: str, *, has_prefix: bool) -> None:
+    """Checks that PEFT's model of an encoder with a head is the encoder with a linear map of its hidden states.
+
+    Args:
+      base: the encoder.
+      task: the name of the head's task.
+      has_prefix: whether the prompt has keys and values.
+
+    Raises:
+      ConfigError: it is not.
+    """
+    if task == "classification":
+        raise ConfigError(
+            f"{base.name}: where task_type is SEQ_CLS, transformers' classifiers of encoders have other layers before"
+            " the head, and PEFT pools a virtual token; heads of TOKEN_CLS and QUESTION_ANS are exchanged"
+        )
+    if base.config.family not in LINEAR_HEADS:
+        raise ConfigError(
+            f"{base.name}: in {base.config.family}, transformers has other layers before the head; heads of"
+            f" {', '.join(LINEAR_HEADS)} are exchanged with PEFT"
+        )
+    if has_prefix:
+        raise ConfigError(
+            f"{base.name} is an encoder, and PEFT's encoders with a head take no prefix (PEFT stops with an error); use"
+            " token rows"
+        )
 
 
 def _head_shapes(head: PeftHead | None, base: FrozenBase) -> dict[str, tuple[int | None, ...]]:

@@ -26,6 +26,7 @@ from spt_jax.interop.peft import (
     MULTITASK_TYPE,
     WEIGHTS_FILE,
     PeftHead,
+    check_encoder_head,
     check_tokens_agree,
     plain_group,
     template_front,
@@ -110,6 +111,10 @@ def check_exportable(base: FrozenBase, method: Method, template: Template, virtu
         raise ConfigError(f"the template has {DECODER}, and PEFT has no prompts in the decoder's input")
     if virtual.replaced is not None:
         raise ConfigError(f"this {method.name} prompt has embeddings of real tokens, which PEFT's prompts do not have")
+    if virtual.instance is not None:
+        raise ConfigError(
+            f"the virtual tokens of this {method.name} prompt depend on each input, and those of PEFT's prompts do not"
+        )
     if virtual.linear is not None:
         raise ConfigError(f"this {method.name} prompt has maps outside the softmax, which PEFT does not have")
     _check_tokens(base, template, virtual)
@@ -130,9 +135,7 @@ def check_exportable(base: FrozenBase, method: Method, template: Template, virtu
                 f"PEFT gives layers {len(group.layers) // 2} apart of this decoder the same keys and values of a prefix"
             )
     if virtual.head is not None and not base.layout.generates:
-        raise ConfigError(
-            "transformers' classifiers of encoders have other layers before the head, and PEFT pools a virtual token"
-        )
+        check_encoder_head(base, template.head, has_prefix=virtual.prefix is not None)
     if virtual.head is not None:
         _check_head(method, virtual.head, HEADS[_task_type(template.head)])
     if virtual.gated is not None:

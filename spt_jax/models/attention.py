@@ -37,6 +37,8 @@ class Stream:
       decoder: of an encoder-decoder, the indices in the row of the tokens that its decoder reads, with T for padding;
         None if there are none. Their positions count from 0 again.
       types: the token type of each token, in models that have some; None if all have the first.
+      inputs: the tokens that virtual tokens of the same example depend on, for prompts with `VirtualPrompt.instance`;
+        None for all of its real tokens.
     """
 
     positions: Int[Array, "B T"]
@@ -47,6 +49,7 @@ class Stream:
     pinned: Bool[Array, "B T"] | None = None
     decoder: Int[Array, "B U"] | None = None
     types: Int[Array, "B T"] | None = None
+    inputs: Bool[Array, "B T"] | None = None
 
 
 @jax.tree_util.register_dataclass

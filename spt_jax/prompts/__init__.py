@@ -6,6 +6,7 @@ from spt_jax.prompts.cpt import ContextPromptTuning
 from spt_jax.prompts.decomposed import DecomposedPromptTuning
 from spt_jax.prompts.deep_prompts import DeepPrompts
 from spt_jax.prompts.llama_adapter import LlamaAdapter
+from spt_jax.prompts.lopa import LowRankPromptAdaptation
 from spt_jax.prompts.low_rank import LowRankPromptTuning
 from spt_jax.prompts.method import Method, PromptParams
 from spt_jax.prompts.multitask import MultitaskPromptTuning
@@ -25,6 +26,7 @@ __all__ = [
     "DecomposedPromptTuning",
     "DeepPrompts",
     "LlamaAdapter",
+    "LowRankPromptAdaptation",
     "LowRankPromptTuning",
     "Method",
     "MultitaskPromptTuning",
@@ -55,4 +57,5 @@ METHODS: dict[str, Any] = {
     "state_tuning": StateTuning,
     "progressive_prompts": ProgressivePrompts,
     "trained_tokens": TrainedTokens,
+    "lopa": LowRankPromptAdaptation,
 }

@@ -193,10 +193,10 @@ def initialize(init: Initializer, key: Key[Array, ""], base: FrozenBase, length:
         case "prompt":
             from spt_jax.prompts.storage import load_prompt
 
-            rows = load_prompt(init.path, base).virtual.tokens
-            if rows is None:
-                raise ConfigError(f"{init.path}: this prompt has no virtual tokens to start from")
-            return _checked(np.asarray(rows), shape, init.path)
+            virtual = load_prompt(init.path, base).virtual
+            if virtual.tokens is None or virtual.instance is not None:
+                raise ConfigError(f"{init.path}: this prompt has no virtual tokens of its own to start from")
+            return _checked(np.asarray(virtual.tokens), shape, init.path)
 
 
 def _text_ids(base: FrozenBase, string: str) -> np.ndarray:

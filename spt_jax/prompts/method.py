@@ -70,6 +70,7 @@ TOKEN_METHODS = (
     "cpt",
     "progressive_prompts",
     "trained_tokens",
+    "lopa",
 )
 
 
@@ -137,6 +138,11 @@ class Method:
     @property
     def pins(self) -> bool:
         """Whether layers with a sliding window never hide the prompt from later tokens, `VirtualPrompt.pinned`."""
+        return False
+
+    @property
+    def per_input(self) -> bool:
+        """Whether the virtual tokens depend on the input of each example, so that examples share no leading ids."""
         return False
 
     @property

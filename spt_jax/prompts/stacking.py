@@ -24,10 +24,15 @@ def stack_prompts(prompts: Sequence[VirtualPrompt]) -> VirtualPrompt:
 
     Raises:
       ConfigError: there are no prompts; only some have a head, or their heads have different numbers of classes; gated
-        prefixes differ in length; or the prompts are for bases of different sizes.
+        prefixes differ in length; the virtual tokens of one depend on each input; or the prompts are for bases of
+        different sizes.
     """
     if not prompts:
         raise ConfigError("there are no prompts to stack")
+    if any(p.instance is not None for p in prompts):
+        raise ConfigError(
+            "the virtual tokens of a lopa prompt depend on each input, so it cannot be stacked with others, or served"
+        )
     # Hidden states may be wider than embeddings, as in ALBERT.
     of_tokens = {p.tokens.shape[-1] for p in prompts if p.tokens is not None}
     of_heads = {p.head.kernel.shape[0] for p in prompts if p.head is not None}

@@ -430,6 +430,10 @@ def _check_tensors(
     check_tensors(directory, found, expected, ("float32",))
     if template.new_tokens != getattr(method, "new_tokens", ()):
         raise CheckpointError(f"{directory}: the new tokens of the template are not those of the method")
+    if template.per_input != method.per_input:
+        raise CheckpointError(
+            f"{directory}: `per_input` of the template is {template.per_input}, that of its method {method.per_input}"
+        )
     placed = template.virtual_tokens
     if placed != method.token_count:
         raise CheckpointError(

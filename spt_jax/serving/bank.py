@@ -186,6 +186,11 @@ class PromptBank:
             raise CheckpointError(
                 f"prompt {name!r}: its template has half of a surrogate pair, which is not a character"
             )
+        if virtual.instance is not None:
+            raise CheckpointError(
+                f"prompt {name!r} has virtual tokens that depend on each input, so requests cannot share its memory,"
+                " which the server keeps; use it with spt_jax.load_prompt or the commands that read files"
+            )
         # On the host: the arrays on the device are made at the first request.
         entry = self._entry(template, jax.tree.map(np.asarray, virtual))
         self._check_length(name, entry)

@@ -15,6 +15,7 @@ from spt_jax.evaluation.predictions import predictions_jsonl, with_fields
 from spt_jax.experiment.command_line import config_json
 from spt_jax.experiment.config import ExperimentConfig
 from spt_jax.experiment.run import Experiment, load_experiment
+from spt_jax.experiment.shared_studies import SharedStudies
 from spt_jax.runtime.files import write_json, write_text
 from spt_jax.studies.settings import Settings, named
 from spt_jax.studies.table import flat, write_table
@@ -50,9 +51,17 @@ class Prepared:
 
 
 class Preparation:
-    """Prepares trials. Trials that differ only in seed and optimizer share their data; trials on one base share it."""
+    """Prepares trials. Trials that differ only in seed and optimizer share their data; trials on one base share it.
 
-    def __init__(self) -> None:
+    Args:
+      saved_studies: the folder in which an earlier part of the sweep stored its self-studies; None if there is none.
+
+    Attributes:
+      studies: the self-studies of the trials, which those that differ in nothing else share.
+    """
+
+    def __init__(self, saved_studies: Path | None = None) -> None:
+        self.studies = SharedStudies(saved_studies)
         self._bases: dict[str, FrozenBase] = {}
         self._prepared: dict[str, Prepared] = {}
 
@@ -67,7 +76,7 @@ class Preparation:
         key = json.dumps({**fields, "optimizer": None, "train": {**fields["train"], "seed": None}})
         if key not in self._prepared:
             place = json.dumps([fields["base"], fields["mesh"], fields["data"]["max_length"]])
-            self._prepared[key] = _prepared(config, self._bases.get(place))
+            self._prepared[key] = _prepared(config, self._bases.get(place), self.studies)
             self._bases[place] = self._prepared[key].experiment.base
         found = self._prepared[key]
         loaded, base = found.experiment.config, found.experiment.base
@@ -76,8 +85,8 @@ class Preparation:
         return dataclasses.replace(found, experiment=dataclasses.replace(found.experiment, config=updated))
 
 
-def _prepared(config: ExperimentConfig[Any], base: FrozenBase | None) -> Prepared:
-    experiment = load_experiment(config, base)
+def _prepared(config: ExperimentConfig[Any], base: FrozenBase | None, studies: SharedStudies) -> Prepared:
+    experiment = load_experiment(config, base, study=studies)
     examples, plan = experiment.training_set()
     experiment, _ = experiment.fitted(plan, together=default_group_size())
     asked = {
@@ -142,6 +151,7 @@ def train_population(
             trial.config.train.seed,
             prepared.experiment.config.optimizer.learning_rate or 0.0,  # resolved, never 0
             config.loss.class_weights or None,
+            prepared.experiment.questions,
         )
         for trial, prepared in zip(trials, all_prepared, strict=True)
     ]

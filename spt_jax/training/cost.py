@@ -17,6 +17,7 @@ from spt_jax.models.decoder import decoder_layout
 from spt_jax.models.disentangled import occurring
 from spt_jax.models.memory import state_spec
 from spt_jax.models.model import Params
+from spt_jax.models.model_config import ModelConfig
 from spt_jax.models.quantized import KERNEL_ARRAYS, KernelArray, TableArray
 from spt_jax.models.quantized.kernel_array import encoded_shapes
 from spt_jax.models.quantized.table import table_shapes
@@ -39,6 +40,7 @@ class StepShape:
       lead: the number of leading ids P of each prompt, which go through the layers once.
       prefix: the number of positions of a prompt's keys and values, which do not go through the layers.
       prompts: the number of prompts S.
+      decoder: the number U of a row's tokens that the decoder of an encoder-decoder reads; 0 for other bases.
     """
 
     rows: int
@@ -47,6 +49,7 @@ class StepShape:
     lead: int = 0
     prefix: int = 0
     prompts: int = 1
+    decoder: int = 0
 
 
 def step_shape(batch: Batch, prefix: int = 0) -> StepShape:
@@ -59,7 +62,8 @@ def step_shape(batch: Batch, prefix: int = 0) -> StepShape:
 def plan_shape(plan: BatchPlan, prefix: int = 0) -> StepShape:
     """Returns the sizes of the largest batch of a plan."""
     *prompts, lead = plan.lead_ids.shape
-    return StepShape(plan.row_buckets[-1], plan.length, plan.outputs, lead, prefix, *prompts)
+    shape = StepShape(plan.row_buckets[-1], plan.length, plan.outputs, lead, prefix, *prompts)
+    return dataclasses.replace(shape, decoder=plan.decoder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,14 +229,10 @@ def step_memory(
       params: the parameters of the base, if it is loaded: what they take is counted, whatever `quantize` says.
     """
     tensor, layers = mesh.shape["tensor"], layer_configs(config)
-    leaves = sharded_shapes(mesh, parameter_shapes(config), jnp.float32)
-    weights = _weight_bytes(leaves, itemsize, quantize) if params is None else _loaded_bytes(leaves, params)
-    if mesh.shape["fsdp"] > 1:
-        weights += 2 * itemsize * max(one.matmul_parameters_of_layer for one in layers) // tensor
-    matrix, axis = (leaves["output"], 1) if "output" in leaves else (leaves["embedding"], 0)
-    vocabulary = matrix.sharding.shard_shape(matrix.shape)[axis]
-    outputs = math.ceil(shape.rows / (mesh.shape["data"] * microbatches)) * shape.outputs
-    chunk = min(outputs, max(CHUNK_ROWS, CHUNK_LOGITS // config.vocab_size))
+    largest_layer = max(one.matmul_parameters_of_layer for one in layers)
+    weights, logits = weight_and_logit_bytes(
+        config, shape, largest_layer, itemsize, mesh, microbatches, quantize, params
+    )
     rows = math.ceil(shape.rows / (row_shards(mesh) * microbatches))
     length = math.ceil(shape.length / mesh.shape["sequence"])
     seen = shape.prefix + shape.lead
@@ -256,9 +256,53 @@ def step_memory(
         weights=weights,
         kept=kept(rows * length, seen + length),
         layer=layer(rows * length, seen + length),
-        logits=3 * 4 * chunk * vocabulary + 3 * itemsize * outputs * config.input_width,
+        logits=3 * logits + 3 * itemsize * outputs_of(shape, mesh, microbatches) * config.input_width,
         prefix=kept(leading, seen) + layer(leading, seen) + 3 * 4 * (pairs // tensor + states),
     )
+
+
+def outputs_of(shape: StepShape, mesh: Mesh, microbatches: int) -> int:
+    """Returns the number of outputs of a microbatch on each device.
+
+    Args:
+      shape: the sizes of the whole batch.
+      mesh: the mesh of the base.
+      microbatches: the number of parts that a batch is split into.
+    """
+    return math.ceil(shape.rows / (mesh.shape["data"] * microbatches)) * shape.outputs
+
+
+def weight_and_logit_bytes(
+    config: ModelConfig,
+    shape: StepShape,
+    largest_layer: int,
+    itemsize: int,
+    mesh: Mesh,
+    microbatches: int,
+    quantize: str | None,
+    params: Params | None,
+) -> tuple[int, int]:
+    """Returns the bytes of `StepMemory.weights`, and of the float32 logits of one chunk, on each device.
+
+    Args:
+      config: the base's config.
+      shape: the sizes of the whole batch.
+      largest_layer: the most parameters of a layer that tokens are multiplied with.
+      itemsize: bytes per number in the base's dtype.
+      mesh: the mesh of the base.
+      microbatches: the number of parts that a batch is split into.
+      quantize: the representation of the kernels; None for floats.
+      params: the parameters of the base, if it is loaded.
+    """
+    leaves = sharded_shapes(mesh, parameter_shapes(config), jnp.float32)
+    weights = _weight_bytes(leaves, itemsize, quantize) if params is None else _loaded_bytes(leaves, params)
+    if mesh.shape["fsdp"] > 1:
+        weights += 2 * itemsize * largest_layer // mesh.shape["tensor"]
+    matrix, axis = (leaves["output"], 1) if "output" in leaves else (leaves["embedding"], 0)
+    vocabulary = matrix.sharding.shard_shape(matrix.shape)[axis]
+    outputs = outputs_of(shape, mesh, microbatches)
+    chunk = min(outputs, max(CHUNK_ROWS, CHUNK_LOGITS // config.vocab_size))
+    return weights, 4 * chunk * vocabulary
 
 
 def _weight_bytes(leaves: Any, itemsize: int, quantize: str | None) -> int:

@@ -16,7 +16,7 @@ from spt_jax.runtime.progress import say
 from spt_jax.training.config import TrainConfig
 from spt_jax.training.logs import MetricsLog, NoLog, shortest
 from spt_jax.training.loop import Events, GroupMetrics, Standing, TrainingRun, train
-from spt_jax.training.objectives import Objective, prepare_examples
+from spt_jax.training.objectives import Grpo, Objective, prepare_examples
 from spt_jax.training.optimizers import OptimizerConfig, learning_rates
 from spt_jax.training.population import (
     Member,
@@ -28,8 +28,9 @@ from spt_jax.training.population import (
     own_params,
     stack_batches,
 )
-from spt_jax.training.rollouts import check_samples_alone
+from spt_jax.training.rollouts import ROLLOUT_METRICS, RolloutBatches, rollout_batches
 from spt_jax.training.step import TrainState
+from spt_jax.training.streams import Batches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,12 +68,15 @@ class _Events(Events):
         self._rates = rates
 
     def trained(self, log: MetricsLog, step: int, values: Mapping[int, Mapping[str, float]]) -> None:
+        known = {name for own in values.values() for name in own}
+        sampled = sorted(name for name in known if name in ROLLOUT_METRICS or name.startswith("reward/"))
         measured = [own["tokens_per_second"] for own in values.values() if "tokens_per_second" in own]
         log.write(
             step,
             {
                 "loss": {str(number): own["loss"] for number, own in values.items()},
                 "learning_rate": {str(number): self._rates[number][step - 1] for number in values},
+                **{name: {str(number): own[name] for number, own in values.items()} for name in sampled},
                 **({"tokens_per_second": measured[0]} if measured else {}),
             },
         )
@@ -84,6 +88,40 @@ class _Events(Events):
         ended = f"dropped at step {step}: {problem}"
         say(f"{self._names[member] if self._names else f'member {member}'} is {ended}")
         return ended
+
+
+def _streams(base: FrozenBase, members: Sequence[Member], objective: Objective, batch_size: int) -> list[Batches]:
+    """Returns the stream of batches of each member: of its examples, or of answers that its prompt samples."""
+    plans = aligned_plans(members)
+    if isinstance(objective, Grpo):
+        return [
+            rollout_batches(
+                base,
+                own.method,
+                objective,
+                own.examples,
+                plan,
+                own.questions,
+                batch_size=batch_size,
+                seed=own.seed,
+                member=number,
+            )
+            for number, (own, plan) in enumerate(zip(members, plans, strict=True))
+        ]
+    sources = {id(member.examples): member.examples for member in members}  # members may share their examples
+    examples = {key: prepare_examples(objective, base, source) for key, source in sources.items()}
+    return [
+        training_batches(
+            examples[id(own.examples)], plan, batch_size=batch_size, seed=own.seed, class_weights=own.class_weights
+        )
+        for own, plan in zip(members, plans, strict=True)
+    ]
+
+
+def _sampled(streams: Sequence[Batches]) -> dict[str, np.ndarray]:
+    """Returns the metrics [G] of the answers that members sampled; none for another objective."""
+    found = [stream.metrics for stream in streams if isinstance(stream, RolloutBatches)]
+    return {name: np.asarray([own[name] for own in found]) for name in (found[0] if found else ())}
 
 
 def _rates(member: Member, optimizer: OptimizerConfig, steps: int) -> list[float]:
@@ -127,39 +165,30 @@ def fit_population(
       The final standing of each member. A member whose metrics are not finite is dropped, and keeps its best prompt.
 
     Raises:
-      ConfigError: the members are not compatible.
+      ConfigError: the members are not compatible, or one has no questions for an objective that samples answers.
       CheckpointError: a checkpoint cannot be written or read.
+      RewardError: the reward functions failed for too many answers of a member; the states of all are saved.
       Stopped: after SIGTERM or SIGINT, with the state saved.
     """
     method, size = common_method(members), group_size or default_group_size()
     if size < 1:
         raise ConfigError(f"group_size is {size}; it must be at least 1")
-    check_samples_alone(objective, "a population")
     config = config.resolved()
     rungs = [] if halving is None else halving.steps(config.steps)
-    sources = {id(member.examples): member.examples for member in members}  # members may share their examples
-    examples = {key: prepare_examples(objective, base, source) for key, source in sources.items()}
+    streams = _streams(base, members, objective, config.batch_size)
     step = make_population_step(base, method, optimizer, config.steps, objective, config.microbatches)
 
     def advance(
         numbers: Sequence[int], states: Sequence[TrainState], batches: Sequence[Batch]
     ) -> tuple[Sequence[TrainState], GroupMetrics]:
         rates = np.asarray([members[number].learning_rate for number in numbers], np.float32)
-        return step(states, rates, place_batch(stack_batches(batches), base.mesh, stacked=True))
+        new, metrics = step(states, rates, place_batch(stack_batches(batches), base.mesh, stacked=True))
+        return new, {**metrics, **_sampled([streams[number] for number in numbers])}
 
     run = TrainingRun(
         base=base,
         states=init_members(base, members, optimizer, config.steps),
-        batches=[
-            training_batches(
-                examples[id(member.examples)],
-                plan,
-                batch_size=config.batch_size,
-                seed=member.seed,
-                class_weights=member.class_weights,
-            )
-            for member, plan in zip(members, aligned_plans(members), strict=True)
-        ],
+        batches=streams,
         advance=advance,
         config=config,
         workdir=Path(workdir),

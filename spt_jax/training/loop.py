@@ -235,18 +235,15 @@ def train(
         while done < config.steps and (active := _active(standings)):
             trace.before_step(done - first, settle)
             dispatched, work = [], np.zeros(3)
+            try:  # before any member's step, so that all are saved after the same one
+                _sample(run.batches, states, active)
+            except RewardError:
+                settle()
+                if done > saved:
+                    save()
+                checkpoints.wait()
+                raise
             for numbers in _groups(active, run.group_size):
-                for number in numbers:
-                    stream = run.batches[number]
-                    if isinstance(stream, SampledBatches):
-                        try:
-                            stream.sample(states[number].params)
-                        except RewardError:
-                            settle()
-                            if done > saved:
-                                save()
-                            checkpoints.wait()
-                            raise
                 batches = [next(run.batches[number]) for number in numbers]
                 new, metrics = run.advance(numbers, [states[number] for number in numbers], batches)
                 for number, state in zip(numbers, new, strict=True):
@@ -331,6 +328,14 @@ def _work(base: FrozenBase, prefix_length: int, batch: Batch) -> np.ndarray:
     shape = step_shape(batch, prefix_length)
     flops = step_flops(base.config, shape).total if base.is_decoder else functional_flops(base.parameter_count, shape)
     return np.asarray([np.sum(batch.rows.examples >= 0), np.sum(batch.rows.stream.segments > 0), flops], float)
+
+
+def _sample(batches: Sequence[Batches], states: Sequence[TrainState], numbers: Sequence[int]) -> None:
+    """Samples the answers that the next batches of some members hold, if an objective needs any."""
+    for number in numbers:
+        stream = batches[number]
+        if isinstance(stream, SampledBatches):
+            stream.sample(states[number].params)
 
 
 def _active(standings: Sequence[Standing]) -> list[int]:

@@ -25,6 +25,7 @@ from spt_jax.prompts.method import check_method
 from spt_jax.runtime.sharding import replicated
 from spt_jax.training.objectives import Objective
 from spt_jax.training.optimizers import OptimizerConfig, make_optimizer
+from spt_jax.training.rollouts import Questions
 from spt_jax.training.step import Metrics, TrainState, check_microbatches, train_step
 
 
@@ -39,6 +40,7 @@ class Member:
       seed: the random seed of initialization and data order.
       learning_rate: the peak learning rate of the schedule.
       class_weights: a weight per class; None weights all classes equally.
+      questions: for an objective that samples answers, what they are judged by.
     """
 
     method: Method
@@ -47,6 +49,7 @@ class Member:
     seed: int
     learning_rate: float
     class_weights: Sequence[float] | None = None
+    questions: Questions | None = None
 
 
 def default_group_size() -> int:
@@ -82,7 +85,7 @@ def aligned_plans(members: Sequence[Member]) -> list[BatchPlan]:
     plans = [member.plan for member in members]
     if len({plan.choices for plan in plans}) > 1:
         raise ConfigError("members whose tasks have unequal numbers of classes cannot share a population")
-    names = "length", "outputs", "targets", "examples", "decoder", "types"
+    names = "length", "outputs", "targets", "examples", "decoder", "types", "inputs"
     sizes = {name: max(getattr(plan, name) for plan in plans) for name in names}
     buckets = tuple(sorted({bucket for plan in plans for bucket in plan.row_buckets}))
     return [dataclasses.replace(plan, **sizes, row_buckets=buckets) for plan in plans]

@@ -29,6 +29,8 @@ from spt_jax.training.objectives import Grpo, Objective
 from spt_jax.training.objectives.grpo import group_extra, has_spread
 
 ROWS_AT_ONCE = 128  # of answers that are generated together
+# The names in `RolloutBatches.metrics`, beside those of each of several reward functions.
+ROLLOUT_METRICS = ("reward", "groups_with_spread", "completion_length", "reward_failures")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +93,7 @@ class RolloutBatches:
       questions: what the answers are judged by.
       batch_size: questions per batch.
       seed: the random seed of the order of the questions and of the answers.
+      member: the number of the prompt in a population.
 
     Raises:
       ConfigError: a prompt and an answer of the greatest length need more positions than the base has.
@@ -107,10 +110,11 @@ class RolloutBatches:
         *,
         batch_size: int,
         seed: int,
+        member: int = 0,
     ):
         self._base, self._method, self._objective, self._plan = base, method, objective, plan
         self._examples, self._questions = examples, questions
-        self._batch_size, self._seed = batch_size, seed
+        self._batch_size, self._seed, self._member = batch_size, seed, member
         longest = max(examples, key=lambda example: len(example.ids))
         needed = method.prefix_length + len(longest.ids) + objective.max_new_tokens
         if needed > base.layout.max_positions:
@@ -211,7 +215,7 @@ class RolloutBatches:
             by_name = {name: values.tolist() for name, values in found.by_name.items()}
             return {"rewards": found.rewards.tolist(), "by_name": by_name}
 
-        judged = processes.from_first(f"rewards of rollout {number}", judge)
+        judged = processes.from_first(f"rewards of rollout {number} of member {self._member}", judge)
         shape = len(chosen), size
         return Rollout(
             questions=chosen,
@@ -256,6 +260,30 @@ class RolloutBatches:
             )
             examples.append(dataclasses.replace(example, extra=extra))
         return pack(examples, self._plan)
+
+
+def rollout_batches(
+    base: FrozenBase,
+    method: Method,
+    objective: Grpo,
+    examples: Sequence[Example],
+    plan: BatchPlan,
+    questions: Questions | None,
+    *,
+    batch_size: int,
+    seed: int,
+    member: int = 0,
+) -> RolloutBatches:
+    """Returns a stream of batches of the answers that a prompt samples. The arguments are those of `RolloutBatches`.
+
+    Raises:
+      ConfigError: there is nothing to judge the answers by; or as in `RolloutBatches`.
+    """
+    if questions is None:
+        raise ConfigError("Grpo samples answers, and there are no reward functions: use the task rewards")
+    return RolloutBatches(
+        base, method, objective, examples, plan, questions, batch_size=batch_size, seed=seed, member=member
+    )
 
 
 def check_samples_alone(objective: Objective, what: str) -> None:

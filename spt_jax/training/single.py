@@ -16,7 +16,7 @@ from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import Batch, BatchPlan, place_batch
 from spt_jax.data.examples import Example
 from spt_jax.data.streams import training_batches
-from spt_jax.errors import ConfigError, TrainingError
+from spt_jax.errors import TrainingError
 from spt_jax.prompts import Method, PromptParams
 from spt_jax.runtime.waits import spoken
 from spt_jax.training.clock import Rates
@@ -24,7 +24,7 @@ from spt_jax.training.config import TrainConfig
 from spt_jax.training.logs import MetricsLog, shortest
 from spt_jax.training.loop import Best, Events, GroupMetrics, TrainingRun, train
 from spt_jax.training.objectives import Grpo, Objective, prepare_examples
-from spt_jax.training.rollouts import Questions, RolloutBatches
+from spt_jax.training.rollouts import Questions, RolloutBatches, rollout_batches
 from spt_jax.training.step import TrainState, init_state, make_train_step
 from spt_jax.training.streams import Batches
 
@@ -170,9 +170,7 @@ def _stream(base: FrozenBase, method: Method, objective: Objective, data: Traini
       ConfigError: the objective samples answers, and there is nothing to judge them by.
     """
     if isinstance(objective, Grpo):
-        if data.questions is None:
-            raise ConfigError("Grpo samples answers, and there are no reward functions: use the task rewards")
-        return RolloutBatches(
+        return rollout_batches(
             base,
             method,
             objective,

@@ -171,7 +171,7 @@ def test_loss_and_gradient_of_a_head(family, pooling, tmp_path):
         np.testing.assert_allclose(np.asarray(own), other.grad.numpy(), atol=1e-5, rtol=1e-5)
 
 
-def test_heads_are_not_exchanged(tmp_path):
+def test_heads_of_classifiers_are_not_exchanged(tmp_path):
     base, _ = both(tmp_path, "bert")
     template = Template(prompt="{text}", target="{label}", verbalizers={"a": "a", "b": "b"}, head="classification")
     method = DeepPrompts(length=2, classes=2, head_bias=False)

@@ -80,7 +80,7 @@ def logits_of(model, virtual, batch):
 def test_generation_is_the_teacher_forced_argmax(name):
     method, base = method_of(name), base_of(name)
     virtual = method.materialize(params_of(name), base.model)
-    prompts = [fit_ids(method, e.ids) for e in random_examples("choices", 3)]
+    prompts = [np.append(fit_ids(method, e.ids), 30).astype(np.int32) for e in random_examples("choices", 3)]
     if has_head(method, base):
         with pytest.raises(ConfigError, match="cannot generate text"):
             generate(base, prompts, virtual)
@@ -93,6 +93,7 @@ def test_generation_is_the_teacher_forced_argmax(name):
         )
         for i, (p, a) in enumerate(zip(prompts, answers, strict=True))
     ]
+    examples = [e.reading(causal=True) for e in examples] if method.per_input else examples
     plan = plan_batches(examples, lead=[0] * tasks_of(method) or 0, batch_size=3, packing=False)
     batch = pack(examples, plan)
     logits = np.asarray(logits_of(base.model, virtual, batch))
@@ -128,7 +129,7 @@ def test_what_is_saved_is_the_whole_prompt(name, tmp_path):
     whole = trained.materialize(params, base.model)
     for part, (method, virtual) in trained.artifacts(whole, params).items():
         prompt = "<soft>{a}" if method.token_count else "{a}"
-        template = Template(prompt=prompt, target="{b}", virtual_tokens=method.token_count)
+        template = Template(prompt=prompt, target="{b}", virtual_tokens=method.token_count, per_input=method.per_input)
         save_prompt(tmp_path / "prompt" / part, base, method, virtual, template)
         saved = load_prompt(tmp_path / "prompt" / part, base)
         assert saved.method == method

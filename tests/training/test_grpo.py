@@ -162,9 +162,9 @@ def test_a_forced_first_token_has_no_ratio(tmp_path):
     assert metrics["clip_share"] == 0 and np.isfinite(loss) and np.isfinite(gradient["tokens"]).all()
 
 
-def test_several_prompts_and_long_prompts_are_refused():
-    with pytest.raises(ConfigError, match="Grpo samples answers of one prompt, so a population cannot use it"):
-        check_samples_alone(OBJECTIVE, "a population")
+def test_range_tests_and_long_prompts_are_refused():
+    with pytest.raises(ConfigError, match="Grpo samples answers of one prompt, so a range test cannot use it"):
+        check_samples_alone(OBJECTIVE, "a range test")
     base = base_of()
     longest = base.layout.max_positions
     with pytest.raises(ConfigError, match=rf"loss.max_new_tokens={longest} make .* has {longest} positions"):
