@@ -11,30 +11,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from spt_jax.data.batches import bucket, round_up
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.inference.answers import Generated, answer, continuation_text, endings, is_opening, stop_end
 from spt_jax.inference.decoding import ALTERNATIVES, RowSampling
-from spt_jax.inference.generation import BUCKET, NO_ID, cache_sharding, check_prompt
+from spt_jax.inference.generation import BUCKET, NO_ID, check_prompt
 from spt_jax.models.layout import Layout
-from spt_jax.runtime.sharding import replicated, row_sharding, row_shards
+from spt_jax.runtime.sharding import row_shards
 from spt_jax.serving.bank import DevicePrompt, PromptBank, overflow
 from spt_jax.serving.fairness import Sender, Turns
+from spt_jax.serving.programs import programs_of
 from spt_jax.serving.requests import NOBODY, Request, Ticket
-from spt_jax.serving.slots import (
-    MAX_ENDS,
-    MAX_STEPS,
-    MIN_STEPS,
-    NewTokens,
-    RequestIds,
-    Slots,
-    Until,
-    admit,
-    decode,
-    empty_slots,
-)
+from spt_jax.serving.slots import MAX_ENDS, MAX_STEPS, MIN_STEPS, NewTokens, RequestIds, Until
 from spt_jax.serving.two_sides import check_decoder_ids, decoder_ids
 
 # Target seconds per decode call; between calls the host admits new requests and collects finished ones.
@@ -82,7 +71,7 @@ class Engine:
         self._let_in = False
         self._steps = MAX_STEPS  # steps that take POLL_SECONDS, estimated from the latest decode call
         self._compiling = threading.Lock()
-        self._programs = _programs(base.mesh, base.layout)
+        self._programs = programs_of(base.mesh, base.layout)
         self._slots = self._programs.empty(base.model, slots, self._capacity)
         self._busy: list[Ticket | None] = [None] * slots
         self._spare = min(slots // 8, 2)
@@ -425,26 +414,3 @@ def _filled(ticket: Ticket, layout: Layout) -> int:
 def _read(ticket: Ticket, layout: Layout) -> int:
     """Returns the number of cache entries of a request that cross-attention reads."""
     return _taken(ticket.held) + len(ticket.request.ids) - ticket.held.decoder if layout.encodes else 0
-
-
-@dataclasses.dataclass(frozen=True)
-class _Programs:
-    empty: Callable[..., Slots]
-    admit: Callable[..., tuple[Slots, NewTokens]]
-    decode: Callable[..., tuple[Slots, NewTokens, jax.Array]]
-
-
-@functools.cache
-def _programs(mesh: Mesh, layout: Layout) -> _Programs:
-    """Returns the compiled functions of `slots`; `admit` and `decode` donate the slots' buffers."""
-    rows: Any = row_sharding(mesh)
-    everywhere: Any = replicated(mesh)
-    sampling: Any = RowSampling(rows, rows, rows, rows, rows)
-    slots: Any = Slots(cache_sharding(mesh, layout), rows, rows, rows, rows, sampling)
-    return _Programs(
-        empty=jax.jit(empty_slots, static_argnames=("count", "capacity"), out_shardings=slots),
-        admit=jax.jit(admit, donate_argnames="slots", out_shardings=(slots, everywhere)),
-        decode=jax.jit(
-            decode, static_argnames="reach", donate_argnames="slots", out_shardings=(slots, everywhere, everywhere)
-        ),
-    )
