@@ -12,22 +12,25 @@ from spt_jax.inference.decoding import RowSampling
 from spt_jax.inference.generation import cache_sharding
 from spt_jax.models.layout import Layout
 from spt_jax.runtime.sharding import replicated, row_sharding
+from spt_jax.serving.lookup import verify
 from spt_jax.serving.slots import NewTokens, Slots, admit, decode, empty_slots
 
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The compiled functions of `slots`; all but `empty` donate the slots' buffers.
+    """The compiled functions of `slots` and `lookup`; all but `empty` donate the slots' buffers.
 
     Attributes:
       empty: `slots.empty_slots`.
       admit: `slots.admit`.
       decode: `slots.decode`.
+      verify: `lookup.verify`.
     """
 
     empty: Callable[..., Slots]
     admit: Callable[..., tuple[Slots, NewTokens]]
     decode: Callable[..., tuple[Slots, NewTokens, jax.Array]]
+    verify: Callable[..., tuple[Slots, NewTokens, jax.Array]]
 
 
 @functools.cache
@@ -50,5 +53,8 @@ def programs_of(mesh: Mesh, layout: Layout) -> Programs:
         admit=jax.jit(admit, donate_argnames="slots", out_shardings=(slots, everywhere)),
         decode=jax.jit(
             decode, static_argnames="reach", donate_argnames="slots", out_shardings=(slots, everywhere, everywhere)
+        ),
+        verify=jax.jit(
+            verify, static_argnames="reach", donate_argnames="slots", out_shardings=(slots, everywhere, everywhere)
         ),
     )
