@@ -3,7 +3,7 @@
     python benchmarks/lora.py configs/quickstart.py --workdir out/lora
 
 Takes the same options as train.py. Records are formatted with the run's template without virtual tokens. The loss is
-over the verbalizers, each of one token, and Adam's learning rate decays linearly to 0. Validation chooses among three
+over the verbalizers, and Adam's learning rate decays linearly to 0. Validation chooses among three
 rates and, within each run, among all evaluations. Writes facts.json and predictions.jsonl. Needs torch and peft.
 """
 
@@ -34,31 +34,34 @@ RATES = (1e-3, 3e-3, 1e-2)
 RANK, ALPHA = 8, 16
 
 
-def padded(examples: Sequence[Example]) -> dict[str, Any]:
-    """Returns the prompts padded on the right, and the index of the last token of each."""
+def padded(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Returns the ids of rows padded on the right, and their mask."""
     import torch
 
-    lengths = [len(example.ids) for example in examples]
-    ids = np.zeros((len(examples), max(lengths)), np.int64)
-    for row, example in enumerate(examples):
-        ids[row, : lengths[row]] = example.ids
+    lengths = [len(row) for row in rows]
+    ids = np.zeros((len(rows), max(lengths)), np.int64)
+    for own, row in zip(ids, rows, strict=True):
+        own[: len(row)] = row
     mask = np.arange(ids.shape[1]) < np.asarray(lengths)[:, None]
-    return {
-        "input_ids": torch.tensor(ids),
-        "attention_mask": torch.tensor(mask.astype(np.int64)),
-        "last": torch.tensor(lengths) - 1,
-    }
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask.astype(np.int64))}
 
 
 def class_scores(model: Any, examples: Sequence[Example]) -> Any:
     """Returns the log-probabilities [B, C] of the classes' tokens after each prompt."""
     import torch
 
-    inputs = padded(examples)
-    last = inputs.pop("last")
-    logits = model(**inputs).logits[torch.arange(len(last)), last]
-    classes = torch.tensor([int(choice[0]) for choice in examples[0].choices])
-    return torch.log_softmax(logits.float(), dim=-1)[:, classes]
+    choices = [choice.tolist() for choice in examples[0].choices]
+    # The first row of an example also shows the first token of every class.
+    longer = [number for number, choice in enumerate(choices) if len(choice) > 1]
+    tails = [choices[number][:-1] for number in longer] or [[]]
+    rows = [[*example.ids.tolist(), *tail] for tail in tails for example in examples]
+    logs = torch.log_softmax(model(**padded(rows)).logits.float(), dim=-1)
+    own, last = torch.arange(len(examples)), torch.tensor([len(example.ids) - 1 for example in examples])
+    found = []
+    for number, choice in enumerate(choices):
+        start = longer.index(number) * len(examples) if number in longer else 0
+        found.append(sum(logs[start + own, last + place, token] for place, token in enumerate(choice)))
+    return torch.stack(found, dim=1)
 
 
 def scores(model: Any, data: EvaluationSet) -> np.ndarray:
@@ -125,8 +128,6 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError("this benchmark needs validation and test records, and verbalizers")
     template = experiment.template.bare()
     examples = experiment.encoder(template).encode_all(records[0])
-    if any(len(choice) != 1 for choice in examples[0].choices):
-        raise ConfigError("this benchmark needs verbalizers of one token each")
     validation, test = (experiment.evaluation_set(own, template) for own in records[1:])  # type: ignore[arg-type]
     folder = local_directory(config.base.path, config.base.revision)
     runs = [train(folder, examples, validation, config.train, rate) for rate in RATES]

@@ -252,6 +252,12 @@ def test_keys_and_values_of_encoders_have_a_lower_rate(base):
     assert method.recipe_for(tiny_base().layout) == method.recipe
 
 
+def test_keys_and_values_of_deep_bases_have_a_lower_rate():
+    method = DeepPrompts(length=2, classes=2)
+    deep = tiny_base(num_hidden_layers=12).layout
+    assert method.recipe_for(deep)["learning_rate"] == method.recipe["learning_rate"] / 2
+
+
 def test_examples_of_nearly_equal_length_are_not_packed(base):
     def of(*lengths):
         return [Example(np.zeros(length, np.int32), np.zeros(length, bool), (), 0, 0) for length in lengths]

@@ -193,8 +193,8 @@ def test_trials_of_a_sweep_share_their_questions(folder, tmp_path, monkeypatch, 
     line += ["--base.path", str(folder / "model"), "--data.prompt", "<soft>{question}: ", "--data.target", "{answer}"]
     line += ["--train.steps", "1", "--train.batch-size", "4", "--loss.over", "distillation", "--loss.study", "6"]
     line += ["--loss.text", str(folder / "text.txt"), "--loss.study-validation", "2", "--loss.study-tokens", "10"]
-    line += ["--loss.answer-tokens", "4", "--lengths", "2", "3", "--patience", "0", "--seeds", "0", "1"]
-    line += ["--evaluation.generate", "0"]
+    line += ["--loss.answer-tokens", "4", "--over", "method.length=2,3", "--seeds", "0", "1"]
+    line += ["--evaluation.generate", "1"]
     assert main(line) == 0, capsys.readouterr().err
     (file,) = (workdir / "self_studies").iterdir()
     assert len(calls) == 1 and len(read_study(file).train) == 6

@@ -159,6 +159,8 @@ class Serve:
         allowed unless names are given.
       slots: number of requests that run at once.
       context: positions per slot, for prompt and answer together; default all positions of the base.
+      lookup: the most tokens that are drafted at a time from a request's earlier text, 1 to 32; answers stay the same.
+        0 for no drafts.
       queue: number of answers that may wait; further requests get 429. A client with less than an equal share may
         exceed this.
       dtype: precision of the base; default by device.
@@ -184,6 +186,7 @@ class Serve:
     allowed_hosts: tuple[str, ...] = ()
     slots: int = 16
     context: int | None = None
+    lookup: int = 0
     queue: int = 256
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     quantize: str | None = None

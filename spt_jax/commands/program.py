@@ -5,6 +5,7 @@ command needs it.
 """
 
 import dataclasses
+import gc
 import importlib
 import inspect
 import sys
@@ -43,6 +44,9 @@ class Entry:
         """Imports the function."""
         return getattr(importlib.import_module(f"spt_jax.commands.{self.module}"), self.attribute)
 
+
+# Objects and collections after which Python collects garbage, for a program that has imported JAX.
+_COLLECT_AFTER = (50_000, 20, 50)
 
 COMPLETION_HELP = """usage: spt-jax completion {bash,zsh,fish}
 
@@ -147,6 +151,8 @@ def run_command(name: str, words: Sequence[str], program: str | None = None) -> 
         return error.exit_code
     if "jax" not in sys.modules:
         print(f"{typed}: loading JAX", file=sys.stderr, flush=True)
+        # Imports and traces make millions of objects that stay, and are searched for garbage again and again.
+        gc.set_threshold(*_COLLECT_AFTER)
     importlib.import_module("spt_jax.commands.exports")  # which fills the registries of tasks, methods and objectives
     from spt_jax.experiment.command_line import exit_code
 

@@ -74,7 +74,8 @@ def start(command: Serve, copies: Path | None = None) -> "Service":
     base = load_base(command.base, revision=command.revision, dtype=command.dtype, mesh=mesh, quantize=command.quantize)
     print(describe_base(base))
     budget = None if command.prompt_memory is None else command.prompt_memory * 2**20
-    engine = Engine(PromptBank(base, budget_bytes=budget), slots=command.slots, context=command.context)
+    bank = PromptBank(base, budget_bytes=budget)
+    engine = Engine(bank, slots=command.slots, context=command.context, lookup=command.lookup)
     if base.layout.generates:
         engine.warm_decoding()
         engine.warm(engine.bank.held(None), 1)

@@ -294,6 +294,30 @@ def put_each(cache: Memory, new: Memory, places: Int[Array, " B"]) -> Memory:
     )
 
 
+def put_runs(cache: Memory, new: Memory, places: Int[Array, "B T"]) -> Memory:
+    """Writes the keys and values of T tokens of every row, as the model returns them, each at its own place.
+
+    Args:
+      cache: the memory of a cache without states.
+      new: the memory of the tokens, [L, B, T, K, H].
+      places: the place of each token in its row; a token whose place the cache does not have is left out.
+
+    Returns:
+      The new memory of the cache.
+    """
+    rows = jnp.arange(places.shape[0])[:, None]
+
+    def of_tokens(array: Float[Array, "L B T K H"]) -> Float[Array, "B T L K H"]:
+        return jnp.moveaxis(array, 0, 2)
+
+    return _along_positions(
+        lambda old, own: old.at[:, rows, :, :, places].set(of_tokens(own), mode="drop"),
+        lambda old, own: old.at[:, rows, :, places].set(of_tokens(own), mode="drop"),
+        cache,
+        new,
+    )
+
+
 def put_rows(cache: Memory, new: Memory, rows: Int[Array, " N"], places: slice) -> Memory:
     """Writes the memory of some rows, in the axes of a cache, at the same places of these rows."""
 

@@ -24,7 +24,9 @@ MAX_HIDDEN = 256  # as in the authors' code for language understanding
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowRankPromptAdaptation(HeadMethod, TokenMethod):
-    """Trained rows among the input embeddings, times factors that depend on the input of each example.
+    """Virtual tokens that depend on each input.
+
+    They are trained rows among the input embeddings, times factors that depend on the input of each example.
 
     The factors are sigmoid(U V^T), where two small networks compute U [P, r] and V [D, r] from the input. At the start,
     all factors are 1/2, and the rows are twice those of `init`. The authors' networks read the output of a separate

@@ -22,6 +22,8 @@ from spt_jax.prompts.virtual import VirtualPrefix, VirtualPrompt
 
 # The learning rate for encoders: of 0.05, 0.1 and 0.2, the best on the validation records of TREC with all-MiniLM-L6.
 ENCODER_RATE = 0.1
+# The number of layers up to which learning rates hold: those of all-MiniLM-L6.
+RATED_LAYERS = 6
 
 # Keys and values as they are trained, see `_packed`.
 Packed = Float[Array, "2 L P K H"] | Mapping[str, Mapping[str, Float[Array, "L P K H"]]]
@@ -79,8 +81,15 @@ class PrefixTuning(Method):
             raise ConfigError(f"method.sites names a site twice: {', '.join(self.sites)}")
 
     def recipe_for(self, layout: Layout) -> Mapping[str, Any]:
-        """Returns a lower rate for encoders."""
-        return self.recipe if layout.generates else {**self.recipe, "learning_rate": ENCODER_RATE}
+        """Returns the rate for the kind and the depth of a base.
+
+        Each step changes the keys and values of every layer, and the changes add up along the depth: beyond
+        `RATED_LAYERS`, the rate is divided by the number of layers. The standard rate is too high for 30 layers: with
+        SmolLM2-135M, deep prompts then stay below the frozen base.
+        """
+        layers = sum(len(group.layers) for group in self._groups(layout).values())
+        rate = self.recipe["learning_rate"] if layout.generates else ENCODER_RATE
+        return {**self.recipe, "learning_rate": rate * min(1.0, RATED_LAYERS / max(layers, 1))}
 
     @property
     def pins(self) -> bool:

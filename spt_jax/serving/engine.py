@@ -11,30 +11,20 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from spt_jax.data.batches import bucket, round_up
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.inference.answers import Generated, answer, continuation_text, endings, is_opening, stop_end
 from spt_jax.inference.decoding import ALTERNATIVES, RowSampling
-from spt_jax.inference.generation import BUCKET, NO_ID, cache_sharding, check_prompt
+from spt_jax.inference.generation import BUCKET, NO_ID, check_prompt
 from spt_jax.models.layout import Layout
-from spt_jax.runtime.sharding import replicated, row_sharding, row_shards
+from spt_jax.runtime.sharding import row_shards
 from spt_jax.serving.bank import DevicePrompt, PromptBank, overflow
 from spt_jax.serving.fairness import Sender, Turns
+from spt_jax.serving.lookup import Drafts, check_lookup, drafts_of
+from spt_jax.serving.programs import programs_of
 from spt_jax.serving.requests import NOBODY, Request, Ticket
-from spt_jax.serving.slots import (
-    MAX_ENDS,
-    MAX_STEPS,
-    MIN_STEPS,
-    NewTokens,
-    RequestIds,
-    Slots,
-    Until,
-    admit,
-    decode,
-    empty_slots,
-)
+from spt_jax.serving.slots import MAX_ENDS, MAX_STEPS, MIN_STEPS, NewTokens, RequestIds, Until
 from spt_jax.serving.two_sides import check_decoder_ids, decoder_ids
 
 # Target seconds per decode call; between calls the host admits new requests and collects finished ones.
@@ -60,16 +50,18 @@ class Engine:
     the long answers of others. With 8 to 15 slots one slot is reserved, with fewer slots none.
     """
 
-    def __init__(self, bank: PromptBank, *, slots: int = 16, context: int | None = None):
+    def __init__(self, bank: PromptBank, *, slots: int = 16, context: int | None = None, lookup: int = 0):
         """Allocates the slots on the device.
 
         Args:
           bank: the prompts; they may be added and removed while the engine runs.
           slots: the number of requests that run at once.
           context: positions per slot, for prompt and answer together; None for all positions of the base.
+          lookup: the most ids of a draft, which is looked up in a request's earlier text; 0 for no drafts.
 
         Raises:
-          ConfigError: `slots` is not a multiple of the number of parts into which the mesh splits rows.
+          ConfigError: `slots` is not a multiple of the number of parts into which the mesh splits rows; `lookup` is out
+            of range, or the base cannot decode with drafts.
         """
         self.bank, base = bank, bank.base
         if slots < 1 or slots % row_shards(base.mesh):
@@ -77,12 +69,14 @@ class Engine:
             raise ConfigError(
                 f"slots is {slots}; it must be a multiple of {shards}, the number of parts the mesh splits rows into"
             )
+        check_lookup(base.layout, base.name, lookup)
+        self._lookup = lookup
         self.context = min(context or base.layout.max_positions, base.layout.max_positions)
         self._capacity = round_up(self.context, BUCKET) + 3 * BUCKET
         self._let_in = False
         self._steps = MAX_STEPS  # steps that take POLL_SECONDS, estimated from the latest decode call
         self._compiling = threading.Lock()
-        self._programs = _programs(base.mesh, base.layout)
+        self._programs = programs_of(base.mesh, base.layout)
         self._slots = self._programs.empty(base.model, slots, self._capacity)
         self._busy: list[Ticket | None] = [None] * slots
         self._spare = min(slots // 8, 2)
@@ -165,7 +159,6 @@ class Engine:
         Returns:
           The tickets of the requests that ended.
         """
-        base = self.bank.base
         groups = [] if self._let_in else self._groups()
         self._let_in = bool(groups)
         admitted = [self._admit(*group) for group in groups]
@@ -176,16 +169,26 @@ class Engine:
                 ended += self._take(slot, firsts, number)
         busy = np.asarray([ticket is not None for ticket in self._busy])
         if busy.any() and not self._let_in:
-            began, tickets = time.perf_counter(), [ticket for ticket in self._busy if ticket is not None]
-            filled = max(_filled(ticket, base.layout) for ticket in tickets)
-            reach = self._reach(max(filled + 1, *(_read(ticket, base.layout) for ticket in tickets)))
-            inputs = busy, _wanted(tickets), self._until(tickets, reach - filled), self._slots
-            self._slots, new, steps = self._programs.decode(reach, base.model, *inputs)
-            new = jax.tree.map(lambda a: np.asarray(a)[: int(steps)], new)
-            self._steps = min(max(int(POLL_SECONDS * int(steps) / (time.perf_counter() - began)), 1), MAX_STEPS)
+            counts, new = self._decode(busy)
             for slot in np.flatnonzero(busy).tolist():
-                ended += self._take(slot, new, slot)
+                count = int(counts[slot])
+                ended += self._take(slot, jax.tree.map(lambda a, count=count: a[:count], new), slot)
         return ended
+
+    def _decode(self, busy: np.ndarray) -> tuple[np.ndarray, NewTokens]:
+        """Generates tokens for busy slots; returns how many of each slot are real, and the tokens."""
+        base, tickets = self.bank.base, [ticket for ticket in self._busy if ticket is not None]
+        began, drafts = time.perf_counter(), drafts_of(self._busy, self._lookup, base.layout.vocab_size)
+        filled = max(_filled(ticket, base.layout) for ticket in tickets)
+        if drafts is not None:
+            inputs = base.model, busy, _wanted(tickets), drafts, self._slots
+            self._slots, new, counts = self._programs.verify(self._reach(filled + self._lookup + 1), *inputs)
+            return np.asarray(counts), jax.tree.map(np.asarray, new)
+        reach = self._reach(max(filled + 1, *(_read(ticket, base.layout) for ticket in tickets)))
+        inputs = busy, _wanted(tickets), self._until(tickets, reach - filled), self._slots
+        self._slots, new, steps = self._programs.decode(reach, base.model, *inputs)
+        self._steps = min(max(int(POLL_SECONDS * int(steps) / (time.perf_counter() - began)), 1), MAX_STEPS)
+        return np.full(len(busy), int(steps)), jax.tree.map(np.asarray, new)
 
     def generate(self, requests: Sequence[Request]) -> list[Generated]:
         """Answers requests and returns the results in order; other submitted requests run along with them.
@@ -255,6 +258,11 @@ class Engine:
             reach = self._reach(reach + 1)
             inputs = idle, _wanted([]), self._until([], 0), self._slots
             self._slots, *_ = self._programs.decode(reach, base.model, *inputs)
+            if self._lookup:
+                rows: Any = np.zeros((len(idle), self._lookup), np.int32), np.zeros(len(idle), np.int32)
+                self._slots, *_ = self._programs.verify(
+                    reach, base.model, idle, _wanted([]), Drafts(*rows), self._slots
+                )
 
     def _until(self, tickets: Sequence[Ticket], room: int) -> Until:
         """Returns when the next decode call ends for these requests; the slots have room for `room` more entries."""
@@ -264,6 +272,8 @@ class Engine:
         steps = [room, self._steps]
         if any(end.texts for end in ends) or len(end_ids) > MAX_ENDS:
             steps.append(MIN_STEPS)  # the device does not detect these ends
+        if self._lookup:
+            steps.append(MIN_STEPS)  # the new tokens may allow drafts
         # Returning early for a free slot only helps if requests wait.
         steps.append(max(min(remaining), MIN_STEPS) if self._waiting else max(remaining, default=0))
         detected = np.full(MAX_ENDS, NO_ID, np.int32)
@@ -425,26 +435,3 @@ def _filled(ticket: Ticket, layout: Layout) -> int:
 def _read(ticket: Ticket, layout: Layout) -> int:
     """Returns the number of cache entries of a request that cross-attention reads."""
     return _taken(ticket.held) + len(ticket.request.ids) - ticket.held.decoder if layout.encodes else 0
-
-
-@dataclasses.dataclass(frozen=True)
-class _Programs:
-    empty: Callable[..., Slots]
-    admit: Callable[..., tuple[Slots, NewTokens]]
-    decode: Callable[..., tuple[Slots, NewTokens, jax.Array]]
-
-
-@functools.cache
-def _programs(mesh: Mesh, layout: Layout) -> _Programs:
-    """Returns the compiled functions of `slots`; `admit` and `decode` donate the slots' buffers."""
-    rows: Any = row_sharding(mesh)
-    everywhere: Any = replicated(mesh)
-    sampling: Any = RowSampling(rows, rows, rows, rows, rows)
-    slots: Any = Slots(cache_sharding(mesh, layout), rows, rows, rows, rows, sampling)
-    return _Programs(
-        empty=jax.jit(empty_slots, static_argnames=("count", "capacity"), out_shardings=slots),
-        admit=jax.jit(admit, donate_argnames="slots", out_shardings=(slots, everywhere)),
-        decode=jax.jit(
-            decode, static_argnames="reach", donate_argnames="slots", out_shardings=(slots, everywhere, everywhere)
-        ),
-    )

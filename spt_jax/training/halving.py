@@ -5,7 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import Batch, place_batch
@@ -118,10 +120,10 @@ def _streams(base: FrozenBase, members: Sequence[Member], objective: Objective, 
     ]
 
 
-def _sampled(streams: Sequence[Batches]) -> dict[str, np.ndarray]:
+def _sampled(streams: Sequence[Batches]) -> dict[str, Array]:
     """Returns the metrics [G] of the answers that members sampled; none for another objective."""
     found = [stream.metrics for stream in streams if isinstance(stream, RolloutBatches)]
-    return {name: np.asarray([own[name] for own in found]) for name in (found[0] if found else ())}
+    return {name: jnp.asarray([own[name] for own in found]) for name in (found[0] if found else ())}
 
 
 def _rates(member: Member, optimizer: OptimizerConfig, steps: int) -> list[float]:
