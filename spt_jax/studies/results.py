@@ -121,8 +121,8 @@ def check_ensemble(every: Sequence[Prepared]) -> None:
     """Checks that the prompts of these trials can form an ensemble.
 
     Raises:
-      ConfigError: the task is not classification, there is one prompt per task, or the trials differ in base, records,
-        classes or head.
+      ConfigError: the task is not classification, there is one prompt per task, virtual tokens depend on the input, or
+        the trials differ in base, records, classes or head.
     """
     first = every[0]
     for prepared in every:
@@ -131,6 +131,9 @@ def check_ensemble(every: Sequence[Prepared]) -> None:
             raise ConfigError("--ensemble needs a classification task, and this is not one")
         if template.task is not None:
             raise ConfigError("--ensemble is not compatible with data.task, which gives each task its own prompt")
+        if template.per_input:
+            name = prepared.experiment.config.method.name
+            raise ConfigError(f"--ensemble is not compatible with {name}, whose virtual tokens depend on each input")
         if base.fingerprint != first.experiment.base.fingerprint:
             raise ConfigError("--ensemble needs the same base for all trials, and these have different ones")
         if any(list(data.records) != list(first.asked[split].records) for split, data in prepared.asked.items()):

@@ -276,6 +276,7 @@ def test_dollars_and_switches_and_lists_can_be_swept(files, tmp_path):
         (("--seeds", "-1", "--overwrite"), "train.seed is -1"),
         (("--draws-seed", "-1"), "--draws-seed is -1"),
         (("--ensemble", "2", "--over", "data.limit=20,30"), "needs the same records"),
+        (("--ensemble", "2", "--over", "method.name=prompt_tuning,lopa"), "--ensemble is not compatible with lopa"),
         (
             ("--ensemble", "2", "--over", "data.verbalizers=good=H bad=L,bad=L good=H"),
             "different ones",
