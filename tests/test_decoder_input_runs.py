@@ -16,7 +16,10 @@ from spt_jax.evaluation.bare import bare_examples
 from spt_jax.evaluation.evaluate import make_evaluation_set, score
 from spt_jax.inference.forward import target_scores
 from spt_jax.inference.generation import SamplingConfig, generate
+from spt_jax.interop.arrays import export_npy
+from spt_jax.interop.card import model_card
 from spt_jax.interop.peft_export import peft_note
+from spt_jax.prompts.storage import read_prompt
 from spt_jax.prompts.virtual import VirtualPrompt
 from spt_jax.testing import tiny_base, tiny_tokenizer, write_tiny_checkpoint
 from tests.encoder_decoders import START, VARIANTS
@@ -101,6 +104,17 @@ def test_heads_that_read_the_encoder_are_refused(base):
 def test_peft_has_no_prompts_there(base):
     note = peft_note(base, spt_jax.PromptTuning(length=5), BOTH)
     assert note.endswith("the template has <decoder>, and PEFT has no prompts in the decoder's input")
+
+
+def test_no_file_of_rows_takes_those_of_the_decoder(base, tmp_path):
+    """In google-research's format, all of them precede the encoder's text."""
+    template = spt_jax.Template(prompt="<soft>{text}<decoder>answer", target="{label}", virtual_tokens=5)
+    folder = spt_jax.save_prompt(tmp_path / "prompt", base, spt_jax.PromptTuning(length=5), rows_of(base, 5), template)
+    saved = read_prompt(folder)
+    assert "PEFT has no soft prompts of this kind" in model_card("me/prompt", saved, on_hub=False)
+    with pytest.raises(ConfigError, match="has <decoder>, and all rows of this format are in the encoder's input"):
+        export_npy(tmp_path / "rows.npy", saved)
+    assert not (tmp_path / "rows.npy").exists()
 
 
 def test_training_microbatches_and_files(base, tmp_path):

@@ -74,7 +74,15 @@ class Example:
 
         Args:
           causal: whether the base is causal.
+
+        Raises:
+          DataError: the example is a chat with several answers.
         """
+        if (answers := np.count_nonzero(self.predicted[1:] > self.predicted[:-1])) > 1:
+            raise DataError(
+                f"record {self.index + 1}: has {answers} assistant turns; virtual tokens that depend on the input would"
+                " read what precedes the first in training, and the whole chat before the last in use; keep one"
+            )
         generated = not self.choices and self.reads is None and bool(self.predicted.any())
         end = self.first_target if generated else len(self.ids)
         return dataclasses.replace(self, input_end=end - int(causal))

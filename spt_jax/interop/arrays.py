@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.encoder import encoder_for
+from spt_jax.data.templates import DECODER
 from spt_jax.errors import CheckpointError, ConfigError
 from spt_jax.inference.forward import embed_stream
 from spt_jax.models.attention import Stream
@@ -58,7 +59,7 @@ def export_npy(path: str | Path, saved: SavedPrompt) -> Path:
       The path.
 
     Raises:
-      ConfigError: the prompt has no token rows, or other parts.
+      ConfigError: the prompt has no token rows, other parts, or rows in the input of a decoder, after `<decoder>`.
       CheckpointError: the file cannot be written.
     """
     path, content = Path(path), io.BytesIO()
@@ -126,6 +127,8 @@ def _token_rows(saved: SavedPrompt) -> Float[np.ndarray, "P D"]:
     if virtual.tokens is None or parts_of(virtual) != ["tokens"] or saved.template.new_tokens:
         name = saved.info["method"]["name"]
         raise ConfigError(f"a {name} prompt does not consist only of token rows, as this format requires")
+    if DECODER in saved.template.prompt:
+        raise ConfigError(f"the template has {DECODER}, and all rows of this format are in the encoder's input")
     if virtual.pinned:
         raise ConfigError("this prompt was trained with method.pin_prefix, which this format cannot express")
     return np.asarray(virtual.tokens)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from spt_jax.data.templates import DECODER
 from spt_jax.models.memory import states
 from spt_jax.prompts.storage import SavedPrompt
 from spt_jax.prompts.virtual import parts_of
@@ -80,7 +81,8 @@ def _parts(saved: SavedPrompt) -> str:
         lengths.append(f"{virtual.tokens.shape[-2]} virtual tokens")
     if virtual.prefix is not None:
         lengths.append(f"a prefix of {virtual.prefix_length} positions")
-    lengths += [name for name in ("shift", "replaced", "gated", "linear", "head") if getattr(virtual, name) is not None]
+    others = "shift", "replaced", "gated", "linear", "instance", "head"
+    lengths += [name for name in others if getattr(virtual, name) is not None]
     return ", ".join(lengths)
 
 
@@ -117,7 +119,7 @@ def _peft(saved: SavedPrompt, repository: str, base: str, flag: str) -> list[str
     parts = parts_of(virtual)
     recurrent = virtual.prefix is not None and bool(states(virtual.prefix.memory))
     first = virtual.tokens is None or (prompt.startswith("<soft") and prompt.count("<soft") == 1)
-    if parts not in _PEFT_PARTS or virtual.pinned or recurrent or not first:
+    if parts not in _PEFT_PARTS or virtual.pinned or recurrent or not first or DECODER in prompt:
         return ["PEFT has no soft prompts of this kind."]
     after = prompt.partition(">")[2] if virtual.tokens is not None else "<bos>"
     bos = (

@@ -14,6 +14,7 @@ from spt_jax.models.quantized import Fp8, KernelArray
 from spt_jax.models.quantized.codebook import Codebook
 from spt_jax.models.quantized.grouped import Grouped
 from spt_jax.runtime.sharding import MeshConfig, make_mesh
+from spt_jax.testing import tiny_base
 from spt_jax.training.cost import DENSE_COPIES, StepShape, step_memory
 from tests.bases.quantized_checkpoints import bnb4, bnb8, fp8, gptq, mxfp4, write_quantized
 from tests.bases.test_quantized_files import BNB, BNB8, FORMATS, FP8, GPTQ, IDS, MXFP4
@@ -118,3 +119,8 @@ def test_layers_that_are_stored_in_different_ways_are_refused(tmp_path):
     folder, _ = write_quantized(tmp_path, packed, quantization, num_hidden_layers=2)
     with pytest.raises(CheckpointError, match=r"layers\.1.*keep needs every 'scale' of a kernel alike.* float32"):
         load_base(folder, quantize="keep")
+
+
+def test_encoder_decoders_are_refused():
+    with pytest.raises(ConfigError, match="keep does not support encoder-decoders"):
+        tiny_base("t5", quantize="keep")

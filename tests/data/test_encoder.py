@@ -145,6 +145,17 @@ def test_chat_template_wraps_prompt_and_target():
     assert (ids.ids == tokenizer.eos_token_id).sum() == 3, "the user's <eos> is text"
 
 
+def test_virtual_tokens_that_depend_on_the_input_take_chats_with_one_answer():
+    """In training they would read what precedes the first answer, and the whole chat when the last is generated."""
+    turns = [("user", "Hello"), ("assistant", "good"), ("user", "the question"), ("assistant", "answer")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    e = encoder("<soft:2>{messages}", "", chat_template=CHATML, per_input=True)
+    example = e.encode({"messages": messages[:2]}, 0)
+    assert example.input_end == example.first_target - 1 == len(e.prompt_ids({"messages": messages[:1]})) - 1
+    with pytest.raises(DataError, match="record 3: has 2 assistant turns"):
+        e.encode({"messages": messages}, 2)
+
+
 def test_conversations_have_several_target_spans():
     tokenizer = tiny_tokenizer()
     turns = [("user", "Hello"), ("assistant", "good"), ("user", "the question"), ("assistant", "answer")]

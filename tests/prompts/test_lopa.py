@@ -20,6 +20,7 @@ from spt_jax.evaluation.inspection import describe_prompt
 from spt_jax.inference.forward import embed_stream, encode_prefix, output_states, run_stream
 from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.interop.arrays import export_embeddings
+from spt_jax.interop.card import model_card
 from spt_jax.interop.peft_export import export_peft
 from spt_jax.models.attention import Stream
 from spt_jax.prompts import LowRankPromptAdaptation, PromptTuning
@@ -106,6 +107,7 @@ def test_what_is_trained_is_what_loads_and_scores(base, trained, tmp_path):
     assert "lopa: 2 virtual tokens of width 32, factors of these tokens for each input" in describe_prompt(
         read_prompt(folder)
     )
+    assert "2 virtual tokens, instance" in model_card("me/prompt", read_prompt(folder), on_hub=False)
     with pytest.raises(ConfigError, match="has no virtual tokens of its own"):
         PromptTuning(length=2, init=from_prompt(folder)).init_params(jax.random.key(0), base)
 
