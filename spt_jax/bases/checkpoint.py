@@ -243,7 +243,7 @@ def _buffer(
         return KernelBuffer(quantize, shape, [fill.place.index for fill in fills])
     if is_table(path):
         return kept_table(table_shape(path, shape), jnp.dtype(dtype), fills)
-    return kept_kernel(shape, fills)
+    return kept_kernel(shape, jnp.dtype(dtype), fills)
 
 
 def is_table(path: LeafPath) -> bool:

@@ -43,4 +43,24 @@ def cast_into(target: np.ndarray, values: np.ndarray, source: str) -> None:
     with np.errstate(over="ignore"):
         target[...] = values
     if jnp.finfo(target.dtype).max < jnp.finfo(values.dtype).max and not all(map(is_finite, chunks(target))):
-        raise CheckpointError(f"{source} holds values beyond the range of {target.dtype}; set another base.dtype")
+        raise _beyond(target.dtype, source)
+
+
+def check_range(dtype: np.dtype, values: np.ndarray, source: str) -> None:
+    """Checks that values stay finite in a dtype, in which a packed kernel is used.
+
+    Args:
+      dtype: of the products.
+      values: finite floats.
+      source: where they are stored, for the error.
+
+    Raises:
+      CheckpointError: a value is beyond the range of the dtype.
+    """
+    largest = jnp.finfo(dtype).max
+    if largest < jnp.finfo(values.dtype).max and max(values.max(), -values.min()) > largest:
+        raise _beyond(dtype, source)
+
+
+def _beyond(dtype: np.dtype, source: str) -> CheckpointError:
+    return CheckpointError(f"{source} holds values beyond the range of {dtype}; set another base.dtype")

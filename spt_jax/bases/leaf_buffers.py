@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from spt_jax.bases.float_values import cast_into
+from spt_jax.bases.float_values import cast_into, check_range
 from spt_jax.bases.packed import Form, Kept, Packed
 from spt_jax.bases.places import Place
 from spt_jax.errors import CheckpointError, ConfigError
@@ -154,18 +154,19 @@ class BlockBuffer:
 
     packed = True
 
-    def __init__(self, shape: tuple[int, ...], kinds: Iterable[str], fills: Sequence[Fill]):
+    def __init__(self, shape: tuple[int, ...], dtype: jnp.dtype, kinds: Iterable[str], fills: Sequence[Fill]):
         """Prepares for tensors of these types.
 
         Args:
           shape: of the kernel.
+          dtype: of products with it.
           kinds: names in `BLOCK_TYPES`; every type's block divides the rows.
           fills: the tensors.
 
         Raises:
           ConfigError: the kernel is not made of whole columns of one tensor.
         """
-        self._columns = {fill.place.origin: _columns(fill, shape) for fill in fills}
+        self._dtype, self._columns = dtype, {fill.place.origin: _columns(fill, shape) for fill in fills}
         self._leading, (self._rows, columns) = shape[:-2], shape[-2:]
         self._kinds = tuple(sorted(set(kinds)))
         blocks = [BLOCK_TYPES[kind] for kind in self._kinds]
@@ -176,6 +177,7 @@ class BlockBuffer:
 
     def fill(self, place: Place, tensor: Packed, source: str) -> None:
         assert isinstance(tensor.form, str)
+        check_range(self._dtype, tensor.values, source)
         blocks = tensor.arrays["blocks"][self._columns[place.origin]]
         self._blocks[place.index] = packed_units(blocks, *self._units)
         self._kind[place.index] = self._kinds.index(tensor.form)
@@ -203,6 +205,7 @@ class BlockTableBuffer:
 
     def fill(self, place: Place, tensor: Packed, source: str) -> None:
         assert isinstance(tensor.form, str)
+        check_range(self._dtype, tensor.values, source)
         stored = tensor.arrays["blocks"]
         self._kind, self._blocks = tensor.form, aligned_empty(stored.shape, np.uint8)
         self._blocks[...] = stored
@@ -217,22 +220,24 @@ class KeptBuffer:
 
     packed = True
 
-    def __init__(self, shape: tuple[int, ...], form: Kept, fills: Sequence[Fill]):
+    def __init__(self, shape: tuple[int, ...], dtype: jnp.dtype, form: Kept, fills: Sequence[Fill]):
         """Prepares for weights of one form.
 
         Args:
           shape: of the kernel.
+          dtype: of products with it.
           form: that of all weights.
           fills: the weights.
 
         Raises:
           ConfigError: the kernel is not made of whole columns of one weight.
         """
-        self._shape, self._form = shape, form
+        self._shape, self._dtype, self._form = shape, dtype, form
         self._columns = {fill.place.origin: _columns(fill, shape) for fill in fills}
         self._arrays: dict[str, np.ndarray] = {}
 
     def fill(self, place: Place, tensor: Packed, source: str) -> None:
+        check_range(self._dtype, tensor.values, source)
         columns = self._columns[place.origin]
         for name, array in tensor.arrays.items():
             own = array if name == "order" else array[..., columns]
@@ -272,11 +277,12 @@ def _indices(fill: Fill, axis: int) -> tuple[np.ndarray, list[int]]:
     return taken[tuple(slice(None) if i in axes else 0 for i in range(taken.ndim))].reshape(-1), axes
 
 
-def kept_kernel(shape: tuple[int, ...], fills: Sequence[Fill]) -> LeafBuffer:
+def kept_kernel(shape: tuple[int, ...], dtype: jnp.dtype, fills: Sequence[Fill]) -> LeafBuffer:
     """Returns memory for a kernel that stays packed.
 
     Args:
       shape: of the kernel.
+      dtype: of products with it.
       fills: the tensors that it is made of.
 
     Raises:
@@ -284,8 +290,8 @@ def kept_kernel(shape: tuple[int, ...], fills: Sequence[Fill]) -> LeafBuffer:
     """
     first = fills[0].form
     if isinstance(first, Kept) and all(isinstance(fill.form, Kept) and first.matches(fill.form) for fill in fills):
-        return KeptBuffer(shape, first, fills)
-    return BlockBuffer(shape, _block_types(fills), fills)
+        return KeptBuffer(shape, dtype, first, fills)
+    return BlockBuffer(shape, dtype, _block_types(fills), fills)
 
 
 def kept_table(shape: tuple[int, int], dtype: jnp.dtype, fills: Sequence[Fill]) -> LeafBuffer:

@@ -124,3 +124,14 @@ def test_layers_that_are_stored_in_different_ways_are_refused(tmp_path):
 def test_encoder_decoders_are_refused():
     with pytest.raises(ConfigError, match="keep does not support encoder-decoders"):
         tiny_base("t5", quantize="keep")
+
+
+def test_values_beyond_the_range_of_the_products_are_named(tmp_path):
+    pack, quantization, _ = FORMATS["gptq"]
+
+    def large(weight):
+        return pack(weight * (1e5 / np.abs(weight).max()))
+
+    packed, _ = write_quantized(tmp_path, large, quantization, hidden_size=64, num_hidden_layers=1)
+    with pytest.raises(CheckpointError, match=r"proj\.weight' holds values beyond the range of float16"):
+        load_base(packed, dtype="float16", quantize="keep")
