@@ -10,10 +10,11 @@ from flax import traverse_util
 from jax.sharding import SingleDeviceSharding
 
 from spt_jax.bases import checkpoint
+from spt_jax.bases.checkpoint_writing import write_checkpoint
 from spt_jax.bases.config import decoder_config
 from spt_jax.bases.families import FAMILIES, Origin, Part
 from spt_jax.bases.families.llama import Llama
-from spt_jax.bases.places import places
+from spt_jax.bases.places import places, stored_shape
 from spt_jax.errors import CheckpointError
 from spt_jax.testing import random_params, tiny_config
 
@@ -114,7 +115,7 @@ def test_every_parameter_has_its_part(config, stored, tmp_path):
 def test_what_is_written_is_read(config, tmp_path):
     draw = np.random.default_rng(1).standard_normal
     leaves = {path: draw(shape).astype(np.float32) for path, shape in SHAPES.items()}
-    checkpoint.write_checkpoint(tmp_path, config, traverse_util.unflatten_dict(leaves, sep="/"), np.float32)
+    write_checkpoint(tmp_path, config, traverse_util.unflatten_dict(leaves, sep="/"), np.float32)
     found = read(tmp_path, config)
     assert found.keys() == leaves.keys()
     for path, leaf in leaves.items():
@@ -153,7 +154,7 @@ def test_origins_cover_every_tensor_and_parameter(family):
     leaves = traverse_util.flatten_dict(random_params(config))
     counts = {path: np.zeros(leaf.shape, int) for path, leaf in leaves.items()}
     for key, fills in places(config).items():
-        taken = np.zeros(checkpoint._stored_shape(fills, leaves), int)
+        taken = np.zeros(stored_shape(fills, leaves), int)
         for place in fills:
             place.origin.taken(taken)[...] += 1
             place.stored(counts[place.path])[...] += 1
