@@ -6,7 +6,7 @@ import functools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,24 +15,20 @@ import numpy as np
 from spt_jax.data.batches import bucket, round_up
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.inference.answers import Generated, answer, continuation_text, endings, is_opening, stop_end
-from spt_jax.inference.decoding import ALTERNATIVES, RowSampling
+from spt_jax.inference.decoding import ALTERNATIVES
 from spt_jax.inference.generation import BUCKET, NO_ID, check_prompt
-from spt_jax.models.layout import Layout
 from spt_jax.runtime.sharding import row_shards
+from spt_jax.serving.admission import Admission, filled_entries, read_entries, wanted
 from spt_jax.serving.bank import DevicePrompt, PromptBank, overflow
 from spt_jax.serving.fairness import Sender, Turns
 from spt_jax.serving.lookup import Drafts, check_lookup, drafts_of
 from spt_jax.serving.programs import programs_of
 from spt_jax.serving.requests import NOBODY, Request, Ticket
-from spt_jax.serving.slots import MAX_ENDS, MAX_STEPS, MIN_STEPS, NewTokens, RequestIds, Until
-from spt_jax.serving.two_sides import check_decoder_ids, decoder_ids
+from spt_jax.serving.slots import MAX_ENDS, MAX_STEPS, MIN_STEPS, NewTokens, Until
+from spt_jax.serving.two_sides import check_decoder_ids
 
 # Target seconds per decode call; between calls the host admits new requests and collects finished ones.
 POLL_SECONDS = 0.02
-
-# Numbers of requests that one program admits at a time, and the most ids that they may have in total.
-SIZES = (1, 4, 16)
-TOGETHER = 2048
 
 
 class Engine:
@@ -77,6 +73,7 @@ class Engine:
         self._steps = MAX_STEPS  # steps that take POLL_SECONDS, estimated from the latest decode call
         self._compiling = threading.Lock()
         self._programs = programs_of(base.mesh, base.layout)
+        self._admission = Admission(base.layout, slots, self._capacity)
         self._slots = self._programs.empty(base.model, slots, self._capacity)
         self._busy: list[Ticket | None] = [None] * slots
         self._spare = min(slots // 8, 2)
@@ -179,13 +176,13 @@ class Engine:
         """Generates tokens for busy slots; returns how many of each slot are real, and the tokens."""
         base, tickets = self.bank.base, [ticket for ticket in self._busy if ticket is not None]
         began, drafts = time.perf_counter(), drafts_of(self._busy, self._lookup, base.layout.vocab_size)
-        filled = max(_filled(ticket, base.layout) for ticket in tickets)
+        filled = max(filled_entries(ticket, base.layout) for ticket in tickets)
         if drafts is not None:
-            inputs = base.model, busy, _wanted(tickets), drafts, self._slots
+            inputs = base.model, busy, wanted(tickets), drafts, self._slots
             self._slots, new, counts = self._programs.verify(self._reach(filled + self._lookup + 1), *inputs)
             return np.asarray(counts), jax.tree.map(np.asarray, new)
-        reach = self._reach(max(filled + 1, *(_read(ticket, base.layout) for ticket in tickets)))
-        inputs = busy, _wanted(tickets), self._until(tickets, reach - filled), self._slots
+        reach = self._reach(max(filled + 1, *(read_entries(ticket, base.layout) for ticket in tickets)))
+        inputs = busy, wanted(tickets), self._until(tickets, reach - filled), self._slots
         self._slots, new, steps = self._programs.decode(reach, base.model, *inputs)
         self._steps = min(max(int(POLL_SECONDS * int(steps) / (time.perf_counter() - began)), 1), MAX_STEPS)
         return np.full(len(busy), int(steps)), jax.tree.map(np.asarray, new)
@@ -230,8 +227,8 @@ class Engine:
         Returns:
           Whether both exist.
         """
-        key = self._key(held, _warmed(held, length))
-        return all((size, key) in self._compiled for size in self._sizes(key))
+        key = self._admission.key(held, _warmed(held, length))
+        return all((size, key) in self._compiled for size in self._admission.sizes(key))
 
     def warm(self, held: DevicePrompt, length: int) -> None:
         """Compiles the programs for a request of `length` ids under this prompt, unless they exist. Thread-safe.
@@ -243,11 +240,11 @@ class Engine:
         if self.is_warm(held, length):
             return
         base, request = self.bank.base, Request(np.zeros(_warmed(held, length), np.int32))
-        key = self._key(held, len(request.ids))
+        key = self._admission.key(held, len(request.ids))
         with self._compiling:
-            for size in self._sizes(key):
+            for size in self._admission.sizes(key):
                 if (size, key) not in self._compiled:
-                    inputs = *self._inputs([self._ticket(request, held)] * size, [0] * size), self._shapes
+                    inputs = *self._admission.inputs([self._ticket(request, held)] * size, [0] * size), self._shapes
                     program = self._programs.admit.lower(base.model, *inputs)
                     self._compiled[size, key] = program.compile()
 
@@ -256,13 +253,11 @@ class Engine:
         base, idle, reach = self.bank.base, np.zeros(len(self._busy), bool), 0
         while reach < self._capacity:
             reach = self._reach(reach + 1)
-            inputs = idle, _wanted([]), self._until([], 0), self._slots
+            inputs = idle, wanted([]), self._until([], 0), self._slots
             self._slots, *_ = self._programs.decode(reach, base.model, *inputs)
             if self._lookup:
                 rows: Any = np.zeros((len(idle), self._lookup), np.int32), np.zeros(len(idle), np.int32)
-                self._slots, *_ = self._programs.verify(
-                    reach, base.model, idle, _wanted([]), Drafts(*rows), self._slots
-                )
+                self._slots, *_ = self._programs.verify(reach, base.model, idle, wanted([]), Drafts(*rows), self._slots)
 
     def _until(self, tickets: Sequence[Ticket], room: int) -> Until:
         """Returns when the next decode call ends for these requests; the slots have room for `room` more entries."""
@@ -290,16 +285,7 @@ class Engine:
     def _groups(self) -> list[tuple[list[int], list[Ticket]]]:
         """Returns groups of free slots and waiting requests, each group admitted by one program call."""
         free = [slot for slot, ticket in enumerate(self._busy) if ticket is None]
-        alike: dict[Any, list[Ticket]] = {}
-        for ticket in self._next(len(free)):
-            alike.setdefault(self._key(ticket.held, len(ticket.request.ids)), []).append(ticket)
-        groups = []
-        for key, tickets in alike.items():
-            while tickets:
-                size = max(size for size in self._sizes(key) if size <= len(tickets))
-                groups.append((free[:size], tickets[:size]))
-                free, tickets = free[size:], tickets[size:]
-        return groups
+        return self._admission.groups(free, self._next(len(free)))
 
     def _next(self, free: int) -> list[Ticket]:
         """Removes and returns the waiting requests that are next to enter `free` free slots."""
@@ -322,49 +308,12 @@ class Engine:
     def _admit(self, slots: list[int], tickets: list[Ticket]) -> tuple[list[int], NewTokens]:
         """Puts requests into slots; returns the slots and the first tokens."""
         base, first = self.bank.base, tickets[0]
-        program = self._compiled.get((len(tickets), self._key(first.held, len(first.request.ids))))
+        program = self._compiled.get((len(tickets), self._admission.key(first.held, len(first.request.ids))))
         program = program or self._programs.admit
-        self._slots, firsts = program(base.model, *self._inputs(tickets, slots), self._slots)
+        self._slots, firsts = program(base.model, *self._admission.inputs(tickets, slots), self._slots)
         for slot, ticket in zip(slots, tickets, strict=True):
             self._busy[slot] = ticket
         return slots, firsts
-
-    def _key(self, held: DevicePrompt, length: int) -> tuple[Any, ...]:
-        """Returns the key of the program that admits requests of `length` ids, apart from the number of requests."""
-        leaves, structure = jax.tree.flatten((held.virtual, held.prefix))
-        return structure, tuple(leaf.shape for leaf in leaves), held.decoder, self._bucket(held, length)
-
-    def _sizes(self, key: tuple[Any, ...]) -> list[int]:
-        """Returns the numbers of requests that the programs of this key admit at a time."""
-        return [size for size in SIZES if size == 1 or (size <= self.slots and size * key[-1] <= TOGETHER)]
-
-    def _bucket(self, held: DevicePrompt, length: int) -> int:
-        """Returns the number of ids after the leading ones, rounded up."""
-        return min(bucket(length - len(held.lead), BUCKET // 2), self._capacity - _taken(held))
-
-    def _inputs(self, tickets: Sequence[Ticket], slots: Sequence[int]) -> tuple[Any, ...]:
-        """Returns the arguments of `slots.admit` for requests and their slots."""
-        own_ids = [ticket.request.ids[len(ticket.held.lead) :] for ticket in tickets]
-        configs = [ticket.request.sampling for ticket in tickets]
-        padded = np.zeros((len(tickets), self._bucket(tickets[0].held, len(tickets[0].request.ids))), np.int32)
-        for row, ids in zip(padded, own_ids, strict=True):
-            row[: len(ids)] = ids
-        # NumPy arrays: a compiled program takes them faster than converting them to device arrays first.
-        lengths = np.asarray([len(ids) for ids in own_ids], np.int32)
-        starts = np.asarray([ticket.held.start for ticket in tickets], np.int32)
-        sampling: Any = (
-            np.asarray([config.temperature for config in configs], np.float32),
-            np.asarray([min(config.top_k, self.bank.base.layout.vocab_size) for config in configs], np.int32),
-            np.asarray([config.top_p for config in configs], np.float32),
-            np.asarray([config.seed for config in configs], np.uint32),
-            np.zeros(len(configs), np.int32),
-        )
-        prompts = [(ticket.held.virtual, ticket.held.prefix) for ticket in tickets]
-        requests: Any = padded, lengths, starts
-        if self.bank.base.layout.encodes:
-            requests += (decoder_ids(lengths, [ticket.held.decoder for ticket in tickets], padded.shape[1]),)
-        at = np.asarray(slots, np.int32)
-        return prompts, RequestIds(*requests), RowSampling(*sampling), at, _wanted(tickets)
 
     def _ticket(self, request: Request, held: DevicePrompt) -> Ticket:
         base = self.bank.base
@@ -408,30 +357,6 @@ class Engine:
         return [ticket]
 
 
-def _wanted(tickets: Iterable[Ticket]) -> np.ndarray:
-    """Whether any of these requests wants alternatives."""
-    return np.asarray(any(ticket.request.alternatives for ticket in tickets))
-
-
 def _warmed(held: DevicePrompt, length: int) -> int:
     """Returns `length`, or the fewest ids of a request under this prompt if these are more."""
     return max(length, len(held.lead) + 1, held.decoder + 1)
-
-
-def _taken(held: DevicePrompt) -> int:
-    """Returns the number of cache entries that a prompt takes, padding included."""
-    return 0 if held.prefix is None else held.prefix.positions.shape[0]
-
-
-def _filled(ticket: Ticket, layout: Layout) -> int:
-    """Returns the number of cache entries that a request has filled; its newest token is not among them yet.
-
-    In an encoder-decoder, these are the decoder's: those of the template, such as the start token, and the new ones.
-    """
-    own = ticket.held.decoder if layout.encodes else len(ticket.request.ids) - len(ticket.held.lead)
-    return _taken(ticket.held) + own + len(ticket.ids) - 1
-
-
-def _read(ticket: Ticket, layout: Layout) -> int:
-    """Returns the number of cache entries of a request that cross-attention reads."""
-    return _taken(ticket.held) + len(ticket.request.ids) - ticket.held.decoder if layout.encodes else 0
