@@ -75,7 +75,7 @@ def start(command: Serve, copies: Path | None = None) -> "Service":
     print(describe_base(base))
     budget = None if command.prompt_memory is None else command.prompt_memory * 2**20
     bank = PromptBank(base, budget_bytes=budget)
-    engine = Engine(bank, slots=command.slots, context=command.context, lookup=command.lookup)
+    engine = Engine(bank, slots=command.slots, context=command.context, lookup=command.lookup, chunk=command.chunk)
     if base.layout.generates:
         engine.warm_decoding()
         engine.warm(engine.bank.held(None), 1)

@@ -12,6 +12,7 @@ from spt_jax.inference.decoding import RowSampling
 from spt_jax.inference.generation import BUCKET
 from spt_jax.models.layout import Layout
 from spt_jax.serving.bank import DevicePrompt
+from spt_jax.serving.chunks import first_count, reach_of
 from spt_jax.serving.requests import Ticket
 from spt_jax.serving.slots import RequestIds
 from spt_jax.serving.two_sides import decoder_ids
@@ -22,6 +23,19 @@ TOGETHER = 2048
 
 
 @dataclasses.dataclass(frozen=True)
+class Extension:
+    """The key of a program that runs a chunk of a request.
+
+    Attributes:
+      reach: the number of cache entries that it reads.
+      kind: structure and shapes of the rows for the request's virtual ids.
+    """
+
+    reach: int
+    kind: Any
+
+
+@dataclasses.dataclass(frozen=True)
 class Admission:
     """Chooses the program that admits a request.
 
@@ -29,11 +43,22 @@ class Admission:
       layout: that of the base.
       slots: the number of slots.
       capacity: the number of cache entries of a slot.
+      chunk: the most ids that are run at a time; 0 for no limit.
     """
 
     layout: Layout
     slots: int
     capacity: int
+    chunk: int = 0
+
+    def first(self, held: DevicePrompt, length: int) -> int:
+        """Returns how many of a request's ids are run when it is admitted, without the leading ones.
+
+        Args:
+          held: the arrays of the request's prompt.
+          length: the number of ids of the request, the leading ones included.
+        """
+        return first_count(length - len(held.lead), self.chunk)
 
     def key(self, held: DevicePrompt, length: int) -> tuple[Any, ...]:
         """Returns the key of the program that admits requests of `length` ids, apart from the number of requests.
@@ -44,6 +69,28 @@ class Admission:
         """
         leaves, structure = jax.tree.flatten((held.virtual, held.prefix))
         return structure, tuple(leaf.shape for leaf in leaves), held.decoder, self._bucket(held, length)
+
+    def extension(self, held: DevicePrompt, count: int) -> Extension:
+        """Returns the key of the program that runs the next chunk of a request.
+
+        Args:
+          held: the arrays of the request's prompt.
+          count: how many of the request's ids have been run, without the leading ones.
+        """
+        leaves, structure = jax.tree.flatten(held.virtual)
+        reach = reach_of(taken_entries(held) + count, self.chunk, self.capacity)
+        return Extension(reach, (structure, tuple(leaf.shape for leaf in leaves)))
+
+    def programs(self, held: DevicePrompt, length: int) -> list[tuple[int, Any] | Extension]:
+        """Returns the keys of all programs that run requests of `length` ids: sizes with their key, and extensions.
+
+        Args:
+          held: the arrays of the requests' prompt.
+          length: the number of ids of a request, the leading ones included.
+        """
+        key, own, first = self.key(held, length), length - len(held.lead), self.first(held, length)
+        later = {self.extension(held, count): None for count in range(first, own, self.chunk or own)}
+        return [*((size, key) for size in self.sizes(key)), *later]
 
     def sizes(self, key: tuple[Any, ...]) -> list[int]:
         """Returns the numbers of requests that the programs of this key admit at a time."""
@@ -74,7 +121,7 @@ class Admission:
           tickets: requests with the same key.
           slots: the slot of each.
         """
-        own_ids = [ticket.request.ids[len(ticket.held.lead) :] for ticket in tickets]
+        own_ids = [self._own(ticket) for ticket in tickets]
         configs = [ticket.request.sampling for ticket in tickets]
         padded = np.zeros((len(tickets), self._bucket(tickets[0].held, len(tickets[0].request.ids))), np.int32)
         for row, ids in zip(padded, own_ids, strict=True):
@@ -96,9 +143,26 @@ class Admission:
         at = np.asarray(slots, np.int32)
         return prompts, RequestIds(*requests), RowSampling(*sampling), at, wanted(tickets)
 
+    def chunk_inputs(self, ticket: Ticket, slot: int, count: int) -> tuple[Any, ...]:
+        """Returns the arguments of `chunks.extend` between the model and the slots.
+
+        Args:
+          ticket: a request.
+          slot: its slot.
+          count: how many of its ids have been run, without the leading ones.
+        """
+        begin = len(ticket.held.lead) + count
+        ids = ticket.request.ids[begin : begin + self.chunk]
+        return ticket.held.virtual, ids, np.asarray(slot, np.int32), wanted([ticket])
+
+    def _own(self, ticket: Ticket) -> np.ndarray:
+        """Returns the ids of a request that are run when it is admitted."""
+        begin = len(ticket.held.lead)
+        return ticket.request.ids[begin : begin + self.first(ticket.held, len(ticket.request.ids))]
+
     def _bucket(self, held: DevicePrompt, length: int) -> int:
-        """Returns the number of ids after the leading ones, rounded up."""
-        return min(bucket(length - len(held.lead), BUCKET // 2), self.capacity - taken_entries(held))
+        """Returns the number of ids that are run when a request of `length` ids is admitted, rounded up."""
+        return min(bucket(self.first(held, length), BUCKET // 2), self.capacity - taken_entries(held))
 
 
 def wanted(tickets: Iterable[Ticket]) -> np.ndarray:

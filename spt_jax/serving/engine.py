@@ -18,8 +18,9 @@ from spt_jax.inference.answers import Generated, answer, continuation_text, endi
 from spt_jax.inference.decoding import ALTERNATIVES
 from spt_jax.inference.generation import BUCKET, NO_ID, check_prompt
 from spt_jax.runtime.sharding import row_shards
-from spt_jax.serving.admission import Admission, filled_entries, read_entries, wanted
+from spt_jax.serving.admission import Admission, Extension, filled_entries, read_entries, wanted
 from spt_jax.serving.bank import DevicePrompt, PromptBank, overflow
+from spt_jax.serving.chunks import chunk_of
 from spt_jax.serving.fairness import Sender, Turns
 from spt_jax.serving.lookup import Drafts, check_lookup, drafts_of
 from spt_jax.serving.programs import programs_of
@@ -38,15 +39,24 @@ class Engine:
 
     The decode program takes any mixture of prompts, lengths and sampling settings. There is one program for each cache
     length: the number of entries in the fullest slot, rounded up to 64, 96, 128, 192, ... A request's ids are run once,
-    in a program per length (rounded up to 16, 32, 64, ...) and number of requests (1, 4 or 16). The prompt's
-    memory is computed once and then copied.
+    in a program per length (rounded up to 16, 32, 64, ...) and number of requests (1, 4 or 16); a request with more ids
+    than a chunk runs a chunk at a time, and others are decoded in between. The prompt's memory is computed once and
+    then copied.
 
     Senders take turns. With 16 or more slots, two slots are reserved: an HTTP request that already has a slot gets
     neither of them, and a client that already has a slot gets at most one. A short request therefore does not wait for
     the long answers of others. With 8 to 15 slots one slot is reserved, with fewer slots none.
     """
 
-    def __init__(self, bank: PromptBank, *, slots: int = 16, context: int | None = None, lookup: int = 0):
+    def __init__(
+        self,
+        bank: PromptBank,
+        *,
+        slots: int = 16,
+        context: int | None = None,
+        lookup: int = 0,
+        chunk: int | None = None,
+    ):
         """Allocates the slots on the device.
 
         Args:
@@ -54,10 +64,12 @@ class Engine:
           slots: the number of requests that run at once.
           context: positions per slot, for prompt and answer together; None for all positions of the base.
           lookup: the most ids of a draft, which is looked up in a request's earlier text; 0 for no drafts.
+          chunk: the most ids of a request that are run at a time; 0 for no limit, None for the default: no limit in
+            encoder-decoders, and `chunks.DEFAULT_CHUNK` in others.
 
         Raises:
           ConfigError: `slots` is not a multiple of the number of parts into which the mesh splits rows; `lookup` is out
-            of range, or the base cannot decode with drafts.
+            of range, or the base cannot decode with drafts; `chunk` is out of range, or the base is an encoder-decoder.
         """
         self.bank, base = bank, bank.base
         if slots < 1 or slots % row_shards(base.mesh):
@@ -73,12 +85,14 @@ class Engine:
         self._steps = MAX_STEPS  # steps that take POLL_SECONDS, estimated from the latest decode call
         self._compiling = threading.Lock()
         self._programs = programs_of(base.mesh, base.layout)
-        self._admission = Admission(base.layout, slots, self._capacity)
+        chunk = chunk_of(base.layout, base.name, chunk)
+        self._admission = Admission(base.layout, slots, self._capacity, chunk)
         self._slots = self._programs.empty(base.model, slots, self._capacity)
         self._busy: list[Ticket | None] = [None] * slots
+        self._started: dict[int, int] = {}  # slots whose requests have not all ids in them yet: how many they have
         self._spare = min(slots // 8, 2)
         self._waiting: Turns[Ticket] = Turns()
-        self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self._compiled: dict[Any, Callable[..., Any]] = {}
         self._shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self._slots)
 
     @property
@@ -142,7 +156,9 @@ class Engine:
         """
         self._waiting.remove(ticket.sender, ticket)
         if ticket in self._busy:
-            self._busy[self._busy.index(ticket)] = None
+            slot = self._busy.index(ticket)
+            self._busy[slot] = None
+            self._started.pop(slot, None)
         ticket.done = True
 
     @property
@@ -153,29 +169,38 @@ class Engine:
     def step(self) -> list[Ticket]:
         """Alternates between admitting waiting requests and decoding a few tokens for all; returns ended tickets.
 
+        Of the requests that are run in chunks, the first gets its next one in each step that admits.
+
         Returns:
           The tickets of the requests that ended.
         """
-        groups = [] if self._let_in else self._groups()
-        self._let_in = bool(groups)
-        admitted = [self._admit(*group) for group in groups]
+        admitted = []
+        if not self._let_in:
+            admitted += [self._extend()] if self._started else []
+            admitted += [self._admit(*group) for group in self._groups()]
+        self._let_in = bool(admitted)
         ended = []
         for slots, new in admitted:
             firsts = jax.tree.map(lambda a: np.asarray(a)[None], new)
             for number, slot in enumerate(slots):
-                ended += self._take(slot, firsts, number)
-        busy = np.asarray([ticket is not None for ticket in self._busy])
+                ended += [] if slot in self._started else self._take(slot, firsts, number)
+        running = self._running()
+        busy = np.asarray([ticket is not None for ticket in running])
         if busy.any() and not self._let_in:
-            counts, new = self._decode(busy)
+            counts, new = self._decode(busy, running)
             for slot in np.flatnonzero(busy).tolist():
                 count = int(counts[slot])
                 ended += self._take(slot, jax.tree.map(lambda a, count=count: a[:count], new), slot)
         return ended
 
-    def _decode(self, busy: np.ndarray) -> tuple[np.ndarray, NewTokens]:
+    def _running(self) -> list[Ticket | None]:
+        """Returns the request in each slot if all its ids are in it."""
+        return [None if slot in self._started else ticket for slot, ticket in enumerate(self._busy)]
+
+    def _decode(self, busy: np.ndarray, running: list[Ticket | None]) -> tuple[np.ndarray, NewTokens]:
         """Generates tokens for busy slots; returns how many of each slot are real, and the tokens."""
-        base, tickets = self.bank.base, [ticket for ticket in self._busy if ticket is not None]
-        began, drafts = time.perf_counter(), drafts_of(self._busy, self._lookup, base.layout.vocab_size)
+        base, tickets = self.bank.base, [ticket for ticket in running if ticket is not None]
+        began, drafts = time.perf_counter(), drafts_of(running, self._lookup, base.layout.vocab_size)
         filled = max(filled_entries(ticket, base.layout) for ticket in tickets)
         if drafts is not None:
             inputs = base.model, busy, wanted(tickets), drafts, self._slots
@@ -225,10 +250,10 @@ class Engine:
           length: the number of ids.
 
         Returns:
-          Whether both exist.
+          Whether all exist.
         """
-        key = self._admission.key(held, _warmed(held, length))
-        return all((size, key) in self._compiled for size in self._admission.sizes(key))
+        length = _warmed(held, length)
+        return all(key in self._compiled for key in self._admission.programs(held, length))
 
     def warm(self, held: DevicePrompt, length: int) -> None:
         """Compiles the programs for a request of `length` ids under this prompt, unless they exist. Thread-safe.
@@ -240,13 +265,18 @@ class Engine:
         if self.is_warm(held, length):
             return
         base, request = self.bank.base, Request(np.zeros(_warmed(held, length), np.int32))
-        key = self._admission.key(held, len(request.ids))
+        ticket = self._ticket(request, held)
         with self._compiling:
-            for size in self._admission.sizes(key):
-                if (size, key) not in self._compiled:
-                    inputs = *self._admission.inputs([self._ticket(request, held)] * size, [0] * size), self._shapes
+            for key in self._admission.programs(held, len(request.ids)):
+                if key in self._compiled:
+                    continue
+                if isinstance(key, Extension):
+                    inputs = *self._admission.chunk_inputs(ticket, 0, 0), self._shapes
+                    program = self._programs.extend.lower(key.reach, base.model, *inputs)
+                else:
+                    inputs = *self._admission.inputs([ticket] * key[0], [0] * key[0]), self._shapes
                     program = self._programs.admit.lower(base.model, *inputs)
-                    self._compiled[size, key] = program.compile()
+                self._compiled[key] = program.compile()
 
     def warm_decoding(self) -> None:
         """Compiles the decode programs, which do not depend on requests. Call it only while there are none."""
@@ -313,7 +343,24 @@ class Engine:
         self._slots, firsts = program(base.model, *self._admission.inputs(tickets, slots), self._slots)
         for slot, ticket in zip(slots, tickets, strict=True):
             self._busy[slot] = ticket
+            count = self._admission.first(ticket.held, len(ticket.request.ids))
+            if count < len(ticket.request.ids) - len(ticket.held.lead):
+                self._started[slot] = count
         return slots, firsts
+
+    def _extend(self) -> tuple[list[int], NewTokens]:
+        """Runs the next chunk of the request that came in first; returns its slot and the token after the chunk."""
+        slot, count = next(iter(self._started.items()))
+        ticket = self._busy[slot]
+        assert ticket is not None
+        key = self._admission.extension(ticket.held, count)
+        program = self._compiled.get(key) or functools.partial(self._programs.extend, key.reach)
+        inputs = self._admission.chunk_inputs(ticket, slot, count)
+        self._slots, first = program(self.bank.base.model, *inputs, self._slots)
+        self._started[slot] = count + self._admission.chunk
+        if self._started[slot] == len(ticket.request.ids) - len(ticket.held.lead):
+            del self._started[slot]
+        return [slot], first
 
     def _ticket(self, request: Request, held: DevicePrompt) -> Ticket:
         base = self.bank.base
