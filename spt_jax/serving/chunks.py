@@ -23,7 +23,7 @@ from spt_jax.serving.slots import NewTokens, Slots
 # Bounds of N. Shorter chunks cost more than they save: each reads all weights of the base.
 MIN_CHUNK = 16
 DEFAULT_CHUNK = 256
-# The shortest reach, in chunks, and the factor from one reach to the next: few programs, and few entries that are empty.
+# The shortest reach, in chunks, and the factor from one to the next, so that there are few programs.
 _GROWTH = 4
 
 
