@@ -87,8 +87,8 @@ def start(command: Serve, copies: Path | None = None) -> "Service":
     service.refresh = refresh
     service.worker.start()
     print(
-        f"{name} and {len(engine.bank.names)} prompts in {command.slots} slots, ready in"
-        f" {time.perf_counter() - began:.1f} s"
+        f"{name} and {len(engine.bank.names)} prompts in {command.slots} slots ({engine.slot_bytes / 2**20:,.0f} MiB),"
+        f" ready in {time.perf_counter() - began:.1f} s"
     )
     return service
 

@@ -101,6 +101,11 @@ class Engine:
         return len(self._busy)
 
     @property
+    def slot_bytes(self) -> int:
+        """The size of the slots on the device, all of which is allocated at the start."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._slots))
+
+    @property
     def waiting(self) -> int:
         """The number of requests that wait for a slot."""
         return len(self._waiting)
