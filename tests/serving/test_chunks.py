@@ -25,8 +25,8 @@ SAMPLINGS = (
 
 
 def bank_of(folder, family: str = "llama", **options) -> PromptBank:
-    """Returns a base with one prompt, which has leading ids, and virtual tokens after the text."""
-    base, method = tiny_base(family, **options), PromptTuning(length=5)
+    """Returns a base with one prompt, which has leading ids, and pinned virtual tokens after the text."""
+    base, method = tiny_base(family, **options), PromptTuning(length=5, pin_prefix=True)
     virtual = method.materialize(method.init_params(jax.random.key(0), base), base.model)
     template = spt_jax.Template(prompt="Say {text}\n<soft>", target="{label}", virtual_tokens=5)
     spt_jax.save_prompt(folder, base, method, virtual, template)
