@@ -52,7 +52,7 @@ def answered(template: Template, record: Mapping[str, Any], answer: str) -> dict
 def _lacks_answer(template: Template, record: Mapping[str, Any]) -> bool:
     """Whether a record has no target. A chat has one if any turn is the assistant's."""
     if not template.is_conversation:
-        return record.get(template.label_field) is None
+        return template.label_field is None or record.get(template.label_field) is None
     return all(turn.get("role") != "assistant" for turn in record[MESSAGES])
 
 

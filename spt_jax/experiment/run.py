@@ -170,15 +170,15 @@ class Experiment:
                 text=self.text_ids if template in (self.template, self.template.bare()) else None,
                 judge=self.judge,
             )
-            if found.text is None:
+            text, examples = found.text, found.examples
+            if text is None:
                 return found
-            examples = found.examples
             if self.template.continues and template != self.template:
                 examples = encode_records(self.encoder(self.template), records)
                 found = dataclasses.replace(found, text_examples=examples)
             if not isinstance(objective, ClassDistillation):
                 return found
-            scores = scores_after_text(self.base, found.text, examples, self.config.evaluation.batch_size)
+            scores = scores_after_text(self.base, text, examples, self.config.evaluation.batch_size)
             return dataclasses.replace(found, text_scores=scores)
 
     def training_set(self) -> tuple[Sequence[Example], BatchPlan]:
