@@ -9,7 +9,8 @@ from typing import Any
 
 from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.experiment.config import ExperimentConfig
-from spt_jax.experiment.mappings import SUFFIXES, read_mapping_config
+from spt_jax.experiment.mapping_nodes import SUFFIXES
+from spt_jax.experiment.mappings import read_mapping_config
 from spt_jax.experiment.shipped import shipped_configs
 from spt_jax.prompts import METHODS, Method
 
