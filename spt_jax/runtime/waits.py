@@ -15,8 +15,8 @@ PATIENCE = 1.0  # seconds before a wait that is usually short is mentioned
 def spoken(what: str, *, after: float = PATIENCE, shown: bool = True) -> Iterator[None]:
     """Context manager that says what a process is waiting for, again while it lasts, and at the end how long it took.
 
-    While it lasts, it is shown like other tasks (`Progress`). Nothing is said if the wait ends within `after` seconds, and
-    only the first process of a run says anything.
+    While it lasts, it is shown like other tasks (`Progress`). Nothing is said if the wait ends within `after` seconds,
+    and only the first process of a run says anything.
 
     Args:
       what: what is done, such as "loading starter".
