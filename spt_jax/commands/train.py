@@ -40,7 +40,7 @@ from spt_jax.runtime.files import shown, write_json, write_text
 from spt_jax.runtime.mirror import check_shared
 from spt_jax.runtime.provenance import provenance
 from spt_jax.runtime.waits import spoken
-from spt_jax.training.logs import MetricsLog, NoLog, check_log, publish, read_metrics
+from spt_jax.training.logs import MetricsLog, NoLog, RunInfo, check_log, publish, read_metrics
 from spt_jax.training.loop import Best
 from spt_jax.training.objectives import prepare_examples
 from spt_jax.training.single import Outcome
@@ -146,7 +146,7 @@ def run(command: Command[Any], argv: Sequence[str], program: str) -> None:
             with spoken("writing the results"):
                 finish(experiment, outcome, results, workdir, facts)
             metrics_of = {split: {k: v.metrics for k, v in by.items() if v} for split, by in results.items()}
-            publish(workdir, config.log, run_config=prepared.settings, results=metrics_of, prompt=workdir / "prompt")
+            publish(workdir, config.log, info=RunInfo(prepared.settings), results=metrics_of, prompt=workdir / "prompt")
 
 
 def dry_run(prepared: Prepared) -> None:
