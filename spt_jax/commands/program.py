@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM} {spt_jax.__version__}")
         return 0
     if not words or words[0] in ("-h", "--help"):
-        print(usage())
+        _show(usage())
         return 0 if words else 2
     if words[0] not in COMMANDS:
         print(f"error: no command {words[0]!r}; {did_you_mean(words[0], COMMANDS)}", file=sys.stderr)
@@ -157,7 +158,7 @@ def run_command(name: str, words: Sequence[str], program: str | None = None) -> 
     typed = program or f"{PROGRAM} {name}"
     try:
         if {"-h", "--help"} & set(words) and (text := _help(entry, words, typed)) is not None:
-            print(text)
+            _show(text)
             return 0
         arguments = (*_arguments(entry, f"{PROGRAM} {name}", words), *([] if program is None else [program]))
     except ConfigError as error:
@@ -171,6 +172,14 @@ def run_command(name: str, words: Sequence[str], program: str | None = None) -> 
     from spt_jax.experiment.command_line import exit_code
 
     return exit_code(lambda: entry.load()(*arguments))
+
+
+def _show(text: str) -> None:
+    """Prints a text. It is no error if its reader ends early, as `head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end of the process
 
 
 def _run_without_options(function: Callable[[], None], name: str, words: Sequence[str]) -> int:

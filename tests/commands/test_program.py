@@ -41,6 +41,13 @@ def test_simple_commands_do_not_wait_for_jax(words: list[str]):
     assert words != ["trian"] or ended.stderr.endswith("error: no command 'trian'; did you mean 'train'?\n")
 
 
+def test_help_may_be_read_in_part():
+    line = f"{sys.executable} -m spt_jax train quickstart --help | head -1; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == "usage: spt-jax train quickstart [--field value ...]\n"
+
+
 def test_a_line_is_printed_before_jax_is_imported():
     lines = [line.rpartition("|")[2].strip() for line in program("train", "quikstart").stderr.splitlines()]
     assert lines.index("spt-jax train: loading JAX") < lines.index("jax")
@@ -86,6 +93,9 @@ def test_a_config_is_named_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
         parse_train(["quikstart"])
     with pytest.raises(ConfigError, match="is named quickstart, without a folder"):
         parse_train(["configs/quickstart.py"])
+    (tmp_path / ".hidden.yaml").touch()
+    with pytest.raises(ConfigError, match=r"mine.yaml; config files there: own.py; `spt-jax configs` lists those"):
+        parse_train(["mine.yaml"])
 
 
 def test_commands_without_arguments_refuse_them(capsys: pytest.CaptureFixture):
