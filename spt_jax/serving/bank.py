@@ -54,7 +54,7 @@ class DevicePrompt:
 
     @property
     def generates(self) -> bool:
-        """Whether requests can share a decode step: they need no shifts, replaced embeddings, gates, maps or head."""
+        """Whether requests can share a decode step: they have only token rows and a prefix."""
         return can_generate(self.virtual)
 
     @property
@@ -65,7 +65,9 @@ class DevicePrompt:
 
 def can_generate(virtual: VirtualPrompt | None) -> bool:
     """Whether the server can generate under a prompt: a decode step has its memory, but none of its other parts."""
-    parts = () if virtual is None else (virtual.shift, virtual.replaced, virtual.gated, virtual.linear, virtual.head)
+    if virtual is None:
+        return True
+    parts = virtual.shift, virtual.replaced, virtual.gated, virtual.linear, virtual.edits, virtual.head
     return all(part is None for part in parts)
 
 
