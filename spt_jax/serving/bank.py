@@ -38,7 +38,8 @@ class DevicePrompt:
 
     Attributes:
       prefix: the memory of the prompt and of the leading ids of its template; padding has the position NEVER.
-      virtual: the other parts of the prompt: rows for later virtual ids, shifts, other embeddings, gates, maps, a head.
+      virtual: the other parts of the prompt: rows for later virtual ids, shifts, other embeddings, gates, maps, edits,
+        a head.
       rows: the number of virtual ids, including those among the leading ids.
       lead: the leading ids.
       start: the position after them.

@@ -204,7 +204,7 @@ def test_what_does_not_go_together_is_refused():
         stack_prompts([VirtualPrompt(head=head), VirtualPrompt()])
     with pytest.raises(ConfigError, match="are not compatible"):
         stack_prompts([VirtualPrompt(head=head), VirtualPrompt(head=Head(jnp.zeros((width, 3)), jnp.zeros(3)))])
-    with pytest.raises(ConfigError, match=r"outside 0 to 6"):
-        generate(base_of(), [np.asarray([1, 5])], stack_prompts(prompts()), prompt_index=[7])
+    with pytest.raises(ConfigError, match=r"outside 0 to 8"):
+        generate(base_of(), [np.asarray([1, 5])], stack_prompts(prompts()), prompt_index=[9])
     with pytest.raises(ConfigError, match=r"prompt_index has 2 entries for 1 prompts"):
         generate(base_of(), [np.asarray([1, 5])], stack_prompts(prompts()), prompt_index=[0, 1])
