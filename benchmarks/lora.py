@@ -35,15 +35,17 @@ RANK, ALPHA = 8, 16
 
 
 def padded(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Returns the ids of rows padded on the right, and their mask."""
+    """Returns the ids of rows padded on the left, their mask, and their positions."""
     import torch
 
-    lengths = [len(row) for row in rows]
-    ids = np.zeros((len(rows), max(lengths)), np.int64)
+    length = max(map(len, rows))
+    ids = np.zeros((len(rows), length), np.int64)
     for own, row in zip(ids, rows, strict=True):
-        own[: len(row)] = row
-    mask = np.arange(ids.shape[1]) < np.asarray(lengths)[:, None]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask.astype(np.int64))}
+        own[length - len(row) :] = row
+    padding = length - np.asarray([[len(row)] for row in rows])
+    places = np.arange(length) - padding
+    arrays = {"input_ids": ids, "attention_mask": (places >= 0).astype(int), "position_ids": places.clip(0)}
+    return {name: torch.tensor(array) for name, array in arrays.items()}
 
 
 def class_scores(model: Any, examples: Sequence[Example]) -> Any:
@@ -55,12 +57,13 @@ def class_scores(model: Any, examples: Sequence[Example]) -> Any:
     longer = [number for number, choice in enumerate(choices) if len(choice) > 1]
     tails = [choices[number][:-1] for number in longer] or [[]]
     rows = [[*example.ids.tolist(), *tail] for tail in tails for example in examples]
-    logs = torch.log_softmax(model(**padded(rows)).logits.float(), dim=-1)
-    own, last = torch.arange(len(examples)), torch.tensor([len(example.ids) - 1 for example in examples])
+    outputs = model(**padded(rows), logits_to_keep=max(map(len, tails)) + 1)
+    logs = torch.log_softmax(outputs.logits.float(), dim=-1).unflatten(0, (len(tails), len(examples)))
     found = []
     for number, choice in enumerate(choices):
-        start = longer.index(number) * len(examples) if number in longer else 0
-        found.append(sum(logs[start + own, last + place, token] for place, token in enumerate(choice)))
+        tail = longer.index(number) if number in longer else 0
+        first = -1 - len(tails[tail])  # from the end: where the first token of a class is predicted
+        found.append(sum(logs[tail, :, first + place, token] for place, token in enumerate(choice)))
     return torch.stack(found, dim=1)
 
 
