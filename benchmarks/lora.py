@@ -1,12 +1,14 @@
 """Trains LoRA through PEFT on the data and steps of a run, for `spt-jax compare --others LoRA=DIRECTORY`.
 
-    python benchmarks/lora.py configs/quickstart.py --workdir out/lora
+    python benchmarks/lora.py configs/quickstart.py --workdir out/lora [--rates 0.001 0.003 0.01]
 
-Takes the same options as train.py. Records are formatted with the run's template without virtual tokens. The loss is
-over the verbalizers, and Adam's learning rate decays linearly to 0. Validation chooses among three
-rates and, within each run, among all evaluations. Writes facts.json and predictions.jsonl. Needs torch and peft.
+Takes the same options as train.py, and the rates, whose default is here. Records are formatted with the run's template
+without virtual tokens. The loss is over the verbalizers, and Adam's learning rate decays linearly to 0. Validation
+chooses among the rates and, within each run, among all evaluations. Writes facts.json and predictions.jsonl. Needs
+torch and peft.
 """
 
+import argparse
 import copy
 import dataclasses
 import json
@@ -124,7 +126,10 @@ def train(folder: Path, examples: Sequence[Example], validation: EvaluationSet, 
 
 def main(argv: Sequence[str]) -> None:
     """Trains, evaluates on the test records, and writes the results."""
-    command = parse_train(argv)
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--rates", type=float, nargs="+", default=RATES)
+    own, others = options.parse_known_args(argv)
+    command = parse_train(others)
     experiment = load_experiment(resolve(command.config))
     config, records = experiment.config, (experiment.train, experiment.validation, experiment.test)
     if records[1] is None or records[2] is None or not experiment.template.verbalizers:
@@ -133,7 +138,7 @@ def main(argv: Sequence[str]) -> None:
     examples = experiment.encoder(template).encode_all(records[0])
     validation, test = (experiment.evaluation_set(own, template) for own in records[1:])  # type: ignore[arg-type]
     folder = local_directory(config.base.path, config.base.revision)
-    runs = [train(folder, examples, validation, config.train, rate) for rate in RATES]
+    runs = [train(folder, examples, validation, config.train, rate) for rate in own.rates]
     model, metrics, seconds = max(runs, key=lambda run: run[1]["accuracy"])
     start_time = time.perf_counter()
     result = from_scores(test, list(scores(model, test)))
