@@ -16,6 +16,10 @@ from spt_jax.models.model import Model
 from spt_jax.prompts.method import Method
 from spt_jax.prompts.virtual import VirtualPrompt, shape
 
+# The entries of A are in units of this number divided by the width, so that a learning rate changes h A equally for
+# every width: an update of Adam changes each entry by about the rate, and h A is a sum over the width.
+DOWN_UNIT = 64
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RepresentationFinetuning(Method):
@@ -56,7 +60,9 @@ class RepresentationFinetuning(Method):
         super().check_base(base)
 
     def init_params(self, key: Key[Array, ""], base: FrozenBase) -> dict[str, Any]:
-        """Returns `down` [L, D, r], normal with the variance 1 / D; `bias` [L, r] and `up` [L, r, D] are 0; float32.
+        """Returns `down` [L, D, r], `bias` [L, r] and `up` [L, r, D], the last two of zeros; float32.
+
+        A is `down` in units of 64 / D, and normal with the variance 1 / D.
 
         Raises:
           ConfigError: as in `check_base`.
@@ -64,13 +70,14 @@ class RepresentationFinetuning(Method):
         self.check_base(base)
         spec = self.spec(base.layout).edits
         assert spec is not None
-        down = jax.random.normal(key, spec.down.shape) * base.layout.layer_width**-0.5
+        down = jax.random.normal(key, spec.down.shape) * (base.layout.layer_width**0.5 / DOWN_UNIT)
         return {"down": down, "bias": jnp.zeros(spec.bias.shape), "up": jnp.zeros(spec.up.shape)}
 
     def materialize(self, params: Mapping[str, Any], model: Model) -> VirtualPrompt:
         """Returns the edits."""
         del model
-        return VirtualPrompt(edits=HiddenEdits(*(jnp.asarray(params[name]) for name in ("down", "bias", "up"))))
+        down, bias, up = (jnp.asarray(params[name]) for name in ("down", "bias", "up"))
+        return VirtualPrompt(edits=HiddenEdits(down * (DOWN_UNIT / down.shape[1]), bias, up))
 
     def spec(self, layout: Layout) -> VirtualPrompt:
         """Returns the shapes of the edits."""

@@ -11,6 +11,7 @@ from spt_jax.data.batches import pack, plan_batches
 from spt_jax.data.examples import Example
 from spt_jax.inference.forward import encode_prefix, output_logits
 from spt_jax.prompts import RepresentationFinetuning
+from spt_jax.prompts.reft import DOWN_UNIT
 from spt_jax.testing import write_tiny_checkpoint
 from spt_jax.training.objectives import CrossEntropy
 from spt_jax.training.step import loss_and_gradient
@@ -42,7 +43,11 @@ def test_logits_loss_and_gradients_are_those_of_torch(tmp_path):
     folder = write_tiny_checkpoint(tmp_path)
     base, method = load_base(str(folder), dtype="float32"), RepresentationFinetuning(rank=3)
     params = jax.tree.map(lambda a: 3 * a, moved_params(method, base))
-    edits = {name: torch.tensor(np.asarray(own), requires_grad=True) for name, own in params.items()}
+    virtual = method.materialize(params, base.model)
+    edits = {
+        name: torch.tensor(np.asarray(getattr(virtual.edits, name)), requires_grad=True)
+        for name in ("down", "bias", "up")
+    }
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
     for i, layer in enumerate(theirs.model.layers):
         layer.register_forward_hook(hook_of(edits, i))
@@ -56,7 +61,6 @@ def test_logits_loss_and_gradients_are_those_of_torch(tmp_path):
     batch = pack(examples, plan_batches(examples, lead=0, batch_size=len(IDS), packing=False))
     compiled = jax.jit(loss_and_gradient, static_argnums=(0, 1), compiler_options=QUICK_COMPILE)
     ours, gradient, _ = compiled(method, CrossEntropy(), base.model, params, batch)
-    virtual = method.materialize(params, base.model)
     logits = jax.nn.log_softmax(jax.jit(logits_of, compiler_options=QUICK_COMPILE)(base.model, virtual, batch))
     order = np.asarray(batch.rows.examples[:, 0])
     np.testing.assert_allclose(logits[:, :TARGETS], scores.detach().numpy()[order], atol=1e-4)
@@ -64,4 +68,5 @@ def test_logits_loss_and_gradients_are_those_of_torch(tmp_path):
     for name, own in edits.items():
         scale = float(own.grad.abs().max())
         assert scale > 1e-3
-        np.testing.assert_allclose(gradient[name], own.grad.numpy(), atol=1e-5 * scale, err_msg=name)
+        unit = DOWN_UNIT / base.layout.layer_width if name == "down" else 1
+        np.testing.assert_allclose(gradient[name] / unit, own.grad.numpy(), atol=1e-5 * scale, err_msg=name)
