@@ -97,6 +97,9 @@ def _parts(virtual: VirtualPrompt) -> str:
         maps = virtual.linear.maps.values()
         norm = np.sqrt(sum(float(np.square(np.asarray(own, np.float64)).sum()) for own in maps))
         parts.append(f"maps of the queries of {sum(map(len, maps))} layers, norm {norm:.3g}")
+    if virtual.edits is not None:
+        layers, _, rank = virtual.edits.down.shape
+        parts.append(f"edits of rank {rank} of the hidden states after {layers} layers")
     if virtual.instance is not None:
         hidden = virtual.instance.rows["inner"]["bias"].shape[0]
         parts.append(f"factors of these tokens for each input, from networks of width {hidden}")

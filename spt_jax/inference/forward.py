@@ -110,7 +110,8 @@ def run_stream(
 
     Args:
       model: the base.
-      virtual: the soft prompt; its token rows, replaced embeddings, gated prefix and linear memory are applied.
+      virtual: the soft prompt; its token rows, replaced embeddings, gated prefix, linear memory and edits
+        are applied.
       ids: real and virtual ids.
       stream: positions and segments of the ids; virtual ids are pinned if the soft prompt says so.
       prefix: the memory of what precedes the stream, such as that from `encode_prefix`.
@@ -128,6 +129,8 @@ def run_stream(
     options: dict[str, Any] = {"return_memory": return_memory, "return_hidden": return_hidden}
     if virtual is not None and virtual.linear is not None:
         options["linear"] = virtual.linear  # a model of a user may lack the argument
+    if virtual is not None and virtual.edits is not None:
+        options["edits"] = virtual.edits
     return model.run(x, stream, prefix, cache, gated, **options)
 
 

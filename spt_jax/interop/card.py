@@ -81,7 +81,7 @@ def _parts(saved: SavedPrompt) -> str:
         lengths.append(f"{virtual.tokens.shape[-2]} virtual tokens")
     if virtual.prefix is not None:
         lengths.append(f"a prefix of {virtual.prefix_length} positions")
-    others = "shift", "replaced", "gated", "linear", "instance", "head"
+    others = "shift", "replaced", "gated", "linear", "edits", "instance", "head"
     lengths += [name for name in others if getattr(virtual, name) is not None]
     return ", ".join(lengths)
 

@@ -117,6 +117,8 @@ def check_exportable(base: FrozenBase, method: Method, template: Template, virtu
         )
     if virtual.linear is not None:
         raise ConfigError(f"this {method.name} prompt has maps outside the softmax, which PEFT does not have")
+    if virtual.edits is not None:
+        raise ConfigError(f"this {method.name} prompt edits hidden states, which PEFT's prompts do not do")
     _check_tokens(base, template, virtual)
     parts = parts_of(virtual)
     if base.layout.encodes and parts != ["tokens"] and not _is_of_decoder(virtual):

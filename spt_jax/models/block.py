@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.convolution import TokenConvolution
 from spt_jax.models.delta_net import GatedDeltaNet
+from spt_jax.models.edits import edited
 from spt_jax.models.experts import Experts
 from spt_jax.models.kernels import Kernel
 from spt_jax.models.latent_attention import LatentAttention
@@ -18,7 +19,7 @@ from spt_jax.models.layers import Mlp, Norm, scaled
 from spt_jax.models.mamba import Mamba2
 from spt_jax.models.memory import KeysValues, State
 from spt_jax.models.per_layer import PerLayerInput
-from spt_jax.models.self_attention import Attention, LayerInputs, SharedInputs, unless_last
+from spt_jax.models.self_attention import Attention, LayerInputs, SharedInputs, of_row, unless_last
 from spt_jax.runtime.sharding import ROWS, constrain
 
 
@@ -46,7 +47,7 @@ class Block(nn.Module):
         if config.parallel:
             of_mlp = normed if config.shared_norm else self.norm("mlp_norm", x, ("before", "around"))
             x = x + self.scaled("attention", attended) + unless_last(self, layer, mlp, of_mlp)
-            return self.layer_scaled(x), own
+            return self.edited(self.layer_scaled(x), layer, shared), own
 
         x = self.norm("attention_sum_norm", x + self.scaled("attention", attended), ("sum",))
 
@@ -58,7 +59,8 @@ class Block(nn.Module):
             return mlp(module, normed)
 
         x = self.norm("mlp_sum_norm", x + unless_last(self, layer, normed_mlp, x), ("sum",))
-        return self.convolved(self.layer_scaled(self.with_per_layer(x, layer)), given, shared), own
+        x = self.convolved(self.layer_scaled(self.with_per_layer(x, layer)), given, shared)
+        return self.edited(x, layer, shared), own
 
     def mixed(
         self, x: Float[Array, "B T D"], layer: LayerInputs, shared: SharedInputs
@@ -116,6 +118,11 @@ class Block(nn.Module):
             return x
         convolved = TokenConvolution(own, name="convolution")(given, shared.stream.segments)
         return Norm(self.config, name="convolution_norm")(x + convolved)
+
+    def edited(self, x: Float[Array, "B T D"], layer: LayerInputs, shared: SharedInputs) -> Float[Array, "B T D"]:
+        """Edits the output of the layer as the prompt says."""
+        edits = of_row(shared.stream.prompt_index, layer.edits)
+        return x if edits is None else edited(x, edits)
 
     def layer_scaled(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Multiplies the output of a layer by its number, in families that have one."""

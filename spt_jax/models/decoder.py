@@ -27,6 +27,7 @@ from spt_jax.models.attention import (
 from spt_jax.models.block import Block
 from spt_jax.models.config import DecoderConfig, Stack, group_names, kv_sources, layer_configs, periods
 from spt_jax.models.disentangled import Distances, distances_of
+from spt_jax.models.edits import HiddenEdits
 from spt_jax.models.kernels import Kernel
 from spt_jax.models.layers import ACTIVATIONS, Linear, Norm, scaled, table_param, table_rows, take_rows
 from spt_jax.models.layout import Group, Layout, StateGroup
@@ -138,6 +139,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         gated: GatedPrefix | None = None,
         linear: LinearMemory | None = None,
+        edits: HiddenEdits | None = None,
         *,
         return_memory: bool = False,
         return_hidden: bool = True,
@@ -147,6 +149,8 @@ class Decoder(nn.Module):
         remembered = _remembered(config, rows, prefix, cache, gated, linear)
         ring = cache is None and splits(self.mesh, rows)
         by_layer = self.by_layer(x, rows)
+        if edits is not None and rows.prompt_index is not None:
+            edits = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), edits)
         rows = dataclasses.replace(rows, ids=None)  # No layer reads them.
         x, own = self.enter(x, rows), []
         orders, distances = _orders(config, rows), self.distances(x, rows)
@@ -155,7 +159,7 @@ class Decoder(nn.Module):
         for period in periods(config):
             if not (return_hidden or period.groups()):
                 continue
-            inputs = tuple(_layer_inputs(config, stack, return_hidden, by_layer) for stack in period.stacks)
+            inputs = tuple(_layer_inputs(config, stack, return_hidden, by_layer, edits) for stack in period.stacks)
             shared = tuple(
                 dataclasses.replace(
                     _shared_inputs(stack, rows, prefix, cache, orders, ring=ring),
@@ -298,7 +302,11 @@ def _source_layer(
 
 
 def _layer_inputs(
-    config: DecoderConfig, stack: Stack, return_hidden: bool, by_layer: Float[Array, "L B T d"] | None
+    config: DecoderConfig,
+    stack: Stack,
+    return_hidden: bool,
+    by_layer: Float[Array, "L B T d"] | None,
+    edits: HiddenEdits | None,
 ) -> LayerInputs:
     last = max(layer for layer, name in enumerate(group_names(config)) if name)
     return LayerInputs(
@@ -306,6 +314,7 @@ def _layer_inputs(
         rotates=_flags(config.no_rope_layers, stack, invert=True),
         windowed=None if _all_windowed(stack) else _flags(stack.config.window_layers, stack),
         by_layer=None if by_layer is None else _of_stack(stack, by_layer),
+        edits=jax.tree.map(functools.partial(_of_stack, stack), edits),
     )
 
 
@@ -396,4 +405,6 @@ def decoder_layout(config: DecoderConfig) -> Layout:
         pooling=config.pooling,
         predicts_tokens=config.output_head != "none",
         hidden_width=None if config.output_head == "matrix" else config.width,
+        layer_count=config.layers,
+        layer_width=config.width,
     )

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from spt_jax.models.attention import Cache, GatedPrefix, LinearMemory, Prefix, Stream
 from spt_jax.models.config import DecoderConfig, layer_configs, periods
 from spt_jax.models.decoder import Decoder, decoder_layout
+from spt_jax.models.edits import HiddenEdits
 from spt_jax.models.latent_attention import LatentAttention
 from spt_jax.models.layers import dense
 from spt_jax.models.layout import Layout, only_layers
@@ -55,12 +56,13 @@ class DecoderModel(LinenModel):
         cache: Cache | None = None,
         gated: GatedPrefix | None = None,
         linear: LinearMemory | None = None,
+        edits: HiddenEdits | None = None,
         *,
         return_memory: bool = False,
         return_hidden: bool = True,
     ) -> tuple[Float[Array, "B T _"] | None, Memory | None]:
         options = {"return_memory": return_memory, "return_hidden": return_hidden}
-        return self._apply(x, stream, prefix, cache, gated, linear, **options)
+        return self._apply(x, stream, prefix, cache, gated, linear, edits, **options)
 
     def attention_weights(
         self, x: Float[Array, "B T D"], stream: Stream, prefix: Prefix | None

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from spt_jax.errors import ConfigError
 from spt_jax.models.attention import Cache, GatedPrefix, LinearMemory, Prefix, Stream
+from spt_jax.models.edits import HiddenEdits
 from spt_jax.models.encoder_decoder import EncoderDecoder, encoder_decoder_layout
 from spt_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from spt_jax.models.layers import scaled
@@ -52,12 +53,15 @@ class EncoderDecoderModel(LinenModel):
         cache: Cache | None = None,
         gated: GatedPrefix | None = None,
         linear: LinearMemory | None = None,
+        edits: HiddenEdits | None = None,
         *,
         return_memory: bool = False,
         return_hidden: bool = True,
     ) -> tuple[Float[Array, "B T D"] | None, Memory | None]:
         if linear is not None:
             raise ConfigError("an encoder-decoder has no maps outside the softmax; use another method")
+        if edits is not None:
+            raise ConfigError("an encoder-decoder has no edits of hidden states; use another method")
         options = {"return_memory": return_memory, "return_hidden": return_hidden}
         return self._apply(x, stream, prefix, cache, gated, **options)
 

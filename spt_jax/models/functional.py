@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spt_jax.errors import ConfigError
 from spt_jax.models.attention import NEVER, Cache, GatedPrefix, LinearMemory, Prefix, Stream, visible
+from spt_jax.models.edits import HiddenEdits
 from spt_jax.models.layout import Group, Layout
 from spt_jax.models.memory import KeysValues, Memory, from_cache
 from spt_jax.models.model import TargetScores
@@ -102,6 +103,7 @@ class FunctionalModel:
         cache: Cache | None = None,
         gated: GatedPrefix | None = None,
         linear: LinearMemory | None = None,
+        edits: HiddenEdits | None = None,
         *,
         return_memory: bool = False,
         return_hidden: bool = True,
@@ -110,6 +112,8 @@ class FunctionalModel:
             raise ConfigError("this model takes input embeddings only, no gated keys and values")
         if linear is not None:
             raise ConfigError("this model takes input embeddings only, no linear memory")
+        if edits is not None:
+            raise ConfigError("this model takes input embeddings only, no edits of hidden states")
         memory = None
         if return_memory:
             keys = x[None, :, :, None]

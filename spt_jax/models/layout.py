@@ -66,6 +66,8 @@ class Layout:
       pooling: what a class head reads, as in `DecoderConfig`.
       predicts_tokens: whether the base has an output matrix, and so logits.
       hidden_width: size of a hidden state; None if it is that of an embedding.
+      layer_count: number L of layers whose hidden states a prompt can edit; 0 if it cannot.
+      layer_width: size of their hidden states.
       start_id: of an encoder-decoder, the token that begins the decoder's tokens; None for a base with one side.
       forced_id: of an encoder-decoder, the first token of every answer, after `start_id`; None if the model chooses it.
     """
@@ -80,6 +82,8 @@ class Layout:
     pooling: Literal["last", "first", "mean"] = "last"
     predicts_tokens: bool = True
     hidden_width: int | None = None
+    layer_count: int = 0
+    layer_width: int = 0
     start_id: int | None = None
     forced_id: int | None = None
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from spt_jax.models.attention import Cache, GatedPrefix, LinearMemory, Prefix, Stream
+from spt_jax.models.edits import HiddenEdits
 from spt_jax.models.layout import Layout
 from spt_jax.models.memory import Memory
 
@@ -92,6 +93,7 @@ class Model(Protocol):
         cache: Cache | None = None,
         gated: GatedPrefix | None = None,
         linear: LinearMemory | None = None,
+        edits: HiddenEdits | None = None,
         *,
         return_memory: bool = False,
         return_hidden: bool = True,
@@ -105,6 +107,7 @@ class Model(Protocol):
           cache: memory of earlier tokens of each row.
           gated: gated keys and values of the last layers.
           linear: maps that add to the output of attention. It is passed only for a prompt that has it.
+          edits: edits of the hidden states after each layer, likewise.
           return_memory: also return the memory of the tokens of x.
           return_hidden: if False, the last layer computes only its memory.
 

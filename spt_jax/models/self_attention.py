@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from spt_jax.models.attention import Scoring, Source, Stream, alibi_slopes, attend, attention_weights, linear_term
 from spt_jax.models.config import DecoderConfig
 from spt_jax.models.disentangled import Distances, distance_terms
+from spt_jax.models.edits import HiddenEdits
 from spt_jax.models.kernels import Kernel
 from spt_jax.models.layers import Linear, Norm, linear, scaled
 from spt_jax.models.memory import KeysValues, State, from_cache
@@ -39,6 +40,7 @@ class LayerInputs:
       gated: keys and values of the gated prefix, and the gate, which is 0 for layers without one.
       linear: the map of a `LinearMemory`.
       by_layer: the layer's embeddings of the tokens.
+      edits: the edit of the layer's output.
     """
 
     last: Bool[Array, "*L"] | None
@@ -50,6 +52,7 @@ class LayerInputs:
     gated: tuple[KeysValues, Float[Array, "*L"]] | None = None
     linear: Float[Array, "*L K H Hv"] | None = None
     by_layer: Float[Array, "*L B T d"] | None = None
+    edits: HiddenEdits | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -15,6 +15,7 @@ from spt_jax.prompts.prefix_tuning import PrefixTuning
 from spt_jax.prompts.prefix_tuning_plus import PrefixTuningPlus
 from spt_jax.prompts.progressive import ProgressivePrompts
 from spt_jax.prompts.prompt_tuning import PromptTuning
+from spt_jax.prompts.reft import RepresentationFinetuning
 from spt_jax.prompts.residual import ResidualPromptTuning
 from spt_jax.prompts.state_tuning import StateTuning
 from spt_jax.prompts.trained_tokens import TrainedTokens
@@ -36,6 +37,7 @@ __all__ = [
     "ProgressivePrompts",
     "PromptParams",
     "PromptTuning",
+    "RepresentationFinetuning",
     "ResidualPromptTuning",
     "StateTuning",
     "TrainedTokens",
@@ -58,4 +60,5 @@ METHODS: dict[str, Any] = {
     "progressive_prompts": ProgressivePrompts,
     "trained_tokens": TrainedTokens,
     "lopa": LowRankPromptAdaptation,
+    "reft": RepresentationFinetuning,
 }

@@ -86,10 +86,10 @@ def check_method(method: "Method", base: FrozenBase) -> None:
         in `Method.check_base`.
     """
     virtual = method.spec(base.layout)
-    if base.layout.only_tokens and any((virtual.prefix, virtual.gated, virtual.linear)):
+    if base.layout.only_tokens and any((virtual.prefix, virtual.gated, virtual.linear, virtual.edits)):
         raise ConfigError(
-            f"{method.name} gives keys, values, states or maps to layers, and {base.name} takes input embeddings only;"
-            f" methods that work: {', '.join(TOKEN_METHODS)}"
+            f"{method.name} gives keys, values, states, maps or edits to layers, and {base.name} takes input embeddings"
+            f" only; methods that work: {', '.join(TOKEN_METHODS)}"
         )
     method.check_base(base)
 

@@ -1,12 +1,14 @@
 """Stacks several soft prompts, for calls whose rows have different prompts."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
 from spt_jax.errors import ConfigError
 from spt_jax.models import memory
 from spt_jax.models.attention import GatedPrefix, LinearMemory
+from spt_jax.models.edits import HiddenEdits
 from spt_jax.prompts.virtual import Head, ReplacedRows, VirtualPrefix, VirtualPrompt
 
 
@@ -14,7 +16,7 @@ def stack_prompts(prompts: Sequence[VirtualPrompt]) -> VirtualPrompt:
     """Stacks S prompts, of any methods and lengths, along a new leading S axis.
 
     A part that only some of the prompts have is padded for the others: with token rows that no template uses, with an
-    empty prefix, a gate of 0, maps of zeros, or embeddings of no id.
+    empty prefix, a gate of 0, maps or edits of zeros, or embeddings of no id.
 
     Args:
       prompts: prompts of one frozen base.
@@ -45,6 +47,7 @@ def stack_prompts(prompts: Sequence[VirtualPrompt]) -> VirtualPrompt:
         prefix=_stacked_prefix([p.prefix for p in prompts]),
         gated=_stacked_gated([p.gated for p in prompts]),
         linear=_stacked_linear([p.linear for p in prompts]),
+        edits=_stacked_edits([p.edits for p in prompts]),
         replaced=_stacked_replaced([p.replaced for p in prompts]),
         head=_stacked_head([p.head for p in prompts]),
         pinned=_stacked_pins([p.pinned for p in prompts]),
@@ -77,6 +80,14 @@ def _stacked_linear(parts: Sequence[LinearMemory | None]) -> LinearMemory | None
     groups = sorted({name for part in parts if part is not None for name in part.maps})
     maps = {name: memory.stack_padded([part and part.maps.get(name) for part in parts], axis=0) for name in groups}
     return LinearMemory({name: own for name, own in maps.items() if own is not None}) if any(parts) else None
+
+
+def _stacked_edits(parts: Sequence[HiddenEdits | None]) -> HiddenEdits | None:
+    def stacked(name: str, axis: int) -> Any:
+        return memory.stack_padded([None if part is None else getattr(part, name) for part in parts], axis=axis)
+
+    # Smaller ranks are padded with zeros.
+    return HiddenEdits(stacked("down", 2), stacked("bias", 1), stacked("up", 1)) if any(parts) else None
 
 
 def _stacked_replaced(parts: Sequence[ReplacedRows | None]) -> ReplacedRows | None:

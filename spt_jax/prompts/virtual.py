@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from spt_jax.models import memory
 from spt_jax.models.attention import GatedPrefix, LinearMemory
+from spt_jax.models.edits import HiddenEdits
 from spt_jax.models.memory import Memory
 from spt_jax.prompts.instance import InstanceGate
 from spt_jax.runtime.reprs import short_repr
@@ -66,6 +67,7 @@ class VirtualPrompt:
       prefix: memory of the positions before the first token.
       gated: gated keys and values of the last layers.
       linear: maps of the queries that add to the output of attention.
+      edits: low-rank edits of the hidden states after each layer.
       head: task head, used in place of the output matrix.
       instance: networks that adapt the virtual tokens to the input of each example; such prompts cannot be stacked.
       pinned: whether layers with a sliding window never hide the prefix and the virtual tokens from later tokens; for S
@@ -77,6 +79,7 @@ class VirtualPrompt:
     prefix: VirtualPrefix | None = None
     gated: GatedPrefix | None = None
     linear: LinearMemory | None = None
+    edits: HiddenEdits | None = None
     head: Head | None = None
     replaced: ReplacedRows | None = None
     instance: InstanceGate | None = None

@@ -38,7 +38,8 @@ class DevicePrompt:
 
     Attributes:
       prefix: the memory of the prompt and of the leading ids of its template; padding has the position NEVER.
-      virtual: the other parts of the prompt: rows for later virtual ids, shifts, other embeddings, gates, maps, a head.
+      virtual: the other parts of the prompt: rows for later virtual ids, shifts, other embeddings, gates, maps, edits,
+        a head.
       rows: the number of virtual ids, including those among the leading ids.
       lead: the leading ids.
       start: the position after them.
@@ -54,7 +55,7 @@ class DevicePrompt:
 
     @property
     def generates(self) -> bool:
-        """Whether requests can share a decode step: they need no shifts, replaced embeddings, gates, maps or head."""
+        """Whether requests can share a decode step: they have only token rows and a prefix."""
         return can_generate(self.virtual)
 
     @property
@@ -65,7 +66,9 @@ class DevicePrompt:
 
 def can_generate(virtual: VirtualPrompt | None) -> bool:
     """Whether the server can generate under a prompt: a decode step has its memory, but none of its other parts."""
-    parts = () if virtual is None else (virtual.shift, virtual.replaced, virtual.gated, virtual.linear, virtual.head)
+    if virtual is None:
+        return True
+    parts = virtual.shift, virtual.replaced, virtual.gated, virtual.linear, virtual.edits, virtual.head
     return all(part is None for part in parts)
 
 

@@ -125,8 +125,8 @@ class Engine:
           A ticket, which receives the answer's tokens.
 
         Raises:
-          ConfigError: there is no such prompt, it cannot generate text (it has shifts, gates, maps or a head), the
-            request has more tokens than the base or a slot has positions, or it wants too many alternatives.
+          ConfigError: there is no such prompt, it cannot generate text (it has shifts, gates, maps, edits or a head),
+            the request has more tokens than the base or a slot has positions, or it wants too many alternatives.
           DataError: there are no ids, or ids that neither the base nor the prompt has.
         """
         base, held = self.bank.base, request.held or self.bank.held(request.prompt)
@@ -134,7 +134,9 @@ class Engine:
         if not 0 <= request.alternatives <= ALTERNATIVES:
             raise ConfigError(f"alternatives is {request.alternatives}; it must be between 0 and {ALTERNATIVES}")
         if not held.generates:
-            raise ConfigError(f"prompt {request.prompt!r} has shifts, gates, maps or a head: it cannot generate text")
+            raise ConfigError(
+                f"prompt {request.prompt!r} has shifts, gates, maps, edits or a head: it cannot generate text"
+            )
         check_prompt(
             base, ids, 0, None if request.prompt is None else held.rows, held.start - len(held.lead), request.sampling
         )

@@ -93,7 +93,7 @@ class StepFlops:
 def step_flops(config: DecoderConfig, shape: StepShape) -> StepFlops:
     """Returns the operations that a step needs, without those repeated by rematerialization.
 
-    Padding is included. The method's network, task heads, gated prefixes and linear memories are not.
+    Padding is included. The method's network, task heads, gated prefixes, linear memories and edits are not.
     """
     layers = layer_configs(config)
     *others, last = [one for one in layers if one.kv_source is None]

@@ -224,6 +224,7 @@ def test_the_embedding_table_and_the_sizes_are_those_of_the_decoder(native, line
 OPTIONS = {
     "state_tuning": {},
     "prefix_tuning_plus": {},
+    "reft": {},
     "trained_tokens": {"tokens": ("a", "e")},
     "low_rank_prompt_tuning": {"length": 2, "rank": 1},
     "decomposed_prompt_tuning": {"length": 2, "rank": 1},

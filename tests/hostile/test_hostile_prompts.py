@@ -17,7 +17,15 @@ from spt_jax.errors import SptError
 from spt_jax.evaluation.inspection import describe_prompt
 from spt_jax.interop import import_npy, import_peft
 from spt_jax.interop.peft import default_template
-from spt_jax.prompts import DeepPrompts, LlamaAdapter, PrefixTuning, PrefixTuningPlus, PromptTuning, initializers
+from spt_jax.prompts import (
+    DeepPrompts,
+    LlamaAdapter,
+    PrefixTuning,
+    PrefixTuningPlus,
+    PromptTuning,
+    RepresentationFinetuning,
+    initializers,
+)
 from spt_jax.prompts.initializers import initialize
 from spt_jax.prompts.storage import load_prompt, read_prompt, save_prompt
 from spt_jax.testing import tiny_base
@@ -33,6 +41,7 @@ PROMPTS = {
     "head": (DeepPrompts(length=P, classes=2), {"prompt": "{text}", "head": "classification", "verbalizers": CLASSES}),
     "gated": (LlamaAdapter(length=P, layers=2), {"prompt": "{text}"}),
     "linear": (PrefixTuningPlus(), {"prompt": "{text}"}),
+    "edits": (RepresentationFinetuning(rank=2), {"prompt": "{text}"}),
 }
 
 

@@ -78,8 +78,8 @@ def whole_prompt(base: FrozenBase, specs: dict[str, VirtualPrompt]) -> VirtualPr
     of_tokens = specs["decomposed_prompt_tuning"]
     prefix = PrefixTuning(length=VIRTUAL, states=bool(base.layout.state_groups)).spec(base.layout).prefix
     gated = specs["llama_adapter"].gated if "llama_adapter" in specs else None  # of bases with wide embeddings
-    linear = specs["prefix_tuning_plus"].linear
-    parts = {"gated": gated, "linear": linear, "replaced": specs["trained_tokens"].replaced}
+    linear, edits = specs["prefix_tuning_plus"].linear, specs["reft"].edits
+    parts = {"gated": gated, "linear": linear, "edits": edits, "replaced": specs["trained_tokens"].replaced}
     return dataclasses.replace(of_tokens, prefix=prefix, **parts, pinned=base.layout.windowed)
 
 

@@ -129,7 +129,13 @@ def test_every_such_method_pins(name):
 
 
 def test_methods_without_positions_cannot():
-    assert set(METHODS) - set(PINNING) == {"llama_adapter", "prefix_tuning_plus", "state_tuning", "trained_tokens"}
+    assert set(METHODS) - set(PINNING) == {
+        "llama_adapter",
+        "prefix_tuning_plus",
+        "reft",
+        "state_tuning",
+        "trained_tokens",
+    }
 
 
 def examples_of(kind: str, count: int = 6) -> list[Example]:

@@ -14,6 +14,7 @@ from spt_jax.errors import ConfigError
 from spt_jax.inference.forward import encode_prefix, output_logits
 from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.models.attention import GatedPrefix, LinearMemory
+from spt_jax.models.edits import HiddenEdits
 from spt_jax.models.memory import KeysValues
 from spt_jax.prompts.stacking import stack_prompts
 from spt_jax.prompts.virtual import Head, ReplacedRows, VirtualPrefix, VirtualPrompt
@@ -35,6 +36,12 @@ def memory(seed: int, shape: tuple[int, ...]) -> dict[str, KeysValues]:
     return {"self": KeysValues(noise(seed, *shape), noise(seed + 1, *shape))}
 
 
+def edits(seed: int, rank: int) -> HiddenEdits:
+    layers, width = base_of().config.layers, base_of().config.width
+    down, up = noise(seed, layers, width, rank), noise(seed + 2, layers, rank, width)
+    return HiddenEdits(down, noise(seed + 1, layers, rank), up)
+
+
 def prompts() -> list[VirtualPrompt]:
     """Prompts with every part that can be stacked, token rows and prefixes of two lengths, and nothing at all."""
     config = base_of().config
@@ -48,6 +55,8 @@ def prompts() -> list[VirtualPrompt]:
         VirtualPrompt(tokens=noise(3, 2, config.width), prefix=VirtualPrefix(memory(4, short))),
         VirtualPrompt(gated=GatedPrefix(memory(6, gated), noise(8, 2))),
         VirtualPrompt(linear=LinearMemory({"self": noise(9, config.layers, *heads)})),
+        VirtualPrompt(edits=edits(11, 2)),
+        VirtualPrompt(edits=edits(14, 3)),
         VirtualPrompt(replaced=ReplacedRows(noise(10, 2, config.width), jnp.asarray([5.0, 61.0]))),
         VirtualPrompt(),
     ]
@@ -60,6 +69,8 @@ LEADS = (
     [1, VOCAB, VOCAB + 1],
     [1],
     [1, 50],
+    [1, 51],
+    [1],
     [1, 5, 61],
     [1, 40, 41, 42, 43, 44, 45],
 )
@@ -193,7 +204,7 @@ def test_what_does_not_go_together_is_refused():
         stack_prompts([VirtualPrompt(head=head), VirtualPrompt()])
     with pytest.raises(ConfigError, match="are not compatible"):
         stack_prompts([VirtualPrompt(head=head), VirtualPrompt(head=Head(jnp.zeros((width, 3)), jnp.zeros(3)))])
-    with pytest.raises(ConfigError, match=r"outside 0 to 6"):
-        generate(base_of(), [np.asarray([1, 5])], stack_prompts(prompts()), prompt_index=[7])
+    with pytest.raises(ConfigError, match=r"outside 0 to 8"):
+        generate(base_of(), [np.asarray([1, 5])], stack_prompts(prompts()), prompt_index=[9])
     with pytest.raises(ConfigError, match=r"prompt_index has 2 entries for 1 prompts"):
         generate(base_of(), [np.asarray([1, 5])], stack_prompts(prompts()), prompt_index=[0, 1])

@@ -20,6 +20,7 @@ from spt_jax.prompts import (
     PrefixTuning,
     PrefixTuningPlus,
     PromptTuning,
+    RepresentationFinetuning,
 )
 from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.engine import Engine
@@ -45,6 +46,7 @@ PROMPTS = {
     "shifted": (DecomposedPromptTuning(length=3, rank=2, span=16), "<soft>{text}\n", CLASSES),
     "gated": (LlamaAdapter(length=2, layers=1), "{text}\n", CLASSES),
     "linear": (PrefixTuningPlus(), "{text}\n", CLASSES),
+    "edits": (RepresentationFinetuning(rank=2), "{text}\n", CLASSES),
     "head": (DeepPrompts(length=3, classes=3), "{text}\n", CLASSES),
 }
 

@@ -163,7 +163,7 @@ def test_several_texts(client, server):
     assert [choice.text for choice in ours.choices] == expected
 
 
-@pytest.mark.parametrize("name", ["verdict", "shifted", "gated", "linear", "head"])
+@pytest.mark.parametrize("name", ["verdict", "shifted", "gated", "linear", "edits", "head"])
 def test_classes_are_those_of_the_evaluation(server, name):
     entry = server.service.bank.entry(name)
     asked = [entry.encoder.with_any_label({"text": text}) for text in TEXTS]
