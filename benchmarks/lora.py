@@ -1,12 +1,14 @@
 """Trains LoRA through PEFT on the data and steps of a run, for `spt-jax compare --others LoRA=DIRECTORY`.
 
-    python benchmarks/lora.py configs/quickstart.py --workdir out/lora
+    python benchmarks/lora.py configs/quickstart.py --workdir out/lora [--rates 0.001 0.003 0.01]
 
-Takes the same options as train.py. Records are formatted with the run's template without virtual tokens. The loss is
-over the verbalizers, and Adam's learning rate decays linearly to 0. Validation chooses among three
-rates and, within each run, among all evaluations. Writes facts.json and predictions.jsonl. Needs torch and peft.
+Takes the same options as train.py, and the rates, whose default is here. Records are formatted with the run's template
+without virtual tokens. The loss is over the verbalizers, and Adam's learning rate decays linearly to 0. Validation
+chooses among the rates and, within each run, among all evaluations. Writes facts.json and predictions.jsonl. Needs
+torch and peft.
 """
 
+import argparse
 import copy
 import dataclasses
 import json
@@ -35,15 +37,17 @@ RANK, ALPHA = 8, 16
 
 
 def padded(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Returns the ids of rows padded on the right, and their mask."""
+    """Returns the ids of rows padded on the left, their mask, and their positions."""
     import torch
 
-    lengths = [len(row) for row in rows]
-    ids = np.zeros((len(rows), max(lengths)), np.int64)
+    length = max(map(len, rows))
+    ids = np.zeros((len(rows), length), np.int64)
     for own, row in zip(ids, rows, strict=True):
-        own[: len(row)] = row
-    mask = np.arange(ids.shape[1]) < np.asarray(lengths)[:, None]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask.astype(np.int64))}
+        own[length - len(row) :] = row
+    padding = length - np.asarray([[len(row)] for row in rows])
+    places = np.arange(length) - padding
+    arrays = {"input_ids": ids, "attention_mask": (places >= 0).astype(int), "position_ids": places.clip(0)}
+    return {name: torch.tensor(array) for name, array in arrays.items()}
 
 
 def class_scores(model: Any, examples: Sequence[Example]) -> Any:
@@ -55,12 +59,13 @@ def class_scores(model: Any, examples: Sequence[Example]) -> Any:
     longer = [number for number, choice in enumerate(choices) if len(choice) > 1]
     tails = [choices[number][:-1] for number in longer] or [[]]
     rows = [[*example.ids.tolist(), *tail] for tail in tails for example in examples]
-    logs = torch.log_softmax(model(**padded(rows)).logits.float(), dim=-1)
-    own, last = torch.arange(len(examples)), torch.tensor([len(example.ids) - 1 for example in examples])
+    outputs = model(**padded(rows), logits_to_keep=max(map(len, tails)) + 1)
+    logs = torch.log_softmax(outputs.logits.float(), dim=-1).unflatten(0, (len(tails), len(examples)))
     found = []
     for number, choice in enumerate(choices):
-        start = longer.index(number) * len(examples) if number in longer else 0
-        found.append(sum(logs[start + own, last + place, token] for place, token in enumerate(choice)))
+        tail = longer.index(number) if number in longer else 0
+        first = -1 - len(tails[tail])  # from the end: where the first token of a class is predicted
+        found.append(sum(logs[tail, :, first + place, token] for place, token in enumerate(choice)))
     return torch.stack(found, dim=1)
 
 
@@ -121,7 +126,10 @@ def train(folder: Path, examples: Sequence[Example], validation: EvaluationSet, 
 
 def main(argv: Sequence[str]) -> None:
     """Trains, evaluates on the test records, and writes the results."""
-    command = parse_train(argv)
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--rates", type=float, nargs="+", default=RATES)
+    own, others = options.parse_known_args(argv)
+    command = parse_train(others)
     experiment = load_experiment(resolve(command.config))
     config, records = experiment.config, (experiment.train, experiment.validation, experiment.test)
     if records[1] is None or records[2] is None or not experiment.template.verbalizers:
@@ -130,7 +138,7 @@ def main(argv: Sequence[str]) -> None:
     examples = experiment.encoder(template).encode_all(records[0])
     validation, test = (experiment.evaluation_set(own, template) for own in records[1:])  # type: ignore[arg-type]
     folder = local_directory(config.base.path, config.base.revision)
-    runs = [train(folder, examples, validation, config.train, rate) for rate in RATES]
+    runs = [train(folder, examples, validation, config.train, rate) for rate in own.rates]
     model, metrics, seconds = max(runs, key=lambda run: run[1]["accuracy"])
     start_time = time.perf_counter()
     result = from_scores(test, list(scores(model, test)))

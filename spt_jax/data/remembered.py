@@ -130,7 +130,8 @@ def system_ids(base: FrozenBase, text: str) -> Int[np.ndarray, " P"]:
         if whole[-len(rest) :] != rest or (found and whole[: -len(rest)] != found):
             raise ConfigError(
                 "the chat template does not write a system turn and then the same chat as without it, so the text"
-                " cannot take the place of a soft prompt there; leave out chat_system"
+                " cannot take the place of a soft prompt there, such as where it writes another one by default; leave"
+                " out chat_system, or train a prefix with data.continues, which replaces the system turn"
             )
         found = whole[: -len(rest)]
     return np.asarray(found, np.int32)

@@ -182,6 +182,7 @@ def agreement_with_text(
     lead: int | Sequence[int],
     virtual: VirtualPrompt | None,
     batch_size: int = 64,
+    continued: Sequence[Example] | None = None,
 ) -> Agreement:
     """Compares the predictions under a soft prompt, or of the bare base, with those of the base after the text.
 
@@ -194,12 +195,14 @@ def agreement_with_text(
       lead: the leading ids that they share, as for `plan_batches`.
       virtual: the soft prompt; None for none.
       batch_size: examples per batch.
+      continued: the examples as they follow the text, with the same targets; None for `examples`.
 
     Raises:
       DataError: the text and an example are longer than the context of the base.
     """
     own = [dataclasses.replace(example.as_target(), extra=None) for example in examples]
-    longer = examples_after_text(base, text, own)
+    following = own if continued is None else [example.as_target() for example in continued]
+    longer = examples_after_text(base, text, following)
     limits = {**multiples(base.mesh), "max_length": base.layout.max_positions}
     plan = plan_batches(own, lead=lead, batch_size=batch_size, packing=False, **limits)
     text_plan = plan_after_text(base, longer, batch_size)

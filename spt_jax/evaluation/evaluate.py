@@ -74,6 +74,8 @@ class EvaluationSet:
       text: the ids of a text, whose predictions those of the set are compared with; None for none.
       judge: the reward functions of the task `Rewards`; None for another task.
       text_scores: the log-probability of each choice after the text, to compare classes with; None for none.
+      text_examples: the encoded records as they follow the text, where they begin otherwise without it; None for
+        `examples`.
     """
 
     encoder: Encoder
@@ -87,6 +89,7 @@ class EvaluationSet:
     text: Int[np.ndarray, " P"] | None = None
     judge: Judge | None = None
     text_scores: Float[np.ndarray, "N C"] | None = None
+    text_examples: Sequence[Example] | None = None
 
     @property
     def max_new_tokens(self) -> int:
@@ -350,7 +353,7 @@ def evaluate(
         result = dataclasses.replace(result, metrics={**result.metrics, "kl_to_base": distance})
     if data.text is not None:
         lead, size = data.encoder.leads(data.examples), data.config.batch_size
-        found = agreement_with_text(base, data.text, data.examples, lead, virtual, size)
+        found = agreement_with_text(base, data.text, data.examples, lead, virtual, size, data.text_examples)
         more = {"agreement": found.agreement, "kl_to_text": found.divergence}
         if data.text_scores is not None:
             more |= class_agreement(scores, data.text_scores)

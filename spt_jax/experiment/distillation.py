@@ -23,8 +23,8 @@ from spt_jax.training.objectives import Distillation
 Records = Sequence[Mapping[str, Any]]
 
 
-def check_answers(template: Template) -> str:
-    """Returns the field of the target that the base's answers go into.
+def check_answers(template: Template) -> None:
+    """Checks that the base's answers have a place: an assistant turn, or the field of the target.
 
     Args:
       template: the template.
@@ -32,14 +32,28 @@ def check_answers(template: Template) -> str:
     Raises:
       ConfigError: the target is not one field of text that the base can generate.
     """
-    if f"{{{MESSAGES}}}" in template.prompt:
-        raise ConfigError("loss.answer_tokens is not compatible with {messages}: add assistant turns to the chats")
+    if template.is_conversation:
+        return
     if template.verbalizers or template.label_field is None:
         raise ConfigError(
             f"loss.answer_tokens needs a data.target with exactly one field, such as ' {{answer}}', and no"
             f" data.verbalizers; the target is {template.target!r}"
         )
-    return template.label_field
+
+
+def answered(template: Template, record: Mapping[str, Any], answer: str) -> dict[str, Any]:
+    """Returns a record with an answer: an assistant turn, or the field of the target."""
+    if template.is_conversation:
+        return {**record, MESSAGES: [*record[MESSAGES], {"role": "assistant", "content": answer}]}
+    assert template.label_field is not None
+    return {**record, template.label_field: answer}
+
+
+def _lacks_answer(template: Template, record: Mapping[str, Any]) -> bool:
+    """Whether a record has no target. A chat has one if any turn is the assistant's."""
+    if not template.is_conversation:
+        return template.label_field is None or record.get(template.label_field) is None
+    return all(turn.get("role") != "assistant" for turn in record[MESSAGES])
 
 
 def with_answers(
@@ -64,13 +78,14 @@ def with_answers(
       ConfigError: as in `check_answers`.
       DataError: the text and a prompt leave no position for an answer.
     """
-    field = check_answers(encoder.template)
-    missing = [number for number, record in enumerate(records) if record.get(field) is None]
+    template = encoder.template
+    check_answers(template)
+    missing = [number for number, record in enumerate(records) if _lacks_answer(template, record)]
     asked = [records[number] for number in missing]
     answers = answers_after_text(base, encoder, objective, text, asked, batch_size, missing)
     found = list(records)
     for number, answer in zip(missing, answers, strict=True):
-        found[number] = {**records[number], field: answer}
+        found[number] = answered(template, records[number], answer)
     return found
 
 

@@ -170,9 +170,15 @@ class Experiment:
                 text=self.text_ids if template in (self.template, self.template.bare()) else None,
                 judge=self.judge,
             )
-            if found.text is None or not isinstance(objective, ClassDistillation):
+            text, examples = found.text, found.examples
+            if text is None:
                 return found
-            scores = scores_after_text(self.base, found.text, found.examples, self.config.evaluation.batch_size)
+            if self.template.continues and template != self.template:
+                examples = encode_records(self.encoder(self.template), records)
+                found = dataclasses.replace(found, text_examples=examples)
+            if not isinstance(objective, ClassDistillation):
+                return found
+            scores = scores_after_text(self.base, text, examples, self.config.evaluation.batch_size)
             return dataclasses.replace(found, text_scores=scores)
 
     def training_set(self) -> tuple[Sequence[Example], BatchPlan]:
@@ -340,10 +346,7 @@ def load_experiment(
     fields = task_of(template).required_fields(template)
     if distillation is not None and distillation.study:
         check_study(template)
-    answers = False
-    if distillation is not None and distillation.answer_tokens:
-        answers = not (distillation.study and template.is_conversation)
-    if answers:
+    if answers := distillation is not None and distillation.answer_tokens > 0:
         check_answers(template)
         fields = template.prompt_fields
     fields = (*fields, *([] if data.task is None else [data.task]), *reward_fields(config.task.reward))

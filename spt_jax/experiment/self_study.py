@@ -21,7 +21,7 @@ from spt_jax.data.sources import read_text
 from spt_jax.data.templates import MESSAGES, Template
 from spt_jax.errors import CheckpointError, ConfigError, DataError
 from spt_jax.evaluation.after_text import ids_after_text
-from spt_jax.experiment.distillation import answers_after_text, check_answers
+from spt_jax.experiment.distillation import answered, answers_after_text, check_answers
 from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.runtime.files import write_text
 from spt_jax.training.objectives import Distillation
@@ -77,9 +77,9 @@ def check_study(template: Template) -> str:
     Raises:
       ConfigError: the prompt has several fields or none, or the target is not one field that the base can generate.
     """
-    if f"{{{MESSAGES}}}" in template.prompt:
-        return MESSAGES
     check_answers(template)
+    if template.is_conversation:
+        return MESSAGES
     if len(template.prompt_fields) != 1:
         raise ConfigError(
             f"loss.study writes questions into the only field of data.prompt; {template.prompt!r} has"
@@ -127,7 +127,7 @@ def self_study(
         answers = answers_after_text(base, encoder, objective, text, asked, batch_size)
         for (key, (kind, _)), record, answer in zip(new.items(), asked, answers, strict=True):
             if answer:
-                found[key] = kind, _answered(encoder.template, record, answer)
+                found[key] = kind, answered(encoder.template, record, answer)
             else:
                 left_out["unanswered"] += 1
     if len(found) < wanted:
@@ -203,7 +203,9 @@ def _questions(
 ) -> list[str]:
     """Returns the first line of what the base writes after the text and each seed prompt."""
     if objective.chat_system:
-        encoder, stop = encoder_for(base, Template(prompt=f"{{{MESSAGES}}}")), ()
+        rest = objective.system_rest
+        template = Template(prompt=f"{{{MESSAGES}}}", system=rest, continues=rest is not None)
+        encoder, stop = encoder_for(base, template), ()
         records: list[Mapping[str, Any]] = [_record(MESSAGES, _request(*seed)) for seed in seeds]
     else:
         encoder, stop = encoder_for(base, Template(prompt="{seed}", target="{question}")), ("\n",)
@@ -251,10 +253,3 @@ def _normalized(question: str) -> str:
 
 def _record(field: str, question: str) -> dict[str, Any]:
     return {field: [{"role": "user", "content": question}] if field == MESSAGES else question}
-
-
-def _answered(template: Template, record: Mapping[str, Any], answer: str) -> dict[str, Any]:
-    if MESSAGES in record:
-        return {MESSAGES: [*record[MESSAGES], {"role": "assistant", "content": answer}]}
-    assert template.label_field is not None
-    return {**record, template.label_field: answer}

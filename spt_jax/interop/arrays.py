@@ -83,9 +83,12 @@ def export_embeddings(saved: SavedPrompt, base: FrozenBase, record: dict[str, st
       A tensor in the format of `torch.save`, base64-encoded, as vLLM reads it.
 
     Raises:
-      ConfigError: the prompt has no token rows, or other parts, or the base also needs the ids of the tokens.
+      ConfigError: the prompt has no token rows, or other parts; the base also needs the ids of the tokens, or is not a
+        decoder.
     """
     _token_rows(saved)
+    if base.layout.encodes or not base.layout.generates:
+        raise ConfigError(f"{base.name} is not a decoder; vLLM's completions API takes embeddings of decoders only")
     if base.config.per_layer is not None:
         raise ConfigError(f"{base.name} has embeddings by layer, which embeddings of its first layer cannot replace")
     encoder = encoder_for(base, saved.template)

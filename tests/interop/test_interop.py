@@ -356,6 +356,9 @@ def test_embeddings_of_a_request(tmp_path, base):
     np.testing.assert_array_equal(stored[: len(ids)], np.asarray(base.params["embedding"])[ids])
     np.testing.assert_array_equal(stored[len(ids) :], saved.virtual.tokens)
     assert len(torch_file(noise(2, 3))) < 2000
+    for family in ("bert", "t5"):
+        with pytest.raises(ConfigError, match=f"tiny-{family} is not a decoder"):
+            export_embeddings(saved, tiny_base(family), {"text": "Hello"})
 
 
 def test_commands(tmp_path, capsys):

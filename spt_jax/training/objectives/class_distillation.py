@@ -20,7 +20,7 @@ from spt_jax.training.objectives.distillation import Distillation
 from spt_jax.training.objectives.objective import Loss, Objective
 
 # The fields of `Distillation` that may be set.
-_ALLOWED = ("text", "temperature", "chat_system")
+_ALLOWED = ("text", "temperature", "chat_system", "system_rest")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class ClassDistillation(Distillation):
     The teacher's C log-probabilities are computed once, before training.
 
     Attributes:
-      text, temperature, chat_system: as in `Distillation`.
+      text, temperature, chat_system, system_rest: as in `Distillation`.
       top_k, answer_tokens, answer_temperature, study, study_validation, study_kinds, study_tokens, study_temperature:
         must have their defaults, because the classes are given, and all of them are compared.
       choices: the number of scored sequences per example, `BatchPlan.choices`.

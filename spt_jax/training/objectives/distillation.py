@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from spt_jax.bases.base import FrozenBase
 from spt_jax.data.batches import Rows
 from spt_jax.data.examples import Example
-from spt_jax.data.remembered import system_ids, text_ids
+from spt_jax.data.remembered import remembered_system, system_ids, text_ids
 from spt_jax.data.sources import read_text
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation.after_text import TopTokens, states_after_text, top_tokens
@@ -48,6 +48,8 @@ class Distillation(Objective):
       top_k: k, at most the size of the vocabulary; 0 for the whole vocabulary, from hidden states.
       temperature: T; positive.
       chat_system: whether the text is the system turn of chats, rather than plain text before everything else.
+      system_rest: what chats that continue a system turn have of it, `Template.system`; None for chats from their
+        beginning. It follows from data.continues and data.system.
       answer_tokens: if positive, records without a target get one: what the base generates after the text, of at most
         this many tokens. 0 needs a target in every record.
       answer_temperature: the temperature of these answers; 0 takes the most probable tokens.
@@ -66,6 +68,7 @@ class Distillation(Objective):
     top_k: int = 32
     temperature: float = 1.0
     chat_system: bool = False
+    system_rest: str | None = None
     answer_tokens: int = 0
     answer_temperature: float = 0.0
     study: int = 0
@@ -110,7 +113,7 @@ class Distillation(Objective):
 
         Raises:
           ConfigError: the base has an encoder, the vocabulary has fewer than `top_k` tokens, or its chat template
-            does not begin a chat with its system turn.
+            does not begin a chat with its system turn, or has another rest of it.
           DataError: the file cannot be read, or the text is empty or longer than the context.
         """
         if not base.layout.causal:
@@ -121,9 +124,21 @@ class Distillation(Objective):
             )
         try:
             text = read_text(self.text)
+            if self.chat_system and self.system_rest is not None:
+                return self._remembered(base, text)
             return system_ids(base, text) if self.chat_system else text_ids(base, text)
         except DataError as error:
             raise DataError(f"loss.text={self.text}: {error}") from error
+
+    def _remembered(self, base: FrozenBase, text: str) -> Int[np.ndarray, " P"]:
+        """Returns the ids of the system turn before its rest."""
+        found = remembered_system(base, text)
+        if found.template.system != self.system_rest:
+            raise ConfigError(
+                f"data.system is {self.system_rest!r}, but what is left of the system turn with this text is"
+                f" {found.template.system!r}; set data.system to that"
+            )
+        return found.ids
 
     def prepare(self, base: FrozenBase, examples: Sequence[Example]) -> Sequence[PyTree]:
         """Returns the teacher's most probable tokens or hidden states, padded to the most targets of an example."""
