@@ -14,7 +14,7 @@ OLDER := transformers==5.23.0
 COMPILE := $(BIN)/uv pip compile -q pyproject.toml --extra test --extra parity --extra lint --extra docs \
 	--universal --python-version 3.11 --no-annotate --no-emit-index-url --no-emit-find-links
 
-.PHONY: quickstart test parity bench accelerator lint docs package lock newest lowest clean
+.PHONY: quickstart test parity bench accelerator lint docs package release lock newest lowest clean
 
 $(BIN)/uv:
 	$(PYTHON) -m venv $(VENV)
@@ -72,8 +72,12 @@ docs: $(VENV)/.docs
 package: | $(BIN)/uv
 	$(LOCKED) build twine
 	rm -rf dist
-	$(BIN)/python -m build
+	$(BIN)/python scripts/build_package.py $(BUILD)
 	$(BIN)/twine check --strict dist/*
+
+# The same for an upload: refused without the address of the project.
+release:
+	$(MAKE) package BUILD=--release
 
 lock: | $(BIN)/uv
 	$(COMPILE) requirements.in --upgrade --custom-compile-command 'make lock' -o requirements.txt

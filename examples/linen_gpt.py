@@ -82,7 +82,7 @@ def as_base(model: GPT, variables, tokenizer, **options) -> spt_jax.FrozenBase:
 def main() -> None:
     tokenizer = facts_tokenizer()
     model = GPT(vocab_size=tokenizer.get_vocab_size())
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
     variables = pretrain(model.apply, variables, tokenizer)
     tune(as_base(model, variables, tokenizer, end_ids=[tokenizer.token_to_id("<end>")]), "out/linen_gpt")
 

@@ -1,10 +1,11 @@
-"""A local S3 server, and a local server that answers like the Hugging Face hub."""
+"""Local servers that answer like S3, Google Cloud Storage and the Hugging Face hub."""
 
 import base64
 import contextlib
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,6 +37,27 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.AbstractFileSy
         yield files
     finally:
         type(files).clear_instance_cache()
+        server.stop()
+
+
+@contextlib.contextmanager
+def gs_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.AbstractFileSystem]:
+    """gcp-storage-emulator in this process, with an empty bucket named bucket."""
+    import gcsfs
+    from gcp_storage_emulator.server import create_server
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    # gcsfs asks another server for the kind of each bucket, with credentials that it looks for on the network.
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    try:
+        yield fsspec.filesystem("gs", use_listings_cache=False, skip_instance_cache=True)
+    finally:
+        gcsfs.GCSFileSystem.clear_instance_cache()
         server.stop()
 
 

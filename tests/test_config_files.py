@@ -11,7 +11,7 @@ from spt_jax.errors import ConfigError
 from spt_jax.experiment.command_line import config_json, parse_train
 from spt_jax.experiment.config import ExperimentConfig
 from spt_jax.experiment.config_files import load_config_file
-from spt_jax.experiment.mappings import MAX_BYTES
+from spt_jax.experiment.mapping_nodes import MAX_BYTES
 from spt_jax.experiment.shipped import shipped_configs
 from spt_jax.prompts import METHODS, PromptTuning
 from spt_jax.training.config import LossConfig

@@ -1,10 +1,7 @@
 """Without an optional package, what needs it says so in a line that names the extra, before anything long."""
 
-import dataclasses
-import importlib.machinery
 import json
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -16,8 +13,9 @@ from spt_jax.errors import ConfigError
 from spt_jax.evaluation import metrics
 from spt_jax.testing import write_tiny_checkpoint
 from spt_jax.training.config import LogConfig
-from spt_jax.training.logs import publish
+from spt_jax.training.logs import RunInfo, publish
 from tests.jobs import words, write_task
+from tests.wandb_calls import Wandb, WandbRun
 
 QUICK = ("--train.steps", "2", "--train.evaluate-every", "2", "--data.limit", "8", "--data.hard-prompt")
 TEXT = ("--loss.over", "None", "--data.verbalizers", "--evaluation.max-new-tokens", "2", "--evaluation.generate", "2")
@@ -28,50 +26,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("task")
     write_task(folder)
     return folder
-
-
-@dataclasses.dataclass
-class WandbRun:
-    """What a run of Weights & Biases is told."""
-
-    options: dict
-    lines: list = dataclasses.field(default_factory=list)
-    summary: dict = dataclasses.field(default_factory=dict)
-    artifacts: list = dataclasses.field(default_factory=list)
-    finished: bool = False
-
-    def log(self, values, step):
-        self.lines.append((step, values))
-
-    def log_artifact(self, artifact):
-        self.artifacts.append(artifact)
-
-    def finish(self):
-        self.finished = True
-
-
-class Artifact:
-    def __init__(self, name, type):
-        self.name, self.type, self.folders = name, type, []
-
-    def add_dir(self, folder):
-        assert (Path(folder) / "prompt.json").exists()
-        self.folders.append(folder)
-
-
-class Wandb(types.ModuleType):
-    """Stands for the package wandb."""
-
-    Artifact = Artifact
-
-    def __init__(self):
-        super().__init__("wandb")
-        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-        self.runs = []
-
-    def init(self, **options):
-        self.runs.append(WandbRun(options))
-        return self.runs[-1]
 
 
 @pytest.fixture
@@ -100,7 +54,7 @@ def test_a_failure_of_wandb_after_the_run_is_said(tmp_path, monkeypatch, capsys)
     wandb = Wandb()
     wandb.init = lambda **_: 1 / 0
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    publish(tmp_path, LogConfig(wandb="project"), run_config={}, results={}, prompt=None)
+    publish(tmp_path, LogConfig(wandb="project"), info=RunInfo({}), results={}, prompt=None)
     assert "results were not sent to Weights & Biases: ZeroDivisionError" in capsys.readouterr().err
 
 

@@ -8,11 +8,12 @@ import sys
 import pytest
 
 from tests.markdown import ROOT
+from tests.quick import QUICK_FLAGS
 
 
 @pytest.mark.parametrize("name", ["linen_gpt", "nnx_gpt"])
 def test_the_prompt_asks_for_the_colour(tmp_path, name):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": QUICK_FLAGS}
     script = str(ROOT / "examples" / f"{name}.py")
     run = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

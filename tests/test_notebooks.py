@@ -1,12 +1,18 @@
-"""The notebooks run from top to bottom on CPU, with small files and a tiny base where they need data from elsewhere."""
+"""The notebooks run from top to bottom on CPU, with small files and a tiny base where they need data from elsewhere.
+
+They share one kernel, whose variables are deleted before each: half of a notebook's time is the imports of a new one.
+"""
 
 import importlib.metadata
 import json
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nbformat
 import pytest
 from IPython.terminal.interactiveshell import TerminalInteractiveShell
+from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 
 from spt_jax.testing import write_tiny_checkpoint
@@ -16,19 +22,53 @@ from tests.quick import QUICK_FLAGS
 COLAB = Path(__file__).parents[1] / "colab"
 
 
-def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: object) -> str:
-    """Runs a notebook in a folder and returns what it prints."""
-    for setting, value in settings.items():
-        monkeypatch.setenv(f"SPT_JAX_NOTEBOOK_{setting}", str(value))
-    monkeypatch.setenv("PYTHONPATH", str(COLAB.parent))
-    monkeypatch.setenv("XLA_FLAGS", QUICK_FLAGS)
-    notebook = nbformat.read(COLAB / f"{name}.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
-    return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+# Runs in the shared kernel before each notebook.
+FRESH = """
+import os
+import matplotlib.pyplot
+
+matplotlib.pyplot.close("all")
+os.chdir({folder!r})
+for name in [name for name in os.environ if name.startswith("SPT_JAX_NOTEBOOK_")]:
+    del os.environ[name]
+os.environ.update({settings!r})
+%reset -f
+"""
+Run = Callable[..., str]
 
 
-def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    printed = run("quickstart", tmp_path, monkeypatch, STEPS=4)
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[KernelManager]:
+    """A running kernel on one device."""
+    manager = KernelManager()
+    environment = {**os.environ, "PYTHONPATH": str(COLAB.parent), "XLA_FLAGS": QUICK_FLAGS}
+    manager.start_kernel(env=environment, extra_arguments=["--HistoryManager.hist_file=:memory:"])
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
+@pytest.fixture
+def run(kernel: KernelManager, tmp_path: Path) -> Run:
+    """Runs a notebook in the test's folder with settings, and returns what it prints."""
+
+    def run(name: str, **settings: object) -> str:
+        notebook = nbformat.read(COLAB / f"{name}.ipynb", as_version=4)
+        variables = {f"SPT_JAX_NOTEBOOK_{setting}": str(value) for setting, value in settings.items()}
+        fresh = nbformat.v4.new_code_cell(FRESH.format(folder=str(tmp_path), settings=variables))
+        notebook.cells.insert(0, fresh)
+        client = NotebookClient(notebook, timeout=300, km=kernel)
+        try:
+            client.execute()
+        finally:
+            if client.kc is not None:
+                client.kc.stop_channels()
+        return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+
+    return run
+
+
+def test_quickstart(tmp_path: Path, run: Run) -> None:
+    printed = run("quickstart", STEPS=4)
     before, after = (line for line in printed.splitlines() if line.startswith(("soft prompt", "accuracy after")))
     assert before.split()[3] == after.split()[-1], "a reloaded prompt scores as it did before it was saved"
     assert (tmp_path / "topic_prompt" / "prompt.safetensors").stat().st_size > 20 * 256 * 4
@@ -40,28 +80,28 @@ def losses(line: str) -> tuple[float, float]:
     return float(first), float(last)
 
 
-def test_twitter_complaints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_twitter_complaints(tmp_path: Path, run: Run) -> None:
     write_tweets(tmp_path / "tweets.csv")
     base = write_tiny_checkpoint(tmp_path / "model", "bloom")
-    printed = run("twitter_complaints", tmp_path, monkeypatch, BASE=base, DATA="tweets.csv", STEPS=30)
+    printed = run("twitter_complaints", BASE=base, DATA="tweets.csv", STEPS=30)
     first, last = losses(next(line for line in printed.splitlines() if line.startswith("loss")))
     assert last < first
     assert "the same answers after reloading: True" in printed
     assert (tmp_path / "complaints_prompt" / "prompt.safetensors").stat().st_size > 8 * 36 * 4
 
 
-def test_quotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quotes(tmp_path: Path, run: Run) -> None:
     write_quotes(tmp_path / "quotes.jsonl")
     write_prompts(tmp_path / "prompts.csv")
     base = write_tiny_checkpoint(tmp_path / "model", "bloom")
-    printed = run("quotes", tmp_path, monkeypatch, BASE=base, DATA=tmp_path, STEPS=12)
+    printed = run("quotes", BASE=base, DATA=tmp_path, STEPS=12)
     assert {line.split(":")[0] for line in printed.splitlines() if "loss" in line} == {"prompts.csv", "quotes.jsonl"}
     assert "the same texts after reloading: True" in printed
 
 
-def test_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_data(tmp_path: Path, run: Run) -> None:
     write_messages(tmp_path / "mine.csv")
-    printed = run("own_data", tmp_path, monkeypatch, DATA="mine.csv", STEPS=2)
+    printed = run("own_data", DATA="mine.csv", STEPS=2)
     assert "24 records, classes: bank, calendar, movie, music, recipe, weather" in printed
     for problem in (
         "a column that is missing: train: record 4 has no field 'message'",
@@ -75,10 +115,10 @@ def test_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "messages_prompt" / "prompt.safetensors").stat().st_size > 20 * 256 * 4
 
 
-def test_choosing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choosing(tmp_path: Path, run: Run) -> None:
     base = write_tiny_checkpoint(tmp_path / "model", max_position_embeddings=512)
     settings = {"BASE": base, "STEPS": 2, "LENGTHS": "2 4", "RECORDS": 25}
-    printed = run("choosing", tmp_path, monkeypatch, **settings)
+    printed = run("choosing", **settings)
     rows = [line.split() for line in printed.splitlines()]
     trials = {(row[0], row[1]): float(row[2]) for row in rows if len(row) == 3 and row[0] in ("2", "4")}
     assert set(trials) == {("2", "0"), ("2", "1"), ("4", "0"), ("4", "1")}
@@ -91,9 +131,9 @@ def test_choosing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "compared" / "compare.json").exists()
 
 
-def test_serve_and_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_and_export(tmp_path: Path, run: Run) -> None:
     base = write_tiny_checkpoint(tmp_path / "model")
-    printed = run("serve_and_export", tmp_path, monkeypatch, BASE=base, STEPS=3)
+    printed = run("serve_and_export", BASE=base, STEPS=3)
     assert "models: ['model', 'capitals', 'routing']" in printed
     assert "as without the server: True" in printed
     assert "an unknown prompt: 404" in printed
@@ -104,16 +144,16 @@ def test_serve_and_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "prefix is refused: " in printed
 
 
-def test_own_objective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_objective(tmp_path: Path, run: Run) -> None:
     base = write_tiny_checkpoint(tmp_path / "model")
-    printed = run("own_objective", tmp_path, monkeypatch, BASE=base, STEPS=4, RECORDS=10)
+    printed = run("own_objective", BASE=base, STEPS=4, RECORDS=10)
     assert ", the same: True" in printed
     assert "the last vectors" in printed
     assert "their average" in printed
 
 
-def test_cartridge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    printed = run("cartridge", tmp_path, monkeypatch, STEPS=8)
+def test_cartridge(tmp_path: Path, run: Run) -> None:
+    printed = run("cartridge", STEPS=8)
     assert "\nthe same: True" in printed
     lines = [line for line in printed.splitlines() if line.startswith("16 positions")]
     before, after = (float(line.split()[-2]) for line in lines)
@@ -121,39 +161,57 @@ def test_cartridge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the same loss after loading: True" in printed
 
 
-def test_remember(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    printed = run("remember", tmp_path, monkeypatch)
+def test_remember(tmp_path: Path, run: Run) -> None:
+    printed = run("remember")
     assert "\nthe same: True" in printed
     assert "positions become 16" in printed
     assert "the same after loading: True" in printed
+    line = next(line for line in printed.splitlines() if "of the joint text" in line)
+    positions, joint = (int(word) for word in line.split() if word.isdigit())
+    assert positions == joint > 50
+    odds = {line[:15].strip(): float(line.split()[-1]) for line in printed.splitlines() if "log-odds" in line}
+    apart = {name: abs(value - odds["the joint text"]) for name, value in odds.items()}
+    assert apart["composed"] < apart["the first text"]
 
 
-def test_distillation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    printed = run("distillation", tmp_path, monkeypatch, STEPS=12)
-    first, last = (float(word) for word in next(x for x in printed.splitlines() if "KL" in x).split() if "0." in word)
-    assert last < first
+def test_new_tokens_and_tasks(tmp_path: Path, run: Run) -> None:
+    printed = run("new_tokens_and_tasks", STEPS=2, RECORDS=12)
+    assert f"{2 * 256} trained parameters, accuracy 0." in printed
+    assert (tmp_path / "marked" / "prompt.safetensors").stat().st_size < 2 * 256 * 4 + 1000
+    assert "20 virtual tokens, the last 10 those of the first task: True" in printed
+    assert printed.count("accuracy 0.") + printed.count("accuracy 1.") == 4
+
+
+def test_distillation(tmp_path: Path, run: Run) -> None:
+    printed = run("distillation", STEPS=12, RECORDS=200, STUDY=6)
+    lines = [line for line in printed.splitlines() if "KL divergence" in line]
+    assert len(lines) == 2
+    for line in lines:
+        first, last = (float(word) for word in line.split() if "0." in word)
+        assert last < first
+    assert len((tmp_path / "studied" / "self_study.jsonl").read_text().splitlines()) == 6
     assert printed.count("accuracy 0.") == 3
     assert "saved: ['prompt.json', 'prompt.safetensors']" in printed
 
 
-def test_preferences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    printed = run("preferences", tmp_path, monkeypatch, STEPS=12)
+def test_preferences(tmp_path: Path, run: Run) -> None:
+    printed = run("preferences", STEPS=12, RECORDS=16)
     first, last = losses(next(line for line in printed.splitlines() if line.startswith("loss")))
     assert last < first
     assert "win rate 0.547 without a prompt" in printed
     assert "saved: ['prompt.json', 'prompt.safetensors']" in printed
 
 
-def test_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    printed = run("rewards", tmp_path, monkeypatch, STEPS=2)
+def test_rewards(tmp_path: Path, run: Run) -> None:
+    printed = run("rewards", STEPS=2)
     assert "[1.0, 0.0]" in printed
     assert "mean reward 0." in printed
     assert "saved: ['prompt.json', 'prompt.safetensors']" in printed
 
 
-def test_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerator(tmp_path: Path, run: Run) -> None:
     base = write_tiny_checkpoint(tmp_path / "model", "qwen3", max_position_embeddings=512)
-    printed = run("accelerator", tmp_path, monkeypatch, BASE=base, STEPS=3, RECORDS=20, BATCH=4)
+    printed = run("accelerator", BASE=base, STEPS=3, RECORDS=20, BATCH=4)
     assert "base in float32" in printed
     sizes = {
         words[0]: int(words[1].replace(",", ""))
@@ -189,3 +247,5 @@ def test_stored_outputs_have_no_errors(path: Path) -> None:
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
     assert not outputs or all(cell.execution_count for cell in cells if cell.cell_type == "code")
+    if not outputs and not any("starter" in cell.source for cell in cells):
+        assert "stored without outputs" in cells[0].source  # nobody has run it on its base yet

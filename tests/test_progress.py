@@ -3,6 +3,7 @@
 import io
 import re
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from spt_jax.reports.report import compact_table, comparison_table
 from spt_jax.runtime import progress
 from spt_jax.runtime.files import nearest_path
 from spt_jax.runtime.progress import Progress, duration, say
+from spt_jax.runtime.waits import spoken
 from spt_jax.training.clock import validation_line
 
 
@@ -19,7 +21,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_log_file_gets_a_line_in_ten_seconds(capsys, monkeypatch):
+def test_a_log_file_gets_a_line_in_five_seconds(capsys, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(progress, "_POLL_SECONDS", 60.0)
@@ -38,18 +40,66 @@ def test_a_log_file_gets_a_line_in_ten_seconds(capsys, monkeypatch):
         compiled.advance()
     compiled.close()
     assert compiled.remaining == 4.0  # the first step includes compilation
-    lines = capsys.readouterr().err.splitlines()[:4]
+    lines = capsys.readouterr().err.splitlines()[:7]
     assert lines == [
         "sweep: trials 1 to 2, 1 of 3, after 0 s",
+        "sweep: trials 1 to 2, 1 of 3, after 5 s; training: step 15 of 40, loss 4, 25 s left",
         "sweep: trials 1 to 2, 1 of 3, after 10 s; training: step 20 of 40, loss 9, 20 s left",
+        "sweep: trials 1 to 2, 1 of 3, after 15 s; training: step 25 of 40, loss 14, 15 s left",
         "sweep: trials 1 to 2, 1 of 3, after 20 s; training: step 30 of 40, loss 19, 10 s left",
+        "sweep: trials 1 to 2, 1 of 3, after 25 s; training: step 35 of 40, loss 24, 5 s left",
         "sweep: trials 1 to 2, 1 of 3, after 30 s; training: step 40 of 40, loss 29, 0 s left",
     ]
 
 
+def test_the_log_of_a_long_run_stays_short(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(progress, "_POLL_SECONDS", 60.0)
+    monkeypatch.setattr(progress, "_lines", progress._Lines())
+    written = []
+    for _ in range(2):  # the second task starts from lines in 5 seconds again
+        begun, lines = clock[0], []
+        with Progress("training", 10_000) as task:
+            for _ in range(3600):
+                task.begin("epoch 1")
+                if clock[0] - begun == 1000.0:
+                    say("step 50: validation")
+                lines += [(clock[0] - begun, line) for line in capsys.readouterr().err.splitlines()]
+                clock[0] += 1.0
+        written.append(lines)
+        clock[0] += 100.0
+    assert written[0] == written[1] and len(written[0]) < 130
+    promised = 5.0
+    for (before, line), (at, _) in zip(written[0], written[0][1:], strict=False):
+        said = re.search(r"; next line in (.*)", line)
+        promised = {None: 5.0, "10 s": 10.0, "1:00 min": 60.0}[said and said[1]]
+        assert at - before == promised or 1000.0 in (before, at)
+        assert promised == 5.0 or before >= 60
+    assert promised == 60.0 and (1060.0 in dict(written[0]))
+
+
+def test_a_long_wait_is_said_again(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "line_seconds", lambda elapsed: 0.05)
+    monkeypatch.setattr(progress, "_lines", progress._Lines())
+    with Progress("training", 2), spoken("compiling", after=0.01):
+        time.sleep(0.4)
+    with spoken("loading", after=0.01):
+        time.sleep(0.3)
+    time.sleep(0.1)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines.index("compiling ...") < lines.index("training: 0 of 2, after 0 s; compiling, after 0 s")
+    assert [re.sub(r"[\d.]+", "N", line) for line in lines if line.startswith("loading")][-2:] == [
+        "loading, after N s",
+        "loading: N s",
+    ]
+    assert len(lines) > 6 and lines[-1].startswith("loading: ") and not progress._lines.open
+
+
 def test_a_task_without_news_is_not_silent(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "line_seconds", lambda elapsed: 0.0)
     monkeypatch.setattr(progress, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "_lines", progress._Lines())
     with Progress("comparing", 2) as task:
         task._closed.wait(0.2)
     assert capsys.readouterr().err.count("comparing: 0 of 2, after 0 s\n") > 3

@@ -25,6 +25,7 @@ from spt_jax.runtime import measure
 from spt_jax.runtime.files import shown, write_json, write_text
 from spt_jax.runtime.provenance import provenance
 from spt_jax.runtime.remote import local_copy
+from spt_jax.runtime.waits import spoken
 from spt_jax.studies.comparison import PREDICTIONS_FILE, Entry, ask_all, baselines, make_table, markdown, read_outside
 
 PROGRAM = "spt-jax compare"
@@ -88,14 +89,17 @@ def run(command: Compare[Any], argv: Sequence[str]) -> None:
         read_prompt(path)  # before anything is loaded, for names that do not exist
     if note := missing_note("compare.png"):
         print(note)
-    experiment = load_experiment(resolve(command.config))
+    with spoken("loading the base and the records"):
+        experiment = load_experiment(resolve(command.config))
     print(describe_base(experiment.base))
     outside = [read_outside(name, folder) for name, folder in others.items()]
     options = {"shots": command.shots, "shots_seed": command.shots_seed, "probe": command.probe}
-    rows = baselines(experiment, command.prompts, **options)
+    with spoken("encoding the records"):
+        rows = baselines(experiment, command.prompts, **options)
     with held(command.workdir):
         entries = [*ask_all(experiment.base, rows), *outside]
-        table = make_table(entries, list(experiment.template.verbalizers))
+        with spoken("comparing the answers"):
+            table = make_table(entries, list(experiment.template.verbalizers))
         prepare_workdir(command.workdir, overwrite=command.overwrite, reads=reads)
         words = [] if rows[0].virtual is None else nearest_words(experiment.base, rows[0].virtual, NEAREST)
         facts = {"nearest_tokens": words, "command": shlex.join([*PROGRAM.split(), *argv])}

@@ -14,12 +14,14 @@ from spt_jax.interop.peft import default_template
 from spt_jax.prompts.names import prompt_directory
 from spt_jax.prompts.storage import load_prompt, read_prompt, save_prompt
 from spt_jax.runtime.files import shown, write_text
+from spt_jax.runtime.waits import spoken
 
 
 def import_prompt(options: Import) -> None:
     """Converts a prompt of another library, and prints its description."""
     source = prompt_directory(options.source)
-    base = load_base(options.base, dtype=options.dtype)
+    with spoken(f"loading {options.base}"):
+        base = load_base(options.base, dtype=options.dtype)
     if source.is_dir():
         method, virtual = import_peft(source, base, task=options.task)
     else:

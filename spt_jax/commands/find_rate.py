@@ -15,6 +15,7 @@ from spt_jax.reports.plots import can_draw, missing_note, plot_range_test
 from spt_jax.runtime import measure
 from spt_jax.runtime.files import shown, write_json
 from spt_jax.runtime.progress import Progress
+from spt_jax.runtime.waits import spoken
 from spt_jax.training.population import Member
 from spt_jax.training.rate_finder import range_test
 
@@ -56,8 +57,10 @@ def run(command: FindRate[Any], argv: Sequence[str]) -> None:
     check_workdir(workdir, overwrite=command.overwrite, reads=reads)
     if note := missing_note("rates.png"):
         print(note)
-    experiment = load_experiment(resolve(command.config))
-    examples, plan = experiment.training_set()
+    with spoken("loading the base and the records"):
+        experiment = load_experiment(resolve(command.config))
+    with spoken("encoding the training records"):
+        examples, plan = experiment.training_set()
     experiment, _ = experiment.fitted(plan)
     config, base = experiment.config, experiment.base
     print(describe_base(base))

@@ -161,6 +161,8 @@ class Serve:
       context: positions per slot, for prompt and answer together; default all positions of the base.
       lookup: the most tokens that are drafted at a time from a request's earlier text, 1 to 32; answers stay the same.
         0 for no drafts.
+      chunk: the most tokens of a request that are run at a time, at least 16; other answers go on in between. 0 for no
+        limit; default no limit for encoder-decoders, and 256 for other bases.
       queue: number of answers that may wait; further requests get 429. A client with less than an equal share may
         exceed this.
       dtype: precision of the base; default by device.
@@ -187,6 +189,7 @@ class Serve:
     slots: int = 16
     context: int | None = None
     lookup: int = 0
+    chunk: int | None = None
     queue: int = 256
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     quantize: str | None = None

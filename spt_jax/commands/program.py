@@ -8,12 +8,14 @@ import dataclasses
 import gc
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import spt_jax
 from spt_jax.errors import ConfigError, did_you_mean
+from spt_jax.experiment.config_help import config_help
 from spt_jax.experiment.usage import job_usage
 from spt_jax.runtime.signals import PROGRAM
 
@@ -30,6 +32,7 @@ class Entry:
       options: the dataclass in `spt_jax.commands.options` that the words are read into.
       job: for a command that starts from a config, the `Job` in its module with its options.
       help: the text of --help, if it does not follow from the options.
+      other_program: whether the words are those of another program, which shows the help of its own commands.
     """
 
     summary: str
@@ -39,6 +42,7 @@ class Entry:
     options: str | None = None
     job: str | None = None
     help: str | None = None
+    other_program: bool = False
 
     def load(self) -> Any:
         """Imports the function."""
@@ -53,6 +57,16 @@ COMPLETION_HELP = """usage: spt-jax completion {bash,zsh,fish}
 Prints a completion script. Save it to a file, and add `source FILE` to
 ~/.bashrc, or to ~/.zshrc after compinit. For fish, save it as
 ~/.config/fish/completions/spt-jax.fish. Print it again after an update."""
+
+LM_EVAL_HELP = """usage: spt-jax lm-eval COMMAND ...
+
+Runs EleutherAI's lm-evaluation-harness with the model spt_jax, for example
+
+  spt-jax lm-eval run --model spt_jax --model_args prompt=out/trec/prompt \\
+      --tasks hellaswag --batch_size 16
+
+`spt-jax lm-eval run --help` shows the options of the harness, which needs
+pip install 'spt_jax[lm-eval]'."""
 
 COMMANDS: dict[str, Entry] = {
     "train": Entry("train a soft prompt, and compare it with hand-written prompts", "train", job="Command"),
@@ -77,7 +91,9 @@ COMMANDS: dict[str, Entry] = {
     ),
     "push": Entry("upload a saved prompt to the Hugging Face hub", "hub", "push_prompt", options="Push"),
     "pull": Entry("download a prompt from the Hugging Face hub", "hub", "pull_prompt", options="Pull"),
-    "lm-eval": Entry("run lm-evaluation-harness with the model spt_jax", "lm_eval"),
+    "lm-eval": Entry(
+        "run lm-evaluation-harness with the model spt_jax", "lm_eval", help=LM_EVAL_HELP, other_program=True
+    ),
     "configs": Entry("list the configs that ship with the package", "configs", starts_jax=False),
     "env": Entry("show versions, devices, and what an accelerator needs", "env", starts_jax=False),
     "completion": Entry("print a completion script for bash, zsh or fish", "completion", help=COMPLETION_HELP),
@@ -98,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM} {spt_jax.__version__}")
         return 0
     if not words or words[0] in ("-h", "--help"):
-        print(usage())
+        _show(usage())
         return 0 if words else 2
     if words[0] not in COMMANDS:
         print(f"error: no command {words[0]!r}; {did_you_mean(words[0], COMMANDS)}", file=sys.stderr)
@@ -140,11 +156,10 @@ def run_command(name: str, words: Sequence[str], program: str | None = None) -> 
     if not entry.starts_jax:
         return _run_without_options(entry.load(), name, words)
     typed = program or f"{PROGRAM} {name}"
-    if {"-h", "--help"} & set(words) and (entry.help or (entry.job and words[0].startswith("-"))):
-        summary = f"{entry.summary[0].upper()}{entry.summary[1:]}."
-        print(entry.help or job_usage(summary, typed))
-        return 0
     try:
+        if {"-h", "--help"} & set(words) and (text := _help(entry, words, typed)) is not None:
+            _show(text)
+            return 0
         arguments = (*_arguments(entry, f"{PROGRAM} {name}", words), *([] if program is None else [program]))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -159,6 +174,14 @@ def run_command(name: str, words: Sequence[str], program: str | None = None) -> 
     return exit_code(lambda: entry.load()(*arguments))
 
 
+def _show(text: str) -> None:
+    """Prints a text. It is no error if its reader ends early, as `head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end of the process
+
+
 def _run_without_options(function: Callable[[], None], name: str, words: Sequence[str]) -> int:
     """Runs a command that takes no arguments, or prints its docstring as help; returns the exit code."""
     if words and words[0] in ("-h", "--help"):
@@ -169,6 +192,20 @@ def _run_without_options(function: Callable[[], None], name: str, words: Sequenc
     else:
         function()
     return 0
+
+
+def _help(entry: Entry, words: Sequence[str], typed: str) -> str | None:
+    """Returns the text of --help; None if only the command itself can show it.
+
+    Raises:
+      ConfigError: no config of this name ships with the package.
+    """
+    first = words[0].startswith("-")
+    if entry.job is None:
+        return entry.help if first or not entry.other_program else None
+    if first:
+        return job_usage(f"{entry.summary[0].upper()}{entry.summary[1:]}.", typed)
+    return config_help(f"spt_jax.commands.{entry.module}", entry.job, words, typed)
 
 
 def _arguments(entry: Entry, prog: str, words: Sequence[str]) -> tuple[Any]:

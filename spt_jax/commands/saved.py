@@ -9,6 +9,7 @@ from spt_jax.errors import CheckpointError, RemoteError, did_you_mean
 from spt_jax.prompts.names import prompt_directory
 from spt_jax.prompts.storage import INFO_FILE, SavedPrompt, load_prompt, read_prompt
 from spt_jax.runtime.files import nearest_path, shown
+from spt_jax.runtime.waits import spoken
 
 
 def load(options: Saved) -> tuple[FrozenBase, SavedPrompt]:
@@ -25,7 +26,9 @@ def load_all(options: Saved, folders: Sequence[Path]) -> tuple[FrozenBase, list[
     quantize = options.quantize
     if options.base is None and quantize is None:
         quantize = info["fingerprint"].get("quantize")
-    base = load_base(options.base or info["id"], revision=revision, dtype=options.dtype, quantize=quantize)
+    name = options.base or info["id"]
+    with spoken(f"loading {name}"):
+        base = load_base(name, revision=revision, dtype=options.dtype, quantize=quantize)
     return base, [load_prompt(folder, base, force=options.force) for folder in folders]
 
 

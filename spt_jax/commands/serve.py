@@ -16,6 +16,7 @@ from spt_jax.runtime import measure
 from spt_jax.runtime.files import nearest_path
 from spt_jax.runtime.remote import RemoteFolder, check_path, url_of
 from spt_jax.runtime.sharding import make_mesh
+from spt_jax.runtime.waits import spoken
 from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.engine import Engine
 
@@ -71,24 +72,29 @@ def start(command: Serve, copies: Path | None = None) -> "Service":
 
     began = time.perf_counter()
     mesh = make_mesh(command.mesh)
-    base = load_base(command.base, revision=command.revision, dtype=command.dtype, mesh=mesh, quantize=command.quantize)
+    with spoken(f"loading {command.base}"):
+        base = load_base(
+            command.base, revision=command.revision, dtype=command.dtype, mesh=mesh, quantize=command.quantize
+        )
     print(describe_base(base))
     budget = None if command.prompt_memory is None else command.prompt_memory * 2**20
     bank = PromptBank(base, budget_bytes=budget)
-    engine = Engine(bank, slots=command.slots, context=command.context, lookup=command.lookup)
+    engine = Engine(bank, slots=command.slots, context=command.context, lookup=command.lookup, chunk=command.chunk)
     if base.layout.generates:
-        engine.warm_decoding()
-        engine.warm(engine.bank.held(None), 1)
+        with spoken("compiling the programs for requests"):
+            engine.warm_decoding()
+            engine.warm(engine.bank.held(None), 1)
     name = command.name or Path(command.base).name
     worker = Worker(engine, queue=command.queue)
     folder, refresh = _folder(command.prompts, copies)
     service = Service(worker, name, folder, os.environ.get(ADMIN_KEY) or None, command.max_prompt * 2**20)
-    _load_prompts(service, strict=command.strict)
+    with spoken("loading the prompts"):
+        _load_prompts(service, strict=command.strict)
     service.refresh = refresh
     service.worker.start()
     print(
-        f"{name} and {len(engine.bank.names)} prompts in {command.slots} slots, ready in"
-        f" {time.perf_counter() - began:.1f} s"
+        f"{name} and {len(engine.bank.names)} prompts in {command.slots} slots ({engine.slot_bytes / 2**20:,.0f} MiB),"
+        f" ready in {time.perf_counter() - began:.1f} s"
     )
     return service
 

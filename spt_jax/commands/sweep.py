@@ -25,6 +25,7 @@ from spt_jax.runtime import measure, signals
 from spt_jax.runtime.files import shown, write_json
 from spt_jax.runtime.progress import Progress
 from spt_jax.runtime.provenance import provenance
+from spt_jax.runtime.waits import spoken
 from spt_jax.studies.plateau import Estimate, check_records, has_plateaued, shortest_of_the_best
 from spt_jax.studies.results import (
     LENGTH,
@@ -138,7 +139,8 @@ def run(command: Sweep[Any], argv: Sequence[str]) -> None:
     if command.ensemble > len(planned):
         raise ConfigError(f"--ensemble is {command.ensemble}; there are {len(planned)} trials")
     # Prepares the longest prompts first, to fail before training if they do not fit.
-    all_prepared = [prepare(trial) for trial in reversed(planned.values())]
+    with spoken("preparing the trials"):
+        all_prepared = [prepare(trial) for trial in reversed(planned.values())]
     tested = [prepared.asked["test"] for prepared in all_prepared if "test" in prepared.asked]
     if any(asked.prompts for asked in tested) and (note := metrics.missing_note()):
         print(note)
@@ -197,7 +199,8 @@ def run(command: Sweep[Any], argv: Sequence[str]) -> None:
             if command.patience and tried and has_plateaued(tried, command.patience):
                 break
         progress.close()
-        results = finish(command, prepare, ran, rows, scores)
+        with spoken("writing the results"):
+            results = finish(command, prepare, ran, rows, scores)
         write_json(
             workdir / "results.json",
             {

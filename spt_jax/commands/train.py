@@ -39,7 +39,8 @@ from spt_jax.runtime import measure, processes, signals
 from spt_jax.runtime.files import shown, write_json, write_text
 from spt_jax.runtime.mirror import check_shared
 from spt_jax.runtime.provenance import provenance
-from spt_jax.training.logs import MetricsLog, NoLog, check_log, publish, read_metrics
+from spt_jax.runtime.waits import spoken
+from spt_jax.training.logs import MetricsLog, NoLog, RunInfo, check_log, publish, read_metrics
 from spt_jax.training.loop import Best
 from spt_jax.training.objectives import prepare_examples
 from spt_jax.training.single import Outcome
@@ -80,9 +81,11 @@ def run(command: Command[Any], argv: Sequence[str], program: str) -> None:
     if not command.dry_run and (note := missing_note("curves.png")):
         print(note)
     written = workdir / STUDY_FILE if command.resumes else None
-    experiment = load_experiment(resolve(command.config), study=written)
+    with spoken("loading the base and the records"):
+        experiment = load_experiment(resolve(command.config), study=written)
     config, base = experiment.config, experiment.base
-    prepared = prepare(experiment)
+    with spoken("encoding the training records"):
+        prepared = prepare(experiment)
     experiment, examples = prepared.experiment, prepared.examples
     print(describe_base(base))
     note = experiment.window_note(examples)
@@ -95,12 +98,14 @@ def run(command: Command[Any], argv: Sequence[str], program: str) -> None:
     if command.dry_run:
         dry_run(prepared)
         return
-    asked = evaluation_sets(experiment)
+    with spoken("encoding the other records"):
+        asked = evaluation_sets(experiment)
     if "test" in asked and asked["test"].soft.prompts and (note := metrics.missing_note()):
         print(note)
-    digests = input_digests(
-        [(experiment, {"train": examples, **{name: sets.soft.examples for name, sets in asked.items()}})]
-    )
+    with spoken("hashing the base and the records"):
+        digests = input_digests(
+            [(experiment, {"train": examples, **{name: sets.soft.examples for name, sets in asked.items()}})]
+        )
     processes.check_agreement("inputs", lambda: {**digests, "dtype": str(base.dtype), "attention": base.attention})
 
     def save_best(best: Best) -> None:
@@ -138,9 +143,10 @@ def run(command: Command[Any], argv: Sequence[str], program: str) -> None:
                 "data": digests["data"],
                 "command": shlex.join([*program.split(), *argv]),
             }
-            finish(experiment, outcome, results, workdir, facts)
+            with spoken("writing the results"):
+                finish(experiment, outcome, results, workdir, facts)
             metrics_of = {split: {k: v.metrics for k, v in by.items() if v} for split, by in results.items()}
-            publish(workdir, config.log, run_config=prepared.settings, results=metrics_of, prompt=workdir / "prompt")
+            publish(workdir, config.log, info=RunInfo(prepared.settings), results=metrics_of, prompt=workdir / "prompt")
 
 
 def dry_run(prepared: Prepared) -> None:

@@ -121,9 +121,12 @@ def _data_files(folder: Path) -> list[str]:
 
 def _file_records(path: Path) -> Iterator[Record]:
     if not path.exists():
-        here = path.parent.is_dir()
-        absent = f"there is no folder {path.parent}{nearest_path(path)}"
-        hint = did_you_mean(path.name, _data_files(path.parent)) if here else absent
+        if not path.parent.is_dir():
+            hint = f"there is no folder {path.parent}{nearest_path(path)}"
+        elif known := _data_files(path.parent):
+            hint = did_you_mean(path.name, known)
+        else:
+            hint = f"{path.parent.absolute()} contains no data files"
         raise DataError(f"{path}: no such file; {hint}")
     if path.suffix.lower() not in READERS:
         raise DataError(f"{path}: unknown file suffix {path.suffix!r}; supported are {', '.join(READERS)}")

@@ -15,7 +15,7 @@ from spt_jax.errors import ConfigError, SptError, did_you_mean
 from spt_jax.experiment.config import AnyMethod, ExperimentConfig
 from spt_jax.experiment.config_files import load_config_file
 from spt_jax.experiment.shipped import config_path
-from spt_jax.experiment.usage import method_summaries
+from spt_jax.experiment.usage import last_value, method_summaries
 from spt_jax.prompts import METHODS, Method
 from spt_jax.runtime.files import DISK_FULL, READ_ONLY, shown, write_error
 from spt_jax.runtime.measure import PROFILE_BEHIND
@@ -121,15 +121,15 @@ def parse_job(kind: type[AnyJob], argv: Sequence[str], program: str) -> AnyJob:
         )
     path, words = config_path(argv[0]), list(argv[1:])
     config = load_config_file(path)
-    name = _last_value(words, "--method.name") or config.method.name
+    name = last_value(words, "--method.name") or config.method.name
     if name not in METHODS:
         raise ConfigError(f"no method {name!r}; {did_you_mean(name, METHODS)}")
     if name != config.method.name:
         config = dataclasses.replace(config, method=METHODS[name]())
-    task = _last_value(words, "--task.name")
-    if task is not None and getattr(config.method, "head", None) and _last_value(words, "--method.head") is None:
+    task = last_value(words, "--task.name")
+    if task is not None and getattr(config.method, "head", None) and last_value(words, "--method.head") is None:
         config = dataclasses.replace(config, method=dataclasses.replace(config.method, head=task))
-    over = _last_value(words, "--loss.over") or config.loss.over
+    over = last_value(words, "--loss.over") or config.loss.over
     config = dataclasses.replace(config, loss=config.loss.with_options(None if over == "None" else over))
     _describe_names(METHODS[name])
     return tyro.cli(
@@ -145,17 +145,6 @@ def _describe_names(method: type[Method]) -> None:
     (field,) = (field for field in dataclasses.fields(method) if field.name == "name")
     text = "\n".join(["the method, one of:", *(f"{name}: {line}" for name, line in method_summaries().items())])
     field.metadata = MappingProxyType({**field.metadata, "help": text})
-
-
-def _last_value(words: Sequence[str], flag: str) -> str | None:
-    """Returns the last value of a flag, or None."""
-    value = None
-    for i, word in enumerate(words):
-        if word == flag and i + 1 < len(words):
-            value = words[i + 1]
-        if word.startswith(f"{flag}="):
-            value = word.partition("=")[2]
-    return value
 
 
 def first_command(argv: Sequence[str]) -> str:

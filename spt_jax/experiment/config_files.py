@@ -9,7 +9,8 @@ from typing import Any
 
 from spt_jax.errors import ConfigError, did_you_mean
 from spt_jax.experiment.config import ExperimentConfig
-from spt_jax.experiment.mappings import SUFFIXES, read_mapping_config
+from spt_jax.experiment.mapping_nodes import SUFFIXES
+from spt_jax.experiment.mappings import read_mapping_config
 from spt_jax.experiment.shipped import shipped_configs
 from spt_jax.prompts import METHODS, Method
 
@@ -23,7 +24,8 @@ def load_config_file(path: Path) -> ExperimentConfig[Any]:
     """
     if not path.is_file():
         kinds = {".py", *SUFFIXES}
-        siblings = [str(p) for p in path.parent.iterdir() if p.suffix in kinds] if path.parent.is_dir() else []
+        there = path.parent.iterdir() if path.parent.is_dir() else ()
+        siblings = [str(p) for p in there if p.suffix in kinds and not p.name.startswith(".")]
         near = difflib.get_close_matches(str(path), siblings, n=1)
         hint = (
             f"did you mean {near[0]}?"
@@ -32,6 +34,8 @@ def load_config_file(path: Path) -> ExperimentConfig[Any]:
         )
         if path.stem in shipped_configs():
             hint += f"; the config that ships with the package is named {path.stem}, without a folder and .py"
+        else:
+            hint += "; `spt-jax configs` lists those that ship with the package"
         raise ConfigError(f"no config file {path}; {hint}")
     if path.suffix in SUFFIXES:
         return read_mapping_config(path)

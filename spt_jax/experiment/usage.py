@@ -1,12 +1,9 @@
 """The help of commands that start from a config, without one. No module that it describes is imported."""
 
-import ast
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
+from spt_jax.experiment import declared
 from spt_jax.experiment.shipped import config_summary, shipped_configs
-
-METHODS_FOLDER = Path(__file__).parents[1] / "prompts"
 
 
 def job_usage(summary: str, program: str) -> str:
@@ -36,23 +33,23 @@ def job_usage(summary: str, program: str) -> str:
 
 def method_summaries() -> dict[str, str]:
     """Returns the first line of each method's docstring by the method's name, in the order of `METHODS`."""
-    classes = {
-        node.name: (ast.get_docstring(node) or "").partition("\n")[0]
-        for path in METHODS_FOLDER.glob("*.py")
-        for node in _body(path)
-        if isinstance(node, ast.ClassDef)
-    }
-    (table,) = (
-        node.value
-        for node in _body(METHODS_FOLDER / "__init__.py")
-        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict)
-    )
-    keys = (ast.literal_eval(key) for key in table.keys if key is not None)
-    return {name: classes[ast.unparse(kind)] for name, kind in zip(keys, table.values, strict=True)}
+    return {name: declared.summary(kind) for name, kind in declared.table("spt_jax.prompts", "METHODS").items()}
 
 
-def _body(path: Path) -> list[ast.stmt]:
-    return ast.parse(path.read_text(encoding="utf-8")).body
+def last_value(words: Sequence[str], flag: str) -> str | None:
+    """Returns the last value of a flag, or None.
+
+    Args:
+      words: the words of a command line.
+      flag: the flag, such as "--method.name".
+    """
+    value = None
+    for i, word in enumerate(words):
+        if word == flag and i + 1 < len(words):
+            value = words[i + 1]
+        if word.startswith(f"{flag}="):
+            value = word.partition("=")[2]
+    return value
 
 
 def _columns(lines: Mapping[str, str]) -> list[str]:

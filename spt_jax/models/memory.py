@@ -330,6 +330,35 @@ def put_rows(cache: Memory, new: Memory, rows: Int[Array, " N"], places: slice) 
     return {name: of_group(cache[name], new[name]) for name in cache}
 
 
+def take_row(cache: Memory, row: Int[Array, ""], positions: int) -> Memory:
+    """Returns the memory of one row of a cache, in its axes, up to the first positions."""
+
+    def own(array: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(array, row, 1, axis=1)
+
+    rows = jax.tree.map(own, cache)
+    return _along_positions(lambda keys: keys[..., :positions], lambda values: values[..., :positions, :], rows)
+
+
+def put_row(cache: Memory, new: Memory, row: Int[Array, ""], place: Int[Array, ""]) -> Memory:
+    """Writes the memory of one row, in the axes of a cache, from a place on."""
+
+    def written(old: Array, own: Array, axis: int | None) -> Array:
+        starts = [jnp.zeros_like(row)] * old.ndim
+        starts[1] = row
+        if axis is not None:
+            starts[axis] = place
+        return jax.lax.dynamic_update_slice(old, own.astype(old.dtype), starts)
+
+    def of_group(old: KeysValues | State, own: KeysValues | State) -> KeysValues | State:
+        if isinstance(old, KeysValues) and isinstance(own, KeysValues):
+            keys = written(old.keys, own.keys, _CACHED_KEYS)
+            return KeysValues(keys, written(old.values, own.values, _CACHED_VALUES))
+        return jax.tree.map(lambda array, part: written(array, part, None), old, own)
+
+    return {name: of_group(cache[name], new[name]) for name in cache}
+
+
 def finite(memory: Memory) -> Memory:
     """Replaces values that are not finite by 0: a masked value has the weight 0, and 0 times inf is NaN."""
 

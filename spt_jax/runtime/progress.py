@@ -1,4 +1,7 @@
-"""The progress of long tasks on stderr: bars on a terminal; elsewhere, as in log files, a line every ten seconds.
+"""The progress of long tasks on stderr: bars on a terminal; elsewhere, as in log files, lines.
+
+Lines follow each other within `line_seconds`: 5 seconds in the first minute, and later less often, so that the log of a
+long run stays readable. A line then says when the next one comes.
 
 Output to a terminal is drawn by rich, which is imported only there. Messages about what is going on are written with
 `say`, so that they appear above the bars.
@@ -17,15 +20,24 @@ from spt_jax.runtime import processes, signals
 if TYPE_CHECKING:
     import rich.progress
 
-LINE_SECONDS = 10.0  # between two lines of progress, where there is no terminal
 _POLL_SECONDS = 1.0
 _FRAMES_PER_SECOND = 4
+
+
+def line_seconds(elapsed: float) -> float:
+    """Returns the longest time without a line where there is no terminal, in seconds.
+
+    Args:
+      elapsed: the seconds since the start of the outermost task.
+    """
+    return 5.0 if elapsed < 60 else 10.0 if elapsed < 600 else 60.0
 
 
 def say(line: str) -> None:
     """Writes a line to stderr, above the bars if there are any."""
     if _display.bars is None:
         print(line, file=sys.stderr, flush=True)
+        _lines.said = time.monotonic()
     else:
         _display.bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -41,14 +53,14 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """The progress of a task that consists of a known number of parts. A context manager, closed at its end."""
+    """The progress of a task. A context manager, closed at its end."""
 
-    def __init__(self, what: str, total: int, done: int = 0, *, unit: str = "", shown: bool = True):
+    def __init__(self, what: str, total: int | None, done: int = 0, *, unit: str = "", shown: bool = True):
         """Shows the task, in the first process of a run.
 
         Args:
           what: what is done, such as "training".
-          total: the number of parts.
+          total: the number of parts; None for a task without parts.
           done: the number of parts that were done before.
           unit: the name of a part, in lines.
           shown: whether to show anything.
@@ -56,7 +68,7 @@ class Progress:
         self.done = done
         self._what, self._total, self._first, self._unit = what, total, done, unit
         self._note = self._name = ""
-        self._started = time.monotonic()
+        self.started = time.monotonic()
         self._warm: tuple[float, int] | None = None  # when the first parts were done, and how many
         self.shown = shown and processes.leads()
         self._closed = threading.Event()
@@ -66,7 +78,7 @@ class Progress:
         if _on_terminal():
             self._bar = _display.add(what, total, done)
         else:
-            _lines.open.append(self)
+            _lines.add(self)
             threading.Thread(target=self._say_often, daemon=True).start()
 
     def begin(self, name: str) -> None:
@@ -88,20 +100,22 @@ class Progress:
 
     @property
     def remaining(self) -> float | None:
-        """The estimated seconds until the end; None before the first part is done.
+        """The estimated seconds until the end; None before the first part is done, and for a task without parts.
 
         The first parts, which may include compilation, count only as long as there are no others.
         """
-        if self._warm is None:
+        if self._warm is None or self._total is None:
             return None
-        since, done = self._warm if self.done > self._warm[1] else (self._started, self._first)
+        since, done = self._warm if self.done > self._warm[1] else (self.started, self._first)
         return (time.monotonic() - since) / (self.done - done) * (self._total - self.done)
 
     def line(self) -> str:
         """Returns the progress as a line."""
+        spent = f"after {duration(time.monotonic() - self.started)}"
+        if self._total is None:
+            return f"{self._what}, {spent}"
         name = f"{self._name}, " if self._name else ""
         number = min(self.done + bool(self._name), self._total)
-        spent = f"after {duration(time.monotonic() - self._started)}"
         left = f"{duration(self.remaining)} left" if self.remaining is not None else spent
         unit = f"{self._unit} " if self._unit else ""
         parts = f"{self._what}: {name}{unit}{number} of {self._total}"
@@ -133,7 +147,7 @@ class Progress:
             _lines.say()
 
     def _say_often(self) -> None:
-        while not self._closed.wait(_POLL_SECONDS):
+        while not self._closed.wait(min(_POLL_SECONDS, _lines.due or _POLL_SECONDS)):
             _lines.say()
 
 
@@ -146,15 +160,29 @@ class _Lines:
 
     def __init__(self) -> None:
         self.open: list[Progress] = []
+        self.said = float("-inf")  # when the last line was written
+        self._every = line_seconds(0.0)
         self._lock = threading.Lock()
-        self._said = float("-inf")
+
+    @property
+    def due(self) -> float:
+        """The seconds until the next line; 0 if it is due."""
+        return max(0.0, self.said + self._every - time.monotonic())
+
+    def add(self, task: Progress) -> None:
+        """Adds a task, as the innermost one."""
+        if not self.open:
+            self._every = line_seconds(0.0)
+        self.open.append(task)
 
     def say(self) -> None:
-        """Says how far all tasks are, if the last line was `LINE_SECONDS` ago."""
+        """Says how far all tasks are, if a line is due."""
         with self._lock:
-            if self.open and time.monotonic() - self._said >= LINE_SECONDS:
-                self._said = time.monotonic()
-                say("; ".join(task.line() for task in self.open))
+            if self.open and not self.due:
+                parts = [task.line() for task in self.open]
+                self._every = line_seconds(time.monotonic() - self.open[0].started)
+                seldom = self._every > line_seconds(0.0)
+                say("; ".join([*parts, f"next line in {duration(self._every)}"] if seldom else parts))
 
 
 class _Display:
@@ -164,7 +192,7 @@ class _Display:
         self.bars: rich.progress.Progress | None = None
         self._open = contextlib.ExitStack()
 
-    def add(self, what: str, total: int, done: int) -> "rich.progress.TaskID":
+    def add(self, what: str, total: int | None, done: int) -> "rich.progress.TaskID":
         if self.bars is None:
             self.bars = self._open.enter_context(_new_bars())
             self._open.enter_context(signals.telling(lambda _: os.write(2, b"\n")))

@@ -1,4 +1,4 @@
-"""Messages about waits, such as loading and compilation, on stderr."""
+"""Messages about waits, such as loading and compilation, on stderr: at the start, while they last, and at the end."""
 
 import contextlib
 import threading
@@ -6,16 +6,17 @@ import time
 from collections.abc import Iterator
 
 from spt_jax.runtime import processes
-from spt_jax.runtime.progress import say
+from spt_jax.runtime.progress import Progress, say
 
 PATIENCE = 1.0  # seconds before a wait that is usually short is mentioned
 
 
 @contextlib.contextmanager
 def spoken(what: str, *, after: float = PATIENCE, shown: bool = True) -> Iterator[None]:
-    """Context manager that says what a process is waiting for, and at the end how long it took.
+    """Context manager that says what a process is waiting for, again while it lasts, and at the end how long it took.
 
-    Nothing is said if the wait ends within `after` seconds, and only the first process of a run says anything.
+    While it lasts, it is shown like other tasks (`Progress`). Nothing is said if the wait ends within `after` seconds,
+    and only the first process of a run says anything.
 
     Args:
       what: what is done, such as "loading starter".
@@ -25,11 +26,15 @@ def spoken(what: str, *, after: float = PATIENCE, shown: bool = True) -> Iterato
     if not (shown and processes.leads()):
         yield
         return
-    started, said = time.perf_counter(), threading.Event()
+    started, lock = time.perf_counter(), threading.Lock()
+    tasks: list[Progress] = []
+    ended = False
 
     def begin() -> None:
-        said.set()
-        say(f"{what} ...")
+        with lock:
+            if not ended:
+                say(f"{what} ...")
+                tasks.append(Progress(what, None))
 
     timer = threading.Timer(after, begin)
     timer.daemon = True
@@ -38,5 +43,9 @@ def spoken(what: str, *, after: float = PATIENCE, shown: bool = True) -> Iterato
         yield
     finally:
         timer.cancel()
-    if said.is_set():
+        with lock:
+            ended = True
+        for task in tasks:
+            task.close()
+    if tasks:
         say(f"{what}: {time.perf_counter() - started:.1f} s")

@@ -6,7 +6,7 @@ import functools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,24 +15,21 @@ import numpy as np
 from spt_jax.data.batches import bucket, round_up
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.inference.answers import Generated, answer, continuation_text, endings, is_opening, stop_end
-from spt_jax.inference.decoding import ALTERNATIVES, RowSampling
+from spt_jax.inference.decoding import ALTERNATIVES
 from spt_jax.inference.generation import BUCKET, NO_ID, check_prompt
-from spt_jax.models.layout import Layout
 from spt_jax.runtime.sharding import row_shards
+from spt_jax.serving.admission import Admission, Extension, filled_entries, read_entries, wanted
 from spt_jax.serving.bank import DevicePrompt, PromptBank, overflow
+from spt_jax.serving.chunks import chunk_of
 from spt_jax.serving.fairness import Sender, Turns
 from spt_jax.serving.lookup import Drafts, check_lookup, drafts_of
 from spt_jax.serving.programs import programs_of
 from spt_jax.serving.requests import NOBODY, Request, Ticket
-from spt_jax.serving.slots import MAX_ENDS, MAX_STEPS, MIN_STEPS, NewTokens, RequestIds, Until
-from spt_jax.serving.two_sides import check_decoder_ids, decoder_ids
+from spt_jax.serving.slots import MAX_ENDS, MAX_STEPS, MIN_STEPS, NewTokens, Until
+from spt_jax.serving.two_sides import check_decoder_ids
 
 # Target seconds per decode call; between calls the host admits new requests and collects finished ones.
 POLL_SECONDS = 0.02
-
-# Numbers of requests that one program admits at a time, and the most ids that they may have in total.
-SIZES = (1, 4, 16)
-TOGETHER = 2048
 
 
 class Engine:
@@ -42,15 +39,24 @@ class Engine:
 
     The decode program takes any mixture of prompts, lengths and sampling settings. There is one program for each cache
     length: the number of entries in the fullest slot, rounded up to 64, 96, 128, 192, ... A request's ids are run once,
-    in a program per length (rounded up to 16, 32, 64, ...) and number of requests (1, 4 or 16). The prompt's
-    memory is computed once and then copied.
+    in a program per length (rounded up to 16, 32, 64, ...) and number of requests (1, 4 or 16); a request with more ids
+    than a chunk runs a chunk at a time, and others are decoded in between. The prompt's memory is computed once and
+    then copied.
 
     Senders take turns. With 16 or more slots, two slots are reserved: an HTTP request that already has a slot gets
     neither of them, and a client that already has a slot gets at most one. A short request therefore does not wait for
     the long answers of others. With 8 to 15 slots one slot is reserved, with fewer slots none.
     """
 
-    def __init__(self, bank: PromptBank, *, slots: int = 16, context: int | None = None, lookup: int = 0):
+    def __init__(
+        self,
+        bank: PromptBank,
+        *,
+        slots: int = 16,
+        context: int | None = None,
+        lookup: int = 0,
+        chunk: int | None = None,
+    ):
         """Allocates the slots on the device.
 
         Args:
@@ -58,10 +64,12 @@ class Engine:
           slots: the number of requests that run at once.
           context: positions per slot, for prompt and answer together; None for all positions of the base.
           lookup: the most ids of a draft, which is looked up in a request's earlier text; 0 for no drafts.
+          chunk: the most ids of a request that are run at a time; 0 for no limit, None for the default: no limit in
+            encoder-decoders, and `chunks.DEFAULT_CHUNK` in others.
 
         Raises:
           ConfigError: `slots` is not a multiple of the number of parts into which the mesh splits rows; `lookup` is out
-            of range, or the base cannot decode with drafts.
+            of range, or the base cannot decode with drafts; `chunk` is out of range, or the base is an encoder-decoder.
         """
         self.bank, base = bank, bank.base
         if slots < 1 or slots % row_shards(base.mesh):
@@ -77,17 +85,25 @@ class Engine:
         self._steps = MAX_STEPS  # steps that take POLL_SECONDS, estimated from the latest decode call
         self._compiling = threading.Lock()
         self._programs = programs_of(base.mesh, base.layout)
+        chunk = chunk_of(base.layout, base.name, chunk)
+        self._admission = Admission(base.layout, slots, self._capacity, chunk)
         self._slots = self._programs.empty(base.model, slots, self._capacity)
         self._busy: list[Ticket | None] = [None] * slots
+        self._started: dict[int, int] = {}  # slots whose requests have not all ids in them yet: how many they have
         self._spare = min(slots // 8, 2)
         self._waiting: Turns[Ticket] = Turns()
-        self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self._compiled: dict[Any, Callable[..., Any]] = {}
         self._shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self._slots)
 
     @property
     def slots(self) -> int:
         """The number of requests that can run at once."""
         return len(self._busy)
+
+    @property
+    def slot_bytes(self) -> int:
+        """The size of the slots on the device, all of which is allocated at the start."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._slots))
 
     @property
     def waiting(self) -> int:
@@ -147,7 +163,9 @@ class Engine:
         """
         self._waiting.remove(ticket.sender, ticket)
         if ticket in self._busy:
-            self._busy[self._busy.index(ticket)] = None
+            slot = self._busy.index(ticket)
+            self._busy[slot] = None
+            self._started.pop(slot, None)
         ticket.done = True
 
     @property
@@ -158,36 +176,45 @@ class Engine:
     def step(self) -> list[Ticket]:
         """Alternates between admitting waiting requests and decoding a few tokens for all; returns ended tickets.
 
+        Of the requests that are run in chunks, the first gets its next one in each step that admits.
+
         Returns:
           The tickets of the requests that ended.
         """
-        groups = [] if self._let_in else self._groups()
-        self._let_in = bool(groups)
-        admitted = [self._admit(*group) for group in groups]
+        admitted = []
+        if not self._let_in:
+            admitted += [self._extend()] if self._started else []
+            admitted += [self._admit(*group) for group in self._groups()]
+        self._let_in = bool(admitted)
         ended = []
         for slots, new in admitted:
             firsts = jax.tree.map(lambda a: np.asarray(a)[None], new)
             for number, slot in enumerate(slots):
-                ended += self._take(slot, firsts, number)
-        busy = np.asarray([ticket is not None for ticket in self._busy])
+                ended += [] if slot in self._started else self._take(slot, firsts, number)
+        running = self._running()
+        busy = np.asarray([ticket is not None for ticket in running])
         if busy.any() and not self._let_in:
-            counts, new = self._decode(busy)
+            counts, new = self._decode(busy, running)
             for slot in np.flatnonzero(busy).tolist():
                 count = int(counts[slot])
                 ended += self._take(slot, jax.tree.map(lambda a, count=count: a[:count], new), slot)
         return ended
 
-    def _decode(self, busy: np.ndarray) -> tuple[np.ndarray, NewTokens]:
+    def _running(self) -> list[Ticket | None]:
+        """Returns the request in each slot if all its ids are in it."""
+        return [None if slot in self._started else ticket for slot, ticket in enumerate(self._busy)]
+
+    def _decode(self, busy: np.ndarray, running: list[Ticket | None]) -> tuple[np.ndarray, NewTokens]:
         """Generates tokens for busy slots; returns how many of each slot are real, and the tokens."""
-        base, tickets = self.bank.base, [ticket for ticket in self._busy if ticket is not None]
-        began, drafts = time.perf_counter(), drafts_of(self._busy, self._lookup, base.layout.vocab_size)
-        filled = max(_filled(ticket, base.layout) for ticket in tickets)
+        base, tickets = self.bank.base, [ticket for ticket in running if ticket is not None]
+        began, drafts = time.perf_counter(), drafts_of(running, self._lookup, base.layout.vocab_size)
+        filled = max(filled_entries(ticket, base.layout) for ticket in tickets)
         if drafts is not None:
-            inputs = base.model, busy, _wanted(tickets), drafts, self._slots
+            inputs = base.model, busy, wanted(tickets), drafts, self._slots
             self._slots, new, counts = self._programs.verify(self._reach(filled + self._lookup + 1), *inputs)
             return np.asarray(counts), jax.tree.map(np.asarray, new)
-        reach = self._reach(max(filled + 1, *(_read(ticket, base.layout) for ticket in tickets)))
-        inputs = busy, _wanted(tickets), self._until(tickets, reach - filled), self._slots
+        reach = self._reach(max(filled + 1, *(read_entries(ticket, base.layout) for ticket in tickets)))
+        inputs = busy, wanted(tickets), self._until(tickets, reach - filled), self._slots
         self._slots, new, steps = self._programs.decode(reach, base.model, *inputs)
         self._steps = min(max(int(POLL_SECONDS * int(steps) / (time.perf_counter() - began)), 1), MAX_STEPS)
         return np.full(len(busy), int(steps)), jax.tree.map(np.asarray, new)
@@ -230,10 +257,10 @@ class Engine:
           length: the number of ids.
 
         Returns:
-          Whether both exist.
+          Whether all exist.
         """
-        key = self._key(held, _warmed(held, length))
-        return all((size, key) in self._compiled for size in self._sizes(key))
+        length = _warmed(held, length)
+        return all(key in self._compiled for key in self._admission.programs(held, length))
 
     def warm(self, held: DevicePrompt, length: int) -> None:
         """Compiles the programs for a request of `length` ids under this prompt, unless they exist. Thread-safe.
@@ -245,26 +272,29 @@ class Engine:
         if self.is_warm(held, length):
             return
         base, request = self.bank.base, Request(np.zeros(_warmed(held, length), np.int32))
-        key = self._key(held, len(request.ids))
+        ticket = self._ticket(request, held)
         with self._compiling:
-            for size in self._sizes(key):
-                if (size, key) not in self._compiled:
-                    inputs = *self._inputs([self._ticket(request, held)] * size, [0] * size), self._shapes
+            for key in self._admission.programs(held, len(request.ids)):
+                if key in self._compiled:
+                    continue
+                if isinstance(key, Extension):
+                    inputs = *self._admission.chunk_inputs(ticket, 0, 0), self._shapes
+                    program = self._programs.extend.lower(key.reach, base.model, *inputs)
+                else:
+                    inputs = *self._admission.inputs([ticket] * key[0], [0] * key[0]), self._shapes
                     program = self._programs.admit.lower(base.model, *inputs)
-                    self._compiled[size, key] = program.compile()
+                self._compiled[key] = program.compile()
 
     def warm_decoding(self) -> None:
         """Compiles the decode programs, which do not depend on requests. Call it only while there are none."""
         base, idle, reach = self.bank.base, np.zeros(len(self._busy), bool), 0
         while reach < self._capacity:
             reach = self._reach(reach + 1)
-            inputs = idle, _wanted([]), self._until([], 0), self._slots
+            inputs = idle, wanted([]), self._until([], 0), self._slots
             self._slots, *_ = self._programs.decode(reach, base.model, *inputs)
             if self._lookup:
                 rows: Any = np.zeros((len(idle), self._lookup), np.int32), np.zeros(len(idle), np.int32)
-                self._slots, *_ = self._programs.verify(
-                    reach, base.model, idle, _wanted([]), Drafts(*rows), self._slots
-                )
+                self._slots, *_ = self._programs.verify(reach, base.model, idle, wanted([]), Drafts(*rows), self._slots)
 
     def _until(self, tickets: Sequence[Ticket], room: int) -> Until:
         """Returns when the next decode call ends for these requests; the slots have room for `room` more entries."""
@@ -292,16 +322,7 @@ class Engine:
     def _groups(self) -> list[tuple[list[int], list[Ticket]]]:
         """Returns groups of free slots and waiting requests, each group admitted by one program call."""
         free = [slot for slot, ticket in enumerate(self._busy) if ticket is None]
-        alike: dict[Any, list[Ticket]] = {}
-        for ticket in self._next(len(free)):
-            alike.setdefault(self._key(ticket.held, len(ticket.request.ids)), []).append(ticket)
-        groups = []
-        for key, tickets in alike.items():
-            while tickets:
-                size = max(size for size in self._sizes(key) if size <= len(tickets))
-                groups.append((free[:size], tickets[:size]))
-                free, tickets = free[size:], tickets[size:]
-        return groups
+        return self._admission.groups(free, self._next(len(free)))
 
     def _next(self, free: int) -> list[Ticket]:
         """Removes and returns the waiting requests that are next to enter `free` free slots."""
@@ -324,49 +345,29 @@ class Engine:
     def _admit(self, slots: list[int], tickets: list[Ticket]) -> tuple[list[int], NewTokens]:
         """Puts requests into slots; returns the slots and the first tokens."""
         base, first = self.bank.base, tickets[0]
-        program = self._compiled.get((len(tickets), self._key(first.held, len(first.request.ids))))
+        program = self._compiled.get((len(tickets), self._admission.key(first.held, len(first.request.ids))))
         program = program or self._programs.admit
-        self._slots, firsts = program(base.model, *self._inputs(tickets, slots), self._slots)
+        self._slots, firsts = program(base.model, *self._admission.inputs(tickets, slots), self._slots)
         for slot, ticket in zip(slots, tickets, strict=True):
             self._busy[slot] = ticket
+            count = self._admission.first(ticket.held, len(ticket.request.ids))
+            if count < len(ticket.request.ids) - len(ticket.held.lead):
+                self._started[slot] = count
         return slots, firsts
 
-    def _key(self, held: DevicePrompt, length: int) -> tuple[Any, ...]:
-        """Returns the key of the program that admits requests of `length` ids, apart from the number of requests."""
-        leaves, structure = jax.tree.flatten((held.virtual, held.prefix))
-        return structure, tuple(leaf.shape for leaf in leaves), held.decoder, self._bucket(held, length)
-
-    def _sizes(self, key: tuple[Any, ...]) -> list[int]:
-        """Returns the numbers of requests that the programs of this key admit at a time."""
-        return [size for size in SIZES if size == 1 or (size <= self.slots and size * key[-1] <= TOGETHER)]
-
-    def _bucket(self, held: DevicePrompt, length: int) -> int:
-        """Returns the number of ids after the leading ones, rounded up."""
-        return min(bucket(length - len(held.lead), BUCKET // 2), self._capacity - _taken(held))
-
-    def _inputs(self, tickets: Sequence[Ticket], slots: Sequence[int]) -> tuple[Any, ...]:
-        """Returns the arguments of `slots.admit` for requests and their slots."""
-        own_ids = [ticket.request.ids[len(ticket.held.lead) :] for ticket in tickets]
-        configs = [ticket.request.sampling for ticket in tickets]
-        padded = np.zeros((len(tickets), self._bucket(tickets[0].held, len(tickets[0].request.ids))), np.int32)
-        for row, ids in zip(padded, own_ids, strict=True):
-            row[: len(ids)] = ids
-        # NumPy arrays: a compiled program takes them faster than converting them to device arrays first.
-        lengths = np.asarray([len(ids) for ids in own_ids], np.int32)
-        starts = np.asarray([ticket.held.start for ticket in tickets], np.int32)
-        sampling: Any = (
-            np.asarray([config.temperature for config in configs], np.float32),
-            np.asarray([min(config.top_k, self.bank.base.layout.vocab_size) for config in configs], np.int32),
-            np.asarray([config.top_p for config in configs], np.float32),
-            np.asarray([config.seed for config in configs], np.uint32),
-            np.zeros(len(configs), np.int32),
-        )
-        prompts = [(ticket.held.virtual, ticket.held.prefix) for ticket in tickets]
-        requests: Any = padded, lengths, starts
-        if self.bank.base.layout.encodes:
-            requests += (decoder_ids(lengths, [ticket.held.decoder for ticket in tickets], padded.shape[1]),)
-        at = np.asarray(slots, np.int32)
-        return prompts, RequestIds(*requests), RowSampling(*sampling), at, _wanted(tickets)
+    def _extend(self) -> tuple[list[int], NewTokens]:
+        """Runs the next chunk of the request that came in first; returns its slot and the token after the chunk."""
+        slot, count = next(iter(self._started.items()))
+        ticket = self._busy[slot]
+        assert ticket is not None
+        key = self._admission.extension(ticket.held, count)
+        program = self._compiled.get(key) or functools.partial(self._programs.extend, key.reach)
+        inputs = self._admission.chunk_inputs(ticket, slot, count)
+        self._slots, first = program(self.bank.base.model, *inputs, self._slots)
+        self._started[slot] = count + self._admission.chunk
+        if self._started[slot] == len(ticket.request.ids) - len(ticket.held.lead):
+            del self._started[slot]
+        return [slot], first
 
     def _ticket(self, request: Request, held: DevicePrompt) -> Ticket:
         base = self.bank.base
@@ -410,30 +411,6 @@ class Engine:
         return [ticket]
 
 
-def _wanted(tickets: Iterable[Ticket]) -> np.ndarray:
-    """Whether any of these requests wants alternatives."""
-    return np.asarray(any(ticket.request.alternatives for ticket in tickets))
-
-
 def _warmed(held: DevicePrompt, length: int) -> int:
     """Returns `length`, or the fewest ids of a request under this prompt if these are more."""
     return max(length, len(held.lead) + 1, held.decoder + 1)
-
-
-def _taken(held: DevicePrompt) -> int:
-    """Returns the number of cache entries that a prompt takes, padding included."""
-    return 0 if held.prefix is None else held.prefix.positions.shape[0]
-
-
-def _filled(ticket: Ticket, layout: Layout) -> int:
-    """Returns the number of cache entries that a request has filled; its newest token is not among them yet.
-
-    In an encoder-decoder, these are the decoder's: those of the template, such as the start token, and the new ones.
-    """
-    own = ticket.held.decoder if layout.encodes else len(ticket.request.ids) - len(ticket.held.lead)
-    return _taken(ticket.held) + own + len(ticket.ids) - 1
-
-
-def _read(ticket: Ticket, layout: Layout) -> int:
-    """Returns the number of cache entries of a request that cross-attention reads."""
-    return _taken(ticket.held) + len(ticket.request.ids) - ticket.held.decoder if layout.encodes else 0

@@ -12,23 +12,26 @@ from spt_jax.inference.decoding import RowSampling
 from spt_jax.inference.generation import cache_sharding
 from spt_jax.models.layout import Layout
 from spt_jax.runtime.sharding import replicated, row_sharding
+from spt_jax.serving.chunks import extend
 from spt_jax.serving.lookup import verify
 from spt_jax.serving.slots import NewTokens, Slots, admit, decode, empty_slots
 
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The compiled functions of `slots` and `lookup`; all but `empty` donate the slots' buffers.
+    """The compiled functions of `slots`, `chunks` and `lookup`; all but `empty` donate the slots' buffers.
 
     Attributes:
       empty: `slots.empty_slots`.
       admit: `slots.admit`.
+      extend: `chunks.extend`.
       decode: `slots.decode`.
       verify: `lookup.verify`.
     """
 
     empty: Callable[..., Slots]
     admit: Callable[..., tuple[Slots, NewTokens]]
+    extend: Callable[..., tuple[Slots, NewTokens]]
     decode: Callable[..., tuple[Slots, NewTokens, jax.Array]]
     verify: Callable[..., tuple[Slots, NewTokens, jax.Array]]
 
@@ -51,6 +54,7 @@ def programs_of(mesh: Mesh, layout: Layout) -> Programs:
     return Programs(
         empty=jax.jit(empty_slots, static_argnames=("count", "capacity"), out_shardings=slots),
         admit=jax.jit(admit, donate_argnames="slots", out_shardings=(slots, everywhere)),
+        extend=jax.jit(extend, static_argnames="reach", donate_argnames="slots", out_shardings=(slots, everywhere)),
         decode=jax.jit(
             decode, static_argnames="reach", donate_argnames="slots", out_shardings=(slots, everywhere, everywhere)
         ),

@@ -222,13 +222,13 @@ def decode(
     until: Until,
     slots: Slots,
 ) -> tuple[Slots, NewTokens, Int[Array, ""]]:
-    """Generates tokens for all slots, step by step. The tokens of slots that are not busy have no meaning.
+    """Generates tokens for busy slots, step by step. Other slots stay as they are; their tokens have no meaning.
 
     Args:
       reach: the number of cache entries per slot (and site) to read; it must cover all entries of busy slots, new ones
         included.
       model: the base.
-      busy: whether each slot has a request.
+      busy: whether each slot has a request that has its first token.
       wanted: whether to find the likeliest tokens.
       until: when to stop.
       slots: the current slots.
@@ -238,6 +238,9 @@ def decode(
     """
     batch = slots.ids.shape[0]
     numbers, start = jnp.arange(batch), crossed(slots.cache, model.layout)
+    moves = busy.astype(jnp.int32)
+    # Entries past the end are not written.
+    capacity = slots.cache.positions.shape[1] - start
     found = min(ALTERNATIVES, model.layout.vocab_size)
     room = NewTokens(
         jnp.zeros((MAX_STEPS, batch), jnp.int32),
@@ -251,7 +254,7 @@ def decode(
 
     def advance(state: tuple[Slots, NewTokens, Array, Array]) -> tuple[Slots, NewTokens, Array, Array]:
         slots, chosen, step, ended = state
-        own = jnp.ones_like(slots.ids)[:, None]
+        own = moves[:, None]  # Padding leaves recurrent states as they are.
         stream = Stream(slots.positions[:, None], own, jnp.zeros_like(own))
         if model.layout.encodes:
             stream = dataclasses.replace(stream, decoder=jnp.zeros_like(own))
@@ -260,14 +263,16 @@ def decode(
         hidden, own_memory = run_stream(model, None, slots.ids[:, None], stream, None, near, return_memory=True)
         scores = model.logits(hidden[:, 0])
         new = NewTokens(*next_tokens(scores, slots.steps, slots.sampling), likeliest(scores, wanted))
-        at = jnp.minimum(slots.filled, reach - 1)
+        at = jnp.where(busy, slots.filled, capacity)
         cache = Cache(
             {**cache.memory, **memory.put_each(cache.memory, memory.finite(own_memory), at)},
             cache.positions.at[numbers, start + at].set(slots.positions),
-            cache.segments.at[numbers, start + at].set(busy.astype(jnp.int32)),
+            cache.segments.at[numbers, start + at].set(moves),
             None if cache.pinned is None else cache.pinned.at[numbers, start + at].set(False),
         )
-        moved = Slots(cache, slots.filled + 1, new.ids, slots.positions + 1, slots.steps + 1, slots.sampling)
+        ids = jnp.where(busy, new.ids, slots.ids)
+        counts = slots.filled + moves, slots.positions + moves, slots.steps + moves
+        moved = Slots(cache, counts[0], ids, counts[1], counts[2], slots.sampling)
         chosen = jax.tree.map(lambda all_steps, own: all_steps.at[step].set(own), chosen, new)
         return moved, chosen, step + 1, ended | (busy & jnp.any(new.ids[:, None] == until.end_ids[None], axis=1))
 

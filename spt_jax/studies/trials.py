@@ -1,6 +1,7 @@
 """Trials: the runs of a sweep, trained together if one compiled step can train them."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,8 +20,9 @@ from spt_jax.experiment.shared_studies import SharedStudies
 from spt_jax.runtime.files import write_json, write_text
 from spt_jax.studies.settings import Settings, named
 from spt_jax.studies.table import flat, write_table
+from spt_jax.studies.trial_logs import PopulationLog
 from spt_jax.training.halving import Halving, fit_population
-from spt_jax.training.logs import MetricsLog, publish
+from spt_jax.training.logs import RunInfo, Trackers, publish, run_id
 from spt_jax.training.loop import Standing
 from spt_jax.training.optimizers import resolve_optimizer
 from spt_jax.training.population import Member, default_group_size
@@ -159,6 +161,17 @@ def train_population(
     folder.mkdir(parents=True, exist_ok=True)
     # The logs number the trials from 0, in this order.
     write_json(folder / MEMBERS_FILE, [trial.number for trial in trials])
+    infos = [_run_info(trial, prepared, workdir) for trial, prepared in zip(trials, all_prepared, strict=True)]
+
+    def log(step: int) -> PopulationLog:
+        def tracked(trial: Trial, info: RunInfo) -> Trackers:
+            own = trial_folder(workdir, trial.number)
+            own.mkdir(parents=True, exist_ok=True)
+            return Trackers(own, config.log, info, from_step=step)
+
+        trackers = [functools.partial(tracked, trial, info) for trial, info in zip(trials, infos, strict=True)]
+        return PopulationLog(folder, trackers, from_step=step)
+
     standings = fit_population(
         experiment.base,
         members,
@@ -168,7 +181,7 @@ def train_population(
         workdir=folder,
         validate=validate,
         halving=halving,
-        log=lambda step: MetricsLog(folder, config.log, from_step=step, run_config=config_json(config)),
+        log=log,
         resume=True,
         names=[f"trial {trial.number} ({named(trial.settings)})" for trial in trials],
     )
@@ -176,16 +189,21 @@ def train_population(
         _ended(trial, prepared, standing, trial_folder(workdir, trial.number), facts or {})
         for trial, prepared, standing in zip(trials, all_prepared, standings, strict=True)
     ]
-    scores = {trial.number: standing.best.score for trial, standing in zip(trials, standings, strict=True)}
-    best = trial_folder(workdir, max(scores, key=lambda number: scores[number])) / "prompt"
-    publish(
-        folder,
-        config.log,
-        run_config=config_json(config),
-        results={f"trial {row['trial']}": row for row in rows},
-        prompt=best if best.exists() else None,
-    )
+    for row, info in zip(rows, infos, strict=True):
+        own = trial_folder(workdir, row["trial"])
+        prompt = own / "prompt"
+        publish(own, config.log, info=info, results=row, prompt=prompt if prompt.exists() else None)
     return rows
+
+
+def _run_info(trial: Trial, prepared: Prepared, workdir: Path) -> RunInfo:
+    """Returns what Weights & Biases is told about a trial; the sweep's id keeps sweeps of one name apart."""
+    config = config_json(prepared.experiment.config)
+    if not config["log"]["wandb"]:
+        return RunInfo(config)
+    words = f"{named(trial.settings)}, " if trial.settings else ""
+    name = f"trial {trial.number}: {words}seed {trial.config.train.seed}"
+    return RunInfo(config, name, f"{workdir.name} {run_id(workdir)[:8]}")
 
 
 def trial_numbers(trials: Sequence[Trial]) -> str:

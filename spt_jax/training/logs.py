@@ -3,6 +3,7 @@
 `wandb-id` in the work directory holds the id of its run on Weights & Biases, so that a resumed run continues it.
 """
 
+import dataclasses
 import json
 import os
 import uuid
@@ -61,6 +62,48 @@ def shortest(values: Float[np.ndarray, " N"]) -> list[float]:
     return [float(str(value)) for value in np.asarray(values, np.float32)]
 
 
+@dataclasses.dataclass(frozen=True)
+class RunInfo:
+    """What Weights & Biases is told about a run.
+
+    Attributes:
+      config: the config as plain JSON.
+      name: the name of the run; None for the name of its work directory.
+      group: the runs that it belongs to, such as those of a sweep; None for a run of its own.
+    """
+
+    config: Mapping[str, Any]
+    name: str | None = None
+    group: str | None = None
+
+
+class Trackers:
+    """The destinations of a run's metrics besides `metrics.jsonl`: TensorBoard and Weights & Biases, if requested."""
+
+    def __init__(self, workdir: Path, config: LogConfig, info: RunInfo, *, from_step: int):
+        self._tensorboard = self._wandb = None
+        if config.tensorboard:
+            self._tensorboard = _tensorboard(workdir, from_step)
+        if config.wandb:
+            self._wandb = _wandb(config.wandb, workdir, info)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes the numbers of a step; nested mappings are flattened to names with slashes."""
+        numbers = {name: value for name, value in _flat(values) if isinstance(value, (int, float))}
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        """Flushes and closes every destination."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
 class MetricsLog:
     """Appends one line per event: the metrics of a step, with its learning rate and tokens per second, or a validation.
 
@@ -73,26 +116,14 @@ class MetricsLog:
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         with writing(self._path):
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-        self._tensorboard = self._wandb = None
-        if config.tensorboard:
-            self._tensorboard = _tensorboard(workdir, from_step)
-        if config.wandb:
-            self._wandb = _wandb(config.wandb, workdir, run_config)
+        self._trackers = Trackers(workdir, config, RunInfo(run_config), from_step=from_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes the line {"step": step, ...}.
-
-        For TensorBoard and Weights & Biases, nested mappings are flattened to names with slashes.
-        """
+        """Writes the line {"step": step, ...}."""
         with writing(self._path):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
-        flat = {name: value for name, value in _flat(values) if isinstance(value, (int, float))}
-        if self._tensorboard is not None:
-            for name, value in flat.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(flat, step=step)
+        self._trackers.write(step, values)
 
     def sync(self) -> None:
         """Flushes all lines to disk, so that they survive a power failure like the checkpoint saved after them."""
@@ -104,10 +135,7 @@ class MetricsLog:
         """Flushes and closes every destination."""
         with writing(self._path):
             self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._trackers.close()
 
 
 class NoLog(MetricsLog):
@@ -130,7 +158,7 @@ def publish(
     workdir: Path,
     config: LogConfig,
     *,
-    run_config: Mapping[str, Any],
+    info: RunInfo,
     results: Mapping[str, Any],
     prompt: Path | None,
 ) -> None:
@@ -139,7 +167,7 @@ def publish(
     Args:
       workdir: the work directory of the run.
       config: where metrics are logged.
-      run_config: the config as plain JSON.
+      info: what Weights & Biases is told about the run.
       results: metrics for the summary; nested mappings are flattened to names with slashes.
       prompt: the directory of the saved prompt, which becomes an artifact of type "prompt"; None if there is none.
 
@@ -150,7 +178,7 @@ def publish(
     wandb = load_extra("wandb", "log.wandb")
     with spoken("sending the results to Weights & Biases"):
         try:
-            _publish(wandb, _wandb(config.wandb, workdir, run_config), workdir, results, prompt)
+            _publish(wandb, _wandb(config.wandb, workdir, info), workdir, results, prompt)
         except Exception as error:  # of any kind, as of the network; the run itself is finished and saved
             say(f"the results were not sent to Weights & Biases: {type(error).__name__}: {error}")
 
@@ -158,7 +186,7 @@ def publish(
 def _publish(wandb: Any, run: Any, workdir: Path, results: Mapping[str, Any], prompt: Path | None) -> None:
     run.summary.update({name: value for name, value in _flat(results) if isinstance(value, (int, float, str))})
     if prompt is not None:
-        artifact = wandb.Artifact(f"prompt-{_run_id(workdir / _WANDB_ID)}", type="prompt")
+        artifact = wandb.Artifact(f"prompt-{run_id(workdir)}", type="prompt")
         artifact.add_dir(str(prompt))
         run.log_artifact(artifact)
     run.finish()
@@ -176,20 +204,24 @@ def _tensorboard(workdir: Path, from_step: int) -> Any:
     return tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=from_step or None)
 
 
-def _wandb(project: str, workdir: Path, run_config: Mapping[str, Any]) -> Any:
+def _wandb(project: str, workdir: Path, info: RunInfo) -> Any:
     wandb = load_extra("wandb", "log.wandb")
     return wandb.init(
         project=project,
         dir=str(workdir),
-        config=dict(run_config),
-        name=workdir.name,
-        id=_run_id(workdir / _WANDB_ID),
+        config=dict(info.config),
+        name=info.name or workdir.name,
+        group=info.group,
+        id=run_id(workdir),
         resume="allow",
+        # The trials of a sweep that train together are several runs of one process.
+        reinit="create_new",
     )
 
 
-def _run_id(path: Path) -> str:
-    """Returns an id that is unique to the work directory and is reused when its run is resumed."""
+def run_id(workdir: Path) -> str:
+    """Returns an id that is unique to a work directory and is reused when its run is resumed."""
+    path = workdir / _WANDB_ID
     if not path.exists():
         write_text(path, uuid.uuid4().hex)
     return path.read_text()

@@ -119,7 +119,7 @@ def test_callbacks_are_told_what_happens(result, told):
 
 
 def test_callbacks_end_the_run_which_shows_its_progress(base, split, capsys, monkeypatch):
-    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "line_seconds", lambda elapsed: 0.0)
     ending, options = Recorder(5), {**OPTIONS, "validation": split["validation"], "progress": True}
     ended = spt_jax.fit(base, METHOD, TEMPLATE, split["train"], **options, callbacks=[Recorder(), ending])
     assert ended.steps == 6 and ending.validations == [4, 6]  # the step after the fifth was dispatched before

@@ -23,7 +23,9 @@ def program(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
-QUICK = [["--help"], ["configs"], ["trian"], ["train", "--help"], ["generate", "--help"], ["serve", "--slots", "x"]]
+HELP = [[name, "--help"] for name in COMMANDS]
+AFTER_A_CONFIG = [[name, "rewards", "--help"] for name, entry in COMMANDS.items() if entry.job]
+QUICK = [["--help"], ["configs"], ["trian"], ["serve", "--slots", "x"], *HELP, *AFTER_A_CONFIG]
 
 
 @pytest.mark.parametrize("words", QUICK)
@@ -33,10 +35,17 @@ def test_simple_commands_do_not_wait_for_jax(words: list[str]):
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 1.5
     imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
     assert not imported & {"jax", "numpy", "flax", "transformers"}
-    assert "tyro" not in imported or words[0] in ("generate", "serve")
+    assert "tyro" not in imported or COMMANDS[words[0]].options
     assert ended.returncode == (2 if {"trian", "x"} & set(words) else 0)
     assert ("usage: spt-jax" in ended.stdout) == ("--help" in words)
     assert words != ["trian"] or ended.stderr.endswith("error: no command 'trian'; did you mean 'train'?\n")
+
+
+def test_help_may_be_read_in_part():
+    line = f"{sys.executable} -m spt_jax train quickstart --help | head -1; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == "usage: spt-jax train quickstart [--field value ...]\n"
 
 
 def test_a_line_is_printed_before_jax_is_imported():
@@ -84,6 +93,9 @@ def test_a_config_is_named_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
         parse_train(["quikstart"])
     with pytest.raises(ConfigError, match="is named quickstart, without a folder"):
         parse_train(["configs/quickstart.py"])
+    (tmp_path / ".hidden.yaml").touch()
+    with pytest.raises(ConfigError, match=r"mine.yaml; config files there: own.py; `spt-jax configs` lists those"):
+        parse_train(["mine.yaml"])
 
 
 def test_commands_without_arguments_refuse_them(capsys: pytest.CaptureFixture):

@@ -168,6 +168,9 @@ def test_what_is_no_file(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"a": 1}')
     with pytest.raises(DataError, match=r"trian\.jsonl: no such file; did you mean 'train\.jsonl'\?"):
         read_records(str(tmp_path / "trian.jsonl"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"train\.jsonl: no such file; .*empty contains no data files"):
+        read_records(str(tmp_path / "empty" / "train.jsonl"))
     with pytest.raises(DataError, match=r"there is no folder .*nowhere"):
         read_records(str(tmp_path / "nowhere" / "train.jsonl"))
     with pytest.raises(DataError, match=r"is a directory; .*train\.jsonl"):

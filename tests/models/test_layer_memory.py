@@ -1,6 +1,7 @@
 """Memory by groups: each operation against numpy, and a model with a recurrent layer beside attention of two sizes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from spt_jax.prompts import LlamaAdapter, PrefixTuning, VirtualPrompt
 from spt_jax.prompts.stacking import stack_prompts
 from spt_jax.prompts.storage import named_leaves
 from spt_jax.serving import slots as serving
+from tests.examples import QUICK_COMPILE
 
 GROUPS = {
     "self": Group((0, 2), kv_heads=2, key_size=4, value_size=4),
@@ -266,9 +268,12 @@ def stream_of(rows: int, length: int, start: int = 0, prompt_index=None) -> Stre
     return Stream(positions, jnp.ones_like(positions), jnp.zeros_like(positions), prompt_index)
 
 
-def whole_logits(virtual: VirtualPrompt | None, ids: np.ndarray) -> jax.Array:
+def whole_logits(virtual: VirtualPrompt | None, ids: jax.Array) -> jax.Array:
     """The logits [T, V] of one row, run at once."""
-    return MODEL.logits(run_stream(MODEL, virtual, jnp.asarray(ids)[None], stream_of(1, len(ids)))[0])[0]
+    return MODEL.logits(run_stream(MODEL, virtual, ids[None], stream_of(1, len(ids)))[0])[0]
+
+
+whole = jax.jit(whole_logits, compiler_options=QUICK_COMPILE)
 
 
 def after_lead(virtual: VirtualPrompt, padding: int = 0) -> jax.Array:
@@ -281,20 +286,23 @@ def after_lead(virtual: VirtualPrompt, padding: int = 0) -> jax.Array:
 
 def inline(virtual: VirtualPrompt) -> jax.Array:
     """The same logits, with the lead in each row."""
-    return jnp.stack([whole_logits(virtual, np.concatenate([LEAD, ids]))[len(LEAD) :] for ids in IDS])
+    return jnp.stack([whole_logits(virtual, jnp.asarray([*LEAD, *ids]))[len(LEAD) :] for ids in IDS])
 
 
 @pytest.mark.parametrize("padding", [0, 3])
 def test_a_shared_lead_leaves_its_state_behind(padding):
-    virtual = virtual_of(0)
-    np.testing.assert_allclose(after_lead(virtual, padding), inline(virtual), atol=1e-5, rtol=1e-5)
+    def logits_and_gradient(function):
+        def loss(tokens):
+            logits = function(VirtualPrompt(tokens=tokens))
+            return jnp.square(logits).mean(), logits
 
-    def loss(function, tokens):
-        return jnp.square(function(VirtualPrompt(tokens=tokens))).mean()
+        gradient, logits = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK_COMPILE)(virtual_of(0).tokens)
+        return logits, gradient
 
-    ours = jax.grad(lambda tokens: loss(lambda virtual: after_lead(virtual, padding), tokens))(virtual.tokens)
-    expected = jax.grad(lambda tokens: loss(inline, tokens))(virtual.tokens)
-    np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
+    logits, gradient = logits_and_gradient(functools.partial(after_lead, padding=padding))
+    expected, expected_gradient = logits_and_gradient(inline)
+    np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5 * np.abs(expected_gradient).max())
 
 
 def test_rows_after_different_leads():
@@ -307,14 +315,14 @@ def test_rows_after_different_leads():
     ours = MODEL.logits(run_stream(MODEL, stacked, jnp.asarray(IDS), stream, prefix)[0])
     for row, prompt in enumerate((1, 0)):
         lead = LEAD[: lengths[prompt]]
-        expected = whole_logits(prompts[prompt], np.concatenate([lead, IDS[row]]))[len(lead) :]
+        expected = whole(prompts[prompt], np.concatenate([lead, IDS[row]]))[len(lead) :]
         np.testing.assert_allclose(ours[row], expected, atol=1e-5, rtol=1e-5)
 
 
 def grown(virtual: VirtualPrompt | None, ids: np.ndarray, count: int) -> list[int]:
     """The ids that continue a row, by running it whole for each of them."""
     for _ in range(count):
-        ids = np.append(ids, int(np.argmax(whole_logits(virtual, ids)[-1])))
+        ids = np.append(ids, int(np.argmax(whole(virtual, ids)[-1])))
     return ids[-count:].tolist()
 
 
@@ -336,8 +344,8 @@ def test_generation_is_growing_the_rows():
     never, limits = jnp.full((2, 1), -1, jnp.int32), jnp.full(2, 5, jnp.int32)
     state = decode(MODEL, virtual, prefix, jnp.int32(5), jnp.zeros(2, bool), greedy(2), never, limits, None, state)
     for row, length in enumerate(lengths):
-        whole = np.concatenate([LEAD, IDS[row, : length + 1]])
-        assert state.ids[row, 1:6].tolist() == grown(virtual, whole, 5)
+        start = np.concatenate([LEAD, IDS[row, : length + 1]])
+        assert state.ids[row, 1:6].tolist() == grown(virtual, start, 5)
 
 
 def test_slots_hold_each_requests_memory():

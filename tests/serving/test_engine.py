@@ -267,6 +267,14 @@ def test_empty_fields_and_whole_contexts(bank: PromptBank, tmp_path):
     bank.remove("lead")
 
 
+def test_the_size_of_the_slots_is_that_of_the_documented_formula(bank: PromptBank):
+    """Keys and values in float32, and the position and segment of each entry; 9 more numbers per slot."""
+    (group,) = bank.base.layout.attention_groups.values()
+    of_entry = 2 * len(group.layers) * group.kv_heads * group.key_size * 4 + 2 * 4
+    for slots, context, entries in ((1, 96, 192), (3, 100, 224)):
+        assert Engine(bank, slots=slots, context=context).slot_bytes == slots * (entries * of_entry + 9 * 4)
+
+
 def test_prompts_wait_on_the_host(bank: PromptBank):
     for name in bank.names:
         assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(bank.entry(name).virtual))

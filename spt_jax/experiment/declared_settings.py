@@ -1,0 +1,131 @@
+"""Reads from a config file, without running it, which fields it sets."""
+
+import ast
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from spt_jax.experiment import declared
+from spt_jax.experiment.declared import Declaration
+from spt_jax.experiment.mapping_nodes import SUFFIXES, Node, read_nodes
+
+DEFAULT_METHOD = "prompt_tuning"  # of a YAML or JSON file
+_WITH_NAME = "Path(__file__).with_name"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a config file sets.
+
+    Attributes:
+      fields: for each class that it makes, the fields that it sets, as the file has them.
+      method: the name of the method.
+      objective: the name of the objective; None for the default of the task.
+    """
+
+    fields: Mapping[str, Mapping[str, str]]
+    method: str
+    objective: str | None
+
+
+def read_settings(
+    path: Path, methods: Mapping[str, Declaration], objectives: Mapping[str, Declaration]
+) -> Settings | None:
+    """Returns what a config file sets.
+
+    Args:
+      path: the file.
+      methods: the registered methods.
+      objectives: the registered objectives.
+
+    Returns:
+      The settings; None if they cannot be read without running the file, as with a method that is defined in it, or if
+      the file cannot be read.
+    """
+    try:
+        if path.suffix in SUFFIXES:
+            return _of_mapping(read_nodes(path), methods, objectives)
+        return _of_calls(_calls(path), methods, objectives)
+    except (OSError, SyntaxError, ValueError, LookupError):  # ConfigError is a ValueError
+        return None
+
+
+def plain(code: str) -> str:
+    """Returns text of Python code as it is typed on the command line; other values as code."""
+    try:
+        value = ast.literal_eval(code)
+    except (ValueError, SyntaxError):
+        return code
+    return value if isinstance(value, str) and re.fullmatch(r"[^\s\\'\"]+", value) else code
+
+
+def _of_calls(
+    fields: dict[str, dict[str, str]], methods: Mapping[str, Declaration], objectives: Mapping[str, Declaration]
+) -> Settings | None:
+    chosen = [name for name, kind in methods.items() if kind.name in fields]
+    over = [name for name, kind in objectives.items() if kind.name in fields]
+    if "over" in fields.get("LossConfig", {}):
+        over.append(ast.literal_eval(fields["LossConfig"]["over"]))
+    if len(chosen) != 1 or len(over) > 1:
+        return None
+    return Settings(fields, chosen[0], next(iter(over), None))
+
+
+def _calls(path: Path) -> dict[str, dict[str, str]]:
+    """Returns the keywords of the calls in a Python config, those of the config that it varies included."""
+    module = ast.parse(path.read_text(encoding="utf-8"))
+    constants = {
+        line.targets[0].id: line.value
+        for line in module.body
+        if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name)
+    }
+
+    def code(value: ast.expr) -> str:
+        constant = constants.get(value.id) if isinstance(value, ast.Name) else value
+        return declared.literal(constant) or ast.unparse(value)
+
+    found: dict[str, dict[str, str]] = {}
+    varied: dict[str, dict[str, str]] = {}
+    for node in ast.walk(module):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            found[name] = {word.arg: code(word.value) for word in node.keywords if word.arg is not None}
+            if name == _WITH_NAME:
+                varied = _calls(path.with_name(ast.literal_eval(node.args[0])))
+    replaced = varied.get("ExperimentConfig", {}).get("method", "").partition("(")[0]
+    return {**{name: own for name, own in varied.items() if name != replaced}, **found}
+
+
+def _of_mapping(root: Node, methods: Mapping[str, Declaration], objectives: Mapping[str, Declaration]) -> Settings:
+    sections = root.value if isinstance(root.value, Mapping) else {}
+    method = _word(sections.get("method"), "name") or DEFAULT_METHOD
+    over = _word(sections.get("loss"), "over")
+    fields: dict[str, dict[str, str]] = {}
+    for name, field in declared.fields(declared.declaration("spt_jax.config", "ExperimentConfig")).items():
+        kind = methods[method] if name == "method" else field.nested
+        if name in sections and kind is not None:
+            fields |= _section(kind, sections[name])
+    if over is not None and "loss" in sections:
+        fields |= _section(objectives[over], sections["loss"])
+    return Settings(fields, method, over)
+
+
+def _section(kind: Declaration, node: Node) -> dict[str, dict[str, str]]:
+    own = node.value if isinstance(node.value, Mapping) else {}
+    found = {kind.name: {name: repr(_value(value)) for name, value in own.items()}}
+    for name, field in declared.fields(kind).items():
+        if name in own and field.nested is not None:
+            found |= _section(field.nested, own[name])
+    return found
+
+
+def _value(node: Node) -> object:
+    if isinstance(node.value, Mapping):
+        return {name: _value(own) for name, own in node.value.items()}
+    return [_value(own) for own in node.value] if isinstance(node.value, list) else node.value
+
+
+def _word(node: Node | None, name: str) -> str | None:
+    own = node.value.get(name) if node is not None and isinstance(node.value, Mapping) else None
+    return own.value if own is not None and isinstance(own.value, str) else None
