@@ -32,7 +32,7 @@ from spt_jax.runtime.waits import spoken
 from spt_jax.training.config import LogConfig, TrainConfig, given
 from spt_jax.training.logs import MetricsLog, NoLog, read_metrics
 from spt_jax.training.loop import Best, Events, Stopped
-from spt_jax.training.objectives import Objective
+from spt_jax.training.objectives import Distillation, Objective
 from spt_jax.training.optimizers import OptimizerConfig
 
 
@@ -110,7 +110,7 @@ def fit(
       method: the method. A length that is not set follows from the template.
       template: the template. `virtual_tokens` may be left out. Without verbalizers, a task with classes takes them from
         the training records. `head` names the task, if it is not the one of the method.
-      train: the training records.
+      train: the training records; none are needed beside the questions of `Distillation(study=...)`.
       validation: the records that choose the best prompt; without them, the last prompt is taken.
       steps: optimizer steps.
       batch_size: examples per step.
@@ -162,8 +162,10 @@ def fit(
     sources = {"train": train} if validation is None else {"train": train, "validation": validation}
     names = {split: _name(source, split) for split, source in sources.items()}
     limits = {"train": steps * batch_size}
+    studied = {"train"} if isinstance(objective, Distillation) and objective.study else set()
     records: dict[str, Records] = {
-        split: gather_records(source, names[split], limit=limits.get(split)) for split, source in sources.items()
+        split: gather_records(source, names[split], limit=limits.get(split), may_be_empty=split in studied)
+        for split, source in sources.items()
     }
     if not isinstance(base, FrozenBase):
         with spoken(f"loading {base}", shown=progress):

@@ -42,7 +42,9 @@ class _PolarsFrame(Protocol):
     def to_dicts(self) -> Sequence[Mapping[object, object]]: ...
 
 
-def gather_records(source: RecordSource, name: str, *, limit: int | None = None) -> list[Record]:
+def gather_records(
+    source: RecordSource, name: str, *, limit: int | None = None, may_be_empty: bool = False
+) -> list[Record]:
     """Returns the records of a source as a list of dicts.
 
     A stream (an `IterableDataset`, a generator) is read once, up to `limit` records.
@@ -52,6 +54,7 @@ def gather_records(source: RecordSource, name: str, *, limit: int | None = None)
         `IterableDataset`; any other iterable of mappings; or a file or hub data set, as for `read_records`.
       name: the name of the source in error messages.
       limit: the maximum number of records to read from a stream; None to read it to its end.
+      may_be_empty: whether there may be no records.
 
     Raises:
       DataError: the source is of another type, a record is not a mapping of field names to values, there are no
@@ -65,7 +68,7 @@ def gather_records(source: RecordSource, name: str, *, limit: int | None = None)
         if limit is None and len(rows) > MAX_STREAMED:
             raise DataError(f"{name}: the stream has more than {MAX_STREAMED:,} records; end it, as by .take(n)")
     records = [_record(row, name, number) for number, row in enumerate(rows, 1)]
-    if not records:
+    if not (records or may_be_empty):
         raise DataError(f"{name}: no records")
     return records
 
