@@ -94,7 +94,12 @@ def compare(
     """
 
     def ask(data: EvaluationSet, virtual: VirtualPrompt | None, split: str, **more: str) -> Evaluation:
-        name = "soft prompt" if virtual is not None else "hand-written prompt" if more else "no soft prompt"
+        if virtual is not None:
+            name = "soft prompt"
+        elif data is sets[split].text:
+            name = "the text itself"
+        else:
+            name = "hand-written prompt" if more else "no soft prompt"
         progress.begin(f"{name} on {split} data")
         if virtual is None:
             result = evaluate_without_prompt(base, data, generated=split == "test")
