@@ -12,8 +12,9 @@ import train
 from spt_jax.data.encoder import encoder_for
 from spt_jax.data.remembered import remembered_system
 from spt_jax.data.templates import MESSAGES, Template
-from spt_jax.errors import ConfigError
+from spt_jax.errors import ConfigError, DataError
 from spt_jax.evaluation.after_text import ids_after_text
+from spt_jax.experiment.distillation import with_answers
 from spt_jax.experiment.self_study import self_study
 from spt_jax.inference.forward import run_stream
 from spt_jax.models.attention import Stream
@@ -82,6 +83,18 @@ def test_the_ways_are_named(base, text_file):
         Distillation(text=text_file, chat_system=True).text_ids(base)
     with pytest.raises(ConfigError, match=r"data.system is 'no', but what is left of the system turn .* set data"):
         Distillation(text=text_file, chat_system=True, system_rest="no").text_ids(base)
+
+
+@pytest.mark.parametrize(
+    ("chat", "problem"),
+    [("Hello", "must be a list of turns"), (["Hello"], "needs 'role' and 'content'; this one is 'Hello'")],
+)
+def test_a_chat_that_is_none_is_named_before_answers_are_generated(base, text_file, chat, problem):
+    template = template_of(base)
+    objective = Distillation(text=text_file, chat_system=True, system_rest=template.system, answer_tokens=4)
+    text, records = objective.text_ids(base), [{MESSAGES: ASKED[0]}, {MESSAGES: chat}]
+    with pytest.raises(DataError, match=rf"record 2: .*{problem}"):
+        with_answers(base, encoder_for(base, template), objective, text, records, 4)
 
 
 def greedy(base, example) -> list[int]:

@@ -3,6 +3,7 @@
 import io
 import re
 import sys
+import threading
 import time
 
 import numpy as np
@@ -105,6 +106,26 @@ def test_a_task_without_news_is_not_silent(capsys, monkeypatch):
     assert capsys.readouterr().err.count("comparing: 0 of 2, after 0 s\n") > 3
     Progress("comparing", 2, shown=False).advance()
     assert capsys.readouterr() == ("", "")
+
+
+def test_waits_that_begin_at_once_share_the_bars_of_a_terminal(monkeypatch):
+    """The first bars take a while to make, as rich is imported then."""
+    make, made, failed = progress._new_bars, [], []
+
+    def slowly():
+        time.sleep(0.2)
+        made.append(make())
+        return made[-1]
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(progress, "_new_bars", slowly)
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    with spoken("preparing", after=0.01), spoken("loading", after=0.01):
+        time.sleep(0.1)
+        with Progress("training", 2) as task:
+            task.advance()
+    assert len(made) == 1 and not failed and progress._display.bars is None
 
 
 def test_a_terminal_gets_bars_and_lines_above_them(monkeypatch):

@@ -1,9 +1,10 @@
 """Reads from a config file, without running it, which fields it sets."""
 
 import ast
+import collections
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from spt_jax.experiment import declared
@@ -12,6 +13,7 @@ from spt_jax.experiment.mapping_nodes import SUFFIXES, Node, read_nodes
 
 DEFAULT_METHOD = "prompt_tuning"  # of a YAML or JSON file
 _WITH_NAME = "Path(__file__).with_name"
+_REPLACE = ("replace", "dataclasses.replace")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,9 @@ def read_settings(
     try:
         if path.suffix in SUFFIXES:
             return _of_mapping(read_nodes(path), methods, objectives)
-        return _of_calls(_calls(path), methods, objectives)
+        experiment = declared.declaration("spt_jax.config", "ExperimentConfig")
+        classes = {kind.name for kind in (*_held(experiment), *methods.values(), *objectives.values())}
+        return _of_calls(_calls(path, frozenset(classes)), methods, objectives)
     except (OSError, SyntaxError, ValueError, LookupError):  # ConfigError is a ValueError
         return None
 
@@ -72,33 +76,79 @@ def _of_calls(
     return Settings(fields, chosen[0], next(iter(over), None))
 
 
-def _calls(path: Path) -> dict[str, dict[str, str]]:
-    """Returns the keywords of the calls in a Python config, those of the config that it varies included."""
+def _held(kind: Declaration) -> Iterator[Declaration]:
+    """Yields a dataclass and those that its fields hold."""
+    yield kind
+    for field in declared.fields(kind).values():
+        if field.nested is not None:
+            yield from _held(field.nested)
+
+
+def _calls(path: Path, classes: frozenset[str]) -> dict[str, dict[str, str]]:
+    """Returns the keywords of the calls in a Python config, those of the config that it varies included.
+
+    Raises:
+      LookupError: they do not say what the config is: a class is called twice or with arguments without keywords, or a
+        section has values that are not written in the file.
+    """
     module = ast.parse(path.read_text(encoding="utf-8"))
-    constants = {
-        line.targets[0].id: line.value
-        for line in module.body
-        if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name)
+    assigned = _assigned_once(module)
+    aliases = {
+        name.asname: name.name
+        for line in ast.walk(module)
+        if isinstance(line, ast.ImportFrom)
+        for name in line.names
+        if name.asname is not None
     }
 
+    def called(node: ast.Call) -> str:
+        name = ast.unparse(node.func)
+        last = aliases.get(name, name).rpartition(".")[2]
+        return last if last in classes else name
+
     def code(value: ast.expr) -> str:
-        constant = constants.get(value.id) if isinstance(value, ast.Name) else value
+        constant = assigned.get(value.id) if isinstance(value, ast.Name) else value
         return declared.literal(constant) or ast.unparse(value)
+
+    def check_section(value: ast.expr) -> None:
+        own = assigned.get(value.id) if isinstance(value, ast.Name) else value
+        if not isinstance(own, ast.Call) or called(own).removesuffix(".of") not in classes:  # as in LossConfig.of
+            raise LookupError(f"{path}: {ast.unparse(value)} is not the call of a class of configs")
 
     found: dict[str, dict[str, str]] = {}
     varied: dict[str, dict[str, str]] = {}
     for node in ast.walk(module):
-        if isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
-            found[name] = {word.arg: code(word.value) for word in node.keywords if word.arg is not None}
-            if name == _WITH_NAME:
-                varied = _calls(path.with_name(ast.literal_eval(node.args[0])))
+        if not isinstance(node, ast.Call):
+            continue
+        name = called(node)
+        if name in classes and (name in found or node.args or any(word.arg is None for word in node.keywords)):
+            raise LookupError(f"{path}: the calls of {name} do not say its fields")
+        if name == "ExperimentConfig" or name in _REPLACE:
+            for word in node.keywords:
+                check_section(word.value)
+        found[name] = {word.arg: code(word.value) for word in node.keywords if word.arg is not None}
+        if name == _WITH_NAME:
+            varied = _calls(path.with_name(ast.literal_eval(node.args[0])), classes)
     replaced = varied.get("ExperimentConfig", {}).get("method", "").partition("(")[0]
     return {**{name: own for name, own in varied.items() if name != replaced}, **found}
 
 
+def _assigned_once(module: ast.Module) -> dict[str, ast.expr]:
+    """Returns the values of the names that a module assigns once, in any scope."""
+    nodes = list(ast.walk(module))
+    counts = collections.Counter(
+        node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    )
+    counts.update(node.arg for node in nodes if isinstance(node, ast.arg))
+    return {
+        node.targets[0].id: node.value
+        for node in nodes
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and counts[node.targets[0].id] == 1
+    }
+
+
 def _of_mapping(root: Node, methods: Mapping[str, Declaration], objectives: Mapping[str, Declaration]) -> Settings:
-    sections = root.value if isinstance(root.value, Mapping) else {}
+    sections = _entries(root)
     method = _word(sections.get("method"), "name") or DEFAULT_METHOD
     over = _word(sections.get("loss"), "over")
     fields: dict[str, dict[str, str]] = {}
@@ -112,12 +162,18 @@ def _of_mapping(root: Node, methods: Mapping[str, Declaration], objectives: Mapp
 
 
 def _section(kind: Declaration, node: Node) -> dict[str, dict[str, str]]:
-    own = node.value if isinstance(node.value, Mapping) else {}
+    own = _entries(node)
     found = {kind.name: {name: repr(_value(value)) for name, value in own.items()}}
     for name, field in declared.fields(kind).items():
         if name in own and field.nested is not None:
             found |= _section(field.nested, own[name])
     return found
+
+
+def _entries(node: Node) -> Mapping[str, Node]:
+    if not isinstance(node.value, Mapping):
+        raise LookupError(f"{node.value!r} is not a mapping")
+    return node.value
 
 
 def _value(node: Node) -> object:

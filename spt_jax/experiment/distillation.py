@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from spt_jax.bases.base import FrozenBase
+from spt_jax.data.chats import turns_of
 from spt_jax.data.encoder import Encoder
 from spt_jax.data.task import prompt_index
 from spt_jax.data.templates import MESSAGES, Template
@@ -49,11 +50,15 @@ def answered(template: Template, record: Mapping[str, Any], answer: str) -> dict
     return {**record, template.label_field: answer}
 
 
-def _lacks_answer(template: Template, record: Mapping[str, Any]) -> bool:
-    """Whether a record has no target. A chat has one if any turn is the assistant's."""
+def _lacks_answer(template: Template, record: Mapping[str, Any], number: int) -> bool:
+    """Whether a record has no target. A chat has one if any turn is the assistant's.
+
+    Raises:
+      DataError: the record's chat is not a list of turns.
+    """
     if not template.is_conversation:
         return template.label_field is None or record.get(template.label_field) is None
-    return all(turn.get("role") != "assistant" for turn in record[MESSAGES])
+    return all(turn.role != "assistant" for turn in turns_of(record, number))
 
 
 def with_answers(
@@ -76,11 +81,11 @@ def with_answers(
 
     Raises:
       ConfigError: as in `check_answers`.
-      DataError: the text and a prompt leave no position for an answer.
+      DataError: the text and a prompt leave no position for an answer, or a chat is not a list of turns.
     """
     template = encoder.template
     check_answers(template)
-    missing = [number for number, record in enumerate(records) if _lacks_answer(template, record)]
+    missing = [number for number, record in enumerate(records) if _lacks_answer(template, record, number)]
     asked = [records[number] for number in missing]
     answers = answers_after_text(base, encoder, objective, text, asked, batch_size, missing)
     found = list(records)

@@ -35,11 +35,12 @@ def line_seconds(elapsed: float) -> float:
 
 def say(line: str) -> None:
     """Writes a line to stderr, above the bars if there are any."""
-    if _display.bars is None:
+    bars = _display.bars  # Another thread may close them.
+    if bars is None:
         print(line, file=sys.stderr, flush=True)
         _lines.said = time.monotonic()
     else:
-        _display.bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
@@ -178,36 +179,40 @@ class _Lines:
     def say(self) -> None:
         """Says how far all tasks are, if a line is due."""
         with self._lock:
-            if self.open and not self.due:
-                parts = [task.line() for task in self.open]
-                self._every = line_seconds(time.monotonic() - self.open[0].started)
+            tasks = list(self.open)  # Another thread may remove some.
+            if tasks and not self.due:
+                parts = [task.line() for task in tasks]
+                self._every = line_seconds(time.monotonic() - tasks[0].started)
                 seldom = self._every > line_seconds(0.0)
                 say("; ".join([*parts, f"next line in {duration(self._every)}"] if seldom else parts))
 
 
 class _Display:
-    """All bars of the process, which rich draws together."""
+    """All bars of the process, which rich draws together. Waits add bars in threads of their own."""
 
     def __init__(self) -> None:
         self.bars: rich.progress.Progress | None = None
         self._open = contextlib.ExitStack()
+        self._lock = threading.Lock()
 
     def add(self, what: str, total: int | None, done: int) -> "rich.progress.TaskID":
-        if self.bars is None:
-            self.bars = self._open.enter_context(_new_bars())
-            self._open.enter_context(signals.telling(lambda _: os.write(2, b"\n")))
-        return self.bars.add_task(what, total=total, completed=done, note="", left="")
+        with self._lock:
+            if self.bars is None:
+                self.bars = self._open.enter_context(_new_bars())
+                self._open.enter_context(signals.telling(lambda _: os.write(2, b"\n")))
+            return self.bars.add_task(what, total=total, completed=done, note="", left="")
 
     def update(self, bar: "rich.progress.TaskID", what: str, done: int, note: str, left: str) -> None:
         assert self.bars is not None
         self.bars.update(bar, description=what, completed=done, note=note, left=left)
 
     def remove(self, bar: "rich.progress.TaskID") -> None:
-        assert self.bars is not None
-        self.bars.remove_task(bar)
-        if not self.bars.tasks:
-            self._open.close()
-            self.bars = None
+        with self._lock:
+            assert self.bars is not None
+            self.bars.remove_task(bar)
+            if not self.bars.tasks:
+                self._open.close()
+                self.bars = None
 
 
 def _new_bars() -> "rich.progress.Progress":

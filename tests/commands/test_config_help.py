@@ -128,6 +128,11 @@ def test_a_yaml_config_has_the_options_of_its_method_and_objective(tmp_path: Pat
         "from spt_jax.prompts import Method\nclass Own(Method): ...\ndef get_config(): return Own()\n",
         "from spt_jax.prompts import PTuning, DeepPrompts\nboth = PTuning(), DeepPrompts()\n",
         "from spt_jax.prompts import PTuning\nx = PTuning()\ny = LossConfig(over=name())\n",
+        "x = ExperimentConfig(method=PTuning(), train=shared())\n",
+        "x = ExperimentConfig(method=PTuning(), train=dataclasses.replace(TrainConfig(steps=3), steps=4))\n",
+        "x = ExperimentConfig(method=PTuning(), train=TrainConfig(**options))\n",
+        "x = ExperimentConfig(method=PTuning(5), train=TrainConfig())\n",
+        "x = [ExperimentConfig(method=PTuning(), train=TrainConfig(steps=3)), TrainConfig(steps=4)]\n",
     ],
 )
 def test_a_config_that_must_be_run_is_left_to_the_command_line(text: str, tmp_path: Path):
@@ -137,6 +142,27 @@ def test_a_config_that_must_be_run_is_left_to_the_command_line(text: str, tmp_pa
         assert config_help("spt_jax.commands.train", "Command", [str(name)], "spt-jax train") is None
     for flag in ("--method.name", "--loss.over"):
         assert config_help("spt_jax.commands.train", "Command", ["quickstart", flag, "x"], "spt-jax train") is None
+
+
+@pytest.mark.parametrize("text", ["- 1", "train: 5", "method: prompt_tuning"])
+def test_a_file_whose_sections_are_not_mappings_is_left_to_the_command_line(text: str, tmp_path: Path):
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    assert config_help("spt_jax.commands.train", "Command", [str(path)], "spt-jax train") is None
+
+
+def test_classes_of_modules_and_under_other_names_are_read(tmp_path: Path):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "import spt_jax\nfrom spt_jax import config\nfrom spt_jax.config import DataConfig as Data\nLENGTH = 20\n"
+        "def get_config(limit=3):\n  LENGTH = 30\n"
+        "  data = Data(train='x.jsonl', prompt='{text}', limit=limit)\n"
+        "  return config.ExperimentConfig(method=spt_jax.PromptTuning(length=LENGTH), data=data,\n"
+        "    train=config.TrainConfig(steps=7))\n"
+    )
+    text = " ".join(shown("train", str(path)).split())
+    for setting in ("steps. (default: 1000; own.py: 7)", "own.py: x.jsonl)", "own.py: LENGTH)", "own.py: limit)"):
+        assert setting in text
 
 
 def test_a_misspelled_config_is_refused_before_jax_is_imported(capsys: pytest.CaptureFixture):
