@@ -51,7 +51,7 @@ def commands(line: str) -> Iterator[list[str]]:
     lexer.whitespace_split = True
     command: list[str] = []
     for word in [*lexer, ";"]:
-        if set(word) <= set("();<>|&"):
+        if word and set(word) <= set("();<>|&"):
             if command:
                 yield command
             command = []
