@@ -1,6 +1,6 @@
 """ReFT on the shipped task.
 
-Low-rank edits of the hidden states after every layer.
+Low-rank edits of hidden states after each layer.
 
     spt-jax train reft
 """

@@ -23,7 +23,7 @@ DOWN_UNIT = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RepresentationFinetuning(Method):
-    """Low-rank edits of the hidden states after every layer.
+    """Low-rank edits of hidden states after each layer.
 
     After each layer, the hidden state h of every token becomes h + (h A + rms(h) b) C, with A [D, r], b [r] and
     C [r, D] of that layer: DiReFT of Wu et al. 2024, with b in units of the root mean square of h (`HiddenEdits`).

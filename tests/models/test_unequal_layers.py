@@ -118,7 +118,7 @@ def one_after_another(model: DecoderModel, x, stream: Stream, prefix: Prefix) ->
         pair = jax.tree.map(lambda a, place=place: a[place], prefix.memory[group])
         windowed = dataclasses.replace(single, config=stack.config)
         shared = _shared_inputs(windowed, stream, prefix, None, {}, ring=False)
-        flags = jax.tree.map(lambda a: a[0], _layer_inputs(config, windowed, True, None))
+        flags = jax.tree.map(lambda a: a[0], _layer_inputs(config, windowed, True, None, None))
         block = Block(stack.config, None, "xla")
         x, _ = block.apply(
             {"params": jax.tree.map(lambda a, at=at: a[at], params)},
