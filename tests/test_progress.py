@@ -13,7 +13,7 @@ from spt_jax.reports.report import compact_table, comparison_table
 from spt_jax.runtime import progress
 from spt_jax.runtime.files import nearest_path
 from spt_jax.runtime.progress import Progress, duration, say
-from spt_jax.runtime.waits import spoken
+from spt_jax.runtime.waits import silent, spoken
 from spt_jax.training.clock import validation_line
 
 
@@ -106,6 +106,15 @@ def test_a_task_without_news_is_not_silent(capsys, monkeypatch):
     assert capsys.readouterr().err.count("comparing: 0 of 2, after 0 s\n") > 3
     Progress("comparing", 2, shown=False).advance()
     assert capsys.readouterr() == ("", "")
+
+
+def test_waits_can_be_silent(capsys):
+    with silent(), spoken("loading", after=0.0):
+        time.sleep(0.1)
+    assert capsys.readouterr().err == ""
+    with spoken("loading", after=0.0):
+        time.sleep(0.1)
+    assert "loading ..." in capsys.readouterr().err
 
 
 def test_waits_that_begin_at_once_share_the_bars_of_a_terminal(monkeypatch):

@@ -220,10 +220,10 @@ def test_studies_are_shared_if_nothing_they_depend_on_differs(folder, base):
     assert len({key, *others}) == 6
 
 
-def test_fit_needs_no_records_beside_a_study(folder, base):
+def test_fit_needs_no_records_beside_a_study(folder, base, capsys):
     options = {"steps": 1, "batch_size": 2, "progress": False}
     own = objective(folder, study=4, study_validation=2)
     result = spt_jax.fit(base, spt_jax.PromptTuning(length=3), TEMPLATE, [], objective=own, **options)
-    assert result.validation["examples"] == 2
+    assert result.validation["examples"] == 2 and capsys.readouterr().err == ""
     with pytest.raises(DataError, match="train: no records"):
         spt_jax.fit(base, spt_jax.PromptTuning(length=3), TEMPLATE, [], objective=objective(folder, study=0), **options)

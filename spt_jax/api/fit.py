@@ -28,7 +28,7 @@ from spt_jax.interop import peft_note
 from spt_jax.prompts import Method
 from spt_jax.runtime import processes
 from spt_jax.runtime.mirror import check_shared, staged
-from spt_jax.runtime.waits import spoken
+from spt_jax.runtime.waits import silent, spoken
 from spt_jax.training.config import LogConfig, TrainConfig, given
 from spt_jax.training.logs import MetricsLog, NoLog, read_metrics
 from spt_jax.training.loop import Best, Events, Stopped
@@ -188,6 +188,8 @@ def fit(
         )
     )
     with contextlib.ExitStack() as stack:
+        if not progress:
+            stack.enter_context(silent())
         folder, reads = None, input_paths(config)
         if workdir is not None:
             folder = Path(workdir).expanduser()

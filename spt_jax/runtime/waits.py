@@ -1,6 +1,7 @@
 """Messages about waits, such as loading and compilation, on stderr: at the start, while they last, and at the end."""
 
 import contextlib
+import contextvars
 import threading
 import time
 from collections.abc import Iterator
@@ -9,6 +10,17 @@ from spt_jax.runtime import processes
 from spt_jax.runtime.progress import Progress, say
 
 PATIENCE = 1.0  # seconds before a wait that is usually short is mentioned
+_silent = contextvars.ContextVar("silent", default=False)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Context manager within which `spoken` says nothing, in this thread."""
+    token = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
 
 
 @contextlib.contextmanager
@@ -23,7 +35,7 @@ def spoken(what: str, *, after: float = PATIENCE, shown: bool = True) -> Iterato
       after: the seconds before the first message.
       shown: whether to say anything.
     """
-    if not (shown and processes.leads()):
+    if not (shown and processes.leads()) or _silent.get():
         yield
         return
     started, lock = time.perf_counter(), threading.Lock()
