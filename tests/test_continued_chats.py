@@ -81,6 +81,9 @@ def test_questions_of_a_self_study_follow_the_text(base, text_file):
 def test_the_ways_are_named(base, text_file):
     with pytest.raises(ConfigError, match=r"by default; leave out chat_system, or train a prefix with data.continues"):
         Distillation(text=text_file, chat_system=True).text_ids(base)
+    given = Distillation(text=text_file, chat_system=True, system_rest="no")
+    with pytest.raises(ConfigError, match=r"loss.system_rest is 'no'; it follows from data.system"):
+        spt_jax.fit(base, spt_jax.PrefixTuning(length=2), template_of(base), ANSWERED, steps=1, objective=given)
     with pytest.raises(ConfigError, match=r"data.system is 'no', but what is left of the system turn .* set data"):
         Distillation(text=text_file, chat_system=True, system_rest="no").text_ids(base)
 

@@ -219,7 +219,10 @@ def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
             f"loss.class_weights has {len(loss.class_weights)} numbers for {len(data.verbalizers)} classes"
         )
     if hasattr(loss, "system_rest"):
-        loss = dataclasses.replace(loss, system_rest=data.system if data.continues else None)
+        rest = data.system if data.continues else None
+        if loss.system_rest not in (None, rest):
+            raise ConfigError(f"loss.system_rest is {loss.system_rest!r}; it follows from data.system, so leave it out")
+        loss = dataclasses.replace(loss, system_rest=rest)
     if data.hard_prompt and f"{{{MESSAGES}}}" in data.prompt:
         raise ConfigError("data.hard_prompt is not compatible with {messages}: write it as a turn of the chat")
     return dataclasses.replace(config, data=data, method=method, loss=loss.resolved(), train=config.train.resolved())
