@@ -219,9 +219,9 @@ def resolve(config: ExperimentConfig[Any]) -> ExperimentConfig[Any]:
             f"loss.class_weights has {len(loss.class_weights)} numbers for {len(data.verbalizers)} classes"
         )
     if hasattr(loss, "system_rest"):
-        rest = data.system if data.continues else None
-        if loss.system_rest not in (None, rest):
-            raise ConfigError(f"loss.system_rest is {loss.system_rest!r}; it follows from data.system, so leave it out")
+        given, rest = getattr(loss, "system_rest", None), data.system if data.continues else None
+        if given not in (None, rest):
+            raise ConfigError(f"loss.system_rest is {given!r}; it follows from data.system, so leave it out")
         loss = dataclasses.replace(loss, system_rest=rest)
     if data.hard_prompt and f"{{{MESSAGES}}}" in data.prompt:
         raise ConfigError("data.hard_prompt is not compatible with {messages}: write it as a turn of the chat")
