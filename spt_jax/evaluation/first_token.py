@@ -17,7 +17,8 @@ from spt_jax.models.model import Model
 from spt_jax.prompts import VirtualPrompt
 from spt_jax.runtime.sharding import replicated, row_shards
 
-RUNS = 5
+# Rounds of measurements: at least the first number, and up to the second while they take less than SECONDS.
+ROUNDS, MORE_ROUNDS, SECONDS = 5, 51, 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +50,17 @@ def first_token_seconds(base: FrozenBase, requests: Mapping[str, Request]) -> di
       The seconds, by the same names.
     """
     calls = {name: _call(base, request) for name, request in requests.items()}
+    for call in calls.values():
+        jax.block_until_ready(call())
     found: dict[str, list[float]] = {name: [] for name in requests}
-    for run in range(RUNS + 1):
+    began = time.perf_counter()
+    for number in range(MORE_ROUNDS):
+        if number >= ROUNDS and time.perf_counter() - began > SECONDS:
+            break
         for name, call in calls.items():
             begin = time.perf_counter()
             jax.block_until_ready(call())
-            if run:
-                found[name].append(time.perf_counter() - begin)
+            found[name].append(time.perf_counter() - begin)
     return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
