@@ -158,7 +158,8 @@ class Serve:
         loopback address, they are allowed in addition to localhost and the address; on other addresses, any name is
         allowed unless names are given.
       slots: number of requests that run at once.
-      context: positions per slot, for prompt and answer together; default all positions of the base.
+      context: positions per slot, for prompt and answer together; default all positions of the base, at most 8,192.
+        The memory of the slots grows with it.
       lookup: the most tokens that are drafted at a time from a request's earlier text, 1 to 32; answers stay the same.
         0 for no drafts.
       chunk: the most tokens of a request that are run at a time, at least 16; other answers go on in between. 0 for no

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from spt_jax.serving.service import Service
 
 ADMIN_KEY = "SPT_JAX_ADMIN_KEY"
+DEFAULT_CONTEXT = 8192  # The slots of a base with 131,072 positions would rarely fit on a device.
 
 
 def serve(options: Serve) -> None:
@@ -79,7 +80,8 @@ def start(command: Serve, copies: Path | None = None) -> "Service":
     print(describe_base(base))
     budget = None if command.prompt_memory is None else command.prompt_memory * 2**20
     bank = PromptBank(base, budget_bytes=budget)
-    engine = Engine(bank, slots=command.slots, context=command.context, lookup=command.lookup, chunk=command.chunk)
+    context = command.context or min(DEFAULT_CONTEXT, base.layout.max_positions)
+    engine = Engine(bank, slots=command.slots, context=context, lookup=command.lookup, chunk=command.chunk)
     if base.layout.generates:
         with spoken("compiling the programs for requests"):
             engine.warm_decoding()
@@ -93,7 +95,8 @@ def start(command: Serve, copies: Path | None = None) -> "Service":
     service.refresh = refresh
     service.worker.start()
     print(
-        f"{name} and {len(engine.bank.names)} prompts in {command.slots} slots ({engine.slot_bytes / 2**20:,.0f} MiB),"
+        f"{name} and {len(engine.bank.names)} prompts in {command.slots} slots of {engine.context:,} positions"
+        f" ({engine.slot_bytes / 2**20:,.0f} MiB; change them with --context),"
         f" ready in {time.perf_counter() - began:.1f} s"
     )
     return service

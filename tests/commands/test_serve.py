@@ -70,7 +70,7 @@ def test_it_serves_and_drains(folder):
         process.communicate()
 
 
-def test_prompts_that_cannot_be_read_are_left_out(folder, tmp_path, capsys):
+def test_prompts_that_cannot_be_read_are_left_out(folder, tmp_path, capsys, monkeypatch):
     """Each with a line that names it; others are served."""
     shutil.copytree(folder / "story", tmp_path / "story")
     shutil.copytree(folder / "story", tmp_path / "truncated")
@@ -84,10 +84,13 @@ def test_prompts_that_cannot_be_read_are_left_out(folder, tmp_path, capsys):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / ".hidden").mkdir()
     (tmp_path / "README").write_text("A file is no prompt.")
-    service = start_service(Serve(base=str(STARTER), prompts=tmp_path, slots=1, context=64))
+    monkeypatch.setattr("spt_jax.commands.serve.DEFAULT_CONTEXT", 64)
+    service = start_service(Serve(base=str(STARTER), prompts=tmp_path, slots=1))
     service.worker.stop()
     assert service.bank.names == ["story"]
-    lines = [line for line in capsys.readouterr().out.splitlines() if "is left out: " in line]
+    output = capsys.readouterr().out
+    assert "in 1 slots of 64 positions (" in output
+    lines = [line for line in output.splitlines() if "is left out: " in line]
     assert [Path(line.split()[0]).name for line in lines] == [
         ".hidden",
         "empty",
