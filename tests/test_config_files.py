@@ -1,5 +1,6 @@
 """Configs in YAML and JSON are those in Python; what is wrong in one is said with its place."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from spt_jax.errors import ConfigError
 from spt_jax.experiment.command_line import config_json, parse_train
 from spt_jax.experiment.config import ExperimentConfig
 from spt_jax.experiment.config_files import load_config_file
+from spt_jax.experiment.config_help import config_help
 from spt_jax.experiment.mapping_nodes import MAX_BYTES
 from spt_jax.experiment.shipped import shipped_configs
 from spt_jax.prompts import METHODS, PromptTuning
@@ -132,3 +134,19 @@ def test_a_name_that_is_nearly_right(tmp_path):
     (tmp_path / "mine.yaml").write_text("{}")
     with pytest.raises(ConfigError, match=r"did you mean .*mine\.yaml\?"):
         load_config_file(tmp_path / "mien.yaml")
+
+
+@pytest.mark.parametrize("names", [("own", "own"), ("first", "second", "first")])
+def test_a_config_that_is_a_variant_of_itself_is_refused(tmp_path, names):
+    for name, other in itertools.pairwise(names):
+        (tmp_path / f"{name}.py").write_text(
+            "from pathlib import Path\nfrom spt_jax.config import variant\nfrom spt_jax.prompts import PTuning\n"
+            f'get_config = variant(Path(__file__).with_name("{other}.py"), PTuning())\n'
+        )
+    path, chain = tmp_path / f"{names[0]}.py", " -> ".join(str(tmp_path / f"{name}.py") for name in names)
+    with pytest.raises(ConfigError, match=re.escape(f"the config is a variant of itself ({chain}); name another")):
+        load_config_file(path)
+    assert config_help("spt_jax.experiment.command_line", "Command", [str(path)], "spt-jax train") is None
+    path.write_text("from spt_jax.config import ExperimentConfig\nget_config = ExperimentConfig\n")
+    with pytest.raises(ConfigError, match="missing"):  # the failure has left nothing behind
+        load_config_file(path)

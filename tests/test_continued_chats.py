@@ -17,6 +17,7 @@ from spt_jax.evaluation.after_text import ids_after_text
 from spt_jax.experiment.distillation import with_answers
 from spt_jax.experiment.self_study import self_study
 from spt_jax.inference.forward import run_stream
+from spt_jax.inference.generation import SamplingConfig, generate
 from spt_jax.models.attention import Stream
 from spt_jax.prompts.initializers import Initializer
 from spt_jax.testing import tiny_base, write_tiny_checkpoint
@@ -98,6 +99,18 @@ def test_a_chat_that_is_none_is_named_before_answers_are_generated(base, text_fi
     text, records = objective.text_ids(base), [{MESSAGES: ASKED[0]}, {MESSAGES: chat}]
     with pytest.raises(DataError, match=rf"record 2: .*{problem}"):
         with_answers(base, encoder_for(base, template), objective, text, records, 4)
+
+
+def test_a_chat_that_goes_on_after_an_answer_is_answered(base, text_file):
+    encoder = encoder_for(base, template_of(base))
+    objective = Distillation(text=text_file, chat_system=True, system_rest=encoder.template.system, answer_tokens=4)
+    longer = [*ANSWERED[0][MESSAGES], *ASKED[1]]
+    records = [{MESSAGES: longer}, ANSWERED[2]]
+    found = with_answers(base, encoder, objective, objective.text_ids(base), records, 4)
+    whole = encoder_for(base, Template(prompt=f"{{{MESSAGES}}}"))
+    ids = whole.prompt_ids({MESSAGES: [{"role": "system", "content": TEXT}, *longer]})
+    (answer,) = generate(base, [ids], None, SamplingConfig(max_new_tokens=4, end_ids=whole.end_ids))
+    assert found == [{MESSAGES: [*longer, {"role": "assistant", "content": answer.text.strip()}]}, ANSWERED[2]]
 
 
 def greedy(base, example) -> list[int]:

@@ -5,7 +5,7 @@ from spt_jax.commands.options import Export, Import
 from spt_jax.commands.saved import load
 from spt_jax.data.sources import check_fields
 from spt_jax.data.templates import TEXT, Template
-from spt_jax.errors import ConfigError
+from spt_jax.errors import CheckpointError, ConfigError
 from spt_jax.evaluation.inspection import (
     describe_prompt,
 )
@@ -13,13 +13,15 @@ from spt_jax.interop import export_embeddings, export_npy, export_peft, export_p
 from spt_jax.interop.peft import default_template
 from spt_jax.prompts.names import prompt_directory
 from spt_jax.prompts.storage import load_prompt, read_prompt, save_prompt
-from spt_jax.runtime.files import shown, write_text
+from spt_jax.runtime.files import nearest_path, shown, write_text
 from spt_jax.runtime.waits import spoken
 
 
 def import_prompt(options: Import) -> None:
     """Converts a prompt of another library, and prints its description."""
     source = prompt_directory(options.source)
+    if not source.exists():
+        raise CheckpointError(f"{shown(options.source)}: no such file or directory{nearest_path(options.source)}")
     with spoken(f"loading {options.base}"):
         base = load_base(options.base, dtype=options.dtype)
     if source.is_dir():

@@ -18,7 +18,9 @@ from spt_jax.runtime.remote import RemoteFolder, check_path, url_of
 from spt_jax.runtime.sharding import make_mesh
 from spt_jax.runtime.waits import spoken
 from spt_jax.serving.bank import PromptBank
+from spt_jax.serving.chunks import check_chunk
 from spt_jax.serving.engine import Engine
+from spt_jax.serving.lookup import check_draft_size
 
 if TYPE_CHECKING:
     from spt_jax.serving.service import Service
@@ -43,6 +45,8 @@ def serve(options: Serve) -> None:
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be more than 0")
+    check_chunk(options.chunk)
+    check_draft_size(options.lookup)
     measure.keep_compiled_programs(options.compilation_cache)
     with bound(options.host, options.port) as listening, tempfile.TemporaryDirectory(prefix="spt_jax-") as copies:
         host, port, *_ = listening.getsockname()

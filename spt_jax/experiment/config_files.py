@@ -1,9 +1,11 @@
 """Config files: Python files with a function `get_config`, or YAML or JSON files with the fields of the config."""
 
+import contextlib
+import contextvars
 import dataclasses
 import difflib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,16 @@ from spt_jax.experiment.mappings import read_mapping_config
 from spt_jax.experiment.shipped import shipped_configs
 from spt_jax.prompts import METHODS, Method
 
+# The Python files that are being run, from the outermost to the one whose config is asked for.
+_RUNNING: contextvars.ContextVar[tuple[Path, ...]] = contextvars.ContextVar("_RUNNING", default=())
+
 
 def load_config_file(path: Path) -> ExperimentConfig[Any]:
     """Returns the result of a config file's `get_config()`, or the config that a YAML or JSON file holds.
 
     Raises:
       ConfigError: there is no such file (the message suggests a similar name), it has no `get_config`, it imports what
-        does not exist, it sets an unknown field, or as in `read_mapping_config`.
+        does not exist, it sets an unknown field, it is a variant of itself, or as in `read_mapping_config`.
     """
     if not path.is_file():
         kinds = {".py", *SUFFIXES}
@@ -44,8 +49,9 @@ def load_config_file(path: Path) -> ExperimentConfig[Any]:
         raise ConfigError(f"{path} is not a Python, YAML or JSON file")
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
+        with _running(path):
+            spec.loader.exec_module(module)
+            config = module.get_config()
     except AttributeError as error:
         raise ConfigError(f"{path}: {error}; a config file must define get_config() -> ExperimentConfig") from error
     except ImportError as error:
@@ -57,6 +63,24 @@ def load_config_file(path: Path) -> ExperimentConfig[Any]:
     if not isinstance(config, ExperimentConfig):
         raise ConfigError(f"{path}: get_config() returned {type(config).__name__}, not an ExperimentConfig")
     return config
+
+
+@contextlib.contextmanager
+def _running(path: Path) -> Iterator[None]:
+    """Keeps the file among those that are being run.
+
+    Raises:
+      ConfigError: it already is one of them.
+    """
+    files, own = _RUNNING.get(), path.resolve()
+    if own in files:
+        names = " -> ".join(map(str, (*files[files.index(own) :], own)))
+        raise ConfigError(f"{path}: the config is a variant of itself ({names}); name another config file")
+    token = _RUNNING.set((*files, own))
+    try:
+        yield
+    finally:
+        _RUNNING.reset(token)
 
 
 def variant(path: Path, method: Method) -> Callable[[], ExperimentConfig[Any]]:

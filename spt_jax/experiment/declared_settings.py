@@ -84,13 +84,19 @@ def _held(kind: Declaration) -> Iterator[Declaration]:
             yield from _held(field.nested)
 
 
-def _calls(path: Path, classes: frozenset[str]) -> dict[str, dict[str, str]]:
+def _calls(path: Path, classes: frozenset[str], above: tuple[Path, ...] = ()) -> dict[str, dict[str, str]]:
     """Returns the keywords of the calls in a Python config, those of the config that it varies included.
 
+    Args:
+      path: the config.
+      classes: the names of the classes of configs.
+      above: the configs that vary it.
+
     Raises:
-      LookupError: they do not say what the config is: a class is called twice or with arguments without keywords, or a
-        section has values that are not written in the file.
+      LookupError: they do not say what the config is: a class is called twice or with arguments without keywords, a
+        section has values that are not written in the file, or the config is a variant of itself.
     """
+    above = (*above, path.resolve())
     module = ast.parse(path.read_text(encoding="utf-8"))
     assigned = _assigned_once(module)
     aliases = {
@@ -128,7 +134,10 @@ def _calls(path: Path, classes: frozenset[str]) -> dict[str, dict[str, str]]:
                 check_section(word.value)
         found[name] = {word.arg: code(word.value) for word in node.keywords if word.arg is not None}
         if name == _WITH_NAME:
-            varied = _calls(path.with_name(ast.literal_eval(node.args[0])), classes)
+            other = path.with_name(ast.literal_eval(node.args[0]))
+            if other.resolve() in above:
+                raise LookupError(f"{path}: the config is a variant of itself")
+            varied = _calls(other, classes, above)
     replaced = varied.get("ExperimentConfig", {}).get("method", "").partition("(")[0]
     return {**{name: own for name, own in varied.items() if name != replaced}, **found}
 

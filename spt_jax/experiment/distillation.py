@@ -51,14 +51,14 @@ def answered(template: Template, record: Mapping[str, Any], answer: str) -> dict
 
 
 def _lacks_answer(template: Template, record: Mapping[str, Any], number: int) -> bool:
-    """Whether a record has no target. A chat has one if any turn is the assistant's.
+    """Whether a record has no target. A chat has one if its last turn is the assistant's.
 
     Raises:
       DataError: the record's chat is not a list of turns.
     """
     if not template.is_conversation:
         return template.label_field is None or record.get(template.label_field) is None
-    return all(turn.role != "assistant" for turn in turns_of(record, number))
+    return not turns_of(record, number)[-1].is_answer
 
 
 def with_answers(

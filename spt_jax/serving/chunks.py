@@ -27,6 +27,19 @@ DEFAULT_CHUNK = 256
 _GROWTH = 4
 
 
+def check_chunk(chunk: int | None) -> None:
+    """Checks a number of ids per chunk, as far as it does not depend on the base.
+
+    Args:
+      chunk: the number that was asked for; None for the default of the base.
+
+    Raises:
+      ConfigError: the number is out of range.
+    """
+    if chunk and chunk < MIN_CHUNK:
+        raise ConfigError(f"chunk is {chunk}; it must be at least {MIN_CHUNK}, or 0 to run each request in one call")
+
+
 def chunk_of(layout: Layout, name: str, chunk: int | None) -> int:
     """Returns the number of ids per chunk; 0 if requests run in one call.
 
@@ -39,10 +52,9 @@ def chunk_of(layout: Layout, name: str, chunk: int | None) -> int:
       ConfigError: the number is out of range, or the base is an encoder-decoder, whose encoder reads each request as
         a whole.
     """
+    check_chunk(chunk)
     if chunk is None:
         return 0 if layout.encodes else DEFAULT_CHUNK
-    if chunk and chunk < MIN_CHUNK:
-        raise ConfigError(f"chunk is {chunk}; it must be at least {MIN_CHUNK}, or 0 to run each request in one call")
     if chunk and layout.encodes:
         raise ConfigError(f"chunk is {chunk}, but the encoder of {name} reads each request as a whole; use 0")
     return chunk

@@ -46,6 +46,19 @@ class Drafts:
     lengths: Int[Array, " B"]
 
 
+def check_draft_size(most: int) -> None:
+    """Checks a number of ids per draft, as far as it does not depend on the base.
+
+    Args:
+      most: the number; 0 for no drafts.
+
+    Raises:
+      ConfigError: the number is out of range.
+    """
+    if not 0 <= most <= MAX_DRAFT:
+        raise ConfigError(f"lookup is {most}; it must be between 0 and {MAX_DRAFT}")
+
+
 def check_lookup(layout: Layout, name: str, most: int) -> None:
     """Checks that a base can decode with drafts of up to `most` ids.
 
@@ -58,8 +71,7 @@ def check_lookup(layout: Layout, name: str, most: int) -> None:
       ConfigError: `most` is out of range, or the base is an encoder-decoder or has recurrent layers, whose states
         cannot go back to the last token that was kept.
     """
-    if not 0 <= most <= MAX_DRAFT:
-        raise ConfigError(f"lookup is {most}; it must be between 0 and {MAX_DRAFT}")
+    check_draft_size(most)
     if most and layout.state_groups:
         raise ConfigError(f"lookup is {most}, but {name} has recurrent layers, which cannot undo drafts; use 0")
     if most and (layout.encodes or not layout.generates):

@@ -65,6 +65,16 @@ def test_the_help_has_the_options_that_the_command_line_reads(
         assert all(line in compact or line.startswith("name") for line in attributes(option) if line != "themethod.")
 
 
+@pytest.mark.parametrize("over", [name for name, kind in OBJECTIVES.items() if hasattr(kind, "system_rest")])
+def test_the_rest_of_a_system_turn_is_no_option(over: str, capsys: pytest.CaptureFixture):
+    words = "--loss.over", over
+    assert "--loss.chat-system" in shown("train", "quickstart", *words)
+    assert "system-rest" not in shown("train", "quickstart", *words)
+    with pytest.raises(SystemExit, match="2"):
+        parse_job(Command, ["quickstart", *words, "--loss.text", "a", "--loss.system-rest", ""], "spt-jax train")
+    assert "Unrecognized options: --loss.system-rest" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize("name", shipped_configs())
 def test_the_help_shows_what_a_config_sets(name: str):
     path = shipped_configs()[name]

@@ -30,6 +30,13 @@ def folder(tmp_path_factory):
     return folder
 
 
+def test_an_import_names_a_missing_source_before_it_loads_the_base(folder, capsys):
+    words = ["--source", str(folder / "clasify"), "--base", str(folder / "none"), "--output", str(folder / "imported")]
+    assert main(["import", *words]) == 1
+    said = capsys.readouterr().err
+    assert f"{folder / 'clasify'}: no such file or directory; did you mean '{folder / 'classify'}'?" in said
+
+
 def test_generate_names_the_class(folder, capsys):
     assert main(["generate", "--prompt", str(folder / "classify"), "a message", "another"]) == 0
     lines = capsys.readouterr().out.splitlines()

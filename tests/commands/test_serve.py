@@ -121,6 +121,9 @@ def test_what_it_will_not_start_with(folder, tmp_path, capsys):
     assert "not a directory" in said("--prompts", str(tmp_path / "none"))
     assert "must be more than 0" in said("--slots", "0")
     assert "must be more than 0" in said("--queue", "-1")
+    missing = "--base", str(tmp_path / "none")  # what does not depend on the base is checked before it is read
+    assert "chunk is 3; it must be at least 16" in said(*missing, "--chunk", "3")
+    assert "lookup is 99; it must be between 0 and 32" in said(*missing, "--lookup", "99")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "prompt.json").write_text("{")
     assert "'broken'" in said("--prompts", str(tmp_path), "--slots", "1", "--port", "0", "--strict")

@@ -4,11 +4,12 @@ import dataclasses
 import math
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jaxtyping import Array, Float, Int, PyTree
 
 from spt_jax.bases.base import FrozenBase
@@ -49,7 +50,7 @@ class Distillation(Objective):
       temperature: T; positive.
       chat_system: whether the text is the system turn of chats, rather than plain text before everything else.
       system_rest: what chats that continue a system turn have of it, `Template.system`; None for chats from their
-        beginning. It follows from data.continues and data.system.
+        beginning. It follows from data.continues and data.system, so that it is no option of the command line.
       answer_tokens: if positive, records without a target get one: what the base generates after the text, of at most
         this many tokens. 0 needs a target in every record.
       answer_temperature: the temperature of these answers; 0 takes the most probable tokens.
@@ -68,7 +69,7 @@ class Distillation(Objective):
     top_k: int = 32
     temperature: float = 1.0
     chat_system: bool = False
-    system_rest: str | None = None
+    system_rest: Annotated[str | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
     answer_tokens: int = 0
     answer_temperature: float = 0.0
     study: int = 0
