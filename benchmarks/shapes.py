@@ -11,7 +11,7 @@ from spt_jax.bases.checkpoint import parameter_shapes, quantizable
 from spt_jax.data.batches import Batch, Rows
 from spt_jax.models.attention import Stream
 from spt_jax.models.config import DecoderConfig
-from spt_jax.models.decoder import Decoder
+from spt_jax.models.decoder import Decoder, decoder_layout
 from spt_jax.models.decoder_model import DecoderModel
 from spt_jax.models.encoder_decoder import EncoderDecoder
 from spt_jax.models.encoder_decoder_config import EncoderDecoderConfig
@@ -22,7 +22,7 @@ from spt_jax.models.model_config import ModelConfig
 from spt_jax.models.quantized import KERNEL_ARRAYS, KernelArray
 from spt_jax.models.quantized.kernel_array import encoded_shapes
 from spt_jax.models.stacks import Remat
-from spt_jax.prompts import Method, PrefixTuning, PromptTuning
+from spt_jax.prompts import Method, PrefixTuning, PromptTuning, RepresentationFinetuning
 from spt_jax.runtime.sharding import make_mesh, replicated, row_sharding, sharded_shapes
 from spt_jax.training.cost import StepShape
 from spt_jax.training.objectives import CrossEntropy
@@ -66,7 +66,7 @@ def lower_step(
     compiler_options: Any = None,
     quantize: str | None = None,
 ) -> Any:
-    """Lowers a step with Adam: prefix tuning if the shape has a prefix, else prompt tuning.
+    """Lowers a step with Adam: prefix tuning if the shape has a prefix, ReFT if it has edits, else prompt tuning.
 
     The virtual tokens are the leading ids; without any, there is one, which may be in the rows.
 
@@ -80,6 +80,12 @@ def lower_step(
         method = PrefixTuning(length=shape.prefix)
         free = Shape((2, config.layers, shape.prefix, config.kv_heads, config.head_size), jnp.float32)
         own = {"free": free, "scale": Shape((), jnp.float32)}
+    if shape.edit_rank:
+        assert isinstance(config, DecoderConfig)
+        method = RepresentationFinetuning(rank=shape.edit_rank)
+        spec = method.spec(decoder_layout(config)).edits
+        assert spec is not None
+        own = {"down": spec.down, "bias": spec.bias, "up": spec.up}
     optimizer = optax.adam(0.1)
     state = TrainState(Shape((), jnp.int32), own, jax.eval_shape(optimizer.init, own))  # type: ignore[arg-type]
     state = jax.tree.map(lambda leaf: Shape(leaf.shape, leaf.dtype, sharding=replicated(mesh)), state)

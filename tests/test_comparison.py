@@ -194,6 +194,13 @@ def test_wrong_comparisons_say_what_is_wrong(files, tmp_path, capsys, more, code
     assert not (tmp_path / "out").exists()
 
 
+def test_a_prompt_of_another_template_is_noted(files: Path, tmp_path: Path, capsys):
+    more = "--no-probe", "--shots", "--data.prompt", "<soft>{text}: ", "--data.target", "{label}"
+    assert compare(files, tmp_path / "out", *more) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("note: "))
+    assert "was trained with the prompt" in line and "rows without a soft prompt have '{text}: ' and '{label}'" in line
+
+
 def test_others_must_have_been_asked_the_same(files: Path, compared: Path, tmp_path: Path, capsys):
     shutil.copytree(files / "outside", tmp_path / "other")
     lines = (tmp_path / "other" / "predictions.jsonl").read_text().splitlines()

@@ -322,7 +322,7 @@ def test_config_file_errors(tmp_path: Path, capsys):
 def test_dry_run_shows_tokens_and_writes_nothing(files: Path, tmp_path: Path, capsys):
     assert train.main(words(files, tmp_path / "dry", "--dry-run")) == 0
     shown = capsys.readouterr().out
-    assert "note: this prompt cannot be exported to PEFT: the template" in shown
+    assert "note: this prompt cannot be exported to PEFT: PEFT puts all virtual tokens first, but" in shown
     assert "<soft 0>|<soft 1>|<soft 2>|<soft 3>" in shown and "packing rate" in shown and "MiB" in shown
     assert shown.count("(the label)") == 3
     assert not (tmp_path / "dry").exists()

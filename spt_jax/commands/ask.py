@@ -9,7 +9,7 @@ from spt_jax.commands.options import Evaluate, Generate
 from spt_jax.commands.saved import load, load_all, named
 from spt_jax.data.encoder import Encoder, encoder_for
 from spt_jax.data.requests import field_record, text_records
-from spt_jax.data.sources import check_fields, read_records
+from spt_jax.data.sources import check_fields, located, read_records
 from spt_jax.data.task import task_of, works_bare
 from spt_jax.data.templates import Template
 from spt_jax.data.values import field_text
@@ -115,9 +115,10 @@ def evaluate_prompt(options: Evaluate) -> None:
 
     def asked(template: Template, virtual: VirtualPrompt | None) -> EvaluationSet:
         taken = 0 if virtual is None else virtual.prefix_length
-        return make_evaluation_set(
-            base, encoder_for(base, template, taken=taken), records, config, taken=taken, judge=judge
-        )
+        with located(options.data):
+            return make_evaluation_set(
+                base, encoder_for(base, template, taken=taken), records, config, taken=taken, judge=judge
+            )
 
     def metrics(template: Template, virtual: VirtualPrompt | None) -> dict[str, Any]:
         return evaluate(base, asked(template, virtual), virtual).metrics

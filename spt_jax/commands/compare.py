@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from spt_jax.bases.base import describe_base
+from spt_jax.data.templates import Template
 from spt_jax.errors import ConfigError
 from spt_jax.evaluation.classes import class_report
 from spt_jax.evaluation.inspection import NEAREST, nearest_words
@@ -85,13 +86,15 @@ def run(command: Compare[Any], argv: Sequence[str]) -> None:
     others = {name: local_copy(folder) for name, folder in command.others.items()}
     reads = input_paths(command.config, config_path(argv[0]), *command.prompts, *others.values())
     check_workdir(command.workdir, overwrite=command.overwrite, reads=reads)
-    for path in command.prompts:
-        read_prompt(path)  # before anything is loaded, for names that do not exist
+    saved = {path: read_prompt(path) for path in command.prompts}  # before anything is loaded: a name may be wrong
     if note := missing_note("compare.png"):
         print(note)
     with spoken("loading the base and the records"):
         experiment = load_experiment(resolve(command.config))
     print(describe_base(experiment.base))
+    for path, prompt in saved.items():
+        if note := template_note(path, prompt.template, experiment.template):
+            print(note)
     outside = [read_outside(name, folder) for name, folder in others.items()]
     options = {"shots": command.shots, "shots_seed": command.shots_seed, "probe": command.probe}
     with spoken("encoding the records"):
@@ -108,6 +111,23 @@ def run(command: Compare[Any], argv: Sequence[str]) -> None:
     print(compact_table(table))
     plot = " compare.png," if can_draw() else ""
     print(f"{shown(command.workdir)}: report.html, compare.md, compare.json,{plot} predictions.jsonl")
+
+
+def template_note(path: Path, own: Template, template: Template) -> str | None:
+    """Returns a note if a prompt was trained with another template than that of the comparison; None if with the same.
+
+    Args:
+      path: the prompt.
+      own: its template.
+      template: that of the comparison, which the rows without a soft prompt have.
+    """
+    theirs, others = ((one.bare().prompt, one.target) for one in (own, template))
+    if theirs == others or own.tasks or template.tasks:
+        return None
+    return (
+        f"note: {shown(path)} was trained with the prompt {theirs[0]!r} and the target {theirs[1]!r}, and is asked so;"
+        f" rows without a soft prompt have {others[0]!r} and {others[1]!r} of the config"
+    )
 
 
 def write_results(

@@ -99,8 +99,8 @@ def start(command: Serve, copies: Path | None = None) -> "Service":
     service.refresh = refresh
     service.worker.start()
     print(
-        f"{name} and {len(engine.bank.names)} prompts in {command.slots} slots of {engine.context:,} positions"
-        f" ({engine.slot_bytes / 2**20:,.0f} MiB; change them with --context),"
+        f"{name}, prompts: {len(engine.bank.names)}, slots: {command.slots} of {engine.context:,} positions"
+        f" ({engine.slot_bytes / 2**20:,.0f} MiB; see --context),"
         f" ready in {time.perf_counter() - began:.1f} s"
     )
     return service

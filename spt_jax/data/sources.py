@@ -1,5 +1,6 @@
 """Reads files and Hugging Face data sets into records: plain dicts that map field names to values."""
 
+import contextlib
 import csv
 import io
 import json
@@ -33,6 +34,19 @@ _MAX_EXPANDED_BYTES = 512 << 20
 _MAX_EXPANSION = 100
 _RECORD_BYTES, _VALUE_BYTES = 256, 8  # the size of a dict, and of a reference to a value
 _BATCH_ROWS = 1024
+
+
+@contextlib.contextmanager
+def located(source: str | Path | None) -> Iterator[None]:
+    """Adds the file or data set to errors about its records.
+
+    Raises:
+      DataError: the block raised one.
+    """
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
 
 
 def read_records(

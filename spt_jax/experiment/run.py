@@ -1,10 +1,9 @@
 """Loads the base and data of a config."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ from spt_jax.data.encoded import encode_records
 from spt_jax.data.encoder import Encoder, encoder_for
 from spt_jax.data.examples import CompactExamples, Example, digest
 from spt_jax.data.sequences import packing_saves
-from spt_jax.data.sources import check_fields, read_records
+from spt_jax.data.sources import check_fields, located, read_records
 from spt_jax.data.task import PairCriterion, task_of
 from spt_jax.data.templates import Template
 from spt_jax.data.values import field_text
-from spt_jax.errors import ConfigError, DataError
+from spt_jax.errors import ConfigError
 from spt_jax.evaluation.evaluate import EvaluationSet, make_evaluation_set, scores_after_text
 from spt_jax.evaluation.rewards import Judge, make_rewards, reward_fields
 from spt_jax.experiment.config import ExperimentConfig, make_template, resolve
@@ -48,15 +47,6 @@ Records = Sequence[Mapping[str, Any]]
 STUDY = "self-study"  # the source of records that the base writes itself
 MEASURED = 64  # records of which one of middle length is asked to time first tokens
 MAX_REPEATS = 100  # of a record in one batch; more is surely a mistake in the batch size
-
-
-@contextlib.contextmanager
-def _located(source: str | None) -> Iterator[None]:
-    """Adds the file or data set to errors about its records."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{source}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +115,7 @@ class Experiment:
         def answered(records: Records | None, source: str | None) -> Records | None:
             if records is None:
                 return None
-            with _located(source), spoken(f"generating answers to {source}"):
+            with located(source), spoken(f"generating answers to {source}"):
                 return with_answers(self.base, encoder, objective, text, records, size)
 
         return dataclasses.replace(
@@ -157,7 +147,7 @@ class Experiment:
     def evaluation_set(self, records: Records, template: Template) -> EvaluationSet:
         """Returns the records encoded with a template."""
         data, objective = self.config.data, self.config.loss.objective(2)
-        with _located(data.validation if records is self.validation else data.test):
+        with located(data.validation if records is self.validation else data.test):
             found = make_evaluation_set(
                 self.base,
                 self.encoder(template),
@@ -203,7 +193,7 @@ class Experiment:
                 f" and a batch may have each at most {MAX_REPEATS} times; {len(self.train)} would take each once"
             )
         encoder = self.encoder(self.template)
-        with _located(config.data.train):
+        with located(config.data.train):
             examples: Sequence[Example] = encode_records(encoder, self.train)
         if not config.loss.uses_choices:
             examples = CompactExamples.of(example.as_target() for example in examples)
@@ -264,9 +254,12 @@ class Experiment:
         if memory_of is None:
             return dataclasses.replace(self, base=base.with_remat(config.base.remat)), None
 
+        edits = config.method.spec(base.layout).edits
+        rank = 0 if edits is None else edits.bias.shape[-1]
+
         def estimate(remat: Remat) -> StepMemory:
             return memory_of(
-                plan_shape(plan, config.method.prefix_length),
+                plan_shape(plan, config.method.prefix_length, rank),
                 remat=remat,
                 itemsize=base.dtype.itemsize,
                 mesh=base.mesh,
@@ -412,11 +405,11 @@ def _with_names(config: ExperimentConfig[Any], train: Records) -> ExperimentConf
     """Fills in names that the config takes from the training data: tasks, and classes such as tags."""
     data, method = config.data, config.method
     if data.task is not None and not method.tasks:
-        with _located(data.train):
+        with located(data.train):
             tasks = tuple(sorted({field_text(record, data.task, number) for number, record in enumerate(train)}))
         return dataclasses.replace(config, method=dataclasses.replace(method, tasks=tasks))
     template = make_template(config)
-    with _located(data.train):
+    with located(data.train):
         classes = task_of(template).classes(template, train)
     if classes == data.verbalizers:
         return config

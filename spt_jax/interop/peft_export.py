@@ -334,18 +334,21 @@ def _check_tokens(base: FrozenBase, template: Template, virtual: VirtualPrompt) 
     pieces = parse(encoder.form.marked(template.prompt))
     text = "".join("a" if isinstance(piece, Field) else getattr(piece, "text", "") for piece in pieces)
     theirs = [tokenizer(*words.split(SEPARATOR))["input_ids"] for words in (text, text.removeprefix(" "))]
-    cause = f"the template {template.prompt!r} cannot be exported: PEFT puts"
     if front != own or any(id_ in ours for id_ in own):
-        where = " inside the chat template" if chat else ""
+        where = "they are elsewhere"
+        if ids[: len(own) + 1] == [tokenizer.bos_token_id, *own]:
+            where = "BOS comes before them"
+        elif chat:
+            where = "they are inside the chat template"
         raise ConfigError(
-            f"{cause} all virtual tokens before everything, but here they are elsewhere{where}; train with a prompt"
-            f" that begins with {template_front(base)!r}"
+            f"PEFT puts all virtual tokens first, but with the template {template.prompt!r} {where}; train with a"
+            f" prompt that begins with {template_front(base)!r}"
         )
     if not chat and not template.continues and ours not in theirs:
         raise ConfigError(
-            f"{cause} the virtual tokens before the tokens of the whole text, {_tokens(tokenizer, theirs[0])}, but this"
-            f" template has {_tokens(tokenizer, ours)} there; train with a prompt that begins with"
-            f" {template_front(base) if own else '{text}'!r}"
+            f"PEFT puts the virtual tokens before the tokens of the whole text, {_tokens(tokenizer, theirs[0])}, but"
+            f" the template {template.prompt!r} has {_tokens(tokenizer, ours)} there; train with a prompt that begins"
+            f" with {template_front(base) if own else '{text}'!r}"
         )
 
 

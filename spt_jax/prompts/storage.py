@@ -272,7 +272,10 @@ def _read_info(directory: Path) -> dict[str, Any]:
     path = directory / INFO_FILE
     check_directory(directory)
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file, so this is not a prompt directory{_instead(directory)}")
+        missing = f"{path}: no such file, so this is not a prompt directory"
+        raise CheckpointError(
+            (missing if directory.exists() else f"{directory}: no such directory") + _instead(directory)
+        )
     info = read_json(path)
     version = info.get("format")
     if type(version) is not int or version != FORMAT:
@@ -340,8 +343,10 @@ def _instead(directory: Path) -> str:
         return nearest_path(directory)
     if (directory / "adapter_config.json").exists():
         return "; it is a PEFT adapter: convert it with `spt-jax import --source`"
-    inner = sorted(path.parent.name for path in directory.glob(f"*/{INFO_FILE}"))
-    return f"; it holds the prompts {', '.join(inner[:5])}: name one of their directories" if inner else ""
+    inner = sorted(str(path.parent) for path in directory.glob(f"*/{INFO_FILE}"))
+    if len(inner) == 1:
+        return f"; did you mean {inner[0]!r}?"
+    return f"; name one of the prompts in it: {', '.join(inner[:5])}" if inner else ""
 
 
 def _check_keys(fields: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:

@@ -85,5 +85,5 @@ def check_records(records: int, resolution: float) -> None:
         raise ConfigError(
             f"{records} validation records are too few to see a plateau: their accuracy has a standard error of up to"
             f" {0.5 / math.sqrt(records):.3f}, more than the smallest difference that matters, {resolution}"
-            f" (--resolution). At least {needed} records are needed"
+            f" (--resolution). Give at least {needed} records, or train every length with --over method.length=..."
         )

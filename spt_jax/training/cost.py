@@ -41,6 +41,7 @@ class StepShape:
       prefix: the number of positions of a prompt's keys and values, which do not go through the layers.
       prompts: the number of prompts S.
       decoder: the number U of a row's tokens that the decoder of an encoder-decoder reads; 0 for other bases.
+      edit_rank: the rank r of the edits of hidden states after each layer (`HiddenEdits`); 0 without edits.
     """
 
     rows: int
@@ -50,6 +51,7 @@ class StepShape:
     prefix: int = 0
     prompts: int = 1
     decoder: int = 0
+    edit_rank: int = 0
 
 
 def step_shape(batch: Batch, prefix: int = 0) -> StepShape:
@@ -59,11 +61,11 @@ def step_shape(batch: Batch, prefix: int = 0) -> StepShape:
     return StepShape(rows, length, batch.rows.outputs.shape[1], lead, prefix, *prompts)
 
 
-def plan_shape(plan: BatchPlan, prefix: int = 0) -> StepShape:
-    """Returns the sizes of the largest batch of a plan."""
+def plan_shape(plan: BatchPlan, prefix: int = 0, edit_rank: int = 0) -> StepShape:
+    """Returns the sizes of the largest batch of a plan, for a method with such a prefix or such edits."""
     *prompts, lead = plan.lead_ids.shape
     shape = StepShape(plan.row_buckets[-1], plan.length, plan.outputs, lead, prefix, *prompts)
-    return dataclasses.replace(shape, decoder=plan.decoder)
+    return dataclasses.replace(shape, decoder=plan.decoder, edit_rank=edit_rank)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,8 +173,8 @@ class StepMemory:
       layer: the memory of one layer during its backward pass.
       logits: the logits of one chunk of outputs over a device's part of the vocabulary, and the hidden states of all
         outputs.
-      prefix: the share of the leading ids in the above, and the keys, values and states of the prefix with their
-        cotangents.
+      prefix: the share of the leading ids in the above, and the keys, values and states of the prefix and the edits
+        of hidden states, with their cotangents.
     """
 
     weights: int
@@ -235,16 +237,17 @@ def step_memory(
     )
     rows = math.ceil(shape.rows / (row_shards(mesh) * microbatches))
     length = math.ceil(shape.length / mesh.shape["sequence"])
-    seen = shape.prefix + shape.lead
+    seen, rank = shape.prefix + shape.lead, shape.edit_rank
 
     def layer(tokens: int, keys: int) -> int:
-        return max(
+        return _layer_bytes_of_edits(config.width, rank, tokens) + max(
             _layer_bytes(one, tokens, keys, itemsize, tensor) + _distance_bytes(one, tokens, keys, tensor)
             for one in layers
         )
 
     def kept(tokens: int, keys: int) -> int:
-        return sum(_kept_bytes(one, tokens, keys, remat, itemsize, tensor) for one in layers)
+        of_edits = _kept_bytes_of_edits(config.width, rank, tokens, remat, itemsize)
+        return sum(_kept_bytes(one, tokens, keys, remat, itemsize, tensor) + of_edits for one in layers)
 
     leading = shape.prompts * shape.lead
     layout = decoder_layout(config)
@@ -252,12 +255,13 @@ def step_memory(
     per_position = sum(len(group.layers) * group.kv_heads * (group.key_size + group.value_size) for group in groups)
     pairs = seen * shape.prompts * per_position
     states = shape.prompts * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state_spec(layout.state_groups)))
+    edits = shape.prompts * len(layers) * rank * (2 * config.width + 1)
     return StepMemory(
         weights=weights,
         kept=kept(rows * length, seen + length),
         layer=layer(rows * length, seen + length),
         logits=3 * logits + 3 * itemsize * outputs_of(shape, mesh, microbatches) * config.input_width,
-        prefix=kept(leading, seen) + layer(leading, seen) + 3 * 4 * (pairs // tensor + states),
+        prefix=kept(leading, seen) + layer(leading, seen) + 3 * 4 * (pairs // tensor + states + edits),
     )
 
 
@@ -402,3 +406,24 @@ def _kept_bytes(config: DecoderConfig, tokens: int, keys: int, remat: Remat, ite
     if remat == "dots":
         return itemsize * tokens * (config.width + _linear_outputs(config, tensor))
     return _layer_bytes(config, tokens, keys, itemsize, tensor, scores=2)
+
+
+def _kept_bytes_of_edits(width: int, rank: int, tokens: int, remat: Remat, itemsize: int) -> int:
+    """Returns the bytes that the edit of a layer's output saves for the backward pass; see `edited`.
+
+    Of h + (h A + rms(h) b) C, those are h, which for "dots" is computed from the output of the MLP, twice h in float32,
+    the derivative of the square in rms(h), and the factor of C in float32 and in the precision of h.
+    """
+    if not rank or remat == "full":
+        return 0
+    derivative = 4 * width if remat == "none" else 0
+    return tokens * (itemsize * width + derivative + (4 + itemsize) * rank)
+
+
+def _layer_bytes_of_edits(width: int, rank: int, tokens: int) -> int:
+    """Returns the bytes of the edit of a layer's output during its backward pass; see `edited`.
+
+    In float32, those are h, the derivative of its square, the product with C, the sum, the cotangents of h and of the
+    sum, and the factor of C with its cotangent.
+    """
+    return 4 * tokens * (6 * width + 2 * rank) if rank else 0

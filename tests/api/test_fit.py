@@ -127,7 +127,7 @@ def test_callbacks_end_the_run_which_shows_its_progress(base, split, capsys, mon
     assert re.search(r"^training: step 6 of 12, loss \d\.\d+, [\d,]+ tokens/s, .* left$", shown.err, re.MULTILINE)
     assert re.findall(r"^step (\d): validation accuracy [01]\.\d+, loss", shown.err, re.MULTILINE) == ["4", "6"]
     assert not shown.out and "\r" not in shown.err
-    assert "note: this prompt cannot be exported to PEFT: the template" in shown.err
+    assert "note: this prompt cannot be exported to PEFT: PEFT puts all virtual tokens first, but" in shown.err
 
 
 def test_an_objective_need_not_be_registered(base):

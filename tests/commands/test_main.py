@@ -27,6 +27,7 @@ def folder(tmp_path_factory):
     spt_jax.save_prompt(folder / "classify", base, method, virtual, classify)
     spt_jax.save_prompt(folder / "speak", base, method, virtual, speak)
     (folder / "test.jsonl").write_text("".join(json.dumps({"text": t, "label": "good"}) + "\n" for t in ("a", "b c")))
+    (folder / "wrong.jsonl").write_text(json.dumps({"text": "a", "label": "no"}) + "\n")
     return folder
 
 
@@ -94,6 +95,7 @@ def test_nearest_tokens_is_cosine():
         (["generate", "--prompt", "{}/classify"], 2, "at least one text"),
         (["generate", "--prompt", "{}/nothing", "text"], 1, "nothing"),
         (["evaluate", "--prompt", "{}/speak", "--data", "{}/test.jsonl"], 1, "no field 'a'"),
+        (["evaluate", "--prompt", "{}/classify", "--data", "{}/wrong.jsonl"], 1, "wrong.jsonl: record 1: label 'no'"),
     ],
 )
 def test_errors(folder, capsys, line, code, message):

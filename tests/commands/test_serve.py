@@ -89,7 +89,7 @@ def test_prompts_that_cannot_be_read_are_left_out(folder, tmp_path, capsys, monk
     service.worker.stop()
     assert service.bank.names == ["story"]
     output = capsys.readouterr().out
-    assert "in 1 slots of 64 positions (" in output
+    assert "starter, prompts: 1, slots: 1 of 64 positions (" in output
     lines = [line for line in output.splitlines() if "is left out: " in line]
     assert [Path(line.split()[0]).name for line in lines] == [
         ".hidden",

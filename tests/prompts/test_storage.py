@@ -389,7 +389,7 @@ def test_a_tensor_file_of_the_wrong_size_is_refused(saved, size):
 
 
 def test_missing_files_are_named(saved, tmp_path):
-    with pytest.raises(CheckpointError, match=r"nowhere/prompt\.json: no such file, so this is not a prompt directory"):
+    with pytest.raises(CheckpointError, match=r"nowhere: no such directory$"):
         read_prompt(tmp_path / "nowhere")
     (saved / "prompt.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"prompt\.safetensors: missing"):
@@ -426,8 +426,10 @@ def test_another_base_is_refused_before_the_arrays_are_read(saved, other_base):
 def test_what_is_not_the_directory_says_what_it_is(saved, tmp_path):
     with pytest.raises(CheckpointError, match=r"is a file; give the directory .*/prompt$"):
         read_prompt(saved / "prompt.safetensors")
-    with pytest.raises(CheckpointError, match=r"it holds the prompts prompt: name one of their directories"):
+    with pytest.raises(CheckpointError, match=r"not a prompt directory; did you mean '.*/prompt'\?$"):
         read_prompt(saved.parent)
+    with pytest.raises(CheckpointError, match=r"/none: no such directory$"):
+        read_prompt(tmp_path / "none")
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"it is a PEFT adapter: convert it with .* import"):
         read_prompt(tmp_path)

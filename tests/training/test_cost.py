@@ -1,5 +1,6 @@
 """The formulas for a step's operations and memory, against those of the compiled program."""
 
+import dataclasses
 import math
 import re
 
@@ -85,6 +86,26 @@ def test_the_estimate_of_memory_holds_and_is_not_far(remat, rows, length, microb
     xla = program.memory_analysis().temp_size_in_bytes
     print(remat, rows, length, microbatches, (ours.total - ours.weights) / xla)
     assert xla <= ours.total - ours.weights <= 2.5 * xla
+
+
+@pytest.mark.parametrize(("rows", "length", "rank", "remat"), [
+    (16, 64, 8, "none"), (4, 256, 64, "none"), (16, 64, 8, "dots"), (16, 64, 8, "full")
+])  # fmt: skip
+def test_edits_of_hidden_states_are_counted(rows, length, rank, remat):
+    """What they add to XLA's plan of the temporaries, and what they add to the estimate."""
+    sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "vocab_size": 4000}
+    config = config_of(**sizes, num_attention_heads=8, num_key_value_heads=4)
+    bare = StepShape(rows=rows, length=length, outputs=16)
+    edited = dataclasses.replace(bare, edit_rank=rank)
+    planned, ours = (
+        [size(shape) for shape in (bare, edited)]
+        for size in (
+            lambda shape: compiled(config, shape, remat=remat).memory_analysis().temp_size_in_bytes,
+            lambda shape: step_memory(config, shape, remat=remat, itemsize=4, mesh=make_mesh()).total,
+        )
+    )
+    print(rows, length, rank, remat, (ours[1] - ours[0]) / (planned[1] - planned[0]))
+    assert planned[1] - planned[0] <= ours[1] - ours[0] <= 2 * (planned[1] - planned[0])
 
 
 def test_terms_of_distances_are_counted():
