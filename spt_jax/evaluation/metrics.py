@@ -14,6 +14,7 @@ from spt_jax.errors import ConfigError, DataError, did_you_mean
 from spt_jax.runtime.extras import install_line, installed, load_extra
 
 BLOCK = 2_000_000  # indices drawn at once, which limits the memory needed for large test sets
+SHARES = ("win_rate", "accuracy", "exact_match")  # measures between 0 and 1
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 References = Sequence[str | Sequence[str]]
 Classes = Sequence[Hashable] | np.ndarray

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spt_jax.evaluation.metrics import SHARES
 from spt_jax.reports.contents import (
     Figure,
     Report,
@@ -18,7 +19,6 @@ from spt_jax.reports.contents import (
     won_and_lost,
 )
 from spt_jax.reports.shared import (
-    SHARES,
     difference_sentence,
     parameters_note,
     predictions_by,

@@ -111,7 +111,7 @@ def plot_sweep(
         means = np.asarray([estimate.mean for _, estimate, _ in settings])
         spread = np.abs(np.asarray([estimate.interval for _, estimate, _ in settings]).T - means)
         style = {"fmt": "o", "color": DARK, "markersize": 4, "capsize": 3, "linewidth": 1, "zorder": 2}
-        pane.errorbar(places, means, spread, label="mean of seeds, 95 % interval", **style)
+        pane.errorbar(places, means, spread, label="mean, 95 % interval", **style)
         best = max((estimate for _, estimate, _ in settings), key=lambda estimate: estimate.mean)
         band = {"color": LIGHT, "alpha": 0.3, "linewidth": 0, "zorder": 0}
         pane.axhspan(best.mean - best.standard_error, best.mean, label="one standard error below the best", **band)

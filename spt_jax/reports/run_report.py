@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spt_jax.evaluation.metrics import SHARES
 from spt_jax.reports.charts import Level, Line, finite, line_chart, smoothed
 from spt_jax.reports.contents import (
     Chart,
@@ -20,7 +21,6 @@ from spt_jax.reports.contents import (
 from spt_jax.reports.distilled import distillation_table
 from spt_jax.reports.report import ROWS, curve_metric, reference_lines
 from spt_jax.reports.shared import (
-    SHARES,
     difference_sentence,
     measure_of,
     parameters_note,

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from spt_jax.evaluation.metrics import SHARES
 from spt_jax.evaluation.predictions import Prediction, read_predictions
 from spt_jax.reports.contents import Figure, interval_text, number, p_value
 
-SHARES = ("win_rate", "accuracy", "exact_match")  # measures between 0 and 1
 T = TypeVar("T")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spt_jax.evaluation.metrics import SHARES
 from spt_jax.reports.charts import Line, line_chart
 from spt_jax.reports.contents import (
     ROWS,
@@ -21,7 +22,7 @@ from spt_jax.reports.contents import (
     mistakes,
     number,
 )
-from spt_jax.reports.shared import SHARES, predictions_by, present, shared_parts, words
+from spt_jax.reports.shared import predictions_by, present, shared_parts, words
 from spt_jax.studies.trials import MEMBERS_FILE, PREDICTIONS_FILE, ROWS_FILE, trial_folder
 from spt_jax.training.logs import read_metrics
 

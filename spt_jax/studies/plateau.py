@@ -21,26 +21,34 @@ Z95 = 1.959964  # 97.5 % quantile of the standard normal distribution
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean and its standard error."""
+    """A mean, its standard error, and the bounds of the values."""
 
     mean: float
     standard_error: float
+    bounds: tuple[float, float] = (-math.inf, math.inf)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % confidence interval of the mean, under a normal distribution."""
-        return self.mean - Z95 * self.standard_error, self.mean + Z95 * self.standard_error
+        """The 95 % confidence interval of the mean, under a normal distribution, within the bounds."""
+        half, (lowest, highest) = Z95 * self.standard_error, self.bounds
+        return max(self.mean - half, lowest), min(self.mean + half, highest)
 
     def as_json(self) -> dict[str, float | tuple[float, float]]:
         """Returns mean, standard error and interval."""
         return {"mean": self.mean, "standard_error": self.standard_error, "interval": self.interval}
 
 
-def estimates(settings: Sequence[Float[np.ndarray, "R N"]]) -> list[Estimate]:
+def estimates(
+    settings: Sequence[Float[np.ndarray, "R N"]], bounds: tuple[float, float] = (-math.inf, math.inf)
+) -> list[Estimate]:
     """Returns the mean and standard error of each setting's values, from R seeds on the same N records.
 
     The mean varies with the seed and with the choice of records. The variance between seeds is pooled over all
     settings, because a few seeds give a poor estimate; it is taken as 0 if each setting has only one seed.
+
+    Args:
+      settings: the values of each setting.
+      bounds: the lowest and the highest possible value.
     """
     deviations = [values.mean(axis=1) - values.mean() for values in settings]
     freedom = sum(len(deviation) - 1 for deviation in deviations)
@@ -49,7 +57,7 @@ def estimates(settings: Sequence[Float[np.ndarray, "R N"]]) -> list[Estimate]:
     for values in settings:
         runs, records = values.shape
         within = float(values.mean(axis=0).var(ddof=1)) / records if records > 1 else math.inf
-        found.append(Estimate(float(values.mean()), math.sqrt(between / runs + within)))
+        found.append(Estimate(float(values.mean()), math.sqrt(between / runs + within), bounds))
     return found
 
 

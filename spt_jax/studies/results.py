@@ -15,6 +15,7 @@ from spt_jax.evaluation.classes import class_report
 from spt_jax.evaluation.ensembles import evaluate_ensemble
 from spt_jax.evaluation.evaluate import selection_score
 from spt_jax.evaluation.inspection import NEAREST, nearest_words
+from spt_jax.evaluation.metrics import SHARES
 from spt_jax.evaluation.predictions import measures, read_predictions, record_values
 from spt_jax.experiment.run import Experiment
 from spt_jax.prompts.storage import INFO_FILE, load_prompt
@@ -78,8 +79,8 @@ def scored(workdir: Path, rows: dict[int, Row], trials: Sequence[Trial]) -> list
     def values(split: str) -> list[Float[np.ndarray, "R N"]]:
         return [np.stack([record_values(one[split], measure) for one in predictions]) for predictions in read]
 
-    validation = values("validation")
-    tests = estimates(values("test")) if "test" in read[0][0] else [None] * len(chosen)
+    validation, bounds = values("validation"), (0.0, 1.0) if measure in SHARES else (-math.inf, math.inf)
+    tests = estimates(values("test"), bounds) if "test" in read[0][0] else [None] * len(chosen)
     return [
         Score(
             settings=done[0].settings,
@@ -89,7 +90,7 @@ def scored(workdir: Path, rows: dict[int, Row], trials: Sequence[Trial]) -> list
             validation=estimate,
             test=test,
         )
-        for done, scores, estimate, test in zip(chosen, validation, estimates(validation), tests, strict=True)
+        for done, scores, estimate, test in zip(chosen, validation, estimates(validation, bounds), tests, strict=True)
     ]
 
 

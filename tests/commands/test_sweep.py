@@ -268,7 +268,7 @@ def test_dollars_and_switches_and_lists_can_be_swept(files, tmp_path):
         (("--seeds",), "give at least one seed"),
         (("--lengths", "4", "2"), "must be ascending"),
         (("--lengths", "2", "4000"), "4000 virtual tokens leave no room"),
-        (("--lengths", "2", "4"), "At least 100 records are needed"),
+        (("--lengths", "2", "4"), "Give at least 100 records"),
         (("--lengths", "2", "--over", "method.length=3"), "use --lengths instead"),
         (("--over", "train.seed=1,2"), "use --seeds instead"),
         (("--lengths", "2", "--halving"), "not compatible with --lengths"),

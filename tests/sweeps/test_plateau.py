@@ -32,6 +32,13 @@ def test_one_seed_leaves_the_variance_of_records_alone():
     assert estimate.mean == 0.75 and estimate.standard_error == pytest.approx(values.std(ddof=1) / 2)
 
 
+def test_the_interval_of_a_share_is_within_0_and_1():
+    (estimate,) = estimates([np.asarray([[1.0, 1.0, 1.0, 0.0]])], (0.0, 1.0))
+    assert estimate.interval == (pytest.approx(0.75 - 1.959964 * estimate.standard_error), 1.0)
+    (estimate,) = estimates([np.asarray([[0.0, 0.0, 0.0, 1.0]])], (0.0, 1.0))
+    assert estimate.interval[0] == 0.0
+
+
 def test_seeds_are_pooled_over_settings():
     """Settings without noise over records: what remains is the seeds' variance, (0.02 + 0) / (1 + 1) over 2 seeds."""
     settings = [np.asarray([[0.5] * 9, [0.7] * 9]), np.full((2, 9), 0.4)]
@@ -61,7 +68,7 @@ def test_the_shortest_within_one_standard_error_is_taken():
 
 @pytest.mark.parametrize(("resolution", "enough"), [(0.05, 100), (0.02, 625), (0.1, 25)])
 def test_too_few_records_are_told_how_many_would_do(resolution: float, enough: int):
-    with pytest.raises(ConfigError, match=f"At least {enough} records are needed"):
+    with pytest.raises(ConfigError, match=f"Give at least {enough} records"):
         check_records(enough - 1, resolution)
     check_records(enough, resolution)
     # At worst, half of the answers are right: then this is the standard error of their share.
