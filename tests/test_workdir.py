@@ -32,6 +32,17 @@ def begin(path: Path) -> None:
         open_workdir(path, SETTINGS, INPUTS, resume=False, overwrite=False)
 
 
+def test_a_directory_without_permission_is_refused_before_anything_is_read(tmp_path: Path, monkeypatch):
+    """Root may write everywhere, so that the system's answer is made up."""
+    refused = tmp_path / "shared"
+    refused.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != refused)
+    for path in (refused, refused / "runs" / "first"):
+        with pytest.raises(ConfigError, match=r"cannot be written: no permission to write in .*shared$"):
+            check_workdir(path, overwrite=False)
+    check_workdir(tmp_path / "mine", overwrite=False)
+
+
 @pytest.mark.parametrize(
     ("files", "ours"),
     [

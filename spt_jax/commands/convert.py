@@ -41,6 +41,11 @@ def import_prompt(options: Import) -> None:
     )
     save_prompt(options.output, base, method, virtual, template, extra={"imported_from": shown(options.source)})
     print(describe_prompt(read_prompt(options.output)))
+    if not source.is_dir() and options.template_prompt is None:
+        print(
+            "note: a .npy file has no template and no classes; if the prompt was trained with others than those above,"
+            " give --template-prompt, --template-target and --verbalizers"
+        )
 
 
 def export_prompt(options: Export) -> None:

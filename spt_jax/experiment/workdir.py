@@ -97,6 +97,9 @@ def _check(path: Path, *, resume: bool | None, overwrite: bool, reads: Iterable[
         raise ConfigError("--resume and --overwrite are mutually exclusive")
     if path.exists() and not path.is_dir():
         raise ConfigError(f"work directory {path} is a file")
+    there = next((one for one in (path, *path.absolute().parents) if one.exists()), path)
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"work directory {path} cannot be written: no permission to write in {there}")
     with writing(path):
         exists = path.is_dir() and bool(set(os.listdir(path)) - {MARKER, f".{CONFIG_FILE}.tmp"})
     if exists and not (resume or overwrite):

@@ -38,6 +38,16 @@ def test_an_import_names_a_missing_source_before_it_loads_the_base(folder, capsy
     assert f"{folder / 'clasify'}: no such file or directory; did you mean '{folder / 'classify'}'?" in said
 
 
+def test_an_import_of_rows_says_what_they_lack(folder, capsys):
+    rows, output = folder / "rows.npy", folder / "from_rows"
+    assert main(["export", "--prompt", str(folder / "classify"), "--format", "npy", "--output", str(rows)]) == 0
+    words = ["import", "--source", str(rows), "--base", str(folder / "model"), "--output"]
+    assert main([*words, str(output)]) == 0
+    assert "note: a .npy file has no template and no classes" in capsys.readouterr().out
+    assert main([*words, str(output), "--template-prompt", "<soft>{text}"]) == 0
+    assert "note: " not in capsys.readouterr().out
+
+
 def test_generate_names_the_class(folder, capsys):
     assert main(["generate", "--prompt", str(folder / "classify"), "a message", "another"]) == 0
     lines = capsys.readouterr().out.splitlines()
