@@ -14,6 +14,7 @@ import pytest
 
 import spt_jax.commands.train
 import train
+from spt_jax.experiment import training
 from spt_jax.runtime.files import write_bytes
 from spt_jax.training import single
 from tests.crashes import Recorder
@@ -43,6 +44,7 @@ def job(tmp_path_factory: pytest.TempPathFactory):
 
     patch.setattr(spt_jax.commands.train, "load_experiment", load_once)
     patch.setattr(single, "make_train_step", make_once)
+    patch.setattr(training, "start_ahead", lambda *_: None)
     patch.setattr(spt_jax.commands.train, "plot_curves", lambda path, *_, **__: write_bytes(path, b"PNG"))
     yield lambda workdir, *more: train.main(words(files, workdir, *SHORT, *more))
     patch.undo()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -290,7 +291,7 @@ def test_out_of_memory_names_what_is_large(files: Path, tmp_path: Path, monkeypa
     def step(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9999 bytes.")
 
-    monkeypatch.setattr(single, "make_train_step", lambda *_: step)
+    monkeypatch.setattr(single, "jit_train_step", lambda *_: SimpleNamespace(lower=step))
     assert train.main(words(files, tmp_path / "run", "--train.microbatches", "2")) == 1
     message = capsys.readouterr().err
     assert "out of memory" in message and "activations kept for the backward pass" in message

@@ -27,7 +27,7 @@ from spt_jax.experiment.config import resolve
 from spt_jax.experiment.run import Experiment, input_digests, load_experiment
 from spt_jax.experiment.self_study import STUDY_FILE, write_study
 from spt_jax.experiment.shipped import config_path
-from spt_jax.experiment.training import Prepared, claimed, prepare, tune
+from spt_jax.experiment.training import Prepared, begin, claimed, prepare, tune
 from spt_jax.experiment.workdir import check_workdir, in_workdir, input_paths
 from spt_jax.interop import peft_note
 from spt_jax.reports.distilled import distillation_table, savings_sentence
@@ -98,6 +98,7 @@ def run(command: Command[Any], argv: Sequence[str], program: str) -> None:
     if command.dry_run:
         dry_run(prepared)
         return
+    start = begin(prepared)
     with spoken("encoding the other records"):
         asked = evaluation_sets(experiment)
     if "test" in asked and asked["test"].soft.prompts and (note := metrics.missing_note()):
@@ -129,6 +130,7 @@ def run(command: Command[Any], argv: Sequence[str], program: str) -> None:
             resume=command.resumes,
             resume_from=command.resume_from,
             profile=command.profile if processes.leads() else 0,
+            start=start,
         )
         signals.reclaim()
         virtual = experiment.virtual(outcome.best.params)

@@ -20,11 +20,12 @@ from spt_jax.experiment.run import Experiment
 from spt_jax.experiment.workdir import CONFIG_FILE, Inputs, held, open_workdir
 from spt_jax.prompts import PromptParams
 from spt_jax.runtime import processes
+from spt_jax.training.ahead import Start
 from spt_jax.training.cost import StepMemory
 from spt_jax.training.logs import MetricsLog
 from spt_jax.training.loop import Best, Events
 from spt_jax.training.optimizers import learning_rates, make_optimizer
-from spt_jax.training.single import Outcome, TrainingData, fit
+from spt_jax.training.single import Outcome, TrainingData, fit, start_ahead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,13 @@ class Prepared:
     plan: BatchPlan
     memory: StepMemory | None
     learning_rates: Float[np.ndarray, " steps"] | None
+
+    @property
+    def data(self) -> TrainingData:
+        """The training data."""
+        experiment = self.experiment
+        weights = experiment.config.loss.class_weights or None
+        return TrainingData(self.examples, self.plan, weights, experiment.questions)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -70,6 +78,17 @@ def prepare(experiment: Experiment, optimizer: optax.GradientTransformation | No
     examples, plan = experiment.training_set()
     experiment, memory = experiment.fitted(plan)
     return Prepared(experiment, optimizer, examples, plan, memory, rates)
+
+
+def begin(prepared: Prepared) -> Start | None:
+    """Returns the result of `start_ahead` for the run, to compile its training step while other records are encoded.
+
+    Raises:
+      ConfigError: the options of the method are not compatible with the base.
+    """
+    experiment = prepared.experiment
+    config, objective = experiment.config, experiment.objective(prepared.plan)
+    return start_ahead(experiment.base, config.method, prepared.optimizer, objective, prepared.data, config.train)
 
 
 @contextlib.contextmanager
@@ -113,6 +132,7 @@ def tune(
     profile: int = 0,
     events: Events | None = None,
     progress: bool = True,
+    start: Start | None = None,
 ) -> Outcome:
     """Trains the prompt with the options of the config. The arguments after `validation` are those of `single.fit`.
 
@@ -138,7 +158,7 @@ def tune(
             config.method,
             prepared.optimizer,
             experiment.objective(plan),
-            TrainingData(prepared.examples, plan, config.loss.class_weights or None, experiment.questions),
+            prepared.data,
             config.train,
             workdir=workdir,
             log=log,
@@ -151,6 +171,7 @@ def tune(
             events=events,
             progress=progress,
             learning_rates=prepared.learning_rates,
+            start=start,
         )
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

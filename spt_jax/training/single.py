@@ -19,13 +19,14 @@ from spt_jax.data.streams import training_batches
 from spt_jax.errors import TrainingError
 from spt_jax.prompts import Method, PromptParams
 from spt_jax.runtime.waits import spoken
+from spt_jax.training.ahead import Start, compile_ahead
 from spt_jax.training.clock import Rates
 from spt_jax.training.config import TrainConfig
 from spt_jax.training.logs import MetricsLog, shortest
 from spt_jax.training.loop import Best, Events, GroupMetrics, TrainingRun, train
-from spt_jax.training.objectives import Grpo, Objective, prepare_examples
+from spt_jax.training.objectives import CrossEntropy, Grpo, Objective, VerbalizerCrossEntropy, prepare_examples
 from spt_jax.training.rollouts import Questions, RolloutBatches, rollout_batches
-from spt_jax.training.step import TrainState, init_state, make_train_step
+from spt_jax.training.step import TrainState, init_state, jit_train_step, make_train_step
 from spt_jax.training.streams import Batches
 
 
@@ -103,6 +104,7 @@ def fit(
     events: Events | None = None,
     progress: bool = True,
     learning_rates: Float[np.ndarray, " steps"] | None = None,
+    start: Start | None = None,
 ) -> Outcome:
     """Trains until `config.steps`, an early stop, an end that `events` ask for, or a signal.
 
@@ -124,15 +126,17 @@ def fit(
       events: told what happens, after the log; its `failed` is not called, because a failure is raised.
       progress: whether to show progress and validations on stderr.
       learning_rates: the learning rate of each step, for the log; None if they are unknown.
+      start: the result of `start_ahead` for the same base, method, optimizer, objective and data; default new ones.
 
     Raises:
       TrainingError: a loss, gradient or prompt is not finite; the last checkpoint and the best prompt are not lost.
       CheckpointError: a checkpoint cannot be written or read.
       Stopped: after SIGTERM or SIGINT, with the state saved.
     """
-    state = init_state(jax.random.key(config.seed), base, method, optimizer)
-    stream = _stream(base, method, objective, data, config)
-    step = make_train_step(base, method, optimizer, objective, config.microbatches)
+    if start is None:
+        state = init_state(jax.random.key(config.seed), base, method, optimizer)
+        start = Start(state, make_train_step(base, method, optimizer, objective, config.microbatches))
+    stream, step = _stream(base, method, objective, data, config), start.step
     calls = itertools.count()
 
     def advance(
@@ -146,7 +150,7 @@ def fit(
 
     run = TrainingRun(
         base=base,
-        states=[state],
+        states=[start.state],
         batches=[stream],
         advance=advance,
         config=config,
@@ -161,6 +165,31 @@ def fit(
     )
     (standing,), seconds, rates = train(run, resume=resume, resume_from=resume_from)
     return Outcome(standing.best, standing.steps, seconds, rates)
+
+
+def start_ahead(
+    base: FrozenBase,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    data: TrainingData,
+    config: TrainConfig,
+) -> Start | None:
+    """Initializes the state, and begins to compile the training step in a thread. Arguments are those of `fit`.
+
+    Returns:
+      What the run starts with; None if its batches are not known yet, since other objectives than cross-entropies may
+      prepare the examples or sample answers, or if the run has several processes, which must compile in the same order.
+
+    Raises:
+      ConfigError: the options of the method are not compatible with the base.
+    """
+    if not isinstance(objective, CrossEntropy | VerbalizerCrossEntropy) or jax.process_count() > 1:
+        return None
+    state = init_state(jax.random.key(config.seed), base, method, optimizer)
+    batch = place_batch(next(_stream(base, method, objective, data, config)), base.mesh)
+    step = jit_train_step(base, method, optimizer, objective, config.microbatches)
+    return Start(state, compile_ahead(step, base.model, state, batch))
 
 
 def _stream(base: FrozenBase, method: Method, objective: Objective, data: TrainingData, config: TrainConfig) -> Batches:

@@ -306,7 +306,20 @@ def make_train_step(
     Raises:
       ConfigError: the number of microbatches is below 1.
     """
+    return functools.partial(jit_train_step(base, method, optimizer, objective, microbatches), base.model)
+
+
+def jit_train_step(
+    base: FrozenBase,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    objective: Objective | None = None,
+    microbatches: int = 1,
+) -> jax.stages.Wrapped:
+    """Returns `train_step`, jitted, as a function of the model of the base, a state, which is donated, and a batch.
+
+    Arguments and errors are those of `make_train_step`.
+    """
     check_microbatches(microbatches)
     function = functools.partial(train_step, method, objective or CrossEntropy(), optimizer, microbatches=microbatches)
-    compiled = jax.jit(function, donate_argnames="state", out_shardings=replicated(base.mesh))
-    return functools.partial(compiled, base.model)
+    return jax.jit(function, donate_argnames="state", out_shardings=replicated(base.mesh))
