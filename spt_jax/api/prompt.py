@@ -106,7 +106,7 @@ class Prompt(SavedPrompt):
 
         Raises:
           ConfigError: the prompt classifies or has a head, or the template has several fields and the inputs are texts.
-          DataError: a record lacks a field.
+          DataError: a record lacks a field, or is too long for the base together with the new tokens.
         """
         if not task_of(self.template).generates:
             other = "classify" if self.template.reads is None else "predict"
@@ -117,6 +117,15 @@ class Prompt(SavedPrompt):
             sampling = dataclasses.replace(sampling, max_new_tokens=max_new_tokens)
         room = min(sampling.max_new_tokens, encoder.max_length // 2)
         ids = [encoder.prompt_ids(record, room=room) for record in records]
+        positions = self.base.layout.max_positions
+        most = positions - self.virtual.prefix_length - sampling.max_new_tokens
+        for number, own in enumerate(ids, 1):
+            if len(own) > most:
+                raise DataError(
+                    f"record {number}: its {len(own):,} tokens and max_new_tokens={sampling.max_new_tokens:,} need more"
+                    f" than the {positions:,} positions of {self.base.name}; shorten the record, or lower"
+                    " max_new_tokens"
+                )
         with spoken(f"generating {len(ids):,} answers", shown=self.progress):
             return [answer.text for answer in generate(self.base, ids, self.virtual, sampling)]
 
@@ -206,6 +215,8 @@ class Prompt(SavedPrompt):
             return []
         if all(isinstance(row, str) for row in rows):
             return text_records(self.template, [str(row) for row in rows])
+        if any(isinstance(row, str) for row in rows):
+            raise DataError("inputs has texts and records; give only texts or only records")
         return gather_records(rows, "inputs")
 
     def _answers(self, answers: Sequence[str] | None) -> list[str]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +70,26 @@ def prepare(experiment: Experiment, optimizer: optax.GradientTransformation | No
       optimizer: the optimizer; None for the one of the config.
 
     Raises:
-      ConfigError, DataError: as in `Experiment.training_set`, or the optimizer's schedule is longer than the run.
+      ConfigError, DataError: as in `Experiment.training_set`, or the optimizer's schedule is longer than the run, or
+        the class weights leave nothing to train.
     """
     config = experiment.config
     rates = None if optimizer else learning_rates(config.optimizer, config.train.steps)
     optimizer = optimizer or make_optimizer(config.optimizer, config.train.steps)
     examples, plan = experiment.training_set()
+    weights = config.loss.class_weights
+    if weights and not any(weights[i] for example in examples for i in _classes(example)):
+        raise ConfigError(
+            "loss.class_weights is 0 for every class that the training records have, so nothing would be trained; the"
+            f" classes are, in order, {', '.join(experiment.template.verbalizers)}"
+        )
     experiment, memory = experiment.fitted(plan)
     return Prepared(experiment, optimizer, examples, plan, memory, rates)
+
+
+def _classes(example: Example) -> Iterable[int]:
+    """Returns the classes of an example that class weights are for."""
+    return [example.label] if example.classes is None else np.unique(example.classes).tolist()
 
 
 def begin(prepared: Prepared) -> Start | None:

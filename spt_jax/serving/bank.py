@@ -26,7 +26,7 @@ from spt_jax.models import memory
 from spt_jax.models.attention import Prefix
 from spt_jax.prompts.stacking import stack_prompts
 from spt_jax.prompts.storage import SavedPrompt, load_prompt
-from spt_jax.prompts.virtual import VirtualPrompt
+from spt_jax.prompts.virtual import VirtualPrompt, parts_of
 from spt_jax.runtime.sharding import replicated
 
 
@@ -64,12 +64,25 @@ class DevicePrompt:
         return sum(leaf.nbytes for leaf in jax.tree.leaves((self.prefix, self.virtual)))
 
 
+_NOT_DECODED = {
+    "shift": "an embedding shift",
+    "replaced": "replaced embeddings",
+    "gated": "a gated prefix",
+    "linear": "a linear memory",
+    "edits": "edits of hidden states",
+    "head": "a head",
+}
+
+
+def not_decoded(virtual: VirtualPrompt | None) -> list[str]:
+    """Returns what a prompt has that the server cannot generate with: a decode step has only the prompt's memory."""
+    parts = () if virtual is None else parts_of(virtual)
+    return [_NOT_DECODED[name] for name in parts if name in _NOT_DECODED]
+
+
 def can_generate(virtual: VirtualPrompt | None) -> bool:
-    """Whether the server can generate under a prompt: a decode step has its memory, but none of its other parts."""
-    if virtual is None:
-        return True
-    parts = virtual.shift, virtual.replaced, virtual.gated, virtual.linear, virtual.edits, virtual.head
-    return all(part is None for part in parts)
+    """Whether the server can generate under a prompt."""
+    return not not_decoded(virtual)
 
 
 class UnknownPromptError(ConfigError):

@@ -19,7 +19,7 @@ from spt_jax.inference.decoding import ALTERNATIVES
 from spt_jax.inference.generation import BUCKET, NO_ID, check_prompt
 from spt_jax.runtime.sharding import row_shards
 from spt_jax.serving.admission import Admission, Extension, filled_entries, read_entries, wanted
-from spt_jax.serving.bank import DevicePrompt, PromptBank, overflow
+from spt_jax.serving.bank import DevicePrompt, PromptBank, not_decoded, overflow
 from spt_jax.serving.chunks import chunk_of
 from spt_jax.serving.fairness import Sender, Turns
 from spt_jax.serving.lookup import Drafts, check_lookup, drafts_of
@@ -125,7 +125,7 @@ class Engine:
           A ticket, which receives the answer's tokens.
 
         Raises:
-          ConfigError: there is no such prompt, it cannot generate text (it has shifts, gates, maps, edits or a head),
+          ConfigError: there is no such prompt, it has parts that the engine cannot decode with (`bank.not_decoded`),
             the request has more tokens than the base or a slot has positions, or it wants too many alternatives.
           DataError: there are no ids, or ids that neither the base nor the prompt has.
         """
@@ -135,7 +135,8 @@ class Engine:
             raise ConfigError(f"alternatives is {request.alternatives}; it must be between 0 and {ALTERNATIVES}")
         if not held.generates:
             raise ConfigError(
-                f"prompt {request.prompt!r} has shifts, gates, maps, edits or a head: it cannot generate text"
+                f"prompt {request.prompt!r} has {' and '.join(not_decoded(held.virtual))}, which the engine cannot"
+                " decode with; use `Prompt.generate` or `spt-jax generate`"
             )
         check_prompt(
             base, ids, 0, None if request.prompt is None else held.rows, held.start - len(held.lead), request.sampling

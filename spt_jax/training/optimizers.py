@@ -65,9 +65,11 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _check_name("name", self.name, get_args(OptimizerName))
         _check_name("schedule", self.schedule, get_args(ScheduleName))
-        if self.learning_rate == 0:
-            raise ConfigError("optimizer.learning_rate is 0, so nothing would be trained; it must be above 0")
-        for field in ("learning_rate", "weight_decay", "clip_norm"):
+        rate: Any = self.learning_rate
+        is_number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
+        if rate is not None and not (is_number and 0 < rate < math.inf):
+            raise ConfigError(f"optimizer.learning_rate is {rate!r}; it must be a number above 0")
+        for field in ("weight_decay", "clip_norm"):
             _check_number(field, getattr(self, field), math.inf)
         for field in ("momentum", "b1", "b2"):
             _check_number(field, getattr(self, field), 1.0)

@@ -164,6 +164,10 @@ def test_an_objective_takes_its_options_and_the_number_of_classes(base, split):
         given(Counting(choices=2), (-1.0, 1.0))
     with pytest.raises(ConfigError, match=r"loss\.class_weights has 3 numbers for 2 classes"):
         spt_jax.fit(base, METHOD, TEMPLATE, split["train"], **OPTIONS, class_weights=(1.0, 1.0, 1.0))
+    first, second = TEMPLATE.verbalizers
+    alike = [{**record, "label": first} for record in split["train"][:4]]
+    with pytest.raises(ConfigError, match=rf"is 0 for every class that the training records have.* {first}, {second}$"):
+        spt_jax.fit(base, METHOD, TEMPLATE, alike, **OPTIONS, class_weights=(0.0, 1.0))
     generator = spt_jax.Template(prompt="<soft>{text}", target="{label}")
     with pytest.raises(ConfigError, match=r"loss\.over=Counting needs data\.verbalizers with at least 2 classes"):
         spt_jax.fit(base, METHOD, generator, split["train"], **OPTIONS, objective=Counting(choices=2))
@@ -180,7 +184,7 @@ def test_the_optimizer_is_options_or_a_transformation(base, split):
         spt_jax.fit(*arguments, optimizer=optax.adam(0.1), learning_rate=0.1)
     with pytest.raises(ConfigError, match=r"learning_rate is 0\.1, and that of optimizer is 0\.05"):
         spt_jax.fit(*arguments, optimizer=config, learning_rate=0.1)
-    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate is 0"):
+    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate is 0\.0; it must be a number above 0"):
         spt_jax.fit(*arguments, learning_rate=0.0)
 
 

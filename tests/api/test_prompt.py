@@ -174,6 +174,13 @@ def test_inputs_are_refused_with_the_way(base, classifier, generator, tmp_path):
         fixed.score(TEXTS, ["yes"])
 
 
+def test_a_record_that_is_too_long_to_answer_is_named(base, generator):
+    most = base.layout.max_positions
+    message = rf"record 2: its [\d,]+ tokens and max_new_tokens=3 need more than the {most} positions of"
+    with pytest.raises(DataError, match=message):
+        generator.generate(["a", "x" * 10 * most], max_new_tokens=3)
+
+
 def test_it_is_saved_and_loaded_with_its_base(classifier, tmp_path):
     directory = classifier.save(tmp_path / "saved")
     again = spt_jax.load_prompt(str(directory), progress=False)

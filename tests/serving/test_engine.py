@@ -177,6 +177,18 @@ def test_the_likeliest_tokens_of_each_step(bank: PromptBank):
         Engine(bank, slots=1).submit(Request(ids, alternatives=21))
 
 
+def test_a_prompt_that_it_cannot_decode_with_is_refused_by_its_parts(tmp_path):
+    base = tiny_base()
+    bank, template = PromptBank(base), spt_jax.Template(prompt="{text}", target="{label}")
+    method = spt_jax.TrainedTokens(tokens=("a",)).bind(base.tokenizer)
+    virtual = method.materialize(method.init_params(jax.random.key(0), base), base.model)
+    spt_jax.save_prompt(tmp_path / "rows", base, method, virtual, template)
+    bank.add("rows", spt_jax.load_prompt(tmp_path / "rows", base))
+    request = Request(bank.request_ids("rows", {"text": "hi"}), "rows", GREEDY)
+    with pytest.raises(ConfigError, match="'rows' has replaced embeddings, which the engine cannot decode with; use"):
+        Engine(bank, slots=1).submit(request)
+
+
 def test_prompts_come_and_go_without_a_new_program(bank: PromptBank, tmp_path):
     """Also while another request is under way, which goes on as if nothing had happened."""
     engine = Engine(bank, slots=2)

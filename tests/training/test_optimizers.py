@@ -217,7 +217,7 @@ def test_the_user_wins_over_the_defaults():
     [
         ({"name": "adamx"}, r"optimizer\.name 'adamx' is unknown; did you mean 'adam"),
         ({"schedule": "cosin"}, r"optimizer\.schedule 'cosin' is unknown; did you mean 'cosine'"),
-        ({"learning_rate": 0.0}, "nothing would be trained"),
+        ({"learning_rate": 0.0}, "must be a number above 0"),
         ({"learning_rate": -0.1}, r"learning_rate is -0\.1"),
         ({"learning_rate": math.inf}, "learning_rate is inf"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
