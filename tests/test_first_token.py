@@ -1,6 +1,7 @@
 """First tokens: what is timed is the first token of the answer, with what a server keeps kept."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -50,13 +51,32 @@ def test_the_token_is_that_of_generation(axes):
     assert (plain == prefix).all(), "the prefix is the memory of the first ids"
 
 
-def test_seconds_are_medians_of_each_request(monkeypatch):
-    """The clock advances by another amount in each call, and the first is not counted."""
-    steps = [0.0, 90.0, 80.0, 1.0, 0.0, 5.0, *[0.0, 2.0, 0.0, 6.0] * 2, *[0.0, 3.0, 0.0, 7.0] * 2]
-    now = iter(np.cumsum(steps).tolist())
-    monkeypatch.setattr(first_token.time, "perf_counter", lambda: next(now))
+@pytest.mark.parametrize(("scale", "rounds"), [(1.0, 5), (1e-4, 51)])
+def test_seconds_are_medians_of_each_request(monkeypatch, scale: float, rounds: int):
+    """A call takes the next of its durations; the first one, which compiles, is not counted. Short calls have more."""
+    now, made = [0.0], {"plain": [90.0], "lead": [80.0]}
+    durations = {"plain": itertools.cycle([1.0, 2.0, 3.0]), "lead": itertools.cycle([7.0, 5.0, 6.0])}
     own = requests(base_of())
-    assert first_token_seconds(base_of(), {"a": own["plain"], "b": own["lead"]}) == {"a": 2, "b": 6}
+    names = {id(own[name]): name for name in made}
+
+    def call(base, request):
+        name = names[id(request)]
+        first = iter(made[name])
+
+        def run():
+            duration = next(first, None)
+            if duration is None:
+                duration = next(durations[name])
+                made[name].append(duration)
+            now[0] += scale * duration
+
+        return run
+
+    monkeypatch.setattr(first_token, "_call", call)
+    monkeypatch.setattr(first_token.time, "perf_counter", lambda: now[0])
+    found = first_token_seconds(base_of(), {"a": own["plain"], "b": own["lead"]})
+    assert {name: len(values) - 1 for name, values in made.items()} == {"plain": rounds, "lead": rounds}
+    assert found == {"a": pytest.approx(2 * scale), "b": pytest.approx(6 * scale)}
 
 
 FACTS = {"text_tokens": 120, "prompt_tokens": 16, "text_bytes": 9600, "prompt_bytes": 1280}
