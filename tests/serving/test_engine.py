@@ -344,7 +344,7 @@ def test_what_is_refused(bank: PromptBank, tmp_path):
     template = spt_jax.Template(prompt="{text}", target="{label}")
     spt_jax.save_prompt(tmp_path / "gated", base, gated, virtual, template)
     bank.add("gated", spt_jax.load_prompt(tmp_path / "gated", base))
-    with pytest.raises(ConfigError, match="has shifts, gates, maps, edits or a head"):
+    with pytest.raises(ConfigError, match="has a gated prefix, which the engine cannot decode with"):
         engine.submit(Request(bank.request_ids("gated", {"text": "the"}), "gated"))
     bank.remove("gated")
     other = tiny_base("llama", seed=9)
