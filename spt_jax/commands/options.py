@@ -164,6 +164,8 @@ class Serve:
         0 for no drafts.
       chunk: the most tokens of a request that are run at a time, at least 16; other answers go on in between. 0 for no
         limit; default no limit for encoder-decoders, and 256 for other bases.
+      shared: positions for prompts of at least 64, such as remembered texts, that all slots read from one place; 0
+        copies them to each slot.
       queue: number of answers that may wait; further requests get 429. A client with less than an equal share may
         exceed this.
       dtype: precision of the base; default by device.
@@ -191,6 +193,7 @@ class Serve:
     context: int | None = None
     lookup: int = 0
     chunk: int | None = None
+    shared: int = 0
     queue: int = 256
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     quantize: str | None = None

@@ -21,6 +21,7 @@ from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.chunks import check_chunk
 from spt_jax.serving.engine import Engine
 from spt_jax.serving.lookup import check_draft_size
+from spt_jax.serving.shared import check_entries
 
 if TYPE_CHECKING:
     from spt_jax.serving.service import Service
@@ -47,6 +48,7 @@ def serve(options: Serve) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be more than 0")
     check_chunk(options.chunk)
     check_draft_size(options.lookup)
+    check_entries(options.shared)
     measure.keep_compiled_programs(options.compilation_cache)
     with bound(options.host, options.port) as listening, tempfile.TemporaryDirectory(prefix="spt_jax-") as copies:
         host, port, *_ = listening.getsockname()
@@ -85,7 +87,8 @@ def start(command: Serve, copies: Path | None = None) -> "Service":
     budget = None if command.prompt_memory is None else command.prompt_memory * 2**20
     bank = PromptBank(base, budget_bytes=budget)
     context = command.context or min(DEFAULT_CONTEXT, base.layout.max_positions)
-    engine = Engine(bank, slots=command.slots, context=context, lookup=command.lookup, chunk=command.chunk)
+    sizes = {"slots": command.slots, "context": context, "lookup": command.lookup, "chunk": command.chunk}
+    engine = Engine(bank, **sizes, shared=command.shared)
     if base.layout.generates:
         with spoken("compiling the programs for requests"):
             engine.warm_decoding()
@@ -100,6 +103,7 @@ def start(command: Serve, copies: Path | None = None) -> "Service":
     service.worker.start()
     print(
         f"{name}, prompts: {len(engine.bank.names)}, slots: {command.slots} of {engine.context:,} positions"
+        f"{f', shared: {command.shared:,} positions' if command.shared else ''}"
         f" ({engine.slot_bytes / 2**20:,.0f} MiB; see --context),"
         f" ready in {time.perf_counter() - began:.1f} s"
     )

@@ -359,10 +359,10 @@ def _shared_inputs(
         None if rope is None else rotation(rope, config.head_size, rows.positions)
         for rope in (config.rope, config.local_rope)
     )
-    of_prefix: tuple[Array | None, Array | None] = (None, None)
+    of_prefix: tuple[Array | None, Array | None, Array | None] = (None, None, None)
     if prefix is not None:
-        of_prefix = of_row(rows.prompt_index, (prefix.positions, prefix.pinned))
-    inputs = functools.partial(SharedInputs, cos_sin, local, rows, order, *of_prefix)
+        of_prefix = *of_row(rows.prompt_index, (prefix.positions, prefix.pinned)), prefix.segments
+    inputs = functools.partial(SharedInputs, cos_sin, local, rows, order, *of_prefix[:2])
     if ring:
         return inputs((), None, None)
     sources: list[tuple[Array, Array | None, Array | None]] = [(rows.positions, rows.segments, rows.pinned)]
@@ -370,8 +370,8 @@ def _shared_inputs(
         sources.insert(0, (cache.positions, cache.segments, cache.pinned))
     if of_prefix[0] is not None:
         shape = (rows.positions.shape[0], of_prefix[0].shape[-1])
-        positions, pinned = jax.tree.map(lambda a: jnp.broadcast_to(a, shape), of_prefix)
-        sources.insert(0, (positions, None, pinned))
+        positions, pinned, segments = jax.tree.map(lambda a: jnp.broadcast_to(a, shape), of_prefix)
+        sources.insert(0, (positions, segments, pinned))
     key_positions = tuple(positions for positions, *_ in sources) if config.biased else ()
     causal = config.causal
     masks = tuple(visible(rows, positions, segments, causal=causal) for positions, segments, _ in sources)

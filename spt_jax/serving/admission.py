@@ -10,10 +10,12 @@ import numpy as np
 from spt_jax.data.batches import bucket
 from spt_jax.inference.decoding import RowSampling
 from spt_jax.inference.generation import BUCKET
+from spt_jax.models.attention import Prefix
 from spt_jax.models.layout import Layout
 from spt_jax.serving.bank import DevicePrompt
 from spt_jax.serving.chunks import first_count, reach_of
 from spt_jax.serving.requests import Ticket
+from spt_jax.serving.shared import is_shared
 from spt_jax.serving.slots import RequestIds
 from spt_jax.serving.two_sides import decoder_ids
 
@@ -28,7 +30,7 @@ class Extension:
 
     Attributes:
       reach: the number of cache entries that it reads.
-      kind: structure and shapes of the rows for the request's virtual ids.
+      kind: structure and shapes of the rows for the request's virtual ids, and of the shared memory that it follows.
     """
 
     reach: int
@@ -44,12 +46,42 @@ class Admission:
       slots: the number of slots.
       capacity: the number of cache entries of a slot.
       chunk: the most ids that are run at a time; 0 for no limit.
+      shared: the number of entries for prompts whose memory all slots share.
     """
 
     layout: Layout
     slots: int
     capacity: int
     chunk: int = 0
+    shared: int = 0
+
+    def shares(self, held: DevicePrompt) -> bool:
+        """Whether requests under a prompt read shared entries, and no copy of its memory in their slots."""
+        return is_shared(held, self.shared)
+
+    def taken(self, held: DevicePrompt) -> int:
+        """Returns the number of entries of its slot that a request's prompt takes, padding included."""
+        return 0 if held.prefix is None or self.shares(held) else held.prefix.positions.shape[0]
+
+    def filled(self, ticket: Ticket) -> int:
+        """Returns the number of entries of its slot that a request has filled; its newest token is not among them yet.
+
+        In an encoder-decoder, these are the decoder's: those of the template, such as the start token, and new ones.
+        """
+        held = ticket.held
+        own = held.decoder if self.layout.encodes else len(ticket.request.ids) - len(held.lead)
+        return self.taken(held) + own + len(ticket.ids) - 1
+
+    def crossed(self, ticket: Ticket) -> int:
+        """Returns the number of cache entries of a request that cross-attention reads."""
+        own = len(ticket.request.ids) - ticket.held.decoder
+        return self.taken(ticket.held) + own if self.layout.encodes else 0
+
+    def reach(self, entries: int) -> int:
+        """Returns how many cache entries per slot the decode program for `entries` entries reads."""
+        most = bucket(entries, 2 * BUCKET)
+        fewer = 3 * most // 4
+        return min(fewer if 2 * BUCKET < entries <= fewer else most, self.capacity)
 
     def first(self, held: DevicePrompt, length: int) -> int:
         """Returns how many of a request's ids are run when it is admitted, without the leading ones.
@@ -77,8 +109,8 @@ class Admission:
           held: the arrays of the request's prompt.
           count: how many of the request's ids have been run, without the leading ones.
         """
-        leaves, structure = jax.tree.flatten(held.virtual)
-        reach = reach_of(taken_entries(held) + count, self.chunk, self.capacity)
+        leaves, structure = jax.tree.flatten((held.virtual, self._shared(held)))
+        reach = reach_of(self.taken(held) + count, self.chunk, self.capacity)
         return Extension(reach, (structure, tuple(leaf.shape for leaf in leaves)))
 
     def programs(self, held: DevicePrompt, length: int) -> list[tuple[int, Any] | Extension]:
@@ -105,9 +137,10 @@ class Admission:
         """
         alike: dict[Any, list[Ticket]] = {}
         for ticket in tickets:
-            alike.setdefault(self.key(ticket.held, len(ticket.request.ids)), []).append(ticket)
+            key = self.key(ticket.held, len(ticket.request.ids))
+            alike.setdefault((key, id(ticket.held) if self.shares(ticket.held) else None), []).append(ticket)
         groups, remaining = [], list(free)
-        for key, own in alike.items():
+        for (key, _), own in alike.items():
             while own:
                 size = max(size for size in self.sizes(key) if size <= len(own))
                 groups.append((remaining[:size], own[:size]))
@@ -118,7 +151,7 @@ class Admission:
         """Returns the arguments of `slots.admit` between the model and the slots.
 
         Args:
-          tickets: requests with the same key.
+          tickets: requests with the same key and, if its memory is shared, the same prompt.
           slots: the slot of each.
         """
         own_ids = [self._own(ticket) for ticket in tickets]
@@ -136,12 +169,13 @@ class Admission:
             np.asarray([config.seed for config in configs], np.uint32),
             np.zeros(len(configs), np.int32),
         )
-        prompts = [(ticket.held.virtual, ticket.held.prefix) for ticket in tickets]
-        requests: Any = padded, lengths, starts
+        shared = self._shared(tickets[0].held)
+        prompts = [(ticket.held.virtual, None if shared is not None else ticket.held.prefix) for ticket in tickets]
+        requests: Any = padded, lengths, starts, np.asarray([ticket.parent for ticket in tickets], np.int32)
         if self.layout.encodes:
             requests += (decoder_ids(lengths, [ticket.held.decoder for ticket in tickets], padded.shape[1]),)
         at = np.asarray(slots, np.int32)
-        return prompts, RequestIds(*requests), RowSampling(*sampling), at, wanted(tickets)
+        return prompts, shared, RequestIds(*requests), RowSampling(*sampling), at, wanted(tickets)
 
     def chunk_inputs(self, ticket: Ticket, slot: int, count: int) -> tuple[Any, ...]:
         """Returns the arguments of `chunks.extend` between the model and the slots.
@@ -153,7 +187,11 @@ class Admission:
         """
         begin = len(ticket.held.lead) + count
         ids = ticket.request.ids[begin : begin + self.chunk]
-        return ticket.held.virtual, ids, np.asarray(slot, np.int32), wanted([ticket])
+        return ticket.held.virtual, ids, np.asarray(slot, np.int32), wanted([ticket]), self._shared(ticket.held)
+
+    def _shared(self, held: DevicePrompt) -> Prefix | None:
+        """Returns the memory of a prompt if its requests share it."""
+        return held.prefix if self.shares(held) else None
 
     def _own(self, ticket: Ticket) -> np.ndarray:
         """Returns the ids of a request that are run when it is admitted."""
@@ -162,28 +200,9 @@ class Admission:
 
     def _bucket(self, held: DevicePrompt, length: int) -> int:
         """Returns the number of ids that are run when a request of `length` ids is admitted, rounded up."""
-        return min(bucket(self.first(held, length), BUCKET // 2), self.capacity - taken_entries(held))
+        return min(bucket(self.first(held, length), BUCKET // 2), self.capacity - self.taken(held))
 
 
 def wanted(tickets: Iterable[Ticket]) -> np.ndarray:
     """Whether any of these requests wants alternatives."""
     return np.asarray(any(ticket.request.alternatives for ticket in tickets))
-
-
-def taken_entries(held: DevicePrompt) -> int:
-    """Returns the number of cache entries that a prompt takes, padding included."""
-    return 0 if held.prefix is None else held.prefix.positions.shape[0]
-
-
-def filled_entries(ticket: Ticket, layout: Layout) -> int:
-    """Returns the number of cache entries that a request has filled; its newest token is not among them yet.
-
-    In an encoder-decoder, these are the decoder's: those of the template, such as the start token, and the new ones.
-    """
-    own = ticket.held.decoder if layout.encodes else len(ticket.request.ids) - len(ticket.held.lead)
-    return taken_entries(ticket.held) + own + len(ticket.ids) - 1
-
-
-def read_entries(ticket: Ticket, layout: Layout) -> int:
-    """Returns the number of cache entries of a request that cross-attention reads."""
-    return taken_entries(ticket.held) + len(ticket.request.ids) - ticket.held.decoder if layout.encodes else 0

@@ -14,7 +14,7 @@ from spt_jax.errors import ConfigError
 from spt_jax.inference.decoding import RowSampling, likeliest, next_tokens
 from spt_jax.inference.forward import pinned_ids, run_stream
 from spt_jax.models import memory
-from spt_jax.models.attention import Cache, Stream
+from spt_jax.models.attention import Cache, Prefix, Stream
 from spt_jax.models.layout import Layout
 from spt_jax.models.model import Model
 from spt_jax.prompts.virtual import VirtualPrompt
@@ -86,6 +86,7 @@ def extend(
     ids: Int[Array, " T"],
     at: Int[Array, ""],
     wanted: Bool[Array, ""],
+    shared: Prefix | None,
     slots: Slots,
 ) -> tuple[Slots, NewTokens]:
     """Runs the next ids of a request after what its slot holds, and chooses the token after them.
@@ -97,6 +98,7 @@ def extend(
       ids: the ids; the slot must have room for T more entries.
       at: the slot, which `admit` has filled with what precedes the ids.
       wanted: whether to find the likeliest tokens.
+      shared: the memory of the prompt that the request follows, if the slot does not have it.
       slots: the current slots.
 
     Returns:
@@ -111,10 +113,9 @@ def extend(
 
     cache, count = slots.cache, ids.shape[0]
     filled, start = slots.filled[at], slots.positions[at]
-    numbers, rows = jnp.zeros(1, jnp.int32), ids[None]
-    virtual = jax.tree.map(lambda own: own[None], virtual)
+    rows = ids[None]
     positions, real = (start + jnp.arange(count, dtype=jnp.int32))[None], jnp.ones_like(rows)
-    pinned = pinned_ids(model, virtual, rows, numbers)
+    pinned = pinned_ids(model, virtual, rows)
     pinned = jnp.zeros(rows.shape, bool) if pinned is None else pinned
     before = Cache(
         memory.take_row(cache.memory, at, reach),
@@ -122,8 +123,8 @@ def extend(
         of_slot(cache.segments)[:, :reach],
         None if cache.pinned is None else of_slot(cache.pinned)[:, :reach],
     )
-    stream = Stream(positions, real, jnp.zeros_like(rows), numbers)
-    hidden, found = run_stream(model, virtual, rows, stream, None, before, return_memory=True)
+    stream = Stream(positions, real, jnp.zeros_like(rows))
+    hidden, found = run_stream(model, virtual, rows, stream, shared, before, return_memory=True)
     own = memory.to_cache(memory.finite(memory.cast(found, model.dtype)))
     cache = Cache(
         memory.put_row(cache.memory, own, at, filled),
@@ -141,5 +142,6 @@ def extend(
         slots.positions.at[at].add(count),
         slots.steps,
         slots.sampling,
+        slots.parents,
     )
     return slots, first

@@ -12,19 +12,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from spt_jax.data.batches import bucket, round_up
+from spt_jax.data.batches import round_up
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.inference.answers import Generated, answer, continuation_text, endings, is_opening, stop_end
 from spt_jax.inference.decoding import ALTERNATIVES
 from spt_jax.inference.generation import BUCKET, NO_ID, check_prompt
 from spt_jax.runtime.sharding import row_shards
-from spt_jax.serving.admission import Admission, Extension, filled_entries, read_entries, wanted
+from spt_jax.serving.admission import Admission, Extension, wanted
 from spt_jax.serving.bank import DevicePrompt, PromptBank, not_decoded, overflow
 from spt_jax.serving.chunks import chunk_of
 from spt_jax.serving.fairness import Sender, Turns
 from spt_jax.serving.lookup import Drafts, check_lookup, drafts_of
 from spt_jax.serving.programs import programs_of
 from spt_jax.serving.requests import NOBODY, Request, Ticket
+from spt_jax.serving.shared import SharedPrompts, check_shared
 from spt_jax.serving.slots import MAX_ENDS, MAX_STEPS, MIN_STEPS, NewTokens, Until
 from spt_jax.serving.two_sides import check_decoder_ids
 
@@ -41,7 +42,7 @@ class Engine:
     length: the number of entries in the fullest slot, rounded up to 64, 96, 128, 192, ... A request's ids are run once,
     in a program per length (rounded up to 16, 32, 64, ...) and number of requests (1, 4 or 16); a request with more ids
     than a chunk runs a chunk at a time, and others are decoded in between. The prompt's memory is computed once and
-    then copied.
+    then copied, or shared by the slots.
 
     Senders take turns. With 16 or more slots, two slots are reserved: an HTTP request that already has a slot gets
     neither of them, and a client that already has a slot gets at most one. A short request therefore does not wait for
@@ -56,20 +57,25 @@ class Engine:
         context: int | None = None,
         lookup: int = 0,
         chunk: int | None = None,
+        shared: int = 0,
     ):
         """Allocates the slots on the device.
 
         Args:
           bank: the prompts; they may be added and removed while the engine runs.
           slots: the number of requests that run at once.
-          context: positions per slot, for prompt and answer together; None for all positions of the base.
+          context: positions per slot, for prompt and answer together; None for all positions of the base. A prompt that
+            is shared takes none of them.
           lookup: the most ids of a draft, which is looked up in a request's earlier text; 0 for no drafts.
           chunk: the most ids of a request that are run at a time; 0 for no limit, None for the default: no limit in
             encoder-decoders, and `chunks.DEFAULT_CHUNK` in others.
+          shared: positions for prompts that all slots share without copies, those with at least `shared.MIN_SHARED`
+            positions; 0 copies all prompts into the slots.
 
         Raises:
           ConfigError: `slots` is not a multiple of the number of parts into which the mesh splits rows; `lookup` is out
-            of range, or the base cannot decode with drafts; `chunk` is out of range, or the base is an encoder-decoder.
+            of range, or the base cannot decode with drafts; `chunk` is out of range, or the base is an encoder-decoder;
+            `shared` is out of range, or slots of the base cannot share prompts.
         """
         self.bank, base = bank, bank.base
         if slots < 1 or slots % row_shards(base.mesh):
@@ -86,8 +92,11 @@ class Engine:
         self._compiling = threading.Lock()
         self._programs = programs_of(base.mesh, base.layout)
         chunk = chunk_of(base.layout, base.name, chunk)
-        self._admission = Admission(base.layout, slots, self._capacity, chunk)
+        check_shared(base.model, base.name, shared)
+        self._admission = Admission(base.layout, slots, self._capacity, chunk, shared)
         self._slots = self._programs.empty(base.model, slots, self._capacity)
+        entries = self._programs.empty_entries(base.model, capacity=shared) if shared else None
+        self._shared = SharedPrompts(entries, self._programs.share)
         self._busy: list[Ticket | None] = [None] * slots
         self._started: dict[int, int] = {}  # slots whose requests have not all ids in them yet: how many they have
         self._spare = min(slots // 8, 2)
@@ -102,8 +111,8 @@ class Engine:
 
     @property
     def slot_bytes(self) -> int:
-        """The size of the slots on the device, all of which is allocated at the start."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._slots))
+        """The size of the slots and of the shared entries on the device, all of which is allocated at the start."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves((self._slots, self._shared.arrays)))
 
     @property
     def waiting(self) -> int:
@@ -149,12 +158,21 @@ class Engine:
         if held.virtual is None and own_ids.max() >= base.layout.vocab_size:
             raise DataError(f"id {own_ids.max()}: {request.prompt!r} has no virtual ids after its leading ids")
         check_decoder_ids(base.layout, ids, held.decoder)
-        needed = held.start + len(own_ids) + request.sampling.max_new_tokens
+        needed = self.needed(held, len(ids)) + request.sampling.max_new_tokens
         if needed > self.context:
             raise ConfigError(f"the request needs {needed} positions, but a slot has {self.context}")
         ticket = self._ticket(dataclasses.replace(request, ids=ids), held)
         self._waiting.add(ticket.sender, ticket)
         return ticket
+
+    def needed(self, held: DevicePrompt, length: int) -> int:
+        """Returns the number of positions of a slot that a request needs before its answer.
+
+        Args:
+          held: the prompt's arrays, from `PromptBank.held`.
+          length: the number of ids.
+        """
+        return length - len(held.lead) + (0 if self._admission.shares(held) else held.start)
 
     def cancel(self, ticket: Ticket) -> None:
         """Cancels a request; its slot becomes free at once.
@@ -165,7 +183,7 @@ class Engine:
         self._waiting.remove(ticket.sender, ticket)
         if ticket in self._busy:
             slot = self._busy.index(ticket)
-            self._busy[slot] = None
+            self._leave(slot)
             self._started.pop(slot, None)
         ticket.done = True
 
@@ -209,13 +227,15 @@ class Engine:
         """Generates tokens for busy slots; returns how many of each slot are real, and the tokens."""
         base, tickets = self.bank.base, [ticket for ticket in running if ticket is not None]
         began, drafts = time.perf_counter(), drafts_of(running, self._lookup, base.layout.vocab_size)
-        filled = max(filled_entries(ticket, base.layout) for ticket in tickets)
+        filled, shared = max(map(self._admission.filled, tickets)), None
+        if any(ticket.parent for ticket in tickets):
+            shared = self._shared.arrays
         if drafts is not None:
-            inputs = base.model, busy, wanted(tickets), drafts, self._slots
-            self._slots, new, counts = self._programs.verify(self._reach(filled + self._lookup + 1), *inputs)
+            inputs = base.model, busy, wanted(tickets), drafts, shared, self._slots
+            self._slots, new, counts = self._programs.verify(self._admission.reach(filled + self._lookup + 1), *inputs)
             return np.asarray(counts), jax.tree.map(np.asarray, new)
-        reach = self._reach(max(filled + 1, *(read_entries(ticket, base.layout) for ticket in tickets)))
-        inputs = busy, wanted(tickets), self._until(tickets, reach - filled), self._slots
+        reach = self._admission.reach(max(filled + 1, *map(self._admission.crossed, tickets)))
+        inputs = busy, wanted(tickets), self._until(tickets, reach - filled), shared, self._slots
         self._slots, new, steps = self._programs.decode(reach, base.model, *inputs)
         self._steps = min(max(int(POLL_SECONDS * int(steps) / (time.perf_counter() - began)), 1), MAX_STEPS)
         return np.full(len(busy), int(steps)), jax.tree.map(np.asarray, new)
@@ -261,7 +281,8 @@ class Engine:
           Whether all exist.
         """
         length = _warmed(held, length)
-        return all(key in self._compiled for key in self._admission.programs(held, length))
+        known = all(key in self._compiled for key in self._admission.programs(held, length))
+        return known and (not self._admission.shares(held) or self._shared.is_warm(held))
 
     def warm(self, held: DevicePrompt, length: int) -> None:
         """Compiles the programs for a request of `length` ids under this prompt, unless they exist. Thread-safe.
@@ -275,6 +296,8 @@ class Engine:
         base, request = self.bank.base, Request(np.zeros(_warmed(held, length), np.int32))
         ticket = self._ticket(request, held)
         with self._compiling:
+            if self._admission.shares(held) and not self._shared.is_warm(held):
+                self._shared.warm(held)
             for key in self._admission.programs(held, len(request.ids)):
                 if key in self._compiled:
                     continue
@@ -290,12 +313,14 @@ class Engine:
         """Compiles the decode programs, which do not depend on requests. Call it only while there are none."""
         base, idle, reach = self.bank.base, np.zeros(len(self._busy), bool), 0
         while reach < self._capacity:
-            reach = self._reach(reach + 1)
-            inputs = idle, wanted([]), self._until([], 0), self._slots
-            self._slots, *_ = self._programs.decode(reach, base.model, *inputs)
-            if self._lookup:
-                rows: Any = np.zeros((len(idle), self._lookup), np.int32), np.zeros(len(idle), np.int32)
-                self._slots, *_ = self._programs.verify(reach, base.model, idle, wanted([]), Drafts(*rows), self._slots)
+            reach = self._admission.reach(reach + 1)
+            for shared in [None] if self._shared.arrays is None else [None, self._shared.arrays]:
+                inputs = idle, wanted([]), self._until([], 0), shared, self._slots
+                self._slots, *_ = self._programs.decode(reach, base.model, *inputs)
+                if self._lookup:
+                    rows: Any = np.zeros((len(idle), self._lookup), np.int32), np.zeros(len(idle), np.int32)
+                    inputs = idle, wanted([]), Drafts(*rows), shared, self._slots
+                    self._slots, *_ = self._programs.verify(reach, base.model, *inputs)
 
     def _until(self, tickets: Sequence[Ticket], room: int) -> Until:
         """Returns when the next decode call ends for these requests; the slots have room for `room` more entries."""
@@ -314,12 +339,6 @@ class Engine:
         until: Any = np.int32(min(steps)), np.int32(1 if self._waiting else len(tickets)), detected
         return Until(*until)
 
-    def _reach(self, entries: int) -> int:
-        """Returns how many cache entries per slot the decode program for `entries` entries reads."""
-        most = bucket(entries, 2 * BUCKET)
-        fewer = 3 * most // 4
-        return min(fewer if 2 * BUCKET < entries <= fewer else most, self._capacity)
-
     def _groups(self) -> list[tuple[list[int], list[Ticket]]]:
         """Returns groups of free slots and waiting requests, each group admitted by one program call."""
         free = [slot for slot, ticket in enumerate(self._busy) if ticket is None]
@@ -331,17 +350,32 @@ class Engine:
         clients = collections.Counter(ticket.sender.client for ticket in self._busy if ticket is not None)
         found: list[Ticket] = []
 
-        def may(sender: Sender) -> bool:
-            if sender == NOBODY or not clients[sender.client]:
-                return True
+        full = False
+
+        def may(sender: Sender, ticket: Ticket) -> bool:
+            nonlocal full
             spare = self._spare if holders[sender] else (self._spare + 1) // 2
-            return free - len(found) > spare
+            if sender != NOBODY and clients[sender.client] and free - len(found) <= spare:
+                return False
+            if not self._admission.shares(ticket.held):
+                return True
+            # None overtakes a request that waits for shared entries, so that it gets them when others end.
+            full = full or not self._shared.has_room(ticket.held)
+            return not full
 
         while len(found) < free and (ticket := self._waiting.take(may)) is not None:
             found.append(ticket)
+            if self._admission.shares(ticket.held):
+                ticket.parent = self._shared.enter(ticket.held)
             holders[ticket.sender] += 1
             clients[ticket.sender.client] += 1
         return found
+
+    def _leave(self, slot: int) -> None:
+        """Frees a slot."""
+        ticket, self._busy[slot] = self._busy[slot], None
+        if ticket is not None and ticket.parent:
+            self._shared.leave(ticket.held)
 
     def _admit(self, slots: list[int], tickets: list[Ticket]) -> tuple[list[int], NewTokens]:
         """Puts requests into slots; returns the slots and the first tokens."""
@@ -384,11 +418,8 @@ class Engine:
         ids, log_probabilities = (values[:, column].tolist() for values in (new.ids, new.log_probabilities))
         for step, (id_, log_probability) in enumerate(zip(ids, log_probabilities, strict=True)):
             if not math.isfinite(log_probability):
-                ticket.error, ticket.done, self._busy[slot] = (
-                    overflow(self.bank.base, ticket.request.prompt),
-                    True,
-                    None,
-                )
+                ticket.error, ticket.done = overflow(self.bank.base, ticket.request.prompt), True
+                self._leave(slot)
                 return [ticket]
             ticket.ids.append(id_)
             ticket.log_probabilities.append(log_probability)
@@ -408,7 +439,7 @@ class Engine:
         ticket.ids, ticket.log_probabilities = result.ids, result.log_probabilities
         ticket.alternatives = ticket.result.alternatives
         ticket.done = True
-        self._busy[slot] = None
+        self._leave(slot)
         return [ticket]
 
 

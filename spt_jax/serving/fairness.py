@@ -87,13 +87,13 @@ class Turns(Generic[T]):
                 if not requests:
                     del self._waiting[sender.client]
 
-    def take(self, may: Callable[[Sender], bool] = lambda _: True) -> T | None:
-        """Removes and returns the next item of a sender for which `may` is true; None if there is none."""
+    def take(self, may: Callable[[Sender, T], bool] = lambda *_: True) -> T | None:
+        """Removes and returns the next item for which `may` is true of its sender and itself; None if there is none."""
         with self._lock:
             for client, requests in self._waiting.items():
                 for request, items in requests.items():
                     sender = Sender(client, request)
-                    if may(sender):
+                    if may(sender, items[0]):
                         item = items.popleft()
                         self._move_back(sender)
                         return item

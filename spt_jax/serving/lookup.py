@@ -21,7 +21,7 @@ from spt_jax.errors import ConfigError
 from spt_jax.inference.decoding import RowSampling, likeliest, next_tokens
 from spt_jax.inference.forward import run_stream
 from spt_jax.models import memory
-from spt_jax.models.attention import Cache, Stream
+from spt_jax.models.attention import Cache, Prefix, Stream
 from spt_jax.models.layout import Layout
 from spt_jax.models.model import Model
 from spt_jax.serving.requests import Ticket
@@ -130,6 +130,7 @@ def verify(
     busy: Bool[Array, " B"],
     wanted: Bool[Array, ""],
     drafts: Drafts,
+    shared: Prefix | None,
     slots: Slots,
 ) -> tuple[Slots, NewTokens, Int[Array, " B"]]:
     """Generates one token for each slot, and more as long as its draft agrees with them.
@@ -141,6 +142,7 @@ def verify(
       busy: whether each slot has a request. Free slots stay as they are.
       wanted: whether to find the likeliest tokens.
       drafts: the drafts.
+      shared: the shared entries; None if no busy slot has a parent.
       slots: the current slots.
 
     Returns:
@@ -151,7 +153,7 @@ def verify(
     ids = jnp.concatenate([slots.ids[:, None], drafts.ids], axis=1)
     positions = slots.positions[:, None] + steps
     real = steps <= drafts.lengths[:, None]
-    stream = Stream(positions, real.astype(jnp.int32), jnp.zeros_like(ids))
+    stream = Stream(positions, real.astype(jnp.int32), jnp.broadcast_to(slots.parents[:, None], ids.shape))
     cache = slots.cache
     near = Cache(
         cache.memory,
@@ -159,7 +161,7 @@ def verify(
         cache.segments[:, :reach],
         None if cache.pinned is None else cache.pinned[:, :reach],
     )
-    hidden, found = run_stream(model, None, ids, stream, None, near, return_memory=True)
+    hidden, found = run_stream(model, None, ids, stream, shared, near, return_memory=True)
 
     def of_tokens(array: Array) -> Array:
         return jnp.repeat(array, most + 1, axis=0)
@@ -186,5 +188,6 @@ def verify(
     moved = jnp.where(busy, taken, 0)
     last = jnp.take_along_axis(new.ids, taken[None] - 1, axis=0)[0]
     nexts = jnp.where(busy, last, slots.ids)
-    slots = Slots(cache, slots.filled + moved, nexts, slots.positions + moved, slots.steps + moved, slots.sampling)
+    counts = slots.filled + moved, nexts, slots.positions + moved, slots.steps + moved
+    slots = Slots(cache, *counts, slots.sampling, slots.parents)
     return slots, new, taken

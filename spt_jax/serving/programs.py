@@ -10,16 +10,18 @@ from jax.sharding import Mesh
 
 from spt_jax.inference.decoding import RowSampling
 from spt_jax.inference.generation import cache_sharding
+from spt_jax.models.attention import Prefix
 from spt_jax.models.layout import Layout
 from spt_jax.runtime.sharding import replicated, row_sharding
 from spt_jax.serving.chunks import extend
 from spt_jax.serving.lookup import verify
+from spt_jax.serving.shared import empty_entries, share
 from spt_jax.serving.slots import NewTokens, Slots, admit, decode, empty_slots
 
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The compiled functions of `slots`, `chunks` and `lookup`; all but `empty` donate the slots' buffers.
+    """The compiled functions of `slots`, `chunks`, `lookup` and `shared`, which donate the buffers that they replace.
 
     Attributes:
       empty: `slots.empty_slots`.
@@ -27,6 +29,8 @@ class Programs:
       extend: `chunks.extend`.
       decode: `slots.decode`.
       verify: `lookup.verify`.
+      empty_entries: `shared.empty_entries`.
+      share: `shared.share`.
     """
 
     empty: Callable[..., Slots]
@@ -34,6 +38,8 @@ class Programs:
     extend: Callable[..., tuple[Slots, NewTokens]]
     decode: Callable[..., tuple[Slots, NewTokens, jax.Array]]
     verify: Callable[..., tuple[Slots, NewTokens, jax.Array]]
+    empty_entries: Callable[..., Prefix]
+    share: Callable[..., Prefix]
 
 
 @functools.cache
@@ -50,7 +56,7 @@ def programs_of(mesh: Mesh, layout: Layout) -> Programs:
     rows: Any = row_sharding(mesh)
     everywhere: Any = replicated(mesh)
     sampling: Any = RowSampling(rows, rows, rows, rows, rows)
-    slots: Any = Slots(cache_sharding(mesh, layout), rows, rows, rows, rows, sampling)
+    slots: Any = Slots(cache_sharding(mesh, layout), rows, rows, rows, rows, sampling, rows)
     return Programs(
         empty=jax.jit(empty_slots, static_argnames=("count", "capacity"), out_shardings=slots),
         admit=jax.jit(admit, donate_argnames="slots", out_shardings=(slots, everywhere)),
@@ -61,4 +67,6 @@ def programs_of(mesh: Mesh, layout: Layout) -> Programs:
         verify=jax.jit(
             verify, static_argnames="reach", donate_argnames="slots", out_shardings=(slots, everywhere, everywhere)
         ),
+        empty_entries=jax.jit(empty_entries, static_argnames="capacity", out_shardings=everywhere),
+        share=jax.jit(share, donate_argnames="shared", out_shardings=everywhere),
     )

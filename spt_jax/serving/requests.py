@@ -48,6 +48,7 @@ class Ticket:
       ids: the generated ids so far.
       log_probabilities: one per generated id.
       alternatives: per generated id, the log-probabilities of the likeliest ids.
+      parent: the segment of the shared entries that its tokens follow; 0 for none.
       done: whether the request has ended.
       result: the answer; None before the end, and if the request was cancelled or has failed.
       error: the error, if the request has failed.
@@ -60,6 +61,7 @@ class Ticket:
     ids: list[int] = dataclasses.field(default_factory=list)
     log_probabilities: list[float] = dataclasses.field(default_factory=list)
     alternatives: list[dict[int, float]] = dataclasses.field(default_factory=list)
+    parent: int = 0
     done: bool = False
     result: Generated | None = None
     error: ConfigError | None = None

@@ -4,8 +4,8 @@
     a request's own ids ---+--admit--> its slot --decode--> a token per slot and step, for any mixture of prompts
 
 A slot's cache has the memory of its prompt, then of the request, then of new tokens, with their positions; entries of
-segment 0 are empty. `two_sides` says what it has for an encoder-decoder. The functions are pure and take the frozen
-parameters as an argument.
+segment 0 are empty. The memory of a long prompt may be in entries that all slots read instead (`shared`). `two_sides`
+says what it has for an encoder-decoder. The functions are pure and take the frozen parameters as an argument.
 """
 
 import dataclasses
@@ -37,6 +37,7 @@ class Slots:
       positions: the position of that id.
       steps: the number of tokens generated in each slot.
       sampling: the sampling parameters of each slot's request.
+      parents: the segment of the shared entries that each slot's tokens follow; 0 for none.
     """
 
     cache: Cache
@@ -45,6 +46,7 @@ class Slots:
     positions: Int[Array, " B"]
     steps: Int[Array, " B"]
     sampling: RowSampling
+    parents: Int[Array, " B"]
 
 
 @jax.tree_util.register_dataclass
@@ -94,6 +96,7 @@ class RequestIds:
       ids: the ids, right-padded.
       lengths: the number of real ids of each request, at least 1.
       starts: the position of each request's first id.
+      parents: the segment of the shared entries that each request's tokens follow; 0 for none.
       decoder: of an encoder-decoder, the indices of the ids that its decoder reads, which are the last ones, with T for
         padding; None for other bases.
     """
@@ -101,6 +104,7 @@ class RequestIds:
     ids: Int[Array, "N T"]
     lengths: Int[Array, " N"]
     starts: Int[Array, " N"]
+    parents: Int[Array, " N"]
     decoder: Int[Array, "N U"] | None = None
 
 
@@ -113,24 +117,27 @@ def empty_slots(model: Model, count: int, capacity: int) -> Slots:
     cache = Cache(memory.empty_cache(model.layout, count, capacity, model.dtype, names), places, places, pinned)
     none = jnp.zeros(count, jnp.int32)
     sampling = RowSampling(jnp.zeros(count), none, jnp.ones(count), none.astype(jnp.uint32), none)
-    return Slots(cache, none, none, none, none, sampling)
+    return Slots(cache, none, none, none, none, sampling, none)
 
 
 def admit(
     model: Model,
     prompts: Sequence[tuple[VirtualPrompt | None, Prefix | None]],
+    shared: Prefix | None,
     requests: RequestIds,
     sampling: RowSampling,
     at: Int[Array, " N"],
     wanted: Bool[Array, ""],
     slots: Slots,
 ) -> tuple[Slots, NewTokens]:
-    """Runs N requests' ids after their prompts' prefixes, stores both in slots, and chooses the first tokens.
+    """Runs N requests' ids after their prompts' memory, stores both in slots, and chooses the first tokens.
 
     Args:
       model: the base.
       prompts: for each request, the rows for its virtual ids, and the prompt's memory, padded at position NEVER. All
         requests must have the same shapes.
+      shared: the memory of the one prompt that all requests follow, which is not stored in the slots; None for that of
+        `prompts`.
       requests: the requests' ids.
       sampling: the requests' sampling parameters.
       at: the slots to use.
@@ -145,14 +152,17 @@ def admit(
     real = (places < requests.lengths[:, None]).astype(jnp.int32)
     positions = requests.starts[:, None] + places
     numbers = jnp.arange(count)
-    virtual = jax.tree.map(lambda *own: jnp.stack(own), *(virtual for virtual, _ in prompts))
-    stream = Stream(positions, real, jnp.zeros_like(positions), numbers)
+    if shared is None:
+        virtual, index = jax.tree.map(lambda *own: jnp.stack(own), *(virtual for virtual, _ in prompts)), numbers
+    else:  # All have the same prompt.
+        virtual, index = prompts[0][0], None
+    stream = Stream(positions, real, jnp.zeros_like(positions), index)
     cache = dataclasses.replace(slots.cache, segments=slots.cache.segments.at[at].set(0))
     prefixes = [prefix for _, prefix in prompts if prefix is not None]
     if requests.decoder is not None:
         prefix = stacked(prefixes)
         stream = both_sides(stream, requests.decoder, requests.starts[:, None])
-        stream = dataclasses.replace(stream, pinned=pinned_ids(model, virtual, requests.ids, numbers))
+        stream = dataclasses.replace(stream, pinned=pinned_ids(model, virtual, requests.ids, index))
         hidden, found = run_stream(model, virtual, requests.ids, stream, prefix, return_memory=True)
         if prefix is not None:
             prefix = dataclasses.replace(prefix, memory=_finite(model, prefix.memory))
@@ -162,8 +172,8 @@ def admit(
         filled, nexts = filled - requests.decoder.shape[1] + own_length, requests.starts + own_length
     else:
         lead = _side_by_side(prefixes)
-        hidden, found = run_stream(model, virtual, requests.ids, stream, None, lead, return_memory=True)
-        pinned = pinned_ids(model, virtual, requests.ids, numbers)
+        hidden, found = run_stream(model, virtual, requests.ids, stream, shared, lead, return_memory=True)
+        pinned = pinned_ids(model, virtual, requests.ids, index)
         own = Cache(memory.to_cache(found), positions, real, pinned)
         cache, taken = _put(model, cache, at, [own] if lead is None else [lead, own])
         # New tokens take the padding's place.
@@ -177,6 +187,7 @@ def admit(
         slots.positions.at[at].set(nexts),
         slots.steps.at[at].set(1),
         jax.tree.map(lambda all_slots, own: all_slots.at[at].set(own), slots.sampling, sampling),
+        slots.parents.at[at].set(requests.parents),
     )
     return slots, firsts
 
@@ -220,6 +231,7 @@ def decode(
     busy: Bool[Array, " B"],
     wanted: Bool[Array, ""],
     until: Until,
+    shared: Prefix | None,
     slots: Slots,
 ) -> tuple[Slots, NewTokens, Int[Array, ""]]:
     """Generates tokens for busy slots, step by step. Other slots stay as they are; their tokens have no meaning.
@@ -231,6 +243,7 @@ def decode(
       busy: whether each slot has a request that has its first token.
       wanted: whether to find the likeliest tokens.
       until: when to stop.
+      shared: the shared entries; None if no busy slot has a parent.
       slots: the current slots.
 
     Returns:
@@ -255,12 +268,12 @@ def decode(
     def advance(state: tuple[Slots, NewTokens, Array, Array]) -> tuple[Slots, NewTokens, Array, Array]:
         slots, chosen, step, ended = state
         own = moves[:, None]  # Padding leaves recurrent states as they are.
-        stream = Stream(slots.positions[:, None], own, jnp.zeros_like(own))
+        stream = Stream(slots.positions[:, None], own, slots.parents[:, None])
         if model.layout.encodes:
             stream = dataclasses.replace(stream, decoder=jnp.zeros_like(own))
         cache = slots.cache
         near = nearest(cache, start, reach)
-        hidden, own_memory = run_stream(model, None, slots.ids[:, None], stream, None, near, return_memory=True)
+        hidden, own_memory = run_stream(model, None, slots.ids[:, None], stream, shared, near, return_memory=True)
         scores = model.logits(hidden[:, 0])
         new = NewTokens(*next_tokens(scores, slots.steps, slots.sampling), likeliest(scores, wanted))
         at = jnp.where(busy, slots.filled, capacity)
@@ -272,7 +285,7 @@ def decode(
         )
         ids = jnp.where(busy, new.ids, slots.ids)
         counts = slots.filled + moves, slots.positions + moves, slots.steps + moves
-        moved = Slots(cache, counts[0], ids, counts[1], counts[2], slots.sampling)
+        moved = Slots(cache, counts[0], ids, counts[1], counts[2], slots.sampling, slots.parents)
         chosen = jax.tree.map(lambda all_steps, own: all_steps.at[step].set(own), chosen, new)
         return moved, chosen, step + 1, ended | (busy & jnp.any(new.ids[:, None] == until.end_ids[None], axis=1))
 

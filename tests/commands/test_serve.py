@@ -124,6 +124,7 @@ def test_what_it_will_not_start_with(folder, tmp_path, capsys):
     missing = "--base", str(tmp_path / "none")  # what does not depend on the base is checked before it is read
     assert "chunk is 3; it must be at least 16" in said(*missing, "--chunk", "3")
     assert "lookup is 99; it must be between 0 and 32" in said(*missing, "--lookup", "99")
+    assert "shared is 12; it must be at least 64" in said(*missing, "--shared", "12")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "prompt.json").write_text("{")
     assert "'broken'" in said("--prompts", str(tmp_path), "--slots", "1", "--port", "0", "--strict")

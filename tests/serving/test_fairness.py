@@ -24,7 +24,7 @@ def test_clients_take_turns_and_so_do_their_requests():
     turns.remove(Sender("a", 1), "v")
     turns.remove(Sender("a", 1), "v")
     assert len(turns) == 5
-    assert turns.take(lambda sender: sender.request == 2) == "x"
+    assert turns.take(lambda sender, _: sender.request == 2) == "x"
     assert [turns.take() for _ in range(5)] == ["z", "u", "y", "w", None]
     turns.remove(Sender("c", 4), "u")
     assert len(turns) == 0
