@@ -1,6 +1,6 @@
 """The options of the commands that start from a saved prompt, a base or a work directory.
 
-They are apart from the commands, because reading them must not wait seconds for JAX.
+They are separate from the commands, so that reading them does not wait seconds for JAX.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class Saved:
       dtype: precision of the base; default by device.
       quantize: how the base's matrices are stored: int8, fp8, int4, nf4 or keep. Default as when the prompt was
         trained or, with --base, in dtype.
-      force: use the prompt with another base than its own, as long as the sizes match.
+      force: use the prompt with a base other than its own, if the sizes match.
     """
 
     prompt: Path
@@ -41,7 +41,7 @@ class Generate(Saved):
       texts: one record each, for a template with one field.
       names: if `prompt` is a folder of prompts, the name of the prompt for each text; all run in the same batches.
       fields: a record as name=value pairs, for a template with several fields.
-      max_new_tokens: most tokens of an answer.
+      max_new_tokens: maximum number of tokens of an answer.
       temperature: sampling temperature; 0 always takes the likeliest token.
       top_k: sample only from this number of likeliest tokens; 0 for all.
       top_p: sample only from the likeliest tokens with this total probability.
@@ -73,9 +73,10 @@ class Evaluate(Saved):
       others: further prompts for the same task; each one is scored separately, and all together as an ensemble.
       combine: how the ensemble decides: by mean log-probability or by vote.
       batch_size: examples per batch.
-      max_new_tokens: most tokens of a generated answer.
-      reward: for a prompt of the task rewards, what judges its answers, as for task.reward of a training run.
-      temperature: for such a prompt, that of the sampled answers.
+      max_new_tokens: maximum number of tokens of a generated answer.
+      reward: for a prompt of the task rewards, the functions or the field that judge its answers, as in task.reward of
+        a training run.
+      temperature: for such a prompt, the sampling temperature of the answers.
       output: a JSON file for all metrics.
     """
 
@@ -101,7 +102,7 @@ class Inspect(Saved):
       offline: show only the contents of the files, without loading the base.
       data: a file or hub data set on which to ablate each position and to measure the attention it receives.
       split: split of a hub data set.
-      limit: most records to read.
+      limit: maximum number of records to read.
       others: further prompts, for a matrix of similarities.
       output: a directory for inspect.json and inspect.png.
     """
@@ -130,7 +131,7 @@ class Similar:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MakeReport:
-    """Writes report.html of a finished run, sweep or comparison again, from the files of its work directory.
+    """Rewrites report.html of a finished run, sweep or comparison from the files of its work directory.
 
     Attributes:
       workdir: the work directory.
@@ -160,12 +161,12 @@ class Serve:
       slots: number of requests that run at once.
       context: positions per slot, for prompt and answer together; default all positions of the base, at most 8,192.
         The memory of the slots grows with it.
-      lookup: the most tokens that are drafted at a time from a request's earlier text, 1 to 32; answers stay the same.
+      lookup: maximum number of tokens drafted at a time from a request's earlier text, 1 to 32; answers stay the same.
         0 for no drafts.
-      chunk: the most tokens of a request that are run at a time, at least 16; other answers go on in between. 0 for no
-        limit; default no limit for encoder-decoders, and 256 for other bases.
-      shared: positions for prompts of at least 64, such as remembered texts, that all slots read from one place; 0
-        copies them to each slot.
+      chunk: maximum number of tokens of a request that are run at a time, at least 16; other answers go on in between.
+        0 for no limit; default no limit for encoder-decoders, and 256 for other bases.
+      shared: number of positions for prompts that all slots read from one place, those of at least 64 positions, such
+        as remembered texts; 0 copies every prompt to its slots.
       queue: number of answers that may wait; further requests get 429. A client with less than an equal share may
         exceed this.
       dtype: precision of the base; default by device.
@@ -174,8 +175,8 @@ class Serve:
       mesh: device mesh.
       prompt_memory: MiB of prompts on the device; if exceeded, the least recently used are removed from it. Default no
         limit.
-      max_prompt: most MiB of a prompt's directory; a remembered text takes kilobytes for each of its tokens.
-      max_body: most KiB of a request's body.
+      max_prompt: maximum size of a prompt's directory in MiB; a remembered text takes kilobytes for each of its tokens.
+      max_body: maximum size of a request's body in KiB.
       body_seconds: time limit for a request's body, and for its head.
       drain_seconds: time limit for running requests after SIGTERM.
       compilation_cache: a directory for compiled programs, which makes later starts faster.
@@ -235,7 +236,7 @@ class Import:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Remember:
-    """Makes a prompt of a text without training: requests continue the text, which is not encoded again.
+    """Makes a prompt from a text without training: requests continue the text, which is not encoded again.
 
     Attributes:
       base: the base: a directory, a hub id or "starter".
@@ -266,7 +267,7 @@ class Remember:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compose(Saved):
-    """Makes one prompt of the prefixes of several, one after the other, without training.
+    """Makes one prompt from the prefixes of several, one after the other, without training.
 
     Attributes:
       others: the prompts that follow `prompt`, in their order. The template is that of the last.
@@ -302,8 +303,8 @@ class Export(Saved):
 class Push:
     """Uploads a saved prompt to the Hugging Face hub, with a model card. A new repository is private.
 
-    The token is that of `hf auth login`, or in the environment variable HF_TOKEN. prompt.json is uploaded with all that
-    it holds, such as the training command.
+    The token is that of `hf auth login`, or in the environment variable HF_TOKEN. All of prompt.json is uploaded,
+    including the training command.
 
     Attributes:
       prompt: the directory of the saved prompt.

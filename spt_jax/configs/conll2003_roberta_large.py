@@ -1,6 +1,6 @@
 """Names in a text (CoNLL-2003) with RoBERTa large.
 
-The names are of persons, places, organizations and others. Deep prompts and a tagging head, as in P-tuning v2 (Liu et
+Tags names of persons, places, organizations and others, with deep prompts and a tagging head as in P-tuning v2 (Liu et
 al. 2022, arXiv 2110.07602).
 
     spt-jax train conll2003_roberta_large --data.train train.jsonl --data.validation validation.jsonl

@@ -1,6 +1,6 @@
 """Grade-school mathematics (GSM8K) with Llama 3.2 1B.
 
-Both are from the hub. The model requires you to accept its license.
+Data and model are from the hub. You must accept the license of the model first.
 
     spt-jax train gsm8k_llama3p2_1b --base.remat full
 

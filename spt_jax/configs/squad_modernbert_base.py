@@ -1,11 +1,12 @@
 """Answers in a text (SQuAD 1.1) with ModernBERT base.
 
-Both are from the hub. Deep prompts and a span head, as in P-tuning v2 (Liu et al. 2022, arXiv 2110.07602).
+Data and model are from the hub. Trains deep prompts and a span head, as in P-tuning v2 (Liu et al. 2022, arXiv
+2110.07602).
 
     spt-jax train squad_modernbert_base
 
-ModernBERT has 8,192 positions, so that no text has to be split. Reports exact match and token F1. Expect a download of
-about 0.7 GB on the first run. No results have been measured yet.
+ModernBERT has 8,192 positions, so no text has to be split. Reports exact match and token F1. Expect a download of about
+0.7 GB on the first run. No results have been measured yet.
 """
 
 from spt_jax.config import BaseConfig, DataConfig, EvaluationConfig, ExperimentConfig, TrainConfig

@@ -1,6 +1,6 @@
 """Sentiment of film reviews (SST-2) with Qwen3 0.6B.
 
-Both are from the hub.
+Data and model are from the hub.
 
     spt-jax train sst2_qwen3_0p6b
 

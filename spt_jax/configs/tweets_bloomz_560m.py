@@ -5,7 +5,7 @@ As in PEFT's example of prompt tuning.
     spt-jax train tweets_bloomz_560m --data.train train.csv --data.test test.csv
 
 The files are those of ought/raft, twitter_complaints, with their columns `Tweet text` and `Label` renamed to `text` and
-`label`; 1 is a complaint and 2 is none. Expect a download of about 1.1 GB on the first run. No results have been
+`label`; 1 is a complaint and 2 is not. Expect a download of about 1.1 GB on the first run. No results have been
 measured yet.
 """
 

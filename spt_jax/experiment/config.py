@@ -75,13 +75,13 @@ class DataConfig:
       task: the field with a record's task, for multitask_prompt_tuning.
       truncate: the field that may be truncated if an example is too long.
       keep: which end of that field is kept.
-      max_length: most tokens of an example, virtual tokens included; default the model's positions.
+      max_length: maximum number of tokens of an example, virtual tokens included; default the model's positions.
       chat: render prompt and target with the tokenizer's chat template.
       system: the system turn of such a chat.
       continues: the prompt continues text that the prefix starts from, such as a remembered one: there is no BOS before
         it, and in a chat, system is the rest of the remembered system turn.
       packing: put several examples in one row.
-      limit: most records to read from each source, for quick trials.
+      limit: maximum number of records to read from each source, for quick trials.
     """
 
     train: str
@@ -115,8 +115,8 @@ class TaskConfig:
     Attributes:
       name: a registered task, such as tagging. Defaults to method.head where the method has a head; otherwise to
         language_model, which is text or, with verbalizers, classification.
-      reward: with the task rewards, each a Python function, module:function, from the Python path or the working
-        directory, or the name of a field that the answer must be equal to.
+      reward: with the task rewards, what judges the answers: Python functions (module:function) from the Python path or
+        the working directory, or names of fields that the answer must be equal to.
       reward_weights: the weight of each of them; by default all are 1.
       reward_failures: the largest share of the answers of a rollout for which reward functions may fail; beyond it, the
         run stops.

@@ -320,7 +320,7 @@ def load_model(
       dtype: precision of the base; default by device.
       quantize: how the base's matrices are stored, such as "int8"; default as when the prompt was trained, if `base` is
         not given.
-      force: use the prompt with another base than its own, as long as the sizes match.
+      force: use the prompt with a base other than its own, if the sizes match.
       batch_size: requests per batch; "auto" is 16.
       max_gen_toks: the number of new tokens of a task that does not set it.
       device: nothing but the kind of device that JAX uses, or the harness's default.

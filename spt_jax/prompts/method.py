@@ -257,7 +257,7 @@ class TokenMethod(Method):
     Attributes:
       length: number of virtual tokens P; default the sum over `<soft:n>` in the template, or 20.
       init: initializer of the rows.
-      pin_prefix: in layers with a sliding window, every later token attends to the virtual tokens, however far behind
+      pin_prefix: in layers with a sliding window, every later token attends to the virtual tokens, however far back
         they are. By default the window hides them, as it hides other tokens.
     """
 

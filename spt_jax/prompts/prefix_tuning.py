@@ -51,7 +51,7 @@ class PrefixTuning(Method):
       sites: the attention layers that get keys and values, for an encoder-decoder: encoder for the encoder's
         self-attention, self for the decoder's, and cross for cross-attention; default all three. Each has its own.
       pin_prefix: in layers with a sliding window, every token attends to all keys and values of the prefix, however far
-        behind they are. By default the window hides them, as it hides tokens.
+        back they are. By default the window hides them, as it hides tokens.
     """
 
     # In units of the values of the base, whose deviations are 0.4 and 1.3 in the two bases used to choose it.

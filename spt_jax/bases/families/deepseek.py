@@ -39,7 +39,7 @@ _TINY: Mapping[str, Any] = {
 
 
 class DeepseekV2(WithExperts):
-    """DeepSeek V2 and V2 Lite (arXiv 2405.04434): latent attention, and experts behind the first layers."""
+    """DeepSeek V2 and V2 Lite (arXiv 2405.04434): latent attention, and experts after the first layers."""
 
     model_type: ClassVar[str] = "deepseek_v2"
     architecture: ClassVar[str] = "DeepseekV2ForCausalLM"

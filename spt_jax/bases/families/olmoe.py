@@ -10,7 +10,7 @@ from spt_jax.models.experts_config import ExpertsConfig
 
 
 class Olmoe(WithExperts):
-    """OLMoE (Muennighoff et al. 2024, arXiv 2409.02060): whole queries and keys are normalised, and then clipped."""
+    """OLMoE (Muennighoff et al. 2024, arXiv 2409.02060): whole queries and keys are normalized, and then clipped."""
 
     model_type: ClassVar[str] = "olmoe"
     architecture: ClassVar[str] = "OlmoeForCausalLM"

@@ -21,7 +21,7 @@ class Qwen2(LlamaLike):
 
 
 class Qwen3(LlamaLike):
-    """Qwen 3 (arXiv 2505.09388): queries and keys of each head are normalised before RoPE."""
+    """Qwen 3 (arXiv 2505.09388): queries and keys of each head are normalized before RoPE."""
 
     model_type: ClassVar[str] = "qwen3"
     architecture: ClassVar[str] = "Qwen3ForCausalLM"

@@ -41,7 +41,7 @@ class Qwen2Moe(WithExperts):
 
 
 class Qwen3Moe(WithExperts):
-    """Qwen 3 with experts (arXiv 2505.09388): queries and keys of each head are normalised before RoPE."""
+    """Qwen 3 with experts (arXiv 2505.09388): queries and keys of each head are normalized before RoPE."""
 
     model_type: ClassVar[str] = "qwen3_moe"
     architecture: ClassVar[str] = "Qwen3MoeForCausalLM"

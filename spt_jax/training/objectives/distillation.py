@@ -58,7 +58,7 @@ class Distillation(Objective):
         of data.train, or without any. It needs answer_tokens.
       study_validation: further questions, as validation records, where no validation data is given.
       study_kinds: the kinds of questions, which take turns.
-      study_tokens: the most tokens of a question.
+      study_tokens: the maximum number of tokens of a question.
       study_temperature: the temperature of the questions.
 
     Raises:
