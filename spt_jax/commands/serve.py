@@ -21,12 +21,13 @@ from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.chunks import check_chunk
 from spt_jax.serving.engine import Engine
 from spt_jax.serving.lookup import check_draft_size
-from spt_jax.serving.shared import check_entries
+from spt_jax.serving.shared import can_share, check_entries
 
 if TYPE_CHECKING:
     from spt_jax.serving.service import Service
 
 ADMIN_KEY = "SPT_JAX_ADMIN_KEY"
+LONG_PROMPT = 512  # From this number of positions on, a prompt should be shared.
 DEFAULT_CONTEXT = 8192  # The slots of a base with 131,072 positions would rarely fit on a device.
 
 
@@ -99,6 +100,7 @@ def start(command: Serve, copies: Path | None = None) -> "Service":
     service = Service(worker, name, folder, os.environ.get(ADMIN_KEY) or None, command.max_prompt * 2**20)
     with spoken("loading the prompts"):
         _load_prompts(service, strict=command.strict)
+    note_long_prompts(bank, command.shared)
     service.refresh = refresh
     service.worker.start()
     print(
@@ -108,6 +110,22 @@ def start(command: Serve, copies: Path | None = None) -> "Service":
         f" ready in {time.perf_counter() - began:.1f} s"
     )
     return service
+
+
+def note_long_prompts(bank: PromptBank, shared: int) -> None:
+    """Prints how to share the longest prompt, if it is long and each request copies it to its slot.
+
+    Args:
+      bank: the prompts.
+      shared: the number of positions for shared prompts.
+    """
+    lengths = {name: bank.entry(name).positions for name in bank.names}
+    name = max(lengths, key=lengths.__getitem__, default=None)
+    if name is not None and lengths[name] >= max(LONG_PROMPT, shared + 1) and can_share(bank.base.model):
+        print(
+            f"note: each request under {name!r} copies its {lengths[name]:,} positions to its slot;"
+            f" --shared {lengths[name]} keeps them in one place for all slots"
+        )
 
 
 def _folder(prompts: Path | None, copies: Path | None) -> tuple[Path | None, Callable[[], None]]:

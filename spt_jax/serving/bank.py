@@ -106,6 +106,11 @@ class Entry:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.virtual))
 
     @property
+    def positions(self) -> int:
+        """The number of positions that all requests share: those of a prefix and of the leading ids of the template."""
+        return (0 if self.virtual is None else self.virtual.prefix_length) + len(self.encoder.fixed_lead())
+
+    @property
     def classifies(self) -> bool:
         """Whether its template classifies whole records."""
         return bool(self.template.verbalizers) and self.template.reads is None

@@ -47,8 +47,13 @@ def check_shared(model: Model, name: str, entries: int) -> None:
         raise ConfigError(
             f"shared is {entries}, but {name} has recurrent layers, whose states slots cannot share; use 0"
         )
-    if entries and not (isinstance(model, DecoderModel) and model.layout.generates):
+    if entries and not can_share(model):
         raise ConfigError(f"shared is {entries}, but {name} is not one of the decoders of this library; use 0")
+
+
+def can_share(model: Model) -> bool:
+    """Whether slots of a base can share the memory of prompts: a model of users need not know `Prefix.segments`."""
+    return isinstance(model, DecoderModel) and model.layout.generates and not model.layout.state_groups
 
 
 def check_entries(entries: int) -> None:

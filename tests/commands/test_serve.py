@@ -17,7 +17,7 @@ import pytest
 import spt_jax
 from spt_jax.__main__ import main
 from spt_jax.bases.base import STARTER
-from spt_jax.commands.serve import ADMIN_KEY, Serve
+from spt_jax.commands.serve import ADMIN_KEY, Serve, note_long_prompts
 from spt_jax.commands.serve import start as start_service
 from tests.quick import QUICK_FLAGS
 
@@ -85,11 +85,11 @@ def test_prompts_that_cannot_be_read_are_left_out(folder, tmp_path, capsys, monk
     (tmp_path / ".hidden").mkdir()
     (tmp_path / "README").write_text("A file is no prompt.")
     monkeypatch.setattr("spt_jax.commands.serve.DEFAULT_CONTEXT", 64)
-    service = start_service(Serve(base=str(STARTER), prompts=tmp_path, slots=1))
+    service = start_service(Serve(base=str(STARTER), prompts=tmp_path, slots=1, shared=64))
     service.worker.stop()
     assert service.bank.names == ["story"]
     output = capsys.readouterr().out
-    assert "starter, prompts: 1, slots: 1 of 64 positions (" in output
+    assert "starter, prompts: 1, slots: 1 of 64 positions, shared: 64 positions (" in output
     lines = [line for line in output.splitlines() if "is left out: " in line]
     assert [Path(line.split()[0]).name for line in lines] == [
         ".hidden",
@@ -99,6 +99,21 @@ def test_prompts_that_cannot_be_read_are_left_out(folder, tmp_path, capsys, monk
         "lora",
         "truncated",
     ]
+
+
+def test_a_long_prompt_that_slots_copy_is_noted(folder, capsys, monkeypatch):
+    bank = spt_jax.PromptBank(spt_jax.load_base("starter"))
+    bank.load("story", folder / "story")
+    note_long_prompts(bank, 0)
+    assert not capsys.readouterr().out
+    monkeypatch.setattr("spt_jax.commands.serve.LONG_PROMPT", 4)
+    note_long_prompts(bank, 3)
+    count = bank.held("story").start
+    assert f"note: each request under 'story' copies its {count} positions to its slot; --shared {count}" in (
+        capsys.readouterr().out
+    )
+    note_long_prompts(bank, count)
+    assert not capsys.readouterr().out
 
 
 def test_the_client_on_the_page(folder, capsys):
