@@ -67,12 +67,14 @@ class Prefix:
       pinned: the positions that a sliding window never hides; None for none.
       segments: of a prefix without an S axis that holds several prompts, the segment of each key: a query sees those of
         its own segment and of its parent; None if all rows follow the whole prefix.
+      in_cache_order: whether the axes of the memory are those of a `Cache` without rows, [L K H P] and [L K P H].
     """
 
     memory: Memory
     positions: Int[Array, "*S P"]
     pinned: Bool[Array, "*S P"] | None = None
     segments: Int[Array, " P"] | None = None
+    in_cache_order: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -327,7 +329,7 @@ def scores_of(queries: Float[Array, "B K GT H"], source: Source, scoring: Scorin
         keys = source.keys.transpose(0, 2, 3, 1)
         scores = jnp.matmul(queries, keys, preferred_element_type=jnp.float32)
     else:
-        scores = jnp.einsum("bkqh,skh->bkqs", queries, source.keys, preferred_element_type=jnp.float32)
+        scores = _of_all_rows(queries, source.keys.transpose(1, 2, 0))
     scores = soft_capped(scores * scoring.scale, scoring.cap)
     length = source.mask.shape[1]
     by_query = scores.reshape(batch, kv_heads, rows // length, length, -1)
@@ -364,4 +366,12 @@ def mix(weights: Float[Array, "B K GT S"], source: Source) -> Float[Array, "B K 
     if source.values.ndim == 4:
         values = source.values.transpose(0, 2, 1, 3)
         return jnp.matmul(weights, values, preferred_element_type=jnp.float32)
-    return jnp.einsum("bkqs,skh->bkqh", weights, source.values, preferred_element_type=jnp.float32)
+    return _of_all_rows(weights, source.values.transpose(1, 0, 2))
+
+
+def _of_all_rows(rows: Float[Array, "B K Q M"], matrix: Float[Array, "K M N"]) -> Float[Array, "B K Q N"]:
+    """Returns the products of all rows with the same matrices, float32: one product for each key/value head."""
+    batch, heads, count, _ = rows.shape
+    flat = jnp.swapaxes(rows, 0, 1).reshape(heads, batch * count, -1)
+    products = jnp.matmul(flat, matrix, preferred_element_type=jnp.float32)
+    return jnp.swapaxes(products.reshape(heads, batch, count, -1), 0, 1)

@@ -165,6 +165,7 @@ class Decoder(nn.Module):
                     _shared_inputs(stack, rows, prefix, cache, orders, ring=ring),
                     source=_source_layer(config, stack, sources, remembered),
                     distances=distances,
+                    prefix_in_cache_order=prefix is not None and prefix.in_cache_order,
                 )
                 for stack in period.stacks
             )

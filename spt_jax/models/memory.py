@@ -318,6 +318,25 @@ def put_runs(cache: Memory, new: Memory, places: Int[Array, "B T"]) -> Memory:
     )
 
 
+def put_places(cache: Memory, new: Memory, places: Int[Array, " P"]) -> Memory:
+    """Writes the keys and values of one prompt to places of a memory in the axes of a cache without rows.
+
+    Args:
+      cache: keys [L, K, H, C] and values [L, K, C, H].
+      new: keys and values [L, P, K, H].
+      places: the place of each position; one that the cache does not have is left out.
+
+    Returns:
+      The new memory.
+    """
+    return _along_positions(
+        lambda old, own: old.at[..., places].set(jnp.moveaxis(own, _POSITIONS, -1), mode="drop"),
+        lambda old, own: old.at[:, :, places].set(jnp.swapaxes(own, 1, 2), mode="drop"),
+        cache,
+        new,
+    )
+
+
 def put_rows(cache: Memory, new: Memory, rows: Int[Array, " N"], places: slice) -> Memory:
     """Writes the memory of some rows, in the axes of a cache, at the same places of these rows."""
 

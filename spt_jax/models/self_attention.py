@@ -88,6 +88,7 @@ class SharedInputs:
       window_masks: the same with the sliding window, if some layers of the stack have it and some do not.
       source: the layer whose keys and values the layers of the stack read in place of their own.
       distances: between the tokens of the rows, for disentangled attention.
+      prefix_in_cache_order: whether the axes of a layer's prefix are those of `to_cache`.
     """
 
     cos_sin: tuple[Array, Array] | None
@@ -101,6 +102,7 @@ class SharedInputs:
     window_masks: tuple[Array, ...] | None
     source: SourceLayer | None = None
     distances: Distances | None = None
+    prefix_in_cache_order: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def of_row(prompt_index: Int[Array, " B"] | None, tree: Any) -> Any:
@@ -229,6 +231,8 @@ class Attention(nn.Module):
             out = ring_attend(self.mesh, queries, own, *places, **options)
         else:
             masks = shared.masks
+            if prefix is not None and shared.prefix_in_cache_order:
+                prefix = from_cache(prefix, masks[0].shape[-1])
             if cache is not None:
                 slots = masks[-2].shape[-1]  # The last mask is that of the row itself.
                 cache = from_cache(cache, slots)

@@ -73,9 +73,8 @@ def empty_entries(model: Model, capacity: int) -> Prefix:
     """Returns entries of no prompt."""
     places = jnp.zeros(capacity, jnp.int32)
     pinned = jnp.zeros(capacity, bool) if model.layout.windowed else None
-    zeros = memory.spec(model.layout.attention_groups, capacity)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, model.dtype), zeros)
-    return Prefix(zeros, places, pinned, places)
+    zeros = jax.tree.map(lambda array: array[:, 0], memory.empty_cache(model.layout, 1, capacity, model.dtype))
+    return Prefix(zeros, places, pinned, places, in_cache_order=True)
 
 
 def share(shared: Prefix, prefix: Prefix, entries: Int[Array, " P"], segment: Int[Array, ""]) -> Prefix:
@@ -91,17 +90,15 @@ def share(shared: Prefix, prefix: Prefix, entries: Int[Array, " P"], segment: In
       The new entries.
     """
 
-    def put(old: Array, new: Array) -> Array:
-        return old.at[:, entries].set(new.astype(old.dtype), mode="drop")
-
     assert shared.segments is not None
-    own = {name: prefix.memory[name] for name in shared.memory}
-    kept = jax.tree.map(put, shared.memory, memory.finite(memory.cast(own, jax.tree.leaves(shared.memory)[0].dtype)))
+    own = memory.finite(memory.cast(prefix.memory, jax.tree.leaves(shared.memory)[0].dtype))
+    kept = memory.put_places(shared.memory, own, entries)
     pinned = shared.pinned
     if pinned is not None:
         pinned = pinned.at[entries].set(False if prefix.pinned is None else prefix.pinned, mode="drop")
     positions = shared.positions.at[entries].set(prefix.positions, mode="drop")
-    return Prefix(kept, positions, pinned, shared.segments.at[entries].set(segment, mode="drop"))
+    segments = shared.segments.at[entries].set(segment, mode="drop")
+    return dataclasses.replace(shared, memory=kept, positions=positions, pinned=pinned, segments=segments)
 
 
 @dataclasses.dataclass

@@ -357,11 +357,12 @@ def test_slots_hold_each_requests_memory():
         slots, cache=dataclasses.replace(slots.cache, memory=jax.tree.map(lambda a: a + 1, slots.cache.memory))
     )
     lengths = np.asarray([4, 2], np.int32)
-    requests = serving.RequestIds(jnp.asarray(IDS), jnp.asarray(lengths), jnp.full(2, len(LEAD), jnp.int32))
-    no = jnp.asarray(False)
-    slots, firsts = serving.admit(MODEL, [(None, prefix)] * 2, requests, greedy(2), jnp.asarray([2, 0]), no, slots)
+    starts, none = jnp.full(2, len(LEAD), jnp.int32), jnp.zeros(2, jnp.int32)
+    requests = serving.RequestIds(jnp.asarray(IDS), jnp.asarray(lengths), starts, none)
+    no, prompts = jnp.asarray(False), [(None, prefix)] * 2
+    slots, firsts = serving.admit(MODEL, prompts, None, requests, greedy(2), jnp.asarray([2, 0]), no, slots)
     until = serving.Until(jnp.int32(4), jnp.int32(3), jnp.full(8, -1, jnp.int32))
-    slots, new, steps = serving.decode(20, MODEL, jnp.asarray([True, False, True]), no, until, slots)
+    slots, new, steps = serving.decode(20, MODEL, jnp.asarray([True, False, True]), no, until, None, slots)
     assert int(steps) == 4
     for row, slot in enumerate((2, 0)):
         expected = grown(virtual, np.concatenate([LEAD, IDS[row, : lengths[row]]]), 5)

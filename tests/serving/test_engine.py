@@ -108,7 +108,7 @@ def test_decoding_returns_at_an_end_that_others_wait_for(bank: PromptBank, end_a
     end, steps = expected[0][end_at], max(end_at, MIN_STEPS)
     assert end not in expected[0][1:end_at] + expected[1][1:end_at]
     until = Until(jnp.int32(MAX_STEPS), jnp.int32(1), jnp.asarray([end]))
-    inputs = np.ones(2, bool), np.asarray(False), until, engine._slots
+    inputs = np.ones(2, bool), np.asarray(False), until, None, engine._slots
     _, new, count = programs.decode(64, base.model, *inputs)
     assert int(count) == steps < MAX_STEPS
     np.testing.assert_array_equal(new.ids[:steps].T, [ids[1 : steps + 1] for ids in expected])
@@ -280,11 +280,11 @@ def test_empty_fields_and_whole_contexts(bank: PromptBank, tmp_path):
 
 
 def test_the_size_of_the_slots_is_that_of_the_documented_formula(bank: PromptBank):
-    """Keys and values in float32, and the position and segment of each entry; 9 more numbers per slot."""
+    """Keys and values in float32, and the position and segment of each entry; 10 more numbers per slot."""
     (group,) = bank.base.layout.attention_groups.values()
     of_entry = 2 * len(group.layers) * group.kv_heads * group.key_size * 4 + 2 * 4
     for slots, context, entries in ((1, 96, 192), (3, 100, 224)):
-        assert Engine(bank, slots=slots, context=context).slot_bytes == slots * (entries * of_entry + 9 * 4)
+        assert Engine(bank, slots=slots, context=context).slot_bytes == slots * (entries * of_entry + 10 * 4)
 
 
 def test_prompts_wait_on_the_host(bank: PromptBank):
