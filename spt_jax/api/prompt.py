@@ -83,7 +83,7 @@ class Prompt(SavedPrompt):
         records, encoder = self._records(inputs), self._encoder()
         if not records:
             return []
-        with spoken(f"predicting {len(records):,} answers", shown=self.progress):
+        with spoken(f"predicting {len(records):,} answer{'s' * (len(records) > 1)}", shown=self.progress):
             data = request_set(self.base, encoder, [encoder.with_any_label(record) for record in records])
             return [prediction["prediction"] for prediction in evaluate(self.base, data, self.virtual).predictions]
 
@@ -126,7 +126,7 @@ class Prompt(SavedPrompt):
                     f" than the {positions:,} positions of {self.base.name}; shorten the record, or lower"
                     " max_new_tokens"
                 )
-        with spoken(f"generating {len(ids):,} answers", shown=self.progress):
+        with spoken(f"generating {len(ids):,} answer{'s' * (len(ids) > 1)}", shown=self.progress):
             return [answer.text for answer in generate(self.base, ids, self.virtual, sampling)]
 
     def score(self, inputs: Iterable[object], answers: Sequence[str] | None = None) -> list[dict[str, float]]:

@@ -66,12 +66,15 @@ def plot_curves(
         for (name, value), style in zip(references.items(), ("--", ":", "-."), strict=False):
             right.axhline(value, color=GREY, linewidth=1, linestyle=style, label=f"{name} ({value:.3f})")
         right.set(xlabel="step", ylabel=f"validation {metric}", title="Validation")
+        right.set_xlim(*left.get_xlim())
         if metric == "accuracy":
             right.set_ylim(0, 1)
     if chosen is not None:
         for pane in axes:
             pane.axvline(chosen, color=ACCENT, linewidth=1, alpha=0.6, label=f"chosen: step {chosen}")
+    locator = load_extra("matplotlib.ticker", path.name).MaxNLocator
     for pane in axes:
+        pane.xaxis.set_major_locator(locator(integer=True))
         pane.legend(frameon=False, fontsize="small")
     figure.suptitle(_plain(title))
     _save(figure, path)
