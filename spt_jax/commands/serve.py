@@ -119,7 +119,8 @@ def note_long_prompts(bank: PromptBank, shared: int) -> None:
       bank: the prompts.
       shared: the number of positions for shared prompts.
     """
-    lengths = {name: bank.entry(name).positions for name in bank.names}
+    entries = {name: bank.entry(name) for name in bank.names}
+    lengths = {name: entry.positions for name, entry in entries.items() if entry.generates}
     name = max(lengths, key=lengths.__getitem__, default=None)
     if name is not None and lengths[name] >= max(LONG_PROMPT, shared + 1) and can_share(bank.base.model):
         print(

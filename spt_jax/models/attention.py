@@ -65,16 +65,15 @@ class Prefix:
       memory: keys (after RoPE) and values [*S L P K H], or states [*S L ...].
       positions: the position of each key.
       pinned: the positions that a sliding window never hides; None for none.
-      segments: of a prefix without an S axis that holds several prompts, the segment of each key: a query sees those of
-        its own segment and of its parent; None if all rows follow the whole prefix.
-      in_cache_order: whether the axes of the memory are those of a `Cache` without rows, [L K H P] and [L K P H].
+      segments: of a prefix that holds several prompts in place of an S axis, the segment of each key: a query sees
+        those of its own segment and of its parent. The axes of its memory are those of a `Cache` without rows,
+        [L K H P] and [L K P H]. None if all rows follow the whole prefix.
     """
 
     memory: Memory
     positions: Int[Array, "*S P"]
     pinned: Bool[Array, "*S P"] | None = None
     segments: Int[Array, " P"] | None = None
-    in_cache_order: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

@@ -165,7 +165,6 @@ class Decoder(nn.Module):
                     _shared_inputs(stack, rows, prefix, cache, orders, ring=ring),
                     source=_source_layer(config, stack, sources, remembered),
                     distances=distances,
-                    prefix_in_cache_order=prefix is not None and prefix.in_cache_order,
                 )
                 for stack in period.stacks
             )
@@ -363,7 +362,7 @@ def _shared_inputs(
     of_prefix: tuple[Array | None, Array | None, Array | None] = (None, None, None)
     if prefix is not None:
         of_prefix = *of_row(rows.prompt_index, (prefix.positions, prefix.pinned)), prefix.segments
-    inputs = functools.partial(SharedInputs, cos_sin, local, rows, order, *of_prefix[:2])
+    inputs = functools.partial(SharedInputs, cos_sin, local, rows, order, *of_prefix)
     if ring:
         return inputs((), None, None)
     sources: list[tuple[Array, Array | None, Array | None]] = [(rows.positions, rows.segments, rows.pinned)]

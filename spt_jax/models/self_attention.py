@@ -83,12 +83,12 @@ class SharedInputs:
       order: the order of the tokens, for recurrent layers.
       prefix_positions: positions of the prefix, [P], or [B, P] if each row has its own prompt.
       prefix_pinned: the positions of the prefix that a window never hides, likewise; None for none.
+      prefix_segments: the segments of the prefix, if it has some: its axes are then those of a cache.
       key_positions: positions of the keys of each source, [B, S], for ALiBi.
       masks: attention masks of the sources in the order prefix, cache, row; None if rows are split over devices.
       window_masks: the same with the sliding window, if some layers of the stack have it and some do not.
       source: the layer whose keys and values the layers of the stack read in place of their own.
       distances: between the tokens of the rows, for disentangled attention.
-      prefix_in_cache_order: whether the axes of a layer's prefix are those of `to_cache`.
     """
 
     cos_sin: tuple[Array, Array] | None
@@ -97,12 +97,12 @@ class SharedInputs:
     order: TokenOrder | None
     prefix_positions: Int[Array, "*B P"] | None
     prefix_pinned: Bool[Array, "*B P"] | None
+    prefix_segments: Int[Array, " P"] | None
     key_positions: tuple[Array, ...]
     masks: tuple[Array, ...] | None
     window_masks: tuple[Array, ...] | None
     source: SourceLayer | None = None
     distances: Distances | None = None
-    prefix_in_cache_order: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def of_row(prompt_index: Int[Array, " B"] | None, tree: Any) -> Any:
@@ -231,7 +231,7 @@ class Attention(nn.Module):
             out = ring_attend(self.mesh, queries, own, *places, **options)
         else:
             masks = shared.masks
-            if prefix is not None and shared.prefix_in_cache_order:
+            if prefix is not None and shared.prefix_segments is not None:
                 prefix = from_cache(prefix, masks[0].shape[-1])
             if cache is not None:
                 slots = masks[-2].shape[-1]  # The last mask is that of the row itself.
@@ -249,8 +249,8 @@ class Attention(nn.Module):
                 for pair, mask, bias in zip(pairs, masks, biases or [None] * len(pairs), strict=True)
             ]
             sinks = self.param("sinks", nn.initializers.zeros, (config.heads,)) if config.sinks else None
-            # A decoding step has few scores, so a fused kernel has no benefit.
-            kernel = self.kernel if queries.shape[1] > 1 else "xla"
+            # A decoding step has few scores: a fused kernel has no benefit. It would copy shared prompts to each row.
+            kernel = self.kernel if queries.shape[1] > 1 and shared.prefix_segments is None else "xla"
             out = attend(queries, sources, scoring, sinks=sinks, kernel=kernel, mesh=self.mesh)
             if self.is_mutable_collection(ATTENTION):
                 self.sow(ATTENTION, "weights", attention_weights(queries, sources, scoring, sinks))

@@ -38,6 +38,17 @@ class Extension:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sharing:
+    """The key of a program that writes the memory of a prompt to shared entries.
+
+    Attributes:
+      kind: structure and shapes of the memory.
+    """
+
+    kind: Any
+
+
+@dataclasses.dataclass(frozen=True)
 class Admission:
     """Chooses the program that admits a request.
 
@@ -99,8 +110,7 @@ class Admission:
           held: the arrays of the requests' prompt.
           length: the number of ids of a request, the leading ones included.
         """
-        leaves, structure = jax.tree.flatten((held.virtual, held.prefix))
-        return structure, tuple(leaf.shape for leaf in leaves), held.decoder, self._bucket(held, length)
+        return _kind(held.virtual, *self._memory(held)), held.decoder, self._bucket(held, length)
 
     def extension(self, held: DevicePrompt, count: int) -> Extension:
         """Returns the key of the program that runs the next chunk of a request.
@@ -109,12 +119,15 @@ class Admission:
           held: the arrays of the request's prompt.
           count: how many of the request's ids have been run, without the leading ones.
         """
-        leaves, structure = jax.tree.flatten((held.virtual, self._shared(held)))
         reach = reach_of(self.taken(held) + count, self.chunk, self.capacity)
-        return Extension(reach, (structure, tuple(leaf.shape for leaf in leaves)))
+        return Extension(reach, _kind(held.virtual, self._memory(held)[1]))
 
-    def programs(self, held: DevicePrompt, length: int) -> list[tuple[int, Any] | Extension]:
-        """Returns the keys of all programs that run requests of `length` ids: sizes with their key, and extensions.
+    def sharing(self, held: DevicePrompt) -> Sharing:
+        """Returns the key of the program that shares a prompt."""
+        return Sharing(_kind(held.prefix))
+
+    def programs(self, held: DevicePrompt, length: int) -> list[tuple[int, Any] | Extension | Sharing]:
+        """Returns the keys of all programs that requests of `length` ids need before they are decoded.
 
         Args:
           held: the arrays of the requests' prompt.
@@ -122,7 +135,8 @@ class Admission:
         """
         key, own, first = self.key(held, length), length - len(held.lead), self.first(held, length)
         later = {self.extension(held, count): None for count in range(first, own, self.chunk or own)}
-        return [*((size, key) for size in self.sizes(key)), *later]
+        shared = [self.sharing(held)] if self.shares(held) else []
+        return [*shared, *((size, key) for size in self.sizes(key)), *later]
 
     def sizes(self, key: tuple[Any, ...]) -> list[int]:
         """Returns the numbers of requests that the programs of this key admit at a time."""
@@ -138,7 +152,7 @@ class Admission:
         alike: dict[Any, list[Ticket]] = {}
         for ticket in tickets:
             key = self.key(ticket.held, len(ticket.request.ids))
-            alike.setdefault((key, id(ticket.held) if self.shares(ticket.held) else None), []).append(ticket)
+            alike.setdefault((key, ticket.parent), []).append(ticket)
         groups, remaining = [], list(free)
         for (key, _), own in alike.items():
             while own:
@@ -151,7 +165,7 @@ class Admission:
         """Returns the arguments of `slots.admit` between the model and the slots.
 
         Args:
-          tickets: requests with the same key and, if its memory is shared, the same prompt.
+          tickets: requests with the same key and the same parent.
           slots: the slot of each.
         """
         own_ids = [self._own(ticket) for ticket in tickets]
@@ -169,8 +183,8 @@ class Admission:
             np.asarray([config.seed for config in configs], np.uint32),
             np.zeros(len(configs), np.int32),
         )
-        shared = self._shared(tickets[0].held)
-        prompts = [(ticket.held.virtual, None if shared is not None else ticket.held.prefix) for ticket in tickets]
+        shared = self._memory(tickets[0].held)[1]
+        prompts = [(ticket.held.virtual, self._memory(ticket.held)[0]) for ticket in tickets]
         requests: Any = padded, lengths, starts, np.asarray([ticket.parent for ticket in tickets], np.int32)
         if self.layout.encodes:
             requests += (decoder_ids(lengths, [ticket.held.decoder for ticket in tickets], padded.shape[1]),)
@@ -187,11 +201,11 @@ class Admission:
         """
         begin = len(ticket.held.lead) + count
         ids = ticket.request.ids[begin : begin + self.chunk]
-        return ticket.held.virtual, ids, np.asarray(slot, np.int32), wanted([ticket]), self._shared(ticket.held)
+        return ticket.held.virtual, ids, np.asarray(slot, np.int32), wanted([ticket]), self._memory(ticket.held)[1]
 
-    def _shared(self, held: DevicePrompt) -> Prefix | None:
-        """Returns the memory of a prompt if its requests share it."""
-        return held.prefix if self.shares(held) else None
+    def _memory(self, held: DevicePrompt) -> tuple[Prefix | None, Prefix | None]:
+        """Returns the memory of a prompt if requests copy it, and if they share it."""
+        return (None, held.prefix) if self.shares(held) else (held.prefix, None)
 
     def _own(self, ticket: Ticket) -> np.ndarray:
         """Returns the ids of a request that are run when it is admitted."""
@@ -206,3 +220,9 @@ class Admission:
 def wanted(tickets: Iterable[Ticket]) -> np.ndarray:
     """Whether any of these requests wants alternatives."""
     return np.asarray(any(ticket.request.alternatives for ticket in tickets))
+
+
+def _kind(*trees: Any) -> tuple[Any, ...]:
+    """Returns the structure and the shapes of arrays."""
+    leaves, structure = jax.tree.flatten(trees)
+    return structure, tuple(leaf.shape for leaf in leaves)

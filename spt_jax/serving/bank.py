@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import threading
 import warnings
 from collections.abc import Mapping
@@ -44,6 +45,7 @@ class DevicePrompt:
       lead: the leading ids.
       start: the position after them.
       decoder: of an encoder-decoder, the number of ids of the template that its decoder reads, with its start token.
+      number: that of the prompt's entry in its bank.
     """
 
     prefix: Prefix | None
@@ -52,6 +54,7 @@ class DevicePrompt:
     lead: np.ndarray
     start: int
     decoder: int = 1
+    number: int = 0
 
     @property
     def generates(self) -> bool:
@@ -94,11 +97,15 @@ NOTHING = DevicePrompt(None, None, 0, np.zeros(0, np.int32), 0)
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A prompt of the bank: its arrays on the host, and the template and encoder that read requests."""
+    """A prompt of the bank: its arrays on the host, and the template and encoder that read requests.
+
+    Its number is that of no other entry, such as one that it replaces.
+    """
 
     virtual: VirtualPrompt | None
     template: Template
     encoder: Encoder
+    number: int = dataclasses.field(default_factory=itertools.count(1).__next__)
 
     @property
     def bytes(self) -> int:
@@ -109,6 +116,11 @@ class Entry:
     def positions(self) -> int:
         """The number of positions that all requests share: those of a prefix and of the leading ids of the template."""
         return (0 if self.virtual is None else self.virtual.prefix_length) + len(self.encoder.fixed_lead())
+
+    @property
+    def generates(self) -> bool:
+        """Whether the server generates text under this prompt."""
+        return not self.template.verbalizers and self.template.reads is None and can_generate(self.virtual)
 
     @property
     def classifies(self) -> bool:
@@ -314,6 +326,7 @@ class PromptBank:
                     assert entry.virtual is not None
                     new = len(entry.encoder.template.new_tokens)
                     held = hold(self.base, entry.virtual, entry.encoder.fixed_lead(), new)
+                    held = dataclasses.replace(held, number=entry.number)
                     if (start := self.base.layout.start_id) is not None:
                         count = decoder_length(_without_text(entry), start)
                         held = dataclasses.replace(held, decoder=count)

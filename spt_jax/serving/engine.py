@@ -16,17 +16,17 @@ from spt_jax.data.batches import round_up
 from spt_jax.errors import ConfigError, DataError
 from spt_jax.inference.answers import Generated, answer, continuation_text, endings, is_opening, stop_end
 from spt_jax.inference.decoding import ALTERNATIVES
-from spt_jax.inference.generation import BUCKET, NO_ID, check_prompt
+from spt_jax.inference.generation import BUCKET, check_prompt
 from spt_jax.runtime.sharding import row_shards
-from spt_jax.serving.admission import Admission, Extension, wanted
+from spt_jax.serving.admission import Admission, Extension, Sharing, wanted
 from spt_jax.serving.bank import DevicePrompt, PromptBank, not_decoded, overflow
 from spt_jax.serving.chunks import chunk_of
 from spt_jax.serving.fairness import Sender, Turns
 from spt_jax.serving.lookup import Drafts, check_lookup, drafts_of
 from spt_jax.serving.programs import programs_of
-from spt_jax.serving.requests import NOBODY, Request, Ticket
+from spt_jax.serving.requests import NOBODY, Request, Ticket, until
 from spt_jax.serving.shared import SharedPrompts, check_shared
-from spt_jax.serving.slots import MAX_ENDS, MAX_STEPS, MIN_STEPS, NewTokens, Until
+from spt_jax.serving.slots import MAX_STEPS, MIN_STEPS, NewTokens
 from spt_jax.serving.two_sides import check_decoder_ids
 
 # Target seconds per decode call; between calls the host admits new requests and collects finished ones.
@@ -39,10 +39,10 @@ class Engine:
     Any thread may call `submit`; only one thread may call `step` and `cancel`.
 
     The decode program takes any mixture of prompts, lengths and sampling settings. There is one program for each cache
-    length: the number of entries in the fullest slot, rounded up to 64, 96, 128, 192, ... A request's ids are run once,
-    in a program per length (rounded up to 16, 32, 64, ...) and number of requests (1, 4 or 16); a request with more ids
-    than a chunk runs a chunk at a time, and others are decoded in between. The prompt's memory is computed once and
-    then copied, or shared by the slots.
+    length: the number of entries in the fullest slot, rounded up to 64, 96, 128, 192, ...; with shared prompts, there
+    are two. A request's ids are run once, in a program per length (rounded up to 16, 32, 64, ...) and number of
+    requests (1, 4 or 16); a request with more ids than a chunk runs a chunk at a time, and others are decoded in
+    between. The prompt's memory is computed once and then copied, or shared by the slots.
 
     Senders take turns. With 16 or more slots, two slots are reserved: an HTTP request that already has a slot gets
     neither of them, and a client that already has a slot gets at most one. A short request therefore does not wait for
@@ -70,7 +70,8 @@ class Engine:
           chunk: the most ids of a request that are run at a time; 0 for no limit, None for the default: no limit in
             encoder-decoders, and `chunks.DEFAULT_CHUNK` in others.
           shared: positions for prompts that all slots share without copies, those with at least `shared.MIN_SHARED`
-            positions; 0 copies all prompts into the slots.
+            positions; 0 copies all prompts into the slots. A request whose prompt has no place yet makes later ones
+            under shared prompts wait too, and all later ones of its sender.
 
         Raises:
           ConfigError: `slots` is not a multiple of the number of parts into which the mesh splits rows; `lookup` is out
@@ -96,13 +97,15 @@ class Engine:
         self._admission = Admission(base.layout, slots, self._capacity, chunk, shared)
         self._slots = self._programs.empty(base.model, slots, self._capacity)
         entries = self._programs.empty_entries(base.model, capacity=shared) if shared else None
-        self._shared = SharedPrompts(entries, self._programs.share)
+        self._shared = SharedPrompts(entries)
+        self._blocked: Ticket | None = None  # the request for whose prompt there is no shared place
         self._busy: list[Ticket | None] = [None] * slots
         self._started: dict[int, int] = {}  # slots whose requests have not all ids in them yet: how many they have
         self._spare = min(slots // 8, 2)
         self._waiting: Turns[Ticket] = Turns()
         self._compiled: dict[Any, Callable[..., Any]] = {}
-        self._shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self._slots)
+        arrays = self._slots, entries
+        self._shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), arrays)
 
     @property
     def slots(self) -> int:
@@ -158,20 +161,25 @@ class Engine:
         if held.virtual is None and own_ids.max() >= base.layout.vocab_size:
             raise DataError(f"id {own_ids.max()}: {request.prompt!r} has no virtual ids after its leading ids")
         check_decoder_ids(base.layout, ids, held.decoder)
-        needed = self.needed(held, len(ids)) + request.sampling.max_new_tokens
+        needed = self._needed(held, len(ids)) + request.sampling.max_new_tokens
         if needed > self.context:
             raise ConfigError(f"the request needs {needed} positions, but a slot has {self.context}")
         ticket = self._ticket(dataclasses.replace(request, ids=ids), held)
         self._waiting.add(ticket.sender, ticket)
         return ticket
 
-    def needed(self, held: DevicePrompt, length: int) -> int:
-        """Returns the number of positions of a slot that a request needs before its answer.
+    def room(self, held: DevicePrompt, length: int) -> int:
+        """Returns the most tokens of an answer to a request; less than 1 if the request is too long.
 
         Args:
           held: the prompt's arrays, from `PromptBank.held`.
           length: the number of ids.
         """
+        of_base = self.bank.base.layout.max_positions - (held.start - len(held.lead) + length)
+        return min(self.context - self._needed(held, length), of_base)
+
+    def _needed(self, held: DevicePrompt, length: int) -> int:
+        """Returns the number of positions of a slot that a request of `length` ids needs before its answer."""
         return length - len(held.lead) + (0 if self._admission.shares(held) else held.start)
 
     def cancel(self, ticket: Ticket) -> None:
@@ -185,6 +193,7 @@ class Engine:
             slot = self._busy.index(ticket)
             self._leave(slot)
             self._started.pop(slot, None)
+        self._blocked = None if ticket is self._blocked else self._blocked
         ticket.done = True
 
     @property
@@ -235,7 +244,8 @@ class Engine:
             self._slots, new, counts = self._programs.verify(self._admission.reach(filled + self._lookup + 1), *inputs)
             return np.asarray(counts), jax.tree.map(np.asarray, new)
         reach = self._admission.reach(max(filled + 1, *map(self._admission.crossed, tickets)))
-        inputs = busy, wanted(tickets), self._until(tickets, reach - filled), shared, self._slots
+        most = min(reach - filled, self._steps, MIN_STEPS if self._lookup else MAX_STEPS)  # tokens may allow drafts
+        inputs = busy, wanted(tickets), until(tickets, most, bool(self._waiting)), shared, self._slots
         self._slots, new, steps = self._programs.decode(reach, base.model, *inputs)
         self._steps = min(max(int(POLL_SECONDS * int(steps) / (time.perf_counter() - began)), 1), MAX_STEPS)
         return np.full(len(busy), int(steps)), jax.tree.map(np.asarray, new)
@@ -281,8 +291,7 @@ class Engine:
           Whether all exist.
         """
         length = _warmed(held, length)
-        known = all(key in self._compiled for key in self._admission.programs(held, length))
-        return known and (not self._admission.shares(held) or self._shared.is_warm(held))
+        return all(key in self._compiled for key in self._admission.programs(held, length))
 
     def warm(self, held: DevicePrompt, length: int) -> None:
         """Compiles the programs for a request of `length` ids under this prompt, unless they exist. Thread-safe.
@@ -296,16 +305,17 @@ class Engine:
         base, request = self.bank.base, Request(np.zeros(_warmed(held, length), np.int32))
         ticket = self._ticket(request, held)
         with self._compiling:
-            if self._admission.shares(held) and not self._shared.is_warm(held):
-                self._shared.warm(held)
             for key in self._admission.programs(held, len(request.ids)):
                 if key in self._compiled:
                     continue
-                if isinstance(key, Extension):
-                    inputs = *self._admission.chunk_inputs(ticket, 0, 0), self._shapes
+                slots, shared = self._shapes
+                if isinstance(key, Sharing):
+                    program = self._programs.share.lower(shared, *self._shared.inputs(held, range(held.start), 0))
+                elif isinstance(key, Extension):
+                    inputs = *self._admission.chunk_inputs(ticket, 0, 0), slots
                     program = self._programs.extend.lower(key.reach, base.model, *inputs)
                 else:
-                    inputs = *self._admission.inputs([ticket] * key[0], [0] * key[0]), self._shapes
+                    inputs = *self._admission.inputs([ticket] * key[0], [0] * key[0]), slots
                     program = self._programs.admit.lower(base.model, *inputs)
                 self._compiled[key] = program.compile()
 
@@ -315,29 +325,12 @@ class Engine:
         while reach < self._capacity:
             reach = self._admission.reach(reach + 1)
             for shared in [None] if self._shared.arrays is None else [None, self._shared.arrays]:
-                inputs = idle, wanted([]), self._until([], 0), shared, self._slots
+                inputs = idle, wanted([]), until([], 0, False), shared, self._slots
                 self._slots, *_ = self._programs.decode(reach, base.model, *inputs)
                 if self._lookup:
                     rows: Any = np.zeros((len(idle), self._lookup), np.int32), np.zeros(len(idle), np.int32)
                     inputs = idle, wanted([]), Drafts(*rows), shared, self._slots
                     self._slots, *_ = self._programs.verify(reach, base.model, *inputs)
-
-    def _until(self, tickets: Sequence[Ticket], room: int) -> Until:
-        """Returns when the next decode call ends for these requests; the slots have room for `room` more entries."""
-        ends = [ticket.ends for ticket in tickets]
-        remaining = [ticket.request.sampling.max_new_tokens - len(ticket.ids) for ticket in tickets]
-        end_ids = sorted(frozenset().union(*(end.ids for end in ends)))
-        steps = [room, self._steps]
-        if any(end.texts for end in ends) or len(end_ids) > MAX_ENDS:
-            steps.append(MIN_STEPS)  # the device does not detect these ends
-        if self._lookup:
-            steps.append(MIN_STEPS)  # the new tokens may allow drafts
-        # Returning early for a free slot only helps if requests wait.
-        steps.append(max(min(remaining), MIN_STEPS) if self._waiting else max(remaining, default=0))
-        detected = np.full(MAX_ENDS, NO_ID, np.int32)
-        detected[: len(end_ids)] = end_ids[:MAX_ENDS]
-        until: Any = np.int32(min(steps)), np.int32(1 if self._waiting else len(tickets)), detected
-        return Until(*until)
 
     def _groups(self) -> list[tuple[list[int], list[Ticket]]]:
         """Returns groups of free slots and waiting requests, each group admitted by one program call."""
@@ -350,23 +343,23 @@ class Engine:
         clients = collections.Counter(ticket.sender.client for ticket in self._busy if ticket is not None)
         found: list[Ticket] = []
 
-        full = False
-
         def may(sender: Sender, ticket: Ticket) -> bool:
-            nonlocal full
             spare = self._spare if holders[sender] else (self._spare + 1) // 2
             if sender != NOBODY and clients[sender.client] and free - len(found) <= spare:
                 return False
             if not self._admission.shares(ticket.held):
                 return True
-            # None overtakes a request that waits for shared entries, so that it gets them when others end.
-            full = full or not self._shared.has_room(ticket.held)
-            return not full
+            # None overtakes a request that waits for a shared place, so that it gets one when others end.
+            if self._blocked is None and not self._shared.has_room(ticket.held):
+                self._blocked = ticket
+            return self._blocked in (None, ticket) and self._shared.has_room(ticket.held)
 
         while len(found) < free and (ticket := self._waiting.take(may)) is not None:
             found.append(ticket)
             if self._admission.shares(ticket.held):
-                ticket.parent = self._shared.enter(ticket.held)
+                self._blocked = None
+                put = self._compiled.get(self._admission.sharing(ticket.held)) or self._programs.share
+                ticket.parent = self._shared.enter(ticket.held, put)
             holders[ticket.sender] += 1
             clients[ticket.sender.client] += 1
         return found

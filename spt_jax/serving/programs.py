@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from spt_jax.inference.decoding import RowSampling
 from spt_jax.inference.generation import cache_sharding
+from spt_jax.models import memory
 from spt_jax.models.attention import Prefix
 from spt_jax.models.layout import Layout
 from spt_jax.runtime.sharding import replicated, row_sharding
@@ -57,6 +58,8 @@ def programs_of(mesh: Mesh, layout: Layout) -> Programs:
     everywhere: Any = replicated(mesh)
     sampling: Any = RowSampling(rows, rows, rows, rows, rows)
     slots: Any = Slots(cache_sharding(mesh, layout), rows, rows, rows, rows, sampling, rows)
+    heads = memory.shardings(layout.attention_groups, mesh, PartitionSpec(None, "tensor"), PartitionSpec())
+    entries: Any = Prefix(heads, everywhere, everywhere, everywhere)
     return Programs(
         empty=jax.jit(empty_slots, static_argnames=("count", "capacity"), out_shardings=slots),
         admit=jax.jit(admit, donate_argnames="slots", out_shardings=(slots, everywhere)),
@@ -67,6 +70,6 @@ def programs_of(mesh: Mesh, layout: Layout) -> Programs:
         verify=jax.jit(
             verify, static_argnames="reach", donate_argnames="slots", out_shardings=(slots, everywhere, everywhere)
         ),
-        empty_entries=jax.jit(empty_entries, static_argnames="capacity", out_shardings=everywhere),
-        share=jax.jit(share, donate_argnames="shared", out_shardings=everywhere),
+        empty_entries=jax.jit(empty_entries, static_argnames="capacity", out_shardings=entries),
+        share=jax.jit(share, donate_argnames="shared", out_shardings=entries),
     )

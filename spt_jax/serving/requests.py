@@ -1,15 +1,17 @@
 """A request to the engine, and its progress."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from spt_jax.errors import ConfigError
 from spt_jax.inference.answers import Endings, Generated
-from spt_jax.inference.generation import SamplingConfig
+from spt_jax.inference.generation import NO_ID, SamplingConfig
 from spt_jax.serving.bank import DevicePrompt
 from spt_jax.serving.fairness import Sender
+from spt_jax.serving.slots import MAX_ENDS, MIN_STEPS, Until
 
 # The sender of requests that name none; they are served in the order of arrival.
 NOBODY = Sender("", -1)
@@ -69,3 +71,24 @@ class Ticket:
     @property
     def sender(self) -> Sender:
         return self.request.sender or NOBODY
+
+
+def until(tickets: Sequence[Ticket], most: int, waiting: bool) -> Until:
+    """Returns when a decode call for these requests ends.
+
+    Args:
+      tickets: the requests.
+      most: the most steps of the call.
+      waiting: whether other requests wait for a slot.
+    """
+    ends = [ticket.ends for ticket in tickets]
+    remaining = [ticket.request.sampling.max_new_tokens - len(ticket.ids) for ticket in tickets]
+    end_ids = sorted(frozenset().union(*(end.ids for end in ends)))
+    if any(end.texts for end in ends) or len(end_ids) > MAX_ENDS:
+        most = min(most, MIN_STEPS)  # the device does not detect these ends
+    # Returning early for a free slot only helps if requests wait.
+    steps = min(most, max(min(remaining), MIN_STEPS) if waiting else max(remaining, default=0))
+    detected = np.full(MAX_ENDS, NO_ID, np.int32)
+    detected[: len(end_ids)] = end_ids[:MAX_ENDS]
+    arrays: Any = np.int32(steps), np.int32(1 if waiting else len(tickets)), detected
+    return Until(*arrays)

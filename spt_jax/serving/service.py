@@ -241,12 +241,13 @@ class Service:
         """Returns the engine's requests: `n` for each record. Without `max_tokens`, an answer may fill its slot."""
         name, entry, held = self._generator(body.model)
         seed, found = secrets.randbits(32) if body.seed is None else body.seed, []
-        # The number of the base's positions that a slot does not have.
-        beyond = self.bank.base.layout.max_positions - self.worker.engine.context
+        # The number of the base's positions that neither the prompt takes nor a slot has.
+        engine, positions = self.worker.engine, self.bank.base.layout.max_positions
+        beyond = positions - held.start - engine.room(held, len(held.lead))
         for record in records:
             encoder = entry.encoder if name else self.bank.encoder(None, record)
             # At most half of a slot, so that a field that may be truncated is never truncated to nothing.
-            wanted = min(max_tokens or SamplingConfig.max_new_tokens, self.worker.engine.context // 2)
+            wanted = min(max_tokens or SamplingConfig.max_new_tokens, engine.context // 2)
             reserved = wanted + beyond
             ids, _ = self._prompt_ids(name, encoder, record, reserved)
             room = self._room(held, ids, max_tokens or 1)
@@ -292,15 +293,15 @@ class Service:
         Raises:
           RefusedError: it is fewer than `max_tokens`.
         """
-        limit, before = self.worker.engine.context, held.start - len(held.lead) + len(ids)
-        if limit - before < max_tokens:
+        room, before = self.worker.engine.room(held, len(ids)), held.start - len(held.lead) + len(ids)
+        if room < max_tokens:
             raise RefusedError(
                 400,
                 f"the prompt's {before} tokens and max_tokens={max_tokens} add up to {before + max_tokens}, but"
-                f" {self.name!r} has {limit} positions",
+                f" {self.name!r} has {before + room} positions",
                 code="context_length_exceeded",
             )
-        return limit - before
+        return room
 
     def _prompt_ids(
         self, name: str | None, encoder: Encoder, record: Mapping[str, Any], room: int = 0

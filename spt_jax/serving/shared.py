@@ -10,7 +10,6 @@ therefore reads each prompt once for all of its requests. Entries need no order:
 import collections
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +73,7 @@ def empty_entries(model: Model, capacity: int) -> Prefix:
     places = jnp.zeros(capacity, jnp.int32)
     pinned = jnp.zeros(capacity, bool) if model.layout.windowed else None
     zeros = jax.tree.map(lambda array: array[:, 0], memory.empty_cache(model.layout, 1, capacity, model.dtype))
-    return Prefix(zeros, places, pinned, places, in_cache_order=True)
+    return Prefix(zeros, places, pinned, places)
 
 
 def share(shared: Prefix, prefix: Prefix, entries: Int[Array, " P"], segment: Int[Array, ""]) -> Prefix:
@@ -89,7 +88,6 @@ def share(shared: Prefix, prefix: Prefix, entries: Int[Array, " P"], segment: In
     Returns:
       The new entries.
     """
-
     assert shared.segments is not None
     own = memory.finite(memory.cast(prefix.memory, jax.tree.leaves(shared.memory)[0].dtype))
     kept = memory.put_places(shared.memory, own, entries)
@@ -101,94 +99,85 @@ def share(shared: Prefix, prefix: Prefix, entries: Int[Array, " P"], segment: In
     return dataclasses.replace(shared, memory=kept, positions=positions, pinned=pinned, segments=segments)
 
 
-@dataclasses.dataclass
-class _Place:
-    """Where a prompt is.
-
-    Attributes:
-      of: the positions of the prompt's memory, an array whose identity is that of the prompt.
-      segment: its segment.
-      entries: the entries of its positions.
-      users: the number of requests that read it.
-    """
-
-    of: Int[Array, " P"]
-    segment: int
-    entries: list[int]
-    users: int = 0
-
-
 def is_shared(held: DevicePrompt, capacity: int) -> bool:
     """Whether requests under a prompt share its memory: it is long, and fits in `capacity` entries."""
     return held.prefix is not None and MIN_SHARED <= held.start <= capacity
 
 
+@dataclasses.dataclass
+class _Place:
+    """Where a prompt is.
+
+    Attributes:
+      segment: its segment.
+      entries: the entries of its positions.
+      users: the number of requests that read it.
+    """
+
+    segment: int
+    entries: list[int]
+    users: int = 0
+
+
 class SharedPrompts:
     """The prompts in the shared entries. Those without requests stay until their entries are needed."""
 
-    def __init__(self, arrays: Prefix | None, put: Any):
+    def __init__(self, arrays: Prefix | None):
         """Creates free entries.
 
         Args:
           arrays: the result of `empty_entries`; None for no entries.
-          put: `share`, from `jax.jit`.
         """
-        self.arrays, self._put = arrays, put
-        self._shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), arrays)
-        self._compiled: dict[int, Callable[..., Prefix]] = {}  # by the length of a prompt's memory, padding included
-        self.capacity = 0 if arrays is None else arrays.positions.shape[0]
-        self._free = list(range(self.capacity))
-        self._places: collections.OrderedDict[int, _Place] = collections.OrderedDict()  # The least recently used first.
-        self._next = _FIRST_SEGMENT
+        self.arrays = arrays
+        self._capacity = 0 if arrays is None else arrays.positions.shape[0]
+        self._free = list(range(self._capacity))
+        # By the number of the prompt, the least recently used first.
+        self._places: collections.OrderedDict[int, _Place] = collections.OrderedDict()
+        self._next_segment = _FIRST_SEGMENT
 
     def has_room(self, held: DevicePrompt) -> bool:
         """Whether a prompt has entries, or can have those that no request reads."""
         unused = sum(len(place.entries) for place in self._places.values() if not place.users)
-        return _identity(held) in self._places or held.start <= len(self._free) + unused
+        return held.number in self._places or held.start <= len(self._free) + unused
 
-    def enter(self, held: DevicePrompt) -> int:
-        """Adds a request under a prompt for which there is room; returns the segment of the prompt."""
-        place = self._places.get(key := _identity(held))
+    def enter(self, held: DevicePrompt, put: Callable[..., Prefix]) -> int:
+        """Adds a request under a prompt for which there is room.
+
+        Args:
+          held: the prompt.
+          put: `share`, compiled.
+
+        Returns:
+          The segment of the prompt.
+        """
+        place = self._places.get(held.number)
         if place is None:
-            for other in [other for other, one in self._places.items() if not one.users]:
+            for number in [number for number, other in self._places.items() if not other.users]:
                 if held.start <= len(self._free):
                     break
-                self._free += self._places.pop(other).entries
+                self._free += self._places.pop(number).entries
             entries, self._free = self._free[: held.start], self._free[held.start :]
-            place = self._places[key] = _Place(_positions(held), self._next, entries)
-            self._next += 1
-            put: Any = self._compiled.get(len(place.of), self._put)
-            self.arrays = put(self.arrays, *self._inputs(held, entries, place.segment))
+            place = self._places[held.number] = _Place(self._next_segment, entries)
+            self._next_segment += 1
+            self.arrays = put(self.arrays, *self.inputs(held, entries, place.segment))
         place.users += 1
-        self._places.move_to_end(key)
+        self._places.move_to_end(held.number)
         return place.segment
 
     def leave(self, held: DevicePrompt) -> None:
         """Removes a request that `enter` has added."""
-        self._places[_identity(held)].users -= 1
+        self._places[held.number].users -= 1
 
-    def is_warm(self, held: DevicePrompt) -> bool:
-        """Whether the program that `warm` compiles exists already."""
-        return len(_positions(held)) in self._compiled
+    def inputs(self, held: DevicePrompt, entries: Sequence[int], segment: int) -> tuple[Prefix, np.ndarray, np.ndarray]:
+        """Returns the arguments of `share` after the entries.
 
-    def warm(self, held: DevicePrompt) -> None:
-        """Compiles the program that writes a prompt to entries. Thread-safe, unless it is called twice at a time."""
-        inputs = self._inputs(held, range(held.start), 0)
-        self._compiled[len(_positions(held))] = self._put.lower(self._shapes, *inputs).compile()
-
-    def _inputs(self, held: DevicePrompt, entries: Sequence[int], segment: int) -> tuple[Any, ...]:
-        """Returns the arguments of `share` after the entries; `entries` are those of the prompt's positions."""
-        real = np.asarray(_positions(held)) != NEVER
-        places = np.full(len(real), self.capacity, np.int32)  # There is no such entry: padding is left out.
+        Args:
+          held: a prompt.
+          entries: the entries of its positions.
+          segment: its segment.
+        """
+        assert held.prefix is not None
+        real = np.asarray(held.prefix.positions) != NEVER
+        places = np.full(len(real), self._capacity, np.int32)  # There is no such entry: padding is left out.
         places[real] = entries
         return held.prefix, places, np.asarray(segment, np.int32)
-
-
-def _positions(held: DevicePrompt) -> Int[Array, " P"]:
-    assert held.prefix is not None
-    return held.prefix.positions
-
-
-def _identity(held: DevicePrompt) -> int:
-    """Returns a number that no other prompt has as long as `_Place.of` keeps the array."""
-    return id(_positions(held))

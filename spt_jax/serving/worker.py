@@ -108,7 +108,7 @@ class Worker:
     def is_prepared(self, request: Request) -> bool:
         """Whether the programs that a request needs are compiled; also true if the engine would refuse it."""
         held = request.held or self.engine.bank.held(request.prompt)
-        unfit = not held.generates or self.engine.needed(held, len(request.ids)) > self.engine.context
+        unfit = not held.generates or self.engine.room(held, len(request.ids)) < 1
         return unfit or self.engine.is_warm(held, len(request.ids))
 
     def prepare(self, request: Request) -> None:

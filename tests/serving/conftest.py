@@ -87,10 +87,19 @@ class Server:
 
 @contextlib.contextmanager
 def serving(
-    base, folder: Path, *, slots: int = 3, queue: int = 8, start: bool = True, head_seconds: float = 30.0, **options
+    base,
+    folder: Path,
+    *,
+    engine: Engine | None = None,
+    slots: int = 3,
+    queue: int = 8,
+    start: bool = True,
+    head_seconds: float = 30.0,
+    **options,
 ):
     """Runs a server; `start` False leaves its engine asleep."""
-    service = Service(Worker(Engine(PromptBank(base), slots=slots), queue=queue), "tiny", folder, KEY, 2**20)
+    engine = engine or Engine(PromptBank(base), slots=slots)
+    service = Service(Worker(engine, queue=queue), "tiny", folder, KEY, 2**20)
     for own in sorted(folder.iterdir()):
         service.load(own.name)
     if start:
