@@ -51,9 +51,14 @@ def text_instead(completions, **_):
     return ["1" if text == "bad" else 1 for text in completions]
 
 
+def huge(completions, **_):
+    return [1e38 if text == "bad" else 1.0 for text in completions]
+
+
 @pytest.mark.parametrize(
     ("function", "problem"),
     [
+        (huge, "it returned 1e+38, which with its weight exceeds 1e+15"),
         (raises, "KeyError: 'bad'"),
         (drops, "it returned 0 values for 1 answer"),
         (not_a_number, "it returned nan, which is not a finite number"),

@@ -1,5 +1,6 @@
 """Work directories: nothing of the user's is deleted, one process writes at a time, what is resumed is the same."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import train
 from spt_jax.__main__ import main
 from spt_jax.errors import ConfigError, WriteError
 from spt_jax.experiment.workdir import MARKER, check_workdir, held, open_workdir, prepare_workdir
+from spt_jax.prompts import METHODS
 from tests.disks import small_disk
 from tests.jobs import ROOT, words
 
@@ -27,9 +29,9 @@ OF_A_COMPARISON = json.dumps({"config": SETTINGS, "prompts": ["prompt"]})
 OF_A_MODEL = json.dumps({"model_type": "llama", "vocab_size": 512})
 
 
-def begin(path: Path) -> None:
+def begin(path: Path, settings: dict = SETTINGS) -> None:
     with held(path):
-        open_workdir(path, SETTINGS, INPUTS, resume=False, overwrite=False)
+        open_workdir(path, settings, INPUTS, resume=False, overwrite=False)
 
 
 def test_a_directory_without_permission_is_refused_before_anything_is_read(tmp_path: Path, monkeypatch):
@@ -138,11 +140,7 @@ def changed(inputs: dict, kind: str, name: str, value: object) -> dict:
             "model is not the base.*weights is 'eeee.*' here, 'bbbb.*' there",
         ),
         ({**SETTINGS, "train": {"steps": 40, "seed": 1}}, INPUTS, "train.seed: 0 in the work directory, 1 now$"),
-        (
-            {**SETTINGS, "train": {"steps": 80, "seed": 0}},
-            INPUTS,
-            "train.steps: 40 in the work directory, 80 now.*--method.init.name prompt --method.init.path .*run/prompt",
-        ),
+        ({**SETTINGS, "train": {"steps": 80, "seed": 0}}, INPUTS, "train.steps: 40 in the work directory, 80 now"),
     ],
 )
 def test_what_is_resumed_is_the_same(tmp_path: Path, settings: dict, inputs: dict, message: str):
@@ -151,6 +149,26 @@ def test_what_is_resumed_is_the_same(tmp_path: Path, settings: dict, inputs: dic
     with held(tmp_path / "run"), pytest.raises(ConfigError, match=message):
         open_workdir(tmp_path / "run", settings, inputs, resume=True, overwrite=False)
     assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        (
+            "prompt_tuning",
+            "start a new run from it: --workdir OTHER --method.init.name prompt --method.init.path .*run/",
+        ),
+        ("state_tuning", "start a new run from it: --workdir OTHER --method.path .*run/prompt$"),
+        ("progressive_prompts", "in a new run: --workdir OTHER$"),
+        ("reft", "in a new run: --workdir OTHER$"),
+    ],
+)
+def test_more_steps_are_a_new_run_from_the_prompt_if_the_method_can(tmp_path: Path, name: str, advice: str):
+    method = {"name": name, **dataclasses.asdict(METHODS[name]())}
+    begin(tmp_path / "run", {**SETTINGS, "method": method})
+    longer = {**SETTINGS, "method": method, "train": {"steps": 80, "seed": 0}}
+    with held(tmp_path / "run"), pytest.raises(ConfigError, match=advice):
+        open_workdir(tmp_path / "run", longer, INPUTS, resume=True, overwrite=False)
 
 
 def test_a_run_of_version_0_1_is_resumed_with_a_line(tmp_path: Path, capsys: pytest.CaptureFixture):

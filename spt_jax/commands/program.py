@@ -10,6 +10,7 @@ import importlib
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,6 +50,7 @@ class Entry:
         return getattr(importlib.import_module(f"spt_jax.commands.{self.module}"), self.attribute)
 
 
+_PYTHON_FORMAT = warnings.formatwarning
 # Objects and collections after which Python collects garbage, for a program that has imported JAX.
 _COLLECT_AFTER = (50_000, 20, 50)
 
@@ -153,6 +155,7 @@ def run_command(name: str, words: Sequence[str], program: str | None = None) -> 
       The exit code, as in `main`.
     """
     entry = COMMANDS[name]
+    warnings.formatwarning = _formatted
     if not entry.starts_jax:
         return _run_without_options(entry.load(), name, words)
     typed = program or f"{PROGRAM} {name}"
@@ -172,6 +175,11 @@ def run_command(name: str, words: Sequence[str], program: str | None = None) -> 
     from spt_jax.experiment.command_line import exit_code
 
     return exit_code(lambda: entry.load()(*arguments))
+
+
+def _formatted(message: Warning | str, category: type[Warning], *place: Any) -> str:
+    """Returns a warning for users without the line of code that it comes from, and others as Python shows them."""
+    return f"warning: {message}\n" if category is UserWarning else _PYTHON_FORMAT(message, category, *place)
 
 
 def _show(text: str) -> None:

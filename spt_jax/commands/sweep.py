@@ -14,7 +14,7 @@ from spt_jax.bases.base import describe_base
 from spt_jax.errors import ConfigError, TrainingError
 from spt_jax.evaluation import metrics
 from spt_jax.experiment.command_line import Job, config_json, first_command, parse_job
-from spt_jax.experiment.config import AnyMethod, resolve
+from spt_jax.experiment.config import AnyMethod, ExperimentConfig, resolve
 from spt_jax.experiment.run import distillation_of, input_digests
 from spt_jax.experiment.shared_studies import FOLDER
 from spt_jax.experiment.shipped import config_path
@@ -32,6 +32,7 @@ from spt_jax.studies.results import (
     Score,
     ask_together,
     by_length,
+    check_comparable,
     check_ensemble,
     chosen_details,
     copy_prompt,
@@ -40,7 +41,7 @@ from spt_jax.studies.results import (
     trial_score,
     validation_mean,
 )
-from spt_jax.studies.settings import flag_words, named, parse_field, settings
+from spt_jax.studies.settings import check_method, flag_words, named, parse_field, settings
 from spt_jax.studies.trials import (
     Preparation,
     Row,
@@ -106,10 +107,14 @@ class Sweep(Job[AnyMethod]):
             raise ConfigError(
                 "--halving is not compatible with --lengths: lengths are compared by trials that run to the end"
             )
-        distillation = distillation_of(self.config)
-        written = distillation is not None and distillation.study_validation
-        if self.config.data.validation is None and not written:
+        if not _validates(self.config):
             raise ConfigError("a sweep compares trials by validation; give --data.validation")
+
+
+def _validates(config: ExperimentConfig[Any]) -> bool:
+    """Whether a run has validation records."""
+    distillation = distillation_of(config)
+    return config.data.validation is not None or (distillation is not None and bool(distillation.study_validation))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -141,6 +146,7 @@ def run(command: Sweep[Any], argv: Sequence[str]) -> None:
     # Prepares the longest prompts first, to fail before training if they do not fit.
     with spoken("preparing the trials"):
         all_prepared = [prepare(trial) for trial in reversed(planned.values())]
+    check_comparable([*reversed(planned.values())], all_prepared)
     tested = [prepared.asked["test"] for prepared in all_prepared if "test" in prepared.asked]
     if any(asked.prompts for asked in tested) and (note := metrics.missing_note()):
         print(note)
@@ -235,7 +241,10 @@ def plan_stages(command: Sweep[Any], argv: Sequence[str]) -> list[list[Trial]]:
         for one in drawn:
             setting = one if length is None else {LENGTH: str(length), **one}
             words = [word for name, value in setting.items() for word in flag_words(name, value, command.config)]
+            check_method(setting, argv)
             config = resolve(parse_job(Sweep, [*argv, *words], PROGRAM).config)
+            if not _validates(config):
+                raise ConfigError(f"a sweep compares trials by validation, and {named(setting)} leaves none")
             for seed in command.seeds:
                 number = len(stages) * len(drawn) * len(command.seeds) + len(stage) + 1
                 seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))

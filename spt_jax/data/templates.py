@@ -169,7 +169,7 @@ class Template:
         record's `messages`, and the assistant turns are the targets.
       target: the text of the answer, with fields; empty with `{messages}`.
       rejected: for the preference task, the text of the rejected answer, with fields; the target is the chosen one.
-      virtual_tokens: the number of virtual tokens.
+      virtual_tokens: the number of virtual tokens; by default that of `<soft:n>` in the prompt.
       verbalizers: maps each class to its text, for classification; the target's only field is then the label.
       truncate: the field that is shortened if an example is too long; if None, such examples are refused.
       keep: which end of the truncated field is kept.
@@ -210,6 +210,8 @@ class Template:
 
     def __post_init__(self) -> None:
         placed = virtual_length(self.prompt)
+        if placed is not None and not self.virtual_tokens:
+            object.__setattr__(self, "virtual_tokens", placed)
         if placed is not None and placed != self.virtual_tokens:
             raise ConfigError(
                 f"template {self.prompt!r} places {placed} virtual tokens, the soft prompt has {self.virtual_tokens}"

@@ -21,6 +21,10 @@ from spt_jax.errors import ConfigError, RewardError
 RewardFunction = Callable[..., Sequence[float]]
 
 
+# The largest absolute value of a weighted reward: its square must be finite in float32.
+LARGEST = 1e15
+
+
 @dataclasses.dataclass(frozen=True)
 class Reward:
     """A reward function with its name and weight.
@@ -207,6 +211,8 @@ def _values(reward: Reward, inputs: Mapping[str, list[Any]], problems: list[str]
             value = value.item() if hasattr(value, "item") else value  # of an array
             if not isinstance(value, numbers.Real) or not math.isfinite(value):
                 raise ValueError(f"it returned {value!r}, which is not a finite number")
+            if abs(float(value) * reward.weight) > LARGEST:
+                raise ValueError(f"it returned {value!r}, which with its weight exceeds {LARGEST:g}")
             values[number] = float(value)
         except Exception as error:  # as above
             answer = inputs["completions"][number]

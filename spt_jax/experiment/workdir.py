@@ -283,11 +283,21 @@ def _check_settings(path: Path, settings: Mapping[str, Any], saved: Mapping[str,
     fields = [f"{name}: {there!r} in the work directory, {now!r} now" for name, now, there in different]
     message = "the config differs from that of the run to resume: " + "; ".join(fields)
     if "train.steps" in [name for name, _, _ in different]:
-        message += (
-            ". The schedule of a run depends on its number of steps; to train its prompt further, start a new run from"
-            f" it: --workdir OTHER --method.init.name prompt --method.init.path {path / 'prompt'}"
-        )
+        message += ". The schedule of a run depends on its number of steps; " + _further(path, settings["method"])
     raise ConfigError(message)
+
+
+def _further(path: Path, method: Mapping[str, Any]) -> str:
+    """Returns how to train the prompt of a run further, or that its method cannot start from a prompt."""
+    if method.get("name") == "progressive_prompts":  # Its initializer is that of the new rows only.
+        options = None
+    elif "init" in method:
+        options = f"--method.init.name prompt --method.init.path {path / 'prompt'}"
+    else:
+        options = f"--method.path {path / 'prompt'}" if "path" in method else None
+    if options is None:
+        return "train with all of them in a new run: --workdir OTHER"
+    return f"to train its prompt further, start a new run from it: --workdir OTHER {options}"
 
 
 def _check_inputs(path: Path, inputs: Inputs, saved: Any) -> None:

@@ -21,7 +21,7 @@ from spt_jax.experiment.run import Experiment
 from spt_jax.prompts.storage import INFO_FILE, load_prompt
 from spt_jax.prompts.writing import write_directory
 from spt_jax.studies.plateau import Estimate, estimates
-from spt_jax.studies.settings import Settings
+from spt_jax.studies.settings import Settings, named
 from spt_jax.studies.trials import PREDICTIONS_FILE, Preparation, Prepared, Row, Trial, trial_folder
 
 LENGTH = "method.length"
@@ -143,6 +143,32 @@ def check_ensemble(every: Sequence[Prepared]) -> None:
             raise ConfigError("--ensemble needs the same classes for all trials, and these have different ones")
         if template.head != first.experiment.template.head:
             raise ConfigError("--ensemble needs the same head for all trials, and these have different ones")
+
+
+def check_comparable(trials: Sequence[Trial], every: Sequence[Prepared]) -> None:
+    """Checks that all trials are scored by one measure, and that all or none have test records.
+
+    Args:
+      trials: the trials.
+      every: the same trials, prepared.
+
+    Raises:
+      ConfigError: some are scored otherwise than the first, or have no test data where it has some, or the reverse.
+    """
+    first = every[0]
+    for trial, prepared in zip(trials, every, strict=True):
+        both = f"{named(trial.settings)} and {named(trials[0].settings)}"
+        if _scored_by(prepared) != _scored_by(first):
+            raise ConfigError(f"a sweep compares trials by one measure, and {both} are tasks with different ones")
+        if prepared.asked.keys() != first.asked.keys():
+            raise ConfigError(
+                f"one of {both} has test records, and the other has none; give both, or leave out data.test"
+            )
+
+
+def _scored_by(prepared: Prepared) -> str:
+    template = prepared.experiment.template
+    return "classes" if template.verbalizers else template.head
 
 
 def finished(row: Row) -> bool:

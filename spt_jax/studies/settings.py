@@ -107,6 +107,27 @@ def flag_words(name: str, value: str, config: ExperimentConfig[Any]) -> list[str
     return [f"--{group}.{field}", *(value.split() if several else [value])]
 
 
+def check_method(setting: Settings, argv: Sequence[str]) -> None:
+    """Checks that a method that is swept over has the options of methods that are given for all trials.
+
+    Args:
+      setting: the values of one trial.
+      argv: the words of the command line.
+
+    Raises:
+      ConfigError: it lacks one; the message names both.
+    """
+    kind = METHODS.get(setting.get("method.name", ""))
+    if kind is None:
+        return
+    known = {"name", *(field.name for field in dataclasses.fields(kind))}
+    given = [*(f"--{name}" for name in setting), *(word.partition("=")[0] for word in argv)]
+    for option in given:
+        group, _, name = option.replace("-", "_").partition(".")
+        if group == "__method" and not known & {own := name.partition(".")[0], own.removeprefix("no_")}:
+            raise ConfigError(f"--over method.name={setting['method.name']}: this method has no option {option}")
+
+
 def settings(fields: Sequence[tuple[str, list[str] | Range]], trials: int | None, seed: int) -> list[Settings]:
     """Returns all combinations of the fields' values, or `trials` different random settings.
 

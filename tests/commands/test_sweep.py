@@ -282,9 +282,12 @@ def test_dollars_and_switches_and_lists_can_be_swept(files, tmp_path):
             "different ones",
         ),
         (("--trials", "2", "--over", "method.length=3"), "does not have 2 different settings"),
+        (("--over", "data.test={files}/test.jsonl,None"), "data.test None has test records, and the other has none"),
+        (("--over", "data.validation={files}/test.jsonl,None"), "by validation, and data.validation None leaves none"),
+        (("--over", "method.name=prompt_tuning,reft"), "method.name=reft: this method has no option --method.length"),
     ],
 )
 def test_wrong_sweeps_say_what_is_wrong(files, tmp_path, capsys, more, message):
-    assert sweep(files, tmp_path / "run", *more) == 2
+    assert sweep(files, tmp_path / "run", *(word.replace("{files}", str(files)) for word in more)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -29,6 +29,7 @@ def test_soft_counts():
         Template(prompt="<soft:5>{a}<soft:2>", target="{b}", virtual_tokens=8)
     with pytest.raises(ConfigError, match="no <soft>"):
         Template(prompt="{a}", target="{b}", virtual_tokens=8)
+    assert Template(prompt="<soft:5>{a}<soft:2>", target="{b}").virtual_tokens == 7
 
 
 def test_bad_templates():
