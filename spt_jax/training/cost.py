@@ -245,9 +245,9 @@ def step_memory(
             for one in layers
         )
 
-    def kept(tokens: int, keys: int) -> int:
+    def kept(tokens: int, keys: int, shared: int) -> int:
         of_edits = _kept_bytes_of_edits(config.width, rank, tokens, remat, itemsize)
-        return sum(_kept_bytes(one, tokens, keys, remat, itemsize, tensor) + of_edits for one in layers)
+        return sum(_kept_bytes(one, tokens, keys, shared, remat, itemsize, tensor) + of_edits for one in layers)
 
     leading = shape.prompts * shape.lead
     layout = decoder_layout(config)
@@ -258,10 +258,10 @@ def step_memory(
     edits = shape.prompts * len(layers) * rank * (2 * config.width + 1)
     return StepMemory(
         weights=weights,
-        kept=kept(rows * length, seen + length),
+        kept=kept(rows * length, seen + length, seen),
         layer=layer(rows * length, seen + length),
         logits=3 * logits + 3 * itemsize * outputs_of(shape, mesh, microbatches) * config.input_width,
-        prefix=kept(leading, seen) + layer(leading, seen) + 3 * 4 * (pairs // tensor + states + edits),
+        prefix=kept(leading, seen, shape.prefix) + layer(leading, seen) + 3 * 4 * (pairs // tensor + states + edits),
     )
 
 
@@ -399,13 +399,21 @@ def _distance_bytes(config: DecoderConfig, tokens: int, keys: int, tensor: int) 
     return 0 if own is None else 4 * own.terms * (len(occurring(own, keys)) + keys) * tokens * config.heads // tensor
 
 
-def _kept_bytes(config: DecoderConfig, tokens: int, keys: int, remat: Remat, itemsize: int, tensor: int) -> int:
-    """Returns the bytes that a layer saves for its backward pass: its input, and what is not rematerialized."""
+def _kept_bytes(
+    config: DecoderConfig, tokens: int, keys: int, shared: int, remat: Remat, itemsize: int, tensor: int
+) -> int:
+    """Returns the bytes that a layer saves for its backward pass: its input, and what is not rematerialized.
+
+    Without rematerialization these include queries and attention weights in the order in which one product of all rows
+    takes them, if there are `shared` keys.
+    """
     if remat == "full":
         return itemsize * tokens * config.width
     if remat == "dots":
         return itemsize * tokens * (config.width + _linear_outputs(config, tensor))
-    return _layer_bytes(config, tokens, keys, itemsize, tensor, scores=2)
+    size = config.head_size if config.latent is None else config.latent.key_size
+    in_order = tokens * config.heads * (size + shared) // tensor if shared and config.attends else 0
+    return _layer_bytes(config, tokens, keys, itemsize, tensor, scores=2) + itemsize * in_order
 
 
 def _kept_bytes_of_edits(width: int, rank: int, tokens: int, remat: Remat, itemsize: int) -> int:
