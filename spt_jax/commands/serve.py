@@ -21,7 +21,7 @@ from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.chunks import check_chunk
 from spt_jax.serving.engine import Engine
 from spt_jax.serving.lookup import check_draft_size
-from spt_jax.serving.shared import can_share, check_entries
+from spt_jax.serving.shared import MIN_SHARED, can_share, check_entries
 
 if TYPE_CHECKING:
     from spt_jax.serving.service import Service
@@ -100,7 +100,7 @@ def start(command: Serve, copies: Path | None = None) -> "Service":
     service = Service(worker, name, folder, os.environ.get(ADMIN_KEY) or None, command.max_prompt * 2**20)
     with spoken("loading the prompts"):
         _load_prompts(service, strict=command.strict)
-    note_long_prompts(bank, command.shared)
+    note_long_prompts(bank, engine.context, command.shared)
     service.refresh = refresh
     service.worker.start()
     print(
@@ -112,20 +112,26 @@ def start(command: Serve, copies: Path | None = None) -> "Service":
     return service
 
 
-def note_long_prompts(bank: PromptBank, shared: int) -> None:
-    """Prints how to share the longest prompt, if it is long and each request copies it to its slot.
+def note_long_prompts(bank: PromptBank, context: int, shared: int) -> None:
+    """Prints which prompts leave no room in a slot, and how to share the longest if each request copies it.
 
     Args:
       bank: the prompts.
+      context: the number of positions of a slot.
       shared: the number of positions for shared prompts.
     """
     entries = {name: bank.entry(name) for name in bank.names}
     lengths = {name: entry.positions for name, entry in entries.items() if entry.generates}
-    name = max(lengths, key=lengths.__getitem__, default=None)
-    if name is not None and lengths[name] >= max(LONG_PROMPT, shared + 1) and can_share(bank.base.model):
+    copied = {name: length for name, length in lengths.items() if not MIN_SHARED <= length <= shared}
+    advice = "--context or --shared" if can_share(bank.base.model) else "--context"
+    for name, length in copied.items():
+        if length + 2 > context:  # A token of the request, and one of the answer.
+            print(f"note: {name!r} takes {length:,} positions, but a slot has {context:,}; raise {advice}")
+    longest, name = max(((length, name) for name, length in copied.items() if length + 2 <= context), default=(0, ""))
+    if longest >= LONG_PROMPT and can_share(bank.base.model):
         print(
-            f"note: each request under {name!r} copies its {lengths[name]:,} positions to its slot;"
-            f" --shared {lengths[name]} keeps them in one place for all slots"
+            f"note: each request under {name!r} copies its {longest:,} positions to its slot;"
+            f" --shared {longest} keeps them in one place for all slots"
         )
 
 

@@ -281,7 +281,7 @@ class Engine:
         return [result for result in results if result is not None]
 
     def is_warm(self, held: DevicePrompt, length: int) -> bool:
-        """Whether the programs that `warm` compiles exist already.
+        """Whether the programs that `warm` compiles exist already, or no slot has room for such a request.
 
         Args:
           held: the prompt's arrays, from `PromptBank.held`.
@@ -291,7 +291,9 @@ class Engine:
           Whether all exist.
         """
         length = _warmed(held, length)
-        return all(key in self._compiled for key in self._admission.programs(held, length))
+        return self.room(held, length) < 1 or all(
+            key in self._compiled for key in self._admission.programs(held, length)
+        )
 
     def warm(self, held: DevicePrompt, length: int) -> None:
         """Compiles the programs for a request of `length` ids under this prompt, unless they exist. Thread-safe.

@@ -101,19 +101,26 @@ def test_prompts_that_cannot_be_read_are_left_out(folder, tmp_path, capsys, monk
     ]
 
 
-def test_a_long_prompt_that_slots_copy_is_noted(folder, capsys, monkeypatch):
-    bank = spt_jax.PromptBank(spt_jax.load_base("starter"))
-    bank.load("story", folder / "story")
-    note_long_prompts(bank, 0)
-    assert not capsys.readouterr().out
-    monkeypatch.setattr("spt_jax.commands.serve.LONG_PROMPT", 4)
-    note_long_prompts(bank, 3)
+def test_long_prompts_that_slots_copy_are_noted(tmp_path, capsys, monkeypatch):
+    base, method = spt_jax.load_base("starter"), spt_jax.PrefixTuning(length=70)
+    virtual = method.materialize(method.init_params(jax.random.key(0), base), base.model)
+    bank = spt_jax.PromptBank(base)
+    for name, verbalizers in (("story", {}), ("class", {"a": " a", "b": " b"})):
+        template = spt_jax.Template(prompt="{text}", target="{label}", verbalizers=verbalizers)
+        spt_jax.save_prompt(tmp_path / name, base, method, virtual, template)
+        bank.load(name, tmp_path / name)
+
+    def noted(context: int, shared: int) -> str:
+        note_long_prompts(bank, context, shared)
+        return capsys.readouterr().out
+
     count = bank.held("story").start
-    assert f"note: each request under 'story' copies its {count} positions to its slot; --shared {count}" in (
-        capsys.readouterr().out
-    )
-    note_long_prompts(bank, count)
-    assert not capsys.readouterr().out
+    assert not noted(128, 0)
+    fits = f"note: 'story' takes {count} positions, but a slot has 64; raise --context or --shared\n"
+    assert noted(64, 0) == noted(64, count - 1) == fits and not noted(64, count)
+    monkeypatch.setattr("spt_jax.commands.serve.LONG_PROMPT", 64)
+    copies = f"note: each request under 'story' copies its {count} positions to its slot; --shared {count} keeps"
+    assert noted(128, 0).startswith(copies) and noted(64, 0) == fits and not noted(128, count)
 
 
 def test_the_client_on_the_page(folder, capsys):

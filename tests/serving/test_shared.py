@@ -267,6 +267,15 @@ def test_memory_grows_with_prompts_and_not_with_slots_times_prompts(bank: Prompt
     assert sharing.slot_bytes - plain.slot_bytes == 256 * entry
 
 
+def test_a_prompt_for_which_slots_have_no_room_is_served_to_nobody(bank: PromptBank, tmp_path):
+    """The server starts with it, and says what is too short at the first request."""
+    bank_of(tmp_path, bank.base, ["keys"])
+    with serving(bank.base, tmp_path, engine=Engine(PromptBank(bank.base), slots=1, context=48)) as server:
+        server.service.warm("keys")
+        found = server.post("/v1/completions", {"model": "keys", "prompt": "the", "max_tokens": 4})
+    assert found.status_code == 400 and "has 48 positions" in found.text
+
+
 def test_what_is_refused(bank: PromptBank):
     with pytest.raises(ConfigError, match="shared is 9; it must be at least 64, or 0"):
         Engine(bank, slots=1, shared=9)
