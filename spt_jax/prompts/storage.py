@@ -257,17 +257,10 @@ def load_prompt(directory: str | Path, base: FrozenBase, *, force: bool = False)
         unequal = [name for name in sizes if fingerprint.config[name] != base.fingerprint.config[name]]
         if unequal:
             raise CheckpointError(f"{message}. force=True does not help: the {' and '.join(unequal)} must be the same")
-        if fingerprint.quantize != base.fingerprint.quantize and len(differences) == 1:
-            used = "kernels that are not quantized"
-            used = used if base.fingerprint.quantize is None else f"{base.fingerprint.quantize} kernels"
-            message = (
-                f"{directory}: trained on {trained_on!r} with {fingerprint.quantize} kernels, and used with {used}"
-            )
-            load = f"Load the base with quantize={fingerprint.quantize!r}"
-        else:
-            load = f"Load {trained_on!r}"
+        kernels = f" with quantize={fingerprint.quantize!r}" if fingerprint.quantize else ""
         if not force:
-            raise CheckpointError(f"{message}. {load}, or pass force=True (--force) to use the prompt anyway")
+            advice = f"Load {trained_on!r}{kernels}, or pass force=True (--force) to use the prompt anyway"
+            raise CheckpointError(f"{message}. {advice}")
         warnings.warn(f"{message}. Using it anyway (force=True)", stacklevel=2)
     note = quantization_note(fingerprint, base.fingerprint)
     if note:

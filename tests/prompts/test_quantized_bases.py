@@ -43,9 +43,12 @@ def saved(bases, tmp_path):
 @pytest.mark.parametrize(("trained", "used"), [("int8", None), ("int8", "int4"), ("int4", None)])
 def test_a_prompt_of_a_quantized_base_is_refused_elsewhere(bases, saved, trained, used):
     folder = saved(trained)
-    with pytest.raises(CheckpointError, match=f"with {trained} kernels, and used with .*quantize='{trained}'.*--force"):
+    with pytest.raises(
+        CheckpointError,
+        match=f"quantize is '{trained}' here, {used!r} there. Load .* with quantize='{trained}',.*--force",
+    ):
         load_prompt(folder, bases[used])
-    with pytest.warns(UserWarning, match=r"kernels, and used with .* Using it anyway \(force=True\)"):
+    with pytest.warns(UserWarning, match=r"quantize is .* Using it anyway \(force=True\)"):
         forced = load_prompt(folder, bases[used], force=True)
     bank = PromptBank(bases[used])
     with pytest.raises(CheckpointError, match="another base: quantize is"):
@@ -82,9 +85,9 @@ def test_commands_load_the_base_as_the_prompt_was_trained(bases, saved):
     base, _ = load(Saved(prompt=folder))
     assert base.fingerprint == bases["int8"].fingerprint
     assert spt_jax.load_prompt(folder).base.fingerprint == base.fingerprint
-    with pytest.raises(CheckpointError, match="int8 kernels, and used with kernels that are not quantized"):
+    with pytest.raises(CheckpointError, match="quantize is 'int8' here, None there"):
         load(Saved(prompt=folder, base=bases[None].name))
-    with pytest.raises(CheckpointError, match="int8 kernels, and used with int4 kernels"):
+    with pytest.raises(CheckpointError, match="quantize is 'int8' here, 'int4' there"):
         load(Saved(prompt=folder, quantize="int4"))
 
 
