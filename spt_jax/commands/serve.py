@@ -21,7 +21,7 @@ from spt_jax.serving.bank import PromptBank
 from spt_jax.serving.chunks import check_chunk
 from spt_jax.serving.engine import Engine
 from spt_jax.serving.lookup import check_draft_size
-from spt_jax.serving.shared import MIN_SHARED, can_share, check_entries
+from spt_jax.serving.shared import can_share, check_entries, is_shared
 
 if TYPE_CHECKING:
     from spt_jax.serving.service import Service
@@ -88,8 +88,14 @@ def start(command: Serve, copies: Path | None = None) -> "Service":
     budget = None if command.prompt_memory is None else command.prompt_memory * 2**20
     bank = PromptBank(base, budget_bytes=budget)
     context = command.context or min(DEFAULT_CONTEXT, base.layout.max_positions)
-    sizes = {"slots": command.slots, "context": context, "lookup": command.lookup, "chunk": command.chunk}
-    engine = Engine(bank, **sizes, shared=command.shared)
+    engine = Engine(
+        bank,
+        slots=command.slots,
+        context=context,
+        lookup=command.lookup,
+        chunk=command.chunk,
+        shared=command.shared,
+    )
     if base.layout.generates:
         with spoken("compiling the programs for requests"):
             engine.warm_decoding()
@@ -122,7 +128,7 @@ def note_long_prompts(bank: PromptBank, context: int, shared: int) -> None:
     """
     entries = {name: bank.entry(name) for name in bank.names}
     lengths = {name: entry.positions for name, entry in entries.items() if entry.generates}
-    copied = {name: length for name, length in lengths.items() if not MIN_SHARED <= length <= shared}
+    copied = {name: length for name, length in lengths.items() if not is_shared(length, shared)}
     advice = "--context or --shared" if can_share(bank.base.model) else "--context"
     for name, length in copied.items():
         if length + 2 > context:  # A token of the request, and one of the answer.

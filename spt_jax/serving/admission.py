@@ -68,7 +68,7 @@ class Admission:
 
     def shares(self, held: DevicePrompt) -> bool:
         """Whether requests under a prompt read shared entries, and no copy of its memory in their slots."""
-        return is_shared(held, self.shared)
+        return held.prefix is not None and is_shared(held.start, self.shared)
 
     def taken(self, held: DevicePrompt) -> int:
         """Returns the number of entries of its slot that a request's prompt takes, padding included."""

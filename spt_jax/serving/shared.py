@@ -99,9 +99,9 @@ def share(shared: Prefix, prefix: Prefix, entries: Int[Array, " P"], segment: In
     return dataclasses.replace(shared, memory=kept, positions=positions, pinned=pinned, segments=segments)
 
 
-def is_shared(held: DevicePrompt, capacity: int) -> bool:
-    """Whether requests under a prompt share its memory: it is long, and fits in `capacity` entries."""
-    return held.prefix is not None and MIN_SHARED <= held.start <= capacity
+def is_shared(positions: int, capacity: int) -> bool:
+    """Whether requests under a prompt of this length share its memory: it is long, and fits in `capacity` entries."""
+    return MIN_SHARED <= positions <= capacity
 
 
 @dataclasses.dataclass
